@@ -1,0 +1,42 @@
+// The Python module pyprune._C. Each op family binds itself in csrc/bind/<family>.cpp: capsules
+// become TensorViews, are checked, the GIL is released and the kernel is called. One file a family
+// keeps a family's rebuild to that family.
+#include <pybind11/pybind11.h>
+
+#include "cpu/dispatch.h"
+#include "tensor_view.h"
+
+namespace pyprune {
+void bind_column_norms(pybind11::module_& m);
+}
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pyprune;
+  m.doc() = "pyprune's native kernels. Call them through pyprune.ops.";
+  m.def("isa", [] {
+    static const char* names[] = {"portable", "avx2", "avx512"};
+    return std::string(names[static_cast<int>(current_isa())]);
+  });
+  m.def("set_isa", [](const std::string& name) {
+    Isa isa;
+    if (name == "portable")
+      isa = Isa::portable;
+    else if (name == "avx2")
+      isa = Isa::avx2;
+    else if (name == "avx512")
+      isa = Isa::avx512;
+    else if (name == "best")
+      isa = best_isa();
+    else
+      throw std::invalid_argument("expected portable, avx2, avx512 or best, got " + name);
+    require(static_cast<int>(isa) <= static_cast<int>(best_isa()),
+            "this processor does not have " + name);
+    isa_slot().store(static_cast<int>(isa));
+  });
+#ifdef PYPRUNE_WITH_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+  bind_column_norms(m);
+}

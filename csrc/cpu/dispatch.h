@@ -1,0 +1,61 @@
+// Run-time choice of instruction set for the CPU kernels.
+//
+// PYPRUNE_CPU_KERNEL(name, Args) declares name(const Args&) in the three instruction-set namespaces
+// and defines the dispatcher pyprune::name. The kernel's source is compiled once per set with
+// PYPRUNE_ISA naming the namespace to define it in.
+#pragma once
+
+#include <atomic>
+
+namespace pyprune {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+
+inline Isa best_isa() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+inline std::atomic<int>& isa_slot() {
+  static std::atomic<int> slot{static_cast<int>(best_isa())};
+  return slot;
+}
+
+inline Isa current_isa() { return static_cast<Isa>(isa_slot().load(std::memory_order_relaxed)); }
+
+}  // namespace pyprune
+
+#if defined(__x86_64__)
+#define PYPRUNE_CPU_KERNEL(name, Args)                  \
+  namespace portable {                                  \
+  void name(const Args& args);                          \
+  }                                                     \
+  namespace avx2 {                                      \
+  void name(const Args& args);                          \
+  }                                                     \
+  namespace avx512 {                                    \
+  void name(const Args& args);                          \
+  }                                                     \
+  inline void name(const Args& args) {                  \
+    switch (current_isa()) {                            \
+      case Isa::avx512:                                 \
+        return avx512::name(args);                      \
+      case Isa::avx2:                                   \
+        return avx2::name(args);                        \
+      default:                                          \
+        return portable::name(args);                    \
+    }                                                   \
+  }
+#else
+#define PYPRUNE_CPU_KERNEL(name, Args)                  \
+  namespace portable {                                  \
+  void name(const Args& args);                          \
+  }                                                     \
+  inline void name(const Args& args) { portable::name(args); }
+#endif

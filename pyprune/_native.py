@@ -1,0 +1,45 @@
+"""The compiled module `pyprune._C`, or the reason why it is absent."""
+
+from __future__ import annotations
+
+import logging
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.utils.dlpack
+
+# torch is imported first on purpose: its OpenMP runtime is then the one `_C` binds to, and both
+# share one thread pool.
+
+logger = logging.getLogger("pyprune")
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from pyprune import _C
+    except ImportError as error:
+        return None, f"pyprune._C cannot be imported ({error})"
+    return _C, ""
+
+
+MODULE, MISSING = _load()
+if MODULE is None:
+    logger.warning("%s; the slower reference and the Triton backends are used", MISSING)
+
+
+def capsule(t: torch.Tensor) -> Any:
+    """`t` as a DLPack capsule that `_C` borrows for the length of one call."""
+    return torch.utils.dlpack.to_dlpack(t.detach())
+
+
+def optional_capsule(t: torch.Tensor | None) -> Any:
+    return None if t is None else capsule(t)
+
+
+def call(name: str, *args: Any) -> Any:
+    """Calls `_C.<name>`, handing tensors over as capsules and `torch.get_num_threads()` last."""
+    if MODULE is None:
+        raise RuntimeError(MISSING)
+    converted = [capsule(a) if isinstance(a, torch.Tensor) else a for a in args]
+    return getattr(MODULE, name)(*converted, torch.get_num_threads())

@@ -1,0 +1,6 @@
+"""The kernels, one op family a module. Every op has a plain PyTorch reference and faster backends;
+see `pyprune.ops._registry` for how one is chosen."""
+
+from pyprune.ops.column_norms import column_norms
+
+__all__ = ["column_norms"]

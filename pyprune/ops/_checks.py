@@ -1,0 +1,47 @@
+"""Argument rules that several ops share. Each names the argument, the rule and the value."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyprune.ops._registry import ANY_FLOAT
+
+
+def check_float(name: str, t: Tensor) -> None:
+    if t.dtype not in ANY_FLOAT:
+        raise ValueError(f"{name}: expected bf16, fp16, fp32 or fp64, got {t.dtype}")
+
+
+def check_rows(name: str, t: Tensor) -> None:
+    """`t` is a floating point matrix."""
+    if t.dim() != 2:
+        raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(t.shape)}")
+    check_float(name, t)
+
+
+def check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(t.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
+
+
+def check_accumulator(name: str, acc: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    """`acc` has `shape` and the accumulation dtype for `x`: fp64 for fp64, else fp32."""
+    check_shape(name, acc, shape)
+    want = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if acc.dtype != want:
+        raise ValueError(f"{name}: expected {want} to accumulate {x.dtype}, got {acc.dtype}")
+
+
+def check_token_weight(weight: Tensor | None, x: Tensor) -> None:
+    """`weight` is one floating point number per token of `x` (`[..., T, C]`)."""
+    if weight is None:
+        return
+    check_float("weight", weight)
+    check_shape("weight", weight, tuple(x.shape[:-1]))
+
+
+def check_same_device(*tensors: Tensor | None) -> None:
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"expected all tensors on one device, got {sorted(map(str, devices))}")

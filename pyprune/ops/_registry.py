@@ -1,0 +1,136 @@
+"""One table of op implementations; it drives dispatch, tests and benchmarks alike.
+
+`IMPLS[op][backend]` is an `Impl`. An op has one schema, registered on the `pyprune` library; calling
+it runs the fastest backend that can serve the tensors' device and dtype, or the one that
+`PYPRUNE_BACKEND` names. A forced backend that lacks the op raises; an implementation that fails
+raises: nothing falls back after an exception.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from pyprune import _native
+
+LIBRARY = torch.library.Library("pyprune", "FRAGMENT")
+
+# Fastest first, per device. The reference is complete everywhere, so it closes each list.
+PREFERENCE = {"cpu": ("native", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
+BACKENDS = ("reference", "native", "triton", "cuda")
+
+HALF_OR_SINGLE = (torch.float32, torch.bfloat16, torch.float16)
+ANY_FLOAT = (*HALF_OR_SINGLE, torch.float64)
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of an op.
+
+    `function` has the op's schema as its signature, or is a `"module:name"` string that is imported
+    on first use (Triton is slow to import and reads TRITON_INTERPRET when it is).
+    `dtypes` are those it takes for the op's first input-like tensor (`dtype_of` argument).
+    `limits` returns why it cannot serve these arguments, or an empty string.
+    """
+
+    function: Callable[..., Any] | str
+    dtypes: tuple[torch.dtype, ...] = ANY_FLOAT
+    limits: Callable[..., str] | None = None
+
+    def resolve(self) -> Callable[..., Any]:
+        if callable(self.function):
+            return self.function
+        module, name = self.function.split(":")
+        function: Callable[..., Any] = getattr(import_module(module), name)
+        return function
+
+
+IMPLS: dict[str, dict[str, Impl]] = {}
+_DTYPE_ARG: dict[str, int] = {}
+
+
+def register(
+    schema: str, *, fake: Callable[..., Any], impls: dict[str, Impl], dtype_arg: int = 0
+) -> None:
+    """Defines op `schema` on the `pyprune` library with its fake and its implementations.
+
+    `dtype_arg`: position of the tensor whose dtype and device decide which backend can serve.
+    """
+    name = schema.split("(", 1)[0]
+    unknown = set(impls) - set(BACKENDS)
+    if unknown or "reference" not in impls:
+        raise ValueError(f"{name}: backends must be among {BACKENDS} and include reference")
+    IMPLS[name] = impls
+    _DTYPE_ARG[name] = dtype_arg
+
+    def run(*args: Any) -> Any:
+        return IMPLS[name][select(name, args)].resolve()(*args)
+
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, run, "CPU")
+    LIBRARY.impl(name, run, "CUDA")
+    torch.library.register_fake(f"pyprune::{name}", fake, lib=LIBRARY)
+
+
+def unavailable(
+    op: str, backend: str, device: str, dtype: torch.dtype, args: Sequence[Any] = ()
+) -> str:
+    """Why `backend` cannot serve `op` on `device` with `dtype` here; empty if it can."""
+    impl = IMPLS[op].get(backend)
+    if impl is None:
+        return f"{op} has no {backend} implementation"
+    reason = _backend_unavailable(backend, device)
+    if not reason and dtype not in impl.dtypes:
+        reason = f"{op}'s {backend} implementation does not take {dtype}"
+    if not reason and impl.limits is not None and args:
+        reason = impl.limits(*args)
+    return reason
+
+
+def _backend_unavailable(backend: str, device: str) -> str:
+    if backend == "native":
+        if device != "cpu":
+            return "native runs on the CPU only"
+        return _native.MISSING
+    if backend == "cuda":
+        if device != "cuda":
+            return "cuda needs a CUDA device"
+        if _native.MODULE is None:
+            return _native.MISSING
+        return "" if _native.MODULE.has_cuda else "pyprune._C was built without CUDA (nvcc)"
+    if backend == "triton":
+        if find_spec("triton") is None:
+            return "triton is not installed"
+        if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "triton on the CPU needs TRITON_INTERPRET=1 before it is imported"
+    return ""
+
+
+def backends(op: str, device: str, dtype: torch.dtype = torch.float32) -> list[str]:
+    """The backends that can run `op` here, fastest first."""
+    return [b for b in PREFERENCE[device] if not unavailable(op, b, device, dtype)]
+
+
+def select(op: str, args: Sequence[Any]) -> str:
+    """The backend that serves this call."""
+    tensor = args[_DTYPE_ARG[op]]
+    device, dtype = tensor.device.type, tensor.dtype
+    forced = os.environ.get("PYPRUNE_BACKEND")
+    if forced:
+        reason = unavailable(op, forced, device, dtype, args)
+        if reason:
+            raise RuntimeError(f"PYPRUNE_BACKEND={forced}: {reason}")
+        return forced
+    for backend in PREFERENCE[device]:
+        # The interpreter is for tests: it is never picked on its own.
+        if backend == "triton" and device == "cpu":
+            continue
+        if not unavailable(op, backend, device, dtype, args):
+            return backend
+    raise RuntimeError(f"{op}: no backend serves {dtype} on {device}")

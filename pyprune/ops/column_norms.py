@@ -1,0 +1,73 @@
+"""Squared column norms of activations: the statistic of Wanda and the diagonal of the Gram matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyprune import _native
+from pyprune.ops import _registry
+from pyprune.ops._checks import check_accumulator, check_rows, check_same_device, check_token_weight
+
+
+def _check_column_norms(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
+    check_rows("x", x)
+    check_accumulator("out", acc, (x.shape[1],), x)
+    check_token_weight(weight, x)
+    check_same_device(x, acc, weight)
+
+
+def column_norms_reference(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
+    squares = x.to(acc.dtype).square()
+    if weight is not None:
+        squares = squares * weight.to(acc.dtype)[:, None]
+    acc += squares.sum(dim=0)
+
+
+def _column_norms_native(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
+    rows = x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+    target = acc if acc.is_contiguous() else acc.contiguous()
+    token_weight = None if weight is None else weight.float().contiguous()
+    _native.call("column_norms", target, rows, _native.optional_capsule(token_weight))
+    if target is not acc:
+        acc.copy_(target)
+
+
+_registry.register(
+    "column_norms(Tensor(a!) acc, Tensor x, Tensor? weight) -> ()",
+    fake=_check_column_norms,
+    impls={
+        "reference": _registry.Impl(column_norms_reference),
+        "native": _registry.Impl(_column_norms_native, _registry.HALF_OR_SINGLE),
+        "triton": _registry.Impl(
+            "pyprune.kernels.column_norms:column_norms_triton", _registry.HALF_OR_SINGLE
+        ),
+    },
+    dtype_arg=1,
+)
+
+
+def column_norms(x: Tensor, *, weight: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """Squared L2 norm of every column, accumulated: `out[j] += sum_t weight[t] * x[t, j]**2`.
+
+    Args:
+        x: activations `[T, C]` (rows are tokens), bf16, fp16, fp32 or fp64; any strides.
+        weight: token weights `[T]`, non-negative, e.g. 0 for padding. None means ones.
+        out: accumulator `[C]`, fp32 (fp64 when `x` is fp64). None starts from zeros.
+
+    Returns:
+        `out`. Not divided by the token count and not square-rooted, so that partial results of
+        several batches or processes add up. Wanda's column norm is `out.sqrt()` (Sun et al. 2023,
+        eq. 1). NaN and infinite inputs propagate to their column.
+
+    Raises:
+        ValueError: `x` is not two-dimensional, or a shape, dtype or device does not match.
+    """
+    if out is None:
+        check_rows("x", x)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        out = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+    _check_column_norms(out, x, weight)
+    if x.numel():
+        torch.ops.pyprune.column_norms(out, x, weight)
+    return out

@@ -1,0 +1,59 @@
+"""Builds pyprune._C (csrc/) through CMake and Ninja. Everything else is in pyproject.toml.
+
+Environment:
+  PYPRUNE_CUDA=AUTO|ON|OFF   build the CUDA objects (AUTO: whenever nvcc is found)
+  PYPRUNE_NATIVE=ON|OFF      OFF installs without pyprune._C; the reference and Triton backends remain
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        out_dir = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build_dir = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        cuda = os.environ.get("PYPRUNE_CUDA", "AUTO").upper()
+        if cuda not in {"AUTO", "ON", "OFF"}:
+            raise SystemExit(f"PYPRUNE_CUDA must be AUTO, ON or OFF, got {cuda!r}")
+        import pybind11  # only a build dependency
+
+        configure = [
+            "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DPYPRUNE_CUDA={cuda}",
+            f"-DPYPRUNE_OUTPUT_DIR={out_dir}",
+        ]  # fmt: skip
+        # A build directory configured by another (build-isolation) environment names tools that
+        # may be gone by now: start over rather than fail on them.
+        if subprocess.call(configure) != 0:
+            cache = build_dir / "CMakeCache.txt"
+            cache.unlink(missing_ok=True)
+            subprocess.check_call(configure)
+        subprocess.check_call(["cmake", "--build", str(build_dir), "--target", "_C"])
+
+
+WITH_NATIVE = os.environ.get("PYPRUNE_NATIVE", "ON").upper() != "OFF"
+
+setup(
+    packages=[
+        "pyprune",
+        "pyprune.calibration",
+        "pyprune.kernels",
+        "pyprune.methods",
+        "pyprune.models",
+        "pyprune.ops",
+    ],
+    ext_modules=[Extension("pyprune._C", sources=[])] if WITH_NATIVE else [],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,101 @@
+"""Shared fixtures. Triton's interpreter is switched on before anything imports Triton."""
+
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest  # noqa: E402
+
+from pyprune import ops  # noqa: E402
+
+ALLOCATORS = ("empty", "empty_like", "empty_strided")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device, none here")
+
+
+@pytest.fixture(autouse=True)
+def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fills what `torch.empty*` returns with NaN (or the largest integer): an element that a kernel
+    forgets to write then fails the comparison instead of passing by luck."""
+
+    def poisoned(allocate):
+        def wrapper(*args, **kwargs):
+            t = allocate(*args, **kwargs)
+            if isinstance(t, torch.Tensor) and type(t) is torch.Tensor and not t.is_meta:
+                if t.is_floating_point():
+                    t.fill_(float("nan"))
+                elif t.dtype is not torch.bool and not t.is_complex():
+                    t.fill_(torch.iinfo(t.dtype).max)
+            return t
+
+        return wrapper
+
+    for name in ALLOCATORS:
+        monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests that take `backend` run once per implementation of the op that the module names as `OP`:
+    a new backend is tested without new test code."""
+    if "backend" in metafunc.fixturenames:
+        op = metafunc.module.OP
+        metafunc.parametrize("backend", list(ops._registry.IMPLS[op]))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Drops combinations that cannot exist (native on a GPU, cuda on the CPU, a dtype that a backend
+    does not take), so that what is left on the CPU never skips."""
+
+    def exists(item: pytest.Item) -> bool:
+        params = getattr(getattr(item, "callspec", None), "params", {})
+        backend, op = params.get("backend"), getattr(item.module, "OP", None)
+        if backend is None or op is None:
+            return True
+        if (backend, params.get("device", "cpu")) in {("native", "cuda"), ("cuda", "cpu")}:
+            return False
+        return params.get("dtype", torch.float32) in ops._registry.IMPLS[op][backend].dtypes
+
+    dropped = [item for item in items if not exists(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if exists(item)]
+
+
+@pytest.fixture
+def use_backend(monkeypatch: pytest.MonkeyPatch):
+    """Forces a backend for the rest of the test; it must be able to run."""
+
+    def force(backend: str, op: str, device: str, dtype: torch.dtype = torch.float32) -> None:
+        reason = ops._registry.unavailable(op, backend, device, dtype)
+        assert not reason, reason
+        monkeypatch.setenv("PYPRUNE_BACKEND", backend)
+
+    return force
+
+
+@pytest.fixture
+def use_isa():
+    """Restricts the native kernels to one instruction set for the rest of the test."""
+    native = ops._registry._native.MODULE
+    assert native is not None, ops._registry._native.MISSING
+
+    def force(isa: str) -> None:
+        try:
+            native.set_isa(isa)
+        except ValueError as error:
+            pytest.skip(str(error))
+
+    yield force
+    native.set_isa("best")

@@ -1,0 +1,113 @@
+import pytest
+import torch
+
+from pyprune import ops
+
+OP = "column_norms"
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-6, torch.float16: 1e-6, torch.float64: 1e-13}
+
+# One row, one column, sizes that divide no tile, more than one Triton program along the tokens.
+SHAPES = [(1, 1), (1, 200), (7, 3), (33, 129), (300, 65), (1030, 40)]
+
+
+def expected(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+    w = torch.ones(len(x)) if weight is None else weight.cpu()
+    return (x.cpu().double().square() * w.double()[:, None]).sum(0)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_matches_float64(backend, device, use_backend, shape, dtype, weighted):
+    use_backend(backend, OP, device, dtype)
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=gen).to(dtype).to(device)
+    weight = torch.rand(shape[0], generator=gen).to(device) if weighted else None
+    got = ops.column_norms(x, weight=weight)
+    want = expected(x, weight)
+    torch.testing.assert_close(got.cpu().double(), want, rtol=TOLERANCE[dtype], atol=1e-30)
+
+
+def test_accumulates_in_place_and_batches_add_up(backend, device, use_backend):
+    use_backend(backend, OP, device, torch.float32)
+    x = torch.randn(50, 17, generator=torch.Generator().manual_seed(1)).to(device)
+    out = torch.full((17,), 2.0, device=device)
+    assert ops.column_norms(x[:20], out=out) is out
+    ops.column_norms(x[20:], out=out)
+    torch.testing.assert_close(out.cpu().double(), 2 + expected(x, None), rtol=1e-6, atol=0)
+
+
+def test_strided_input(backend, device, use_backend):
+    use_backend(backend, OP, device, torch.float32)
+    big = torch.randn(40, 90, generator=torch.Generator().manual_seed(2)).to(device)
+    for x in (big[::2, 5:70], big.T[3:80], big[:, ::3]):
+        torch.testing.assert_close(
+            ops.column_norms(x).cpu().double(), expected(x, None), rtol=1e-6, atol=0
+        )
+
+
+def test_infinity_and_nan_stay_in_their_column(backend, device, use_backend):
+    use_backend(backend, OP, device, torch.float32)
+    x = torch.ones(4, 6, device=device)
+    x[1, 2], x[2, 4] = float("inf"), float("nan")
+    got = ops.column_norms(x).cpu()
+    assert got[2] == float("inf") and got[4].isnan()
+    assert torch.equal(got[[0, 1, 3, 5]], torch.full((4,), 4.0))
+
+
+def test_no_tokens_leaves_the_accumulator(backend, device, use_backend):
+    use_backend(backend, OP, device, torch.float32)
+    out = torch.arange(3.0, device=device)
+    assert torch.equal(ops.column_norms(torch.empty(0, 3, device=device), out=out).cpu(),
+                       torch.arange(3.0))  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa, use_isa):
+    use_isa(isa)
+    x = torch.randn(61, 133, generator=torch.Generator().manual_seed(3))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.testing.assert_close(
+            ops.column_norms(x.to(dtype)).double(), expected(x.to(dtype), None), rtol=1e-6, atol=0
+        )
+
+
+def test_independent_of_thread_count():
+    x = torch.randn(500, 300, generator=torch.Generator().manual_seed(4))
+    threads = torch.get_num_threads()
+    want = ops.column_norms(x)
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(ops.column_norms(x), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"x": torch.zeros(3)}, "x: expected 2 dimensions"),
+        ({"x": torch.zeros(3, 2, dtype=torch.int32)}, "x: expected bf16, fp16, fp32 or fp64"),
+        ({"x": torch.zeros(3, 2), "weight": torch.zeros(2)}, "weight: expected shape"),
+        ({"x": torch.zeros(3, 2), "out": torch.zeros(3)}, "out: expected shape"),
+        ({"x": torch.zeros(3, 2), "out": torch.zeros(2).double()}, "out: expected torch.float32"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ops.column_norms(kwargs.pop("x"), **kwargs)
+
+
+def test_opcheck():
+    x = torch.randn(5, 7)
+    for weight in (None, torch.rand(5)):
+        torch.library.opcheck(torch.ops.pyprune.column_norms, (torch.zeros(7), x, weight))
+
+
+def test_compiles_without_graph_breaks():
+    def f(x):
+        return ops.column_norms(x).sqrt()
+
+    x = torch.randn(9, 11)
+    got = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, f(x))
