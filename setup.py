@@ -2,7 +2,7 @@
 
 Environment:
   PYPRUNE_CUDA=AUTO|ON|OFF   build the CUDA objects (AUTO: whenever nvcc is found)
-  PYPRUNE_NATIVE=ON|OFF      OFF installs without pyprune._C; the reference and Triton backends remain
+  PYPRUNE_NATIVE=ON|OFF      OFF installs without pyprune._C: the reference and Triton remain
 """
 
 import os

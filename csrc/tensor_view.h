@@ -54,8 +54,8 @@ inline void require(bool ok, const std::string& message) {
 }
 
 inline void require_dtype(const TensorView& t, DType want, const char* name) {
-  require(t.dtype == want, std::string(name) + ": expected " + dtype_name(want) + ", got " +
-                               dtype_name(t.dtype));
+  require(t.dtype == want,
+          std::string(name) + ": expected " + dtype_name(want) + ", got " + dtype_name(t.dtype));
 }
 
 inline void require_shape(const TensorView& t, std::initializer_list<int64_t> want,

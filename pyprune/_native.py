@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
-import torch.utils.dlpack
+from torch.utils import dlpack
 
 # torch is imported first on purpose: its OpenMP runtime is then the one `_C` binds to, and both
 # share one thread pool.
@@ -17,7 +18,7 @@ logger = logging.getLogger("pyprune")
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from pyprune import _C
+        _C = import_module("pyprune._C")
     except ImportError as error:
         return None, f"pyprune._C cannot be imported ({error})"
     return _C, ""
@@ -30,7 +31,7 @@ if MODULE is None:
 
 def capsule(t: torch.Tensor) -> Any:
     """`t` as a DLPack capsule that `_C` borrows for the length of one call."""
-    return torch.utils.dlpack.to_dlpack(t.detach())
+    return dlpack.to_dlpack(t.detach())  # type: ignore[attr-defined]
 
 
 def optional_capsule(t: torch.Tensor | None) -> Any:

@@ -1,7 +1,7 @@
 """Which weights may stay: frozen values that every method takes.
 
-Sparsity is the fraction removed. `NM(n, m)` keeps n of every m consecutive inputs of a row (NVIDIA's
-and PyTorch's reading; the SparseGPT and Wanda repositories count the pruned ones).
+Sparsity is the fraction removed. `NM(n, m)` keeps n of every m consecutive inputs of a row
+(NVIDIA's and PyTorch's reading; the SparseGPT and Wanda repositories count the pruned ones).
 """
 
 from __future__ import annotations

@@ -8,9 +8,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest  # noqa: E402
+import pytest
 
-from pyprune import ops  # noqa: E402
+from pyprune import ops
 
 ALLOCATORS = ("empty", "empty_like", "empty_strided")
 
@@ -47,16 +47,16 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Tests that take `backend` run once per implementation of the op that the module names as `OP`:
-    a new backend is tested without new test code."""
+    """Tests that take `backend` run once per implementation of the op named by the module's
+    `OP`: a new backend is tested without new test code."""
     if "backend" in metafunc.fixturenames:
         op = metafunc.module.OP
         metafunc.parametrize("backend", list(ops._registry.IMPLS[op]))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Drops combinations that cannot exist (native on a GPU, cuda on the CPU, a dtype that a backend
-    does not take), so that what is left on the CPU never skips."""
+    """Drops combinations that cannot exist (native on a GPU, cuda on the CPU, a dtype that a
+    backend does not take), so that what is left on the CPU never skips."""
 
     def exists(item: pytest.Item) -> bool:
         params = getattr(getattr(item, "callspec", None), "params", {})

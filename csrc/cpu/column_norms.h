@@ -7,9 +7,9 @@
 namespace pyprune {
 
 struct ColumnNormsArgs {
-  TensorView acc;                // f32 [C], contiguous
-  TensorView x;                  // f32 | bf16 | f16 [T, C], unit stride along C
-  const TensorView* weight;      // f32 [T], contiguous, or null
+  TensorView acc;            // f32 [C], contiguous
+  TensorView x;              // f32 | bf16 | f16 [T, C], unit stride along C
+  const TensorView* weight;  // f32 [T], contiguous, or null
   int threads;
 };
 

@@ -32,30 +32,30 @@ inline Isa current_isa() { return static_cast<Isa>(isa_slot().load(std::memory_o
 }  // namespace pyprune
 
 #if defined(__x86_64__)
-#define PYPRUNE_CPU_KERNEL(name, Args)                  \
-  namespace portable {                                  \
-  void name(const Args& args);                          \
-  }                                                     \
-  namespace avx2 {                                      \
-  void name(const Args& args);                          \
-  }                                                     \
-  namespace avx512 {                                    \
-  void name(const Args& args);                          \
-  }                                                     \
-  inline void name(const Args& args) {                  \
-    switch (current_isa()) {                            \
-      case Isa::avx512:                                 \
-        return avx512::name(args);                      \
-      case Isa::avx2:                                   \
-        return avx2::name(args);                        \
-      default:                                          \
-        return portable::name(args);                    \
-    }                                                   \
+#define PYPRUNE_CPU_KERNEL(name, Args) \
+  namespace portable {                 \
+  void name(const Args& args);         \
+  }                                    \
+  namespace avx2 {                     \
+  void name(const Args& args);         \
+  }                                    \
+  namespace avx512 {                   \
+  void name(const Args& args);         \
+  }                                    \
+  inline void name(const Args& args) { \
+    switch (current_isa()) {           \
+      case Isa::avx512:                \
+        return avx512::name(args);     \
+      case Isa::avx2:                  \
+        return avx2::name(args);       \
+      default:                         \
+        return portable::name(args);   \
+    }                                  \
   }
 #else
-#define PYPRUNE_CPU_KERNEL(name, Args)                  \
-  namespace portable {                                  \
-  void name(const Args& args);                          \
-  }                                                     \
+#define PYPRUNE_CPU_KERNEL(name, Args) \
+  namespace portable {                 \
+  void name(const Args& args);         \
+  }                                    \
   inline void name(const Args& args) { portable::name(args); }
 #endif

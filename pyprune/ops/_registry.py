@@ -1,7 +1,7 @@
 """One table of op implementations; it drives dispatch, tests and benchmarks alike.
 
-`IMPLS[op][backend]` is an `Impl`. An op has one schema, registered on the `pyprune` library; calling
-it runs the fastest backend that can serve the tensors' device and dtype, or the one that
+`IMPLS[op][backend]` is an `Impl`. An op has one schema, registered on the `pyprune` library;
+calling it runs the fastest backend that can serve the tensors' device and dtype, or the one that
 `PYPRUNE_BACKEND` names. A forced backend that lacks the op raises; an implementation that fails
 raises: nothing falls back after an exception.
 """

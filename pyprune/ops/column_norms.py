@@ -1,4 +1,4 @@
-"""Squared column norms of activations: the statistic of Wanda and the diagonal of the Gram matrix."""
+"""Squared column norms of activations: Wanda's statistic and the diagonal of the Gram matrix."""
 
 from __future__ import annotations
 
