@@ -29,6 +29,10 @@ def select_mask(
     Returns:
         mask `[R, C]` bool, True = kept. Exact counts; of equal scores the lower index goes first.
     """
+    if not isinstance(pattern, NM) and scope not in ("row", "layer"):
+        raise ValueError(
+            f"scope: expected row or layer, or a mask that was selected, got {scope!r}"
+        )
     if not isinstance(pattern, NM) and scope == "row":
         count = pruned_count(w.shape[1], pattern.sparsity)
         return mask_rows(w, count, scale=scale, preserve=preserve)

@@ -47,14 +47,17 @@ def sparsegpt(
             factor.u,
             nm=(pattern.n, pattern.m),
             preserve=preserve,
-            block_size=options.aligned_block_size(pattern.m),
+            block_size=options.block_size,
         )
     else:
+        scope = pattern.scope or "block"
+        if scope == "global":
+            raise ValueError("sparsegpt: scope global expects the mask that was selected, got none")
         swept = ops.obs_sweep(
             w,
             factor.u,
             sparsity=pattern.sparsity,
-            scope=pattern.scope or METHOD.default_scope,
+            scope=scope,
             preserve=preserve,
             block_size=options.block_size,
             reference_count=options.reference_count,

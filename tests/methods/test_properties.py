@@ -35,13 +35,9 @@ def solve(method, pattern, w, x, preserve=None, mask=None, **options):
     return METHODS[method].solve(w, inputs_of(x), pattern, options, preserve, mask)
 
 
-def groups(mask, scope, block=16):
-    """The comparison groups of a mask, one a row."""
-    if scope == "row":
-        return list(mask)
-    if scope == "block":
-        return [part.flatten() for part in mask.split(block, dim=1)]
-    return [mask.flatten()]
+def groups(mask, scope):
+    """The parts of a mask whose counts are exact."""
+    return list(mask) if scope == "row" else [mask.flatten()]
 
 
 @pytest.mark.parametrize("sparsity", [0, 0.13, 0.5, 0.77, 0.99])
@@ -358,6 +354,13 @@ def test_needs_inputs(method):
         METHODS["magnitude"].solve(
             w, None, Unstructured(0.5), MethodOptions(update="iterative"), None, None
         )
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_a_global_scope_needs_the_mask_that_was_selected(method):
+    w, x = example()
+    with pytest.raises(ValueError, match=r"a mask that was selected|the mask that was selected"):
+        solve(method, Unstructured(0.5, "global"), w, x)
 
 
 def test_norms_are_not_enough_for_a_sweep():
