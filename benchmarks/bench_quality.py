@@ -3,9 +3,9 @@
     python benchmarks/bench_quality.py --json benchmarks/results/quality.json
     python benchmarks/bench_quality.py --methods wanda --patterns 2:4
 
-Every row: method, pattern, calibration (text, tokens, seed), seconds and peak memory of the pruning
-run, and for each evaluation text the perplexity with its protocol. Rows already in the JSON file are
-kept, so that an interrupted run goes on where it stopped.
+Every row: method, pattern, calibration (text, tokens, seed), seconds and peak memory of the
+pruning run, and for each evaluation text the perplexity with its protocol. Rows already in the
+JSON file are kept, so that an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations

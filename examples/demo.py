@@ -103,8 +103,8 @@ class Demo:
 
     def table(self) -> Table:
         table = Table(
-            title=f"SmolLM2-135M, SparseGPT; perplexity on {EVALUATION_TOKENS:,} tokens of Wikipedia "
-            f"in windows of {SEQLEN}, no BOS"
+            title=f"SmolLM2-135M; perplexity on {EVALUATION_TOKENS:,} tokens of Wikipedia in "
+            f"windows of {SEQLEN}, no BOS"
         )
         columns = ("method", "pattern", "sparsity", "perplexity", "seconds", "peak memory")
         for i, column in enumerate(columns):
