@@ -8,7 +8,8 @@
 
 namespace pyprune {
 void bind_column_norms(pybind11::module_& m);
-}
+void bind_obs_sweep(pybind11::module_& m);
+}  // namespace pyprune
 
 PYBIND11_MODULE(_C, m) {
   using namespace pyprune;
@@ -39,4 +40,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   bind_column_norms(m);
+  bind_obs_sweep(m);
 }

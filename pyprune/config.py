@@ -9,16 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
 from pyprune.errors import UserError
 from pyprune.methods import Method, MethodOptions, find_method
+from pyprune.methods.base import Update
 from pyprune.patterns import Pattern, Scope, Unstructured, parse_nm
 
-WALKS = ("single", "two-pass", "naive")
-SPILLS = ("none", "host", "disk")
+Walk = Literal["single", "two-pass", "naive"]
+Spill = Literal["none", "host", "disk"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -74,7 +75,7 @@ class PruneConfig:
     sparsity: float | None = None
     pattern: str | None = None
     scope: Scope | None = None
-    update: str = "none"
+    update: Update = "none"
     score_mass: bool = False
     reference_count: bool = False
     preserve_zeros: bool = False
@@ -82,8 +83,8 @@ class PruneConfig:
     block_size: int = 128
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
-    walk: str = "single"
-    spill: str = "none"
+    walk: Walk = "single"
+    spill: Spill = "none"
     device: str = "auto"
     dtype: str = "auto"
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
@@ -101,8 +102,8 @@ class PruneConfig:
             )
         if self.pattern is not None and self.scope is not None:
             raise UserError(f"scope: expected none with pattern {self.pattern}, got {self.scope!r}")
-        _check_choice("walk", self.walk, WALKS)
-        _check_choice("spill", self.spill, SPILLS)
+        _check_choice("walk", self.walk, get_args(Walk))
+        _check_choice("spill", self.spill, get_args(Spill))
         _check_choice("dtype", self.dtype, DTYPES)
         kind, _, index = self.device.partition(":")
         if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
@@ -124,7 +125,7 @@ class PruneConfig:
         return MethodOptions(
             damping=self.damping,
             block_size=self.block_size,
-            update=self.update,  # type: ignore[arg-type]  # checked on construction
+            update=self.update,
             score_mass=self.score_mass,
             reference_count=self.reference_count,
         )
@@ -146,7 +147,8 @@ class PruneConfig:
         return cls(**values)
 
     def to_yaml(self) -> str:
-        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        # Escaped ASCII: PyYAML writes some Unicode line breaks in a way that it reads as spaces.
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
         return text
 
     @classmethod
@@ -187,6 +189,9 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 # What a field's annotation admits, and how it is called in a message. An int is a fine float.
 _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     str: ((str,), "text"),
+    Update: ((str,), "text"),
+    Walk: ((str,), "text"),
+    Spill: ((str,), "text"),
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     bool: ((bool,), "true or false"),

@@ -123,9 +123,9 @@ class Report:
                 raise UserError(f"pyprune.json: expected schema {SCHEMA}, got {schema!r}")
             return cls._from_dict(values)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"pyprune.json: expected a report, got something else: {error!r}") from (
-                error
-            )
+            raise UserError(
+                f"pyprune.json: expected a report, got something else: {error!r}"
+            ) from (error)
 
     @classmethod
     def _from_dict(cls, values: dict[str, Any]) -> Report:
@@ -162,7 +162,7 @@ class Report:
         for layer in self.layers:
             table.add_row(
                 layer.name,
-                f"{layer.shape[0]}×{layer.shape[1]}",
+                f"{layer.shape[0]} x {layer.shape[1]}",
                 f"{layer.sparsity:.4f}",
                 f"{layer.tokens:.0f}" if layer.tokens else "-",
                 _percent(layer.relative_error_before_update),
@@ -207,8 +207,8 @@ def model_card(report: Report) -> str:
         "",
         f"# {report.model}, pruned: {config.method} {config.target()}",
         "",
-        f"{report.sparsity:.2%} of the {elements:,} weights in {len(report.layers)} matrices of the "
-        "decoder blocks are zero. Embeddings, head, norms, biases and routers are those of the "
+        f"{report.sparsity:.2%} of the {elements:,} weights in {len(report.layers)} matrices of "
+        "the decoder blocks are zero. Embeddings, head, norms, biases and routers are those of the "
         "original. The weights are stored dense, zeros included: any loader reads them, and "
         "nothing is smaller or faster by itself.",
         "",

@@ -42,9 +42,9 @@ class MethodOptions:
     reference_count: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.damping <= self.max_damping:
+        if not 0 <= self.damping <= self.max_damping:
             raise UserError(
-                f"damping: expected a number in (0, {self.max_damping}], got {self.damping}"
+                f"damping: expected a number in [0, {self.max_damping}], got {self.damping}"
             )
         if self.block_size < 1:
             raise UserError(f"block_size: expected at least 1 column, got {self.block_size}")

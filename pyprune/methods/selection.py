@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -35,7 +33,7 @@ def select_mask(
         count = pruned_count(w.shape[1], pattern.sparsity)
         return mask_rows(w, count, scale=scale, preserve=preserve)
     if preserve is not None:
-        w, scale = _forced_first(w, scale, preserve), None
+        w, scale = forced_first(w, scale, preserve), None
     if isinstance(pattern, NM):
         mask = ops.mask_nm(w, pattern.n, pattern.m, column_scale=scale)
     else:
@@ -51,33 +49,10 @@ def mask_rows(
     """Each row of `w` loses its `count` lowest scores; see `select_mask`."""
     if preserve is None:
         return ops.mask_topk(w, count, column_scale=scale)
-    return ops.mask_topk(_forced_first(w, scale, preserve), count) & preserve
+    return ops.mask_topk(forced_first(w, scale, preserve), count) & preserve
 
 
-def select_global(
-    ws: Sequence[Tensor],
-    sparsity: float,
-    *,
-    scales: Sequence[Tensor] | None = None,
-    preserves: Sequence[Tensor] | None = None,
-) -> list[Tensor]:
-    """One selection over all layers: exactly the `sparsity` lowest scores of all `ws` go.
-
-    Ties: lower layer first, then lower flat index. `preserves` as in `select_mask`.
-    """
-    count = pruned_count(sum(w.numel() for w in ws), sparsity)
-    if preserves is None:
-        return ops.mask_global(list(ws), count, column_scales=None if scales is None else [*scales])
-    columns: Sequence[Tensor | None] = scales if scales is not None else [None] * len(ws)
-    forced = [
-        _forced_first(w.to(torch.promote_types(w.dtype, torch.float32)), scale, preserve)
-        for w, scale, preserve in zip(ws, columns, preserves, strict=True)
-    ]
-    masks = ops.mask_global(forced, count)
-    return [mask & preserve for mask, preserve in zip(masks, preserves, strict=True)]
-
-
-def _forced_first(w: Tensor, scale: Tensor | None, preserve: Tensor) -> Tensor:
+def forced_first(w: Tensor, scale: Tensor | None, preserve: Tensor) -> Tensor:
     """Scores in which what must stay pruned is 0 and nothing else is: all others move up by one
     representable number, which keeps their order and their ties (but for the largest finite
     number, which meets infinity)."""
@@ -115,6 +90,6 @@ def score_mass_mask(
     fraction = running / running[:, -1:].clamp_min(tiny)
     mass = torch.empty_like(fraction).scatter_(1, order.indices, fraction)
     if preserve is not None:
-        mass = _forced_first(mass, None, preserve)
+        mass = forced_first(mass, None, preserve)
     mask = ops.mask_topk(mass.reshape(1, -1), pruned_count(w.numel(), sparsity)).view_as(w)
     return mask if preserve is None else mask & preserve

@@ -93,7 +93,12 @@ def iterative(
 
 
 def _panel_mask(
-    w: Tensor, start: int, stop: int, pattern: Pattern, scale: Tensor | None, preserve: Tensor | None
+    w: Tensor,
+    start: int,
+    stop: int,
+    pattern: Pattern,
+    scale: Tensor | None,
+    preserve: Tensor | None,
 ) -> Tensor:
     """The kept weights of columns `start` to `stop`. An unstructured row's count is shared out so
     that the running total never strays from `sparsity` by more than half a weight."""

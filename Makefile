@@ -1,0 +1,68 @@
+# make demo | test | bench | gpu | aot | lint    Each sets up what it needs on a fresh machine.
+#
+# PYTHON   the interpreter a new virtual environment is made from (3.10 - 3.13)
+# VENV     where it is put; reused by every target
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
+DEMO_DIR ?= demo-output
+SOURCES := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+.PHONY: demo test test-all lint bench bench-smoke gpu aot asan clean
+
+# Dependencies, pinned by constraints.txt. torch first and by its exact version: a bare requirement
+# would let the resolver pick a newer build with several gigabytes of CUDA libraries.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q "setuptools>=77" wheel
+	$(BIN)/python -m pip install -q "$$(grep -i '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install -q -c constraints.txt pybind11 cmake ninja
+	PYPRUNE_NATIVE=OFF $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[test,dev,datasets]'
+	touch $@
+
+$(BUILT): $(INSTALLED) $(SOURCES)
+	mkdir -p build
+	source $(BIN)/activate && python -m pip install -q --no-build-isolation --no-deps -e . \
+	  > build/install.log 2>&1 || { cat build/install.log; exit 1; }
+	$(BIN)/python -c "from pyprune import _native; assert _native.MODULE, _native.MISSING"
+	touch $@
+
+# Prunes the packaged model at 50 % and 2:4 and shows perplexity before and after.
+demo: $(BUILT)
+	$(BIN)/python examples/demo.py --out $(DEMO_DIR)
+
+# Prebuilt interpreter runs (the GPU) and real-model tests are chosen by markers; see pyproject.toml.
+test: $(BUILT)
+	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+# Every benchmark for real, rows into benchmarks/results/. Half an hour or more on two cores.
+bench: $(BUILT)
+	$(BIN)/python benchmarks/run_all.py
+
+bench-smoke: $(BUILT)
+	$(BIN)/python benchmarks/run_all.py --smoke
+
+# Registers, spills, shared memory and instruction mix of every Triton kernel; needs no GPU.
+aot: $(INSTALLED)
+	$(BIN)/python benchmarks/aot.py --json benchmarks/results/aot.json --markdown docs/aot.md
+
+# On a machine with a CUDA device and torch, Triton and nvcc already installed: uses PYTHON as it is
+# (no virtual environment, no network), builds, runs the GPU tests and the benchmarks.
+gpu:
+	mkdir -p build
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . > build/install.log 2>&1 || { cat build/install.log; exit 1; }
+	$(PYTHON) -m pytest -q -m gpu $(PYTEST_ARGS)
+	$(PYTHON) benchmarks/run_all.py --device cuda
+
+clean:
+	rm -rf build $(DEMO_DIR) pyprune/_C*.so $(BUILT)

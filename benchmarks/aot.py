@@ -1,0 +1,153 @@
+"""Compiles every Triton kernel for GPUs that are not there and reads what came of it.
+
+    python benchmarks/aot.py            # table; exit 1 if a kernel spills or does not compile
+    python benchmarks/aot.py --json benchmarks/results/aot.json --markdown docs/aot.md
+
+Each `pyprune/kernels/<family>.py` lists the configurations it launches in `AOT`: dicts with
+`kernel`, `signature`, `constexprs`, and optionally `num_warps`, `num_stages`, `label`, and
+`aligned` (integer arguments that are multiples of 16 in practice; pointers always are). Strides
+that are 1 in practice belong in `constexprs`, as Triton specialises them when it launches.
+Registers, spills and shared
+memory come from `ptxas -v`; the instruction mix is counted in the PTX.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    sys.exit("unset TRITON_INTERPRET: under it Triton's decorator makes interpreted functions")
+
+import triton
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+INSTRUCTIONS = {
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "mma": r"\bmma\.sync",
+    "cp.async": r"\bcp\.async\.c[ag]",
+    "bulk": r"\bcp\.async\.bulk",
+    "ld.v4": r"\bld\.global[\w.:]*\.v4",
+}
+
+
+def ptxas(ptx: str, capability: int) -> dict[str, int]:
+    """Registers, spills (bytes) and static shared memory of the only entry in `ptx`."""
+    arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
+    tool = get_ptxas(capability).path  # the one that Triton pairs with its PTX version
+    with tempfile.TemporaryDirectory() as tmp:
+        source = Path(tmp) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [str(tool), "-v", f"--gpu-name={arch[1] if arch else f'sm_{capability}'}",
+                   str(source), "-o", str(Path(tmp) / "kernel.cubin")]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = done.stdout + done.stderr
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{log}")
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if not registers or not spills:
+        raise RuntimeError(f"ptxas printed no usage:\n{log}")
+    return {"registers": int(registers[1]), "spill_bytes": int(spills[1]) + int(spills[2])}
+
+
+def compile_one(family: str, spec: dict, target: str) -> dict:
+    capability = TARGETS[target]
+    kernel, constexprs = spec["kernel"], spec.get("constexprs", {})
+    signature = {n: "constexpr" if n in constexprs else spec["signature"][n]
+                 for n in kernel.arg_names}  # fmt: skip
+    aligned = set(spec.get("aligned", ()))
+    attrs = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(kernel.arg_names)
+        if signature[n].startswith("*") or n in aligned
+    }
+    options = {"num_warps": spec.get("num_warps", 4), "num_stages": spec.get("num_stages", 3)}
+    source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attrs)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    ptx = compiled.asm["ptx"]
+    return {
+        "family": family,
+        "kernel": kernel.__name__,
+        "label": spec.get("label", ""),
+        "target": target,
+        **options,
+        **ptxas(ptx, capability),
+        "shared_bytes": compiled.metadata.shared,
+        **{name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()},
+    }
+
+
+def specs(families: list[str]) -> list[tuple[str, dict]]:
+    found = []
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        if families and path.stem not in families:
+            continue
+        module = importlib.import_module(f"pyprune.kernels.{path.stem}")
+        found += [(path.stem, spec) for spec in module.AOT]
+    return found
+
+
+COLUMNS = ("kernel", "label", "target", "num_warps", "num_stages", "registers", "spill_bytes",
+           "shared_bytes", *INSTRUCTIONS)  # fmt: skip
+
+
+def markdown(rows: list[dict]) -> str:
+    lines = [
+        "# What the compiler makes of the Triton kernels",
+        "",
+        f"Written by `make aot` with Triton {triton.__version__}, no GPU needed. Registers are per "
+        "thread; spills and shared memory are bytes; the other columns count PTX instructions.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + " --- |" * len(COLUMNS),
+    ]
+    lines += ["| " + " | ".join(str(row[c]) for c in COLUMNS) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help="kernel files to compile; default all")
+    parser.add_argument("--target", action="append", choices=list(TARGETS))
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", type=Path)
+    args = parser.parse_args()
+
+    rows = [
+        compile_one(family, spec, target)
+        for family, spec in specs(args.families)
+        for target in args.target or TARGETS
+    ]
+    if not rows:
+        parser.error(f"no kernel configurations found for {args.families}")
+    table = Table(*COLUMNS, title="ahead-of-time compilation")
+    for row in rows:
+        table.add_row(*(str(row[c]) for c in COLUMNS), style="red" if row["spill_bytes"] else "")
+    Console(width=180).print(table)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    if args.markdown:
+        args.markdown.write_text(markdown(rows))
+    spilled = [f"{r['kernel']} ({r['label']}, {r['target']})" for r in rows if r["spill_bytes"]]
+    if spilled:
+        print("spills:", ", ".join(spilled), file=sys.stderr)
+    return 1 if spilled else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

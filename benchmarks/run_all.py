@@ -1,0 +1,68 @@
+"""Runs every benchmark in this folder, each in its own process, and keeps its rows.
+
+python benchmarks/run_all.py                  # all, rows into benchmarks/results/<device>/
+python benchmarks/run_all.py --smoke          # tiny sizes, rows thrown away: do they still run?
+python benchmarks/run_all.py gram obs         # some of them
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+
+def device_slug(device: str) -> str:
+    """A file-name-safe name of the device that the rows were measured on."""
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
+    else:
+        text = Path("/proc/cpuinfo").read_text()
+        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+        name = f"{found[1] if found else 'cpu'} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="bench_<name>.py; default all")
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--out", type=Path, help="folder for the rows")
+    args = parser.parse_args()
+
+    scripts = {p.stem.removeprefix("bench_"): p for p in sorted(HERE.glob("bench_*.py"))}
+    if unknown := set(args.names) - set(scripts):
+        parser.error(f"no such benchmark: {sorted(unknown)}; there are {sorted(scripts)}")
+    failed = []
+    with tempfile.TemporaryDirectory() as tmp:
+        if args.out is not None:
+            out = args.out
+        elif args.smoke:
+            out = Path(tmp)
+        else:
+            out = HERE / "results" / device_slug(args.device)
+        out.mkdir(parents=True, exist_ok=True)
+        for name in args.names or scripts:
+            started = time.perf_counter()
+            command = [sys.executable, str(scripts[name]), "--device", args.device,
+                       "--json", str(out / f"{name}.json")]  # fmt: skip
+            code = subprocess.call(command + (["--smoke"] if args.smoke else []))
+            print(f"{scripts[name].name}: exit {code}, {time.perf_counter() - started:.1f} s")
+            if code != 0:
+                failed.append(name)
+    if failed:
+        print("failed:", ", ".join(failed), file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
