@@ -49,6 +49,7 @@ setup(
     packages=[
         "pyprune",
         "pyprune.calibration",
+        "pyprune.checkpoint",
         "pyprune.kernels",
         "pyprune.methods",
         "pyprune.models",
