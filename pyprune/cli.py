@@ -310,9 +310,9 @@ def evaluate(
     from pyprune.evaluate import perplexity
 
     with ProgressBar(_stderr(), "evaluating") as bar:
-        name, content = _evaluation_text(text)
         checkpoint = Checkpoint.open(_resolve(model, bar))
         tokenizer = checkpoint.tokenizer()
+        name, content = _evaluation_text(text)
         given = {"seqlen": seqlen, "batch_size": batch_size}
         result = perplexity(
             _load(checkpoint, device, dtype),
@@ -385,9 +385,9 @@ def methods(as_json: AsJson = False) -> None:
     """The table of what can be combined."""
     from pyprune.methods import METHODS
 
-    table = Table(
-        "method", "what", "scopes", "N:M", "calibration", "updates weights", "--update", "paper"
-    )
+    table = Table("method", "what", "scopes", "N:M", "calibration", "--update")
+    table.columns[0].no_wrap = True
+    table.show_lines = True
     rows = []
     for method in METHODS.values():
         row = {
@@ -403,13 +403,11 @@ def methods(as_json: AsJson = False) -> None:
         rows.append(row)
         table.add_row(
             method.name,
-            method.title,
+            f"{method.title} ({method.paper})",
             ", ".join(method.scopes),
             "any" if method.nm else "no",
             method.statistic or "none",
-            "yes" if method.updates_weights else "no",
-            ", ".join(method.updates),
-            method.paper,
+            "by itself" if method.updates_weights else ", ".join(method.updates),
         )
     _show(rows, as_json, table, "The first scope is the method's default.")
 

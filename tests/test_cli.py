@@ -176,7 +176,7 @@ BAD = [
     ("prune MODEL -m magnitude -s 1 --out OUT", "fraction in [0, 1)"),
     ("prune MODEL -m magnitude -s -0.1 --out OUT", "fraction in [0, 1)"),
     ("prune MODEL -m magnitude -s nan --out OUT", "expected a number"),
-    ("prune MODEL -m magnitude -s half --out OUT", "'half' is not a valid float"),
+    ("prune MODEL -m magnitude -s half --out OUT", "--sparsity"),
     ("prune MODEL -m magnitude -p 5:4 --out OUT", "N:M"),
     ("prune MODEL -m magnitude -p 0:4 --out OUT", "1 <= N <= M"),
     ("prune MODEL -m magnitude -p two --out OUT", "such as 2:4"),
