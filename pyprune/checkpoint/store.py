@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Protocol
@@ -120,15 +119,6 @@ class StreamingStore:
         for module in self.adapter.blocks[i].modules():
             _move_buffers(module, torch.device("cpu"))
         self._loaded.discard(i)
-
-    def close(self) -> None:
-        """Writes the output files through to the disk."""
-        for file in self.checkpoint.files:
-            descriptor = os.open(self.out_dir / file.name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
 
     def _live(self, i: int) -> dict[str, Tensor]:
         """The present parameters and persistent buffers of block `i`, by the model's names."""

@@ -51,7 +51,6 @@ def stream(source: Path, out: Path, dtype: torch.dtype | None = torch.float32) -
                 edit_in_place(ref)
             store.flush(i)
             assert not [n for n, p in adapter.model.named_parameters() if not p.is_meta]
-        store.close()
         copy_auxiliary(checkpoint, folder)
     return store
 
