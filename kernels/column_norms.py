@@ -42,7 +42,8 @@ def _column_norms_kernel(
         squares = x * x
         if HAS_WEIGHT:
             w = tl.load(weight_ptr + rows, mask=rows < T, other=0.0)
-            squares = squares * w[:, None]
+            # A token of weight 0 contributes nothing even if it holds an infinity or NaN.
+            squares = tl.where(w[:, None] == 0.0, 0.0, squares * w[:, None])
         acc += tl.sum(squares, axis=0)
     tl.store(part_ptr + pid_t.to(tl.int64) * C + cols, acc, mask=cols < C)
 
@@ -68,3 +69,29 @@ def column_norms_triton(acc: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
     )
     # The second stage is a fixed-order reduction: no atomics, so the result is reproducible.
     acc += part.sum(dim=0)
+
+
+AOT = [
+    {
+        "kernel": _column_norms_kernel,
+        "signature": {
+            "x_ptr": "*bf16",
+            "weight_ptr": "*fp32",
+            "part_ptr": "*fp32",
+            "T": "i32",
+            "C": "i32",
+            "stride_t": "i32",
+            "stride_c": "constexpr",
+        },
+        "constexprs": {
+            "stride_c": 1,
+            "ROWS": ROWS_PER_PROGRAM,
+            "BLOCK_T": 32,
+            "BLOCK_C": 128,
+            "HAS_WEIGHT": True,
+        },
+        "num_warps": 4,
+        "num_stages": 3,
+        "label": "bf16 32x128 weighted",
+    }
+]

@@ -2,5 +2,7 @@
 see `pyprune.ops._registry` for how one is chosen."""
 
 from pyprune.ops.column_norms import column_norms
+from pyprune.ops.fisher_accumulate import fisher_accumulate
+from pyprune.ops.gram import gram
 
-__all__ = ["column_norms"]
+__all__ = ["column_norms", "fisher_accumulate", "gram"]
