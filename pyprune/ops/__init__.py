@@ -2,5 +2,24 @@
 see `pyprune.ops._registry` for how one is chosen."""
 
 from pyprune.ops.column_norms import column_norms
+from pyprune.ops.fisher_accumulate import fisher_accumulate
+from pyprune.ops.gram import gram
+from pyprune.ops.obs_factor import (
+    NotPositiveDefiniteError,
+    ObsFactor,
+    inverse_diagonal,
+    obs_factor,
+)
+from pyprune.ops.obs_sweep import ObsSweep, obs_sweep
 
-__all__ = ["column_norms"]
+__all__ = [
+    "NotPositiveDefiniteError",
+    "ObsFactor",
+    "ObsSweep",
+    "column_norms",
+    "fisher_accumulate",
+    "gram",
+    "inverse_diagonal",
+    "obs_factor",
+    "obs_sweep",
+]

@@ -1,0 +1,426 @@
+// The sweep is left-looking. Rows are cut into strips (see strip.h), and a strip's columns are
+// brought up to date only when their turn comes, by one product with all errors so far:
+//
+//   W[:, tile] -= E[:, :tile] U[:tile, tile]
+//
+// A strip holds W to the right of the current column and the errors E = (w - q) / U_jj to its
+// left: one array of the size of W, written once, and nearly all arithmetic in one register-blocked
+// micro-kernel. Solving a tile (kCols columns) and choosing its mask happen in cache in between.
+// Every row sees the same operations in the same order whatever the strip width and the thread
+// count, so the result depends on neither.
+#include "cpu/obs_sweep.h"
+
+#include <omp.h>
+
+#include <cstdlib>
+#include <new>
+
+#include "cpu/obs_select.h"
+#include "cpu/strip.h"
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+namespace {
+
+// Register block of kMaxVecs x kCols accumulators: 24 of 32 registers with AVX-512, 12 of 16 with
+// AVX2; one vector of rows where Vec is emulated.
+#if defined(__AVX512F__)
+constexpr int kCols = 8, kMaxVecs = 3;
+#elif defined(__AVX2__)
+constexpr int kCols = 4, kMaxVecs = 3;
+#else
+constexpr int kCols = 4, kMaxVecs = 1;
+#endif
+
+// Error columns per pass over a block: 128 x 48 floats are 24 KiB, half of a first-level cache.
+constexpr int64_t kDepth = 128;
+
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+// acc -= e[k] u[k] over k < depth; e is [depth][V vectors], u is [depth][kCols].
+template <int V, int W>
+inline void accumulate(Vec (&acc)[W][V], const float* e, const float* u, int64_t depth) {
+  constexpr int L = Vec::kLanes;
+  for (int64_t k = 0; k < depth; ++k) {
+    Vec err[V];
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) err[v] = Vec::load(e + k * V * L + v * L);
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      const Vec b = Vec::set1(u[k * kCols + w]);
+#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) acc[w][v] = Vec::fnma(err[v], b, acc[w][v]);
+    }
+  }
+}
+
+// W columns of a strip, all tiles of one panel column: tile -= e u.
+template <int V, int W>
+void update_tile(float* tile, const float* e, const float* u, int64_t depth) {
+  constexpr int L = Vec::kLanes;
+  Vec acc[W][V];
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
+  accumulate<V, W>(acc, e, u, depth);
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) acc[w][v].store(tile + (w * V + v) * L);
+}
+
+// Brings the tile up to date like update_tile, then visits its columns: `kept` gets the new
+// weights, `tile` the errors, `loss` their halved squares. `diag` is the panel at the tile's rows.
+template <int V, int W>
+void solve_tile(float* tile, const float* e, const float* u, int64_t depth, const float* inv_diag,
+                const int32_t* pruned, float* kept, double* loss) {
+  constexpr int L = Vec::kLanes;
+  Vec acc[W][V], squares[V];
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
+  accumulate<V, W>(acc, e, u, depth);
+  const float* diag = u + depth * kCols;
+#pragma GCC unroll 3
+  for (int v = 0; v < V; ++v) squares[v] = Vec::zero();
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w) {
+    const Vec inv = Vec::set1(inv_diag[w]);
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      const int32_t* mask = pruned + (w * V + v) * L;
+      where_not(mask, acc[w][v]).store(kept + (w * V + v) * L);
+      const Vec err = where(mask, acc[w][v] * inv);
+      err.store(tile + (w * V + v) * L);
+      squares[v] = Vec::fma(err, err, squares[v]);
+#pragma GCC unroll 8
+      for (int x = w + 1; x < W; ++x)
+        acc[x][v] = Vec::fnma(err, Vec::set1(diag[w * kCols + x]), acc[x][v]);
+    }
+  }
+#pragma GCC unroll 3
+  for (int v = 0; v < V; ++v) {
+    float sum[L];
+    squares[v].store(sum);
+    for (int i = 0; i < L; ++i) loss[v * L + i] += 0.5 * sum[i];
+  }
+}
+
+// Calls f with the tile width 1 <= w <= kCols as a compile-time constant.
+template <int W = kCols, class F>
+inline void with_width(int64_t w, F&& f) {
+  if constexpr (W >= 1) {
+    if (w == W) return f(std::integral_constant<int, W>());
+    with_width<W - 1>(w, f);
+  }
+}
+
+enum class Rule { given, nm, row, block };
+
+inline Rule rule_of(const ObsSweepArgs& a) {
+  if (a.given) return Rule::given;
+  if (!a.counts) return Rule::nm;
+  return a.counts->shape[1] == 1 ? Rule::block : Rule::row;
+}
+
+// One thread's masks and results of one strip x block, each [block][lanes].
+struct Scratch {
+  int32_t *pruned, *preserved, *keys;
+  float* kept;
+};
+
+template <int V>
+class Sweep {
+ public:
+  explicit Sweep(const ObsSweepArgs& args)
+      : a_(args),
+        rule_(rule_of(args)),
+        rows_(args.w.shape[1]),
+        cols_(args.w.shape[2]),
+        block_(std::min(args.block, (cols_ + kCols - 1) / kCols * kCols)),
+        strips_((rows_ + kLanes - 1) / kLanes),
+        errors_(strips_ * kLanes * cols_),
+        panel_((block_ + kCols) * cols_),
+        inv_diag_(cols_),
+        loss_(strips_ * kLanes),
+        scratch_f_(args.threads * block_ * kLanes),
+        scratch_i_(3 * args.threads * block_ * kLanes),
+        block_keys_(rule_ == Rule::block ? strips_ * kLanes * block_ : 0),
+        row_ties_(strips_ * kLanes),
+        histogram_(args.threads * DigitSelect::kBins) {}
+
+  void run() {
+    for (int64_t b = 0; b < a_.w.shape[0]; ++b) matrix(b);
+  }
+
+ private:
+  static constexpr int kLanes = V * Vec::kLanes;
+
+  const ObsSweepArgs& a_;
+  const Rule rule_;
+  const int64_t rows_, cols_, block_, strips_;
+  Buffer<float> errors_;    // [strips][cols][lanes]
+  Buffer<float> panel_;     // U[:i2, i1:i2] as [tiles][i2][kCols]
+  Buffer<float> inv_diag_;  // 1 / U_jj
+  Buffer<double> loss_;
+  Buffer<float> scratch_f_;
+  Buffer<int32_t> scratch_i_;
+  Buffer<int32_t> block_keys_;  // [strips][block][lanes]
+  Buffer<int32_t> row_ties_;
+  Buffer<int64_t> histogram_;  // [threads][bins]
+  DigitSelect select_;
+
+  // The current matrix of the batch and the current block of columns.
+  int64_t b_ = 0;
+  const float* u_ = nullptr;
+  int64_t i1_ = 0, i2_ = 0;
+
+  float* strip(int64_t s) const { return errors_ + s * kLanes * cols_; }
+  int strip_rows(int64_t s) const {
+    return static_cast<int>(std::min<int64_t>(kLanes, rows_ - s * kLanes));
+  }
+  int64_t element(int64_t s, int64_t col) const { return (b_ * rows_ + s * kLanes) * cols_ + col; }
+
+  Scratch scratch() const {
+    const int64_t n = block_ * kLanes, t = omp_get_thread_num();
+    int32_t* p = scratch_i_ + 3 * t * n;
+    return {p, p + n, p + 2 * n, scratch_f_ + t * n};
+  }
+
+  void matrix(int64_t b) {
+    b_ = b;
+    u_ = a_.u.ptr<float>() + (a_.u.shape[0] == 1 ? 0 : b * cols_ * cols_);
+    for (int64_t j = 0; j < cols_; ++j) inv_diag_[j] = 1.0f / u_[j * cols_ + j];
+    std::fill_n(static_cast<double*>(loss_), strips_ * kLanes, 0.0);
+#pragma omp parallel num_threads(a_.threads)
+    {
+      const Scratch mine = scratch();
+      for (int64_t i1 = 0; i1 < cols_; i1 += block_) {
+#pragma omp single
+        i1_ = i1, i2_ = std::min(cols_, i1 + block_);
+        pack_panel();
+        if (rule_ == Rule::block) choose_in_block();
+#pragma omp for schedule(static)
+        for (int64_t s = 0; s < strips_; ++s) {
+          if (rule_ != Rule::block) advance(s);
+          solve(s, mine);
+          store_strip(mine.kept, kLanes, strip_rows(s), i2_ - i1_,
+                      a_.weight.ptr<float>() + element(s, i1_), cols_);
+          store_strip_unset(mine.pruned, kLanes, strip_rows(s), i2_ - i1_,
+                            a_.mask.ptr<uint8_t>() + element(s, i1_), cols_);
+        }
+      }
+    }
+    float* loss = a_.loss.ptr<float>() + b * rows_;
+    for (int64_t r = 0; r < rows_; ++r) loss[r] = static_cast<float>(loss_[r]);
+  }
+
+  void pack_panel() {
+    const int64_t width = i2_ - i1_;
+#pragma omp for schedule(static)
+    for (int64_t k = 0; k < i2_; ++k) {
+      const float* row = u_ + k * cols_ + i1_;
+      for (int64_t c = 0; c < width; c += kCols) {
+        float* out = panel_ + (c * i2_ + k * kCols);
+        for (int64_t j = 0; j < kCols; ++j) out[j] = c + j < width ? row[c + j] : 0.0f;
+      }
+    }
+  }
+
+  // Loads the block's columns into strip s and applies all errors of earlier blocks to them.
+  void advance(int64_t s) {
+    const int64_t ld = a_.w.stride[1];
+    const float* w = a_.w.ptr<float>() + b_ * a_.w.stride[0] + s * kLanes * ld + i1_;
+    load_strip(w, ld, strip_rows(s), i2_ - i1_, strip(s) + i1_ * kLanes, kLanes);
+    for (int64_t k = 0; k < i1_; k += kDepth)
+      for_tiles(i1_, i2_, [&](int64_t c, auto width) {
+        update_tile<V, width>(strip(s) + c * kLanes, strip(s) + k * kLanes, panel_at(k, c),
+                              std::min(kDepth, i1_ - k));
+      });
+  }
+
+  const float* panel_at(int64_t k, int64_t c) const {
+    const int64_t in_block = c - i1_, lane = in_block % kCols;
+    return panel_ + (in_block - lane) * i2_ + k * kCols + lane;
+  }
+
+  // Calls f(first column, width) for the columns [a, b) cut at the panel's tile borders.
+  template <class F>
+  void for_tiles(int64_t a, int64_t b, F&& f) const {
+    for (int64_t c = a; c < b;) {
+      const int64_t width = std::min(b - c, kCols - (c - i1_) % kCols);
+      with_width(width, [&](auto w) { f(c, w); });
+      c += width;
+    }
+  }
+
+  // Visits the block's columns of strip s, span by span: a span's mask is chosen when all columns
+  // before it have been visited. N:M has a span per group, the other rules one per block.
+  void solve(int64_t s, const Scratch& mine) {
+    const int64_t step = rule_ == Rule::nm ? a_.m : i2_ - i1_;
+    if (a_.preserve)
+      load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1_), cols_, strip_rows(s),
+                       i2_ - i1_, mine.preserved, kLanes);
+    for (int64_t g = i1_; g < i2_; g += step) {
+      if (g > i1_)
+        for_tiles(g, g + step, [&](int64_t c, auto width) {
+          update_tile<V, width>(strip(s) + c * kLanes, strip(s) + i1_ * kLanes, panel_at(i1_, c),
+                                g - i1_);
+        });
+      choose(s, g, mine);
+      for_tiles(g, g + step, [&](int64_t c, auto width) {
+        const int64_t at = (c - i1_) * kLanes;
+        solve_tile<V, width>(strip(s) + c * kLanes, strip(s) + g * kLanes, panel_at(g, c), c - g,
+                             inv_diag_ + c, mine.pruned + at, mine.kept + at, loss_ + s * kLanes);
+      });
+    }
+  }
+
+  // The mask of the span that starts at column g.
+  void choose(int64_t s, int64_t g, const Scratch& mine) {
+    const int64_t width = rule_ == Rule::nm ? a_.m : i2_ - i1_, at = (g - i1_) * kLanes;
+    int32_t *pruned = mine.pruned + at, *preserved = mine.preserved + at;
+    switch (rule_) {
+      case Rule::given:
+        load_strip_unset(a_.given->ptr<uint8_t>() + element(s, g), cols_, strip_rows(s), width,
+                         pruned, kLanes);
+        break;
+      case Rule::nm:
+        keys_of(s, g, width, preserved, mine.keys);
+        prune_group(mine.keys, width, kLanes, static_cast<int32_t>(a_.m - a_.n), pruned);
+        break;
+      case Rule::row:
+        keys_of(s, g, width, preserved, mine.keys);
+        choose_in_rows(s, width, mine.keys, pruned);
+        break;
+      case Rule::block:
+        prune_threshold(s, width, pruned);
+        break;
+    }
+    if (a_.preserve)
+      for (int64_t i = 0; i < width * kLanes; ++i) pruned[i] |= preserved[i];
+  }
+
+  void keys_of(int64_t s, int64_t g, int64_t width, const int32_t* preserved, int32_t* keys) const {
+    score_keys(strip(s) + g * kLanes, inv_diag_ + g, width, kLanes, keys);
+    static_assert(kPreservedKey == -1, "set by or-ing the lane mask in");
+    if (a_.preserve)
+      for (int64_t i = 0; i < width * kLanes; ++i) keys[i] |= preserved[i];
+  }
+
+  void choose_in_rows(int64_t s, int64_t width, const int32_t* keys, int32_t* pruned) const {
+    const int64_t blocks = a_.counts->shape[2];
+    const int32_t* counts = a_.counts->ptr<int32_t>() + (b_ * rows_ + s * kLanes) * blocks;
+    for (int l = 0; l < kLanes; l += Vec::kLanes) {
+      Keys k = {}, threshold, ties;
+      for (int i = 0; i < Vec::kLanes && l + i < strip_rows(s); ++i)
+        k[i] = counts[(l + i) * blocks + i1_ / block_];
+      row_thresholds(keys + l, width, kLanes, k, threshold, ties);
+      prune_below(keys + l, width, kLanes, threshold, ties, pruned + l);
+    }
+  }
+
+  // --- rows x block: one threshold for all strips -------------------------------------------
+
+  int32_t* block_keys(int64_t s) const { return block_keys_ + s * kLanes * block_; }
+
+  // Brings the block up to date in every strip and finds its threshold key and the ties that
+  // each row prunes. Called by the whole team.
+  void choose_in_block() {
+    const int64_t width = i2_ - i1_;
+    const Scratch mine = scratch();
+    int64_t* histogram = histogram_ + omp_get_thread_num() * DigitSelect::kBins;
+    const int32_t count = a_.counts->ptr<int32_t>()[b_ * a_.counts->shape[2] + i1_ / block_];
+    const int64_t wanted = std::min<int64_t>(count, rows_ * width);
+#pragma omp single
+    select_ = DigitSelect{0, wanted};
+    for (int digit = 0; digit < DigitSelect::kDigits; ++digit) {
+      std::fill_n(histogram, DigitSelect::kBins, 0);
+#pragma omp for schedule(static)
+      for (int64_t s = 0; s < strips_; ++s) {
+        if (digit == 0) {
+          advance(s);
+          if (a_.preserve)
+            load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1_), cols_, strip_rows(s),
+                             width, mine.preserved, kLanes);
+          keys_of(s, i1_, width, mine.preserved, block_keys(s));
+        }
+        select_.count(digit, block_keys(s), width, kLanes, strip_rows(s), histogram);
+      }
+#pragma omp single
+      if (wanted > 0) narrow(digit);
+    }
+    share_ties(wanted);
+  }
+
+  void narrow(int digit) {
+    for (int t = 1; t < omp_get_num_threads(); ++t)
+      for (int i = 0; i < DigitSelect::kBins; ++i)
+        histogram_[i] += histogram_[t * DigitSelect::kBins + i];
+    select_.narrow(digit, histogram_);
+  }
+
+  // row_ties_: how many keys equal to the threshold each row prunes, earlier rows first.
+  void share_ties(int64_t wanted) {
+    const bool every = a_.all_ties || select_.wanted == select_.equal;
+    if (wanted <= 0 || every) {
+#pragma omp single
+      std::fill_n(static_cast<int32_t*>(row_ties_), strips_ * kLanes, wanted > 0 ? kLargestKey : 0);
+      return;
+    }
+#pragma omp for schedule(static)
+    for (int64_t s = 0; s < strips_; ++s)
+      for (int l = 0; l < kLanes; ++l) {
+        int32_t equal = 0;
+        for (int64_t c = 0; c < i2_ - i1_; ++c)
+          equal += block_keys(s)[c * kLanes + l] == select_.key();
+        row_ties_[s * kLanes + l] = equal;
+      }
+#pragma omp single
+    {
+      int64_t left = select_.wanted;
+      for (int64_t r = 0; r < rows_; ++r) {
+        row_ties_[r] = static_cast<int32_t>(std::min<int64_t>(left, row_ties_[r]));
+        left -= row_ties_[r];
+      }
+    }
+  }
+
+  void prune_threshold(int64_t s, int64_t width, int32_t* pruned) const {
+    // With nothing to prune the select never ran: no key is below 0, and no tie is wanted.
+    const int32_t key = select_.wanted > 0 ? select_.key() : 0;
+    for (int l = 0; l < kLanes; l += Vec::kLanes)
+      prune_below(block_keys(s) + l, width, kLanes, Keys{} + key,
+                  keys_at(row_ties_ + s * kLanes + l), pruned + l);
+  }
+};
+
+}  // namespace
+
+void obs_sweep(const ObsSweepArgs& args) {
+  if (args.weight.numel() == 0) return;
+  // Wide strips are faster; narrow ones when there would be too few to keep the threads busy.
+  const int64_t vectors = (args.w.shape[1] + Vec::kLanes - 1) / Vec::kLanes;
+  if constexpr (kMaxVecs == 3)
+    if (vectors >= 3 * args.threads) return Sweep<3>(args).run();
+  Sweep<1>(args).run();
+}
+
+}  // namespace PYPRUNE_ISA
+}  // namespace pyprune

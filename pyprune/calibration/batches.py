@@ -1,0 +1,112 @@
+"""Calibration data that a caller hands over: token ids in whatever container they come."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyprune.calibration.tokens import Batch, TokenSet
+from pyprune.errors import UserError
+
+
+def as_token_set(data: object, *, vocabulary: int | None, positions: int | None) -> TokenSet:
+    """Batches of token ids as a TokenSet.
+
+    Args:
+        data: a TokenSet, or an iterable of Batch, of integer tensors `[B, T]` or `[T]`, or of
+            mappings with `input_ids` and perhaps `attention_mask` (a tokenizer's output).
+        vocabulary, positions: what the model takes: ids below the one, `T` up to the other.
+
+    Raises:
+        UserError: something else was given, a batch does not fit the model, or there is no token.
+    """
+    if isinstance(data, TokenSet):
+        for i, batch in enumerate(data.batches):
+            _check(i, batch, vocabulary, positions)
+        return data
+    if isinstance(data, (str, bytes, Mapping)) or not isinstance(data, Iterable):
+        raise UserError(
+            "calibration: expected a tokenizer or an iterable of token id tensors, "
+            f"got {type(data).__name__}"
+        )
+    batches = [_as_batch(i, item) for i, item in enumerate(data)]
+    for i, batch in enumerate(batches):
+        _check(i, batch, vocabulary, positions)
+    tokens = sum(_real_tokens(batch) for batch in batches)
+    if tokens == 0:
+        raise UserError(f"calibration: expected some tokens, got {len(batches)} batches without")
+    return TokenSet(
+        batches=batches,
+        source="batches",
+        sha256=_sha256(batches),
+        tokens=tokens,
+        seqlen=max(batch.input_ids.shape[1] for batch in batches),
+        nsamples=sum(len(batch.input_ids) for batch in batches),
+    )
+
+
+def _as_batch(i: int, item: Any) -> Batch:
+    if isinstance(item, Batch):
+        return item
+    if isinstance(item, Tensor):
+        return Batch(_two_dimensional(i, "token ids", item), None)
+    if isinstance(item, Mapping) and isinstance(item.get("input_ids"), Tensor):
+        mask = item.get("attention_mask")
+        return Batch(
+            _two_dimensional(i, "input_ids", item["input_ids"]),
+            None if mask is None else _two_dimensional(i, "attention_mask", mask),
+        )
+    raise UserError(
+        f"calibration batch {i}: expected a tensor of token ids or a mapping with input_ids, "
+        f"got {type(item).__name__}"
+    )
+
+
+def _two_dimensional(i: int, name: str, x: Any) -> Tensor:
+    if not isinstance(x, Tensor) or x.dim() not in (1, 2) or x.is_floating_point():
+        got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"calibration batch {i}: expected {name} as integers [B, T], got {got}")
+    return (x[None] if x.dim() == 1 else x).long()
+
+
+def _check(i: int, batch: Batch, vocabulary: int | None, positions: int | None) -> None:
+    ids, mask = batch.input_ids, batch.attention_mask
+    if mask is not None and mask.shape != ids.shape:
+        raise UserError(
+            f"calibration batch {i}: expected an attention_mask {tuple(ids.shape)}, "
+            f"got {tuple(mask.shape)}"
+        )
+    if positions is not None and ids.shape[1] > positions:
+        raise UserError(
+            f"calibration batch {i}: expected at most the model's {positions} positions, "
+            f"got {ids.shape[1]}"
+        )
+    if ids.numel() == 0:
+        return
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        raise UserError(
+            f"calibration batch {i}: expected token ids in [0, {vocabulary}), got {low} to {high} "
+            "(a tokenizer of another model?)"
+        )
+
+
+def _real_tokens(batch: Batch) -> int:
+    if batch.attention_mask is None:
+        return batch.input_ids.numel()
+    return int((batch.attention_mask != 0).sum())
+
+
+def _sha256(batches: list[Batch]) -> str:
+    """Of shapes, ids (int64, little-endian) and masks: it identifies the data across machines."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        mask = batch.attention_mask
+        real = torch.ones_like(batch.input_ids) if mask is None else mask.long()
+        for part in (torch.tensor(batch.input_ids.shape), batch.input_ids, real):
+            digest.update(part.long().cpu().contiguous().numpy().astype("<i8").tobytes())
+    return digest.hexdigest()

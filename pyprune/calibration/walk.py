@@ -1,0 +1,383 @@
+"""The calibration walk: block by block, statistics of the inputs, then pruning.
+
+In the default mode every batch runs through the decoder once, as a coroutine. It waits at the entry
+of each block, so that the previous one can be written out and the next one loaded, and before each
+stage (the matrices that read one tensor) until the stage has been pruned from the statistic of all
+batches. So every statistic sees the pruned matrices before it, within its block too
+("true-sequential" in Frantar and Alistarh 2023), at the cost of a single forward.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pyprune.calibration.coroutine import (
+    Forward,
+    Pause,
+    TokenBatch,
+    evaluation,
+    stopping_at_entries,
+)
+from pyprune.calibration.progress import PhaseClock, WalkEvent, WalkReport
+from pyprune.calibration.schedule import (
+    Site,
+    SiteInput,
+    Stage,
+    TensorId,
+    find_stages,
+    observing,
+    sites_of,
+)
+from pyprune.calibration.spill import Parked, Spill, SpillTo
+from pyprune.calibration.stats import Statistic
+from pyprune.calibration.store import BlockStore, InMemoryStore
+from pyprune.errors import LayerError, UserError
+from pyprune.models.adapter import Adapter
+from pyprune.models.linears import LinearRef
+
+__all__ = ["BlockStore", "Group", "InMemoryStore", "Mode", "WalkEvent", "WalkReport", "walk"]
+
+Mode = Literal["single", "two-pass", "naive"]
+
+
+@dataclass(eq=False)
+class Group:
+    """Matrices to be pruned together.
+
+    Attributes:
+        linears: those that read the same tensor, or one expert.
+        statistic: of that tensor; None if the walk collects none. `tokens` is 0 for an expert that
+            no token was routed to.
+        block: index of their block.
+        seconds: spent on the statistic (an expert's share is equal).
+    """
+
+    linears: list[LinearRef]
+    statistic: Statistic | None
+    block: int
+    seconds: float = 0.0
+
+
+def walk(
+    adapter: Adapter,
+    batches: Sequence[TokenBatch],
+    *,
+    statistic: Callable[[int, torch.device], Statistic] | None,
+    prune_group: Callable[[Group], None],
+    store: BlockStore,
+    mode: Mode = "single",
+    device: torch.device | str = "cpu",
+    spill: SpillTo = "none",
+    progress: Callable[[WalkEvent], None] | None = None,
+) -> WalkReport:
+    """Hands every prunable matrix of the model to `prune_group`, in the order of the forward, with
+    the statistic of its inputs.
+
+    Args:
+        batches: the calibration tokens.
+        statistic: makes an empty statistic of C columns on a device. None: none is needed, so
+            nothing runs and `batches` may be empty.
+        prune_group: writes the pruned weights through `LinearRef.write`.
+        mode: `single`, see above; `naive` gives the same result by running the block once per
+            stage; `two-pass` takes all statistics of a block while it is still dense, as the
+            reference code of SparseGPT and Wanda does, and runs it again once it is pruned.
+        device: where blocks run and statistics are kept.
+        spill: moves the input that a waiting batch has handed over to `host` memory (from a GPU) or
+            to temporary files on `disk` until the batch goes on.
+
+    Raises:
+        LayerError: inputs of a layer are NaN or infinite, or a layer is not called exactly once, or
+            padding cannot be told apart in its input.
+        UserError: an argument is wrong, or what the model calls depends on the data.
+
+    Whatever happens, hooks are removed, waiting forwards abandoned, training flags restored.
+    """
+    if mode not in get_args(Mode):
+        raise UserError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
+    device = torch.device(device)
+    runner = _Walk(adapter, prune_group, store, device, progress)
+    if statistic is None:
+        return runner.without_statistics()
+    forwards = [Forward(adapter.decoder, b, i, device) for i, b in enumerate(batches)]
+    runner.report.tokens = sum(f.real_tokens for f in forwards)
+    if not runner.report.tokens:
+        raise UserError("calibration: expected at least one token, got none")
+    # Version counters, which tell whether a tensor was written to, are not kept in inference mode.
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluation(adapter.decoder))
+        spilling = stack.enter_context(Spill(spill, device))
+        for forward in forwards:
+            stack.callback(forward.stop)
+        stack.enter_context(stopping_at_entries(adapter.blocks, adapter.block_names))
+        runner.run(forwards, statistic, mode, spilling)
+    return runner.report
+
+
+@dataclass(eq=False)
+class _Collected:
+    """The statistics of one stage: one, or one an expert."""
+
+    stage: Stage
+    statistics: list[Statistic]
+    seconds: float = 0.0
+
+    def groups(self, block: int) -> Iterator[Group]:
+        leader = self.stage.leader
+        if leader.fused:
+            share = self.seconds / len(leader.linears)
+            for ref, statistic in zip(leader.linears, self.statistics, strict=True):
+                yield Group([ref], statistic, block, share)
+        else:
+            linears = [site.linears[0] for site in self.stage.sites]
+            yield Group(linears, self.statistics[0], block, self.seconds)
+
+
+class _Walk:
+    """The state of one walk; at any time at most one of `forwards` runs, `_current`."""
+
+    def __init__(
+        self,
+        adapter: Adapter,
+        prune_group: Callable[[Group], None],
+        store: BlockStore,
+        device: torch.device,
+        progress: Callable[[WalkEvent], None] | None,
+    ) -> None:
+        self.report = WalkReport()
+        self._adapter = adapter
+        self._prune_group = prune_group
+        self._store = store
+        self._device = device
+        self._progress = progress
+        self._clock = PhaseClock(self.report.seconds)
+        self._block = 0
+        self._pruned = 0
+        self._block_forwards = 0
+        self._plans: dict[object, list[list[int]]] = {}
+
+    def without_statistics(self) -> WalkReport:
+        for i in range(len(self._adapter.blocks)):
+            self._load(i)
+            for ref in self._adapter.linears(i):
+                self._prune(Group([ref], None, i))
+            self._flush(i)
+        return self.report
+
+    def run(
+        self,
+        forwards: list[Forward],
+        statistic: Callable[[int, torch.device], Statistic],
+        mode: Mode,
+        spill: Spill,
+    ) -> None:
+        self._forwards = forwards
+        self._statistic = statistic
+        self._spill = spill
+        self._parked = {f: Parked() for f in forwards}
+        with self._clock.charge("load"):
+            self._store.load_rest()
+        names = self._adapter.block_names
+        self._reach(names[0])
+        for i in range(len(names)):
+            self._load(i)
+            sites = sites_of(self._adapter.linears(i))
+            stages = self._stages(sites)
+            following = names[i + 1] if i + 1 < len(names) else None
+            if mode == "single":
+                self._prune_while_running(sites, stages, following)
+            else:
+                self._prune_then_run(sites, stages, following, at_once=mode == "two-pass")
+            self._flush(i)
+        self.report.spilled_bytes = spill.spilled_bytes
+        self.report.passes = self._block_forwards / (len(forwards) * len(names))
+
+    # The three modes.
+
+    def _prune_while_running(
+        self, sites: list[Site], stages: list[Stage], following: str | None
+    ) -> None:
+        def wait(stage: Stage, inputs: list[SiteInput]) -> None:
+            tensors = [given.x for given in inputs]
+            self._current.wait(Pause(stage.leader.name, tensors, inputs=inputs))
+
+        observer = self._observer(stages, wait)
+
+        def observe(site: Site, inputs: list[SiteInput]) -> None:
+            # prune_group may run the model itself: that forward is not ours to pause.
+            if Forward.running() is not None:
+                observer(site, inputs)
+
+        self._block_forwards += len(self._forwards)
+        with observing(sites, observe):
+            for stage in stages:
+                collected = self._collect(stage)
+                self._reach(stage.leader.name, collected)
+                self._prune_stage(collected)
+            if following is not None:
+                self._reach(following)
+
+    def _prune_then_run(
+        self, sites: list[Site], stages: list[Stage], following: str | None, at_once: bool
+    ) -> None:
+        for part in [stages] if at_once else [[stage] for stage in stages]:
+            collected = {stage: self._collect(stage) for stage in part}
+
+            def update(
+                stage: Stage,
+                inputs: list[SiteInput],
+                collected: dict[Stage, _Collected] = collected,
+            ) -> None:
+                if stage in collected:
+                    self._update(collected[stage], self._current, inputs)
+
+            with observing(sites, self._observer(stages, update)):
+                for forward in self._forwards:
+                    self._run_block(forward)
+            for stage in part:
+                self._prune_stage(collected.pop(stage))
+        if following is not None:
+            self._block_forwards += len(self._forwards)
+            self._reach(following)
+
+    def _observer(
+        self, stages: list[Stage], at_leader: Callable[[Stage, list[SiteInput]], None]
+    ) -> Callable[[Site, list[SiteInput]], None]:
+        """Calls `at_leader` where a stage begins and checks that its other sites read the same."""
+        stage_of = {site: stage for stage in stages for site in stage.sites}
+
+        def observe(site: Site, inputs: list[SiteInput]) -> None:
+            stage, read = stage_of[site], self._current.read
+            x = inputs[0].x
+            if site is stage.leader:
+                read[stage] = TensorId(x)
+                at_leader(stage, inputs)
+            elif stage not in read or not read[stage].matches(x):
+                raise LayerError(
+                    site.name,
+                    f"reads another tensor than {stage.leader.name}, but did not when the walk "
+                    "tried; the forward depends on the data",
+                )
+
+        return observe
+
+    def _stages(self, sites: list[Site]) -> list[Stage]:
+        """The stages of the current block: tried out on the first batch for the first block of its
+        kind, the same for others with the same class and matrices."""
+        name = self._adapter.block_names[self._block]
+        kind = (
+            type(self._adapter.blocks[self._block]),
+            tuple(
+                (s.name[len(name) :], s.linears[0].weight().shape, len(s.linears)) for s in sites
+            ),
+        )
+        if kind not in self._plans:
+            stages = find_stages(sites, lambda: self._run_block(self._forwards[0]))
+            self._plans[kind] = [[sites.index(site) for site in stage.sites] for stage in stages]
+        return [Stage([sites[k] for k in members]) for members in self._plans[kind]]
+
+    # Running.
+
+    def _reach(self, name: str, collected: _Collected | None = None) -> None:
+        """Lets every batch run on to its pause at `name`, where its input is collected."""
+        for done, forward in enumerate(self._forwards, 1):
+            self._restore(forward)
+            self._current = forward
+            with self._clock.charge("forward"):
+                pause = forward.resume()
+            reached = "the end of the decoder" if pause is None else pause.name
+            if pause is None or reached != name:
+                raise UserError(
+                    f"batch {forward.index} reached {reached} where {name} was expected, as in "
+                    "batch 0: which layers run must not depend on the data"
+                )
+            if collected is not None:
+                self._update(collected, forward, pause.inputs)
+            self._park(forward, pause.tensors)
+            self._tell("batch", name, done, len(self._forwards))
+
+    def _run_block(self, forward: Forward) -> None:
+        """Runs the current block on what the model is about to call it with; the output goes."""
+        pause = forward.pause
+        assert pause is not None, "a block runs on the arguments of the pause at its entry"
+        self._restore(forward)
+        self._current = forward
+        self._block_forwards += 1
+        # A block may write to its input, which is needed once more.
+        copies = {id(t): t.clone() for t in pause.tensors}
+        args = [copies.get(id(a), a) for a in pause.args]
+        kwargs = {key: copies.get(id(a), a) for key, a in pause.kwargs.items()}
+        with self._clock.charge("forward"):
+            self._adapter.blocks[self._block](*args, **kwargs)
+        self._park(forward, pause.tensors)
+
+    def _park(self, forward: Forward, tensors: list[Tensor]) -> None:
+        with self._clock.charge("forward"):
+            self._parked[forward] = self._spill.put(str(forward.index), tensors)
+        held = sum(parked.held_bytes for parked in self._parked.values())
+        self.report.held_bytes = max(self.report.held_bytes, held)
+
+    def _restore(self, forward: Forward) -> None:
+        with self._clock.charge("forward"):
+            self._parked[forward].restore()
+
+    # Statistics and pruning.
+
+    def _collect(self, stage: Stage) -> _Collected:
+        linears = stage.leader.linears
+        with self._clock.charge("statistics"):
+            return _Collected(
+                stage, [self._statistic(ref.weight().shape[1], self._device) for ref in linears]
+            )
+
+    def _update(self, collected: _Collected, forward: Forward, inputs: list[SiteInput]) -> None:
+        start = time.perf_counter()
+        with self._clock.charge("statistics"):
+            rows = forward.real_rows(collected.stage.leader, inputs)
+            for given, x in zip(inputs, rows, strict=True):
+                if len(x):
+                    collected.statistics[given.member].update(x, None)
+        collected.seconds += time.perf_counter() - start
+
+    def _prune_stage(self, collected: _Collected) -> None:
+        for group in collected.groups(self._block):
+            if group.statistic is not None and not group.statistic.finite():
+                raise LayerError(
+                    group.linears[0].name, "its calibration input has NaN or infinite values"
+                )
+            self._prune(group)
+
+    def _prune(self, group: Group) -> None:
+        with self._clock.charge("prune"):
+            self._prune_group(group)
+        for ref in group.linears:
+            self._pruned += 1
+            total = len(self._adapter.linears(self._block))
+            self._tell("linear", ref.name, self._pruned, total)
+
+    # Blocks and progress.
+
+    def _load(self, i: int) -> None:
+        self._block, self._pruned = i, 0
+        with self._clock.charge("load"):
+            self._store.load(i)
+
+    def _flush(self, i: int) -> None:
+        with self._clock.charge("flush"):
+            self._store.flush(i)
+        self._tell("block", self._adapter.block_names[i], i + 1, len(self._adapter.blocks))
+
+    def _tell(
+        self, kind: Literal["block", "linear", "batch"], name: str, done: int, total: int
+    ) -> None:
+        if self._progress is not None:
+            blocks = len(self._adapter.blocks)
+            self._progress(WalkEvent(kind, self._block, blocks, name, done, total))

@@ -1,0 +1,26 @@
+"""Checkpoints: opened and checked, read and written one block at a time, saved all or nothing."""
+
+from pyprune.checkpoint.output import (
+    check_output,
+    copy_auxiliary,
+    output_directory,
+    save_model,
+    write_report,
+)
+from pyprune.checkpoint.shards import TensorEntry, read_header, read_tensor, write_tensor
+from pyprune.checkpoint.source import Checkpoint
+from pyprune.checkpoint.store import StreamingStore
+
+__all__ = [
+    "Checkpoint",
+    "StreamingStore",
+    "TensorEntry",
+    "check_output",
+    "copy_auxiliary",
+    "output_directory",
+    "read_header",
+    "read_tensor",
+    "save_model",
+    "write_report",
+    "write_tensor",
+]

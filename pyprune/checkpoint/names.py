@@ -1,0 +1,150 @@
+"""How a checkpoint's tensors make up a model's parameters.
+
+Almost always one tensor is one parameter, up to the prefix of the base model (published GPT-2 and
+BLOOM checkpoints have none) and a few old names. Mixtral and Qwen-MoE checkpoints store one tensor
+per expert and projection, which transformers 5 holds fused:
+`experts.gate_up_proj [E, 2I, H]` (gate rows first) and `experts.down_proj [E, H, I]`.
+Whatever these rules do not cover is reported, never guessed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pyprune.checkpoint.shards import TensorEntry
+
+# Old name -> name in transformers 5, where the model class renames on loading.
+RENAMES = (
+    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
+    (re.compile(r"^embed_out\."), "lm_head."),
+    (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
+    (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
+)
+EXPERT = re.compile(
+    r"^(?P<experts>.*\.experts)\.(?P<expert>\d+)\."
+    r"(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
+)
+# projection -> (fused parameter, which half of its rows; None = all rows)
+FUSED: dict[str, tuple[str, int | None]] = {
+    "gate_proj": ("gate_up_proj", 0),
+    "w1": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+    "w3": ("gate_up_proj", 1),
+    "down_proj": ("down_proj", None),
+    "w2": ("down_proj", None),
+}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of the checkpoint and the part of a parameter that it is.
+
+    expert: index along the parameter's first dimension; None = the whole parameter.
+    half: 0 or 1 = first or second half of that expert's rows; None = all of them.
+    """
+
+    tensor: str
+    expert: int | None = None
+    half: int | None = None
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The part of `parameter` that the tensor is, without a copy."""
+        if self.expert is None:
+            return parameter
+        part = parameter[self.expert]
+        if self.half is None:
+            return part
+        rows = part.shape[0] // 2
+        return part[self.half * rows : (self.half + 1) * rows]
+
+
+@dataclass
+class NameMap:
+    """Which tensors make up each parameter or persistent buffer, and why not, where they do not.
+
+    pieces: by the model's name. unused: tensors of the checkpoint that the model has no place for.
+    problem: why the model cannot be filled from the checkpoint by these rules; empty if it can.
+    """
+
+    pieces: dict[str, list[Piece]] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    problem: str = ""
+
+
+def map_names(entries: Mapping[str, TensorEntry], model: PreTrainedModel) -> NameMap:
+    """Maps the tensors of a checkpoint to the parameters and persistent buffers of `model`."""
+    state = model.state_dict(keep_vars=True)
+    names = NameMap()
+    for tensor in entries:
+        found = _place(tensor, state, model.base_model_prefix)
+        if found is None:
+            names.unused.append(tensor)
+        else:
+            names.pieces.setdefault(found[0], []).append(found[1])
+    names.problem = _problem(names, entries, state)
+    return names
+
+
+def _candidates(tensor: str, prefix: str) -> Iterator[str]:
+    renamed = tensor
+    for old, new in RENAMES:
+        renamed = old.sub(new, renamed)
+    for name in dict.fromkeys((tensor, renamed)):
+        yield name
+        if prefix:
+            yield f"{prefix}.{name}"
+            if name.startswith(f"{prefix}."):
+                yield name[len(prefix) + 1 :]
+
+
+def _place(tensor: str, state: Mapping[str, Tensor], prefix: str) -> tuple[str, Piece] | None:
+    for name in _candidates(tensor, prefix):
+        if name in state:
+            return name, Piece(tensor)
+        match = EXPERT.match(name)
+        if match:
+            parameter, half = FUSED[match["projection"]]
+            fused = f"{match['experts']}.{parameter}"
+            if fused in state:
+                return fused, Piece(tensor, int(match["expert"]), half)
+    return None
+
+
+def _problem(
+    names: NameMap, entries: Mapping[str, TensorEntry], state: Mapping[str, Tensor]
+) -> str:
+    """The first parameter that is not made up exactly once."""
+    filled = {id(state[name]) for name in names.pieces}
+    for name, value in state.items():
+        pieces = names.pieces.get(name)
+        if pieces is None:
+            # A tied parameter has several names; a checkpoint needs to hold only one of them.
+            if id(value) in filled:
+                continue
+            return f"no tensor of the checkpoint is {name}"
+        elements, parts = 0, {(piece.expert, piece.half) for piece in pieces}
+        for piece in pieces:
+            if piece.expert is not None and piece.expert >= value.shape[0]:
+                return f"{piece.tensor} is not among the {value.shape[0]} experts of {name}"
+            expected, got = tuple(piece.view(value).shape), entries[piece.tensor].shape
+            if expected != got:
+                return f"{piece.tensor} has shape {list(got)}, {name} takes {list(expected)}"
+            elements += piece.view(value).numel()
+        if elements != value.numel() or len(parts) != len(pieces):
+            return f"{len(pieces)} tensors of the checkpoint do not make up {name}"
+    return ""
+
+
+def owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place (module, name within it) where each parameter or buffer object sits, by `id`."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, value in (*module._parameters.items(), *module._buffers.items()):
+            if value is not None:
+                places.setdefault(id(value), []).append((module, name))
+    return places

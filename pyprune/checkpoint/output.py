@@ -1,0 +1,200 @@
+"""Where a pruned checkpoint goes: all of it or nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pyprune.checkpoint.source import INDEX, Checkpoint
+from pyprune.errors import UserError
+
+REPORT = "pyprune.json"
+CARD = "README.md"
+MAX_SHARD_SIZE = "5GB"
+# What a checkpoint consists of besides its weights. Anything else (pickles, other formats,
+# training states, logs) is left behind.
+AUXILIARY_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".md")
+AUXILIARY_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+NOT_AUXILIARY = (REPORT, CARD)
+# Room for configuration, tokenizer and the report, when free space is checked in advance.
+AUXILIARY_BYTES = 64 << 20
+
+
+@contextmanager
+def output_directory(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
+    """Yields a new directory beside `path` that becomes `path` when the block ends well.
+
+    After an exception or an interrupt it is removed, and `path` is as it was. needed: bytes that
+    will be written, checked against the free space first.
+
+    Raises UserError if `path` exists and is anything but an empty directory, if it cannot be
+    created, or if the disk is or becomes full (with the bytes needed and free).
+    """
+    final = Path(path).expanduser().absolute()
+    check_output(final)
+    made = _make_parents(final.parent)
+    temporary: Path | None = None
+    try:
+        check_space(final.parent, needed)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        _sync_tree(temporary)
+        temporary.rename(final)
+        _sync(final.parent)
+        made, temporary = [], None
+    except (OSError, SafetensorError) as error:
+        if not _is_disk_full(error):
+            raise
+        raise _disk_full(final.parent, needed, temporary) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for parent in reversed(made):
+            # Somebody else may have put something into it meanwhile.
+            if not any(parent.iterdir()):
+                parent.rmdir()
+
+
+def check_output(path: str | Path) -> None:
+    """Raises UserError unless `path` can become an output directory: absent, or empty."""
+    final = Path(path).expanduser()
+    if final.is_symlink() or (final.exists() and not final.is_dir()):
+        raise UserError(f"{path}: expected a new or an empty directory, got a file or a link")
+    if final.is_dir() and any(final.iterdir()):
+        raise UserError(f"{path}: expected a new or an empty directory, it is not empty")
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raises UserError if fewer than `needed` bytes are free in the file system of `folder`."""
+    if shutil.disk_usage(folder).free < needed:
+        raise _disk_full(folder, needed, None)
+
+
+def _disk_full(folder: Path, needed: int, temporary: Path | None) -> UserError:
+    free = shutil.disk_usage(folder).free
+    if temporary is not None:  # what was written so far is given back
+        free += sum(file.stat().st_blocks * 512 for file in temporary.rglob("*") if file.is_file())
+    return UserError(f"{folder}: disk full: {needed:,} bytes needed, {free:,} bytes free")
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
+
+
+def _make_parents(folder: Path) -> list[Path]:
+    """Creates `folder`; returns the directories that did not exist, outermost first."""
+    missing = [p for p in (folder, *folder.parents) if not p.exists()][::-1]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, "not writable")
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"{folder}: cannot create the output there: {error.strerror}") from error
+    return missing
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for file in sorted(folder.rglob("*")):
+        _sync(file)
+    _sync(folder)
+
+
+def copy_auxiliary(checkpoint: Checkpoint, out_dir: Path, *, index: bool = True) -> None:
+    """Copies what loading needs besides the weights: configuration, tokenizer, templates, and the
+    model's own code if the checkpoint was opened with `trust_remote_code`.
+
+    index: whether the index of sharded weights too, that is, whether the shards stay the same.
+    """
+    for file in sorted(checkpoint.path.rglob("*")):
+        relative = file.relative_to(checkpoint.path)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or not file.is_file() or not _is_auxiliary(relative, checkpoint):
+            continue
+        if relative.name.endswith(".index.json") and not (index and relative == Path(INDEX)):
+            continue
+        target = out_dir / relative
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+
+
+def _is_auxiliary(relative: Path, checkpoint: Checkpoint) -> bool:
+    if len(relative.parts) > 1:
+        return relative.parts[0] == "additional_chat_templates" and relative.suffix == ".jinja"
+    if relative.name in NOT_AUXILIARY:
+        return False
+    if relative.suffix == ".py":
+        return checkpoint.trust_remote_code
+    return relative.suffix in AUXILIARY_SUFFIXES or relative.stem in AUXILIARY_NAMES
+
+
+def write_report(out_dir: Path, report: Mapping[str, Any], card: str) -> None:
+    """Writes pyprune.json and the model card. JSON has no NaN or infinity: they become null."""
+    text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
+    (out_dir / REPORT).write_text(text + "\n", encoding="utf-8")
+    (out_dir / CARD).write_text(card, encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    path: str | Path,
+    *,
+    report: Mapping[str, Any] | None = None,
+    card: str = "",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Saves a model that is in memory as an ordinary Hugging Face directory, all or nothing.
+
+    dtype: what the parameters are cast to first, in place; None keeps theirs. With `report`,
+    pyprune.json and the model card are written too.
+    """
+    if dtype is not None:
+        # Not model.to: it would round the rotary frequencies and other buffers too.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    with output_directory(path, needed=parameters + AUXILIARY_BYTES) as out_dir:
+        model.save_pretrained(out_dir, max_shard_size=MAX_SHARD_SIZE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(out_dir)
+        if report is not None:
+            write_report(out_dir, report, card)

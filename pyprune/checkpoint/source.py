@@ -1,0 +1,318 @@
+"""A Hugging Face checkpoint: found, checked, and turned into an empty or a filled model."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pyprune.checkpoint.names import NameMap, map_names
+from pyprune.checkpoint.shards import TensorEntry, read_header
+from pyprune.errors import UserError
+
+logger = logging.getLogger("pyprune")
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+# Fetched from the hub: never pickles, and nothing from the sub-folders that some repositories use
+# for other formats of the same weights.
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm")
+HUB_IGNORED = ("*/*", "consolidated*", "*.bin.index.json")
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A directory with config.json and safetensors whose headers have all been checked.
+
+    tensors: by checkpoint name. dtype: the floating dtype that holds most of the bytes.
+    """
+
+    path: Path
+    config: PretrainedConfig
+    dtype: torch.dtype
+    tensors: dict[str, TensorEntry]
+    trust_remote_code: bool = False
+
+    @classmethod
+    def open(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Checkpoint:
+        """Opens a local directory, or else downloads the hub repository of that id.
+
+        Raises UserError for a missing directory or repository, pickled, missing, truncated or
+        corrupt weights, a config.json that does not parse, a quantized checkpoint, and an
+        architecture that transformers has no causal language model for.
+        """
+        path = _locate(source, revision)
+        raw = _read_json(path / "config.json")
+        if "quantization_config" in raw:
+            method = raw["quantization_config"].get("quant_method", "unknown")
+            raise UserError(
+                f"{path}: expected floating point weights, got a checkpoint quantized by {method}"
+            )
+        tensors = _read_tensors(path)
+        config = _config(path, raw, trust_remote_code)
+        return cls(path, config, _main_dtype(path, tensors), tensors, trust_remote_code)
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The weight files, sorted."""
+        return sorted({entry.file for entry in self.tensors.values()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+    def build_model(
+        self, device: str | torch.device = "meta", dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        """The model without its weights: parameters on the meta device, the buffers that are not
+        part of a checkpoint (rotary frequencies, embedding scales) computed, on the CPU.
+
+        With another `device` than meta this is `load_model`. dtype: of the parameters; the
+        checkpoint's own by default.
+        """
+        if torch.device(device).type != "meta":
+            return self.load_model(device=device, dtype=dtype)
+        try:
+            # A copy: from_config writes the dtype into the config it is given.
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(
+                    deepcopy(self.config),
+                    dtype=dtype or self.dtype,
+                    trust_remote_code=self.trust_remote_code,
+                )
+            model.tie_weights()
+            _compute_buffers(model)
+        except RuntimeError as error:  # what meta tensors raise when asked for their values
+            raise UserError(
+                f"{type(self.config).__name__}: cannot be built without its weights: {_line(error)}"
+            ) from error
+        model.requires_grad_(False)
+        return model.eval()
+
+    def load_model(
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    ) -> PreTrainedModel:
+        """The whole model in memory, through transformers' own loading.
+
+        Raises UserError if the checkpoint lacks a parameter (transformers would fill it with
+        random numbers).
+        """
+        model, info = AutoModelForCausalLM.from_pretrained(
+            self.path,
+            config=deepcopy(self.config),
+            dtype=dtype or self.dtype,
+            trust_remote_code=self.trust_remote_code,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        if info["missing_keys"]:
+            names = sorted(info["missing_keys"])
+            raise UserError(f"{self.path}: {len(names)} tensors are missing, among them {names[0]}")
+        return model.to(device).eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The checkpoint's tokenizer; UserError if it has none that loads."""
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+            raise UserError(f"{self.path}: its tokenizer does not load: {_line(error)}") from error
+        return tokenizer
+
+    @cached_property
+    def names(self) -> NameMap:
+        """Which tensors make up each parameter of the model."""
+        return map_names(self.tensors, self.build_model())
+
+    def streamable(self) -> str:
+        """Why the checkpoint cannot be pruned block by block from its files; empty if it can.
+
+        Such a checkpoint is loaded and saved whole, by transformers.
+        """
+        try:
+            return self.names.problem
+        except UserError as error:
+            return str(error)
+
+
+def _line(error: Exception) -> str:
+    """The first sentence-bearing line of an exception."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _locate(source: str | Path, revision: str | None) -> Path:
+    text = str(source)
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{text}: expected a directory or a hub id, got a file")
+    if isinstance(source, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
+        raise UserError(f"{text}: no such directory")
+    return _download(text, revision)
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                allow_patterns=list(HUB_PATTERNS),
+                ignore_patterns=list(HUB_IGNORED),
+            )
+        )
+    except HFValidationError as error:
+        raise UserError(f"{repository}: no such directory, and no valid hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{repository}: no such directory, and the hub did not give it: {_line(error)}"
+        ) from error
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f"{file.parent}: expected a Hugging Face checkpoint, it has no {file.name}")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: expected JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _read_tensors(path: Path) -> dict[str, TensorEntry]:
+    """The headers of every weight file, checked against the index if there is one."""
+    index = path / INDEX
+    if not index.is_file():
+        weights = path / WEIGHTS
+        if not weights.is_file():
+            raise UserError(_no_weights(path))
+        return read_header(weights)
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: expected a weight_map from tensor to file")
+    tensors: dict[str, TensorEntry] = {}
+    for name in sorted(set(weight_map.values())):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise UserError(f"{index}: {name!r} is no file name")
+        if not (path / name).is_file():
+            raise UserError(f"{path}: {name} is missing; the index says that it holds weights")
+        tensors |= read_header(path / name)
+    for tensor, name in weight_map.items():
+        if tensor not in tensors or tensors[tensor].file.name != name:
+            raise UserError(f"{path / name}: tensor {tensor} is missing; the index has it there")
+    return tensors
+
+
+def _no_weights(path: Path) -> str:
+    pickles = sorted(f.name for f in path.iterdir() if f.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        return (
+            f"{path}: only pickled weights ({pickles[0]}), which can run code when read; "
+            f"expected {WEIGHTS}. Convert them with save_pretrained on a machine you can spare"
+        )
+    return f"{path}: no weights: expected {WEIGHTS} or {INDEX}"
+
+
+def _config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PretrainedConfig:
+    kind = raw.get("model_type")
+    if "auto_map" in raw and not trust_remote_code:
+        logger.info("%s brings its own model code, which is not run", path)
+    try:
+        config = AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UserError(
+            f"{path}: unknown architecture: model_type {kind!r} ({_line(error)})"
+        ) from error
+    remote = trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise UserError(
+            f"{path}: unknown architecture: transformers has no causal language model for "
+            f"model_type {kind!r}"
+        )
+    return config
+
+
+def _main_dtype(path: Path, tensors: dict[str, TensorEntry]) -> torch.dtype:
+    sizes: Counter[torch.dtype] = Counter()
+    for entry in tensors.values():
+        if entry.dtype.is_floating_point:
+            sizes[entry.dtype] += entry.nbytes
+    if not sizes:
+        raise UserError(f"{path}: expected floating point weights, its tensors are all integers")
+    dtype = sizes.most_common(1)[0][0]
+    if dtype.itemsize < 2:
+        raise UserError(f"{path}: expected 16, 32 or 64 bit weights, got {dtype}")
+    return dtype
+
+
+def _compute_buffers(model: PreTrainedModel) -> None:
+    """Gives the non-persistent buffers of a meta model their values.
+
+    transformers itself builds every model on the meta device and then has each module initialise
+    what no checkpoint holds; the same is done here, on parameters that stay meta (where
+    initialising costs nothing) and buffers that are real.
+    """
+    for module in model.modules():
+        module._is_hf_initialized = False
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = _uncomputed(buffer)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    model.initialize_weights()
+    for name, buffer in _non_persistent(model):
+        if buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise UserError(f"{type(model).__name__}: cannot compute its buffer {name}")
+
+
+def _uncomputed(buffer: torch.Tensor) -> torch.Tensor:
+    """NaN where the dtype has it, so that a buffer that nothing fills is noticed."""
+    value = torch.zeros_like(buffer, device="cpu")
+    return value.fill_(float("nan")) if value.is_floating_point() else value
+
+
+def _non_persistent(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    found = []
+    for prefix, module in model.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            buffer = module._buffers[name]
+            if buffer is not None:
+                found.append((f"{prefix}.{name}".lstrip("."), buffer))
+    return found

@@ -1,0 +1,182 @@
+"""One block of a checkpoint at a time: read, pruned elsewhere, written into the output in place."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.checkpoint.names import owners
+from pyprune.checkpoint.shards import TensorEntry, read_tensor, write_tensor
+from pyprune.checkpoint.source import Checkpoint
+from pyprune.errors import LayerError, UserError
+
+
+class PrunedLinear(Protocol):
+    """What the store needs to know of a linear that may change."""
+
+    @property
+    def parameter_name(self) -> str: ...
+
+
+class BlockAdapter(Protocol):
+    """What the store needs to know of a model: see pyprune.models.adapter.Adapter."""
+
+    model: nn.Module
+    decoder: nn.Module
+    blocks: list[nn.Module]
+    block_names: list[str]
+
+    def linears(self, i: int) -> list[PrunedLinear]: ...
+
+
+class StreamingStore:
+    """Blocks come from `checkpoint` and go into the copies of its shards in `out_dir`.
+
+    adapter: of `checkpoint.build_model("meta", dtype)`. Parameters are real, on `device` and of
+    `dtype` (that of the adapter's model by default) between `load` and `flush`, meta otherwise.
+    The output starts as a byte copy of the input, of which only the parameters of the adapter's
+    linears are overwritten, in the dtype they are stored in: everything else is bit-identical, and
+    shards and metadata stay as they are. Tensors are read from the copy, so that a block that is
+    loaded again after a `flush` is the pruned one.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        adapter: BlockAdapter,
+        out_dir: Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        reason = checkpoint.streamable()
+        if reason:
+            raise UserError(f"{checkpoint.path}: cannot be read block by block: {reason}")
+        self.checkpoint = checkpoint
+        self.adapter = adapter
+        self.out_dir = out_dir
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self._pieces = checkpoint.names.pieces
+        self._names = dict(adapter.model.state_dict(keep_vars=True))
+        self._blocks = [self._under(name) for name in adapter.block_names]
+        self._loaded: set[int] = set()
+        self._check_disjoint()
+        for file in checkpoint.files:
+            shutil.copyfile(file, out_dir / file.name)
+
+    def _under(self, prefix: str) -> list[str]:
+        return [name for name in self._names if name.startswith(f"{prefix}.")]
+
+    def _check_disjoint(self) -> None:
+        seen: dict[int, str] = {}
+        for names in self._blocks:
+            for name in names:
+                other = seen.setdefault(id(self._names[name]), name)
+                if other != name:
+                    raise UserError(f"{name} and {other} share one parameter across blocks")
+
+    def load_rest(self) -> None:
+        """Loads what the decoder holds outside its blocks: embeddings, final norm, projections."""
+        in_blocks = {name for names in self._blocks for name in names}
+        inside = {id(value) for value in self.adapter.decoder.state_dict(keep_vars=True).values()}
+        self._load(
+            [
+                name
+                for name, value in self._names.items()
+                if name not in in_blocks and id(value) in inside
+            ]
+        )
+        blocks = {id(module) for block in self.adapter.blocks for module in block.modules()}
+        for module in self.adapter.decoder.modules():
+            if id(module) not in blocks:
+                _move_buffers(module, self.device)
+
+    def load(self, i: int) -> None:
+        """Makes block `i` real. Does nothing if it is."""
+        if i in self._loaded:
+            return
+        self._load(self._blocks[i])
+        self._loaded.add(i)
+        for module in self.adapter.blocks[i].modules():
+            _move_buffers(module, self.device)
+
+    def flush(self, i: int) -> None:
+        """Writes the weights of block `i`'s linears into the output and makes the block meta."""
+        live = self._live(i)
+        for name in dict.fromkeys(linear.parameter_name for linear in self.adapter.linears(i)):
+            self._write(name, live[name])
+        self.release(i)
+
+    def release(self, i: int) -> None:
+        """Makes block `i` meta again without writing it."""
+        places = owners(self.adapter.model)
+        for name, value in self._live(i).items():
+            _replace(places[id(value)], self._names[name])
+        for module in self.adapter.blocks[i].modules():
+            _move_buffers(module, torch.device("cpu"))
+        self._loaded.discard(i)
+
+    def _live(self, i: int) -> dict[str, Tensor]:
+        """The present parameters and persistent buffers of block `i`, by the model's names."""
+        block, prefix = self.adapter.blocks[i], self.adapter.block_names[i]
+        return {f"{prefix}.{name}": v for name, v in block.state_dict(keep_vars=True).items()}
+
+    def _load(self, names: list[str]) -> None:
+        places = owners(self.adapter.model)
+        loaded: set[int] = set()
+        for name in names:
+            meta = self._names[name]
+            # A tied parameter comes under several names, of which the checkpoint may hold one.
+            if id(meta) in loaded or name not in self._pieces or not meta.is_meta:
+                continue
+            value: Tensor = self._read(name, meta)
+            if isinstance(meta, nn.Parameter):
+                value = nn.Parameter(value, requires_grad=meta.requires_grad)
+            loaded.add(id(meta))
+            _replace(places[id(meta)], value)
+
+    def _read(self, name: str, meta: Tensor) -> Tensor:
+        dtype = meta.dtype
+        if dtype.is_floating_point and self.dtype is not None:
+            dtype = self.dtype
+        pieces = self._pieces[name]
+        if pieces[0].expert is None:
+            return self._read_entry(self.checkpoint.tensors[pieces[0].tensor]).to(
+                self.device, dtype
+            )
+        value = torch.empty(meta.shape, dtype=dtype, device=self.device)
+        for piece in pieces:
+            piece.view(value).copy_(self._read_entry(self.checkpoint.tensors[piece.tensor]))
+        return value
+
+    def _read_entry(self, entry: TensorEntry) -> Tensor:
+        return read_tensor(entry, self.out_dir / entry.file.name)
+
+    def _write(self, name: str, value: Tensor) -> None:
+        for piece in self._pieces[name]:
+            entry = self.checkpoint.tensors[piece.tensor]
+            part = piece.view(value.detach())
+            stored = part.to("cpu", entry.dtype)
+            if not bool(stored.isfinite().all()) and bool(part.isfinite().all()):
+                raise LayerError(name, f"its new weights do not fit into {entry.dtype}")
+            write_tensor(entry, stored, self.out_dir / entry.file.name)
+
+
+def _replace(places: list[tuple[nn.Module, str]], value: Tensor) -> None:
+    for module, name in places:
+        if isinstance(value, nn.Parameter):
+            module._parameters[name] = value
+        else:
+            module._buffers[name] = value
+
+
+def _move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Moves the buffers that no checkpoint holds."""
+    for name in module._non_persistent_buffers_set:
+        buffer = module._buffers[name]
+        if buffer is not None:
+            module._buffers[name] = buffer.to(device)

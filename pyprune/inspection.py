@@ -1,0 +1,200 @@
+"""What is in a checkpoint: shapes, zeros, sparsity patterns and bytes of every matrix.
+
+Tensors are read one at a time, so a checkpoint of any size can be inspected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from pyprune.checkpoint import Checkpoint, read_tensor
+from pyprune.errors import UserError
+from pyprune.models.adapter import Adapter
+
+# The patterns looked for, most restrictive first, as N kept of every M inputs.
+PATTERNS = ((1, 4), (2, 4), (4, 8))
+# Trained and dequantized weights hold a few zeros that nobody pruned.
+DENSE_BELOW = 0.01
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One matrix. shape: outputs x inputs (with a leading expert count where experts are stored in
+    one tensor). zeros, elements: counts. patterns: all that hold, most restrictive first; "dense",
+    "row-uniform" (the same number of zeros in each row) or "unstructured" where no N:M does.
+    nbytes: as stored. nbytes_24: as 2:4, half of the values and two bits for each of them, None if
+    it is not 2:4. nbytes_bitmap: the non-zero values and one bit for every weight.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    zeros: int
+    elements: int
+    patterns: tuple[str, ...]
+    nbytes: int
+    nbytes_24: int | None
+    nbytes_bitmap: int
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.elements if self.elements else 0.0
+
+    @property
+    def smallest(self) -> int:
+        """Bytes in the smallest of the three formats."""
+        return min(self.nbytes, self.nbytes_bitmap, self.nbytes_24 or self.nbytes)
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """layers: the matrices of the decoder blocks. other_bytes: of all other tensors (embeddings,
+    head, norms, biases, routers). note: why the matrices may be others than those, or empty."""
+
+    path: str
+    model_type: str
+    layers: tuple[LayerInspection, ...]
+    other_bytes: int
+    note: str = ""
+
+    @property
+    def sparsity(self) -> float:
+        elements = sum(layer.elements for layer in self.layers)
+        return sum(layer.zeros for layer in self.layers) / elements if elements else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers) + self.other_bytes
+
+    @property
+    def smallest(self) -> int:
+        """Bytes of the whole checkpoint with every matrix in its smallest format."""
+        return sum(layer.smallest for layer in self.layers) + self.other_bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        totals = {
+            "sparsity": self.sparsity,
+            "nbytes": self.nbytes,
+            "nbytes_smallest": self.smallest,
+        }
+        layers = [
+            {**asdict(layer), "sparsity": layer.sparsity, "nbytes_smallest": layer.smallest}
+            for layer in self.layers
+        ]
+        return {**asdict(self), "layers": layers, **totals}
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.path}: {self.model_type}", title_justify="left")
+        for name in ("layer", "shape", "dtype", "sparsity", "pattern", "MB", "as 2:4", "as bitmap"):
+            right = name in ("shape", "sparsity", "MB", "as 2:4", "as bitmap")
+            table.add_column(name, justify="right" if right else "left", no_wrap=name != "layer")
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                "x".join(str(n) for n in layer.shape),
+                layer.dtype,
+                f"{layer.sparsity:.2%}",
+                layer.patterns[0],
+                _megabytes(layer.nbytes),
+                "-" if layer.nbytes_24 is None else _megabytes(layer.nbytes_24),
+                _megabytes(layer.nbytes_bitmap),
+            )
+        table.add_section()
+        table.add_row("everything else", "", "", "", "", _megabytes(self.other_bytes))
+        table.add_row("total", "", "", f"{self.sparsity:.2%}", "", _megabytes(self.nbytes))
+        table.add_row("total, each in its smallest form", *[""] * 4, _megabytes(self.smallest))
+        return table
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.2f}"
+
+
+def inspect_checkpoint(
+    checkpoint: Checkpoint, progress: Callable[[str, float, float | None], None] | None = None
+) -> Inspection:
+    """Reads every matrix of the decoder blocks and looks for zeros.
+
+    progress: called with a tensor's name, how many are through, and their number.
+    """
+    matrices, note = _matrices(checkpoint)
+    layers: list[LayerInspection] = []
+    for name, transposed in matrices.items():
+        if progress is not None:
+            progress(name, len(layers), len(matrices))
+        w = read_tensor(checkpoint.tensors[name])
+        layers.append(inspect_matrix(name, w, transposed=transposed))
+    other = checkpoint.nbytes - sum(layer.nbytes for layer in layers)
+    kind = str(checkpoint.config.model_type)
+    return Inspection(str(checkpoint.path), kind, tuple(layers), other, note)
+
+
+def inspect_matrix(name: str, w: Tensor, *, transposed: bool = False) -> LayerInspection:
+    """w: `[R, C]`, or `[E, R, C]` for experts in one tensor. transposed: it is stored `[C, R]`."""
+    if transposed:
+        w = w.mT
+    kept = w != 0
+    elements = kept.numel()
+    nonzero = int(kept.sum())
+    patterns = tuple(_patterns(kept, elements - nonzero))
+    mask_bytes = (elements + 7) // 8
+    return LayerInspection(
+        name=name,
+        shape=tuple(w.shape),
+        dtype=str(w.dtype).removeprefix("torch."),
+        zeros=elements - nonzero,
+        elements=elements,
+        patterns=patterns,
+        nbytes=elements * w.element_size(),
+        # Two bits tell which of the four places a kept value has.
+        nbytes_24=elements // 2 * w.element_size() + mask_bytes if "2:4" in patterns else None,
+        nbytes_bitmap=nonzero * w.element_size() + mask_bytes,
+    )
+
+
+def _patterns(kept: Tensor, zeros: int) -> Iterator[str]:
+    columns = kept.shape[-1]
+    if zeros < DENSE_BELOW * kept.numel() or not kept.numel():
+        yield "dense"
+        return
+    found = False
+    for n, m in PATTERNS:
+        if columns % m == 0 and int(kept.reshape(-1, m).sum(1, dtype=torch.uint8).max()) <= n:
+            found = True
+            yield f"{n}:{m}"
+    per_row = kept.reshape(-1, columns).sum(1)
+    uniform = len(per_row) > 1 and bool((per_row == per_row[0]).all())
+    if uniform:
+        yield "row-uniform"
+    elif not found:
+        yield "unstructured"
+
+
+def _matrices(checkpoint: Checkpoint) -> tuple[dict[str, bool], str]:
+    """Tensor name -> whether it is stored `[inputs, outputs]`, of all prunable matrices."""
+    note = checkpoint.streamable()
+    if not note:
+        try:
+            return _prunable(checkpoint), ""
+        except UserError as error:
+            note = str(error)
+    entries = checkpoint.tensors.items()
+    plain = {n: False for n, e in entries if len(e.shape) in (2, 3) and e.dtype.is_floating_point}
+    return plain, f"every matrix is listed, embeddings too: {note}"
+
+
+def _prunable(checkpoint: Checkpoint) -> dict[str, bool]:
+    adapter = Adapter.of(checkpoint.build_model())
+    pieces = checkpoint.names.pieces
+    return {
+        piece.tensor: ref.transposed
+        for i in range(len(adapter.blocks))
+        for ref in adapter.linears(i)
+        for piece in pieces[ref.parameter_name]
+    }

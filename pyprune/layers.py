@@ -1,0 +1,220 @@
+"""Joins methods, which know tensors, to the matrices of a model: prunes a group of linears that
+read the same input and reports on each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
+from pyprune.calibration.walk import Group
+from pyprune.config import PruneConfig
+from pyprune.errors import LayerError, UserError
+from pyprune.methods import METHODS, LayerInputs, MethodOptions, Solution
+from pyprune.methods.global_selection import GlobalSelection
+from pyprune.models.adapter import Adapter
+from pyprune.models.linears import LinearRef
+from pyprune.ops.obs_factor import NotPositiveDefiniteError
+from pyprune.patterns import NM, Pattern, Unstructured
+from pyprune.report import LayerReport
+
+
+def select_linears(adapter: Adapter, include: Iterable[str], exclude: Iterable[str]) -> set[str]:
+    """Names of the linears that any pattern of `include` matches and none of `exclude` does.
+
+    Raises UserError for a pattern that matches nothing (a misspelt one would go unnoticed) and if
+    nothing is left.
+    """
+    names = [ref.name for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
+    matches: dict[str, set[str]] = {"include": set(), "exclude": set()}
+    for option, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns:
+            found = {name for name in names if fnmatchcase(name, pattern)}
+            if not found:
+                raise UserError(
+                    f"{option}: no layer matches {pattern!r}; layers are called like {names[0]}"
+                )
+            matches[option] |= found
+    left = matches["include"] - matches["exclude"]
+    if not left:
+        raise UserError("include, exclude: expected some layers to prune, all are excluded")
+    return left
+
+
+def check_shapes(refs: Iterable[LinearRef], pattern: Pattern) -> None:
+    """Raises LayerError for the first linear whose rows N:M does not divide."""
+    if not isinstance(pattern, NM):
+        return
+    for ref in refs:
+        columns = ref.weight().shape[1]
+        if columns % pattern.m:
+            raise LayerError(
+                ref.name,
+                f"expected a number of inputs that {pattern.m} divides for {pattern}, "
+                f"got {columns} (leave it out with --exclude {ref.name!r})",
+            )
+
+
+def layer_inputs(statistic: Statistic | None, name: str) -> LayerInputs | None:
+    """The tensors behind a statistic; LayerError if the layer saw NaN or infinity."""
+    if statistic is None:
+        return None
+    if not statistic.finite():
+        raise LayerError(
+            name,
+            "expected finite input activations, got NaN or infinity "
+            "(a 16-bit overflow? try --dtype bfloat16 or float32)",
+        )
+    if isinstance(statistic, GramStatistic):
+        return LayerInputs(statistic.column_norms(), statistic.tokens, statistic.gram)
+    if isinstance(statistic, NormStatistic):
+        return LayerInputs(statistic.column_norms(), statistic.tokens)
+    raise TypeError(f"expected column norms or a Gram matrix, got {type(statistic).__name__}")
+
+
+def minimum_tokens(columns: int, pattern: Pattern) -> float:
+    """How many tokens an expert must have seen to be pruned by its own statistic."""
+    m = pattern.m if isinstance(pattern, NM) else 1
+    return max(4 * m, columns / 4)
+
+
+class LayerPruner:
+    """Prunes groups of linears as `config` says; `reports` has one entry for each, in order.
+
+    A layer that saw no token at all, and an expert that saw fewer than
+    max(4 M, C / 4) (M of N:M, C inputs), is pruned by magnitude instead and the report says so:
+    with nothing known of its inputs, a score made of them would zero it.
+    """
+
+    def __init__(self, config: PruneConfig) -> None:
+        self.method = config.find_method()
+        self.pattern = config.target()
+        self.options = config.options()
+        self.preserve_zeros = config.preserve_zeros
+        self.reports: list[LayerReport] = []
+        self.selection: GlobalSelection | None = None
+        if isinstance(self.pattern, Unstructured) and self.pattern.scope == "global":
+            self.selection = GlobalSelection(self.pattern.sparsity)
+
+    def count_group(self, group: Group) -> None:
+        """First pass of a global selection."""
+        if self.selection is None:
+            raise RuntimeError("count_group: expected scope global")
+        inputs = layer_inputs(group.statistic, group.linears[0].name)
+        for ref in group.linears:
+            if not self._too_few_tokens(ref, inputs):
+                w, preserve = self._read(ref)
+                try:
+                    scale = self.method.column_scale(inputs, self.options)
+                except NotPositiveDefiniteError as error:
+                    raise LayerError(ref.name, str(error)) from error
+                self.selection.count(ref.name, w, scale, preserve)
+
+    def refine(self, ref: LinearRef) -> None:
+        """Second pass of a global selection."""
+        if self.selection is not None and ref.name in self.selection:
+            self.selection.refine(ref.name, *self._read(ref))
+
+    def prune_group(self, group: Group) -> None:
+        inputs = layer_inputs(group.statistic, group.linears[0].name)
+        for ref in group.linears:
+            start = time.perf_counter()
+            report = self.prune_linear(ref, inputs)
+            self.reports.append(replace(report, seconds=time.perf_counter() - start))
+
+    def prune_linear(self, ref: LinearRef, inputs: LayerInputs | None) -> LayerReport:
+        w, preserve = self._read(ref)
+        method, pattern, options = self.method, self.pattern, self.options
+        mask: Tensor | None = None
+        notes: tuple[str, ...] = ()
+        if self._too_few_tokens(ref, inputs):
+            tokens = 0 if inputs is None else inputs.tokens
+            notes = (
+                f"saw {tokens:.0f} of the {minimum_tokens(w.shape[1], pattern):.0f} tokens that "
+                f"{method.name} needs: pruned by magnitude",
+            )
+            method, options = METHODS["magnitude"], MethodOptions()
+            if isinstance(pattern, Unstructured) and pattern.scope not in ("row", "layer", None):
+                pattern = Unstructured(pattern.sparsity)
+        elif self.selection is not None:
+            mask = self.selection.mask(ref.name, w, preserve)
+        try:
+            solution = method.solve(w, inputs, pattern, options, preserve, mask)
+        except NotPositiveDefiniteError as error:
+            raise LayerError(ref.name, str(error)) from error
+        _write(ref, solution)
+        report = self._report(ref, w, inputs, solution)
+        return replace(report, method=method.name, notes=notes)
+
+    def _too_few_tokens(self, ref: LinearRef, inputs: LayerInputs | None) -> bool:
+        if inputs is None:
+            return False
+        if inputs.tokens == 0:
+            return True
+        few = inputs.tokens < minimum_tokens(ref.weight().shape[1], self.pattern)
+        return ref.index is not None and few
+
+    def _read(self, ref: LinearRef) -> tuple[Tensor, Tensor | None]:
+        """The weight in fp32 (or fp64) and, if existing zeros are to stay, where there are none."""
+        stored = ref.weight()
+        w = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True).contiguous()
+        if not bool(w.isfinite().all()):
+            raise LayerError(ref.name, "expected finite weights, got NaN or infinity")
+        return w, (w != 0) if self.preserve_zeros else None
+
+    def _report(
+        self, ref: LinearRef, w: Tensor, inputs: LayerInputs | None, solution: Solution
+    ) -> LayerReport:
+        written = ref.weight().to(w.dtype)
+        zeros, elements = int((written == 0).sum()), w.numel()
+        report = LayerReport(
+            name=ref.name,
+            shape=(w.shape[0], w.shape[1]),
+            pattern=str(self.pattern),
+            method=self.method.name,
+            sparsity=zeros / elements,
+            zeros=zeros,
+            elements=elements,
+            damping=solution.damping,
+            loss=solution.loss,
+        )
+        if inputs is None:
+            return report
+        total = _output_energy(w, inputs)
+        before = _output_energy(torch.where(solution.mask, 0, w), inputs)
+        after = _output_energy(written - w, inputs)
+        return replace(
+            report,
+            tokens=inputs.tokens,
+            relative_error_before_update=before / total if total else None,
+            relative_error_after=after / total if total else None,
+            error_basis="column norms" if inputs.gram is None else "gram",
+            dead_inputs=int(inputs.dead.sum()),
+        )
+
+
+def _output_energy(d: Tensor, inputs: LayerInputs) -> float:
+    """tr(D H D^T), the squared norm of what `d [R, C]` gives on the calibration inputs; with
+    diag(H) for H where only that is known."""
+    if inputs.gram is None:
+        return float((d.square() @ inputs.squared_norms.to(d.dtype)).sum(dtype=torch.float64))
+    product = (d @ inputs.gram.to(d.dtype)).mul_(d)
+    return max(0.0, float(product.sum(dtype=torch.float64)))
+
+
+def _write(ref: LinearRef, solution: Solution) -> None:
+    """LayerError rather than a weight that the parameter's dtype cannot hold."""
+    dtype = ref.weight().dtype
+    if not bool(solution.weight.to(dtype).isfinite().all()):
+        largest = float(solution.weight.abs().max())
+        raise LayerError(
+            ref.name,
+            f"expected updated weights within {dtype}, got up to {largest:g} "
+            "(more --damping keeps them closer to the original)",
+        )
+    ref.write(solution.weight)

@@ -1,0 +1,57 @@
+"""Seconds by phase and peak memory of a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # proc(5): resets the high-water mark of the resident set
+
+
+class Measure:
+    """Starts when created: peaks are those since then (of the whole process's resident set where
+    the kernel does not let it be reset)."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+        # A container may forbid it. The peak then includes what came before the run.
+        with suppress(PermissionError):
+            _CLEAR_REFS.write_text(_RESET_PEAK)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to `seconds[name]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, time.perf_counter() - start)
+
+    def add(self, name: str, seconds: float) -> None:
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
+    def total(self) -> dict[str, float]:
+        """Seconds by phase, and in `total` those since the start."""
+        return {**self.seconds, "total": time.perf_counter() - self._start}
+
+    @staticmethod
+    def peak_rss_bytes() -> int:
+        """High-water mark of the resident set (VmHWM)."""
+        for line in _STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError(f"{_STATUS} has no VmHWM")
+
+    @staticmethod
+    def peak_cuda_bytes() -> int | None:
+        """Most that PyTorch had allocated on the GPU; None without one."""
+        return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

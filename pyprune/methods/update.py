@@ -1,0 +1,121 @@
+"""What the kept weights do about the pruned ones: optimal brain surgeon sweeps around a score."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyprune import ops
+from pyprune.methods.base import LayerInputs, MethodOptions, Solution
+from pyprune.methods.selection import mask_rows, select_mask
+from pyprune.ops.obs_factor import ObsFactor
+from pyprune.patterns import NM, Pattern, pruned_count
+
+
+def masked(w: Tensor, mask: Tensor) -> Solution:
+    """The pruned weights set to zero, the others as they were."""
+    return Solution(weight=torch.where(mask, w, 0), mask=mask)
+
+
+def without_dead(w: Tensor, factor: ObsFactor) -> Tensor:
+    """`w` with zeros for the weights of inputs that were zero for every token. They lose nothing,
+    so they rank first; the factor knows nothing of them, so they must not spread any error."""
+    return torch.where(factor.dead, 0, w)
+
+
+def swept_solution(
+    w: Tensor, swept: ops.ObsSweep, factor: ObsFactor, inputs: LayerInputs
+) -> Solution:
+    """The answer of a sweep over `without_dead(w, factor)`.
+
+    Of the dead inputs' weights those that the mask keeps have their value back. SparseGPT's code
+    zeroes them all, which is more than was asked for, and another text may need them.
+    """
+    return Solution(
+        weight=torch.where(factor.dead & swept.mask, w, swept.weight),
+        mask=swept.mask,
+        damping=float(factor.damping),
+        loss=float(swept.loss.sum(dtype=torch.float64)) / inputs.tokens,
+    )
+
+
+def sequential(w: Tensor, mask: Tensor, inputs: LayerInputs, options: MethodOptions) -> Solution:
+    """One OBS sweep from left to right with a finished mask: each pruned weight's error is spread
+    over the columns to its right (Frantar & Alistarh 2023, eq. 3 and 4)."""
+    factor = inputs.factor(options)
+    swept = ops.obs_sweep(
+        without_dead(w, factor), factor.u, mask=mask, block_size=options.block_size
+    )
+    return swept_solution(w, swept, factor, inputs)
+
+
+def iterative(
+    w: Tensor,
+    scale: Tensor | None,
+    inputs: LayerInputs,
+    pattern: Pattern,
+    options: MethodOptions,
+    preserve: Tensor | None,
+) -> Solution:
+    """The sweep of `sequential`, with the scores |w| * scale of each panel of columns taken after
+    the update by the panels to its left.
+
+    A panel is one N:M group, or `block_size` columns, in each of which every row loses its share
+    (the shares add up to the exact count of the row). Wanda's ablation code compares all rows of a
+    panel with each other instead; rows have their own scale, so here each competes with itself.
+    With `preserve`, a row's panel is the group that may hold more forced zeros than its share.
+    """
+    factor = inputs.factor(options)
+    original, w = w, without_dead(w, factor)
+    mask = torch.ones_like(w, dtype=torch.bool)
+    columns, loss = w.shape[1], w.new_zeros(len(w))
+    m = pattern.m if isinstance(pattern, NM) else 1
+    block = options.aligned_block_size(m)
+    for a in range(0, columns, block):
+        b = min(a + block, columns)
+        errors = torch.zeros_like(w[:, a:b])
+        panel = m if isinstance(pattern, NM) else b - a
+        for c in range(a, b, panel):
+            d = c + panel
+            mask[:, c:d] = _panel_mask(w, c, d, pattern, scale, preserve)
+            u = factor.u[c:d, c:d]
+            swept = ops.obs_sweep(w[:, c:d], u, mask=mask[:, c:d], block_size=panel)
+            # Within a panel new = old - errors @ u, which gives back the errors to pass on.
+            errors[:, c - a : d - a] = torch.linalg.solve_triangular(
+                u, w[:, c:d] - swept.weight, upper=True, left=False
+            )
+            w[:, c:d] = swept.weight
+            w[:, d:b] -= errors[:, c - a : d - a] @ factor.u[c:d, d:b]
+            loss += swept.loss
+        w[:, b:] -= errors @ factor.u[a:b, b:]
+    return swept_solution(original, ops.ObsSweep(w, mask, loss), factor, inputs)
+
+
+def _panel_mask(
+    w: Tensor,
+    start: int,
+    stop: int,
+    pattern: Pattern,
+    scale: Tensor | None,
+    preserve: Tensor | None,
+) -> Tensor:
+    """The kept weights of columns `start` to `stop`. An unstructured row's count is shared out so
+    that the running total never strays from `sparsity` by more than half a weight."""
+    panel = w[:, start:stop]
+    scale = None if scale is None else scale[start:stop]
+    preserve = None if preserve is None else preserve[:, start:stop]
+    if isinstance(pattern, NM):
+        return select_mask(panel, pattern, scale=scale, preserve=preserve)
+    share = pruned_count(stop, pattern.sparsity) - pruned_count(start, pattern.sparsity)
+    return mask_rows(panel, share, scale=scale, preserve=preserve)
+
+
+def solve_by_score(
+    w: Tensor, inputs: LayerInputs | None, options: MethodOptions, mask: Tensor
+) -> Solution:
+    """A score method's answer once its mask is known."""
+    if options.update == "none":
+        return masked(w, mask)
+    if inputs is None:
+        raise ValueError(f"update {options.update}: expected calibration inputs, got none")
+    return sequential(w, mask, inputs, options)

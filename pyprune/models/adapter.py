@@ -1,0 +1,168 @@
+"""Where a transformers decoder keeps its blocks and the matrices that may be pruned.
+
+Discovery is generic: the decoder is what `get_decoder()` returns, the blocks are its one ModuleList
+with as many entries as the configuration has hidden layers, and the prunable matrices are the
+linear maps inside them. The few names a family needs are in the tables below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from copy import copy
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import Conv1D
+
+from pyprune.errors import UserError
+from pyprune.models.experts import FUSED_EXPERTS, PROJECTIONS, expert_count
+from pyprune.models.linears import LinearRef
+
+# The configuration's model_type -> path of the blocks in the decoder, where more than one
+# ModuleList has as many entries as there are layers.
+BLOCK_PATHS: dict[str, str] = {}
+# Linear maps that steer tokens rather than transform them, recognised next to an `experts` module.
+ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+
+
+class Adapter:
+    """The parts of a model that pruning needs.
+
+    Attributes:
+        model: the whole model.
+        decoder: the module that runs the blocks, without a language-model head:
+            `decoder(input_ids=..., attention_mask=..., use_cache=False)`.
+        blocks, block_names: the decoder blocks in order, and their dotted paths in `model`.
+    """
+
+    def __init__(self, model: nn.Module, decoder: nn.Module, blocks: list[nn.Module]) -> None:
+        self.model = model
+        self.decoder = decoder
+        self.blocks = blocks
+        names = {id(module): name for name, module in model.named_modules()}
+        self.block_names = [names[id(block)] for block in blocks]
+        shared = _shared_parameters(model, blocks)
+        self._linears = [
+            [ref for ref in _linears(block, name) if id(_owner(ref)) not in shared]
+            for block, name in zip(blocks, self.block_names, strict=True)
+        ]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Adapter:
+        """Finds the parts of a transformers decoder (parameters may still be on `meta`).
+
+        Raises:
+            UserError: the architecture is not a decoder whose blocks and matrices are understood;
+                the message names it and what could not be found.
+        """
+        name = type(model).__name__
+        config: Any = getattr(model, "config", None)
+        if config is None or not hasattr(model, "get_decoder"):
+            raise UserError(f"{name}: expected a transformers decoder model (with a config)")
+        if getattr(config, "is_encoder_decoder", False):
+            raise UserError(f"{name}: expected a decoder-only model, got an encoder-decoder")
+        decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+        text_config = config.get_text_config()
+        count = getattr(text_config, "num_hidden_layers", None)
+        if not count:
+            raise UserError(f"{name}: its configuration has no num_hidden_layers")
+        path = BLOCK_PATHS.get(text_config.model_type)
+        blocks = _find_blocks(name, decoder, count, path)
+        adapter = cls(model, decoder, blocks)
+        if not any(adapter._linears):
+            raise UserError(f"{name}: found no linear maps in its {count} blocks")
+        return adapter
+
+    def linears(self, i: int) -> list[LinearRef]:
+        """The prunable matrices of block `i` in definition order, without routers and without
+        parameters that are tied to something outside the block."""
+        return list(self._linears[i])
+
+    def restricted(self, names: Collection[str]) -> Adapter:
+        """The same model with only the matrices called `names` left to prune."""
+        adapter = copy(self)
+        adapter._linears = [
+            [ref for ref in linears if ref.name in names] for linears in self._linears
+        ]
+        return adapter
+
+    def experts(self, i: int) -> list[nn.Module]:
+        """The modules of block `i` that hold fused experts."""
+        return list(dict.fromkeys(r.module for r in self._linears[i] if r.index is not None))
+
+
+def _find_blocks(name: str, decoder: nn.Module, count: int, path: str | None) -> list[nn.Module]:
+    if path is not None:
+        return list(decoder.get_submodule(path).children())
+    found: dict[str, nn.ModuleList] = {}
+    for at, module in decoder.named_modules():
+        nested = any(at.startswith(f"{outer}.") for outer in found)
+        if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
+            found[at] = module
+    if len(found) != 1:
+        raise UserError(
+            f"{name}: expected one list of {count} decoder blocks in {type(decoder).__name__}, "
+            f"found {sorted(found) or 'none'}; the model's type needs an entry in "
+            "pyprune.models.adapter.BLOCK_PATHS"
+        )
+    (blocks,) = found.values()
+    if len({id(block) for block in blocks}) != count:
+        raise UserError(f"{name}: its blocks share weights, which cannot be pruned one by one")
+    return list(blocks)
+
+
+def _owner(ref: LinearRef) -> Tensor:
+    owner: Tensor = getattr(ref.module, ref.parameter)
+    return owner
+
+
+def _shared_parameters(model: nn.Module, blocks: list[nn.Module]) -> set[int]:
+    """Identities of the parameters that live outside the blocks or in more than one of them:
+    embeddings, the head, and whatever is tied to them."""
+    homes: dict[int, set[int]] = {}
+    home_of = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            homes.setdefault(id(parameter), set()).add(home_of.get(id(module), -1))
+    return {key for key, where in homes.items() if len(where) > 1 or -1 in where}
+
+
+def _linears(block: nn.Module, block_name: str) -> Iterator[LinearRef]:
+    for path, module in block.named_modules():
+        name = f"{block_name}.{path}" if path else block_name
+        if isinstance(module, nn.Linear | Conv1D):
+            if not _is_router(block, path):
+                _check_plain(name, module.weight)
+                yield LinearRef(name, module, "weight", transposed=isinstance(module, Conv1D))
+        elif type(module).__name__ in FUSED_EXPERTS:
+            for projection in PROJECTIONS:
+                for e in range(expert_count(module)):
+                    yield LinearRef(f"{name}.{projection}.{e}", module, projection, index=e)
+        else:
+            _check_no_hidden_experts(name, path, module)
+
+
+def _is_router(block: nn.Module, path: str) -> bool:
+    parent, _, leaf = path.rpartition(".")
+    return leaf in ROUTERS and hasattr(block.get_submodule(parent), "experts")
+
+
+def _check_plain(name: str, weight: Tensor) -> None:
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise UserError(
+            f"{name}: expected a floating point matrix, got {weight.dtype} of shape "
+            f"{tuple(weight.shape)}; load the model without quantisation"
+        )
+
+
+def _check_no_hidden_experts(name: str, path: str, module: nn.Module) -> None:
+    """Refuses what would otherwise be skipped in silence: experts stored in an unknown way."""
+    fused = [key for key, p in module.named_parameters(recurse=False) if p.dim() == 3]
+    one_by_one = path.rpartition(".")[2] == "experts"
+    if one_by_one or (fused and not isinstance(module, nn.Conv1d | nn.Conv2d)):
+        held = f"3-D parameters {', '.join(fused)}" if fused else "one module per expert"
+        raise UserError(
+            f"{name}: unknown layout of experts in {type(module).__name__} ({held}); the adapter "
+            f"knows {', '.join(sorted(FUSED_EXPERTS))}: parameters gate_up_proj [E, 2I, H] and "
+            "down_proj [E, H, I] and a forward equal to pyprune.models.experts.observed_forward"
+        )

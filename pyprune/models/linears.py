@@ -1,0 +1,51 @@
+"""One prunable matrix of a model, whatever the parameter that holds it looks like."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class LinearRef:
+    """The weight `[R, C]` (outputs x inputs) of a linear map somewhere in a model.
+
+    name: dotted path of the module, `model.layers.0.self_attn.q_proj`; for one expert of a fused
+        parameter the path of the parameter and the expert, `...mlp.experts.gate_up_proj.3`.
+    module, parameter: the module that owns the parameter, and the parameter's attribute name. The
+        parameter is looked up on every use: loading a block may replace it.
+    index: the expert within a fused `[E, R, C]` parameter.
+    transposed: the parameter is stored `[C, R]` (transformers' Conv1D).
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str
+    index: int | None = None
+    transposed: bool = False
+
+    @property
+    def parameter_name(self) -> str:
+        """Full name of the owning parameter, as in the model's state dict."""
+        if self.index is None:
+            return f"{self.name}.{self.parameter}"
+        return self.name.rsplit(".", 1)[0]
+
+    def weight(self) -> Tensor:
+        """The live weight as a detached view `[R, C]`; writing to it changes the model."""
+        w: Tensor = getattr(self.module, self.parameter).detach()
+        if self.index is not None:
+            w = w[self.index]
+        return w.T if self.transposed else w
+
+    def write(self, w: Tensor) -> None:
+        """Overwrites the weight in place with `w` `[R, C]`, rounded to the parameter's dtype."""
+        target = self.weight()
+        if w.shape != target.shape:
+            raise ValueError(
+                f"{self.name}: expected a weight {tuple(target.shape)}, got {tuple(w.shape)}"
+            )
+        with torch.no_grad():
+            target.copy_(w)

@@ -1,0 +1,377 @@
+"""The blockwise OBS solve of SparseGPT: prune and compensate, column by column, all rows at once."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyprune import _native
+from pyprune.ops import _registry
+from pyprune.ops._checks import check_float, check_same_device, check_shape
+
+Scope = Literal["row", "block", "layer"]
+
+SweepTensors = tuple[Tensor, Tensor, Tensor]
+
+
+class ObsSweep(NamedTuple):
+    """`weight` `[..., R, C]`; `mask` bool, True = kept; `loss` `[..., R]`."""
+
+    weight: Tensor
+    mask: Tensor
+    loss: Tensor
+
+
+def _check_obs_sweep(
+    w: Tensor,
+    u: Tensor,
+    counts: Tensor | None,
+    mask: Tensor | None,
+    preserve: Tensor | None,
+    n: int,
+    m: int,
+    block_size: int,
+    all_ties: bool,
+) -> None:
+    """The op's rules: everything is batched, and exactly one of counts, mask and n:m is given."""
+    if w.dim() != 3 or u.dim() != 3 or u.shape[0] not in (1, w.shape[0]):
+        raise ValueError(
+            f"w, u: expected [B, R, C] and [1 or B, C, C], got {tuple(w.shape)}, {tuple(u.shape)}"
+        )
+    batch, rows, cols = w.shape
+    if w.dtype not in (torch.float32, torch.float64) or u.dtype != w.dtype:
+        raise ValueError(f"w, u: expected both fp32 or both fp64, got {w.dtype} and {u.dtype}")
+    check_shape("u", u, (u.shape[0], cols, cols))
+    if (counts is not None) + (mask is not None) + (m > 0) != 1:
+        raise ValueError("expected exactly one of sparsity, nm and mask")
+    if block_size < 1:
+        raise ValueError(f"block_size: expected at least 1, got {block_size}")
+    if counts is not None:
+        groups = counts.shape[1] if counts.dim() == 3 and counts.shape[1] == rows else 1
+        check_shape("counts", counts, (batch, groups, math.ceil(cols / block_size)))
+        if counts.dtype != torch.int32:
+            raise ValueError(f"counts: expected int32, got {counts.dtype}")
+    for name, flags in (("mask", mask), ("preserve", preserve)):
+        if flags is not None:
+            check_shape(name, flags, tuple(w.shape))
+            if flags.dtype != torch.bool:
+                raise ValueError(f"{name}: expected bool, got {flags.dtype}")
+    if m > 0 and not (1 <= n <= m and cols % m == 0 and block_size % m == 0):
+        raise ValueError(
+            f"nm: expected 1 <= n <= m with m dividing the columns, got {n}:{m} for {cols} columns"
+        )
+    check_same_device(w, u, counts, mask, preserve)
+
+
+def _smallest(scores: Tensor, count: Tensor, preserve: Tensor | None, all_ties: bool) -> Tensor:
+    """Which `count[g]` of `scores[g, :]` are smallest, the lower index first among equal ones.
+
+    Positions that `preserve` says must stay pruned come before all others. `all_ties` adds every
+    score equal to the last one chosen.
+    """
+    if preserve is not None:
+        scores = scores.masked_fill(~preserve, -1)
+    ordered, index = scores.sort(dim=1, stable=True)
+    chosen = torch.arange(scores.shape[1], device=scores.device) < count[:, None]
+    if all_ties:
+        return scores <= ordered.gather(1, count[:, None].long() - 1)
+    return torch.zeros_like(chosen).scatter(1, index, chosen)
+
+
+def _prune(w: Tensor, diag: Tensor, count: Tensor, preserve: Tensor | None, ties: bool) -> Tensor:
+    """The pruned positions of `w[R, N]`: `count[R]` of each row or `count[1]` of all of it."""
+    scores = w.abs() / diag
+    groups = len(count)
+    kept = None if preserve is None else preserve.reshape(groups, -1)
+    return _smallest(scores.reshape(groups, -1), count, kept, ties).view_as(w)
+
+
+def _sweep_matrix(
+    w: Tensor,
+    u: Tensor,
+    counts: Tensor | None,
+    mask: Tensor | None,
+    preserve: Tensor | None,
+    n: int,
+    m: int,
+    block_size: int,
+    all_ties: bool,
+) -> SweepTensors:
+    """One matrix `[R, C]`: SparseGPT's algorithm 1 as written. `w` is overwritten."""
+    rows, cols = w.shape
+    diag = u.diagonal()
+    pruned = torch.zeros_like(w, dtype=torch.bool) if mask is None else ~mask
+    if preserve is not None:
+        pruned |= ~preserve
+    loss = torch.zeros(rows, dtype=torch.float64, device=w.device)
+    for start in range(0, cols, block_size):
+        end = min(cols, start + block_size)
+        errors = torch.zeros_like(w[:, start:end])
+        for j in range(start, end):
+            stop = j
+            if m and j % m == 0:
+                stop, count = j + m, torch.full((rows,), m - n, device=w.device)
+            elif counts is not None and j == start:
+                stop, count = end, counts[:, start // block_size]
+            if stop > j:
+                span = slice(j, stop)
+                stay = None if preserve is None else preserve[:, span]
+                pruned[:, span] |= _prune(w[:, span], diag[span], count, stay, all_ties)
+            error = torch.where(pruned[:, j], w[:, j] / diag[j], 0)
+            loss += error.double().square() / 2
+            w[:, j] = torch.where(pruned[:, j], 0, w[:, j])
+            w[:, j + 1 : end] -= error[:, None] * u[j, j + 1 : end]
+            errors[:, j - start] = error
+        w[:, end:] -= errors @ u[start:end, end:]
+    return w, ~pruned, loss.to(w.dtype)
+
+
+def obs_sweep_reference(
+    w: Tensor,
+    u: Tensor,
+    counts: Tensor | None,
+    mask: Tensor | None,
+    preserve: Tensor | None,
+    n: int,
+    m: int,
+    block_size: int,
+    all_ties: bool,
+) -> SweepTensors:
+    weight = w.clone(memory_format=torch.contiguous_format)
+    kept = torch.zeros_like(weight, dtype=torch.bool)
+    loss = weight.new_zeros(w.shape[:2])
+    for b in range(len(w)):
+        c, given, stay = (None if t is None else t[b] for t in (counts, mask, preserve))
+        _, kept[b], loss[b] = _sweep_matrix(
+            weight[b], u[b % len(u)], c, given, stay, n, m, block_size, all_ties
+        )
+    return weight, kept, loss
+
+
+def _obs_sweep_native(
+    w: Tensor,
+    u: Tensor,
+    counts: Tensor | None,
+    mask: Tensor | None,
+    preserve: Tensor | None,
+    n: int,
+    m: int,
+    block_size: int,
+    all_ties: bool,
+) -> SweepTensors:
+    rows = w if w.stride(2) == 1 or w.shape[2] <= 1 else w.contiguous()
+    weight = torch.empty(w.shape, dtype=w.dtype)
+    kept = torch.empty(w.shape, dtype=torch.bool)
+    loss = torch.zeros(w.shape[:2], dtype=w.dtype)
+    optional = (
+        _native.optional_capsule(None if t is None else t.contiguous())
+        for t in (counts, mask, preserve)
+    )
+    _native.call(
+        "obs_sweep", weight, kept, loss, rows, u.contiguous(), *optional, n, m, block_size, all_ties
+    )
+    return weight, kept, loss
+
+
+def _obs_sweep_fake(
+    w: Tensor,
+    u: Tensor,
+    counts: Tensor | None,
+    mask: Tensor | None,
+    preserve: Tensor | None,
+    n: int,
+    m: int,
+    block_size: int,
+    all_ties: bool,
+) -> SweepTensors:
+    _check_obs_sweep(w, u, counts, mask, preserve, n, m, block_size, all_ties)
+    kept = w.new_empty(w.shape, dtype=torch.bool)
+    return w.new_empty(w.shape), kept, w.new_empty(w.shape[:2])
+
+
+_registry.register(
+    "obs_sweep(Tensor w, Tensor u, Tensor? counts, Tensor? mask, Tensor? preserve, int n, int m, "
+    "int block_size, bool all_ties) -> (Tensor, Tensor, Tensor)",
+    fake=_obs_sweep_fake,
+    impls={
+        "reference": _registry.Impl(obs_sweep_reference, (torch.float32, torch.float64)),
+        "native": _registry.Impl(_obs_sweep_native, (torch.float32,)),
+    },
+)
+
+
+def block_counts(
+    shape: torch.Size,
+    pruned: int,
+    per_row: bool,
+    block_size: int,
+    preserve: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """How many weights each group prunes in each block of columns: int32 `[B, R or 1, blocks]`.
+
+    Each group (a row of C weights, or the matrix) loses exactly `pruned`, spread over the blocks in
+    proportion to their free positions by rounding the cumulative count. What `preserve` keeps
+    pruned counts; if it alone exceeds `pruned`, nothing is added to it.
+    """
+    batch, rows, cols = shape
+    starts = torch.arange(0, cols, block_size, device=device)
+    ends = (starts + block_size).clamp(max=cols)
+    if preserve is None:
+        # Proportions of C are those of R * C: no need to count in weights.
+        cumulative = (2 * pruned * ends + cols) // (2 * cols)
+        groups = rows if per_row else 1
+        counts = cumulative.diff(prepend=cumulative.new_zeros(1))
+        return counts.to(torch.int32).expand(batch, groups, -1)
+    running = (~preserve).to(torch.int32).cumsum(2, dtype=torch.int64)
+    stay = running[:, :, ends - 1]
+    size = ends.expand_as(stay)
+    if not per_row:
+        stay, size = stay.sum(1, keepdim=True), size.sum(1, keepdim=True)
+    free = size - stay
+    extra = (pruned - stay[:, :, -1:]).clamp(min=0)
+    all_free = free[:, :, -1:].clamp(min=1)
+    cumulative = stay + (2 * extra * free + all_free) // (2 * all_free)
+    zero = cumulative.new_zeros(*cumulative.shape[:2], 1)
+    return cumulative.diff(dim=2, prepend=zero).to(torch.int32)
+
+
+def reference_counts(shape: torch.Size, sparsity: float, block_size: int) -> Tensor:
+    """The reference code's threshold, as a count that includes the threshold itself."""
+    batch, rows, cols = shape
+    widths = [min(block_size, cols - start) for start in range(0, cols, block_size)]
+    counts = [int(rows * width * sparsity) + 1 for width in widths]
+    return torch.tensor(counts, dtype=torch.int32).expand(batch, 1, -1)
+
+
+def layer_mask(w: Tensor, u: Tensor, pruned: int, preserve: Tensor | None) -> Tensor:
+    """The kept positions when each whole matrix of `w[B, R, C]` loses its `pruned` smallest
+    `|w| / U_jj`, the lower index first among equal ones."""
+    if pruned == 0 or w.numel() == 0:
+        return torch.ones_like(w, dtype=torch.bool) if preserve is None else preserve
+    scores = (w / u.diagonal(dim1=1, dim2=2)[:, None]).abs().flatten(1)
+    # The bits of non-negative floats order like the floats, with NaN above infinity.
+    keys = scores.view(torch.int32 if w.dtype == torch.float32 else torch.int64)
+    if preserve is not None:
+        keys = keys.masked_fill(~preserve.flatten(1), -1)
+    threshold = keys.kthvalue(pruned, dim=1, keepdim=True).values
+    below, ties = keys < threshold, keys == threshold
+    wanted = pruned - below.sum(1, keepdim=True)
+    chosen = below | (ties & (ties.cumsum(1, dtype=torch.int32) <= wanted))
+    return ~chosen.view_as(w)
+
+
+def _sparsity_rule(
+    w: Tensor,
+    u: Tensor,
+    sparsity: float,
+    scope: str,
+    preserve: Tensor | None,
+    block_size: int,
+    reference_count: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """A sparsity as what the op takes: counts per block, or (layer scope) a mask."""
+    if not 0 <= sparsity <= 1:
+        raise ValueError(f"sparsity: expected a fraction in [0, 1], got {sparsity}")
+    if scope not in ("row", "block", "layer"):
+        raise ValueError(f"scope: expected row, block or layer, got {scope!r}")
+    if reference_count:
+        if scope != "block" or preserve is not None or sparsity == 1:
+            raise ValueError(
+                "reference_count: expected scope 'block', no preserve and a sparsity below 1, "
+                "the only case that the reference code has"
+            )
+        return reference_counts(w.shape, sparsity, block_size).to(w.device), None
+    group = w.shape[2] if scope == "row" else w.shape[1] * w.shape[2]
+    pruned = math.floor(group * sparsity + 0.5)
+    if scope == "layer":
+        return None, layer_mask(w, u, pruned, preserve)
+    return block_counts(w.shape, pruned, scope == "row", block_size, preserve, w.device), None
+
+
+def obs_sweep(
+    w: Tensor,
+    u: Tensor,
+    *,
+    sparsity: float | None = None,
+    scope: Scope = "block",
+    nm: tuple[int, int] | None = None,
+    mask: Tensor | None = None,
+    preserve: Tensor | None = None,
+    block_size: int = 128,
+    reference_count: bool = False,
+) -> ObsSweep:
+    """Prunes `w` and adjusts what is kept so that the layer's output changes least.
+
+    Columns are visited left to right. A weight pruned in column j costs
+
+        err = w_j / U_jj,    loss = err^2 / 2,    w_k -= err * U_jk  for all k > j
+
+    (Frantar & Alistarh 2023, algorithm 1; the score is `w_j^2 / U_jj^2`). Rows are independent but
+    for the comparison group. The summed loss is `1/2 tr(D H D^T)`, D the change of `w` and H the
+    damped Hessian behind `u`.
+
+    Args:
+        w: `[R, C]` or `[B, R, C]`, fp32 or fp64 (bf16 and fp16 are widened to fp32), any strides.
+            Not modified. Columns that `obs_factor` calls dead should be zero already: they then
+            score 0, are pruned first and disturb nothing.
+        u: `obs_factor(h).u`, `[C, C]` (shared by the batch) or `[B, C, C]`, fp64 if `w` is, else
+            fp32.
+        sparsity: fraction to remove, in [0, 1]: `floor(n * sparsity + 0.5)` of n, exactly, for
+            every row (scope "row") or for the matrix (scopes "block", "layer").
+        scope: which weights compete. "row" and "block": those of one row, or of all rows, within a
+            block of columns, chosen when its first column is reached; the count is spread over the
+            blocks by rounding the cumulative count. "layer": the whole matrix, by the scores of
+            the initial weights.
+        nm: `(n, m)`: keep n of every m consecutive weights of a row, chosen when the group's first
+            column is reached. m must divide C; `block_size` is rounded up to a multiple of m.
+        mask: bool like `w`, True = kept: no choice, only the update. Exactly one of `sparsity`,
+            `nm` and `mask` is given.
+        preserve: bool like `w`, False = must stay pruned. These positions count among the pruned
+            ones (they are chosen first); if they alone are more than a group's count, all stay
+            pruned and no more are added.
+        block_size: columns per block. With a given mask it does not change the result beyond
+            rounding; with the scopes "row" and "block" it is part of the comparison group.
+        reference_count: prune `score <= sort(scores)[int(n * sparsity)]` of every block as the
+            SparseGPT code does: one more than asked for, and all ties. Scope "block" only.
+
+    Returns:
+        `weight` and the per-row `loss`, fp32 (fp64 for fp64), and the `mask` (True = kept).
+        Pruned weights are exactly 0.
+
+    Ties go to the lower index (row-major for "block" and "layer"): it is pruned first. NaN scores
+    rank above infinity, so NaN weights are kept; check for them before.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match, or a pattern does not fit.
+    """
+    check_float("w", w)
+    if w.dim() not in (2, 3):
+        raise ValueError(f"w: expected [R, C] or [B, R, C], got shape {tuple(w.shape)}")
+    batched = w.dim() == 3
+    flags = [mask, preserve]
+    if not batched:
+        w = w[None]
+        flags = [None if t is None else t[None] for t in flags]
+    given, stay = flags
+    w = w if w.dtype == torch.float64 else w.float()
+    u = u if u.dim() == 3 else u[None]
+    n, m = nm or (0, 0)
+    if nm is not None:
+        if not 1 <= n <= m:
+            raise ValueError(f"nm: expected 1 <= n <= m, got {n}:{m}")
+        block_size = math.ceil(block_size / m) * m
+    if (sparsity is not None) + (nm is not None) + (mask is not None) != 1:
+        raise ValueError("expected exactly one of sparsity, nm and mask")
+    counts = None
+    if sparsity is not None:
+        counts, given = _sparsity_rule(
+            w, u, sparsity, scope, stay, block_size, reference_count
+        )
+    args = (w, u, counts, given, stay, n, m, block_size, reference_count)
+    _check_obs_sweep(*args)
+    result = ObsSweep(*torch.ops.pyprune.obs_sweep(*args))
+    return result if batched else ObsSweep(*(t[0] for t in result))

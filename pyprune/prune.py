@@ -1,0 +1,308 @@
+"""Prunes a model: joins tokens, walk, methods and checkpoint."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+import pyprune
+from pyprune.calibration.batches import as_token_set
+from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
+from pyprune.calibration.tokens import TokenSet, calibration_tokens
+from pyprune.calibration.walk import BlockStore, Group, InMemoryStore, WalkEvent, walk
+from pyprune.checkpoint import (
+    Checkpoint,
+    StreamingStore,
+    check_output,
+    copy_auxiliary,
+    output_directory,
+    write_report,
+)
+from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE
+from pyprune.config import PruneConfig
+from pyprune.errors import UserError
+from pyprune.layers import LayerPruner, check_shapes, select_linears
+from pyprune.measure import Measure
+from pyprune.methods.base import StatisticKind
+from pyprune.models.adapter import Adapter
+from pyprune.patterns import NM, Pattern, Unstructured
+from pyprune.report import CalibrationReport, Report, RunReport, model_card
+
+Progress = Callable[[WalkEvent], None]
+
+STATISTICS: dict[StatisticKind | None, Callable[[int, torch.device], Statistic] | None] = {
+    None: None,
+    "norms": NormStatistic,
+    "gram": GramStatistic,
+}
+
+
+def prune(
+    model: nn.Module,
+    tokenizer_or_batches: object = None,
+    method: str | None = None,
+    pattern: Pattern | str | float | None = None,
+    *,
+    config: PruneConfig | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Report:
+    """Prunes the decoder blocks of a transformers model in memory, in place.
+
+    Args:
+        model: a causal language model (or its decoder), on any device; blocks go to
+            `config.device` one at a time and come back.
+        tokenizer_or_batches: a tokenizer, with which `config.calibration` is read; or the batches
+            themselves, see `calibration.batches.as_token_set`. Magnitude needs neither.
+        method: a name in `pyprune.methods.METHODS`.
+        pattern: "2:4" or NM(2, 4); a sparsity, 0.5 or Unstructured(0.5, "row").
+        config: all of it as one value, instead of method, pattern and options.
+        progress: called with what the walk does.
+        options: other fields of `PruneConfig`, `calibration` as a mapping or CalibrationConfig.
+
+    Returns:
+        The report; every pruned weight is exactly zero in `model`.
+
+    Raises:
+        UserError: the request, the data or a layer (LayerError, named) make it impossible. Checks
+            come first; after an error in the middle, the blocks before the named one are pruned.
+    """
+    config = _config(method, pattern, config, options)
+    if config.dtype != "auto":
+        raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
+    measure = Measure()
+    adapter = _adapter(model, config)
+    with measure.phase("tokens"):
+        tokens = _tokens(tokenizer_or_batches, model, config)
+    device = _device(config)
+    with InMemoryStore(adapter, device) as store:
+        pruner = _Session(
+            config, adapter, tokens, store, store.flush, device, measure, progress
+        ).run()
+    return _report(_model_name(model), config, tokens, pruner, measure)
+
+
+def prune_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: PruneConfig,
+    progress: Progress | None = None,
+    *,
+    batches: object = None,
+) -> Report:
+    """Prunes a checkpoint into a new directory, one block in memory at a time.
+
+    Args:
+        source: a Hugging Face directory with safetensors, or a hub id.
+        out: a directory that does not exist or is empty. It appears when everything is written.
+        config, progress: see `prune`.
+        batches: token ids to calibrate on; None reads `config.calibration` with the checkpoint's
+            own tokenizer.
+
+    Returns:
+        The report, which is in `out` as pyprune.json too. Only the pruned matrices differ between
+        `source` and `out`.
+
+    Raises:
+        UserError: see `prune`, `Checkpoint.open` and `output_directory`. Nothing is left at `out`.
+    """
+    measure = Measure()
+    check_output(out)
+    with measure.phase("open"):
+        checkpoint = Checkpoint.open(source)
+        streamed = not checkpoint.streamable()
+        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        device = _device(config)
+        model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
+        adapter = _adapter(model, config)
+    with measure.phase("tokens"):
+        if batches is None and _needs(config) is not None:
+            batches = checkpoint.tokenizer()
+        tokens = _tokens(batches, model, config)
+    with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
+        copy_auxiliary(checkpoint, folder)
+        if streamed:
+            with measure.phase("copy"):
+                store = StreamingStore(checkpoint, adapter, folder, device, dtype)
+            pruner = _Session(
+                config, adapter, tokens, store, store.release, device, measure, progress
+            ).run()
+        else:
+            with InMemoryStore(adapter, device) as memory:
+                pruner = _Session(
+                    config, adapter, tokens, memory, memory.flush, device, measure, progress
+                ).run()
+            with measure.phase("write"):
+                model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        name = str(source) if not Path(source).is_dir() else Path(source).resolve().name
+        report = _report(name, config, tokens, pruner, measure)
+        write_report(folder, report.to_dict(), model_card(report))
+    return report
+
+
+def _config(
+    method: str | None,
+    pattern: Pattern | str | float | None,
+    config: PruneConfig | None,
+    options: dict[str, Any],
+) -> PruneConfig:
+    """One config out of either way to ask."""
+    if config is not None:
+        if method is not None or pattern is not None or options:
+            raise UserError("expected either config or method, pattern and options, got both")
+        return config
+    values = dict(options)
+    if method is not None:
+        values["method"] = method
+    if isinstance(pattern, Unstructured):
+        values |= {"sparsity": pattern.sparsity, "scope": values.get("scope", pattern.scope)}
+    elif isinstance(pattern, NM):
+        values["pattern"] = str(pattern)
+    elif isinstance(pattern, str):
+        values["pattern"] = pattern
+    elif pattern is not None:
+        values["sparsity"] = pattern
+    return PruneConfig.from_dict(values)
+
+
+def _adapter(model: nn.Module, config: PruneConfig) -> Adapter:
+    """The adapter of what is to be pruned, with everything checked that can be in advance."""
+    adapter = Adapter.of(model)
+    chosen = select_linears(adapter, config.include, config.exclude)
+    adapter = adapter.restricted(chosen)
+    for i in range(len(adapter.blocks)):
+        check_shapes(adapter.linears(i), config.target())
+    return adapter
+
+
+def _device(config: PruneConfig) -> torch.device:
+    if config.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device: expected one of {torch.cuda.device_count()} CUDA devices, "
+            f"got {config.device!r}"
+        )
+    return device
+
+
+def _needs(config: PruneConfig) -> StatisticKind | None:
+    return config.find_method().needs(config.options())
+
+
+def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | None:
+    """What the model is shown; None if the method needs nothing."""
+    if _needs(config) is None:
+        return None
+    text_config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(data, PreTrainedTokenizerBase):
+        wanted = config.calibration
+        data = calibration_tokens(
+            wanted.source,
+            data,
+            nsamples=wanted.nsamples,
+            seqlen=min(wanted.seqlen, positions or wanted.seqlen),
+            seed=wanted.seed,
+            batch_size=wanted.batch_size,
+        )
+    if data is None:
+        raise UserError(f"calibration: {config.method} expected a tokenizer or batches, got none")
+    return as_token_set(data, vocabulary=text_config.vocab_size, positions=positions)
+
+
+@dataclass(frozen=True)
+class _Session:
+    """A run over one model. `release(i)` lets go of a block that was only looked at."""
+
+    config: PruneConfig
+    adapter: Adapter
+    tokens: TokenSet | None
+    store: BlockStore
+    release: Callable[[int], None]
+    device: torch.device
+    measure: Measure
+    progress: Progress | None
+
+    def run(self) -> LayerPruner:
+        """Prunes every block; for a global scope after two passes that only look."""
+        pruner = LayerPruner(self.config)
+        if pruner.selection is not None:
+            self._walk(pruner.count_group, _LookOnly(self.store, self.release))
+            with self.measure.phase("selection"):
+                self._refine(pruner)
+        self._walk(pruner.prune_group, self.store)
+        return pruner
+
+    def _refine(self, pruner: LayerPruner) -> None:
+        for i in range(len(self.adapter.blocks)):
+            self.store.load(i)
+            for ref in self.adapter.linears(i):
+                pruner.refine(ref)
+            self.release(i)
+
+    def _walk(self, visit: Callable[[Group], None], store: BlockStore) -> None:
+        walked = walk(
+            self.adapter,
+            [] if self.tokens is None else self.tokens.batches,
+            statistic=STATISTICS[_needs(self.config)],
+            prune_group=visit,
+            store=store,
+            mode=self.config.walk,
+            device=self.device,
+            spill=self.config.spill,
+            progress=self.progress,
+        )
+        for phase, seconds in walked.seconds.items():
+            self.measure.add(phase, seconds)
+
+
+class _LookOnly:
+    """A store whose blocks stay as they are."""
+
+    def __init__(self, store: BlockStore, release: Callable[[int], None]) -> None:
+        self.load_rest = store.load_rest
+        self.load = store.load
+        self.flush = release
+
+
+def _model_name(model: nn.Module) -> str:
+    """The hub id it was loaded from, or the name of the directory, or the class."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return Path(name).name if Path(name).is_dir() else str(name)
+
+
+def _report(
+    name: str,
+    config: PruneConfig,
+    tokens: TokenSet | None,
+    pruner: LayerPruner,
+    measure: Measure,
+) -> Report:
+    calibration = None
+    if tokens is not None:
+        calibration = CalibrationReport(
+            tokens.source, tokens.sha256, tokens.tokens, tokens.nsamples, tokens.seqlen
+        )
+    return Report(
+        model=name,
+        config=config,
+        versions={
+            "pyprune": pyprune.__version__,
+            "torch": torch.__version__,
+            "transformers": version("transformers"),
+            "python": platform.python_version(),
+        },
+        layers=tuple(pruner.reports),
+        calibration=calibration,
+        run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
+    )

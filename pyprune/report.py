@@ -1,0 +1,230 @@
+"""What a pruning run did, layer by layer: kept with the model as `pyprune.json`, shown as a table,
+summarised in the model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+from pyprune.config import PruneConfig
+from pyprune.errors import UserError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One pruned matrix.
+
+    name, shape: of the matrix, outputs x inputs. pattern: as asked for, "50% block" or "2:4".
+    method: what chose its weights (another one than the run's when it saw too few tokens).
+    sparsity: fraction of zeros in what was written. zeros, elements: the counts behind it.
+    tokens: calibration tokens it saw; 0 when there was no calibration.
+    relative_error_before_update: tr(D H D^T) / tr(W H W^T) with D what zeroing the pruned weights
+        changes and H = X^T X; relative_error_after: the same for the weights that were written.
+        Squared errors of the outputs; None without calibration.
+    error_basis: "gram", or "column norms" where only diag(H) was collected.
+    damping, loss: of the sweep, see `methods.Solution`. dead_inputs: inputs that were always zero.
+    seconds: solving and writing it, statistics excluded.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    pattern: str
+    method: str
+    sparsity: float
+    zeros: int
+    elements: int
+    tokens: float = 0.0
+    relative_error_before_update: float | None = None
+    relative_error_after: float | None = None
+    error_basis: str | None = None
+    damping: float | None = None
+    loss: float | None = None
+    dead_inputs: int = 0
+    notes: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """The text that was shown: its `sha256`, real `tokens` (padding excluded), `sequences` of
+    `seqlen` tokens each at most."""
+
+    source: str
+    sha256: str | None
+    tokens: int
+    sequences: int
+    seqlen: int
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What differs from one run to the next: seconds by phase, and peak memory in bytes (resident
+    set of the process since the run began; `peak_cuda_bytes` allocated by PyTorch)."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int | None = None
+    peak_cuda_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The outcome of `prune`. In the file everything that varies between identical runs stands in
+    the last section, `run`."""
+
+    model: str
+    config: PruneConfig
+    versions: Mapping[str, str]
+    layers: tuple[LayerReport, ...]
+    calibration: CalibrationReport | None = None
+    run: RunReport = field(default_factory=RunReport)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in all pruned matrices together."""
+        elements = sum(layer.elements for layer in self.layers)
+        return sum(layer.zeros for layer in self.layers) / elements if elements else 0.0
+
+    @property
+    def noted(self) -> list[LayerReport]:
+        """The layers that something has to be said about."""
+        return [layer for layer in self.layers if layer.notes]
+
+    def to_dict(self) -> dict[str, Any]:
+        layers = [dataclasses.asdict(layer) for layer in self.layers]
+        seconds = {layer["name"]: layer.pop("seconds") for layer in layers}
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "config": self.config.to_dict(),
+            "versions": dict(self.versions),
+            "calibration": self.calibration and dataclasses.asdict(self.calibration),
+            "sparsity": self.sparsity,
+            "layers": layers,
+            "run": {**dataclasses.asdict(self.run), "layer_seconds": seconds},
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The inverse of `to_json`; UserError for anything else."""
+        try:
+            values = json.loads(text)
+            schema = values["schema"]
+            if schema != SCHEMA:
+                raise UserError(f"pyprune.json: expected schema {SCHEMA}, got {schema!r}")
+            return cls._from_dict(values)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"pyprune.json: expected a report, got something else: {error!r}"
+            ) from (error)
+
+    @classmethod
+    def _from_dict(cls, values: dict[str, Any]) -> Report:
+        run = dict(values["run"])
+        seconds = run.pop("layer_seconds")
+        layers = tuple(
+            LayerReport(
+                **{
+                    **layer,
+                    "shape": tuple(layer["shape"]),
+                    "notes": tuple(layer["notes"]),
+                    "seconds": seconds[layer["name"]],
+                }
+            )
+            for layer in values["layers"]
+        )
+        calibration = values["calibration"]
+        return cls(
+            model=values["model"],
+            config=PruneConfig.from_dict(values["config"]),
+            versions=values["versions"],
+            layers=layers,
+            calibration=None if calibration is None else CalibrationReport(**calibration),
+            run=RunReport(**run),
+        )
+
+    def table(self) -> Table:
+        """One row per layer for a terminal."""
+        table = Table(title=f"{self.model}: {_summary(self)}")
+        table.add_column("layer", overflow="fold")
+        for name in ("shape", "sparsity", "tokens", "error before", "error after", "damping", "s"):
+            table.add_column(name, justify="right")
+        table.add_column("notes", overflow="fold")
+        for layer in self.layers:
+            table.add_row(
+                layer.name,
+                f"{layer.shape[0]} x {layer.shape[1]}",
+                f"{layer.sparsity:.4f}",
+                f"{layer.tokens:.0f}" if layer.tokens else "-",
+                _percent(layer.relative_error_before_update),
+                _percent(layer.relative_error_after),
+                "-" if layer.damping is None else f"{layer.damping:g}",
+                f"{layer.seconds:.2f}",
+                "; ".join(layer.notes),
+            )
+        return table
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2%}"
+
+
+def _summary(report: Report) -> str:
+    config = report.config
+    variant = [
+        f"update {config.update}" if config.update != "none" else "",
+        "score mass" if config.score_mass else "",
+        "reference count" if config.reference_count else "",
+    ]
+    words = ", ".join([config.method, str(config.target()), *filter(None, variant)])
+    return f"{words}: {report.sparsity:.2%} of {len(report.layers)} matrices is zero"
+
+
+def model_card(report: Report) -> str:
+    """The README.md of a pruned checkpoint (Markdown with the hub's YAML header)."""
+    config, calibration = report.config, report.calibration
+    method = config.find_method()
+    elements = sum(layer.elements for layer in report.layers)
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(report.model, ensure_ascii=False)}",
+        "base_model_relation: finetune",
+        "tags:",
+        "- pruned",
+        "- sparse",
+        f"- {config.method}",
+        "---",
+        "",
+        f"# {report.model}, pruned: {config.method} {config.target()}",
+        "",
+        f"{report.sparsity:.2%} of the {elements:,} weights in {len(report.layers)} matrices of "
+        "the decoder blocks are zero. Embeddings, head, norms, biases and routers are those of the "
+        "original. The weights are stored dense, zeros included: any loader reads them, and "
+        "nothing is smaller or faster by itself.",
+        "",
+        f"- Method: {config.method}, {method.title} ({method.paper})",
+        f"- Pattern: {config.target()}"
+        + (" (N kept of every M consecutive inputs)" if config.pattern else ""),
+    ]
+    if calibration is not None:
+        lines.append(
+            f"- Calibration: {calibration.source}, {calibration.tokens:,} tokens in "
+            f"{calibration.sequences} sequences of up to {calibration.seqlen}"
+            + (f", sha256 `{calibration.sha256}`" if calibration.sha256 else "")
+        )
+    lines += [f"- {name}: {version}" for name, version in report.versions.items()]
+    if report.noted:
+        lines += ["", "## Layers with notes", ""]
+        lines += [f"- `{layer.name}`: {'; '.join(layer.notes)}" for layer in report.noted]
+    lines += ["", "Configuration and figures of every layer are in `pyprune.json`.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,177 @@
+"""An output directory appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from tiny_models import tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM
+
+from pyprune.checkpoint import (
+    Checkpoint,
+    copy_auxiliary,
+    output_directory,
+    save_model,
+    write_report,
+)
+from pyprune.errors import UserError
+
+
+class Full(OSError):
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, "No space left on device")
+
+
+def test_success(tmp_path):
+    with output_directory(tmp_path / "new" / "out") as folder:
+        assert not (tmp_path / "new" / "out").exists()
+        assert folder.parent == tmp_path / "new"
+        (folder / "a").write_text("x")
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["out"]
+    assert (tmp_path / "new" / "out" / "a").read_text() == "x"
+    (tmp_path / "plain").mkdir()
+    mode = stat.S_IMODE((tmp_path / "new" / "out").stat().st_mode)
+    assert mode == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_an_empty_directory_is_replaced(tmp_path):
+    (tmp_path / "out").mkdir()
+    with output_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("x")
+    assert (tmp_path / "out" / "a").read_text() == "x"
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit, UserError])
+def test_nothing_stays_after_a_failure(tmp_path, error):
+    with (
+        pytest.raises(error),
+        output_directory(tmp_path / "new" / "deep" / "out") as folder,
+    ):
+        (folder / "a").write_text("x")
+        raise error("x")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "full"])
+def test_refuses_what_is_there(tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "file":
+        out.write_text("precious")
+    elif kind == "link":
+        out.symlink_to(tmp_path / "elsewhere")
+    else:
+        out.mkdir()
+        (out / "precious").write_text("precious")
+    with pytest.raises(UserError, match="expected a new or an empty directory"):
+        output_directory(out).__enter__()
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+    assert kind != "full" or (out / "precious").read_text() == "precious"
+
+
+def test_parent_is_a_file(tmp_path):
+    (tmp_path / "a").write_text("x")
+    with pytest.raises(UserError, match="cannot create the output there"):
+        output_directory(tmp_path / "a" / "out").__enter__()
+
+
+def test_too_little_space_is_found_in_advance(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    with pytest.raises(UserError, match=r"disk full: [\d,]+ bytes needed, [\d,]+ bytes free"):
+        output_directory(tmp_path / "new" / "out", needed=2 * free).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [Full(), SafetensorError("I/O error: No space left on device (os error 28)")]
+)
+def test_disk_full_while_writing(tmp_path, error):
+    with (
+        pytest.raises(UserError, match="disk full: 1,000 bytes needed"),
+        output_directory(tmp_path / "out", needed=1000) as folder,
+    ):
+        (folder / "a").write_text("x")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_write_errors_stay_what_they_are(tmp_path):
+    with pytest.raises(OSError, match="Input/output"), output_directory(tmp_path / "out"):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert list(tmp_path.iterdir()) == []
+
+
+def source(folder: Path) -> Path:
+    tiny_model("llama").save_pretrained(folder, max_shard_size="20KB")
+    for name in (
+        "tokenizer.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "chat_template.jinja",
+        "LICENSE",
+        "LICENSE.txt",
+        "code.py",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+        "optimizer.pt",
+        "model.gguf",
+        "README.md",
+        "pyprune.json",
+        ".hidden.json",
+    ):
+        (folder / name).write_text(name)
+    for sub in ("additional_chat_templates/tool.jinja", "onnx/config.json", ".git/x.json"):
+        (folder / sub).parent.mkdir()
+        (folder / sub).write_text(sub)
+    return folder
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_auxiliary_files(tmp_path, trusted):
+    checkpoint = Checkpoint.open(source(tmp_path / "in"), trust_remote_code=trusted)
+    (tmp_path / "out").mkdir()
+    copy_auxiliary(checkpoint, tmp_path / "out")
+    files = {str(f.relative_to(tmp_path / "out")) for f in (tmp_path / "out").rglob("*.*")}
+    expected = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "tokenizer.json",
+        "vocab.txt",
+        "merges.txt",
+        "spiece.model",
+        "chat_template.jinja",
+        "LICENSE.txt",
+        "additional_chat_templates/tool.jinja",
+    }
+    assert files == expected | ({"code.py"} if trusted else set())
+    assert (tmp_path / "out" / "LICENSE").is_file()
+
+
+def test_save_model(tmp_path):
+    model = tiny_model("qwen3")
+    report = {"method": "wanda", "layers": [{"error": float("nan"), "sparsity": 0.5}]}
+    save_model(model, None, tmp_path / "out", report=report, card="# Card\n", dtype=torch.bfloat16)
+    assert json.loads((tmp_path / "out" / "pyprune.json").read_text()) == {
+        "method": "wanda",
+        "layers": [{"error": None, "sparsity": 0.5}],
+    }
+    assert (tmp_path / "out" / "README.md").read_text() == "# Card\n"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert torch.equal(again.eval()(tiny_tokens()).logits, model(tiny_tokens()).logits)
+
+
+def test_save_model_needs_a_new_directory(tmp_path):
+    write_report(tmp_path, {}, "")
+    with pytest.raises(UserError, match="it is not empty"):
+        save_model(tiny_model("qwen3"), None, tmp_path)

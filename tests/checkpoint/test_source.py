@@ -1,0 +1,275 @@
+"""What may be opened as a checkpoint, and the one line that says why something may not."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_model
+
+from pyprune.checkpoint import Checkpoint, read_header, read_tensor, write_tensor
+from pyprune.errors import UserError
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "in")
+    return tmp_path / "in"
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    tiny_model("llama").save_pretrained(tmp_path / "in", max_shard_size="20KB")
+    return tmp_path / "in"
+
+
+def header_and_data(file: Path) -> tuple[dict, bytes]:
+    raw = file.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    return json.loads(raw[8 : 8 + length]), raw[8 + length :]
+
+
+def with_header(file: Path, header: object, data: bytes) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def expect(folder: Path | str, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        Checkpoint.open(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_open(folder):
+    checkpoint = Checkpoint.open(str(folder))
+    state = load_file(folder / WEIGHTS)
+    assert checkpoint.tensors.keys() == state.keys()
+    assert checkpoint.dtype == torch.float32 and checkpoint.streamable() == ""
+    assert checkpoint.nbytes == sum(v.nbytes for v in state.values())
+    for name, entry in checkpoint.tensors.items():
+        assert torch.equal(read_tensor(entry), state[name])
+    assert torch.equal(checkpoint.load_model().lm_head.weight, state["lm_head.weight"])
+
+
+def test_main_dtype_is_that_of_most_bytes(folder):
+    state = {k: v.bfloat16() for k, v in load_file(folder / WEIGHTS).items()}
+    state["model.norm.weight"] = state["model.norm.weight"].float()
+    save_file(state, folder / WEIGHTS, {"format": "pt"})
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.dtype == torch.bfloat16
+    assert checkpoint.build_model().dtype == torch.bfloat16
+    assert checkpoint.build_model(dtype=torch.float32).dtype == torch.float32
+    assert checkpoint.load_model(dtype=torch.float32).dtype == torch.float32
+
+
+def test_every_dtype_is_read_and_written(tmp_path):
+    state = {
+        str(dtype): torch.arange(6).reshape(2, 3).to(dtype)
+        for dtype in (
+            torch.float64,
+            torch.bfloat16,
+            torch.float8_e4m3fn,
+            torch.int64,
+            torch.uint8,
+            torch.bool,
+        )
+    } | {"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.0)}
+    save_file(state, tmp_path / "a")
+    save_file({k: torch.zeros_like(v) for k, v in state.items()}, tmp_path / "b")
+    entries = read_header(tmp_path / "a")
+    assert entries.keys() == state.keys()
+    for name, entry in entries.items():
+        value = read_tensor(entry)
+        assert value.dtype == state[name].dtype and value.shape == state[name].shape
+        assert value.tolist() == state[name].tolist()
+        write_tensor(entry, value, tmp_path / "b")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    with pytest.raises(ValueError, match="expected shape"):
+        write_tensor(entries["scalar"], torch.ones(2), tmp_path / "b")
+
+
+def test_transposed_values_are_written_in_order(tmp_path):
+    save_file({"w": torch.zeros(2, 3)}, tmp_path / "a")
+    w = torch.arange(6.0).reshape(3, 2).T
+    write_tensor(read_header(tmp_path / "a")["w"], w, tmp_path / "a")
+    assert torch.equal(load_file(tmp_path / "a")["w"], w)
+
+
+@pytest.mark.parametrize("source", ["./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_no_such_directory(source):
+    expect(source, "no such directory")
+
+
+def test_file_instead_of_directory(folder):
+    expect(folder / "config.json", "expected a directory")
+
+
+def test_hub_without_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    expect("someone/something", "no such directory, and the hub did not give it")
+    expect("not a repository!", "no valid hub id")
+
+
+def test_hub_gets_no_pickles(monkeypatch, folder):
+    import huggingface_hub
+
+    asked = {}
+
+    def download(repository, **options):
+        asked.update(options, repository=repository)
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert Checkpoint.open("someone/something", revision="v1").path == folder
+    assert asked["repository"] == "someone/something" and asked["revision"] == "v1"
+    files = [WEIGHTS, "config.json", "tokenizer.model", "pytorch_model.bin", "x/model.safetensors"]
+    kept = huggingface_hub.utils.filter_repo_objects(
+        files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"]
+    )
+    assert list(kept) == files[:3]
+
+
+def test_no_config(folder):
+    (folder / "config.json").unlink()
+    expect(folder, "it has no config.json")
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_broken_config(folder, text):
+    (folder / "config.json").write_text(text)
+    expect(folder, r"config.json: expected")
+
+
+@pytest.mark.parametrize("kind", ["no_such_thing", "t5", "clip", None])
+def test_unknown_architecture(folder, kind):
+    edit_config(folder, model_type=kind, architectures=None)
+    expect(folder, f"unknown architecture.*{kind}")
+
+
+def test_custom_code_is_not_run(folder):
+    code = folder / "modeling_evil.py"
+    code.write_text("raise SystemExit('ran')")
+    edit_config(folder, model_type="evil", auto_map={"AutoConfig": "modeling_evil.EvilConfig"})
+    expect(folder, "unknown architecture")
+
+
+def test_quantized(folder):
+    edit_config(folder, quantization_config={"quant_method": "gptq"})
+    expect(folder, "quantized by gptq")
+
+
+def test_no_weights(folder):
+    (folder / WEIGHTS).unlink()
+    expect(folder, "no weights")
+    torch.save({}, folder / "pytorch_model.bin")
+    expect(folder, "only pickled weights")
+
+
+def test_integer_weights(folder):
+    save_file({"w": torch.zeros(3, dtype=torch.int8)}, folder / WEIGHTS)
+    expect(folder, "all integers")
+
+
+def test_8_bit_weights(folder):
+    save_file({"w": torch.zeros(3, dtype=torch.float8_e5m2)}, folder / WEIGHTS)
+    expect(folder, "expected 16, 32 or 64 bit")
+
+
+@pytest.mark.parametrize("size", [0, 5, 100])
+def test_truncated_header(folder, size):
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[:size])
+    expect(folder, f"{WEIGHTS}: corrupt safetensors file: header")
+
+
+def test_truncated_tensor_is_named(folder):
+    file = folder / WEIGHTS
+    last = list(read_header(file))[-1]
+    file.write_bytes(file.read_bytes()[:-1])
+    expect(folder, f"{WEIGHTS}: truncated: tensor {last} ends at")
+
+
+def test_trailing_bytes(folder):
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes() + b"x")
+    expect(folder, "its tensors end at byte")
+
+
+@pytest.mark.parametrize("text", [b"not json", b"[]", b"\xff\xfe"])
+def test_header_is_no_json_object(folder, text):
+    with_header(folder / WEIGHTS, text, b"")
+    expect(folder, "its header is not")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"dtype": "F3"}, "expected a dtype among"),
+        ({"dtype": 7}, "lacks a valid dtype"),
+        ({"shape": [32, -32]}, "lacks a valid"),
+        ({"shape": None}, "lacks a valid"),
+        ({"shape": [31]}, "holds 128 bytes, F32 .31. takes 124"),
+        ({"data_offsets": [0]}, "1 data_offsets"),
+        ({"data_offsets": [10**9, 10**9 + 128]}, "expected"),
+        ({"data_offsets": [128, 0]}, "holds -128 bytes"),
+    ],
+)
+def test_bad_entry_names_the_tensor(folder, change, message):
+    header, data = header_and_data(folder / WEIGHTS)
+    header["model.norm.weight"] |= change
+    with_header(folder / WEIGHTS, header, data)
+    expect(folder, f"{WEIGHTS}.*model.norm.weight.*{message}")
+
+
+def test_overlap(folder):
+    header, data = header_and_data(folder / WEIGHTS)
+    header["model.norm.weight"]["data_offsets"] = [64, 192]
+    with_header(folder / WEIGHTS, header, data)
+    expect(folder, "starts at byte")
+
+
+def test_entry_is_no_object(folder):
+    with_header(folder / WEIGHTS, {"w": 3}, b"")
+    expect(folder, "tensor w is described by 3")
+
+
+def test_missing_shard(sharded):
+    next(iter(sorted(sharded.glob("*.safetensors")))).unlink()
+    expect(sharded, "model-00001-of.* is missing; the index says")
+
+
+@pytest.mark.parametrize(
+    "index, message",
+    [
+        ({}, "expected a weight_map"),
+        ({"weight_map": {"w": "../secret"}}, "is no file name"),
+        ({"weight_map": {"w": 3}}, "is no file name"),
+    ],
+)
+def test_bad_index(sharded, index, message):
+    (sharded / INDEX).write_text(json.dumps(index))
+    expect(sharded, message)
+
+
+def test_tensor_that_only_the_index_has(sharded):
+    index = json.loads((sharded / INDEX).read_text())
+    index["weight_map"]["lm_head.bias"] = index["weight_map"]["lm_head.weight"]
+    (sharded / INDEX).write_text(json.dumps(index))
+    expect(sharded, "tensor lm_head.bias is missing")
+
+
+def test_no_tokenizer(folder):
+    with pytest.raises(UserError, match="its tokenizer does not load"):
+        Checkpoint.open(folder).tokenizer()

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from tiny_models import MOE_FAMILIES, tiny_model, tiny_tokens
+
+from pyprune.models.adapter import Adapter
+from pyprune.models.experts import observed
+
+
+def experts_of(family, **overrides):
+    model = tiny_model(family, **overrides)
+    model.set_experts_implementation("eager")
+    adapter = Adapter.of(model)
+    return model, [e for i in range(len(adapter.blocks)) for e in adapter.experts(i)]
+
+
+def routing(tokens, experts, gen, k=2):
+    scores = torch.rand(tokens, experts, generator=gen)
+    weights, index = scores.topk(k)
+    return index, weights
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_equal_to_the_eager_forward_bit_for_bit(family, dtype):
+    _, (experts, *_) = experts_of(family)
+    experts.to(dtype)
+    gen = torch.Generator().manual_seed(1)
+    x = torch.randn(37, 32, generator=gen).to(dtype)
+    index, weights = routing(37, 4, gen)
+    weights = weights.to(dtype)
+    with torch.no_grad():
+        want = experts(x, index, weights)
+        with observed(experts, lambda *_: None):
+            assert torch.equal(experts(x, index, weights), want)
+        assert torch.equal(experts(x, index, weights), want)
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_equal_within_the_model_to_its_default_implementation(family):
+    model, experts = experts_of(family)
+    ids = tiny_tokens()
+    with torch.no_grad():
+        eager = model(ids).logits
+        with observed(experts[0], lambda *_: None):
+            assert torch.equal(model(ids).logits, eager)
+            model.set_experts_implementation("grouped_mm")
+        torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=1e-5)
+
+
+def test_reports_every_experts_input_and_uses_weights_changed_meanwhile():
+    _, (experts, *_) = experts_of("mixtral")
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
+    index = torch.tensor([[0, 1], [1, 0], [0, 3], [3, 0], [1, 3], [0, 1]])  # nobody asks for 2
+    weights = torch.rand(6, 2)
+    seen = {}
+
+    def observe(module, projection, inputs):
+        assert module is experts
+        seen[projection] = inputs
+        getattr(experts, projection).data.mul_(0.5)
+
+    with torch.no_grad(), observed(experts, observe):
+        got = experts(x, index, weights)
+    want = experts(x, index, weights)
+    assert torch.equal(got, want)
+    assert list(seen) == ["gate_up_proj", "down_proj"]
+    for inputs in seen.values():
+        assert [i.expert for i in inputs] == [0, 1, 2, 3]
+        for i in inputs:
+            assert sorted(i.rows.tolist()) == (index == i.expert).any(1).nonzero()[:, 0].tolist()
+            assert len(i.x) == len(i.rows)
+    assert seen["gate_up_proj"][2].x.shape == (0, 32)
+    assert torch.equal(seen["gate_up_proj"][3].x, x[seen["gate_up_proj"][3].rows])
+
+
+def test_forward_is_restored_after_an_exception():
+    _, (experts, *_) = experts_of("qwen3_moe")
+    with pytest.raises(KeyboardInterrupt), observed(experts, lambda *_: None):
+        assert "forward" in experts.__dict__
+        raise KeyboardInterrupt
+    assert "forward" not in experts.__dict__
+
+    def mine(*args):
+        return args
+
+    experts.forward = mine
+    with observed(experts, lambda *_: None):
+        assert experts.forward is not mine
+    assert experts.forward is mine

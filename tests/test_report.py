@@ -1,0 +1,111 @@
+import io
+import json
+from dataclasses import replace
+
+import pytest
+import yaml
+from rich.console import Console
+
+from pyprune.config import PruneConfig
+from pyprune.errors import UserError
+from pyprune.report import CalibrationReport, LayerReport, Report, RunReport, model_card
+
+LAYERS = (
+    LayerReport(
+        name="model.layers.0.q",
+        shape=(4, 6),
+        pattern="50%",
+        method="sparsegpt",
+        sparsity=0.5,
+        zeros=12,
+        elements=24,
+        tokens=77.0,
+        relative_error_before_update=0.125,
+        relative_error_after=0.0625,
+        error_basis="gram",
+        damping=0.1,
+        loss=1e-3,
+        dead_inputs=1,
+        notes=("1 inputs were zero",),
+        seconds=0.25,
+    ),
+    LayerReport("model.layers.0.k", (2, 6), "50%", "magnitude", 0.25, 3, 12),
+)
+
+
+def report():
+    return Report(
+        model="org/model",
+        config=PruneConfig(sparsity=0.5, exclude=("*.o_proj",)),
+        versions={"torch": "2.13.0"},
+        layers=LAYERS,
+        calibration=CalibrationReport("wiki", "ab12", 1234, 3, 512),
+        run=RunReport({"forward": 1.5, "total": 2.0}, 10**9, None),
+    )
+
+
+def test_round_trips_through_json():
+    assert Report.from_json(report().to_json()) == report()
+    bare = Report("m", PruneConfig(method="magnitude", pattern="2:4"), {}, ())
+    assert Report.from_json(bare.to_json()) == bare
+    assert bare.sparsity == 0
+
+
+def test_overall_sparsity_is_weighted_by_size():
+    assert report().sparsity == 15 / 36
+    assert json.loads(report().to_json())["sparsity"] == 15 / 36
+
+
+def test_what_varies_between_equal_runs_is_in_one_section():
+    slower = replace(
+        report(),
+        layers=tuple(replace(layer, seconds=9.0) for layer in LAYERS),
+        run=RunReport({"forward": 30.0}, 5, 6),
+    )
+    first, second = json.loads(report().to_json()), json.loads(slower.to_json())
+    assert first.pop("run") != second.pop("run")
+    assert first == second
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "3", '{"schema": 1, "model": "m"}'])
+def test_refuses_what_is_no_report(text):
+    with pytest.raises(UserError, match=r"pyprune.json: expected a report"):
+        Report.from_json(text)
+
+
+def test_refuses_another_schema():
+    with pytest.raises(UserError, match=r"pyprune.json: expected schema 1, got 99"):
+        Report.from_json('{"schema": 99}')
+
+
+def test_table_shows_every_layer():
+    console = Console(file=io.StringIO(), width=200)
+    console.print(report().table())
+    text = console.file.getvalue()
+    assert "sparsegpt, 50%: 41.67% of 2 matrices is zero" in text
+    for expected in ("model.layers.0.q", "4 x 6", "12.50%", "6.25%", "0.1", "1 inputs were zero"):
+        assert expected in text
+
+
+def test_model_card_has_a_yaml_header_and_says_what_was_done():
+    card = model_card(report())
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header) == {
+        "library_name": "transformers",
+        "base_model": "org/model",
+        "base_model_relation": "finetune",
+        "tags": ["pruned", "sparse", "sparsegpt"],
+    }
+    for expected in (
+        "# org/model, pruned: sparsegpt 50%",
+        "41.67% of the 36 weights",
+        "arXiv 2301.00774",
+        "wiki, 1,234 tokens in 3 sequences of up to 512, sha256 `ab12`",
+        "torch: 2.13.0",
+        "`model.layers.0.q`: 1 inputs were zero",
+    ):
+        assert expected in body
+
+
+def test_model_card_is_the_same_for_equal_runs():
+    assert model_card(report()) == model_card(replace(report(), run=RunReport()))

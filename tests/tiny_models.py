@@ -1,0 +1,125 @@
+"""Tiny random models of every supported family, in fp32 and evaluation mode.
+
+Two blocks of width 32 and a vocabulary of 64; every parameter is random (biases and norms too, so
+that a bias that gets lost is noticed). Between them the families cover tied and untied embeddings,
+grouped queries, parallel attention, sliding-window and full attention in one model, projections
+outside the blocks (OPT), dense and sparse blocks in one model (Qwen3-MoE) and shared experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+VOCAB, HIDDEN, BLOCKS = 64, 32, 2
+
+_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    **_IDS,
+}
+_GATED = {**_COMMON, "intermediate_size": 64, "num_key_value_heads": 2}
+_GEMMA = {
+    **_GATED,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "tie_word_embeddings": True,
+}
+_QWEN_MOE = {
+    **_GATED,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {**_GATED, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False},
+    "mistral": {**_GATED, "sliding_window": 8, "tie_word_embeddings": False},
+    "qwen2": {**_GATED, "tie_word_embeddings": True},
+    "qwen3": {**_GATED, "head_dim": 8, "tie_word_embeddings": True},
+    "gemma2": _GEMMA,
+    "gemma3_text": _GEMMA,
+    "phi": {**_COMMON, "intermediate_size": 64, "tie_word_embeddings": False},
+    "opt": {**_COMMON, "ffn_dim": 64, "word_embed_proj_dim": 16, "tie_word_embeddings": True},
+    "gpt2": {
+        "vocab_size": VOCAB,
+        "n_embd": HIDDEN,
+        "n_layer": BLOCKS,
+        "n_head": 4,
+        "n_inner": 64,
+        "n_positions": 128,
+        "tie_word_embeddings": True,
+        **_IDS,
+    },
+    "gpt_neox": {**_COMMON, "intermediate_size": 64, "tie_word_embeddings": False},
+    "bloom": {
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "n_layer": BLOCKS,
+        "n_head": 4,
+        "tie_word_embeddings": True,
+        **_IDS,
+    },
+    "falcon": {
+        **_COMMON,
+        "multi_query": True,
+        "parallel_attn": True,
+        "new_decoder_architecture": False,
+        "alibi": False,
+        "bias": True,
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {
+        **_GATED,
+        "intermediate_size": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
+    "qwen2_moe": {
+        **_QWEN_MOE,
+        "shared_expert_intermediate_size": 48,
+        "decoder_sparse_step": 1,
+        "tie_word_embeddings": False,
+    },
+    "qwen3_moe": {
+        **_QWEN_MOE,
+        "head_dim": 8,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [0],
+        "tie_word_embeddings": True,
+    },
+}
+FAMILIES = tuple(CONFIGS)
+MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+
+
+def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """A random causal language model of `family` (a key of CONFIGS); `overrides` go to its
+    configuration, e.g. `num_hidden_layers=3` or `tie_word_embeddings=True`."""
+    config = AutoConfig.for_model(family, **{**CONFIGS[family], **overrides})
+    model = AutoModelForCausalLM.from_config(config)
+    gen = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.dim() > 1:
+                p.normal_(0.0, 0.2, generator=gen)
+            else:
+                # A norm's scale is near one, except where the model adds one itself (Gemma).
+                centre = 1.0 if name.endswith("weight") and "gemma" not in family else 0.0
+                p.normal_(centre, 0.1, generator=gen)
+    return model.float().eval()
+
+
+def tiny_tokens(rows: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:
+    """Random token ids `[rows, length]`, without the padding token."""
+    return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
