@@ -77,12 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog_name="pyprune",
             standalone_mode=False,
         )
-        return status if isinstance(status, int) else 0
+        # Some versions of typer turn an interrupt into this status, others into Abort.
+        return _interrupted() if status == INTERRUPTED else int(status or 0)
     except CLICK_ERROR as error:
         return _fail(error.format_message())  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
-        print("pyprune: interrupted", file=sys.stderr)  # noqa: T201
-        return INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:  # pyprune inspect DIR | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -96,6 +96,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     # A second signal must not interrupt the cleaning up after the first.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _interrupted() -> int:
+    print("pyprune: interrupted", file=sys.stderr)  # noqa: T201
+    return INTERRUPTED
 
 
 def _is_users(error: Exception) -> bool:
@@ -291,14 +296,20 @@ def _prune_config(
 def evaluate(
     model: Model,
     text: Annotated[
-        str, typer.Option(help="wiki or sotu (packaged, their evaluation part), or a text file.")
+        str,
+        typer.Option(
+            help="wiki or sotu (packaged, the part not used for calibration), a .txt or .jsonl "
+            "file, a directory, or hub:ID."
+        ),
     ] = "wiki",
     seqlen: Seqlen = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows; the sequence length by default.")
     ] = None,
     batch_size: BatchSize = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Of the text, from its start.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="How much of the text, from its start; 0: all of it.")
+    ] = None,
     bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Start windows with BOS.")] = False,
     device: Device = None,
     dtype: Dtype = None,
@@ -311,35 +322,33 @@ def evaluate(
 
     with ProgressBar(_stderr(), "evaluating") as bar:
         checkpoint = Checkpoint.open(_resolve(model, bar))
+        given = {
+            "seqlen": seqlen,
+            "stride": stride,
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+        }
+        options = {name: value for name, value in given.items() if value is not None}
+        if max_tokens == 0:
+            options["max_tokens"] = None
         tokenizer = checkpoint.tokenizer()
-        name, content = _evaluation_text(text)
-        given = {"seqlen": seqlen, "batch_size": batch_size}
+        bar.step("loading the model")
         result = perplexity(
             _load(checkpoint, device, dtype),
             tokenizer,
-            text=content,
-            text_name=name,
-            stride=stride,
-            max_tokens=max_tokens,
+            text=text,
             bos=bos,
-            progress=bar.step,
-            **{key: value for key, value in given.items() if value is not None},
+            progress=lambda done, total: bar.step(f"window {done}/{total}", done, total),
+            **options,
         )
-    _show({"model": model, **asdict(result)}, as_json, _perplexity_table(model, asdict(result)))
-
-
-def _evaluation_text(text: str) -> tuple[str, str]:
-    """Name and content of the text to evaluate on."""
-    if text in ("wiki", "sotu"):
-        from pyprune.packaged import packaged_text
-
-        return text, packaged_text(text, part="evaluation")
-    try:
-        return Path(text).name, Path(text).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"--text: expected wiki, sotu or a UTF-8 text file, cannot read {text}: {error}"
-        ) from error
+    table = Table("perplexity", "nats per token", "tokens/s", "seconds", title=model)
+    table.add_row(
+        f"{result.ppl:.3f}",
+        f"{result.nll:.4f}",
+        f"{result.tokens_per_second:,.0f}",
+        f"{result.seconds:.1f}",
+    )
+    _show({"model": model, **asdict(result)}, as_json, table, result.protocol)
 
 
 def _load(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> PreTrainedModel:
@@ -355,14 +364,6 @@ def _load(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> PreT
     elif str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device: expected one that is here, got {device}: no CUDA device")
     return checkpoint.load_model(str(device), compute)
-
-
-def _perplexity_table(model: str, result: dict[str, Any]) -> Table:
-    table = Table("", model, show_header=True)
-    for name, value in result.items():
-        shown = f"{value:,.4f}" if isinstance(value, float) else str(value)
-        table.add_row(name.replace("_", " "), shown)
-    return table
 
 
 @app.command(

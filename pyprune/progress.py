@@ -80,7 +80,7 @@ class ProgressBar:
             done, total = event.block, event.blocks
         self.step(words, done, total)
 
-    def step(self, words: str, done: float, total: float | None) -> None:
+    def step(self, words: str, done: float = 0, total: float | None = None) -> None:
         """`done` of `total` steps are through; total None: nobody knows."""
         if self._task is not None:
             self._bar.update(self._task, description=words, completed=done, total=total)
