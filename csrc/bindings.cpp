@@ -8,6 +8,7 @@
 
 namespace pyprune {
 void bind_column_norms(pybind11::module_& m);
+void bind_sparse_linear(pybind11::module_& m);
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -39,4 +40,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   bind_column_norms(m);
+  bind_sparse_linear(m);
 }
