@@ -1,6 +1,7 @@
 // Rows of a compressed matrix: their column masks, and their values spread out to full width.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -83,6 +84,13 @@ inline void kept_columns(const uint8_t* meta, int64_t n, uint8_t* bits) {
 #endif
 #endif
   for (; i < n; ++i) bits[i] = kept_columns(meta[i]);
+}
+
+// Starts fetching the metadata of the next rows.
+inline void prefetch_meta(const Weights& w, int64_t r0, int64_t count) {
+  const uint8_t* p = w.meta + r0 * w.meta_stride;
+  const uint8_t* end = w.meta + std::min(r0 + count, w.rows) * w.meta_stride;
+  for (; p < end; p += 64) __builtin_prefetch(p, 0, 2);
 }
 
 inline int popcount(uint64_t word) { return __builtin_popcountll(word); }
