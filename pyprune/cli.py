@@ -77,12 +77,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog_name="pyprune",
             standalone_mode=False,
         )
-        return status if isinstance(status, int) else 0
+        # Some versions of typer turn an interrupt into this status, others into Abort.
+        return _interrupted() if status == INTERRUPTED else int(status or 0)
     except CLICK_ERROR as error:
         return _fail(error.format_message())  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort):
-        print("pyprune: interrupted", file=sys.stderr)  # noqa: T201
-        return INTERRUPTED
+        return _interrupted()
     except BrokenPipeError:  # pyprune inspect DIR | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -96,6 +96,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     # A second signal must not interrupt the cleaning up after the first.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
+
+
+def _interrupted() -> int:
+    print("pyprune: interrupted", file=sys.stderr)  # noqa: T201
+    return INTERRUPTED
 
 
 def _is_users(error: Exception) -> bool:

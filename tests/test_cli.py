@@ -34,7 +34,8 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
     drawn = torch.randint(len(WORDS), (4000,), generator=torch.Generator().manual_seed(0))
-    (folder.parent / "text.txt").write_text(" ".join(WORDS[i] for i in drawn))
+    paragraphs = [" ".join(WORDS[i] for i in part) for part in drawn.split(50)]
+    (folder.parent / "text.txt").write_text("\n\n".join(paragraphs))
     return folder
 
 
@@ -200,9 +201,9 @@ BAD = [
     ("prune MODEL -m wanda -s 0.5 --calibration TEXT --seqlen 9999999 --out OUT", "token"),
     ("prune MODEL -m wanda -s 0.5 --nsamples 0 --out OUT", "nsamples: expected at least 1"),
     ("eval ./nowhere", "no such directory"),
-    ("eval MODEL --text no.txt", "no.txt"),
+    ("eval MODEL --text no.txt --seqlen 64", "no.txt"),
     ("eval MODEL --text TEXT --seqlen 9999", "seqlen"),
-    ("eval MODEL --text TEXT --max-tokens 5", "token"),
+    ("eval MODEL --text TEXT --seqlen 64 --max-tokens 5", "token"),
     ("eval MODEL --text TEXT --seqlen 0", "seqlen"),
     ("eval MODEL --text TEXT --dtype int8", "dtype"),
     ("inspect TEXT", "expected a directory"),
