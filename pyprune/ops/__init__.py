@@ -11,6 +11,7 @@ from pyprune.ops.obs_factor import (
     obs_factor,
 )
 from pyprune.ops.obs_sweep import ObsSweep, obs_sweep
+from pyprune.ops.select import mask_global, mask_nm, mask_topk
 
 __all__ = [
     "NotPositiveDefiniteError",
@@ -20,6 +21,9 @@ __all__ = [
     "fisher_accumulate",
     "gram",
     "inverse_diagonal",
+    "mask_global",
+    "mask_nm",
+    "mask_topk",
     "obs_factor",
     "obs_sweep",
 ]
