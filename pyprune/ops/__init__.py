@@ -6,6 +6,7 @@ from pyprune.ops.fisher_accumulate import fisher_accumulate
 from pyprune.ops.gram import gram
 from pyprune.ops.obs_factor import NotPositiveDefiniteError, ObsFactor, inverse_diagonal, obs_factor
 from pyprune.ops.obs_sweep import ObsSweep, obs_sweep
+from pyprune.ops.select import mask_global, mask_nm, mask_topk
 from pyprune.ops.sparse_linear import linear_24, linear_bitmap, linear_dense
 
 __all__ = [
@@ -19,6 +20,9 @@ __all__ = [
     "linear_24",
     "linear_bitmap",
     "linear_dense",
+    "mask_global",
+    "mask_nm",
+    "mask_topk",
     "obs_factor",
     "obs_sweep",
 ]
