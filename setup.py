@@ -50,11 +50,13 @@ setup(
         "pyprune",
         "pyprune.calibration",
         "pyprune.checkpoint",
+        "pyprune.data",
         "pyprune.kernels",
         "pyprune.methods",
         "pyprune.models",
         "pyprune.ops",
     ],
+    package_data={"pyprune.data": ["sotu.jsonl.xz", "SOTU.md"]},
     ext_modules=[Extension("pyprune._C", sources=[])] if WITH_NATIVE else [],
     cmdclass={"build_ext": CMakeBuild},
 )

@@ -8,6 +8,8 @@
 
 namespace pyprune {
 void bind_column_norms(pybind11::module_& m);
+void bind_fisher_accumulate(pybind11::module_& m);
+void bind_gram(pybind11::module_& m);
 void bind_obs_sweep(pybind11::module_& m);
 }  // namespace pyprune
 
@@ -40,5 +42,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   bind_column_norms(m);
+  bind_fisher_accumulate(m);
+  bind_gram(m);
   bind_obs_sweep(m);
 }

@@ -36,12 +36,16 @@ def _column_norms_kernel(
     acc = tl.zeros([BLOCK_C], dtype=tl.float32)
     for start in range(0, ROWS, BLOCK_T):
         rows = pid_t.to(tl.int64) * ROWS + start + tl.arange(0, BLOCK_T)
-        mask = (rows < T)[:, None] & (cols < C)[None, :]
+        live = rows < T
+        if HAS_WEIGHT:
+            # A token of weight 0 contributes nothing even if it holds an infinity or NaN.
+            w = tl.load(weight_ptr + rows, mask=live, other=0.0)
+            live = live & (w != 0.0)
         offsets = rows[:, None] * stride_t + cols[None, :].to(tl.int64) * stride_c
+        mask = live[:, None] & (cols < C)[None, :]
         x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
         squares = x * x
         if HAS_WEIGHT:
-            w = tl.load(weight_ptr + rows, mask=rows < T, other=0.0)
             squares = squares * w[:, None]
         acc += tl.sum(squares, axis=0)
     tl.store(part_ptr + pid_t.to(tl.int64) * C + cols, acc, mask=cols < C)
@@ -68,3 +72,30 @@ def column_norms_triton(acc: torch.Tensor, x: torch.Tensor, weight: torch.Tensor
     )
     # The second stage is a fixed-order reduction: no atomics, so the result is reproducible.
     acc += part.sum(dim=0)
+
+
+AOT = [
+    {
+        "kernel": _column_norms_kernel,
+        "signature": {
+            "x_ptr": "*bf16",
+            "weight_ptr": "*fp32",
+            "part_ptr": "*fp32",
+            "T": "i32",
+            "C": "i32",
+            "stride_t": "i32",
+            "stride_c": "constexpr",
+        },
+        "constexprs": {
+            "stride_c": 1,
+            "ROWS": ROWS_PER_PROGRAM,
+            "BLOCK_T": 32,
+            "BLOCK_C": 128,
+            "HAS_WEIGHT": True,
+        },
+        "num_warps": 4,
+        "num_stages": 3,
+        "divisible_by_16": ["x_ptr", "weight_ptr", "part_ptr", "C", "stride_t"],
+        "label": "bf16 32x128 weighted",
+    }
+]

@@ -130,7 +130,8 @@ class LayerPruner:
     def prune_linear(self, ref: LinearRef, inputs: LayerInputs | None) -> LayerReport:
         w, preserve = self._read(ref)
         method, pattern, options = self.method, self.pattern, self.options
-        mask, notes = None, ()
+        mask: Tensor | None = None
+        notes: tuple[str, ...] = ()
         if self._too_few_tokens(ref, inputs):
             tokens = 0 if inputs is None else inputs.tokens
             notes = (
@@ -147,8 +148,8 @@ class LayerPruner:
         except NotPositiveDefiniteError as error:
             raise LayerError(ref.name, str(error)) from error
         _write(ref, solution)
-        solution = replace(solution, notes=(*notes, *solution.notes))
-        return self._report(ref, w, inputs, solution, method.name)
+        report = self._report(ref, w, inputs, solution)
+        return replace(report, method=method.name, notes=notes)
 
     def _too_few_tokens(self, ref: LinearRef, inputs: LayerInputs | None) -> bool:
         if inputs is None:
@@ -167,12 +168,7 @@ class LayerPruner:
         return w, (w != 0) if self.preserve_zeros else None
 
     def _report(
-        self,
-        ref: LinearRef,
-        w: Tensor,
-        inputs: LayerInputs | None,
-        solution: Solution,
-        method: str,
+        self, ref: LinearRef, w: Tensor, inputs: LayerInputs | None, solution: Solution
     ) -> LayerReport:
         written = ref.weight().to(w.dtype)
         zeros, elements = int((written == 0).sum()), w.numel()
@@ -180,13 +176,12 @@ class LayerPruner:
             name=ref.name,
             shape=(w.shape[0], w.shape[1]),
             pattern=str(self.pattern),
-            method=method,
+            method=self.method.name,
             sparsity=zeros / elements,
             zeros=zeros,
             elements=elements,
             damping=solution.damping,
             loss=solution.loss,
-            notes=solution.notes,
         )
         if inputs is None:
             return report

@@ -91,7 +91,12 @@ def prune(
 
 
 def prune_checkpoint(
-    source: str | Path, out: str | Path, config: PruneConfig, progress: Progress | None = None
+    source: str | Path,
+    out: str | Path,
+    config: PruneConfig,
+    progress: Progress | None = None,
+    *,
+    batches: object = None,
 ) -> Report:
     """Prunes a checkpoint into a new directory, one block in memory at a time.
 
@@ -99,6 +104,8 @@ def prune_checkpoint(
         source: a Hugging Face directory with safetensors, or a hub id.
         out: a directory that does not exist or is empty. It appears when everything is written.
         config, progress: see `prune`.
+        batches: token ids to calibrate on; None reads `config.calibration` with the checkpoint's
+            own tokenizer.
 
     Returns:
         The report, which is in `out` as pyprune.json too. Only the pruned matrices differ between
@@ -117,8 +124,9 @@ def prune_checkpoint(
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
         adapter = _adapter(model, config)
     with measure.phase("tokens"):
-        tokenizer = checkpoint.tokenizer() if _needs(config) else None
-        tokens = _tokens(tokenizer, model, config)
+        if batches is None and _needs(config) is not None:
+            batches = checkpoint.tokenizer()
+        tokens = _tokens(batches, model, config)
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
         copy_auxiliary(checkpoint, folder)
         if streamed:

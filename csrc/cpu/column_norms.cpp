@@ -28,6 +28,7 @@ void column_range(const T* x, int64_t rows, int64_t row_stride, const float* wei
       Vec sum[kVecs];
       for (auto& s : sum) s = Vec::zero();
       for (int64_t t = t0; t < t1; ++t) {
+        if (weight && weight[t] == 0.0f) continue;  // padding may hold infinities or NaN
         const T* row = x + t * row_stride + c;
         const Vec w = Vec::set1(weight ? weight[t] : 1.0f);
         for (int v = 0; v < kVecs; ++v) {
@@ -44,6 +45,7 @@ void column_range(const T* x, int64_t rows, int64_t row_stride, const float* wei
   for (; c < c1; ++c) {
     double total = 0;
     for (int64_t t = 0; t < rows; ++t) {
+      if (weight && weight[t] == 0.0f) continue;
       const double a = to_float(x[t * row_stride + c]);
       total += a * a * (weight ? weight[t] : 1.0f);
     }

@@ -70,7 +70,7 @@ def _two_dimensional(i: int, name: str, x: Any) -> Tensor:
     if not isinstance(x, Tensor) or x.dim() not in (1, 2) or x.is_floating_point():
         got = f"{x.dtype} {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"calibration batch {i}: expected {name} as integers [B, T], got {got}")
-    return x.reshape(-1, x.shape[-1]).long()
+    return (x[None] if x.dim() == 1 else x).long()
 
 
 def _check(i: int, batch: Batch, vocabulary: int | None, positions: int | None) -> None:

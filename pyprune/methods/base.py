@@ -99,14 +99,12 @@ class Solution:
     weight: `[R, C]`, zero where pruned. mask: `[R, C]` bool, True = kept.
     damping: the one that made the Gram matrix positive definite; None where none was factored.
     loss: 1/2 tr(dW H dW^T) with the damped H = mean over tokens of x x^T; None without a sweep.
-    notes: what the report should say about this layer.
     """
 
     weight: Tensor
     mask: Tensor
     damping: float | None = None
     loss: float | None = None
-    notes: tuple[str, ...] = ()
 
 
 # weight [R, C] fp32 or fp64, inputs, pattern, options, preserve [R, C] bool or None (False = must

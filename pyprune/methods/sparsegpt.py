@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pyprune import ops
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
-from pyprune.methods.update import dead_notes, sequential, without_dead
+from pyprune.methods.update import sequential, swept_solution, without_dead
 from pyprune.patterns import NM, Pattern
 
 
 def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
     """`[C]`: 1 / sqrt(diag(H^-1)). With it a weight's squared score is twice the loss of removing
     that weight alone from the dense layer (OBS saliency): what a choice made before any sweep, the
-    global one, can go by."""
-    return ops.inverse_diagonal(_given(inputs).factor(options).u).rsqrt()
+    global one, can go by. 0 for inputs that were always zero."""
+    factor = _given(inputs).factor(options)
+    return torch.where(factor.dead, 0, ops.inverse_diagonal(factor.u).rsqrt())
 
 
 def _given(inputs: LayerInputs | None) -> LayerInputs:
@@ -40,10 +42,10 @@ def sparsegpt(
     if mask is not None:
         return sequential(w, mask, inputs, options)
     factor = inputs.factor(options)
-    w = without_dead(w, factor)
+    alive = without_dead(w, factor)
     if isinstance(pattern, NM):
         swept = ops.obs_sweep(
-            w,
+            alive,
             factor.u,
             nm=(pattern.n, pattern.m),
             preserve=preserve,
@@ -54,7 +56,7 @@ def sparsegpt(
         if scope == "global":
             raise ValueError("sparsegpt: scope global expects the mask that was selected, got none")
         swept = ops.obs_sweep(
-            w,
+            alive,
             factor.u,
             sparsity=pattern.sparsity,
             scope=scope,
@@ -62,13 +64,7 @@ def sparsegpt(
             block_size=options.block_size,
             reference_count=options.reference_count,
         )
-    return Solution(
-        weight=swept.weight,
-        mask=swept.mask,
-        damping=float(factor.damping),
-        loss=float(swept.loss.sum()) / inputs.tokens,
-        notes=dead_notes(factor),
-    )
+    return swept_solution(w, swept, factor, inputs)
 
 
 METHOD = Method(

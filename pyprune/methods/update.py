@@ -12,20 +12,31 @@ from pyprune.ops.obs_factor import ObsFactor
 from pyprune.patterns import NM, Pattern, pruned_count
 
 
-def masked(w: Tensor, mask: Tensor, notes: tuple[str, ...] = ()) -> Solution:
+def masked(w: Tensor, mask: Tensor) -> Solution:
     """The pruned weights set to zero, the others as they were."""
-    return Solution(weight=torch.where(mask, w, 0), mask=mask, notes=notes)
+    return Solution(weight=torch.where(mask, w, 0), mask=mask)
 
 
 def without_dead(w: Tensor, factor: ObsFactor) -> Tensor:
-    """`w` with the weights of inputs that were zero for every token set to zero, as SparseGPT does:
-    the factor knows nothing of them, and zero ranks first."""
+    """`w` with zeros for the weights of inputs that were zero for every token. They lose nothing,
+    so they rank first; the factor knows nothing of them, so they must not spread any error."""
     return torch.where(factor.dead, 0, w)
 
 
-def dead_notes(factor: ObsFactor) -> tuple[str, ...]:
-    dead = int(factor.dead.sum())
-    return (f"{dead} inputs were zero for every token: their weights are set to 0",) if dead else ()
+def swept_solution(
+    w: Tensor, swept: ops.ObsSweep, factor: ObsFactor, inputs: LayerInputs
+) -> Solution:
+    """The answer of a sweep over `without_dead(w, factor)`.
+
+    Of the dead inputs' weights those that the mask keeps have their value back. SparseGPT's code
+    zeroes them all, which is more than was asked for, and another text may need them.
+    """
+    return Solution(
+        weight=torch.where(factor.dead & swept.mask, w, swept.weight),
+        mask=swept.mask,
+        damping=float(factor.damping),
+        loss=float(swept.loss.sum(dtype=torch.float64)) / inputs.tokens,
+    )
 
 
 def sequential(w: Tensor, mask: Tensor, inputs: LayerInputs, options: MethodOptions) -> Solution:
@@ -35,13 +46,7 @@ def sequential(w: Tensor, mask: Tensor, inputs: LayerInputs, options: MethodOpti
     swept = ops.obs_sweep(
         without_dead(w, factor), factor.u, mask=mask, block_size=options.block_size
     )
-    return Solution(
-        weight=swept.weight,
-        mask=mask,
-        damping=float(factor.damping),
-        loss=float(swept.loss.sum()) / inputs.tokens,
-        notes=dead_notes(factor),
-    )
+    return swept_solution(w, swept, factor, inputs)
 
 
 def iterative(
@@ -61,9 +66,9 @@ def iterative(
     With `preserve`, a row's panel is the group that may hold more forced zeros than its share.
     """
     factor = inputs.factor(options)
-    w = without_dead(w, factor)
+    original, w = w, without_dead(w, factor)
     mask = torch.ones_like(w, dtype=torch.bool)
-    columns, loss = w.shape[1], w.new_zeros((), dtype=torch.float64)
+    columns, loss = w.shape[1], w.new_zeros(len(w))
     m = pattern.m if isinstance(pattern, NM) else 1
     block = options.aligned_block_size(m)
     for a in range(0, columns, block):
@@ -81,15 +86,9 @@ def iterative(
             )
             w[:, c:d] = swept.weight
             w[:, d:b] -= errors[:, c - a : d - a] @ factor.u[c:d, d:b]
-            loss += swept.loss.sum()
+            loss += swept.loss
         w[:, b:] -= errors @ factor.u[a:b, b:]
-    return Solution(
-        weight=w,
-        mask=mask,
-        damping=float(factor.damping),
-        loss=float(loss) / inputs.tokens,
-        notes=dead_notes(factor),
-    )
+    return swept_solution(original, ops.ObsSweep(w, mask, loss), factor, inputs)
 
 
 def _panel_mask(

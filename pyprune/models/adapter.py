@@ -7,7 +7,8 @@ linear maps inside them. The few names a family needs are in the tables below.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
@@ -76,6 +77,14 @@ class Adapter:
         """The prunable matrices of block `i` in definition order, without routers and without
         parameters that are tied to something outside the block."""
         return list(self._linears[i])
+
+    def restricted(self, names: Collection[str]) -> Adapter:
+        """The same model with only the matrices called `names` left to prune."""
+        adapter = copy(self)
+        adapter._linears = [
+            [ref for ref in linears if ref.name in names] for linears in self._linears
+        ]
+        return adapter
 
     def experts(self, i: int) -> list[nn.Module]:
         """The modules of block `i` that hold fused experts."""

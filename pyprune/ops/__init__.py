@@ -2,6 +2,8 @@
 see `pyprune.ops._registry` for how one is chosen."""
 
 from pyprune.ops.column_norms import column_norms
+from pyprune.ops.fisher_accumulate import fisher_accumulate
+from pyprune.ops.gram import gram
 from pyprune.ops.obs_factor import (
     NotPositiveDefiniteError,
     ObsFactor,
@@ -15,6 +17,8 @@ __all__ = [
     "ObsFactor",
     "ObsSweep",
     "column_norms",
+    "fisher_accumulate",
+    "gram",
     "inverse_diagonal",
     "obs_factor",
     "obs_sweep",

@@ -20,15 +20,27 @@ def check_rows(name: str, t: Tensor) -> None:
     check_float(name, t)
 
 
+def check_matrices(name: str, t: Tensor) -> None:
+    """`t` is a floating point matrix or a stack of them."""
+    if t.dim() not in (2, 3):
+        raise ValueError(f"{name}: expected 2 or 3 dimensions, got shape {tuple(t.shape)}")
+    check_float(name, t)
+
+
 def check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(t.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
 
 
+def accumulation_dtype(x: Tensor) -> torch.dtype:
+    """fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def check_accumulator(name: str, acc: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     """`acc` has `shape` and the accumulation dtype for `x`: fp64 for fp64, else fp32."""
     check_shape(name, acc, shape)
-    want = torch.float64 if x.dtype == torch.float64 else torch.float32
+    want = accumulation_dtype(x)
     if acc.dtype != want:
         raise ValueError(f"{name}: expected {want} to accumulate {x.dtype}, got {acc.dtype}")
 
@@ -45,3 +57,9 @@ def check_same_device(*tensors: Tensor | None) -> None:
     devices = {t.device for t in tensors if t is not None}
     if len(devices) > 1:
         raise ValueError(f"expected all tensors on one device, got {sorted(map(str, devices))}")
+
+
+def drop_unweighted(x: Tensor, weight: Tensor) -> Tensor:
+    """`x` `[..., T, C]` with the tokens of weight 0 set to zero: multiplying by their weight would
+    turn an infinity or NaN in padding into NaN."""
+    return torch.where((weight == 0)[..., None], 0.0, x)

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _registry
-from pyprune.ops._checks import check_accumulator, check_rows, check_same_device, check_token_weight
+from pyprune.ops._checks import (
+    accumulation_dtype,
+    check_accumulator,
+    check_rows,
+    check_same_device,
+    check_token_weight,
+    drop_unweighted,
+)
 
 
 def _check_column_norms(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
@@ -20,7 +27,7 @@ def _check_column_norms(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
 def column_norms_reference(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
     squares = x.to(acc.dtype).square()
     if weight is not None:
-        squares = squares * weight.to(acc.dtype)[:, None]
+        squares = drop_unweighted(squares, weight) * weight.to(acc.dtype)[:, None]
     acc += squares.sum(dim=0)
 
 
@@ -52,7 +59,8 @@ def column_norms(x: Tensor, *, weight: Tensor | None = None, out: Tensor | None 
 
     Args:
         x: activations `[T, C]` (rows are tokens), bf16, fp16, fp32 or fp64; any strides.
-        weight: token weights `[T]`, non-negative, e.g. 0 for padding. None means ones.
+        weight: token weights `[T]`, non-negative. A token of weight 0 contributes nothing,
+            whatever it holds (infinities and NaN in padding included). None means ones.
         out: accumulator `[C]`, fp32 (fp64 when `x` is fp64). None starts from zeros.
 
     Returns:
@@ -65,8 +73,7 @@ def column_norms(x: Tensor, *, weight: Tensor | None = None, out: Tensor | None 
     """
     if out is None:
         check_rows("x", x)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        out = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
+        out = torch.zeros(x.shape[1], dtype=accumulation_dtype(x), device=x.device)
     _check_column_norms(out, x, weight)
     if x.numel():
         torch.ops.pyprune.column_norms(out, x, weight)

@@ -55,6 +55,14 @@ def test_infinity_and_nan_stay_in_their_column(backend, device, use_backend):
     assert torch.equal(got[[0, 1, 3, 5]], torch.full((4,), 4.0))
 
 
+def test_weight_zero_drops_infinities_and_nan(backend, device, use_backend):
+    use_backend(backend, OP, device, torch.float32)
+    x = torch.ones(5, 70, device=device)
+    x[1], x[3] = float("inf"), float("nan")
+    weight = torch.tensor([1.0, 0.0, 2.0, 0.0, 0.5], device=device)
+    assert torch.equal(ops.column_norms(x, weight=weight).cpu(), torch.full((70,), 3.5))
+
+
 def test_no_tokens_leaves_the_accumulator(backend, device, use_backend):
     use_backend(backend, OP, device, torch.float32)
     out = torch.arange(3.0, device=device)

@@ -1,0 +1,295 @@
+"""What every benchmark shares: side-by-side timing, measured limits, rows, table, JSON.
+
+A benchmark builds a `Bench`, hands it one `Case` after another and calls `finish`:
+
+    bench = Bench("gram", parse(__doc__))
+    bench.run(Case(shape=(2048, 576), dtype=torch.float32, flops=..., bytes=..., limit="gemm",
+                   providers={"native": lambda i: ..., "torch": lambda i: ...}, check=...))
+    bench.finish()
+
+A provider takes the number of the call, so that it can rotate its inputs (`copies` says how many
+keep the GPU's L2 cold). All providers of a case are checked first, then timed in turns, so that a
+change of clock or a busy neighbour hits them alike: read ratios, not single times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Provider = Callable[[int], Any]
+
+# A timed sample holds as many calls as fill this many seconds: far above the clock's resolution
+# and, on a GPU, above the jitter of one launch.
+SAMPLE_SECONDS = 0.02
+SMOKE_SAMPLE_SECONDS = 0.0
+
+
+def parse(description: str | None, **extra: dict[str, Any]) -> argparse.Namespace:
+    """The command line of a benchmark; `extra` adds options, e.g. `tokens={"type": int}`."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--smoke", action="store_true", help="smallest shapes, one repetition")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here")
+    parser.add_argument("--repetitions", type=int, default=9, help="timed samples of each provider")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default=_default_device())
+    for name, options in extra.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    args = parser.parse_args()
+    if args.repetitions < 1:
+        parser.error(f"--repetitions: expected at least 1, got {args.repetitions}")
+    return args
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem solved by several providers.
+
+    flops, bytes: the least work and memory traffic the problem needs (what `share_of_limit` is
+        computed from), the same for every provider.
+    limit: "gemm" (flops at the measured GEMM rate), "copy" (bytes at the measured copy bandwidth)
+        or the name of a provider whose time is the limit.
+    check: called with each provider's name and the result of its first call; raises if it is wrong.
+    baseline: the provider that ratios are given against; None takes the last one.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    flops: float
+    bytes: float
+    providers: Mapping[str, Provider]
+    limit: str = "gemm"
+    check: Callable[[str, Any], None] | None = None
+    baseline: str | None = None
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Bench:
+    def __init__(self, op: str, args: argparse.Namespace) -> None:
+        self.op = op
+        self.smoke: bool = args.smoke
+        self.device: str = args.device
+        self.repetitions: int = 1 if args.smoke else args.repetitions
+        self.path: Path | None = args.json
+        self.rows: list[dict[str, Any]] = []
+        self.console = Console()
+
+    def run(self, case: Case) -> list[dict[str, Any]]:
+        """Checks, times and tabulates one case; returns its rows."""
+        for name, provider in case.providers.items():
+            result = provider(0)
+            if case.check is not None:
+                case.check(name, result)
+        samples = time_interleaved(
+            case.providers,
+            self.device,
+            self.repetitions,
+            SMOKE_SAMPLE_SECONDS if self.smoke else SAMPLE_SECONDS,
+        )
+        rows = [self._row(case, name, samples) for name in case.providers]
+        self.rows += rows
+        self._print(case, rows)
+        return rows
+
+    def finish(self) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+
+    def _row(self, case: Case, name: str, samples: dict[str, list[float]]) -> dict[str, Any]:
+        median = statistics.median(samples[name])
+        return {
+            "op": self.op,
+            "provider": name,
+            "shape": list(case.shape),
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "seconds_median": median,
+            "seconds_min": min(samples[name]),
+            "seconds_max": max(samples[name]),
+            "repetitions": len(samples[name]),
+            "flops": case.flops,
+            "flops_rate": case.flops / median,
+            "bytes": case.bytes,
+            "bytes_rate": case.bytes / median,
+            "share_of_limit": self._limit_seconds(case, samples) / median,
+            "limit": case.limit,
+            "baseline": self._baseline(case),
+            "ratio_to_baseline": ratio(samples[name], samples[self._baseline(case)]),
+            **case.note,
+            **environment(self.device),
+        }
+
+    def _baseline(self, case: Case) -> str:
+        return case.baseline or list(case.providers)[-1]
+
+    def _limit_seconds(self, case: Case, samples: dict[str, list[float]]) -> float:
+        if case.limit == "gemm":
+            return case.flops / gemm_rate(self.device, case.dtype, self.smoke)
+        if case.limit == "copy":
+            return case.bytes / copy_bandwidth(self.device, self.smoke)
+        return statistics.median(samples[case.limit])
+
+    def _print(self, case: Case, rows: list[dict[str, Any]]) -> None:
+        note = " ".join(f"{k}={v}" for k, v in case.note.items())
+        dims = "x".join(map(str, case.shape))
+        title = f"{self.op} {dims} {rows[0]['dtype']} {note}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE)
+        table.add_column("provider", no_wrap=True)
+        for column in ("median ms", "min", "max", "Gflop/s", "GB/s"):
+            table.add_column(column, justify="right")
+        table.add_column(f"of {case.limit} limit", justify="right")
+        table.add_column(f"time / {rows[0]['baseline']}", justify="right")
+        for row in rows:
+            table.add_row(
+                row["provider"],
+                *(f"{row[f'seconds_{k}'] * 1e3:.3f}" for k in ("median", "min", "max")),
+                f"{row['flops_rate'] / 1e9:.1f}",
+                f"{row['bytes_rate'] / 1e9:.1f}",
+                f"{row['share_of_limit']:.1%}",
+                f"{row['ratio_to_baseline']:.3f}",
+            )
+        self.console.print(table)
+
+
+def ratio(ours: list[float], baseline: list[float]) -> float:
+    """Median of the turn-by-turn ratios: each pair of samples was taken under the same load."""
+    return statistics.median(a / b for a, b in zip(ours, baseline, strict=True))
+
+
+def time_interleaved(
+    providers: Mapping[str, Provider], device: str, repetitions: int, sample_seconds: float
+) -> dict[str, list[float]]:
+    """Seconds per call of each provider, `repetitions` samples taken in turns."""
+    sample = _sample_cuda if device == "cuda" else _sample_cpu
+    calls = {}
+    for name, provider in providers.items():
+        calls[name] = max(1, min(1000, int(sample_seconds / max(sample(provider, 2, 0), 1e-9))))
+    samples: dict[str, list[float]] = {name: [] for name in providers}
+    for turn in range(repetitions):
+        for name, provider in providers.items():
+            samples[name].append(sample(provider, calls[name], turn))
+    return samples
+
+
+def _sample_cpu(provider: Provider, calls: int, turn: int) -> float:
+    start = time.perf_counter()
+    for i in range(calls):
+        provider(turn + i)
+    return (time.perf_counter() - start) / calls
+
+
+def _sample_cuda(provider: Provider, calls: int, turn: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    # The GPU is kept busy while the calls are queued: launch overhead then stays out of the time.
+    torch.cuda._sleep(min(200_000 * calls, 20_000_000))
+    begin.record()
+    for i in range(calls):
+        provider(turn + i)
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) * 1e-3 / calls
+
+
+def copies(nbytes: int, device: str) -> int:
+    """How many input sets of `nbytes` to rotate so that a GPU's L2 never holds the next one. One
+    on a CPU, whose last level is larger than what a calibration batch keeps out of it."""
+    if device != "cuda":
+        return 1
+    l2 = torch.cuda.get_device_properties(0).L2_cache_size
+    return max(1, min(16, -(-3 * l2 // max(nbytes, 1))))
+
+
+@cache
+def gemm_rate(device: str, dtype: torch.dtype, smoke: bool = False) -> float:
+    """Flops per second of the best of PyTorch's large square matrix products. A CPU multiplies the
+    16-bit types' values in fp32, so its rate for them is fp32's."""
+    if device == "cpu" and dtype in (torch.bfloat16, torch.float16):
+        dtype = torch.float32
+    n = 256 if smoke else (8192 if device == "cuda" else 2048)
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    times = time_interleaved({"mm": lambda i: torch.mm(a, b, out=out)}, device, 5, 0.0)["mm"]
+    return 2.0 * n**3 / min(times)
+
+
+@cache
+def copy_bandwidth(device: str, smoke: bool = False) -> float:
+    """Bytes per second, read plus written, of a copy far larger than any cache."""
+    nbytes = 1 << (20 if smoke else 30)
+    src = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    dst = torch.empty_like(src)
+    times = time_interleaved({"copy": lambda i: dst.copy_(src)}, device, 5, 0.0)["copy"]
+    return 2.0 * nbytes / min(times)
+
+
+@cache
+def environment(device: str) -> dict[str, Any]:
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device == "cpu" else None,
+        "torch": torch.__version__,
+        "commit": _commit(),
+    }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name(0)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    """Short hash of the checkout, `+` appended when it has changes; empty outside a checkout."""
+    root = Path(__file__).resolve().parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def our_backends(op: str, device: str, dtype: torch.dtype) -> list[str]:
+    """The backends of `op` worth timing here: all but the Triton interpreter."""
+    from pyprune.ops import _registry
+
+    names = _registry.backends(op, device, dtype)
+    return [b for b in names if not (b == "triton" and device == "cpu")]
+
+
+@contextmanager
+def forced_backend(backend: str) -> Iterator[None]:
+    """PYPRUNE_BACKEND=`backend` for the length of the block."""
+    before = os.environ.get("PYPRUNE_BACKEND")
+    os.environ["PYPRUNE_BACKEND"] = backend
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYPRUNE_BACKEND"]
+        else:
+            os.environ["PYPRUNE_BACKEND"] = before

@@ -1,0 +1,83 @@
+"""Gram matrix of calibration activations: `H += X^T X`.
+
+Providers: ours, per backend; `torch_mm`, the plain product `X.T @ X` in the input's dtype (MKL,
+cuBLAS); `toolkits`, what the pruning toolkits run: the input converted to fp32, scaled by
+sqrt(2 / n) and multiplied into an fp32 H with addmm_. The limit is half a matrix product's work at
+the measured GEMM rate: `share_of_limit` of `torch_mm` is therefore at most 50 %.
+"""
+
+import math
+
+import torch
+from _harness import Bench, Case, copies, forced_backend, our_backends, parse
+
+from pyprune import ops
+
+# Tokens x columns: inputs of SmolLM2-135M's attention and down_proj, of 2k and 4k models, and of
+# Llama-3-8B's down_proj (on a GPU only: 14336 columns take half a minute a call on two cores).
+SHAPES = {
+    "cpu": [(2048, 576), (2048, 1536), (2048, 2048), (2048, 4096)],
+    "cuda": [(16384, 576), (16384, 2048), (16384, 4096), (16384, 8192), (16384, 14336)],
+}
+DTYPES = {
+    "cpu": [torch.float32, torch.bfloat16],
+    "cuda": [torch.bfloat16, torch.float16, torch.float32],
+}
+TOLERANCE = 3e-5  # of the largest entry, for a sum of 16384 products in fp32
+
+
+def case(tokens: int, columns: int, dtype: torch.dtype, device: str) -> Case:
+    size = tokens * columns * dtype.itemsize
+    count = copies(size, device)
+    inputs = [torch.randn(tokens, columns, device=device).to(dtype) for _ in range(count)]
+    out = torch.zeros(columns, columns, device=device)
+    scale = math.sqrt(2 / tokens)
+    want = inputs[0].double().T @ inputs[0].double()
+
+    def ours(backend):
+        def run(i):
+            with forced_backend(backend):
+                return ops.gram(inputs[i % count], out=out)
+
+        return run
+
+    def torch_mm(i):
+        x = inputs[i % count]
+        return x.T @ x
+
+    def toolkits(i):
+        x = inputs[i % count].float() * scale
+        return out.addmm_(x.T, x)
+
+    def check(name, got):
+        # `out` accumulates over the providers, so it starts from zero for each first call.
+        factor = scale**2 if name == "toolkits" else 1.0
+        error = (got.double() / factor - want).abs().max() / want.abs().max()
+        # A 16-bit product is rounded to its dtype on the way out.
+        limit = torch.finfo(dtype).eps if name == "torch_mm" else 0.0
+        assert error <= max(TOLERANCE, limit), f"{name}: relative error {error:.1e}"
+        out.zero_()
+
+    providers = {name: ours(name) for name in our_backends("gram", device, dtype)}
+    return Case(
+        shape=(tokens, columns),
+        dtype=dtype,
+        flops=tokens * columns * (columns + 1),
+        bytes=size + 8 * columns**2,
+        providers={**providers, "toolkits": toolkits, "torch_mm": torch_mm},
+        check=check,
+    )
+
+
+def main() -> None:
+    args = parse(__doc__)
+    bench = Bench("gram", args)
+    shapes = [(256, 128)] if args.smoke else SHAPES[args.device]
+    for tokens, columns in shapes:
+        for dtype in DTYPES[args.device]:
+            bench.run(case(tokens, columns, dtype, args.device))
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

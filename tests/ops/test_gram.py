@@ -1,0 +1,234 @@
+import pytest
+import torch
+
+from pyprune import ops
+
+OP = "gram"
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6, torch.float64: 1e-13}
+
+# One token, one column, sizes that divide no tile, more tokens than a packed chunk, several groups
+# of tiles.
+SHAPES = [(1, 1), (1, 70), (5, 3), (33, 129), (300, 65), (130, 200)]
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def expected(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+    x = x.cpu().double()
+    w = torch.ones(x.shape[:-1]) if weight is None else weight.cpu()
+    return (x * w.double()[..., None]).mT @ x
+
+
+def assert_gram(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
+    """Within rounding of the largest sum, and symmetric to the bit."""
+    tolerance = TOLERANCE[dtype] * want.abs().max().item()
+    torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=tolerance)
+    assert torch.equal(got, got.mT)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_matches_float64(backend, device, use_backend, shape, dtype, weighted):
+    use_backend(backend, OP, device, dtype)
+    x = randn(*shape).to(dtype).to(device)
+    weight = randn(shape[0], seed=1).abs().to(device) if weighted else None
+    assert_gram(ops.gram(x, weight=weight), expected(x, weight), dtype)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_batch(backend, device, use_backend, weighted):
+    use_backend(backend, OP, device)
+    x = randn(3, 40, 50).to(device)
+    weight = randn(3, 40, seed=1).abs().to(device) if weighted else None
+    assert_gram(ops.gram(x, weight=weight), expected(x, weight), torch.float32)
+
+
+def test_accumulates_in_place_and_batches_add_up(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    x = randn(90, 37).to(device)
+    out = torch.full((37, 37), 2.0, device=device)
+    assert ops.gram(x[:31], out=out) is out
+    ops.gram(x[31:], out=out)
+    assert_gram(out, 2 + expected(x), torch.float32)
+
+
+def test_diagonal_is_column_norms(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    x = randn(60, 45).to(device)
+    norms = ops.column_norms(x)
+    torch.testing.assert_close(ops.gram(x).diagonal(), norms, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_ones_column(backend, device, use_backend, dtype, weighted):
+    """Every place the virtual column can take in a panel or tile: alone in a new one too."""
+    use_backend(backend, OP, device, dtype)
+    for columns in (1, 31, 32, 47, 48):
+        x = randn(33, columns).to(dtype).to(device)
+        weight = randn(33, seed=1).abs().to(device) if weighted else None
+        ones = torch.ones(33, 1, dtype=dtype, device=device)
+        want = expected(torch.cat([x, ones], dim=1), weight)
+        assert_gram(ops.gram(x, weight=weight, ones_column=True), want, dtype)
+
+
+def test_weight_zero_drops_infinities_and_nan(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    x = randn(20, 11).to(device)
+    x[4], x[9] = float("inf"), float("nan")
+    keep = torch.ones(20, device=device)
+    keep[[4, 9]] = 0
+    for weight in (keep, keep * 0.75):
+        for ones_column in (False, True):
+            got = ops.gram(x, weight=weight, ones_column=ones_column)
+            clean = ops.gram(x[keep > 0], weight=weight[keep > 0], ones_column=ones_column)
+            assert got.isfinite().all()
+            torch.testing.assert_close(got, clean, rtol=1e-6, atol=1e-6)
+
+
+def test_all_tokens_weight_zero(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    x = torch.full((6, 5), float("nan"), device=device)
+    out = torch.eye(5, device=device)
+    ops.gram(x, weight=torch.zeros(6, device=device), out=out)
+    assert torch.equal(out.cpu(), torch.eye(5))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy under the interpreter
+def test_infinity_and_nan_stay_in_their_row_and_column(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    x = torch.ones(4, 6, device=device)
+    x[1, 2], x[2, 4] = float("inf"), float("nan")
+    got = ops.gram(x).cpu()
+    assert got[4].isnan().all() and got[:, 4].isnan().all()
+    assert (got[2, [0, 1, 2, 3, 5]] == float("inf")).all()
+    rest = torch.tensor([0, 1, 3, 5])
+    assert torch.equal(got[rest][:, rest], torch.full((4, 4), 4.0))
+
+
+def test_strided_input_and_accumulator(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    big = randn(40, 90, seed=2).to(device)
+    for x in (big[::2, 5:70], big.T[3:80], big[:, ::3]):
+        columns = x.shape[1]
+        out = torch.zeros(columns, 2 * columns, device=device)[:, ::2]
+        assert ops.gram(x, out=out) is out
+        assert_gram(out, expected(x), torch.float32)
+    stack = randn(40, 3, 20, seed=3).to(device).transpose(0, 1)
+    assert_gram(ops.gram(stack), expected(stack), torch.float32)
+
+
+def test_nothing_to_add(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    out = torch.eye(3, device=device)
+    assert torch.equal(ops.gram(torch.empty(0, 3, device=device), out=out).cpu(), torch.eye(3))
+    assert ops.gram(torch.empty(4, 0, device=device)).shape == (0, 0)
+    assert ops.gram(torch.empty(0, 4, 3, device=device)).shape == (0, 3, 3)
+    assert ops.gram(torch.empty(4, 0, device=device), ones_column=True).tolist() == [[4.0]]
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("columns", [1, 23, 24, 25, 47, 49, 200])
+def test_every_instruction_set(isa, use_isa, columns):
+    use_isa(isa)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = randn(270, columns).to(dtype)
+        weight = randn(270, seed=1).abs()
+        assert_gram(ops.gram(x), expected(x), dtype)
+        assert_gram(ops.gram(x, weight=weight), expected(x, weight), dtype)
+        ones = torch.cat([x, torch.ones(270, 1, dtype=dtype)], dim=1)
+        assert_gram(ops.gram(x, weight=weight, ones_column=True), expected(ones, weight), dtype)
+
+
+def test_native_takes_several_rounds(use_backend):
+    """More packed tokens x columns than the native kernel holds at a time (8 Mi values)."""
+    use_backend("native", OP, "cpu")
+    x = torch.randint(-2, 3, (9000, 1000), generator=torch.Generator().manual_seed(0)).float()
+    assert torch.equal(ops.gram(x), x.T @ x)  # sums of small integers are exact
+
+
+def test_triton_splits_the_tokens(use_backend, monkeypatch):
+    from pyprune.kernels import gram as kernel
+
+    use_backend("triton", OP, "cpu")
+    monkeypatch.setattr(kernel, "MIN_SPLIT_TOKENS", 64)
+    reduced = []
+    launch = kernel._gram_reduce_kernel.__getitem__
+
+    class Recorder:
+        def __getitem__(self, grid):
+            reduced.append(grid)
+            return launch(grid)
+
+    monkeypatch.setattr(kernel, "_gram_reduce_kernel", Recorder())
+    x, start = randn(190, 20), torch.eye(20)
+    got = ops.gram(x, out=start.clone())
+    assert reduced == [(1, 1, 2)]
+    assert_gram(got, expected(x) + start, torch.float32)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("block_n", [32, 64])
+def test_triton_tiles_cover_the_triangle_once(monkeypatch, use_backend, group, block_n):
+    """Groups of several tiles and tiles wider than high, which only GPUs use by default."""
+    from pyprune.kernels import gram as kernel
+
+    use_backend("triton", OP, "cpu")
+    blocks = {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(kernel, "_blocks", lambda x, upcast: blocks)
+    monkeypatch.setattr(kernel, "_group", lambda side, tile: group)
+    x = randn(20, 150)
+    assert_gram(ops.gram(x), expected(x), torch.float32)
+
+
+def test_independent_of_thread_count():
+    x, weight = randn(500, 300, seed=4), randn(500, seed=5).abs()
+    threads = torch.get_num_threads()
+    want = ops.gram(x), ops.gram(x, weight=weight)
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(ops.gram(x), want[0])
+            assert torch.equal(ops.gram(x, weight=weight), want[1])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"x": torch.zeros(3)}, "x: expected 2 or 3 dimensions"),
+        ({"x": torch.zeros(3, 2, dtype=torch.int32)}, "x: expected bf16, fp16, fp32 or fp64"),
+        ({"x": torch.zeros(3, 2), "weight": torch.zeros(2)}, "weight: expected shape"),
+        ({"x": torch.zeros(2, 3, 2), "weight": torch.zeros(3)}, "weight: expected shape"),
+        ({"x": torch.zeros(3, 2), "out": torch.zeros(3, 3)}, r"out: expected shape \(2, 2\)"),
+        ({"x": torch.zeros(3, 2), "out": torch.zeros(2, 2).double()}, "out: expected torch.float3"),
+        (
+            {"x": torch.zeros(3, 2), "out": torch.zeros(2, 2), "ones_column": True},
+            r"out: expected shape \(3, 3\) with ones_column",
+        ),
+        ({"x": torch.zeros(3, 2), "out": torch.zeros(2, device="meta")}, "out: expected shape"),
+        ({"x": torch.zeros(3, 2), "out": torch.zeros(2, 2, device="meta")}, "on one device"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        ops.gram(kwargs.pop("x"), **kwargs)
+
+
+def test_opcheck():
+    for x, out in ((randn(5, 7), torch.zeros(7, 7)), (randn(2, 5, 7), torch.zeros(2, 8, 8))):
+        for weight in (None, torch.rand(x.shape[:-1])):
+            torch.library.opcheck(torch.ops.pyprune.gram, (out.clone(), x, weight))
+
+
+def test_compiles_without_graph_breaks():
+    def f(x):
+        return ops.gram(x, ones_column=True) * 2
+
+    x = randn(9, 11)
+    got = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, f(x))
