@@ -4,13 +4,9 @@ see `pyprune.ops._registry` for how one is chosen."""
 from pyprune.ops.column_norms import column_norms
 from pyprune.ops.fisher_accumulate import fisher_accumulate
 from pyprune.ops.gram import gram
-from pyprune.ops.obs_factor import (
-    NotPositiveDefiniteError,
-    ObsFactor,
-    inverse_diagonal,
-    obs_factor,
-)
+from pyprune.ops.obs_factor import NotPositiveDefiniteError, ObsFactor, inverse_diagonal, obs_factor
 from pyprune.ops.obs_sweep import ObsSweep, obs_sweep
+from pyprune.ops.sparse_linear import linear_24, linear_bitmap, linear_dense
 
 __all__ = [
     "NotPositiveDefiniteError",
@@ -20,6 +16,9 @@ __all__ = [
     "fisher_accumulate",
     "gram",
     "inverse_diagonal",
+    "linear_24",
+    "linear_bitmap",
+    "linear_dense",
     "obs_factor",
     "obs_sweep",
 ]

@@ -1,0 +1,171 @@
+#include "cpu/sparse_linear.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "cpu/sparse_decode.h"
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+namespace {
+
+// One cache-line aligned allocation a call, shared out by the caller.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : data_(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  template <class U>
+  U* as() const {
+    return static_cast<U*>(data_);
+  }
+
+ private:
+  void* data_;
+};
+
+inline void store(float* y, float value) { *y = value; }
+inline void store(bf16* y, float value) {
+  uint32_t u;
+  std::memcpy(&u, &value, 4);
+  // Round to nearest even; a NaN stays one (its low bits could otherwise carry into infinity).
+  u = value != value ? (u | 0x400000u) : u + 0x7fffu + ((u >> 16) & 1);
+  y->bits = static_cast<uint16_t>(u >> 16);
+}
+
+// Rows of W that one turn of the kernel decodes side by side: as many as their M sums each leave
+// registers for.
+constexpr int side_by_side(int m) { return m <= 4 ? 4 : 2; }
+
+// Rows of W that share a piece of x small enough for the first-level cache. For one or two rows of
+// x all of it is.
+constexpr int block_rows(int m) { return m <= 2 ? side_by_side(m) : 16; }
+constexpr int kMaxBlockRows = 16;
+constexpr int64_t kPieceBytes = 24 * 1024;
+
+struct DecodeScratch {
+  const float* x;
+  uint64_t* words;  // [threads][kMaxBlockRows][mask_words]
+  float* sums;      // [threads][kMaxBlockRows][kMaxDecodeRows][Vec::kLanes]
+  std::atomic<int64_t>* broken;
+};
+
+// Rows [r0, r0 + count) times all M rows of x; the sums are left as vectors.
+template <class T, bool kDense, int M>
+void decode_block(const Weights& w, int64_t r0, int64_t count, const float* x, uint64_t* words,
+                  float* sums) {
+  constexpr int kSide = side_by_side(M), kBlock = block_rows(M);
+  const int64_t n = mask_words(w.cols);
+  Cursor<T> cursors[kBlock];
+  for (int64_t r = 0; r < count; ++r)
+    cursors[r] = {static_cast<const T*>(w.values) + w.begin(r0 + r), words + r * n};
+  std::fill(sums, sums + count * M * Vec::kLanes, 0.0f);
+  const int64_t ahead = (w.begin(std::min(r0 + kBlock, w.rows - 1)) - w.begin(r0)) *
+                        static_cast<int64_t>(sizeof(T));
+  const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, kPieceBytes / (kMaskColumns * 4 * M));
+  for (int64_t i0 = 0; i0 < n; i0 += piece) {
+    const int64_t i1 = std::min(n, i0 + piece);
+    int64_t r = 0;
+    for (; r + kSide <= count; r += kSide)
+      decode_rows<T, kDense, M, kSide>(w, cursors + r, i0, i1, x, ahead,
+                                       sums + r * M * Vec::kLanes);
+    for (; r < count; ++r)
+      decode_rows<T, kDense, M, 1>(w, cursors + r, i0, i1, x, ahead, sums + r * M * Vec::kLanes);
+  }
+}
+
+template <class T, bool kDense, int M, class X>
+void decode(const SparseLinearArgs& a, const Weights& w, const DecodeScratch& scratch) {
+  constexpr int kBlock = block_rows(M);
+  const int64_t n = mask_words(w.cols), blocks = (w.rows + kBlock - 1) / kBlock;
+  const float* bias = a.bias ? a.bias->ptr<const float>() : nullptr;
+  X* y = a.y.ptr<X>();
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+  for (int64_t g = 0; g < blocks; ++g) {
+    const int64_t r0 = g * kBlock, count = std::min<int64_t>(kBlock, w.rows - r0);
+    const int thread = omp_get_thread_num();
+    uint64_t* words = scratch.words + thread * kMaxBlockRows * n;
+    float* sums = scratch.sums + thread * kMaxBlockRows * kMaxDecodeRows * Vec::kLanes;
+    if (!kDense) {
+      prefetch_meta(w, r0 + kBlock, kBlock);
+      bool sound = true;
+      for (int64_t r = 0; r < count; ++r)
+        if (!row_mask(w, r0 + r, words + r * n)) {
+          scratch.broken->store(r0 + r, std::memory_order_relaxed);
+          sound = false;
+        }
+      if (!sound) continue;
+    }
+    decode_block<T, kDense, M>(w, r0, count, scratch.x, words, sums);
+    for (int64_t r = 0; r < count; ++r)
+      for (int m = 0; m < M; ++m)
+        store(y + m * w.rows + r0 + r, Vec::load(sums + (r * M + m) * Vec::kLanes).sum() +
+                                           (bias ? bias[r0 + r] : 0.0f));
+  }
+}
+
+// Calls f with m (1 .. kMaxDecodeRows) as a constant.
+template <class F, int M = kMaxDecodeRows>
+void with_rows(int64_t m, F&& f) {
+  if (m == M) {
+    f(std::integral_constant<int, M>());
+  } else if constexpr (M > 1) {
+    with_rows<F, M - 1>(m, static_cast<F&&>(f));
+  }
+}
+
+template <class T, class X>
+void run(const SparseLinearArgs& a) {
+  const Weights w(a);
+  const int64_t n = mask_words(w.cols), padded = n * kMaskColumns;
+  const int64_t block = std::min<int64_t>(a.x.shape[0], kMaxDecodeRows);
+  const int64_t x_floats = block * padded;
+  const int64_t sum_floats = a.threads * kMaxBlockRows * kMaxDecodeRows * Vec::kLanes;
+  Scratch scratch((x_floats + sum_floats) * 4 + a.threads * kMaxBlockRows * n * 8);
+  float* x = scratch.as<float>();
+  std::atomic<int64_t> broken{-1};
+  const DecodeScratch s{x, reinterpret_cast<uint64_t*>(x + x_floats + sum_floats), x + x_floats,
+                        &broken};
+  for (int64_t m0 = 0; m0 < a.x.shape[0]; m0 += kMaxDecodeRows) {
+    const int64_t m = std::min(kMaxDecodeRows, a.x.shape[0] - m0);
+    pack_decode<T>(a.x.ptr<const X>() + m0 * a.x.stride[0], a.x.stride[0], m, w.cols, x);
+    SparseLinearArgs part = a;
+    part.y.data = a.y.ptr<X>() + m0 * w.rows;
+    with_rows(m, [&](auto rows) {
+      constexpr int M = decltype(rows)::value;
+      if (w.format == WeightFormat::dense)
+        decode<T, true, M, X>(part, w, s);
+      else
+        decode<T, false, M, X>(part, w, s);
+    });
+  }
+  if (broken.load() >= 0)
+    throw std::invalid_argument("bitmap: row " + std::to_string(broken.load()) +
+                                " has bits that do not match its row_offsets");
+}
+
+}  // namespace
+
+void sparse_linear(const SparseLinearArgs& args) {
+#if defined(__AVX512F__)
+  if (!__builtin_cpu_supports("avx512vbmi2")) return avx2::sparse_linear(args);
+#endif
+  with_float_type(args.values.dtype, [&](auto* tag) {
+    using T = std::remove_cv_t<std::remove_pointer_t<decltype(tag)>>;
+    if (args.x.dtype == DType::f32)
+      run<T, float>(args);
+    else
+      run<T, bf16>(args);
+  });
+}
+
+}  // namespace PYPRUNE_ISA
+}  // namespace pyprune

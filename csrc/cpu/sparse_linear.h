@@ -1,0 +1,37 @@
+// y[m, r] = sum_c x[m, c] * W[r, c] + bias[r], with W dense, 2:4 or bitmap compressed.
+//
+//   dense     values [R, C]
+//   sparse24  values [R, C/2]; meta u8 [R, C/8]: per group of four columns two 2-bit column numbers,
+//             ascending, the first in the low bits, the first group in the low nibble
+//   bitmap    values [nnz], row after row; meta u8 [R, ceil(C/8)]: one bit a column, lowest first;
+//             offsets i64 [R + 1]: where each row's values start
+#pragma once
+
+#include "cpu/dispatch.h"
+#include "tensor_view.h"
+
+namespace pyprune {
+
+enum class WeightFormat : int { dense, sparse24, bitmap };
+
+struct SparseLinearArgs {
+  WeightFormat format;
+  TensorView y;              // f32 | bf16 [M, R], contiguous
+  TensorView x;              // f32 | bf16 [M, C], unit stride along C
+  int64_t rows, cols;        // of W
+  TensorView values;         // f32 | bf16 | f16, contiguous
+  const TensorView* meta;    // null when dense
+  const TensorView* offsets; // bitmap only
+  const TensorView* bias;    // f32 [R], contiguous, or null
+  int threads;
+};
+
+// Throws std::invalid_argument when a bitmap row's bits and offsets disagree: nothing outside the
+// buffers is ever read, whatever they hold.
+PYPRUNE_CPU_KERNEL(sparse_linear, SparseLinearArgs)
+
+// x rows up to which W is streamed once and multiplied as it is decoded; above, W is decoded into
+// tiles and multiplied as a matrix.
+constexpr int64_t kMaxDecodeRows = 8;
+
+}  // namespace pyprune

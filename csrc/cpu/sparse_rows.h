@@ -1,0 +1,284 @@
+// Rows of a compressed matrix: their column masks, and their values spread out to full width.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/simd.h"
+#include "cpu/sparse_linear.h"
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+
+// Columns are handled 64 at a time: one machine word of mask. Buffers are padded to that.
+constexpr int64_t kMaskColumns = 64;
+inline int64_t mask_words(int64_t cols) { return (cols + kMaskColumns - 1) / kMaskColumns; }
+
+// A compressed matrix by its raw pointers. `meta` rows are `meta_stride` bytes apart.
+struct Weights {
+  WeightFormat format;
+  const void* values;
+  const uint8_t* meta;
+  const int64_t* offsets;
+  int64_t rows, cols, nnz, meta_stride;
+
+  explicit Weights(const SparseLinearArgs& a)
+      : format(a.format),
+        values(a.values.data),
+        meta(a.meta ? a.meta->ptr<const uint8_t>() : nullptr),
+        offsets(a.offsets ? a.offsets->ptr<const int64_t>() : nullptr),
+        rows(a.rows),
+        cols(a.cols),
+        nnz(a.values.numel()),
+        meta_stride(a.meta ? a.meta->shape[1] : 0) {}
+
+  // Where row r's values start, in elements.
+  int64_t begin(int64_t r) const {
+    if (format == WeightFormat::bitmap) return offsets[r];
+    return r * (format == WeightFormat::dense ? cols : cols / 2);
+  }
+};
+
+inline void set_bit(uint8_t& byte, int bit) { byte = static_cast<uint8_t>(byte | (1u << bit)); }
+
+// The columns that one byte of 2:4 metadata keeps, as bits: two groups of four columns.
+inline uint8_t kept_columns(uint8_t meta) {
+  uint8_t bits = 0;
+  set_bit(bits, meta & 3);
+  set_bit(bits, (meta >> 2) & 3);
+  set_bit(bits, 4 + ((meta >> 4) & 3));
+  set_bit(bits, 4 + (meta >> 6));
+  return bits;
+}
+
+// 2:4 metadata to column bits, 64 bytes (512 columns) at a time: a nibble describes a group of four
+// columns completely, so a 16-entry byte shuffle is the whole table.
+inline void kept_columns(const uint8_t* meta, int64_t n, uint8_t* bits) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  alignas(16) uint8_t table[16];
+  for (int k = 0; k < 16; ++k) table[k] = kept_columns(static_cast<uint8_t>(k)) & 15;
+#if defined(__AVX512BW__)
+  const __m512i lut =
+      _mm512_broadcast_i32x4(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  const __m512i low = _mm512_set1_epi8(15);
+  for (; i < n; i += 64) {
+    const __mmask64 k = n - i >= 64 ? ~0ull : (1ull << (n - i)) - 1;
+    const __m512i m = _mm512_maskz_loadu_epi8(k, meta + i);
+    const __m512i lo = _mm512_shuffle_epi8(lut, _mm512_and_si512(m, low));
+    const __m512i hi = _mm512_shuffle_epi8(lut, _mm512_and_si512(_mm512_srli_epi16(m, 4), low));
+    _mm512_mask_storeu_epi8(bits + i, k, _mm512_or_si512(lo, _mm512_slli_epi16(hi, 4)));
+  }
+#else
+  const __m256i lut =
+      _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  const __m256i low = _mm256_set1_epi8(15);
+  for (; i + 32 <= n; i += 32) {
+    const __m256i m = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(meta + i));
+    const __m256i lo = _mm256_shuffle_epi8(lut, _mm256_and_si256(m, low));
+    const __m256i hi = _mm256_shuffle_epi8(lut, _mm256_and_si256(_mm256_srli_epi16(m, 4), low));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(bits + i),
+                        _mm256_or_si256(lo, _mm256_slli_epi16(hi, 4)));
+  }
+#endif
+#endif
+  for (; i < n; ++i) bits[i] = kept_columns(meta[i]);
+}
+
+// Starts fetching the metadata of the next rows.
+inline void prefetch_meta(const Weights& w, int64_t r0, int64_t count) {
+  const uint8_t* p = w.meta + r0 * w.meta_stride;
+  const uint8_t* end = w.meta + std::min(r0 + count, w.rows) * w.meta_stride;
+  for (; p < end; p += 64) __builtin_prefetch(p, 0, 2);
+}
+
+inline int popcount(uint64_t word) { return __builtin_popcountll(word); }
+
+// Row r's kept columns, one bit each, padded with zeros to whole words. False when the row's bits
+// do not fit its share of the values, so that whoever gets true may read as many values as there
+// are bits. (2:4 has at most as many bits as values by construction.)
+inline bool row_mask(const Weights& w, int64_t r, uint64_t* words) {
+  const int64_t n = mask_words(w.cols);
+  const uint8_t* row = w.meta + r * w.meta_stride;
+  words[n - 1] = 0;
+  if (w.format == WeightFormat::sparse24) {
+    kept_columns(row, w.meta_stride, reinterpret_cast<uint8_t*>(words));
+    return true;
+  }
+  std::memcpy(words, row, static_cast<size_t>(w.meta_stride));
+  const int tail = static_cast<int>(w.cols % kMaskColumns);
+  const uint64_t stray = tail ? words[n - 1] >> tail : 0;
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; ++i) count += popcount(words[i]);
+  const int64_t begin = w.offsets[r], end = w.offsets[r + 1];
+  return !stray && begin >= 0 && end <= w.nnz && end - begin == count;
+}
+
+#if defined(__AVX512F__)
+
+// 32 consecutive columns as two vectors of 16 floats. bf16 comes as even and odd columns (a shift
+// and a mask widen it in place), the other types in order; pack_columns() below orders x alike.
+template <class T>
+struct Columns32;
+
+inline __m512i expand_words(uint32_t keep, const void* p) {
+  // vpexpandw is AVX-512 VBMI2, which sparse_linear() has checked for; written as assembly because
+  // this file is compiled for the common subset. A masked load never touches what it leaves out.
+  __m512i out;
+  asm("vpexpandw %1, %0%{%2%}%{z%}"
+      : "=v"(out)
+      : "m"(*static_cast<const char(*)[64]>(p)), "Yk"(static_cast<__mmask32>(keep)));
+  return out;
+}
+
+template <>
+struct Columns32<bf16> {
+  static constexpr bool kEvenOdd = true;
+  __m512 a, b;
+  explicit Columns32(__m512i words)
+      : a(_mm512_castsi512_ps(_mm512_slli_epi32(words, 16))),
+        b(_mm512_castsi512_ps(
+            _mm512_and_si512(words, _mm512_set1_epi32(static_cast<int>(0xffff0000u))))) {}
+  static Columns32 expand(const bf16* p, uint32_t keep) { return Columns32(expand_words(keep, p)); }
+  static Columns32 load(const bf16* p, uint32_t valid) {
+    return Columns32(_mm512_maskz_loadu_epi16(valid, p));
+  }
+};
+
+template <>
+struct Columns32<f16> {
+  static constexpr bool kEvenOdd = false;
+  __m512 a, b;
+  explicit Columns32(__m512i words)
+      : a(_mm512_cvtph_ps(_mm512_castsi512_si256(words))),
+        b(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1))) {}
+  static Columns32 expand(const f16* p, uint32_t keep) { return Columns32(expand_words(keep, p)); }
+  static Columns32 load(const f16* p, uint32_t valid) {
+    return Columns32(_mm512_maskz_loadu_epi16(valid, p));
+  }
+};
+
+template <>
+struct Columns32<float> {
+  static constexpr bool kEvenOdd = false;
+  __m512 a, b;
+  static Columns32 expand(const float* p, uint32_t keep) {
+    const __mmask16 lo = static_cast<__mmask16>(keep), hi = static_cast<__mmask16>(keep >> 16);
+    return {_mm512_maskz_expandloadu_ps(lo, p),
+            _mm512_maskz_expandloadu_ps(hi, p + popcount(lo))};
+  }
+  static Columns32 load(const float* p, uint32_t valid) {
+    return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(valid), p),
+            _mm512_maskz_loadu_ps(static_cast<__mmask16>(valid >> 16), p + 16)};
+  }
+};
+
+template <class T>
+constexpr bool kEvenOdd = Columns32<T>::kEvenOdd;
+
+// Spreads the values at `v` over the kept columns of n words, zeros elsewhere; returns where the
+// values went on to. Columns come in the order of Columns32.
+template <class T>
+const T* expand_columns(const T* v, const T*, const uint64_t* words, int64_t n, float* out) {
+  for (int64_t i = 0; i < 2 * n; ++i) {
+    const uint32_t keep = static_cast<uint32_t>(words[i / 2] >> (32 * (i & 1)));
+    const auto w = Columns32<T>::expand(v, keep);
+    _mm512_storeu_ps(out + 32 * i, w.a);
+    _mm512_storeu_ps(out + 32 * i + 16, w.b);
+    v += popcount(keep);
+  }
+  return v;
+}
+
+#else
+
+template <class T>
+constexpr bool kEvenOdd = false;
+
+#if defined(__AVX2__)
+
+// rank[mask][j]: how many bits of `mask` are set below bit j, which is where column j's value lies
+// among the eight next values.
+struct RankTable {
+  uint8_t rank[256][8];
+  constexpr RankTable() : rank() {
+    for (int mask = 0; mask < 256; ++mask) {
+      uint8_t below = 0;
+      for (int j = 0; j < 8; ++j) {
+        rank[mask][j] = below & 7;
+        below = static_cast<uint8_t>(below + ((mask >> j) & 1));
+      }
+    }
+  }
+};
+constexpr RankTable kRanks;
+
+inline __m256 expand8(Vec next, unsigned keep) {
+  const __m256i rank = _mm256_cvtepu8_epi32(
+      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kRanks.rank[keep])));
+  const __m256i to_sign = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+  const __m256i kept = _mm256_srai_epi32(
+      _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(keep)), to_sign), 31);
+  return _mm256_and_ps(_mm256_permutevar8x32_ps(next.v, rank), _mm256_castsi256_ps(kept));
+}
+
+template <class T>
+const T* expand_columns(const T* v, const T* end, const uint64_t* words, int64_t n, float* out) {
+  for (int64_t i = 0; i < 8 * n; ++i) {
+    const unsigned keep = (words[i / 8] >> (8 * (i & 7))) & 0xff;
+    Vec next;
+    if (end - v >= 8) {
+      next = Vec::load(v);
+    } else {  // the matrix ends here: no load may reach past it
+      T last[8] = {};
+      std::memcpy(last, v, static_cast<size_t>(end - v) * sizeof(T));
+      next = Vec::load(last);
+    }
+    _mm256_storeu_ps(out + 8 * i, expand8(next, keep));
+    v += popcount(keep);
+  }
+  return v;
+}
+
+#else
+
+template <class T>
+const T* expand_columns(const T* v, const T*, const uint64_t* words, int64_t n, float* out) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int j = 0; j < kMaskColumns; ++j)
+      out[i * kMaskColumns + j] = (words[i] >> j) & 1 ? to_float(*v++) : 0.0f;
+  return v;
+}
+
+#endif
+#endif
+
+// n columns of a dense row as floats, in the order of expand_columns(), padded with zeros to whole
+// words.
+template <class T>
+void widen_columns(const T* v, int64_t n, float* out) {
+  const int64_t padded = mask_words(n) * kMaskColumns;
+  int64_t c = 0;
+#if defined(__AVX512F__)
+  for (; c < padded; c += 32) {
+    const int64_t left = n - c;
+    const uint32_t valid = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+    const auto w = Columns32<T>::load(v + c, valid);
+    _mm512_storeu_ps(out + c, w.a);
+    _mm512_storeu_ps(out + c + 16, w.b);
+  }
+#else
+  for (; c < n; ++c) out[c] = to_float(v[c]);
+  for (; c < padded; ++c) out[c] = 0.0f;
+#endif
+}
+
+// Where column c of a group of 32 goes in the order of expand_columns().
+template <class T>
+inline int64_t column_place(int64_t c) {
+  return kEvenOdd<T> ? (c & ~int64_t{31}) + ((c & 31) >> 1) + 16 * (c & 1) : c;
+}
+
+}  // namespace PYPRUNE_ISA
+}  // namespace pyprune

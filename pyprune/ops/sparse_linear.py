@@ -1,0 +1,260 @@
+"""Products with a compressed weight matrix, `y = x @ W^T + bias`: 2:4, bitmap, and dense to compare.
+
+Layouts of `W [R, C]` (those of the checkpoint):
+
+format | tensors
+-------|-------------------------------------------------------------------------------------------
+2:4    | values `[R, C/2]`; meta uint8 `[R, C/8]`: for each group of four columns the two kept column
+       | numbers, ascending, two bits each, the first in the low bits, the first group in the low half
+bitmap | values `[nnz]`, row after row; bitmap uint8 `[R, ceil(C/8)]`: bit `c % 8` of byte `c // 8` is
+       | column c, bits past C zero; row_offsets int64 `[R + 1]`: where each row's values start
+
+At 50 % and 16-bit values both take 9 bits a weight against 16, which bounds the gain where memory
+bandwidth decides (few rows of x) at 1.78.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyprune import _native
+from pyprune.ops import _registry
+from pyprune.ops._checks import check_float, check_same_device, check_shape
+
+GROUP = 4
+META_COLUMNS = 8  # columns a byte of 2:4 metadata or of a bitmap describes
+
+
+def _check_activations(x: Tensor, values: Tensor, bias: Tensor | None, rows: int) -> None:
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected [..., C] with C > 0, got shape {tuple(x.shape)}")
+    check_float("x", x)
+    check_float("values", values)
+    if bias is not None:
+        check_float("bias", bias)
+        check_shape("bias", bias, (rows,))
+
+
+def _check_bytes(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if t.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {t.dtype}")
+    check_shape(name, t, shape)
+
+
+def _check_linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> None:
+    if values.dim() != 2:
+        raise ValueError(f"values: expected 2 dimensions, got shape {tuple(values.shape)}")
+    rows = values.shape[0]
+    _check_activations(x, values, bias, rows)
+    cols = x.shape[-1]
+    if cols % META_COLUMNS:
+        raise ValueError(f"x: 2:4 needs a multiple of {META_COLUMNS} columns, got {cols}")
+    check_shape("values", values, (rows, cols // 2))
+    _check_bytes("meta", meta, (rows, cols // META_COLUMNS), torch.uint8)
+    check_same_device(x, values, meta, bias)
+
+
+def _check_linear_bitmap(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
+) -> None:
+    if values.dim() != 1:
+        raise ValueError(f"values: expected 1 dimension, got shape {tuple(values.shape)}")
+    if bitmap.dim() != 2:
+        raise ValueError(f"bitmap: expected 2 dimensions, got shape {tuple(bitmap.shape)}")
+    rows = bitmap.shape[0]
+    _check_activations(x, values, bias, rows)
+    _check_bytes("bitmap", bitmap, (rows, -(-x.shape[-1] // META_COLUMNS)), torch.uint8)
+    _check_bytes("row_offsets", row_offsets, (rows + 1,), torch.int64)
+    check_same_device(x, values, bitmap, row_offsets, bias)
+
+
+def _check_linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if weight.dim() != 2:
+        raise ValueError(f"weight: expected 2 dimensions, got shape {tuple(weight.shape)}")
+    _check_activations(x, weight, bias, weight.shape[0])
+    check_shape("weight", weight, (weight.shape[0], x.shape[-1]))
+    check_same_device(x, weight, bias)
+
+
+def _output(x: Tensor, rows: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _linear_24_fake(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    _check_linear_24(x, values, meta, bias)
+    return _output(x, values.shape[0])
+
+
+def _linear_bitmap_fake(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
+) -> Tensor:
+    _check_linear_bitmap(x, values, bitmap, row_offsets, bias)
+    return _output(x, bitmap.shape[0])
+
+
+def _linear_dense_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_linear_dense(x, weight, bias)
+    return _output(x, weight.shape[0])
+
+
+def kept_columns_24(meta: Tensor) -> Tensor:
+    """The column of every value of a 2:4 matrix: int64 `[R, C/2]` from meta `[R, C/8]`."""
+    shifts = torch.arange(0, 8, 2, device=meta.device, dtype=torch.uint8)
+    within = ((meta[..., None] >> shifts) & 3).reshape(meta.shape[0], -1).long()
+    groups = torch.arange(within.shape[1], device=meta.device) // 2
+    return within + GROUP * groups
+
+
+def mask_of_bitmap(bitmap: Tensor, cols: int) -> Tensor:
+    """bool `[R, cols]` from bitmap `[R, ceil(cols/8)]`."""
+    shifts = torch.arange(8, device=bitmap.device, dtype=torch.uint8)
+    return ((bitmap[..., None] >> shifts) & 1).reshape(bitmap.shape[0], -1)[:, :cols].bool()
+
+
+def decompress_24(values: Tensor, meta: Tensor) -> Tensor:
+    """The dense `[R, C]` matrix of a 2:4 one, in the dtype of `values`, bit for bit."""
+    dense = values.new_zeros(values.shape[0], 2 * values.shape[1])
+    return dense.scatter_(1, kept_columns_24(meta), values)
+
+
+def decompress_bitmap(values: Tensor, bitmap: Tensor, cols: int) -> Tensor:
+    """The dense `[R, cols]` matrix of a bitmap one, in the dtype of `values`, bit for bit."""
+    mask = mask_of_bitmap(bitmap, cols)
+    return values.new_zeros(mask.shape).masked_scatter_(mask, values)
+
+
+def linear_dense_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    y = x.to(wide) @ weight.to(wide).T
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(x.dtype)
+
+
+def linear_24_reference(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    return linear_dense_reference(x, decompress_24(values, meta), bias)
+
+
+def linear_bitmap_reference(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
+) -> Tensor:
+    weight = decompress_bitmap(values, bitmap, x.shape[-1])
+    return linear_dense_reference(x, weight, bias)
+
+
+def _native_linear(name: str, x: Tensor, rows: int, bias: Tensor | None, *weight: Tensor) -> Tensor:
+    # The kernels multiply fp32 and bf16 activations; fp16 ones are widened on the way in.
+    source = x.float() if x.dtype == torch.float16 else x
+    flat = source.reshape(-1, x.shape[-1])
+    if flat.stride(-1) != 1 and flat.shape[-1] > 1:
+        flat = flat.contiguous()
+    y = torch.empty(flat.shape[0], rows, dtype=flat.dtype)
+    if y.numel():
+        b = None if bias is None else _native.capsule(bias.float().contiguous())
+        _native.call(name, y, flat, *(t.contiguous() for t in weight), b)
+    return y.reshape(*x.shape[:-1], rows).to(x.dtype)
+
+
+def _linear_24_native(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    return _native_linear("linear_24", x, values.shape[0], bias, values, meta)
+
+
+def _linear_bitmap_native(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
+) -> Tensor:
+    return _native_linear("linear_bitmap", x, bitmap.shape[0], bias, values, bitmap, row_offsets)
+
+
+def _linear_dense_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _native_linear("linear_dense", x, weight.shape[0], bias, weight)
+
+
+def _native_limits(x: Tensor, values: Tensor, *rest: Tensor | None) -> str:
+    ok = values.dtype in _registry.HALF_OR_SINGLE
+    return "" if ok else f"the native kernels do not take {values.dtype} values"
+
+
+_registry.register(
+    "linear_24(Tensor x, Tensor values, Tensor meta, Tensor? bias) -> Tensor",
+    fake=_linear_24_fake,
+    impls={
+        "reference": _registry.Impl(linear_24_reference),
+        "native": _registry.Impl(_linear_24_native, _registry.HALF_OR_SINGLE, _native_limits),
+    },
+)
+_registry.register(
+    "linear_bitmap(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor? bias)"
+    " -> Tensor",
+    fake=_linear_bitmap_fake,
+    impls={
+        "reference": _registry.Impl(linear_bitmap_reference),
+        "native": _registry.Impl(_linear_bitmap_native, _registry.HALF_OR_SINGLE, _native_limits),
+    },
+)
+_registry.register(
+    "linear_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=_linear_dense_fake,
+    impls={
+        "reference": _registry.Impl(linear_dense_reference),
+        "native": _registry.Impl(_linear_dense_native, _registry.HALF_OR_SINGLE, _native_limits),
+    },
+)
+
+
+def linear_24(x: Tensor, values: Tensor, meta: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """`y = x @ W^T + bias` for a 2:4 compressed `W [R, C]`.
+
+    Args:
+        x: activations `[..., C]`, bf16, fp16, fp32 or fp64; any strides. C is a multiple of 8.
+        values: `[R, C/2]`, the two kept weights of every four, in column order; any float dtype.
+        meta: uint8 `[R, C/8]`, see the module. Two bits cannot point outside their group; a group
+            whose numbers do not ascend has no defined product (`SparseLinear` refuses it).
+        bias: `[R]` or None.
+
+    Returns:
+        `[..., R]` in x's dtype, products summed in fp32 (fp64 for fp64 x). An infinite or NaN
+        activation spreads to the outputs whose rows store its column; where a row does not store
+        it, 0 * inf may or may not be counted.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match.
+    """
+    _check_linear_24(x, values, meta, bias)
+    y: Tensor = torch.ops.pyprune.linear_24(x, values, meta, bias)
+    return y
+
+
+def linear_bitmap(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, *, bias: Tensor | None = None
+) -> Tensor:
+    """`y = x @ W^T + bias` for a bitmap compressed `W [R, C]` of any sparsity.
+
+    Args:
+        x: activations `[..., C]`, bf16, fp16, fp32 or fp64; any strides.
+        values: `[nnz]`, the stored weights row after row, in column order; any float dtype.
+        bitmap: uint8 `[R, ceil(C/8)]`, see the module.
+        row_offsets: int64 `[R + 1]`, first 0, last nnz, each step the row's number of set bits.
+        bias: `[R]` or None.
+
+    Returns:
+        `[..., R]` in x's dtype, products summed in fp32 (fp64 for fp64 x); non-finite activations
+        as in `linear_24`.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match, or a row's bits and offsets disagree.
+    """
+    _check_linear_bitmap(x, values, bitmap, row_offsets, bias)
+    y: Tensor = torch.ops.pyprune.linear_bitmap(x, values, bitmap, row_offsets, bias)
+    return y
+
+
+def linear_dense(x: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """`y = x @ weight^T + bias` with an uncompressed weight `[R, C]` of any float dtype.
+
+    The yardstick for the compressed products: the same kernels without the decoding, so that a gain
+    over it is owed to the format alone. Arguments, result and errors as in `linear_24`.
+    """
+    _check_linear_dense(x, weight, bias)
+    y: Tensor = torch.ops.pyprune.linear_dense(x, weight, bias)
+    return y

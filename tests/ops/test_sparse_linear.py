@@ -1,0 +1,284 @@
+import pytest
+import torch
+from ops.compressed import pack_24, pack_bitmap, random_24_mask
+
+from pyprune import ops
+from pyprune.ops import _registry
+
+FORMATS = ["linear_24", "linear_bitmap", "linear_dense"]
+BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f]]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ROWS = [1, 2, 3, 5, 8, 16, 17, 64]
+# One row and one group; sizes that divide neither a word of mask nor a block of rows; several words.
+SHAPES = [(1, 8), (5, 72), (37, 200), (18, 1096)]
+# Rounding of the output, on top of fp32 sums.
+OUTPUT = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float64: 1e-14}
+
+
+def weight(fmt, shape, dtype, density=0.5, seed=0):
+    """The op's weight tensors and the dense matrix they stand for."""
+    gen = torch.Generator().manual_seed(seed)
+    w = torch.randn(shape, generator=gen).to(dtype)
+    if fmt == "linear_24":
+        mask = random_24_mask(*shape, gen)
+        return pack_24(w, mask), w * mask
+    if fmt == "linear_bitmap":
+        mask = torch.rand(shape, generator=gen) < density
+        return pack_bitmap(w, mask), w * mask
+    return (w,), w
+
+
+def activations(m, cols, dtype=torch.float32, seed=1):
+    return torch.randn(m, cols, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_product(got, x, dense, bias=None):
+    want = x.double() @ dense.double().T
+    scale = x.double().abs() @ dense.double().abs().T
+    if bias is not None:
+        want, scale = want + bias.double(), scale + bias.double().abs()
+    assert got.dtype == x.dtype and got.shape == want.shape
+    tolerance = OUTPUT[x.dtype] * scale + 1e-30
+    worst = ((got.double() - want).abs() / tolerance).max() if got.numel() else 0.0
+    assert worst <= 1, f"{worst:.1f} times the tolerance"
+
+
+@pytest.mark.parametrize(("fmt", "provider"), BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_matches_float64(fmt, provider, use_backend, dtype, shape):
+    use_backend(provider, fmt, "cpu")
+    tensors, dense = weight(fmt, shape, dtype)
+    for m in ROWS:
+        x = activations(m, shape[1])
+        assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
+
+
+@pytest.mark.parametrize(
+    ("fmt", "provider", "x_dtype"),
+    [(f, b, d) for f, b in BACKENDS for d in _registry.IMPLS[f][b].dtypes if d != torch.float32],
+)
+def test_output_has_the_activations_dtype(fmt, provider, use_backend, x_dtype):
+    use_backend(provider, fmt, "cpu", x_dtype)
+    tensors, dense = weight(fmt, (21, 136), torch.bfloat16)
+    for m in (1, 7, 40):
+        x = activations(m, 136, x_dtype)
+        assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_instruction_set(isa, fmt, dtype, use_isa):
+    use_isa(isa)
+    for shape in SHAPES:
+        tensors, dense = weight(fmt, shape, dtype)
+        for x_dtype in (torch.float32, torch.bfloat16):
+            for m in ROWS:
+                x = activations(m, shape[1], x_dtype)
+                assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_widths_beyond_the_cached_piece_of_x(fmt, isa, use_isa):
+    use_isa(isa)
+    tensors, dense = weight(fmt, (19, 4168), torch.bfloat16)
+    for m in (1, 4, 8, 13, 50):
+        x = activations(m, 4168)
+        assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
+
+
+@pytest.mark.parametrize("provider", ["reference", "native"])
+@pytest.mark.parametrize("cols", [1, 7, 9, 63, 65, 131])
+def test_bitmap_of_any_width(provider, use_backend, cols):
+    use_backend(provider, "linear_bitmap", "cpu")
+    for m in (1, 6, 33):
+        tensors, dense = weight("linear_bitmap", (11, cols), torch.bfloat16)
+        x = activations(m, cols)
+        assert_product(ops.linear_bitmap(x, *tensors), x, dense)
+        tensors, dense = weight("linear_dense", (11, cols), torch.float16)
+        assert_product(ops.linear_dense(x, *tensors), x, dense)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("m", [1, 8, 12, 64])
+def test_empty_full_and_zero_rows(isa, m, use_isa):
+    use_isa(isa)
+    w = torch.randn(9, 150, generator=torch.Generator().manual_seed(3)).bfloat16()
+    mask = torch.rand(9, 150, generator=torch.Generator().manual_seed(4)) < 0.3
+    mask[2] = False
+    mask[5] = True
+    mask[8] = False
+    x = activations(m, 150)
+    assert_product(ops.linear_bitmap(x, *pack_bitmap(w, mask)), x, w * mask)
+    nothing = torch.zeros_like(mask)
+    bias = torch.randn(9)
+    got = ops.linear_bitmap(x, *pack_bitmap(w, nothing), bias=bias)
+    assert torch.equal(got, bias.expand(m, 9))
+    everything = torch.ones_like(mask)
+    assert_product(ops.linear_bitmap(x, *pack_bitmap(w, everything)), x, w)
+
+
+@pytest.mark.parametrize("provider", ["reference", "native"])
+def test_stored_zeros_of_either_sign(provider, use_backend):
+    use_backend(provider, "linear_24", "cpu")
+    w = torch.tensor([[0.0, -0.0, 1.0, 0.0, -0.0, 0.0, 0.0, -2.0]])
+    mask = torch.tensor([[True, True, False, False, True, False, False, True]])
+    x = torch.full((1, 8), 3.0)
+    assert ops.linear_24(x, *pack_24(w, mask)).item() == -6.0
+    assert ops.linear_bitmap(x, *pack_bitmap(w, mask)).item() == -6.0
+
+
+@pytest.mark.parametrize(("fmt", "provider"), BACKENDS)
+def test_bias(fmt, provider, use_backend):
+    use_backend(provider, fmt, "cpu")
+    tensors, dense = weight(fmt, (13, 40), torch.bfloat16)
+    for dtype in (torch.float32, torch.bfloat16):
+        bias = torch.randn(13, generator=torch.Generator().manual_seed(5)).to(dtype)
+        for m in (1, 9, 70):
+            x = activations(m, 40)
+            assert_product(getattr(ops, fmt)(x, *tensors, bias=bias), x, dense, bias)
+
+
+@pytest.mark.parametrize(("fmt", "provider"), BACKENDS)
+def test_strides_and_leading_dimensions(fmt, provider, use_backend):
+    use_backend(provider, fmt, "cpu")
+    tensors, dense = weight(fmt, (6, 48), torch.bfloat16)
+    big = activations(20, 200)
+    product = getattr(ops, fmt)
+    for x in (big[::2, 3:51], big[:, ::4][:, :48], big.T[:48].T):
+        assert_product(product(x, *tensors), x, dense)
+    x = big[:, :48].reshape(2, 5, 2, 48)
+    assert torch.equal(product(x, *tensors).reshape(20, 6), product(big[:, :48], *tensors))
+    assert torch.equal(product(big[0, :48], *tensors), product(big[:1, :48], *tensors)[0])
+    assert product(torch.empty(0, 48), *tensors).shape == (0, 6)
+    assert product(torch.empty(3, 0, 48), *tensors).shape == (3, 0, 6)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_independent_of_thread_count(fmt):
+    tensors, _ = weight(fmt, (77, 328), torch.bfloat16)
+    threads = torch.get_num_threads()
+    for m in (1, 5, 12, 80):
+        x = activations(m, 328)
+        want = getattr(ops, fmt)(x, *tensors)
+        try:
+            torch.set_num_threads(1)
+            assert torch.equal(getattr(ops, fmt)(x, *tensors), want)
+        finally:
+            torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("m", [1, 40])
+def test_last_values_are_read_without_reaching_past_them(isa, m, use_isa):
+    # NaN follows the last value: a load that reaches past it and is multiplied by zero would show.
+    use_isa(isa)
+    (values, bitmap, offsets), dense = weight("linear_bitmap", (3, 70), torch.float32)
+    guarded = torch.cat([values, torch.full((64,), float("nan"))])[: len(values)]
+    x = activations(m, 70)
+    assert_product(ops.linear_bitmap(x, guarded, bitmap, offsets), x, dense)
+
+
+def _tampered(name):
+    values, bitmap, offsets = pack_bitmap(
+        torch.ones(4, 20), torch.rand(4, 20, generator=torch.Generator().manual_seed(6)) < 0.5
+    )
+    if name == "more bits than values":
+        bitmap[2] = 255
+        bitmap[2, 2] = 15
+    elif name == "bits past the last column":
+        bitmap[1, 2] |= 128
+    elif name == "offsets past the end":
+        offsets[4] += 5
+    elif name == "negative offset":
+        offsets[0] = -3
+    elif name == "falling offsets":
+        offsets[1], offsets[2] = offsets[2].clone(), offsets[1].clone()
+    else:
+        values = values[:-1]
+    return values, bitmap, offsets
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize(
+    "name",
+    ["more bits than values", "bits past the last column", "offsets past the end",
+     "negative offset", "falling offsets", "a value is missing"],
+)  # fmt: skip
+def test_inconsistent_bitmaps_are_refused_by_the_kernel(name, isa, use_isa):
+    use_isa(isa)
+    for m in (1, 8, 12, 64):
+        with pytest.raises(ValueError, match="row .* bits that do not match its row_offsets"):
+            ops.linear_bitmap(torch.ones(m, 20), *_tampered(name))
+
+
+def test_any_24_metadata_stays_inside_its_buffers(use_isa):
+    values = torch.randn(6, 32)
+    meta = torch.randint(0, 256, (6, 8), generator=torch.Generator().manual_seed(7))
+    for isa in ("portable", "avx2", "avx512"):
+        use_isa(isa)
+        for m in (1, 8, 12, 64):
+            assert ops.linear_24(torch.ones(m, 64), values, meta.to(torch.uint8)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("op", "args", "message"),
+    [
+        ("linear_24", (torch.zeros(2, 12), torch.zeros(3, 6), torch.zeros(3, 1)), "multiple of 8"),
+        (
+            "linear_24",
+            (torch.zeros(2, 8), torch.zeros(3, 5), torch.zeros(3, 1)),
+            "values: expected",
+        ),
+        ("linear_24", (torch.zeros(2, 8), torch.zeros(3, 4), torch.zeros(3, 1)), "meta: expected"),
+        (
+            "linear_24",
+            (torch.zeros(2, 8), torch.zeros(12), torch.zeros(3, 1)),
+            "values: expected 2",
+        ),
+        (
+            "linear_bitmap",
+            (torch.zeros(2, 9), torch.zeros(4), torch.zeros(3, 1).byte(), torch.zeros(4).long()),
+            "bitmap: expected shape",
+        ),
+        (
+            "linear_bitmap",
+            (torch.zeros(2, 8), torch.zeros(4), torch.zeros(3, 1).byte(), torch.zeros(3).long()),
+            "row_offsets: expected shape",
+        ),
+        (
+            "linear_bitmap",
+            (torch.zeros(2, 8), torch.zeros(4), torch.zeros(3, 1).byte(), torch.zeros(4).int()),
+            "row_offsets: expected torch.int64",
+        ),
+        ("linear_dense", (torch.zeros(2, 8), torch.zeros(3, 9)), "weight: expected shape"),
+        ("linear_dense", (torch.zeros(2, 8).int(), torch.zeros(3, 8)), "x: expected bf16"),
+        ("linear_dense", (torch.zeros(2, 0), torch.zeros(3, 0)), "C > 0"),
+    ],
+)
+def test_bad_arguments(op, args, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(ops, op)(*args)
+    with pytest.raises(ValueError, match="bias: expected shape"):
+        ops.linear_dense(torch.zeros(2, 8), torch.zeros(3, 8), bias=torch.zeros(4))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_opcheck(fmt):
+    tensors, _ = weight(fmt, (5, 16), torch.bfloat16)
+    for bias in (None, torch.randn(5)):
+        torch.library.opcheck(getattr(torch.ops.pyprune, fmt), (activations(3, 16), *tensors, bias))
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_compiles_without_graph_breaks(fmt):
+    tensors, _ = weight(fmt, (5, 16), torch.bfloat16)
+
+    def f(x):
+        return getattr(ops, fmt)(x, *tensors).relu()
+
+    x = activations(3, 16)
+    got = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(got, f(x))
