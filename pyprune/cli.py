@@ -328,7 +328,7 @@ def evaluate(
             "batch_size": batch_size,
             "max_tokens": max_tokens,
         }
-        options = {name: value for name, value in given.items() if value is not None}
+        options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
         if max_tokens == 0:
             options["max_tokens"] = None
         tokenizer = checkpoint.tokenizer()

@@ -33,7 +33,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(folder)
-    drawn = torch.randint(len(WORDS), (4000,), generator=torch.Generator().manual_seed(0))
+    drawn = torch.randint(len(WORDS), (2000,), generator=torch.Generator().manual_seed(0))
     paragraphs = [" ".join(WORDS[i] for i in part) for part in drawn.split(50)]
     (folder.parent / "text.txt").write_text("\n\n".join(paragraphs))
     return folder
@@ -56,7 +56,7 @@ def run(*arguments: str | Path) -> int:
 
 def calibration(model: Path) -> list[str]:
     text = str(model.parent / "text.txt")
-    return ["--calibration", text, "--nsamples", "8", "--seqlen", "16", "--batch-size", "4"]
+    return ["--calibration", text, "--nsamples", "16", "--seqlen", "16", "--batch-size", "4"]
 
 
 def shell(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
