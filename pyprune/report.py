@@ -167,7 +167,7 @@ class Report:
         for (kind, shape), layers in kinds.items():
             dampings = [layer.damping for layer in layers if layer.damping is not None]
             table.add_row(
-                f"{len(layers)} {kind}",
+                f"{len(layers)} {kind.split('*.', 1)[-1]}",
                 f"{shape[0]} x {shape[1]}",
                 f"{sum(x.zeros for x in layers) / sum(x.elements for x in layers):.4f}",
                 _mean_percent([layer.relative_error_before_update for layer in layers]),
