@@ -11,6 +11,15 @@ from pyprune.ops.obs_factor import (
     obs_factor,
 )
 from pyprune.ops.obs_sweep import ObsSweep, obs_sweep
+from pyprune.ops.pack import (
+    pack_24,
+    pack_bitmap,
+    to_torch_sparse_24,
+    unpack_24,
+    unpack_bitmap,
+    validate_24,
+    validate_bitmap,
+)
 from pyprune.ops.select import mask_global, mask_nm, mask_topk
 
 __all__ = [
@@ -26,4 +35,11 @@ __all__ = [
     "mask_topk",
     "obs_factor",
     "obs_sweep",
+    "pack_24",
+    "pack_bitmap",
+    "to_torch_sparse_24",
+    "unpack_24",
+    "unpack_bitmap",
+    "validate_24",
+    "validate_bitmap",
 ]
