@@ -23,7 +23,7 @@ from pyprune.models.linears import LinearRef
 
 @dataclass(eq=False)
 class Site:
-    """`linears` has one entry, or all experts of one projection in order."""
+    """`linears` has one entry, or the experts of one projection that may be pruned, in order."""
 
     name: str
     linears: list[LinearRef]
@@ -34,12 +34,13 @@ class Site:
 
 
 class SiteInput(NamedTuple):
-    """The input `x [..., C]` of `site.linears[member]`; `rows [t]` are the tokens it comes from, or
-    None for all tokens of the batch in order."""
+    """The input `x [..., C]` of `site.linears[member]`; `rows [t]` are those of the `tokens` that
+    reached the experts which it comes from; None for a linear map, which sees every token."""
 
     member: int
     x: Tensor
-    rows: Tensor | None
+    rows: Tensor | None = None
+    tokens: int = 0
 
 
 Observer = Callable[[Site, list[SiteInput]], None]
@@ -96,7 +97,7 @@ def observing(sites: list[Site], observe: Observer) -> Iterator[None]:
 def _hook(site: Site, observe: Observer) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else next(iter(kwargs.values()))
-        observe(site, [SiteInput(0, x, None)])
+        observe(site, [SiteInput(0, x)])
 
     return hook
 
@@ -105,7 +106,10 @@ def _expert_observer(
     projections: dict[str, Site], observe: Observer
 ) -> Callable[[nn.Module, str, list[ExpertInput]], None]:
     def observe_experts(module: nn.Module, projection: str, inputs: list[ExpertInput]) -> None:
-        observe(projections[projection], [SiteInput(*given) for given in inputs])
+        if projection in projections:
+            site = projections[projection]
+            given = [inputs[ref.index] for ref in site.linears if ref.index is not None]
+            observe(site, [SiteInput(k, i.x, i.rows, i.tokens) for k, i in enumerate(given)])
 
     return observe_experts
 

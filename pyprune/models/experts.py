@@ -22,12 +22,13 @@ PROJECTIONS = ("gate_up_proj", "down_proj")
 
 
 class ExpertInput(NamedTuple):
-    """What one expert's matrix reads: `x [t, C]`, from the tokens `rows [t]` of the flattened
-    batch that were routed to it (possibly none)."""
+    """What one expert's matrix reads: `x [t, C]`, from those `rows [t]` of the `tokens` seen by the
+    module that were routed to it (possibly none)."""
 
     expert: int
     x: Tensor
     rows: Tensor
+    tokens: int
 
 
 Observer = Callable[[nn.Module, str, list[ExpertInput]], None]
@@ -58,15 +59,15 @@ def observed_forward(
     Returns:
         `[tokens, H]`.
     """
-    chosen = top_k_index.T
+    chosen, tokens = top_k_index.T, len(hidden_states)
     # Per expert (position among the k, token), ordered by position: the order of the eager forward.
     routes = [torch.where(chosen.eq(e)) for e in range(expert_count(experts))]
     states = [hidden_states[rows] for _, rows in routes]
-    states = _project(experts, observe, PROJECTIONS[0], states, routes)
+    states = _project(experts, observe, PROJECTIONS[0], states, routes, tokens)
     for e, state in enumerate(states):
         gate, up = state.chunk(2, dim=-1)
         states[e] = experts.act_fn(gate) * up  # type: ignore[operator]
-    states = _project(experts, observe, PROJECTIONS[1], states, routes)
+    states = _project(experts, observe, PROJECTIONS[1], states, routes, tokens)
     out = torch.zeros_like(hidden_states)
     for (position, rows), state in zip(routes, states, strict=True):
         if len(rows):
@@ -81,10 +82,13 @@ def _project(
     projection: str,
     states: list[Tensor],
     routes: list[tuple[Tensor, ...]],
+    tokens: int,
 ) -> list[Tensor]:
     """Every expert's `states[e] @ W[e].T`; lets go of each input as soon as it was used."""
     pairs = zip(states, routes, strict=True)
-    observe(experts, projection, [ExpertInput(e, x, r[1]) for e, (x, r) in enumerate(pairs)])
+    observe(
+        experts, projection, [ExpertInput(e, x, r[1], tokens) for e, (x, r) in enumerate(pairs)]
+    )
     weight: Tensor = getattr(experts, projection)
     for e in range(len(states)):
         states[e] = F.linear(states[e], weight[e])

@@ -200,6 +200,40 @@ def test_expert_statistics_come_from_routed_tokens(family):
 
 
 @pytest.mark.parametrize("mode", ["single", "naive", "two-pass"])
+def test_some_matrices_only(mode):
+    model = tiny_model("mixtral")
+    adapter = Adapter.of(model)
+    chosen = [f"model.layers.1.mlp.experts.down_proj.{e}" for e in (1, 3)]
+    chosen.append("model.layers.1.self_attn.k_proj")
+    found = []
+    for only in (adapter, adapter.restricted(chosen)):
+        groups = {}
+
+        def note(group, groups=groups):
+            groups.update({ref.name: group.statistic for ref in group.linears})
+
+        walk(
+            only, batches(padded=True), statistic=NormStatistic, prune_group=note, mode=mode,
+            store=InMemoryStore(adapter, "cpu"),
+        )  # fmt: skip
+        found.append(groups)
+    assert sorted(found[1]) == sorted(chosen)
+    for name, statistic in found[1].items():
+        assert statistic.tokens == found[0][name].tokens > 0
+        assert torch.equal(statistic.sum_squares, found[0][name].sum_squares)
+
+
+def test_padding_needs_experts_that_see_every_token():
+    model = tiny_model("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    experts.register_forward_pre_hook(lambda m, args: tuple(a.repeat(2, 1) for a in args))
+    experts.register_forward_hook(lambda m, args, out: out[: len(out) // 2])
+    run_walk(model, batches())
+    with pytest.raises(LayerError, match=r"experts.gate_up_proj: expected one row for each"):
+        run_walk(model, batches(padded=True))
+
+
+@pytest.mark.parametrize("mode", ["single", "naive", "two-pass"])
 def test_an_expert_without_tokens_gets_an_empty_statistic(mode):
     model = tiny_model("mixtral")
     tokens = {}
