@@ -66,27 +66,29 @@ def _check_obs_sweep(
     check_same_device(w, u, counts, mask, preserve)
 
 
-def _smallest(scores: Tensor, count: Tensor, preserve: Tensor | None, all_ties: bool) -> Tensor:
-    """Which `count[g]` of `scores[g, :]` are smallest, the lower index first among equal ones.
+def keys_of_scores(scores: Tensor, preserve: Tensor | None) -> Tensor:
+    """Integers that order like `|scores|`, NaN above infinity, and -1, below all others, where
+    `preserve` (bool, same shape) says that a weight must stay pruned."""
+    keys = scores.abs().view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+    return keys if preserve is None else keys.masked_fill(~preserve, -1)
 
-    Positions that `preserve` says must stay pruned come before all others. `all_ties` adds every
-    score equal to the last one chosen.
+
+def smallest_in_groups(keys: Tensor, count: Tensor, all_ties: bool) -> Tensor:
+    """Which `count[g]` of `keys[g, :]` are smallest, the lower index first among equal ones.
+
+    `all_ties` adds every key equal to the last one chosen.
     """
-    if preserve is not None:
-        scores = scores.masked_fill(~preserve, -1)
-    ordered, index = scores.sort(dim=1, stable=True)
-    chosen = torch.arange(scores.shape[1], device=scores.device) < count[:, None]
+    ordered, index = keys.sort(dim=1, stable=True)
+    chosen = torch.arange(keys.shape[1], device=keys.device) < count[:, None]
     if all_ties:
-        return scores <= ordered.gather(1, count[:, None].long() - 1)
+        return keys <= ordered.gather(1, count[:, None].long() - 1)
     return torch.zeros_like(chosen).scatter(1, index, chosen)
 
 
 def _prune(w: Tensor, diag: Tensor, count: Tensor, preserve: Tensor | None, ties: bool) -> Tensor:
     """The pruned positions of `w[R, N]`: `count[R]` of each row or `count[1]` of all of it."""
-    scores = w.abs() / diag
-    groups = len(count)
-    kept = None if preserve is None else preserve.reshape(groups, -1)
-    return _smallest(scores.reshape(groups, -1), count, kept, ties).view_as(w)
+    keys = keys_of_scores(w / diag, preserve).reshape(len(count), -1)
+    return smallest_in_groups(keys, count, ties).view_as(w)
 
 
 def _sweep_matrix(
@@ -199,6 +201,7 @@ _registry.register(
     impls={
         "reference": _registry.Impl(obs_sweep_reference, (torch.float32, torch.float64)),
         "native": _registry.Impl(_obs_sweep_native, (torch.float32,)),
+        "triton": _registry.Impl("pyprune.kernels.obs_sweep:obs_sweep_triton", (torch.float32,)),
     },
 )
 

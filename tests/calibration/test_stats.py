@@ -1,19 +1,9 @@
 import pytest
 import torch
 
-from pyprune import ops
 from pyprune.calibration.stats import GramStatistic, NormStatistic
 
 KINDS = [NormStatistic, GramStatistic]
-
-
-@pytest.fixture(autouse=True)
-def gram_stand_in(monkeypatch):
-    def gram(x, *, weight=None, out):
-        rows = x.to(out.dtype)
-        return out.add_(rows.T @ (rows if weight is None else rows * weight[:, None]))
-
-    monkeypatch.setattr(ops, "gram", gram, raising=False)
 
 
 def sums(statistic):

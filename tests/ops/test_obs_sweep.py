@@ -25,6 +25,11 @@ def random_layer(rows: int, cols: int, seed: int = 0) -> tuple[torch.Tensor, tor
     return torch.randn(rows, cols, generator=gen, dtype=torch.float64), x.T @ x
 
 
+def fewer(backend: str, cols: int, triton_cols: int) -> int:
+    """Triton's interpreter takes milliseconds a column, and has narrower blocks to make up."""
+    return triton_cols if backend == "triton" else cols
+
+
 def damped(h: torch.Tensor) -> torch.Tensor:
     return h + 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
 
@@ -131,10 +136,11 @@ def test_golden_wanda_mask_with_update(backend, device, use_backend):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("block_size", [32, 128])
+@pytest.mark.parametrize("block_size", [20, 128])
 def test_given_mask_matches_float64(backend, device, use_backend, shape, block_size):
-    w, h = random_layer(*shape)
-    u, mask = ops.obs_factor(h).u, random_mask(*shape)
+    rows, cols = shape[0], fewer(backend, shape[1], min(shape[1], 50))
+    w, h = random_layer(rows, cols)
+    u, mask = ops.obs_factor(h).u, random_mask(rows, cols)
     want = ops.obs_sweep(w, u, mask=mask)
     use_backend(backend, OP, device, torch.float32)
     got = ops.obs_sweep(
@@ -148,7 +154,7 @@ def test_given_mask_matches_float64(backend, device, use_backend, shape, block_s
 
 RULES = [
     {"sparsity": 0.5, "scope": "block"},
-    {"sparsity": 0.37, "scope": "row"},
+    {"sparsity": 0.375, "scope": "row"},
     {"sparsity": 0.5, "scope": "layer"},
     {"sparsity": 0.5, "scope": "block", "reference_count": True},
     {"nm": (2, 4)},
@@ -169,7 +175,7 @@ RULE_IDS = [" ".join(f"{k}={v}" for k, v in rule.items()) for rule in RULES]
 @pytest.mark.parametrize("rule", RULES, ids=RULE_IDS)
 def test_chosen_masks_match_float64(backend, device, use_backend, rule):
     """Near ties may fall either way in fp32: on a Gaussian layer that is well under 1 in 1000."""
-    w, h = random_layer(50, 280)
+    w, h = random_layer(50, fewer(backend, 280, 40))
     u = ops.obs_factor(h).u
     want = ops.obs_sweep(w, u, **rule)
     use_backend(backend, OP, device, torch.float32)
@@ -205,15 +211,15 @@ def test_every_instruction_set(isa, use_isa, rule):
 @pytest.mark.parametrize("shape", [(1, 1), (7, 45), (20, 300)], ids=str)
 def test_counts_are_exact(backend, device, use_backend, sparsity, scope, shape):
     use_backend(backend, OP, device, torch.float32)
-    w, h = random_layer(*shape)
+    rows, cols = shape[0], fewer(backend, shape[1], min(shape[1], 50))
+    w, h = random_layer(rows, cols)
     u = ops.obs_factor(h).u.float().to(device)
-    got = ops.obs_sweep(w.float().to(device), u, sparsity=sparsity, scope=scope, block_size=64)
+    got = ops.obs_sweep(w.float().to(device), u, sparsity=sparsity, scope=scope, block_size=24)
     pruned = (~got.mask.cpu()).sum(1)
     if scope == "row":
-        assert pruned.tolist() == [pruned_count(shape[1], sparsity)] * shape[0]
-    assert int(pruned.sum()) == (
-        int(pruned.sum()) if scope == "row" else pruned_count(shape[0] * shape[1], sparsity)
-    )
+        assert pruned.tolist() == [pruned_count(cols, sparsity)] * rows
+    else:
+        assert int(pruned.sum()) == pruned_count(rows * cols, sparsity)
     if sparsity == 0:
         assert torch.equal(got.weight, w.float().to(device)) and bool((got.loss == 0).all())
 
@@ -231,9 +237,10 @@ def test_block_counts_spread_by_cumulative_rounding(backend, device, use_backend
 def test_nm_counts(backend, device, use_backend, nm):
     use_backend(backend, OP, device, torch.float32)
     n, m = nm
-    w, h = random_layer(9, 240)
+    cols = fewer(backend, 240, 120)
+    w, h = random_layer(9, cols)
     u = ops.obs_factor(h).u.float().to(device)
-    for block_size in (1, 64, 1000):
+    for block_size in (1, 64, 1000) if backend == "native" else (64,):
         mask = ops.obs_sweep(w.float().to(device), u, nm=nm, block_size=block_size).mask.cpu()
         assert bool((mask.view(9, -1, m).sum(2) == n).all())
 
@@ -292,7 +299,7 @@ def test_loss_is_the_quadratic_form(rule):
 
 def test_loss_of_a_long_row_in_single_precision(backend, device, use_backend):
     use_backend(backend, OP, device, torch.float32)
-    w, h = random_layer(4, 600)
+    w, h = random_layer(4, fewer(backend, 600, 100))
     u = ops.obs_factor(h).u.float().to(device)
     got = ops.obs_sweep(w.float().to(device), u, sparsity=0.5, scope="row")
     want = quadratic(got.weight.cpu().double() - w, damped(h))
@@ -337,8 +344,9 @@ def test_is_between_exact_least_squares_and_zeroing():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_block_size_does_not_matter_with_a_given_mask(backend, device, use_backend, dtype):
     use_backend(backend, OP, device, dtype)
-    w, h = random_layer(20, 150)
-    u, mask = ops.obs_factor(h).u.to(dtype).to(device), random_mask(20, 150).to(device)
+    cols = fewer(backend, 150, 40)
+    w, h = random_layer(20, cols)
+    u, mask = ops.obs_factor(h).u.to(dtype).to(device), random_mask(20, cols).to(device)
     results = [ops.obs_sweep(w.to(dtype).to(device), u, mask=mask, block_size=b).weight
                for b in (1, 10, 128, 1000)]  # fmt: skip
     for other in results[1:]:
@@ -416,11 +424,12 @@ def test_fewer_tokens_than_columns(backend, device, use_backend, tokens):
 @pytest.mark.parametrize("rule", [r for r in RULES if "reference_count" not in r], ids=str)
 def test_preserved_positions_stay_pruned_and_count(backend, device, use_backend, rule):
     use_backend(backend, OP, device, torch.float32)
-    w, h = random_layer(20, 280)
+    cols = fewer(backend, 280, 40)
+    w, h = random_layer(20, cols)
     u = ops.obs_factor(h).u.float().to(device)
-    # Half of a quarter of the columns: unevenly spread, but less than every quota.
-    preserve = torch.ones(20, 280, dtype=torch.bool)
-    preserve[:, :70:5] = False
+    # All in the first quarter of the columns, but less than any quota there.
+    preserve = torch.ones(20, cols, dtype=torch.bool)
+    preserve[:, : cols // 4 : 5] = False
     before = w.float() * preserve
     got = ops.obs_sweep(before.to(device), u, preserve=preserve.to(device), **rule)
     mask = got.mask.cpu()
@@ -429,17 +438,17 @@ def test_preserved_positions_stay_pruned_and_count(backend, device, use_backend,
         n, m = rule["nm"]
         assert bool((mask.view(20, -1, m).sum(2) == n).all())
     else:
-        assert int((~mask).sum()) == pruned_count(20 * 280, rule["sparsity"]) or (
-            rule["scope"] == "row"
-            and (~mask).sum(1).tolist() == [pruned_count(280, rule["sparsity"])] * 20
-        )
+        assert int((~mask).sum()) == pruned_count(20 * cols, rule["sparsity"])
+    if rule.get("scope") == "row":
+        assert (~mask).sum(1).tolist() == [pruned_count(cols, rule["sparsity"])] * 20
 
 
 @pytest.mark.parametrize("scope", ["row", "block", "layer"])
 def test_more_preserved_than_asked_for(backend, device, use_backend, scope):
     use_backend(backend, OP, device, torch.float32)
-    w, h = random_layer(10, 100)
-    u, preserve = ops.obs_factor(h).u.float().to(device), random_mask(10, 100)
+    cols = fewer(backend, 300, 50)
+    w, h = random_layer(10, cols)
+    u, preserve = ops.obs_factor(h).u.float().to(device), random_mask(10, cols)
     before = (w.float() * preserve).to(device)
     got = ops.obs_sweep(before, u, sparsity=0.2, scope=scope, preserve=preserve.to(device))
     assert torch.equal(got.mask.cpu(), preserve)
@@ -450,8 +459,8 @@ def test_more_preserved_than_asked_for(backend, device, use_backend, scope):
 
 def test_preserve_with_a_given_mask(backend, device, use_backend):
     use_backend(backend, OP, device, torch.float32)
-    w, h = random_layer(10, 100)
-    mask, preserve = random_mask(10, 100, 1).to(device), random_mask(10, 100, 2).to(device)
+    w, h = random_layer(10, 50)
+    mask, preserve = random_mask(10, 50, 1).to(device), random_mask(10, 50, 2).to(device)
     u = ops.obs_factor(h).u.float().to(device)
     got = ops.obs_sweep(w.float().to(device), u, mask=mask, preserve=preserve)
     want = ops.obs_sweep(w.float().to(device), u, mask=mask & preserve)
@@ -462,7 +471,7 @@ def test_preserve_with_a_given_mask(backend, device, use_backend):
 @pytest.mark.parametrize("rule", [{"sparsity": 0.5}, {"nm": (2, 4)}], ids=str)
 def test_pruning_again_is_a_no_op(backend, device, use_backend, rule):
     use_backend(backend, OP, device, torch.float32)
-    w, h = random_layer(16, 132)
+    w, h = random_layer(16, fewer(backend, 132, 44))
     u = ops.obs_factor(h).u.float().to(device)
     once = ops.obs_sweep(w.float().to(device), u, **rule)
     twice = ops.obs_sweep(once.weight, u, preserve=once.mask, **rule)
@@ -477,7 +486,7 @@ def test_pruning_again_is_a_no_op(backend, device, use_backend, rule):
 @pytest.mark.parametrize("shared", [False, True])
 def test_batch_equals_one_by_one(backend, device, use_backend, rule, shared):
     use_backend(backend, OP, device, torch.float32)
-    layers = [random_layer(11, 72, seed=s) for s in range(3)]
+    layers = [random_layer(11, fewer(backend, 144, 24), seed=s) for s in range(3)]
     w = torch.stack([w for w, _ in layers]).float().to(device)
     u = torch.stack([ops.obs_factor(h).u for _, h in layers]).float().to(device)
     us = u[0] if shared else u
