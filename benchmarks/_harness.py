@@ -50,11 +50,14 @@ def parse(description: str | None, **extra: dict[str, Any]) -> argparse.Namespac
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here")
     parser.add_argument("--repetitions", type=int, default=9, help="timed samples of each provider")
     parser.add_argument("--device", choices=["cpu", "cuda"], default=_default_device())
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     for name, options in extra.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
     args = parser.parse_args()
     if args.repetitions < 1:
         parser.error(f"--repetitions: expected at least 1, got {args.repetitions}")
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
     return args
 
 
@@ -157,13 +160,13 @@ class Bench:
         table = Table(title=title, title_justify="left", box=box.SIMPLE)
         table.add_column("provider", no_wrap=True)
         for column in ("median ms", "min", "max", "Gflop/s", "GB/s"):
-            table.add_column(column, justify="right")
+            table.add_column(column, justify="right", no_wrap=True)
         table.add_column(f"of {case.limit} limit", justify="right")
         table.add_column(f"time / {rows[0]['baseline']}", justify="right")
         for row in rows:
             table.add_row(
                 row["provider"],
-                *(f"{row[f'seconds_{k}'] * 1e3:.3f}" for k in ("median", "min", "max")),
+                *(f"{row[f'seconds_{k}'] * 1e3:.4g}" for k in ("median", "min", "max")),
                 f"{row['flops_rate'] / 1e9:.1f}",
                 f"{row['bytes_rate'] / 1e9:.1f}",
                 f"{row['share_of_limit']:.1%}",

@@ -11,6 +11,8 @@ void bind_column_norms(pybind11::module_& m);
 void bind_fisher_accumulate(pybind11::module_& m);
 void bind_gram(pybind11::module_& m);
 void bind_obs_sweep(pybind11::module_& m);
+void bind_pack(pybind11::module_& m);
+void bind_select(pybind11::module_& m);
 void bind_sparse_linear(pybind11::module_& m);
 }  // namespace pyprune
 
@@ -46,5 +48,7 @@ PYBIND11_MODULE(_C, m) {
   bind_fisher_accumulate(m);
   bind_gram(m);
   bind_obs_sweep(m);
+  bind_pack(m);
+  bind_select(m);
   bind_sparse_linear(m);
 }

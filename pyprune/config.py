@@ -20,6 +20,7 @@ from pyprune.patterns import Pattern, Scope, Unstructured, parse_nm
 
 Walk = Literal["single", "two-pass", "naive"]
 Spill = Literal["none", "host", "disk"]
+Padding = Literal["windows", "documents"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -31,6 +32,8 @@ class CalibrationConfig:
         "hub:<datasets id>[:config[:split[:column]]]".
     nsamples: sequences. seqlen: tokens in each, at most (the model's own limit caps it).
     batch_size: sequences that go through the model at once. seed: which sequences are drawn.
+    padding: "windows" of exactly `seqlen` tokens of the joined text, or one of the "documents" per
+        sequence, padded. bos: begin sequences with BOS; None is what the tokenizer itself does.
     """
 
     source: str = "wiki"
@@ -38,6 +41,8 @@ class CalibrationConfig:
     seqlen: int = 2048
     batch_size: int = 8
     seed: int = 0
+    padding: Padding = "windows"
+    bos: bool | None = None
 
     def __post_init__(self) -> None:
         _check_types(self, "calibration.")
@@ -48,6 +53,7 @@ class CalibrationConfig:
                 )
         if self.seed < 0:
             raise UserError(f"calibration.seed: expected 0 or more, got {self.seed}")
+        _check_choice("calibration.padding", self.padding, get_args(Padding))
         if not self.source:
             raise UserError("calibration.source: expected a name or a path, got ''")
 
@@ -192,9 +198,11 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     Update: ((str,), "text"),
     Walk: ((str,), "text"),
     Spill: ((str,), "text"),
+    Padding: ((str,), "text"),
     int: ((int,), "a whole number"),
     float: ((int, float), "a number"),
     bool: ((bool,), "true or false"),
+    bool | None: ((bool, type(None)), "true or false"),
     float | None: ((int, float, type(None)), "a number"),
     str | None: ((str, type(None)), "text"),
     Scope | None: ((str, type(None)), "text"),

@@ -214,6 +214,8 @@ def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | N
             seqlen=min(wanted.seqlen, positions or wanted.seqlen),
             seed=wanted.seed,
             batch_size=wanted.batch_size,
+            padding=wanted.padding,
+            bos=wanted.bos,
         )
     if data is None:
         raise UserError(f"calibration: {config.method} expected a tokenizer or batches, got none")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -153,29 +154,35 @@ class Report:
         )
 
     def table(self) -> Table:
-        """One row per layer for a terminal."""
+        """For a terminal: one row per kind of matrix (the same place in every block), then one per
+        layer that has a note. `pyprune.json` has every layer."""
         table = Table(title=f"{self.model}: {_summary(self)}")
-        table.add_column("layer", overflow="fold")
-        for name in ("shape", "sparsity", "tokens", "error before", "error after", "damping", "s"):
+        table.add_column("matrices", overflow="fold")
+        for name in ("shape", "sparsity", "error before", "error after", "damping", "s"):
             table.add_column(name, justify="right")
-        table.add_column("notes", overflow="fold")
+        kinds: dict[tuple[str, tuple[int, int]], list[LayerReport]] = {}
         for layer in self.layers:
+            kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.name)
+            kinds.setdefault((kind, layer.shape), []).append(layer)
+        for (kind, shape), layers in kinds.items():
+            dampings = [layer.damping for layer in layers if layer.damping is not None]
             table.add_row(
-                layer.name,
-                f"{layer.shape[0]} x {layer.shape[1]}",
-                f"{layer.sparsity:.4f}",
-                f"{layer.tokens:.0f}" if layer.tokens else "-",
-                _percent(layer.relative_error_before_update),
-                _percent(layer.relative_error_after),
-                "-" if layer.damping is None else f"{layer.damping:g}",
-                f"{layer.seconds:.2f}",
-                "; ".join(layer.notes),
+                f"{len(layers)} {kind.split('*.', 1)[-1]}",
+                f"{shape[0]} x {shape[1]}",
+                f"{sum(x.zeros for x in layers) / sum(x.elements for x in layers):.4f}",
+                _mean_percent([layer.relative_error_before_update for layer in layers]),
+                _mean_percent([layer.relative_error_after for layer in layers]),
+                f"{max(dampings):g}" if dampings else "-",
+                f"{sum(layer.seconds for layer in layers):.2f}",
             )
+        for layer in self.noted:
+            table.add_row(f"{layer.name}: {'; '.join(layer.notes)}", style="yellow")
         return table
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2%}"
+def _mean_percent(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    return f"{sum(known) / len(known):.2%}" if known else "-"
 
 
 def _summary(report: Report) -> str:

@@ -13,9 +13,6 @@ namespace {
 // part, which costs 2 packed values for 1536 multiply-adds.
 constexpr int64_t kPartPanels = 32;
 
-// Floats of packed operands held at a time, 32 MB: a sequence of 2048 tokens is one round.
-constexpr int64_t kPackedFloats = int64_t{1} << 23;
-
 constexpr int64_t kBlockFloats = int64_t{kPanel} * kPanel;
 
 // Panels [r0, r0 + rows) x [c0, c0 + columns) of the gradient.
@@ -137,8 +134,7 @@ void fisher_accumulate(const FisherAccumulateArgs& args) {
   const int64_t rows = panels_of(args.acc.shape[0]), columns = panels_of(args.acc.shape[1]);
   const int64_t side_r = part_side(rows), side_c = part_side(columns);
   const int64_t chunk_floats = (side_r + side_c) * kPanelFloats;
-  const int64_t chunks =
-      std::clamp<int64_t>(kPackedFloats / chunk_floats, 1, (args.x.shape[1] + kDepth - 1) / kDepth);
+  const int64_t chunks = round_chunks(side_r + side_c, args.x.shape[1]);
   const FloatBuffer packed = float_buffer(chunks * chunk_floats);
   const FloatBuffer sums = float_buffer(side_r * side_c * kBlockFloats);
   with_float_type(args.x.dtype, [&](auto* tag) {

@@ -47,6 +47,14 @@ constexpr int64_t kDepth = 128;
 constexpr int kAhead = 8;
 constexpr int64_t kPanelFloats = kPanel * kDepth;
 
+// Chunks of `panels` packed panels each that are held at a time, a round: 1 MB, so that a core's
+// second-level cache keeps them; but for many panels still 512 tokens, so that C is passed over,
+// and the threads meet, seldom enough.
+inline int64_t round_chunks(int64_t panels, int64_t tokens) {
+  const int64_t cached = (int64_t{1} << 18) / (panels * kPanelFloats);
+  return std::min(std::max<int64_t>(cached, 4), (tokens + kDepth - 1) / kDepth);
+}
+
 inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
 // Uninitialised floats on a cache line boundary.
@@ -134,9 +142,10 @@ inline void strip_product(const float* __restrict a, const float* __restrict b, 
 
 // Rows [row, row + kStrip) of a block and the kVecs vectors of columns that start at `column`; what
 // lies outside `m` x `n` is zero and must not be written.
+// Not inlined: the compiler then gives the loop all registers whatever surrounds the call.
 template <int kVecs, class Store>
-inline void strip_block(const float* a, const float* b, int64_t depth, int row, int column, int m,
-                        int n, Store&& store) {
+[[gnu::noinline]] void strip_block(const float* a, const float* b, int64_t depth, int row,
+                                   int column, int m, int n, const Store& store) {
   Vec sum[kStrip][kVecs];
   for (int i = 0; i < std::min(kStrip, m - row); ++i) store.prefetch(row + i, column);
   strip_product<kVecs>(a + row, b + column, depth, sum);
@@ -161,7 +170,7 @@ inline void strip_block(const float* a, const float* b, int64_t depth, int row, 
 //   (row, column ..).
 template <class Store>
 inline void panel_product(const float* a, const float* b, int64_t depth, int m, int n, bool upper,
-                          Store&& store) {
+                          const Store& store) {
   const int last = (n + Vec::kLanes - 1) / Vec::kLanes;  // vectors that hold any column
   for (int row = 0; row < m; row += kStrip) {
     const int first = upper ? row / Vec::kLanes : 0, column = first * Vec::kLanes;

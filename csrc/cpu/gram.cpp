@@ -8,12 +8,8 @@ namespace pyprune {
 namespace PYPRUNE_ISA {
 namespace {
 
-// Floats of packed input held at a time, 32 MB: few synchronisations (one calibration batch of
-// 2048 tokens and 4096 columns is one round), a bounded amount of memory.
-constexpr int64_t kPackedFloats = int64_t{1} << 23;
-
 // Side, in panels, of the square of blocks that is one thread's work item. A large item reads each
-// packed panel less often (6 x 6 panels: one byte a cycle from the last-level cache); but there
+// packed panel less often (6 x 6 panels: one byte a cycle); but there
 // should be some 4 items a thread, so that the threads end together.
 int64_t item_side(int64_t panels, int threads) {
   int64_t items_across = 1;
@@ -124,9 +120,7 @@ int64_t kept_tokens(const float* weight, int64_t tokens, int64_t* rows, bool* un
 void gram(const GramArgs& args) {
   const int64_t batch = args.x.shape[0], tokens = args.x.shape[1], columns = args.x.shape[2];
   const int64_t n = args.out.shape[1];
-  // The weighted operand is packed on its own, so the budget is shared by two buffers then.
-  const int64_t budget = kPackedFloats / (args.weight ? 2 : 1) / (panels_of(n) * kPanelFloats);
-  const int64_t chunks = std::clamp<int64_t>(budget, 1, (tokens + kDepth - 1) / kDepth);
+  const int64_t chunks = round_chunks(panels_of(n), tokens);
   const int64_t buffer = chunks * panels_of(n) * kPanelFloats;
   const FloatBuffer packed = float_buffer(buffer);
   const FloatBuffer packed_weighted = float_buffer(args.weight ? buffer : 0);

@@ -108,41 +108,75 @@ inline void prune_below(const int32_t* keys, int64_t cols, int lanes, const Keys
 }
 
 // Radix select of one key over many strips, three digits of the keys shifted up by one (so that
-// the preserved key is digit 0). The caller adds up `histogram` over all strips between digits.
-struct DigitSelect {
+// the preserved key is digit 0). The caller adds up the counts of all strips between digits.
+class DigitSelect {
+ public:
   static constexpr int kDigits = 3;
+  // Four interleaved tables: neighbouring keys often share a digit, and incrementing one counter
+  // twice in a row waits for the store.
+  static constexpr int kTables = 4;
   static constexpr int kBins = 2049;  // the top digit of kLargestKey + 1 is 2048
-  static constexpr int kShift[kDigits] = {20, 9, 0};
-  static constexpr uint32_t kMask[kDigits] = {~0u, 2047, 511};
+  static constexpr int kCounters = kBins * kTables;
 
-  uint32_t prefix = 0;  // the digits found so far
-  int64_t wanted = 0;   // 1-based rank of the key among those that share the prefix
+  DigitSelect() = default;
+  // wanted: 1-based rank of the key, 0 for none.
+  explicit DigitSelect(int64_t wanted) : wanted_(wanted) {}
 
-  // Adds the current digit of the keys of lanes < rows that share the prefix to `histogram`.
+  // Adds the current digit of the keys of lanes < rows that share the digits found so far.
   void count(int digit, const int32_t* keys, int64_t cols, int lanes, int rows,
-             int64_t* histogram) const {
-    const int shift = kShift[digit], above = digit ? kShift[digit - 1] : 31;
+             int32_t* counters) const {
     for (int64_t c = 0; c < cols; ++c)
-      for (int l = 0; l < rows; ++l) {
-        const uint32_t key = static_cast<uint32_t>(keys[c * lanes + l]) + 1;
-        if (digit == 0)
-          ++histogram[key >> shift];
-        else if (key >> above == prefix)
-          ++histogram[key >> shift & kMask[digit]];
+      if (digit == 0)
+        count_all(keys + c * lanes, rows, counters);
+      else
+        count_sharing(digit, keys + c * lanes, rows, counters);
+  }
+
+  // Finds the digit of the wanted key in the summed counters.
+  void narrow(int digit, const int32_t* counters) {
+    for (uint32_t bin = 0;; ++bin) {
+      equal_ = 0;
+      for (int t = 0; t < kTables; ++t) equal_ += counters[bin * kTables + t];
+      if (wanted_ <= equal_) {
+        prefix_ = prefix_ << (digit ? kShift[digit - 1] - kShift[digit] : 0) | bin;
+        return;
       }
+      wanted_ -= equal_;
+    }
   }
 
-  // Finds the digit of the wanted key in the summed histogram.
-  void narrow(int digit, const int64_t* histogram) {
-    uint32_t bin = 0;
-    while (wanted > histogram[bin]) wanted -= histogram[bin++];
-    const int bits = digit ? kShift[digit - 1] - kShift[digit] : 0;
-    prefix = prefix << bits | bin;
-    equal = histogram[bin];
+  // After the last digit: the key, how many equal it, and how many of those are wanted.
+  int32_t key() const { return wanted_ > 0 ? static_cast<int32_t>(prefix_ - 1) : 0; }
+  int64_t equal() const { return equal_; }
+  int64_t wanted() const { return wanted_; }
+
+ private:
+  static constexpr int kShift[kDigits] = {20, 9, 0};
+
+  static void count_all(const int32_t* keys, int rows, int32_t* counters) {
+    for (int l = 0; l < rows; ++l)
+      ++counters[((static_cast<uint32_t>(keys[l]) + 1) >> kShift[0]) * kTables + l % kTables];
   }
 
-  int64_t equal = 0;  // keys equal to the wanted one, after the last digit
-  int32_t key() const { return static_cast<int32_t>(prefix - 1); }
+  // Few keys share the prefix: whole vectors without one are passed over.
+  void count_sharing(int digit, const int32_t* keys, int rows, int32_t* counters) const {
+    const int above = kShift[digit - 1], here = kShift[digit];
+    const uint32_t low = (prefix_ << above) - 1;
+    for (int l0 = 0; l0 < rows; l0 += Vec::kLanes) {
+      int32_t any = 0;
+      for (int i = 0; i < Vec::kLanes; ++i)
+        any |= (static_cast<uint32_t>(keys[l0 + i]) - low) >> above == 0;
+      if (!any) continue;
+      for (int l = l0; l < rows && l < l0 + Vec::kLanes; ++l) {
+        const uint32_t offset = static_cast<uint32_t>(keys[l]) - low;
+        if (offset >> above == 0) ++counters[(offset >> here) * kTables];
+      }
+    }
+  }
+
+  uint32_t prefix_ = 0;  // the digits found so far
+  int64_t wanted_ = 0;   // 1-based rank of the key among those that share the prefix
+  int64_t equal_ = 0;
 };
 
 }  // namespace PYPRUNE_ISA

@@ -16,21 +16,12 @@
 #include <new>
 
 #include "cpu/obs_select.h"
+#include "cpu/obs_tile.h"
 #include "cpu/strip.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
 namespace {
-
-// Register block of kMaxVecs x kCols accumulators: 24 of 32 registers with AVX-512, 12 of 16 with
-// AVX2; one vector of rows where Vec is emulated.
-#if defined(__AVX512F__)
-constexpr int kCols = 8, kMaxVecs = 3;
-#elif defined(__AVX2__)
-constexpr int kCols = 4, kMaxVecs = 3;
-#else
-constexpr int kCols = 4, kMaxVecs = 1;
-#endif
 
 // Error columns per pass over a block: 128 x 48 floats are 24 KiB, half of a first-level cache.
 constexpr int64_t kDepth = 128;
@@ -50,86 +41,6 @@ class Buffer {
  private:
   T* data_;
 };
-
-// acc -= e[k] u[k] over k < depth; e is [depth][V vectors], u is [depth][kCols].
-template <int V, int W>
-inline void accumulate(Vec (&acc)[W][V], const float* e, const float* u, int64_t depth) {
-  constexpr int L = Vec::kLanes;
-  for (int64_t k = 0; k < depth; ++k) {
-    Vec err[V];
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) err[v] = Vec::load(e + k * V * L + v * L);
-#pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) {
-      const Vec b = Vec::set1(u[k * kCols + w]);
-#pragma GCC unroll 3
-      for (int v = 0; v < V; ++v) acc[w][v] = Vec::fnma(err[v], b, acc[w][v]);
-    }
-  }
-}
-
-// W columns of a strip, all tiles of one panel column: tile -= e u.
-template <int V, int W>
-void update_tile(float* tile, const float* e, const float* u, int64_t depth) {
-  constexpr int L = Vec::kLanes;
-  Vec acc[W][V];
-#pragma GCC unroll 8
-  for (int w = 0; w < W; ++w)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
-  accumulate<V, W>(acc, e, u, depth);
-#pragma GCC unroll 8
-  for (int w = 0; w < W; ++w)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[w][v].store(tile + (w * V + v) * L);
-}
-
-// Brings the tile up to date like update_tile, then visits its columns: `kept` gets the new
-// weights, `tile` the errors, `loss` their halved squares. `diag` is the panel at the tile's rows.
-template <int V, int W>
-void solve_tile(float* tile, const float* e, const float* u, int64_t depth, const float* inv_diag,
-                const int32_t* pruned, float* kept, double* loss) {
-  constexpr int L = Vec::kLanes;
-  Vec acc[W][V], squares[V];
-#pragma GCC unroll 8
-  for (int w = 0; w < W; ++w)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
-  accumulate<V, W>(acc, e, u, depth);
-  const float* diag = u + depth * kCols;
-#pragma GCC unroll 3
-  for (int v = 0; v < V; ++v) squares[v] = Vec::zero();
-#pragma GCC unroll 8
-  for (int w = 0; w < W; ++w) {
-    const Vec inv = Vec::set1(inv_diag[w]);
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) {
-      const int32_t* mask = pruned + (w * V + v) * L;
-      where_not(mask, acc[w][v]).store(kept + (w * V + v) * L);
-      const Vec err = where(mask, acc[w][v] * inv);
-      err.store(tile + (w * V + v) * L);
-      squares[v] = Vec::fma(err, err, squares[v]);
-#pragma GCC unroll 8
-      for (int x = w + 1; x < W; ++x)
-        acc[x][v] = Vec::fnma(err, Vec::set1(diag[w * kCols + x]), acc[x][v]);
-    }
-  }
-#pragma GCC unroll 3
-  for (int v = 0; v < V; ++v) {
-    float sum[L];
-    squares[v].store(sum);
-    for (int i = 0; i < L; ++i) loss[v * L + i] += 0.5 * sum[i];
-  }
-}
-
-// Calls f with the tile width 1 <= w <= kCols as a compile-time constant.
-template <int W = kCols, class F>
-inline void with_width(int64_t w, F&& f) {
-  if constexpr (W >= 1) {
-    if (w == W) return f(std::integral_constant<int, W>());
-    with_width<W - 1>(w, f);
-  }
-}
 
 enum class Rule { given, nm, row, block };
 
@@ -163,7 +74,7 @@ class Sweep {
         scratch_i_(3 * args.threads * block_ * kLanes),
         block_keys_(rule_ == Rule::block ? strips_ * kLanes * block_ : 0),
         row_ties_(strips_ * kLanes),
-        histogram_(args.threads * DigitSelect::kBins) {}
+        counters_(args.threads * DigitSelect::kCounters) {}
 
   void run() {
     for (int64_t b = 0; b < a_.w.shape[0]; ++b) matrix(b);
@@ -183,7 +94,7 @@ class Sweep {
   Buffer<int32_t> scratch_i_;
   Buffer<int32_t> block_keys_;  // [strips][block][lanes]
   Buffer<int32_t> row_ties_;
-  Buffer<int64_t> histogram_;  // [threads][bins]
+  Buffer<int32_t> counters_;  // [threads][DigitSelect::kCounters]
   DigitSelect select_;
 
   // The current matrix of the batch and the current block of columns.
@@ -206,7 +117,6 @@ class Sweep {
   void matrix(int64_t b) {
     b_ = b;
     u_ = a_.u.ptr<float>() + (a_.u.shape[0] == 1 ? 0 : b * cols_ * cols_);
-    for (int64_t j = 0; j < cols_; ++j) inv_diag_[j] = 1.0f / u_[j * cols_ + j];
     std::fill_n(static_cast<double*>(loss_), strips_ * kLanes, 0.0);
 #pragma omp parallel num_threads(a_.threads)
     {
@@ -236,6 +146,7 @@ class Sweep {
 #pragma omp for schedule(static)
     for (int64_t k = 0; k < i2_; ++k) {
       const float* row = u_ + k * cols_ + i1_;
+      if (k >= i1_) inv_diag_[k] = 1.0f / row[k - i1_];
       for (int64_t c = 0; c < width; c += kCols) {
         float* out = panel_ + (c * i2_ + k * kCols);
         for (int64_t j = 0; j < kCols; ++j) out[j] = c + j < width ? row[c + j] : 0.0f;
@@ -248,10 +159,15 @@ class Sweep {
     const int64_t ld = a_.w.stride[1];
     const float* w = a_.w.ptr<float>() + b_ * a_.w.stride[0] + s * kLanes * ld + i1_;
     load_strip(w, ld, strip_rows(s), i2_ - i1_, strip(s) + i1_ * kLanes, kLanes);
-    for (int64_t k = 0; k < i1_; k += kDepth)
-      for_tiles(i1_, i2_, [&](int64_t c, auto width) {
+    update(s, i1_, i2_, 0, i1_);
+  }
+
+  // Applies the errors of columns [k0, k1) of strip s to its columns [a, b).
+  void update(int64_t s, int64_t a, int64_t b, int64_t k0, int64_t k1) const {
+    for (int64_t k = k0; k < k1; k += kDepth)
+      for_tiles(a, b, [&](int64_t c, auto width) {
         update_tile<V, width>(strip(s) + c * kLanes, strip(s) + k * kLanes, panel_at(k, c),
-                              std::min(kDepth, i1_ - k));
+                              std::min(kDepth, k1 - k));
       });
   }
 
@@ -270,21 +186,19 @@ class Sweep {
     }
   }
 
-  // Visits the block's columns of strip s, span by span: a span's mask is chosen when all columns
-  // before it have been visited. N:M has a span per group, the other rules one per block.
+  // Visits the block's columns of strip s. A mask is chosen when all columns before it have been
+  // visited: N:M chooses group by group, the other rules once for the block.
   void solve(int64_t s, const Scratch& mine) {
-    const int64_t step = rule_ == Rule::nm ? a_.m : i2_ - i1_;
     if (a_.preserve)
       load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1_), cols_, strip_rows(s),
                        i2_ - i1_, mine.preserved, kLanes);
+    if (rule_ != Rule::nm) choose(s, i1_, mine);
+    const int64_t step = rule_ == Rule::nm ? a_.m : kDepth;
     for (int64_t g = i1_; g < i2_; g += step) {
-      if (g > i1_)
-        for_tiles(g, g + step, [&](int64_t c, auto width) {
-          update_tile<V, width>(strip(s) + c * kLanes, strip(s) + i1_ * kLanes, panel_at(i1_, c),
-                                g - i1_);
-        });
-      choose(s, g, mine);
-      for_tiles(g, g + step, [&](int64_t c, auto width) {
+      const int64_t end = std::min(i2_, g + step);
+      update(s, g, end, i1_, g);
+      if (rule_ == Rule::nm) choose(s, g, mine);
+      for_tiles(g, end, [&](int64_t c, auto width) {
         const int64_t at = (c - i1_) * kLanes;
         solve_tile<V, width>(strip(s) + c * kLanes, strip(s) + g * kLanes, panel_at(g, c), c - g,
                              inv_diag_ + c, mine.pruned + at, mine.kept + at, loss_ + s * kLanes);
@@ -292,7 +206,7 @@ class Sweep {
     }
   }
 
-  // The mask of the span that starts at column g.
+  // The mask of the group (N:M) or the block that starts at column g.
   void choose(int64_t s, int64_t g, const Scratch& mine) {
     const int64_t width = rule_ == Rule::nm ? a_.m : i2_ - i1_, at = (g - i1_) * kLanes;
     int32_t *pruned = mine.pruned + at, *preserved = mine.preserved + at;
@@ -345,13 +259,13 @@ class Sweep {
   void choose_in_block() {
     const int64_t width = i2_ - i1_;
     const Scratch mine = scratch();
-    int64_t* histogram = histogram_ + omp_get_thread_num() * DigitSelect::kBins;
+    int32_t* counters = counters_ + omp_get_thread_num() * DigitSelect::kCounters;
     const int32_t count = a_.counts->ptr<int32_t>()[b_ * a_.counts->shape[2] + i1_ / block_];
     const int64_t wanted = std::min<int64_t>(count, rows_ * width);
 #pragma omp single
-    select_ = DigitSelect{0, wanted};
+    select_ = DigitSelect(wanted);
     for (int digit = 0; digit < DigitSelect::kDigits; ++digit) {
-      std::fill_n(histogram, DigitSelect::kBins, 0);
+      std::fill_n(counters, DigitSelect::kCounters, 0);
 #pragma omp for schedule(static)
       for (int64_t s = 0; s < strips_; ++s) {
         if (digit == 0) {
@@ -361,7 +275,7 @@ class Sweep {
                              width, mine.preserved, kLanes);
           keys_of(s, i1_, width, mine.preserved, block_keys(s));
         }
-        select_.count(digit, block_keys(s), width, kLanes, strip_rows(s), histogram);
+        select_.count(digit, block_keys(s), width, kLanes, strip_rows(s), counters);
       }
 #pragma omp single
       if (wanted > 0) narrow(digit);
@@ -371,14 +285,14 @@ class Sweep {
 
   void narrow(int digit) {
     for (int t = 1; t < omp_get_num_threads(); ++t)
-      for (int i = 0; i < DigitSelect::kBins; ++i)
-        histogram_[i] += histogram_[t * DigitSelect::kBins + i];
-    select_.narrow(digit, histogram_);
+      for (int i = 0; i < DigitSelect::kCounters; ++i)
+        counters_[i] += counters_[t * DigitSelect::kCounters + i];
+    select_.narrow(digit, counters_);
   }
 
   // row_ties_: how many keys equal to the threshold each row prunes, earlier rows first.
   void share_ties(int64_t wanted) {
-    const bool every = a_.all_ties || select_.wanted == select_.equal;
+    const bool every = a_.all_ties || select_.wanted() == select_.equal();
     if (wanted <= 0 || every) {
 #pragma omp single
       std::fill_n(static_cast<int32_t*>(row_ties_), strips_ * kLanes, wanted > 0 ? kLargestKey : 0);
@@ -394,7 +308,7 @@ class Sweep {
       }
 #pragma omp single
     {
-      int64_t left = select_.wanted;
+      int64_t left = select_.wanted();
       for (int64_t r = 0; r < rows_; ++r) {
         row_ties_[r] = static_cast<int32_t>(std::min<int64_t>(left, row_ties_[r]));
         left -= row_ties_[r];
@@ -403,10 +317,8 @@ class Sweep {
   }
 
   void prune_threshold(int64_t s, int64_t width, int32_t* pruned) const {
-    // With nothing to prune the select never ran: no key is below 0, and no tie is wanted.
-    const int32_t key = select_.wanted > 0 ? select_.key() : 0;
     for (int l = 0; l < kLanes; l += Vec::kLanes)
-      prune_below(block_keys(s) + l, width, kLanes, Keys{} + key,
+      prune_below(block_keys(s) + l, width, kLanes, Keys{} + select_.key(),
                   keys_at(row_ties_ + s * kLanes + l), pruned + l);
   }
 };

@@ -31,13 +31,6 @@ void pack_decode(const X* x, int64_t stride, int64_t m, int64_t cols, float* out
   }
 }
 
-// One step of the decode kernels: columns [i0, i1) in words of 64, of rows that lie side by side.
-template <class T>
-struct Cursor {
-  const T* v;             // the next value
-  const uint64_t* words;  // the row's mask; unused when dense
-};
-
 #if defined(__AVX512F__)
 
 // R rows of W at once: their loads are independent streams (one stream alone reaches three quarters

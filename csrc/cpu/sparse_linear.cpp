@@ -8,6 +8,7 @@
 #include <new>
 
 #include "cpu/sparse_decode.h"
+#include "cpu/sparse_gemm.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -58,6 +59,18 @@ struct DecodeScratch {
   std::atomic<int64_t>* broken;
 };
 
+// The masks of rows [r0, r0 + count); false, and the row noted, when one is inconsistent.
+bool block_masks(const Weights& w, int64_t r0, int64_t count, uint64_t* words,
+                 std::atomic<int64_t>* broken) {
+  bool sound = true;
+  for (int64_t r = 0; r < count; ++r)
+    if (!row_mask(w, r0 + r, words + r * mask_words(w.cols))) {
+      broken->store(r0 + r, std::memory_order_relaxed);
+      sound = false;
+    }
+  return sound;
+}
+
 // Rows [r0, r0 + count) times all M rows of x; the sums are left as vectors.
 template <class T, bool kDense, int M>
 void decode_block(const Weights& w, int64_t r0, int64_t count, const float* x, uint64_t* words,
@@ -96,13 +109,7 @@ void decode(const SparseLinearArgs& a, const Weights& w, const DecodeScratch& sc
     float* sums = scratch.sums + thread * kMaxBlockRows * kMaxDecodeRows * Vec::kLanes;
     if (!kDense) {
       prefetch_meta(w, r0 + kBlock, kBlock);
-      bool sound = true;
-      for (int64_t r = 0; r < count; ++r)
-        if (!row_mask(w, r0 + r, words + r * n)) {
-          scratch.broken->store(r0 + r, std::memory_order_relaxed);
-          sound = false;
-        }
-      if (!sound) continue;
+      if (!block_masks(w, r0, count, words, scratch.broken)) continue;
     }
     decode_block<T, kDense, M>(w, r0, count, scratch.x, words, sums);
     for (int64_t r = 0; r < count; ++r)
@@ -123,30 +130,114 @@ void with_rows(int64_t m, F&& f) {
 }
 
 template <class T, class X>
-void run(const SparseLinearArgs& a) {
-  const Weights w(a);
-  const int64_t n = mask_words(w.cols), padded = n * kMaskColumns;
-  const int64_t block = std::min<int64_t>(a.x.shape[0], kMaxDecodeRows);
-  const int64_t x_floats = block * padded;
+void run_decode(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+  const int64_t m = a.x.shape[0], n = mask_words(w.cols);
+  const int64_t x_floats = m * n * kMaskColumns;
   const int64_t sum_floats = a.threads * kMaxBlockRows * kMaxDecodeRows * Vec::kLanes;
   Scratch scratch((x_floats + sum_floats) * 4 + a.threads * kMaxBlockRows * n * 8);
   float* x = scratch.as<float>();
-  std::atomic<int64_t> broken{-1};
   const DecodeScratch s{x, reinterpret_cast<uint64_t*>(x + x_floats + sum_floats), x + x_floats,
-                        &broken};
-  for (int64_t m0 = 0; m0 < a.x.shape[0]; m0 += kMaxDecodeRows) {
-    const int64_t m = std::min(kMaxDecodeRows, a.x.shape[0] - m0);
-    pack_decode<T>(a.x.ptr<const X>() + m0 * a.x.stride[0], a.x.stride[0], m, w.cols, x);
-    SparseLinearArgs part = a;
-    part.y.data = a.y.ptr<X>() + m0 * w.rows;
-    with_rows(m, [&](auto rows) {
-      constexpr int M = decltype(rows)::value;
-      if (w.format == WeightFormat::dense)
-        decode<T, true, M, X>(part, w, s);
-      else
-        decode<T, false, M, X>(part, w, s);
-    });
+                        broken};
+  pack_decode<T>(a.x.ptr<const X>(), a.x.stride[0], m, w.cols, x);
+  with_rows(m, [&](auto rows) {
+    constexpr int M = decltype(rows)::value;
+    if (w.format == WeightFormat::dense)
+      decode<T, true, M, X>(a, w, s);
+    else
+      decode<T, false, M, X>(a, w, s);
+  });
+}
+
+struct TileScratch {
+  float* tile;      // [kTileRows][kTileStride]
+  float* sums;      // [kTileRows][tokens, rounded up to panels]
+  uint64_t* words;  // [kTileRows][mask_words]
+};
+
+// Rows [r0, r0 + count) of W times all tokens of the packed x; false when a row is inconsistent.
+template <class T, bool kDense>
+bool multiply_rows(const Weights& w, int64_t r0, int64_t count, const float* packed, int64_t tokens,
+                   const TileScratch& s, std::atomic<int64_t>* broken) {
+  const int64_t n = mask_words(w.cols), stride = panels_of(tokens) * kPanelTokens;
+  if (!kDense && !block_masks(w, r0, count, s.words, broken)) return false;
+  Cursor<T> cursors[kTileRows];
+  for (int64_t r = 0; r < count; ++r)
+    cursors[r] = {static_cast<const T*>(w.values) + w.begin(r0 + r), s.words + r * n};
+  const int64_t ahead = (w.begin(std::min(r0 + kTileRows, w.rows - 1)) - w.begin(r0)) *
+                        static_cast<int64_t>(sizeof(T));
+  std::fill(s.sums, s.sums + kTileRows * stride, 0.0f);
+  for (int64_t d = 0; d < depths_of(w.cols); ++d) {
+    const int64_t i0 = d * kDepthWords, i1 = std::min(n, i0 + kDepthWords);
+    decode_tile<T, kDense>(w, cursors, count, i0, i1, ahead, s.tile);
+    multiply_tile(s.tile, packed + d * kDepth * stride, tokens, s.sums);
   }
+  return true;
+}
+
+// Rows [r0, r0 + count) of the output from a tile's sums, which have the tokens side by side.
+template <class X>
+void store_rows(const SparseLinearArgs& a, int64_t r0, int64_t count, int64_t tokens,
+                const float* sums, X* y) {
+  const int64_t stride = panels_of(tokens) * kPanelTokens;
+  const float* bias = a.bias ? a.bias->ptr<const float>() + r0 : nullptr;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < count; ++r)
+      store(y + t * a.rows + r0 + r, sums[r * stride + t] + (bias ? bias[r] : 0.0f));
+}
+
+template <class T, bool kDense, class X>
+void multiply(const SparseLinearArgs& a, const Weights& w, int64_t t0, int64_t tokens,
+              float* packed, float* scratch, std::atomic<int64_t>* broken) {
+  const int64_t panels = panels_of(tokens), depths = depths_of(w.cols), n = mask_words(w.cols);
+  const int64_t tile_floats = kTileRows * kTileStride;
+  const int64_t sum_floats = kTileRows * panels * kPanelTokens;
+  const int64_t floats = tile_floats + sum_floats + kTileRows * n * 2;
+  const int64_t tiles = (w.rows + kTileRows - 1) / kTileRows;
+  const X* x = a.x.ptr<const X>() + t0 * a.x.stride[0];
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < depths * panels; ++i)
+      pack_tokens<T>(x, a.x.stride[0], tokens, w.cols, i / panels * kDepth, i % panels,
+                     packed + i * kDepth * kPanelTokens);
+    float* mine = scratch + omp_get_thread_num() * floats;
+    const TileScratch s{mine, mine + tile_floats,
+                        reinterpret_cast<uint64_t*>(mine + tile_floats + sum_floats)};
+#pragma omp for schedule(static)
+    for (int64_t g = 0; g < tiles; ++g) {
+      const int64_t r0 = g * kTileRows, count = std::min(kTileRows, w.rows - r0);
+      if (multiply_rows<T, kDense>(w, r0, count, packed, tokens, s, broken))
+        store_rows(a, r0, count, tokens, s.sums, a.y.ptr<X>() + t0 * w.rows);
+    }
+  }
+}
+
+template <class T, class X>
+void run_multiply(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+  const int64_t m = a.x.shape[0], most = std::min(m, kMaxTokens);
+  const int64_t wide = panels_of(most) * kPanelTokens;
+  const int64_t packed_floats = depths_of(w.cols) * kDepth * wide;
+  const int64_t thread_floats =
+      kTileRows * (kTileStride + wide + 2 * mask_words(w.cols));
+  Scratch scratch((packed_floats + a.threads * thread_floats) * 4);
+  float* packed = scratch.as<float>();
+  for (int64_t t0 = 0; t0 < m; t0 += kMaxTokens) {
+    const int64_t tokens = std::min(kMaxTokens, m - t0);
+    if (w.format == WeightFormat::dense)
+      multiply<T, true, X>(a, w, t0, tokens, packed, packed + packed_floats, broken);
+    else
+      multiply<T, false, X>(a, w, t0, tokens, packed, packed + packed_floats, broken);
+  }
+}
+
+template <class T, class X>
+void run(const SparseLinearArgs& a) {
+  const Weights w(a);
+  std::atomic<int64_t> broken{-1};
+  if (a.x.shape[0] <= kMaxDecodeRows)
+    run_decode<T, X>(a, w, &broken);
+  else
+    run_multiply<T, X>(a, w, &broken);
   if (broken.load() >= 0)
     throw std::invalid_argument("bitmap: row " + std::to_string(broken.load()) +
                                 " has bits that do not match its row_offsets");

@@ -40,6 +40,13 @@ struct Weights {
   }
 };
 
+// Where a decoder stands in one row.
+template <class T>
+struct Cursor {
+  const T* v;             // the next value
+  const uint64_t* words;  // the row's mask; unused when dense
+};
+
 inline void set_bit(uint8_t& byte, int bit) { byte = static_cast<uint8_t>(byte | (1u << bit)); }
 
 // The columns that one byte of 2:4 metadata keeps, as bits: two groups of four columns.

@@ -102,11 +102,11 @@ def _real_tokens(batch: Batch) -> int:
 
 
 def _sha256(batches: list[Batch]) -> str:
-    """Of shapes, ids (int64, little-endian) and masks: it identifies the data across machines."""
+    """Of the length and the real tokens of every sequence, as in `tokens.token_set`."""
     digest = hashlib.sha256()
     for batch in batches:
-        mask = batch.attention_mask
-        real = torch.ones_like(batch.input_ids) if mask is None else mask.long()
-        for part in (torch.tensor(batch.input_ids.shape), batch.input_ids, real):
-            digest.update(part.long().cpu().contiguous().numpy().astype("<i8").tobytes())
+        for i, row in enumerate(batch.input_ids.cpu()):
+            mask = batch.attention_mask
+            ids = row if mask is None else row[mask[i].cpu() != 0]
+            digest.update(torch.tensor([len(ids), *ids.tolist()]).numpy().tobytes())
     return digest.hexdigest()

@@ -102,8 +102,8 @@ class Parked:
 def _write(path: Path, content: Tensor) -> None:
     # A tensor that was seen through numpy can no longer be resized, hence copies, a chunk a time.
     with path.open("wb") as file:
-        for chunk in content.split(_CHUNK):
-            file.write(chunk.cpu().clone().numpy())
+        for start in range(0, len(content), _CHUNK):
+            file.write(content[start : start + _CHUNK].cpu().clone().numpy().tobytes())
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -17,7 +17,7 @@ from pyprune.calibration.text import SEPARATOR, documents
 from pyprune.errors import UserError
 
 Padding = Literal["windows", "documents"]
-READ_FACTOR = 8  # text read at most, in multiples of the tokens asked for
+READ_FACTOR = 8  # windows (or documents) read at most for each one that is asked for
 TOKENIZED_PIECE = 1 << 16  # characters given to the tokenizer at once, at least
 IGNORED_PAD_ID = 0  # where the tokenizer names no padding token; padding is masked anyway
 
@@ -64,8 +64,8 @@ def calibration_tokens(
     twice. padding="documents": `nsamples` documents are drawn, cut after `seqlen` tokens, shorter
     ones padded on the right to the longest of their batch and masked.
 
-    The draw is uniform over what was read, by reservoir sampling: at most `READ_FACTOR` times the
-    tokens asked for are read, and never more than those asked for (and one piece of text) are held.
+    The draw is uniform over the first `READ_FACTOR * nsamples` windows or documents, by reservoir
+    sampling: no more is read, and never more than those asked for (and a piece of text) are held.
     bos: begin every sequence with the beginning-of-sequence token; None: if the tokenizer itself
     does that. It counts among the `seqlen`.
     The reference repositories draw windows with replacement from documents longer than `seqlen`
@@ -86,11 +86,8 @@ def calibration_tokens(
         candidates = _windows(_token_pieces(texts, tokenizer), room, found)
     else:
         candidates = _document_tokens(texts, tokenizer, room, found)
-    limit = READ_FACTOR * nsamples * seqlen
     rng = random.Random(seed)
-    drawn = _reservoir(
-        itertools.takewhile(lambda _: found.tokens <= limit, candidates), nsamples, rng
-    )
+    drawn = _reservoir(itertools.islice(candidates, READ_FACTOR * nsamples), nsamples, rng)
     if len(drawn) < nsamples:
         raise UserError(_too_little(str(source), padding, nsamples, room, len(drawn), found.tokens))
     rng.shuffle(drawn)

@@ -18,6 +18,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pyprune.calibration import schedule
 from pyprune.calibration.coroutine import (
     Forward,
     Pause,
@@ -26,15 +27,7 @@ from pyprune.calibration.coroutine import (
     stopping_at_entries,
 )
 from pyprune.calibration.progress import PhaseClock, WalkEvent, WalkReport
-from pyprune.calibration.schedule import (
-    Site,
-    SiteInput,
-    Stage,
-    TensorId,
-    find_stages,
-    observing,
-    sites_of,
-)
+from pyprune.calibration.schedule import Site, SiteInput, Stage
 from pyprune.calibration.spill import Parked, Spill, SpillTo
 from pyprune.calibration.stats import Statistic
 from pyprune.calibration.store import BlockStore, InMemoryStore
@@ -189,7 +182,9 @@ class _Walk:
         self._reach(names[0])
         for i in range(len(names)):
             self._load(i)
-            sites = sites_of(self._adapter.linears(i))
+            for forward in forwards:
+                forward.read.clear()
+            sites = schedule.sites_of(self._adapter.linears(i))
             stages = self._stages(sites)
             following = names[i + 1] if i + 1 < len(names) else None
             if mode == "single":
@@ -217,7 +212,7 @@ class _Walk:
                 observer(site, inputs)
 
         self._block_forwards += len(self._forwards)
-        with observing(sites, observe):
+        with schedule.observing(sites, observe):
             for stage in stages:
                 collected = self._collect(stage)
                 self._reach(stage.leader.name, collected)
@@ -230,23 +225,35 @@ class _Walk:
     ) -> None:
         for part in [stages] if at_once else [[stage] for stage in stages]:
             collected = {stage: self._collect(stage) for stage in part}
-
-            def update(
-                stage: Stage,
-                inputs: list[SiteInput],
-                collected: dict[Stage, _Collected] = collected,
-            ) -> None:
-                if stage in collected:
-                    self._update(collected[stage], self._current, inputs)
-
-            with observing(sites, self._observer(stages, update)):
-                for forward in self._forwards:
-                    self._run_block(forward)
+            self._run_blocks(sites, stages, collected)
             for stage in part:
                 self._prune_stage(collected.pop(stage))
         if following is not None:
             self._block_forwards += len(self._forwards)
             self._reach(following)
+
+    def _run_blocks(
+        self, sites: list[Site], stages: list[Stage], collected: dict[Stage, _Collected]
+    ) -> None:
+        """Runs the current block on every batch for the statistics of some of its stages."""
+        due: Iterator[Stage] = iter(())
+
+        def update(stage: Stage, inputs: list[SiteInput]) -> None:
+            self._check_turn(next(due, None), stage)
+            if stage in collected:
+                self._update(collected[stage], self._current, inputs)
+
+        with schedule.observing(sites, self._observer(stages, update)):
+            for forward in self._forwards:
+                due = iter(stages)
+                self._run_block(forward)
+                self._check_turn(next(due, None), None)
+
+    def _check_turn(self, due: Stage | None, reached: Stage | None) -> None:
+        if due is not reached:
+            end = f"the end of {self._adapter.block_names[self._block]}"
+            names = [end if stage is None else stage.leader.name for stage in (reached, due)]
+            raise _out_of_turn(self._current, *names)
 
     def _observer(
         self, stages: list[Stage], at_leader: Callable[[Stage, list[SiteInput]], None]
@@ -258,13 +265,13 @@ class _Walk:
             stage, read = stage_of[site], self._current.read
             x = inputs[0].x
             if site is stage.leader:
-                read[stage] = TensorId(x)
+                read[stage] = schedule.TensorId(x)
                 at_leader(stage, inputs)
             elif stage not in read or not read[stage].matches(x):
                 raise LayerError(
                     site.name,
-                    f"reads another tensor than {stage.leader.name}, but did not when the walk "
-                    "tried; the forward depends on the data",
+                    f"reads another tensor than {stage.leader.name} does in batch "
+                    f"{self._current.index}, but not in the first block and batch of its kind",
                 )
 
         return observe
@@ -280,7 +287,7 @@ class _Walk:
             ),
         )
         if kind not in self._plans:
-            stages = find_stages(sites, lambda: self._run_block(self._forwards[0]))
+            stages = schedule.find_stages(sites, lambda: self._run_block(self._forwards[0]))
             self._plans[kind] = [[sites.index(site) for site in stage.sites] for stage in stages]
         return [Stage([sites[k] for k in members]) for members in self._plans[kind]]
 
@@ -293,12 +300,9 @@ class _Walk:
             self._current = forward
             with self._clock.charge("forward"):
                 pause = forward.resume()
-            reached = "the end of the decoder" if pause is None else pause.name
-            if pause is None or reached != name:
-                raise UserError(
-                    f"batch {forward.index} reached {reached} where {name} was expected, as in "
-                    "batch 0: which layers run must not depend on the data"
-                )
+            if pause is None or pause.name != name:
+                reached = "the end of the decoder" if pause is None else pause.name
+                raise _out_of_turn(forward, reached, name)
             if collected is not None:
                 self._update(collected, forward, pause.inputs)
             self._park(forward, pause.tensors)
@@ -381,3 +385,10 @@ class _Walk:
         if self._progress is not None:
             blocks = len(self._adapter.blocks)
             self._progress(WalkEvent(kind, self._block, blocks, name, done, total))
+
+
+def _out_of_turn(forward: Forward, reached: str, due: str) -> UserError:
+    return UserError(
+        f"batch {forward.index} reached {reached} where {due} was expected: which matrices run, "
+        "and in which order, must not depend on the data"
+    )

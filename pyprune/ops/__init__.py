@@ -6,6 +6,16 @@ from pyprune.ops.fisher_accumulate import fisher_accumulate
 from pyprune.ops.gram import gram
 from pyprune.ops.obs_factor import NotPositiveDefiniteError, ObsFactor, inverse_diagonal, obs_factor
 from pyprune.ops.obs_sweep import ObsSweep, obs_sweep
+from pyprune.ops.pack import (
+    pack_24,
+    pack_bitmap,
+    to_torch_sparse_24,
+    unpack_24,
+    unpack_bitmap,
+    validate_24,
+    validate_bitmap,
+)
+from pyprune.ops.select import mask_global, mask_nm, mask_topk
 from pyprune.ops.sparse_linear import linear_24, linear_bitmap, linear_dense
 
 __all__ = [
@@ -19,6 +29,16 @@ __all__ = [
     "linear_24",
     "linear_bitmap",
     "linear_dense",
+    "mask_global",
+    "mask_nm",
+    "mask_topk",
     "obs_factor",
     "obs_sweep",
+    "pack_24",
+    "pack_bitmap",
+    "to_torch_sparse_24",
+    "unpack_24",
+    "unpack_bitmap",
+    "validate_24",
+    "validate_bitmap",
 ]

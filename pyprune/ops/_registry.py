@@ -120,6 +120,8 @@ def backends(op: str, device: str, dtype: torch.dtype = torch.float32) -> list[s
 def select(op: str, args: Sequence[Any]) -> str:
     """The backend that serves this call."""
     tensor = args[_DTYPE_ARG[op]]
+    if isinstance(tensor, (list, tuple)):  # an op on a list: its check has made the items alike
+        tensor = tensor[0]
     device, dtype = tensor.device.type, tensor.dtype
     forced = os.environ.get("PYPRUNE_BACKEND")
     if forced:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,12 @@ from pyprune.ops import _registry
 # Below this size the blocked recursion hands over to LAPACK. Tried from 64 to 384 on a CPU: flat
 # from 96 on. Launch latency asks for larger leaves on a GPU.
 LEAF = {"cpu": 128, "cuda": 512}
+
+FACTOR_DTYPES = (torch.float32, torch.float64)
+
+# `L^-1` of `a = L L^T` `[n, n]`, with a NaN on the diagonal where `a` is not positive definite. May
+# overwrite `a`.
+Inverse = Callable[[Tensor], Tensor]
 
 # A damping is multiplied by this until the Cholesky factorisation succeeds.
 DAMPING_STEP = 10.0
@@ -33,7 +40,7 @@ class ObsFactor(NamedTuple):
 def _check_obs_factor(h: Tensor, damping: float, max_damping: float) -> None:
     if h.dim() not in (2, 3) or h.shape[-1] != h.shape[-2]:
         raise ValueError(f"h: expected shape [C, C] or [B, C, C], got {tuple(h.shape)}")
-    if h.dtype not in (torch.float32, torch.float64):
+    if h.dtype not in FACTOR_DTYPES:
         raise ValueError(f"h: expected fp32 or fp64, got {h.dtype}")
     if not (math.isfinite(damping) and damping >= 0):
         raise ValueError(f"damping: expected a finite fraction >= 0, got {damping}")
@@ -61,88 +68,111 @@ def _split(n: int) -> int:
 
 def _subtract_lower_product(a: Tensor, p: Tensor, leaf: int) -> None:
     """`a -= p @ p^T` on the lower triangle (blocks of `leaf` on the diagonal whole), in place."""
-    n = a.shape[-1]
+    n = len(a)
     if n <= 4 * leaf:
-        a -= p @ p.mT
+        a.addmm_(p, p.T, alpha=-1)
         return
     half = _split(n)
-    top, bottom = p[..., :half, :], p[..., half:, :]
-    _subtract_lower_product(a[..., :half, :half], top, leaf)
-    a[..., half:, :half] -= bottom @ top.mT
-    _subtract_lower_product(a[..., half:, half:], bottom, leaf)
+    _subtract_lower_product(a[:half, :half], p[:half], leaf)
+    a[half:, :half].addmm_(p[half:], p[:half].T, alpha=-1)
+    _subtract_lower_product(a[half:, half:], p[half:], leaf)
 
 
-def _invert_cholesky(a: Tensor, out: Tensor, leaf: int) -> Tensor:
-    """`out = L^-1` for `a = L L^T` (`[B, n, n]`; `a` is overwritten). Returns failures `[B]`.
+def _invert_cholesky(a: Tensor, out: Tensor, leaf: int) -> None:
+    """`out = L^-1` for `a = L L^T`, both `[n, n]`; reads the lower triangle of `a`, overwrites it.
 
     Cholesky and triangular inverse in one recursion: with
 
         L^-1 = [[Y1, 0], [-Y2 P Y1, Y2]],  P = A21 Y1^T,  Y2 from A22 - P P^T
 
-    all arithmetic outside the leaves is matrix products, which LAPACK's potrf and trtri on two
-    cores do not reach the rate of: about half the time of the two calls at n = 2048.
+    all arithmetic outside the leaves is matrix products, whose rate LAPACK's potrf and trtri do not
+    reach: about half the time of those two at n = 2048 on two cores. Where `a` is not positive
+    definite the diagonal of `out` gets a NaN.
     """
-    n = a.shape[-1]
+    n = len(a)
     if n <= leaf:
         lower, info = torch.linalg.cholesky_ex(a)
         eye = torch.eye(n, dtype=a.dtype, device=a.device)
-        out.copy_(torch.linalg.solve_triangular(lower, eye.expand_as(a), upper=False))
-        return info != 0
+        out.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+        out.diagonal().masked_fill_(info != 0, math.nan)
+        return
     half = _split(n)
-    first, second = out[..., :half, :half], out[..., half:, half:]
-    failed = _invert_cholesky(a[..., :half, :half], first, leaf)
-    panel = a[..., half:, :half] @ first.mT
-    _subtract_lower_product(a[..., half:, half:], panel, leaf)
-    failed = failed | _invert_cholesky(a[..., half:, half:], second, leaf)
-    out[..., half:, :half] = (second @ (panel @ first)).neg_()
-    return failed
+    first, second = out[:half, :half], out[half:, half:]
+    _invert_cholesky(a[:half, :half], first, leaf)
+    panel = a[half:, :half] @ first.T
+    _subtract_lower_product(a[half:, half:], panel, leaf)
+    _invert_cholesky(a[half:, half:], second, leaf)
+    torch.mm(second, (panel @ first).neg_(), out=out[half:, :half])
 
 
-def _reversed_factor(h: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    """U with `(h + diag(shift))^-1 = U^T U`, and which matrices worked; `[B, C, C]`, `[B, C]`.
+def _inverse_by_products(a: Tensor) -> Tensor:
+    out = torch.zeros_like(a)
+    _invert_cholesky(a, out, LEAF.get(a.device.type, LEAF["cpu"]))
+    return out
+
+
+def _inverse_by_lapack(a: Tensor) -> Tensor:
+    lower, info = torch.linalg.cholesky_ex(a)
+    eye = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    out: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return out.masked_fill(info != 0, math.nan)
+
+
+def _reversed_factor(h: Tensor, shift: Tensor, inverse: Inverse) -> Tensor | None:
+    """U with `(h + diag(shift))^-1 = U^T U`, or None if there is none; `[C, C]`, `[C]`.
 
     With J the reversal, `J (h + diag(shift)) J = L L^T` gives `U = J L^-1 J`.
     """
-    flipped = h.flip(-2, -1)
-    flipped.diagonal(dim1=-2, dim2=-1).add_(shift.flip(-1))
-    out = torch.zeros_like(flipped)
-    failed = _invert_cholesky(flipped, out, LEAF.get(h.device.type, LEAF["cpu"]))
-    diagonal = out.diagonal(dim1=-2, dim2=-1)
-    # Rounding can carry an indefinite matrix past the leaves with a NaN instead of a failure.
-    worked = ~failed & (diagonal.isfinite() & (diagonal > 0)).all(dim=-1)
-    return out.flip(-2, -1), worked
+    flipped = h.flip(0, 1)
+    flipped.diagonal().add_(shift.flip(0))
+    lower = inverse(flipped)
+    diagonal = lower.diagonal()
+    return lower.flip(0, 1) if bool((diagonal.isfinite() & (diagonal > 0)).all()) else None
 
 
-def _finite(h: Tensor) -> Tensor:
-    """Which matrices of `[B, C, C]` are finite. The sum finds nearly all of those that are not in
-    one pass without a temporary; only when it overflows is every element looked at."""
-    finite = h.sum(dim=(-2, -1)).isfinite()
-    return finite if bool(finite.all()) else h.isfinite().flatten(1).all(dim=1)
+def _factor_matrix(
+    h: Tensor, dead: Tensor, ladder: list[float], inverse: Inverse
+) -> tuple[Tensor | None, float]:
+    """The factor of one matrix at the first damping of `ladder` that works, and that damping."""
+    # The sum finds nearly all matrices that are not finite in one pass without a temporary.
+    if not (bool(h.sum().isfinite()) or bool(h.isfinite().all())):
+        return None, math.nan
+    mean = h.diagonal().masked_fill(dead, 1).double().mean()
+    for damping in ladder:
+        # A rank-deficient H with next to no damping can be definite in fp64 though not in fp32:
+        # that is tried before the problem is changed by more damping.
+        for dtype in dict.fromkeys((h.dtype, torch.float64)):
+            u = _reversed_factor(h.to(dtype), (dead + damping * mean).to(dtype), inverse)
+            if u is not None:
+                return u.to(h.dtype), damping
+    return None, math.nan
+
+
+def _obs_factor(
+    h: Tensor, damping: float, max_damping: float, inverse: Inverse
+) -> tuple[Tensor, Tensor, Tensor]:
+    stack = h if h.dim() == 3 else h[None]
+    dead = stack.diagonal(dim1=-2, dim2=-1) == 0
+    ladder = damping_ladder(damping, max_damping)
+    factors = [_factor_matrix(m, d, ladder, inverse) for m, d in zip(stack, dead, strict=True)]
+    used = torch.tensor([damping for _, damping in factors], dtype=torch.float64, device=h.device)
+    us = [torch.full_like(stack[0], math.nan) if u is None else u for u, _ in factors]
+    if h.dim() == 2:
+        return us[0], dead[0], used[0]
+    u = torch.stack(us) if us else torch.empty_like(h, memory_format=torch.contiguous_format)
+    return u, dead, used
 
 
 def obs_factor_reference(
     h: Tensor, damping: float, max_damping: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stack = h if h.dim() == 3 else h[None]
-    diagonal = stack.diagonal(dim1=-2, dim2=-1)
-    dead = diagonal == 0
-    mean = diagonal.masked_fill(dead, 1).mean(dim=-1, keepdim=True)
-    u = torch.full_like(stack, math.nan, memory_format=torch.contiguous_format)
-    used = torch.full(stack.shape[:1], math.nan, dtype=torch.float64, device=h.device)
-    pending = _finite(stack).nonzero().flatten() if h.shape[-1] else used.new_empty(0).long()
-    for step in damping_ladder(damping, max_damping):
-        # A rank-deficient H with next to no damping can be definite in fp64 though not in fp32:
-        # that is tried before the problem is changed by more damping.
-        for dtype in dict.fromkeys((h.dtype, torch.float64)):
-            if not len(pending):
-                break
-            shift = (dead + step * mean.to(torch.float64))[pending].to(dtype)
-            factor, worked = _reversed_factor(stack[pending].to(dtype), shift)
-            u[pending[worked]] = factor[worked].to(h.dtype)
-            used[pending[worked]] = step
-            pending = pending[~worked]
-    shape = h.shape[:-2]
-    return u.view_as(h), dead.view(*shape, -1), used.view(shape)
+    return _obs_factor(h, damping, max_damping, _inverse_by_lapack)
+
+
+def obs_factor_blocked(
+    h: Tensor, damping: float, max_damping: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _obs_factor(h, damping, max_damping, _inverse_by_products)
 
 
 def _obs_factor_fake(
@@ -158,7 +188,10 @@ _registry.register(
     "obs_factor(Tensor h, float damping, float max_damping) -> (Tensor, Tensor, Tensor)",
     fake=_obs_factor_fake,
     impls={
-        "reference": _registry.Impl(obs_factor_reference, (torch.float32, torch.float64)),
+        "reference": _registry.Impl(obs_factor_reference, FACTOR_DTYPES),
+        # Nearly all of it is matrix products, which the BLAS of either device does best.
+        "native": _registry.Impl(obs_factor_blocked, FACTOR_DTYPES),
+        "triton": _registry.Impl(obs_factor_blocked, FACTOR_DTYPES),
     },
 )
 
@@ -211,4 +244,4 @@ def inverse_diagonal(u: Tensor) -> Tensor:
     This is the denominator of the OBS score of a weight that is removed alone, `w_j^2 / d_j`
     (weights elsewhere free to adapt), not `U_jj^2`, which holds the columns before j fixed.
     """
-    return torch.linalg.vector_norm(u, dim=-2).square()
+    return u.square().sum(dim=-2)

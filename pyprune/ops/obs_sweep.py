@@ -1,4 +1,4 @@
-"""The blockwise OBS solve of SparseGPT: prune and compensate, column by column, all rows at once."""
+"""The blockwise OBS solve of SparseGPT: prune and compensate, column by column, in all rows."""
 
 from __future__ import annotations
 
@@ -66,27 +66,29 @@ def _check_obs_sweep(
     check_same_device(w, u, counts, mask, preserve)
 
 
-def _smallest(scores: Tensor, count: Tensor, preserve: Tensor | None, all_ties: bool) -> Tensor:
-    """Which `count[g]` of `scores[g, :]` are smallest, the lower index first among equal ones.
+def keys_of_scores(scores: Tensor, preserve: Tensor | None) -> Tensor:
+    """Integers that order like `|scores|`, NaN above infinity, and -1, below all others, where
+    `preserve` (bool, same shape) says that a weight must stay pruned."""
+    keys = scores.abs().view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+    return keys if preserve is None else keys.masked_fill(~preserve, -1)
 
-    Positions that `preserve` says must stay pruned come before all others. `all_ties` adds every
-    score equal to the last one chosen.
+
+def smallest_in_groups(keys: Tensor, count: Tensor, all_ties: bool) -> Tensor:
+    """Which `count[g]` of `keys[g, :]` are smallest, the lower index first among equal ones.
+
+    `all_ties` adds every key equal to the last one chosen.
     """
-    if preserve is not None:
-        scores = scores.masked_fill(~preserve, -1)
-    ordered, index = scores.sort(dim=1, stable=True)
-    chosen = torch.arange(scores.shape[1], device=scores.device) < count[:, None]
+    ordered, index = keys.sort(dim=1, stable=True)
+    chosen = torch.arange(keys.shape[1], device=keys.device) < count[:, None]
     if all_ties:
-        return scores <= ordered.gather(1, count[:, None].long() - 1)
+        return keys <= ordered.gather(1, count[:, None].long() - 1)
     return torch.zeros_like(chosen).scatter(1, index, chosen)
 
 
 def _prune(w: Tensor, diag: Tensor, count: Tensor, preserve: Tensor | None, ties: bool) -> Tensor:
     """The pruned positions of `w[R, N]`: `count[R]` of each row or `count[1]` of all of it."""
-    scores = w.abs() / diag
-    groups = len(count)
-    kept = None if preserve is None else preserve.reshape(groups, -1)
-    return _smallest(scores.reshape(groups, -1), count, kept, ties).view_as(w)
+    keys = keys_of_scores(w / diag, preserve).reshape(len(count), -1)
+    return smallest_in_groups(keys, count, ties).view_as(w)
 
 
 def _sweep_matrix(
@@ -199,6 +201,7 @@ _registry.register(
     impls={
         "reference": _registry.Impl(obs_sweep_reference, (torch.float32, torch.float64)),
         "native": _registry.Impl(_obs_sweep_native, (torch.float32,)),
+        "triton": _registry.Impl("pyprune.kernels.obs_sweep:obs_sweep_triton", (torch.float32,)),
     },
 )
 
@@ -209,7 +212,6 @@ def block_counts(
     per_row: bool,
     block_size: int,
     preserve: Tensor | None,
-    device: torch.device,
 ) -> Tensor:
     """How many weights each group prunes in each block of columns: int32 `[B, R or 1, blocks]`.
 
@@ -218,6 +220,7 @@ def block_counts(
     pruned counts; if it alone exceeds `pruned`, nothing is added to it.
     """
     batch, rows, cols = shape
+    device = None if preserve is None else preserve.device
     starts = torch.arange(0, cols, block_size, device=device)
     ends = (starts + block_size).clamp(max=cols)
     if preserve is None:
@@ -247,33 +250,14 @@ def reference_counts(shape: torch.Size, sparsity: float, block_size: int) -> Ten
     return torch.tensor(counts, dtype=torch.int32).expand(batch, 1, -1)
 
 
-def layer_mask(w: Tensor, u: Tensor, pruned: int, preserve: Tensor | None) -> Tensor:
-    """The kept positions when each whole matrix of `w[B, R, C]` loses its `pruned` smallest
-    `|w| / U_jj`, the lower index first among equal ones."""
-    if pruned == 0 or w.numel() == 0:
-        return torch.ones_like(w, dtype=torch.bool) if preserve is None else preserve
-    scores = (w / u.diagonal(dim1=1, dim2=2)[:, None]).abs().flatten(1)
-    # The bits of non-negative floats order like the floats, with NaN above infinity.
-    keys = scores.view(torch.int32 if w.dtype == torch.float32 else torch.int64)
-    if preserve is not None:
-        keys = keys.masked_fill(~preserve.flatten(1), -1)
-    threshold = keys.kthvalue(pruned, dim=1, keepdim=True).values
-    below, ties = keys < threshold, keys == threshold
-    wanted = pruned - below.sum(1, keepdim=True)
-    chosen = below | (ties & (ties.cumsum(1, dtype=torch.int32) <= wanted))
-    return ~chosen.view_as(w)
-
-
-def _sparsity_rule(
-    w: Tensor,
-    u: Tensor,
+def _pruned_counts(
+    shape: torch.Size,
     sparsity: float,
     scope: str,
     preserve: Tensor | None,
     block_size: int,
     reference_count: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """A sparsity as what the op takes: counts per block, or (layer scope) a mask."""
+) -> Tensor:
     if not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity: expected a fraction in [0, 1], got {sparsity}")
     if scope not in ("row", "block", "layer"):
@@ -284,12 +268,10 @@ def _sparsity_rule(
                 "reference_count: expected scope 'block', no preserve and a sparsity below 1, "
                 "the only case that the reference code has"
             )
-        return reference_counts(w.shape, sparsity, block_size).to(w.device), None
-    group = w.shape[2] if scope == "row" else w.shape[1] * w.shape[2]
+        return reference_counts(shape, sparsity, block_size)
+    group = shape[2] if scope == "row" else shape[1] * shape[2]
     pruned = math.floor(group * sparsity + 0.5)
-    if scope == "layer":
-        return None, layer_mask(w, u, pruned, preserve)
-    return block_counts(w.shape, pruned, scope == "row", block_size, preserve, w.device), None
+    return block_counts(shape, pruned, scope == "row", block_size, preserve)
 
 
 def obs_sweep(
@@ -359,6 +341,8 @@ def obs_sweep(
     given, stay = flags
     w = w if w.dtype == torch.float64 else w.float()
     u = u if u.dim() == 3 else u[None]
+    if block_size < 1:
+        raise ValueError(f"block_size: expected at least 1, got {block_size}")
     n, m = nm or (0, 0)
     if nm is not None:
         if not 1 <= n <= m:
@@ -368,10 +352,14 @@ def obs_sweep(
         raise ValueError("expected exactly one of sparsity, nm and mask")
     counts = None
     if sparsity is not None:
-        counts, given = _sparsity_rule(
-            w, u, sparsity, scope, stay, block_size, reference_count
-        )
+        if scope == "layer":  # one block of all columns: chosen before the first one is visited
+            block_size = max(1, w.shape[2])
+        counts = _pruned_counts(w.shape, sparsity, scope, stay, block_size, reference_count)
+        counts = counts.to(w.device)
     args = (w, u, counts, given, stay, n, m, block_size, reference_count)
     _check_obs_sweep(*args)
-    result = ObsSweep(*torch.ops.pyprune.obs_sweep(*args))
+    if w.numel():
+        result = ObsSweep(*torch.ops.pyprune.obs_sweep(*args))
+    else:
+        result = ObsSweep(w.clone(), torch.ones_like(w, dtype=torch.bool), w.new_zeros(w.shape[:2]))
     return result if batched else ObsSweep(*(t[0] for t in result))

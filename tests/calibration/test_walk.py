@@ -531,17 +531,20 @@ def test_bad_arguments(kwargs, message):
 
 
 class Detour(nn.Module):
-    """An MLP that skips its first matrix for short sequences."""
+    """An MLP that leaves out a matrix for short sequences, or runs one twice."""
 
-    def __init__(self, mlp):
+    def __init__(self):
         super().__init__()
         self.first, self.second, self.norm = nn.Linear(32, 32), nn.Linear(32, 32), nn.LayerNorm(32)
         self.skip = True
-        self.twice = self.apart = False
+        self.stop = self.twice = False
 
     def forward(self, x):
-        if x.shape[1] > 12 or not self.skip:
+        short = x.shape[1] < 12
+        if self.stop or not (short and self.skip):
             x = self.first(x)
+        if self.stop and short:
+            return x
         if self.twice:
             x = self.first(x)
         return self.second(self.norm(x))
@@ -550,10 +553,13 @@ class Detour(nn.Module):
 @pytest.mark.parametrize("mode", ["single", "naive", "two-pass"])
 def test_forwards_must_not_depend_on_the_data(mode):
     model = tiny_model("llama")
-    model.model.layers[0].mlp = Detour(None)
-    if mode == "single":
-        with pytest.raises(UserError, match=r"batch 1 reached .*second where .*first was expected"):
-            run_walk(model, batches())
+    model.model.layers[0].mlp = Detour()
+    with pytest.raises(UserError, match=r"batch 1 reached .*second where .*first was expected"):
+        run_walk(model, batches(), mode=mode)
+    model.model.layers[0].mlp.stop = True
+    with pytest.raises(UserError, match=r"batch 1 reached .* where .*second was expected"):
+        run_walk(model, batches(), mode=mode)
+    model.model.layers[0].mlp.stop = False
     model.model.layers[0].mlp.skip = False
     run_walk(model, batches(), mode=mode)
     model.model.layers[0].mlp.twice = True

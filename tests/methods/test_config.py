@@ -16,6 +16,8 @@ calibrations = st.builds(
     seqlen=st.integers(1, 10**6),
     batch_size=st.integers(1, 1000),
     seed=st.integers(0, 2**63),
+    padding=st.sampled_from(["windows", "documents"]),
+    bos=st.sampled_from([None, True, False]),
 )
 
 
@@ -155,6 +157,8 @@ def test_lists_become_tuples():
         ({"sparsity": 0.5, "calibration": "wiki"}, "calibration: expected a mapping .*'wiki'"),
         ({"sparsity": 0.5, "calibration": {"nsamples": 0}}, "nsamples: expected at least 1, got 0"),
         ({"sparsity": 0.5, "calibration": {"seed": -1}}, "seed: expected 0 or more, got -1"),
+        ({"sparsity": 0.5, "calibration": {"padding": "left"}}, "padding: expected one of"),
+        ({"sparsity": 0.5, "calibration": {"bos": 1}}, "bos: expected true or false, got 1"),
         ({"sparsity": 0.5, "calibration": {"source": ""}}, "source: expected a name or a path"),
         ({"sparsity": 0.5, "calibration": {"seqlen": "8"}}, "seqlen: expected a whole number"),
     ],

@@ -144,10 +144,14 @@ def test_every_instruction_set(isa, use_isa, columns):
 
 
 def test_native_takes_several_rounds(use_backend):
-    """More packed tokens x columns than the native kernel holds at a time (8 Mi values)."""
+    """More tokens of many columns (512) and of few (5376) than the native kernel packs at a time,
+    the last round short."""
     use_backend("native", OP, "cpu")
-    x = torch.randint(-2, 3, (9000, 1000), generator=torch.Generator().manual_seed(0)).float()
-    assert torch.equal(ops.gram(x), x.T @ x)  # sums of small integers are exact
+    for shape in ((1100, 700), (8000, 40)):
+        x = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(0)).float()
+        assert torch.equal(ops.gram(x), x.T @ x)  # sums of small integers are exact
+        weight = (torch.arange(shape[0]) % 3).float()
+        assert torch.equal(ops.gram(x, weight=weight), (x * weight[:, None]).T @ x)
 
 
 def test_triton_splits_the_tokens(use_backend, monkeypatch):

@@ -1,0 +1,94 @@
+#include "cpu/pack.h"
+
+#include "bind/capsule.h"
+
+namespace pyprune {
+namespace {
+
+void require_contiguous(const TensorView& t, std::initializer_list<int64_t> shape,
+                        const char* name) {
+  require_shape(t, shape, name);
+  require(t.contiguous(), std::string(name) + ": expected a contiguous tensor");
+}
+
+TensorView matrix(const py::capsule& capsule, const char* name) {
+  const TensorView t = view(capsule);
+  require(t.ndim == 2 && (t.shape[1] <= 1 || t.stride[1] == 1),
+          std::string(name) + ": expected two dimensions with unit stride along the last");
+  return t;
+}
+
+TensorView mask_of(const OptionalCapsule& capsule, const TensorView& w) {
+  if (!capsule) return {};
+  const TensorView t = matrix(*capsule, "mask");
+  require_dtype(t, DType::boolean, "mask");
+  require_shape(t, {w.shape[0], w.shape[1]}, "mask");
+  return t;
+}
+
+struct Packed24 {
+  TensorView values, meta;
+};
+
+Packed24 packed_24(const py::capsule& values, const py::capsule& meta, const TensorView& w) {
+  const Packed24 p{view(values), view(meta)};
+  require(w.shape[1] % 8 == 0, "w: expected a multiple of 8 columns");
+  require_dtype(p.values, w.dtype, "values");
+  require_contiguous(p.values, {w.shape[0], w.shape[1] / 2}, "values");
+  require_dtype(p.meta, DType::u8, "meta");
+  require_contiguous(p.meta, {w.shape[0], w.shape[1] / 8}, "meta");
+  return p;
+}
+
+TensorView bitmap_of(const py::capsule& capsule, const TensorView& w) {
+  const TensorView t = view(capsule);
+  require_dtype(t, DType::u8, "bitmap");
+  require_contiguous(t, {w.shape[0], (w.shape[1] + 7) / 8}, "bitmap");
+  return t;
+}
+
+}  // namespace
+
+void bind_pack(py::module_& m) {
+  m.def("pack_24",
+        [](py::capsule values, py::capsule meta, py::capsule w, OptionalCapsule mask, int threads) {
+          const TensorView vw = matrix(w, "w");
+          const Packed24 p = packed_24(values, meta, vw);
+          int64_t overfull = -1;
+          const Pack24Args args{p.values, p.meta, vw, mask_of(mask, vw), &overfull, threads};
+          py::gil_scoped_release release;
+          pack_24(args);
+          return overfull;
+        });
+  m.def("unpack_24", [](py::capsule w, py::capsule values, py::capsule meta, int threads) {
+    const TensorView vw = matrix(w, "w");
+    const Packed24 p = packed_24(values, meta, vw);
+    require(vw.contiguous(), "w: expected a contiguous tensor");
+    py::gil_scoped_release release;
+    unpack_24({vw, p.values, p.meta, threads});
+  });
+  m.def("pack_bitmap_rows", [](py::capsule bitmap, py::capsule counts, py::capsule w,
+                               OptionalCapsule mask, int threads) {
+    const TensorView vw = matrix(w, "w"), vc = view(counts);
+    require_dtype(vc, DType::i64, "counts");
+    require_contiguous(vc, {vw.shape[0]}, "counts");
+    const BitmapRowsArgs args{bitmap_of(bitmap, vw), vc, vw, mask_of(mask, vw), threads};
+    py::gil_scoped_release release;
+    pack_bitmap_rows(args);
+  });
+  m.def("move_bitmap_values", [](py::capsule w, py::capsule values, py::capsule bitmap,
+                                 py::capsule row_offsets, bool pack, int threads) {
+    const TensorView vw = matrix(w, "w"), vv = view(values), vo = view(row_offsets);
+    require_dtype(vv, vw.dtype, "values");
+    require(vv.ndim == 1 && vv.contiguous(), "values: expected one contiguous dimension");
+    require_dtype(vo, DType::i64, "row_offsets");
+    require_contiguous(vo, {vw.shape[0] + 1}, "row_offsets");
+    int64_t broken = -1;
+    const BitmapValuesArgs args{vw, vv, bitmap_of(bitmap, vw), vo, &broken, pack, threads};
+    py::gil_scoped_release release;
+    move_bitmap_values(args);
+    return broken;
+  });
+}
+
+}  // namespace pyprune

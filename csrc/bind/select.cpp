@@ -1,0 +1,135 @@
+#include "bind/capsule.h"
+#include "cpu/mask_global.h"
+#include "cpu/mask_nm.h"
+#include "cpu/mask_topk.h"
+#ifdef PYPRUNE_WITH_CUDA
+#include "cuda/mask_nm.h"
+#endif
+
+namespace pyprune {
+namespace {
+
+void require_matrix(const TensorView& t, const TensorView& w, const char* name) {
+  require(t.ndim == 2 && t.shape[0] == w.shape[0] && t.shape[1] == w.shape[1] &&
+              (t.shape[1] <= 1 || t.stride[1] == 1),
+          std::string(name) + ": expected w's shape with unit stride along the last dimension");
+}
+
+void require_vector(const TensorView& t, int64_t length, const char* name) {
+  require_dtype(t, DType::f32, name);
+  require_shape(t, {length}, name);
+  require(t.contiguous(), std::string(name) + ": expected a contiguous tensor");
+}
+
+ScoreTerms terms(const TensorView& w, const OptionalCapsule& column_scale,
+                 const OptionalCapsule& row_scale, const OptionalCapsule& addend,
+                 const OptionalCapsule& preserve) {
+  ScoreTerms t;
+  if (column_scale) {
+    t.column_scale = view(*column_scale);
+    require_vector(t.column_scale, w.shape[1], "column_scale");
+  }
+  if (row_scale) {
+    t.row_scale = view(*row_scale);
+    require_vector(t.row_scale, w.shape[0], "row_scale");
+  }
+  if (addend) {
+    t.addend = view(*addend);
+    require_dtype(t.addend, DType::f32, "addend");
+    require_matrix(t.addend, w, "addend");
+  }
+  if (preserve) {
+    t.preserve = view(*preserve);
+    require_dtype(t.preserve, DType::boolean, "preserve");
+    require_matrix(t.preserve, w, "preserve");
+  }
+  return t;
+}
+
+TensorView weight(const py::capsule& capsule) {
+  const TensorView w = view(capsule);
+  require(w.ndim == 2, "w: expected two dimensions");
+  require_matrix(w, w, "w");
+  return w;
+}
+
+TensorView mask(const py::capsule& capsule, const TensorView& w) {
+  const TensorView v = view(capsule);
+  require_dtype(v, DType::boolean, "mask");
+  require_matrix(v, w, "mask");
+  require(v.contiguous(), "mask: expected a contiguous tensor");
+  return v;
+}
+
+OptionalCapsule item(const py::list& list, size_t i) {
+  if (i >= list.size()) return std::nullopt;
+  return list[i].cast<py::capsule>();
+}
+
+void bind_mask_global(py::module_& m) {
+  // A list of terms is empty (absent) or has one entry a tensor.
+  m.def("mask_global", [](const py::list& masks, const py::list& ws, int64_t pruned,
+                          const py::list& column_scales, const py::list& row_scales,
+                          const py::list& addends, const py::list& preserves, int threads) {
+    require(masks.size() == ws.size(), "masks: expected as many as ws");
+    std::vector<GlobalTensor> tensors;
+    int64_t elements = 0;
+    for (size_t i = 0; i < ws.size(); ++i) {
+      const TensorView w = weight(ws[i].cast<py::capsule>());
+      require_dtype(w, tensors.empty() ? w.dtype : tensors[0].w.dtype, "ws");
+      tensors.push_back({mask(masks[i].cast<py::capsule>(), w), w,
+                         terms(w, item(column_scales, i), item(row_scales, i), item(addends, i),
+                               item(preserves, i))});
+      elements += w.numel();
+    }
+    require(0 <= pruned && pruned <= elements, "pruned: out of range");
+    py::gil_scoped_release release;
+    mask_global({tensors.data(), static_cast<int64_t>(tensors.size()), pruned, threads});
+  });
+}
+
+#ifdef PYPRUNE_WITH_CUDA
+void bind_mask_nm_cuda(py::module_& m) {
+  m.def("mask_24_cuda", [](py::capsule out, py::capsule w, OptionalCapsule column_scale,
+                           OptionalCapsule row_scale, OptionalCapsule addend,
+                           OptionalCapsule preserve, uintptr_t stream, int /*threads*/) {
+    const TensorView vw = weight(w);
+    require(vw.on_cuda, "w: expected a CUDA tensor");
+    const cudaError_t status =
+        launch_mask_24(mask(out, vw), vw, terms(vw, column_scale, row_scale, addend, preserve),
+                       reinterpret_cast<cudaStream_t>(stream));
+    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+  });
+}
+#endif
+
+}  // namespace
+
+void bind_select(py::module_& m) {
+  m.def("mask_nm", [](py::capsule out, py::capsule w, int64_t n, int64_t group,
+                      OptionalCapsule column_scale, OptionalCapsule row_scale,
+                      OptionalCapsule addend, OptionalCapsule preserve, int threads) {
+    const TensorView vw = weight(w);
+    const MaskNmArgs args{
+        mask(out, vw), vw, terms(vw, column_scale, row_scale, addend, preserve), n, group, threads};
+    require(1 <= n && n <= group && vw.shape[1] % group == 0, "n, m: m must divide the columns");
+    py::gil_scoped_release release;
+    mask_nm(args);
+  });
+  m.def("mask_topk", [](py::capsule out, py::capsule w, int64_t pruned,
+                        OptionalCapsule column_scale, OptionalCapsule row_scale,
+                        OptionalCapsule addend, OptionalCapsule preserve, int threads) {
+    const TensorView vw = weight(w);
+    const MaskTopkArgs args{mask(out, vw), vw, terms(vw, column_scale, row_scale, addend, preserve),
+                            pruned, threads};
+    require(0 <= pruned && pruned <= vw.shape[1], "pruned: out of range");
+    py::gil_scoped_release release;
+    mask_topk(args);
+  });
+  bind_mask_global(m);
+#ifdef PYPRUNE_WITH_CUDA
+  bind_mask_nm_cuda(m);
+#endif
+}
+
+}  // namespace pyprune

@@ -1,0 +1,142 @@
+// 64 elements at a time as bits of a word: which are kept, and moving those together or apart.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+
+// Whether the processor compresses 16-bit lanes (VBMI2), which the avx512 set does not promise.
+inline bool has_vbmi2() {
+#if defined(__AVX512F__)
+  return __builtin_cpu_supports("avx512vbmi2");
+#else
+  return false;
+#endif
+}
+
+// Bits of the `count` <= 64 elements at `x` whose patterns under `select` differ from zero.
+template <class U>
+inline uint64_t bits_set(const U* x, int64_t count, U select) {
+  uint64_t bits = 0;
+#if defined(__AVX512F__)
+  constexpr int kLanes = 64 / sizeof(U);
+  for (int i = 0; i < count; i += kLanes) {
+    const int64_t left = count - i;
+    if constexpr (sizeof(U) == 2) {
+      const __mmask32 valid = left >= 32 ? ~0u : (1u << left) - 1;
+      bits |= static_cast<uint64_t>(_mm512_test_epi16_mask(_mm512_maskz_loadu_epi16(valid, x + i),
+                                                           _mm512_set1_epi16(select)))
+              << i;
+    } else {
+      const __mmask16 valid = left >= 16 ? 0xffff : (1u << left) - 1;
+      bits |= static_cast<uint64_t>(_mm512_test_epi32_mask(_mm512_maskz_loadu_epi32(valid, x + i),
+                                                           _mm512_set1_epi32(select)))
+              << i;
+    }
+  }
+#else
+  for (int64_t i = 0; i < count; ++i) bits |= static_cast<uint64_t>((x[i] & select) != 0) << i;
+#endif
+  return bits;
+}
+
+// Bits of the `count` <= 64 bool bytes at `x`.
+inline uint64_t bits_of_bools(const uint8_t* x, int64_t count) {
+#if defined(__AVX512F__)
+  const __mmask64 valid = count >= 64 ? ~0ull : (1ull << count) - 1;
+  const __m512i v = _mm512_maskz_loadu_epi8(valid, x);
+  return _mm512_test_epi8_mask(v, v);
+#else
+  uint64_t bits = 0;
+  int64_t i = 0;
+  // The product gathers the lowest bits of eight bytes in the top byte.
+  for (; i + 8 <= count; i += 8) {
+    uint64_t eight;
+    std::memcpy(&eight, x + i, 8);
+    bits |= ((eight & 0x0101010101010101ull) * 0x0102040810204080ull >> 56) << i;
+  }
+  for (; i < count; ++i) bits |= static_cast<uint64_t>(x[i] & 1) << i;
+  return bits;
+#endif
+}
+
+#if defined(__AVX512F__)
+__attribute__((target("avx512vbmi2"))) inline void compress_16(const uint16_t* x, uint64_t bits,
+                                                               uint16_t* out) {
+  for (int half = 0; half < 2; ++half) {
+    const __mmask32 keep = static_cast<__mmask32>(bits >> (32 * half));
+    const __m512i v = _mm512_maskz_loadu_epi16(keep, x + 32 * half);
+    const int n = __builtin_popcount(keep);
+    _mm512_mask_storeu_epi16(out, static_cast<__mmask32>((1ull << n) - 1),
+                             _mm512_maskz_compress_epi16(keep, v));
+    out += n;
+  }
+}
+
+__attribute__((target("avx512vbmi2"))) inline void expand_16(const uint16_t* x, uint64_t bits,
+                                                             uint16_t* out) {
+  for (int half = 0; half < 2; ++half) {
+    const __mmask32 keep = static_cast<__mmask32>(bits >> (32 * half));
+    const int n = __builtin_popcount(keep);
+    const __m512i v = _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), x);
+    _mm512_storeu_si512(out + 32 * half, _mm512_maskz_expand_epi16(keep, v));
+    x += n;
+  }
+}
+#endif
+
+// Stores the elements of x[0..64) whose bits are set, in order, and nothing beyond them.
+template <class U>
+inline void compress(const U* x, uint64_t bits, U* out, bool vbmi2) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(U) == 2) {
+    if (vbmi2) return compress_16(x, bits, out);
+  } else {
+    for (int v = 0; v < 4; ++v) {
+      const __mmask16 keep = static_cast<__mmask16>(bits >> (16 * v));
+      const int n = __builtin_popcount(keep);
+      _mm512_mask_storeu_epi32(
+          out, static_cast<__mmask16>((1u << n) - 1),
+          _mm512_maskz_compress_epi32(keep, _mm512_maskz_loadu_epi32(keep, x + 16 * v)));
+      out += n;
+    }
+    return;
+  }
+#endif
+  (void)vbmi2;
+  for (; bits; bits &= bits - 1) *out++ = x[__builtin_ctzll(bits)];
+}
+
+// Fills out[0..count), count <= 64, with the elements at `x` where bits are set and zeros
+// elsewhere.
+template <class U>
+inline void expand(const U* x, uint64_t bits, U* out, int64_t count, bool vbmi2) {
+#if defined(__AVX512F__)
+  if (count == 64) {
+    if constexpr (sizeof(U) == 2) {
+      if (vbmi2) return expand_16(x, bits, out);
+    } else {
+      for (int v = 0; v < 4; ++v) {
+        const __mmask16 keep = static_cast<__mmask16>(bits >> (16 * v));
+        const int n = __builtin_popcount(keep);
+        const __m512i packed = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << n) - 1), x);
+        _mm512_storeu_si512(out + 16 * v, _mm512_maskz_expand_epi32(keep, packed));
+        x += n;
+      }
+      return;
+    }
+  }
+#endif
+  (void)vbmi2;
+  std::memset(out, 0, count * sizeof(U));
+  for (; bits; bits &= bits - 1) out[__builtin_ctzll(bits)] = *x++;
+}
+
+}  // namespace PYPRUNE_ISA
+}  // namespace pyprune

@@ -1,0 +1,322 @@
+"""The blockwise OBS solve (SparseGPT), a sub-block of columns at a time.
+
+tensor   | dtype | shape     | layout
+---------|-------|-----------|------------------------------------------------------------------
+w        | fp32  | [B, R, C] | contiguous; solved in place
+u        | fp32  | [b, C, C] | contiguous, upper triangular; b is 1 (shared) or B
+mask     | u8    | [B, R, C] | contiguous; 1 = kept; read if given, else written
+preserve | u8    | [B, R, C] | contiguous, optional; 0 = stays pruned
+error    | fp32  | [B, S, R] | contiguous; errors of the S columns of this sub-block, transposed
+loss     | fp64  | [B, R]    | contiguous; accumulated
+keys     | i32   | [B, N]    | contiguous; scores as order-preserving integers
+
+A program owns BLOCK_R rows and keeps the sub-block's columns in registers from the first to the
+last. What lies to the right of the sub-block follows as one full-precision matrix product.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pyprune.ops.obs_sweep import keys_of_scores, smallest_in_groups
+
+# 32 x 64 floats over 256 threads: the weights, their masks and the scores stay in registers on
+# sm_80, 90 and 100 (at most 142). 16 x 64 over 128 threads spills 8 bytes on sm_90.
+# Interpreted, a column costs milliseconds whatever the shape: there a strip takes more rows, and a
+# sub-block fewer columns so that few of them already make several sub-blocks.
+BLOCK_R, BLOCK_C = (64, 16) if triton.knobs.runtime.interpret else (32, 64)
+NUM_WARPS = 8
+
+# Radix select, digit by digit from the top: (shift, shift of the digits above, bins). The keys are
+# shifted up by one, so that the lowest is 0, and reach 2^31: no digit exceeds its bins.
+DIGITS = ((20, 40, 4096), (8, 20, 4096), (0, 8, 256))
+KEYS_PER_PROGRAM = 4096
+
+
+@triton.jit
+def _obs_sweep_kernel(
+    w_ptr,
+    u_ptr,
+    mask_ptr,
+    preserve_ptr,
+    error_ptr,
+    loss_ptr,
+    R,
+    C,
+    width,
+    u_batch_stride,
+    KEEP: tl.constexpr,
+    GROUP: tl.constexpr,
+    GIVEN: tl.constexpr,
+    HAS_PRESERVE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Pointers are to the sub-block's first column (`u`: first row and column)."""
+    batch = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    cols = tl.arange(0, BLOCK_C)
+    in_rows = rows < R
+    inside = in_rows[:, None] & (cols < width)[None, :]
+    at = (batch * R + rows)[:, None] * C + cols[None, :]
+    u_ptr += batch * u_batch_stride
+
+    w = tl.load(w_ptr + at, mask=inside, other=0.0)
+    pruned = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.int32)
+    if GIVEN:
+        pruned = (tl.load(mask_ptr + at, mask=inside, other=1) == 0).to(tl.int32)
+    diag = tl.load(u_ptr + cols * (C + 1), mask=cols < width, other=1.0)
+    loss = tl.zeros([BLOCK_R], dtype=tl.float32)
+
+    for group in range(0, width, GROUP):
+        if not GIVEN:
+            # The bits of non-negative floats order like the floats, NaN above infinity.
+            keys = tl.abs(w / diag[None, :]).to(tl.int32, bitcast=True)
+            if HAS_PRESERVE:
+                stays = tl.load(preserve_ptr + at, mask=inside, other=1) == 0
+                keys = tl.where(stays, -1, keys)
+            # Every column of the group counts how many of its fellows come before it.
+            rank = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.int32)
+            for j in range(group, group + GROUP):
+                key = tl.sum(tl.where((cols == j)[None, :], keys, 0), axis=1)[:, None]
+                before = (key < keys) | ((key == keys) & (cols > j)[None, :])
+                rank += before.to(tl.int32)
+            chosen = rank < GROUP - KEEP
+            if HAS_PRESERVE:
+                chosen = chosen | stays
+            here = (cols >= group) & (cols < group + GROUP)
+            pruned = tl.where(here[None, :], chosen.to(tl.int32), pruned)
+        for j in range(group, min(group + GROUP, width)):
+            this = (cols == j)[None, :]
+            prune = tl.sum(tl.where(this, pruned, 0), axis=1) > 0
+            d = tl.load(u_ptr + j * (C + 1))
+            error = tl.where(prune, tl.sum(tl.where(this, w, 0.0), axis=1) / d, 0.0)
+            loss += 0.5 * error * error
+            right = (cols > j) & (cols < width)
+            u_row = tl.load(u_ptr + j * C + cols, mask=right, other=0.0)
+            w -= error[:, None] * u_row[None, :]
+            w = tl.where(this & prune[:, None], 0.0, w)
+            tl.store(error_ptr + (batch * width + j) * R + rows, error, mask=in_rows)
+
+    tl.store(w_ptr + at, w, mask=inside)
+    if not GIVEN:
+        tl.store(mask_ptr + at, (1 - pruned).to(tl.uint8), mask=inside)
+    total = tl.load(loss_ptr + batch * R + rows, mask=in_rows, other=0.0)
+    tl.store(loss_ptr + batch * R + rows, total + loss.to(tl.float64), mask=in_rows)
+
+
+@triton.jit
+def _digit_histogram_kernel(
+    keys_ptr,
+    prefix_ptr,
+    histogram_ptr,
+    N,
+    SHIFT: tl.constexpr,
+    ABOVE: tl.constexpr,
+    BINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Counts the digit at SHIFT of the keys whose digits from ABOVE up equal the prefix."""
+    batch = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key = tl.load(keys_ptr + batch * N + i, mask=i < N, other=0).to(tl.int64) + 1
+    counted = (i < N) & ((key >> ABOVE) == tl.load(prefix_ptr + batch))
+    digit = ((key >> SHIFT) & (BINS - 1)).to(tl.int32)
+    counts = tl.histogram(digit, BINS, mask=counted)
+    # Integer additions: the order of the programs does not show in the sums.
+    bins = batch * BINS + tl.arange(0, BINS)
+    tl.atomic_add(histogram_ptr + bins, counts, mask=counts > 0)
+
+
+def _nth_smallest(keys: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """The `wanted[b]`-th (from 1) smallest of `keys[b]`, without a host synchronisation."""
+    batch, n = keys.shape
+    prefix = torch.zeros(batch, dtype=torch.int64, device=keys.device)
+    left = wanted.to(torch.int64)[:, None]
+    for shift, above, bins in DIGITS:
+        histogram = torch.zeros(batch, bins, dtype=torch.int32, device=keys.device)
+        _digit_histogram_kernel[(triton.cdiv(n, KEYS_PER_PROGRAM), batch)](
+            keys,
+            prefix,
+            histogram,
+            n,
+            SHIFT=shift,
+            ABOVE=above,
+            BINS=bins,
+            BLOCK=KEYS_PER_PROGRAM,
+        )
+        running = histogram.cumsum(1, dtype=torch.int64)
+        digit = (running < left).sum(1, keepdim=True)
+        before = (running - histogram).gather(1, digit)
+        left = left - before
+        prefix = prefix * bins + digit[:, 0]
+    return (prefix - 1).to(torch.int32)
+
+
+def _smallest_of_all(keys: torch.Tensor, count: torch.Tensor, all_ties: bool) -> torch.Tensor:
+    """Which `count[b]` of `keys[b]` are smallest, the lower index first among equal ones."""
+    key = _nth_smallest(keys, count.clamp(min=1))[:, None]
+    below, ties = keys < key, keys == key
+    if all_ties:
+        return below | ties
+    wanted = count[:, None] - below.sum(1, keepdim=True)
+    chosen = below | (ties & (ties.cumsum(1, dtype=torch.int32) <= wanted))
+    return chosen & (count > 0)[:, None]
+
+
+def _choose(
+    w: torch.Tensor,
+    diag: torch.Tensor,
+    count: torch.Tensor,
+    preserve: torch.Tensor | None,
+    all_ties: bool,
+) -> torch.Tensor:
+    """The kept positions of a block `w[B, R, N]`: `count[B, R]` go from each row, or `count[B, 1]`
+    from each matrix."""
+    batch, rows, cols = w.shape
+    keys = keys_of_scores(w / diag[:, None], preserve)
+    if count.shape[1] == 1 and rows > 1:
+        pruned = _smallest_of_all(keys.view(batch, -1), count[:, 0], all_ties)
+    else:
+        pruned = smallest_in_groups(keys.view(-1, cols), count.reshape(-1), all_ties)
+    kept = ~pruned.view_as(w)
+    return kept if preserve is None else kept & preserve
+
+
+class _Sweep:
+    """The state of one call, all batched: see the table at the top of the file."""
+
+    def __init__(self, w: torch.Tensor, u: torch.Tensor, preserve: torch.Tensor | None) -> None:
+        self.weight = w.clone(memory_format=torch.contiguous_format)
+        self.u = u.contiguous()
+        self.preserve = None if preserve is None else preserve.contiguous()
+        self.mask = torch.ones(w.shape, dtype=torch.bool, device=w.device)
+        self.loss = torch.zeros(w.shape[:2], dtype=torch.float64, device=w.device)
+
+    def columns(self, first: int, last: int, keep: int, group: int) -> None:
+        """Solves columns [first, last), at most BLOCK_C, and updates all columns to the right.
+        Without a `group` their mask is there already."""
+        batch, rows, cols = self.weight.shape
+        width = last - first
+        error = torch.empty(batch, width, rows, dtype=torch.float32, device=self.weight.device)
+        mask = self.mask.view(torch.uint8)
+        preserve = mask if self.preserve is None else self.preserve.view(torch.uint8)
+        _obs_sweep_kernel[(triton.cdiv(rows, BLOCK_R), batch)](
+            self.weight[:, :, first:],
+            self.u[:, first:, first:],
+            mask[:, :, first:],
+            preserve[:, :, first:],
+            error,
+            self.loss,
+            rows,
+            cols,
+            width,
+            self.u.stride(0) if len(self.u) > 1 else 0,
+            KEEP=keep,
+            GROUP=group or BLOCK_C,
+            GIVEN=group == 0,
+            HAS_PRESERVE=group > 0 and self.preserve is not None,
+            BLOCK_R=BLOCK_R,
+            BLOCK_C=BLOCK_C,
+            num_warps=NUM_WARPS,
+        )
+        if last < cols:
+            right = self.u[:, first:last, last:].expand(batch, -1, -1)
+            self.weight[:, :, last:].baddbmm_(error.mT, right, alpha=-1)
+
+
+def obs_sweep_triton(
+    w: torch.Tensor,
+    u: torch.Tensor,
+    counts: torch.Tensor | None,
+    mask: torch.Tensor | None,
+    preserve: torch.Tensor | None,
+    n: int,
+    m: int,
+    block_size: int,
+    all_ties: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, rows, cols = w.shape
+    sweep = _Sweep(w, u, preserve)
+    if mask is not None:
+        sweep.mask.copy_(mask if preserve is None else mask & preserve)
+    if m > BLOCK_C:  # groups too wide for the registers: the row rule with a block per group
+        counts = torch.full((batch, rows, cols // m), m - n, dtype=torch.int32, device=w.device)
+        block_size, m = m, 0
+    block = cols if counts is None else block_size
+    step = BLOCK_C // m * m if m else BLOCK_C
+    diag = u.diagonal(dim1=1, dim2=2)
+    # cuBLAS would round the inputs of the trailing products to TF32 if the user allows that.
+    allowed = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        for start in range(0, cols, block):
+            end = min(cols, start + block)
+            span = (..., slice(start, end))
+            if counts is not None:
+                stay = None if preserve is None else preserve[span]
+                count = counts[:, :, start // block]
+                sweep.mask[span] = _choose(sweep.weight[span], diag[span], count, stay, all_ties)
+            for first in range(start, end, step):
+                sweep.columns(first, min(end, first + step), n, m)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allowed
+    return sweep.weight, sweep.mask, sweep.loss.to(w.dtype)
+
+
+def _aot(label: str, keep: int, group: int, has_preserve: bool) -> dict:
+    return {
+        "kernel": _obs_sweep_kernel,
+        "label": label,
+        "signature": {
+            "w_ptr": "*fp32",
+            "u_ptr": "*fp32",
+            "mask_ptr": "*u8",
+            "preserve_ptr": "*u8",
+            "error_ptr": "*fp32",
+            "loss_ptr": "*fp64",
+            "R": "i32",
+            "C": "i32",
+            "width": "i32",
+            "u_batch_stride": "i64",
+        },
+        "constexprs": {
+            "KEEP": keep,
+            "GROUP": group or BLOCK_C,
+            "GIVEN": group == 0,
+            "HAS_PRESERVE": has_preserve,
+            "BLOCK_R": BLOCK_R,
+            "BLOCK_C": BLOCK_C,
+        },
+        "num_warps": NUM_WARPS,
+        "num_stages": 3,
+    }
+
+
+AOT = [
+    _aot("given mask", 0, 0, False),
+    _aot("2:4", 2, 4, False),
+    _aot("2:4 preserve", 2, 4, True),
+    _aot("4:8", 4, 8, False),
+    *(
+        {
+            "kernel": _digit_histogram_kernel,
+            "label": f"radix digit at bit {shift}",
+            "signature": {
+                "keys_ptr": "*i32",
+                "prefix_ptr": "*i64",
+                "histogram_ptr": "*i32",
+                "N": "i32",
+            },
+            "constexprs": {
+                "SHIFT": shift,
+                "ABOVE": above,
+                "BINS": bins,
+                "BLOCK": KEYS_PER_PROGRAM,
+            },
+            "num_warps": 4,
+            "num_stages": 3,
+        }
+        for shift, above, bins in DIGITS
+    ),
+]

@@ -1,0 +1,259 @@
+"""Perplexity of a causal language model on a text, by a protocol that is stated with the number."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyprune.calibration.text import SEPARATOR, documents
+from pyprune.calibration.tokens import bos_prefix, encode
+from pyprune.errors import UserError
+
+# 48 windows of 1024, the protocol of the reference figures for the packaged model: 3.3 s of one
+# core a window there.
+DEFAULT_MAX_TOKENS = 48 * 1024
+DEFAULT_SEQLEN = 1024
+LOGITS_BYTES = 32 << 20  # of one chunk in float32: small enough to be reused out of the cache
+CHARACTERS_PER_TOKEN = 8  # first guess of how much text gives the tokens asked for
+CUT_MARGIN = 64  # tokens next to the cut may be tokenised differently than in the whole text
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """The result and its protocol.
+
+    nll: mean negative log-likelihood in nats over all scored tokens. ppl: exp(nll).
+    window_nll: mean over windows of each window's mean; equal to nll unless `stride` is less than
+    `seqlen`, where the first window scores more tokens than the others.
+    tokens: scored ones. sha256: of the token ids read from the text (int64, little endian).
+    seconds: wall time of all forwards. tokens_per_second: tokens fed to the model per second.
+    """
+
+    ppl: float
+    nll: float
+    window_nll: float
+    tokens: int
+    windows: int
+    seqlen: int
+    stride: int
+    bos: bool
+    text: str
+    sha256: str
+    seconds: float
+    tokens_per_second: float
+
+    @property
+    def protocol(self) -> str:
+        """One line that says how the number came about."""
+        overlap = "" if self.stride == self.seqlen else f", stride {self.stride}"
+        return (
+            f"text {self.text}, {self.tokens:,} tokens scored in {self.windows} windows of "
+            f"{self.seqlen}{overlap}, {'BOS' if self.bos else 'no BOS'}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def text_ids(source: str | Path, tokenizer: Any, max_tokens: int | None = None) -> Tensor:
+    """int64 [N], N <= max_tokens: the tokens of `source` (`pyprune.calibration.text.documents`,
+    evaluation part), documents joined by an empty line and tokenised as one text without special
+    tokens. Of a long source no more is read than `max_tokens` need."""
+    wanted = math.inf if max_tokens is None else max_tokens + CUT_MARGIN
+    characters = wanted * CHARACTERS_PER_TOKEN
+    stream = documents(source, "evaluation")
+    collected: list[str] = []
+    size = 0
+    while True:
+        ended = True
+        for text in stream:
+            collected.append(text)
+            size += len(text) + len(SEPARATOR)
+            if size >= characters:
+                ended = False
+                break
+        ids = encode(tokenizer, SEPARATOR.join(collected))
+        if ended or len(ids) >= wanted:
+            return torch.tensor(ids[:max_tokens], dtype=torch.int64)
+        characters *= 2
+
+
+@torch.inference_mode()
+def perplexity(
+    model: Any,
+    tokenizer_or_ids: Any,
+    *,
+    text: str | Path = "wiki",
+    seqlen: int = DEFAULT_SEQLEN,
+    stride: int | None = None,
+    batch_size: int = 1,
+    max_tokens: int | None = DEFAULT_MAX_TOKENS,
+    bos: bool = False,
+    bos_token_id: int | None = None,
+    progress: Progress | None = None,
+) -> Perplexity:
+    """exp of the mean negative log-likelihood per token, on windows of `seqlen` tokens.
+
+    tokenizer_or_ids: a tokenizer, which reads `text` (see `text_ids`), or the ids themselves, int64
+    [N]; `text` then only names them. Windows begin every `stride` tokens (None: `seqlen`, no
+    overlap; the protocol of GPTQ, SparseGPT and Wanda) and are all full: the tail is dropped. A
+    window scores every token but its first; if windows overlap, the later ones score only their
+    last `stride` tokens, so that each token counts once and has at least seqlen - stride context.
+    bos: every window begins with the BOS token (`bos_token_id`, or the tokenizer's) before
+    seqlen - 1 tokens of text, all of which are scored.
+    progress: called with (windows done, windows in all).
+
+    Logits are the model's own, computed for a chunk of tokens at a time (`_losses`) and turned into
+    losses in float32. Raises `UserError` on too little text, a `seqlen` beyond the model's
+    positions, and logits that are NaN or infinite where it matters.
+    """
+    stride = seqlen if stride is None else stride
+    _check_protocol(model, seqlen, stride, batch_size, max_tokens)
+    if isinstance(tokenizer_or_ids, Tensor):
+        ids = tokenizer_or_ids.reshape(-1)[:max_tokens].to("cpu", torch.int64)
+    else:
+        ids = text_ids(text, tokenizer_or_ids, max_tokens)
+    prefix = _prefix(tokenizer_or_ids, bos, bos_token_id)
+    room, step = seqlen - len(prefix), min(stride, seqlen - len(prefix))
+    count = (len(ids) - room) // step + 1 if len(ids) >= room else 0
+    if count == 0:
+        raise UserError(f"text {text}: too little: a window needs {room} tokens, {len(ids)} found")
+    windows = ids.unfold(0, room, step)
+    windows = torch.cat([torch.tensor(prefix).expand(count, -1).to(ids), windows], dim=1)
+    sums, scored, seconds = _score(model, windows, step, batch_size, progress)
+    nll = float(sums.sum()) / int(scored.sum())
+    return Perplexity(
+        ppl=math.exp(nll),
+        nll=nll,
+        window_nll=float((sums / scored).mean()),
+        tokens=int(scored.sum()),
+        windows=count,
+        seqlen=seqlen,
+        stride=seqlen if step == room else step,
+        bos=bool(prefix),
+        text=str(text),
+        sha256=hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+        seconds=seconds,
+        tokens_per_second=windows.numel() / seconds,
+    )
+
+
+def _check_protocol(
+    model: Any, seqlen: int, stride: int, batch_size: int, max_tokens: int | None
+) -> None:
+    if seqlen < 2:
+        raise UserError(f"seqlen: expected at least 2, got {seqlen}")
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if longest is not None and seqlen > longest:
+        raise UserError(f"seqlen: the model has {longest} positions, got {seqlen}")
+    if not 1 <= stride <= seqlen:
+        raise UserError(f"stride: expected 1 to seqlen = {seqlen}, got {stride}")
+    if batch_size < 1:
+        raise UserError(f"batch_size: expected at least 1, got {batch_size}")
+    if max_tokens is not None and max_tokens < 1:
+        raise UserError(f"max_tokens: expected at least 1, got {max_tokens}")
+
+
+def _prefix(tokenizer_or_ids: Any, bos: bool, bos_token_id: int | None) -> list[int]:
+    if not bos:
+        return []
+    if bos_token_id is not None:
+        return [bos_token_id]
+    return bos_prefix(tokenizer_or_ids, bos)
+
+
+def _score(
+    model: Any, windows: Tensor, step: int, batch_size: int, progress: Progress | None
+) -> tuple[Tensor, Tensor, float]:
+    """Summed loss (float64) and number of scored tokens per window, and the seconds it took."""
+    count, length = windows.shape
+    scored = torch.full((count,), min(step, length - 1))
+    scored[0] = length - 1
+    sums = torch.zeros(count, dtype=torch.float64)
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    started = time.perf_counter()
+    try:
+        for first in range(0, count, batch_size):
+            batch = windows[first : first + batch_size].to(device)
+            losses = _losses(model, batch).double().cpu()
+            for row, loss in enumerate(losses):
+                sums[first + row] = loss[length - 1 - int(scored[first + row]) :].sum()
+            bad = (~sums[first : first + len(batch)].isfinite()).nonzero()
+            if len(bad):
+                raise UserError(
+                    f"the model gives NaN or infinite logits in window {first + int(bad[0])}; "
+                    f"its perplexity is undefined"
+                )
+            if progress is not None:
+                progress(first + len(batch), count)
+    finally:
+        model.train(was_training)
+    return sums, scored, time.perf_counter() - started
+
+
+def _losses(model: Any, input_ids: Tensor) -> Tensor:
+    """-log p(token t+1 | tokens to t), float32 [B, T - 1].
+
+    The decoder runs once over the whole batch. Its output then goes through the rest of the model's
+    own forward (head, logit scaling, soft-capping) a chunk of positions at a time, so that at most
+    `LOGITS_BYTES` of logits exist, whatever the vocabulary and the window.
+    """
+    decoder = _decoder(model)
+    output = decoder(input_ids=input_ids, use_cache=False)
+    hidden = output.last_hidden_state[:, :-1]
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    chunk = max(1, LOGITS_BYTES // (4 * vocabulary * len(input_ids)))
+    losses = []
+    for start in range(0, hidden.shape[1], chunk):
+        piece = copy.copy(output)
+        piece["last_hidden_state"] = hidden[:, start : start + chunk]
+        with _forward_returns(decoder, piece):
+            logits = model(input_ids=input_ids, use_cache=False).logits.float()
+        targets = input_ids[:, 1 + start : 1 + start + chunk]
+        if logits.shape[:2] != targets.shape:
+            raise UserError(
+                f"perplexity: {type(model).__name__} does not run the decoder that its "
+                f"get_decoder() names"
+            )
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        losses.append(loss.view(targets.shape))
+    return torch.cat(losses, dim=1)
+
+
+def _decoder(model: Any) -> Any:
+    """The part of a transformers causal language model below its head."""
+    if not hasattr(model, "get_decoder") or model.get_output_embeddings() is None:
+        raise UserError(
+            f"perplexity: expected a transformers model with a language-model head, "
+            f"got {type(model).__name__}"
+        )
+    return model.get_decoder()
+
+
+@contextmanager
+def _forward_returns(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within it, calling `module` computes nothing and returns `output`."""
+    own = module.__dict__.get("forward")  # set by libraries that wrap a model's forward
+    module.forward = lambda *_args, **_kwargs: output
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward  # the class's own method shows again
+        else:
+            module.forward = own

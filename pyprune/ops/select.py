@@ -1,0 +1,356 @@
+"""Mask selection: which weights stay, by score, with exact counts.
+
+All three ops share one score, computed in fp32 (fp64 for fp64 weights) and rounded after every
+operation, in this order, so that every backend finds the same ties:
+
+    score[i, j] = | w[i, j] * (column_scale[j] + addend[i, j]) * row_scale[i] |
+
+An absent factor is left out rather than multiplied by one. This covers magnitude |w|, Wanda's
+|w| s_j, GBLM's |w| (s_j + gamma_ij), OBD's w² / d_j (column_scale = d_j ** -0.5) and LLM Surgeon's
+w² / (g_i a_j): only the order of the scores matters, so their roots serve as well.
+
+Among equal scores the lower index is pruned first. NaN scores rank above infinity (are kept), all
+alike. Positions where `preserve` is False rank below everything: they fill the quota first and stay
+pruned even where the quota is smaller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyprune import _native
+from pyprune.ops import _registry
+from pyprune.ops._checks import check_float, check_rows, check_same_device, check_shape
+
+Terms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def _check_scores(
+    w: Tensor,
+    column_scale: Tensor | None,
+    row_scale: Tensor | None,
+    addend: Tensor | None,
+    preserve: Tensor | None,
+) -> None:
+    check_rows("w", w)
+    rows, cols = w.shape
+    wanted = {"column_scale": (cols,), "row_scale": (rows,), "addend": (rows, cols)}
+    given = {"column_scale": column_scale, "row_scale": row_scale, "addend": addend}
+    for name, t in given.items():
+        if t is not None:
+            check_shape(name, t, wanted[name])
+            check_float(name, t)
+    if preserve is not None:
+        check_shape("preserve", preserve, (rows, cols))
+        if preserve.dtype != torch.bool:
+            raise ValueError(f"preserve: expected torch.bool, got {preserve.dtype}")
+    check_same_device(w, column_scale, row_scale, addend, preserve)
+
+
+def _score_reference(
+    w: Tensor,
+    column_scale: Tensor | None,
+    row_scale: Tensor | None,
+    addend: Tensor | None,
+    preserve: Tensor | None,
+) -> Tensor:
+    """Scores, with -1 where a weight must stay pruned."""
+    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    factor = None if column_scale is None else column_scale.to(dtype)
+    if addend is not None:
+        factor = addend.to(dtype) if factor is None else factor + addend.to(dtype)
+    score = w.to(dtype)
+    if factor is not None:
+        score = score * factor
+    if row_scale is not None:
+        score = score * row_scale.to(dtype)[:, None]
+    score = score.abs()
+    return score if preserve is None else score.masked_fill(~preserve, -1.0)
+
+
+def _keep_all_but(score: Tensor, pruned: int) -> Tensor:
+    """Per row of `score`, True for all but the `pruned` first in stable ascending order."""
+    order = score.sort(dim=1, stable=True).indices[:, :pruned]
+    mask = torch.ones_like(score, dtype=torch.bool).scatter_(1, order, False)
+    return mask & (score != -1.0)
+
+
+def _native_terms(terms: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The terms in the layout that the kernels read: fp32 and bool, unit stride along columns."""
+    column_scale, row_scale, addend, preserve = terms
+    return [
+        None if column_scale is None else column_scale.float().contiguous(),
+        None if row_scale is None else row_scale.float().contiguous(),
+        None if addend is None else _unit_columns(addend.float()),
+        None if preserve is None else _unit_columns(preserve),
+    ]
+
+
+def _unit_columns(t: Tensor) -> Tensor:
+    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+# --- mask_nm -------------------------------------------------------------------------------------
+
+
+def _check_mask_nm(w: Tensor, n: int, m: int, *terms: Tensor | None) -> None:
+    _check_scores(w, *terms)
+    if not 1 <= n <= m:
+        raise ValueError(f"n, m: expected 1 <= n <= m (n kept of every m), got {n}:{m}")
+    if w.shape[1] % m:
+        raise ValueError(f"m: expected a divisor of w's {w.shape[1]} columns, got {m}")
+
+
+def mask_nm_reference(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
+    groups = _score_reference(w, *terms).reshape(-1, m)
+    return _keep_all_but(groups, m - n).reshape(w.shape)
+
+
+def _mask_nm_fake(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
+    _check_mask_nm(w, n, m, *terms)
+    return w.new_empty(w.shape, dtype=torch.bool)
+
+
+def _mask_nm_native(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
+    mask = w.new_empty(w.shape, dtype=torch.bool)
+    extra = map(_native.optional_capsule, _native_terms(terms))
+    _native.call("mask_nm", mask, _unit_columns(w), n, m, *extra)
+    return mask
+
+
+def _mask_nm_cuda(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
+    mask = w.new_empty(w.shape, dtype=torch.bool)
+    extra = map(_native.optional_capsule, _native_terms(terms))
+    stream = torch.cuda.current_stream(w.device).cuda_stream
+    with torch.cuda.device(w.device):
+        _native.call("mask_24_cuda", mask, _unit_columns(w), *extra, stream)
+    return mask
+
+
+def _mask_nm_cuda_limits(w: Tensor, n: int, m: int, *terms: Tensor | None) -> str:
+    return "" if (n, m) == (2, 4) else f"mask_nm's cuda implementation is for 2:4, not {n}:{m}"
+
+
+_TERMS = "Tensor? column_scale, Tensor? row_scale, Tensor? addend, Tensor? preserve"
+_registry.register(
+    f"mask_nm(Tensor w, int n, int m, {_TERMS}) -> Tensor",
+    fake=_mask_nm_fake,
+    impls={
+        "reference": _registry.Impl(mask_nm_reference),
+        "native": _registry.Impl(_mask_nm_native, _registry.HALF_OR_SINGLE),
+        "triton": _registry.Impl("pyprune.kernels.select:mask_nm_triton", _registry.HALF_OR_SINGLE),
+        "cuda": _registry.Impl(_mask_nm_cuda, _registry.HALF_OR_SINGLE, _mask_nm_cuda_limits),
+    },
+)
+
+
+def mask_nm(
+    w: Tensor,
+    n: int,
+    m: int,
+    *,
+    column_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
+    preserve: Tensor | None = None,
+) -> Tensor:
+    """The `n` highest scores of every `m` consecutive columns are kept.
+
+    Score, tie rule and NaN rule: see the module's docstring.
+
+    Args:
+        w: weights `[R, C]`, bf16, fp16, fp32 or fp64; any strides. `m` divides C.
+        n, m: n kept of m, `1 <= n <= m` (2:4 and 4:8 in Zhou et al. 2021, arXiv 2102.04010).
+        column_scale: `[C]`, e.g. Wanda's activation norms (Sun et al. 2023, eq. 1).
+        row_scale: `[R]`.
+        addend: `[R, C]`, added to the column scale, e.g. GBLM's scaled gradient magnitude.
+        preserve: bool `[R, C]`; False positions stay pruned and count among the pruned.
+
+    Returns:
+        bool mask `[R, C]`, contiguous, True = kept: exactly n in each group, fewer only where
+        `preserve` leaves fewer.
+
+    Raises:
+        ValueError: a shape, dtype, device or n:m rule is broken.
+    """
+    terms = (column_scale, row_scale, addend, preserve)
+    _check_mask_nm(w, n, m, *terms)
+    if w.numel() == 0:
+        return w.new_empty(w.shape, dtype=torch.bool)
+    mask: Tensor = torch.ops.pyprune.mask_nm(w, n, m, *terms)
+    return mask
+
+
+# --- mask_topk -----------------------------------------------------------------------------------
+
+
+def _check_mask_topk(w: Tensor, pruned: int, *terms: Tensor | None) -> None:
+    _check_scores(w, *terms)
+    if not 0 <= pruned <= w.shape[1]:
+        raise ValueError(f"pruned: expected 0 to {w.shape[1]} (columns), got {pruned}")
+
+
+def mask_topk_reference(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
+    return _keep_all_but(_score_reference(w, *terms), pruned)
+
+
+def _mask_topk_fake(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
+    _check_mask_topk(w, pruned, *terms)
+    return w.new_empty(w.shape, dtype=torch.bool)
+
+
+def _mask_topk_native(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
+    mask = w.new_empty(w.shape, dtype=torch.bool)
+    extra = map(_native.optional_capsule, _native_terms(terms))
+    _native.call("mask_topk", mask, _unit_columns(w), pruned, *extra)
+    return mask
+
+
+_registry.register(
+    f"mask_topk(Tensor w, int pruned, {_TERMS}) -> Tensor",
+    fake=_mask_topk_fake,
+    impls={
+        "reference": _registry.Impl(mask_topk_reference),
+        "native": _registry.Impl(_mask_topk_native, _registry.HALF_OR_SINGLE),
+        "triton": _registry.Impl(
+            "pyprune.kernels.select:mask_topk_triton", _registry.HALF_OR_SINGLE
+        ),
+    },
+)
+
+
+def mask_topk(
+    w: Tensor,
+    pruned: int,
+    *,
+    column_scale: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    addend: Tensor | None = None,
+    preserve: Tensor | None = None,
+) -> Tensor:
+    """Per row, exactly the `pruned` lowest scores are removed.
+
+    `mask_topk(w.reshape(1, -1), k)` compares within the whole layer. Score, tie rule and NaN rule:
+    see the module's docstring.
+
+    Args:
+        w: weights `[R, C]`, bf16, fp16, fp32 or fp64; any strides.
+        pruned: how many of a row's C weights go, 0 to C.
+        column_scale, row_scale, addend, preserve: as for `mask_nm`.
+
+    Returns:
+        bool mask `[R, C]`, contiguous, True = kept: exactly C - pruned in each row, fewer only
+        where `preserve` leaves fewer. Masks are nested in `pruned`.
+
+    Raises:
+        ValueError: a shape, dtype, device or range rule is broken.
+    """
+    terms = (column_scale, row_scale, addend, preserve)
+    _check_mask_topk(w, pruned, *terms)
+    if w.numel() == 0:
+        return w.new_empty(w.shape, dtype=torch.bool)
+    mask: Tensor = torch.ops.pyprune.mask_topk(w, pruned, *terms)
+    return mask
+
+
+# --- mask_global ---------------------------------------------------------------------------------
+
+TermLists = Sequence[Tensor] | None
+
+
+def _terms_of(lists: Sequence[TermLists], i: int) -> Terms:
+    column_scale, row_scale, addend, preserve = (None if t is None else t[i] for t in lists)
+    return column_scale, row_scale, addend, preserve
+
+
+def _check_mask_global(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> None:
+    if not ws:
+        raise ValueError("ws: expected at least one tensor")
+    for name, t in zip(("column_scales", "row_scales", "addends", "preserves"), lists, strict=True):
+        if t is not None and len(t) != len(ws):
+            raise ValueError(f"{name}: expected {len(ws)} tensors as in ws, got {len(t)}")
+    for i, w in enumerate(ws):
+        _check_scores(w, *_terms_of(lists, i))
+        if w.dtype != ws[0].dtype:
+            raise ValueError(f"ws[{i}]: expected {ws[0].dtype} as ws[0], got {w.dtype}")
+    check_same_device(*ws)
+    total = sum(w.numel() for w in ws)
+    if not 0 <= pruned <= total:
+        raise ValueError(f"pruned: expected 0 to {total} (elements of ws), got {pruned}")
+
+
+def mask_global_reference(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> list[Tensor]:
+    scores = [_score_reference(w, *_terms_of(lists, i)).reshape(-1) for i, w in enumerate(ws)]
+    mask = _keep_all_but(torch.cat(scores)[None], pruned)[0]
+    parts = torch.split(mask, [w.numel() for w in ws])
+    return [part.view(w.shape).clone() for part, w in zip(parts, ws, strict=True)]
+
+
+def _mask_global_fake(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> list[Tensor]:
+    _check_mask_global(ws, pruned, *lists)
+    return [w.new_empty(w.shape, dtype=torch.bool) for w in ws]
+
+
+def _mask_global_native(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> list[Tensor]:
+    masks = [w.new_empty(w.shape, dtype=torch.bool) for w in ws]
+    filled = [i for i, w in enumerate(ws) if w.numel()]
+    terms = [_native_terms(_terms_of(lists, i)) for i in filled]
+    groups = [
+        [_native.capsule(masks[i]) for i in filled],
+        [_native.capsule(_unit_columns(ws[i])) for i in filled],
+        *([_native.capsule(u) for t in terms if (u := t[j]) is not None] for j in range(4)),
+    ]
+    _native.call("mask_global", *groups[:2], pruned, *groups[2:])
+    return masks
+
+
+_registry.register(
+    "mask_global(Tensor[] ws, int pruned, Tensor[]? column_scales, Tensor[]? row_scales, "
+    "Tensor[]? addends, Tensor[]? preserves) -> Tensor[]",
+    fake=_mask_global_fake,
+    impls={
+        "reference": _registry.Impl(mask_global_reference),
+        "native": _registry.Impl(_mask_global_native, _registry.HALF_OR_SINGLE),
+        "triton": _registry.Impl(
+            "pyprune.kernels.select_global:mask_global_triton", _registry.HALF_OR_SINGLE
+        ),
+    },
+)
+
+
+def mask_global(
+    ws: Sequence[Tensor],
+    pruned: int,
+    *,
+    column_scales: TermLists = None,
+    row_scales: TermLists = None,
+    addends: TermLists = None,
+    preserves: TermLists = None,
+) -> list[Tensor]:
+    """Exactly the `pruned` lowest scores of all tensors together are removed.
+
+    Scores are never stored: the cut is found by counting passes over the weights. Among equal
+    scores the lower tensor index is pruned first, then the lower flat index. Score and NaN rule:
+    see the module's docstring.
+
+    Args:
+        ws: weights, each `[R_t, C_t]`, of one dtype (bf16, fp16, fp32 or fp64) on one device.
+        pruned: how many of all their elements go.
+        column_scales, row_scales, addends, preserves: None, or one tensor for each of `ws`, as for
+            `mask_nm`.
+
+    Returns:
+        One bool mask for each tensor, True = kept; together exactly total - pruned are True, fewer
+        only where `preserves` leaves fewer.
+
+    Raises:
+        ValueError: a shape, dtype, device, length or range rule is broken.
+    """
+    lists = (column_scales, row_scales, addends, preserves)
+    _check_mask_global(ws, pruned, *lists)
+    given = [None if t is None else list(t) for t in lists]
+    masks: list[Tensor] = torch.ops.pyprune.mask_global(list(ws), pruned, *given)
+    return masks

@@ -1,0 +1,188 @@
+import pytest
+import selection
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyprune import ops
+from pyprune.ops import _registry
+
+OP = "mask_nm"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# 2:4 and other groups that fit a vector, groups that do not, one that is a whole long row.
+PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 4), (4, 8), (7, 16), (1, 2), (2, 3), (5, 24), (30, 70)]
+
+
+def force(use_backend, backend, device, dtype, n, m):
+    if backend == "cuda" and (n, m) != (2, 4):
+        pytest.skip("the cuda kernel is for 2:4")  # on a GPU only: the limits are tested below
+    use_backend(backend, OP, device, dtype)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+def test_matches_brute_force(backend, device, use_backend, pattern):
+    n, m = pattern
+    force(use_backend, backend, device, torch.float32, n, m)
+    for kind in selection.KINDS:
+        for rows, cols in ((1, m), (2, 5 * m)):
+            w = selection.weights(kind, rows, cols, torch.float32)
+            got = ops.mask_nm(w.to(device), n, m)
+            assert torch.equal(got.cpu(), selection.brute_force_groups(w, m, m - n))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype(backend, device, use_backend, dtype):
+    use_backend(backend, OP, device, dtype)
+    for kind in selection.KINDS:
+        w = selection.weights(kind, 3, 76, dtype)
+        got = ops.mask_nm(w.to(device), 2, 4)
+        assert torch.equal(got.cpu(), selection.brute_force_groups(w, 4, 2))
+
+
+@pytest.mark.parametrize("names", selection.TERMS.values(), ids=selection.TERMS)
+@pytest.mark.parametrize("pattern", [(2, 4), (3, 5), (20, 50)], ids=str)
+def test_score_terms(backend, device, use_backend, pattern, names):
+    n, m = pattern
+    force(use_backend, backend, device, torch.bfloat16, n, m)
+    w = selection.weights("ties", 3, 3 * m, torch.bfloat16).to(device)
+    given = selection.terms(names, 3, 3 * m, device)
+    want = selection.brute_force_groups(w, m, m - n, **given)
+    assert torch.equal(ops.mask_nm(w, n, m, **given).cpu(), want)
+
+
+def test_strided_input(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    big = selection.weights("normal", 40, 96, torch.float32).to(device)
+    extra = torch.rand(40, 96).to(device)
+    allowed = (torch.rand(40, 96) < 0.8).to(device)
+    views = (
+        lambda t: t[::2, 4:68],
+        lambda t: t.T[:9, :36],
+        lambda t: t[:7, ::2],
+        lambda t: t[:, 1:5],
+    )
+    for view in views:
+        w, addend, preserve = view(big), view(extra), view(allowed)
+        want = selection.brute_force_groups(w, 4, 2, addend=addend, preserve=preserve)
+        got = ops.mask_nm(w, 2, 4, addend=addend, preserve=preserve)
+        assert torch.equal(got.cpu(), want) and got.is_contiguous()
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("pattern", [*PATTERNS, (10, 32), (3000, 5000)], ids=str)
+def test_every_instruction_set(isa, use_isa, pattern):
+    use_isa(isa)
+    n, m = pattern
+    for dtype in _registry.HALF_OR_SINGLE:
+        for kind in ("special", "ties"):
+            w = selection.weights(kind, 2, m * max(1, 131 // m), dtype)
+            given = selection.terms(selection.TERMS["all"], *w.shape, "cpu")
+            got = ops.mask_nm(w, n, m, **given)
+            assert torch.equal(got, selection.brute_force_groups(w, m, m - n, **given))
+
+
+def test_rows_longer_than_a_work_item():
+    w = selection.weights("ties", 2, 9000, torch.bfloat16)
+    for n, m in ((2, 4), (2, 3)):
+        assert torch.equal(ops.mask_nm(w, n, m), ops.select.mask_nm_reference(w, n, m, *[None] * 4))
+
+
+def test_exactly_n_in_each_group(backend, device, use_backend):
+    use_backend(backend, OP, device, torch.bfloat16)
+    for kind in selection.KINDS:
+        w = selection.weights(kind, 5, 64, torch.bfloat16).to(device)
+        assert (ops.mask_nm(w, 2, 4).view(5, 16, 4).sum(-1) == 2).all()
+
+
+def test_forbidden_positions_fill_the_quota_first(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    w = torch.tensor([[4.0, 3, 2, 1, 1, 2, 3, 4, 0, 0, 0, 0]], device=device)
+    preserve = torch.tensor([[0, 1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0]], device=device).bool()
+    got = ops.mask_nm(w, 2, 4, preserve=preserve).cpu().int().tolist()
+    assert got == [[0, 1, 1, 0, 0, 0, 0, 1, 0, 1, 1, 0]]
+
+
+def test_goldens(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    w = selection.golden_weights().to(device, torch.float32)
+    norms = selection.golden_column_norms().to(device, torch.float32)
+    got = selection.pruned_pattern(ops.mask_nm(w, 2, 4, column_scale=norms))
+    assert got == ".11..11. / 11..1..1 / 11....11 / .11...11"
+
+
+def test_empty(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    for shape in ((0, 8), (3, 0)):
+        got = ops.mask_nm(torch.empty(shape, device=device), 2, 4)
+        assert got.shape == shape and got.dtype == torch.bool
+
+
+def test_independent_of_thread_count():
+    w = selection.weights("ties", 7, 10_000, torch.bfloat16)
+    threads = torch.get_num_threads()
+    want = ops.mask_nm(w, 2, 4)
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(ops.mask_nm(w, 2, 4), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_fuzz(data):
+    m = data.draw(st.integers(1, 40))
+    n = data.draw(st.integers(1, m))
+    rows, cols = data.draw(st.integers(1, 4)), m * data.draw(st.integers(1, 6))
+    kind = data.draw(st.sampled_from(selection.KINDS))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    names = data.draw(st.sampled_from(list(selection.TERMS.values())))
+    w = selection.weights(kind, rows, cols, dtype, seed=data.draw(st.integers(0, 99)))
+    given = selection.terms(names, rows, cols, "cpu")
+    want = selection.brute_force_groups(w, m, m - n, **given)
+    assert torch.equal(ops.mask_nm(w, n, m, **given), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w": torch.zeros(8)}, "w: expected 2 dimensions"),
+        ({"w": torch.zeros(2, 8, dtype=torch.int8)}, "w: expected bf16, fp16, fp32 or fp64"),
+        ({"m": 3}, "m: expected a divisor of w's 8 columns, got 3"),
+        ({"n": 5}, "1 <= n <= m"),
+        ({"n": 0}, "1 <= n <= m"),
+        ({"column_scale": torch.ones(7)}, "column_scale: expected shape"),
+        ({"row_scale": torch.ones(8)}, "row_scale: expected shape"),
+        ({"addend": torch.ones(8)}, "addend: expected shape"),
+        ({"column_scale": torch.ones(8).int()}, "column_scale: expected bf16"),
+        ({"preserve": torch.ones(2, 8)}, "preserve: expected torch.bool"),
+        ({"w": torch.zeros(2, 8, device="meta"), "column_scale": torch.ones(8)}, "one device"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {"w": torch.zeros(2, 8), "n": 2, "m": 4, **change}
+    w, n, m = (arguments.pop(k) for k in ("w", "n", "m"))
+    with pytest.raises(ValueError, match=message):
+        ops.mask_nm(w, n, m, **arguments)
+
+
+def test_cuda_kernel_declines_other_patterns():
+    limits = _registry.IMPLS[OP]["cuda"].limits
+    assert limits(torch.zeros(1, 8), 2, 4) == "" and "2:4" in limits(torch.zeros(1, 8), 4, 8)
+
+
+def test_opcheck():
+    w = torch.randn(5, 12)
+    given = selection.terms(selection.TERMS["all"], 5, 12, "cpu")
+    terms = [given[k] for k in ("column_scale", "row_scale", "addend", "preserve")]
+    for extra in ([None] * 4, terms):
+        torch.library.opcheck(torch.ops.pyprune.mask_nm, (w, 2, 4, *extra))
+
+
+def test_compiles_without_graph_breaks():
+    def f(w, s):
+        return w * ops.mask_nm(w, 2, 4, column_scale=s)
+
+    w, s = torch.randn(9, 12), torch.rand(12)
+    got = torch.compile(f, fullgraph=True, backend="aot_eager")(w, s)
+    assert torch.equal(got, f(w, s))

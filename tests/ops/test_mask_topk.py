@@ -1,0 +1,178 @@
+import pytest
+import selection
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyprune import ops
+from pyprune.ops import _registry
+
+OP = "mask_topk"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def counts(cols: int) -> list[int]:
+    return sorted({0, 1, cols // 3, cols // 2, cols - 1, cols})
+
+
+@pytest.mark.parametrize("cols", [1, 5, 64, 131, 700])
+@pytest.mark.parametrize("kind", selection.KINDS)
+def test_matches_brute_force(backend, device, use_backend, kind, cols):
+    use_backend(backend, OP, device, torch.bfloat16)
+    w = selection.weights(kind, 3, cols, torch.bfloat16)
+    for pruned in counts(cols):
+        got = ops.mask_topk(w.to(device), pruned)
+        assert torch.equal(got.cpu(), selection.brute_force_groups(w, cols, pruned))
+
+
+@pytest.mark.parametrize("names", selection.TERMS.values(), ids=selection.TERMS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_score_terms(backend, device, use_backend, dtype, names):
+    use_backend(backend, OP, device, dtype)
+    w = selection.weights("ties", 4, 203, dtype).to(device)
+    given = selection.terms(names, 4, 203, device)
+    for pruned in (0, 20, 110, 203):
+        want = selection.brute_force_groups(w, 203, pruned, **given)
+        assert torch.equal(ops.mask_topk(w, pruned, **given).cpu(), want)
+
+
+def test_strided_input(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    big = selection.weights("ties", 12, 90, torch.float32).to(device)
+    for w in (big[::2, 5:70], big.T[3:15], big[:, ::3]):
+        want = selection.brute_force_groups(w, w.shape[1], 11)
+        assert torch.equal(ops.mask_topk(w, 11).cpu(), want)
+
+
+def hard_rows(cols: int) -> torch.Tensor:
+    """Rows whose regular samples mislead the search: sorted, periodic, two values, one outlier,
+    keys an exponential distance apart."""
+    ramp = torch.arange(cols, dtype=torch.float32)
+    return torch.stack(
+        [ramp, -ramp.flip(0), (ramp % 64 == 0).float(), (ramp % 5) + 1e-7 * ramp,
+         torch.where(ramp == cols // 2, 1e30, 1.0), torch.exp2(ramp % 250 - 125),
+         torch.where(ramp < cols // 2, ramp, float("nan"))]
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_instruction_set(isa, use_isa):
+    use_isa(isa)
+    for dtype in _registry.HALF_OR_SINGLE:
+        for kind in selection.KINDS:
+            w = selection.weights(kind, 2, 333, dtype)
+            given = selection.terms(selection.TERMS["all"], 2, 333, "cpu")
+            for extra in ({}, given):
+                want = selection.brute_force_groups(w, 333, 170, **extra)
+                assert torch.equal(ops.mask_topk(w, 170, **extra), want)
+    w = hard_rows(5000)
+    for pruned in (1, 40, 1234, 2500, 4999):
+        assert torch.equal(ops.mask_topk(w, pruned), selection.brute_force_groups(w, 5000, pruned))
+
+
+def test_rows_like_the_one_before_and_unlike_it():
+    # A row starts from the cut of the row before it: shifts of scale must not matter.
+    w = torch.randn(12, 2000, generator=torch.Generator().manual_seed(5))
+    w *= torch.tensor([1, 1, 1.05, 100, 1e-30, 1, 1, 0, 1, 1e30, 1, 1])[:, None]
+    for pruned in (1, 900, 1999):
+        assert torch.equal(ops.mask_topk(w, pruned), selection.brute_force_groups(w, 2000, pruned))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_one_long_row_is_shared_out(backend, device, use_backend, kind):
+    use_backend(backend, OP, device, torch.bfloat16)
+    cols = 140_003
+    w = selection.weights(kind, 1, cols, torch.bfloat16).to(device)
+    scale = torch.rand(cols, generator=torch.Generator().manual_seed(3)).to(device)
+    for pruned, extra in ((1, {}), (70_001, {"column_scale": scale})):
+        given = (extra.get("column_scale"), None, None, None)
+        want = ops.select.mask_topk_reference(w, pruned, *given)
+        assert torch.equal(ops.mask_topk(w, pruned, **extra), want)
+
+
+def test_masks_are_nested(backend, device, use_backend):
+    use_backend(backend, OP, device, torch.bfloat16)
+    w = selection.weights("ties", 3, 100, torch.bfloat16).to(device)
+    smaller = ops.mask_topk(w, 100)
+    for pruned in range(90, -1, -10):
+        larger = ops.mask_topk(w, pruned)
+        assert (larger.sum(1) == 100 - pruned).all() and not (smaller & ~larger).any()
+        smaller = larger
+
+
+def test_already_pruned_weights_are_pruned_again(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    w = selection.weights("normal", 3, 90, torch.float32).to(device)
+    mask = ops.mask_topk(w, 45)
+    assert torch.equal(ops.mask_topk(w * mask, 45), mask)
+
+
+def test_forbidden_beyond_the_quota(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    w = selection.weights("normal", 2, 80, torch.float32).to(device)
+    preserve = torch.zeros(2, 80, dtype=torch.bool, device=device)
+    preserve[1, 7] = True
+    for pruned in (0, 10, 79):
+        assert torch.equal(ops.mask_topk(w, pruned, preserve=preserve), preserve)
+
+
+def test_goldens(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    w = selection.golden_weights().to(device, torch.float32)
+    norms = selection.golden_column_norms().to(device, torch.float32)
+    rows = selection.pruned_pattern(ops.mask_topk(w, 4))
+    assert rows == ".1.1.11. / 11..1..1 / 11....11 / ....1111"
+    wanda = selection.pruned_pattern(ops.mask_topk(w, 4, column_scale=norms))
+    assert wanda == ".1...111 / 11..1..1 / 11....11 / ....1111"
+    layer = ops.mask_topk(w.reshape(1, -1), 16).view(4, 8)
+    assert selection.pruned_pattern(layer) == ".1.1.1.. / 11..1..1 / 11....11 / ...11111"
+
+
+def test_empty(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    for shape in ((0, 8), (3, 0)):
+        assert ops.mask_topk(torch.empty(shape, device=device), 0).shape == shape
+
+
+def test_independent_of_thread_count():
+    threads = torch.get_num_threads()
+    cases = [selection.weights("ties", *s, torch.bfloat16) for s in ((7, 999), (1, 300_000))]
+    want = [ops.mask_topk(w, 400) for w in cases]
+    try:
+        torch.set_num_threads(1)
+        for w, mask in zip(cases, want, strict=True):
+            assert torch.equal(ops.mask_topk(w, 400), mask)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_fuzz(data):
+    rows, cols = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 300))
+    pruned = data.draw(st.integers(0, cols))
+    kind = data.draw(st.sampled_from(selection.KINDS))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    names = data.draw(st.sampled_from(list(selection.TERMS.values())))
+    w = selection.weights(kind, rows, cols, dtype, seed=data.draw(st.integers(0, 99)))
+    given = selection.terms(names, rows, cols, "cpu")
+    want = selection.brute_force_groups(w, cols, pruned, **given)
+    assert torch.equal(ops.mask_topk(w, pruned, **given), want)
+
+
+@pytest.mark.parametrize("pruned", [-1, 9])
+def test_bad_count(pruned):
+    with pytest.raises(ValueError, match=f"pruned: expected 0 to 8 .*got {pruned}"):
+        ops.mask_topk(torch.zeros(2, 8), pruned)
+
+
+def test_opcheck():
+    torch.library.opcheck(torch.ops.pyprune.mask_topk, (torch.randn(5, 12), 3, *[None] * 4))
+
+
+def test_compiles_without_graph_breaks():
+    def f(w):
+        return w * ops.mask_topk(w, 5)
+
+    w = torch.randn(9, 12)
+    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(w), f(w))
