@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pyprune import ops
+    from pyprune.config import CalibrationConfig, PruneConfig
+    from pyprune.prune import prune, prune_checkpoint
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__", "ops"]
+__all__ = ["CalibrationConfig", "PruneConfig", "__version__", "ops", "prune", "prune_checkpoint"]
+
+_HOMES = {
+    "CalibrationConfig": "pyprune.config",
+    "PruneConfig": "pyprune.config",
+    "prune": "pyprune.prune",
+    "prune_checkpoint": "pyprune.prune",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Imports the heavy parts on first use: `pyprune --help` need not wait for torch."""
     if name == "ops":
         return import_module("pyprune.ops")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """`pyprune.prune` is the function, although a module is called that too: importing the module
+    makes the import system bind it here, whenever that happens."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "prune" and isinstance(value, ModuleType):
+            value = value.prune
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,5 +1,8 @@
 """Whole models pruned in memory: every family, method and pattern, and what must not change."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from tiny_models import FAMILIES, HIDDEN, MOE_FAMILIES, VOCAB, tiny_model, tiny_tokens
@@ -392,6 +395,13 @@ def test_weights_that_are_not_finite_name_the_layer():
         model.model.layers[1].self_attn.o_proj.weight[3, 4] = float("nan")
     name = "^model.layers.1.self_attn.o_proj: expected finite weights, got NaN"
     expect(name, model, None, "magnitude", 0.5, error=LayerError)
+
+
+@pytest.mark.parametrize("first", ["import pyprune.prune", "from pyprune.prune import prune"])
+def test_the_package_offers_the_function_whatever_was_imported_before(first):
+    code = f"{first}\nimport pyprune\nassert pyprune.prune.__name__ == 'prune', pyprune.prune"
+    code += "\nassert callable(pyprune.prune) and callable(pyprune.prune_checkpoint)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("scope", ["block", "global"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +31,7 @@ class BlockAdapter(Protocol):
     blocks: list[nn.Module]
     block_names: list[str]
 
-    def linears(self, i: int) -> list[PrunedLinear]: ...
+    def linears(self, i: int) -> Sequence[PrunedLinear]: ...
 
 
 class StreamingStore:
