@@ -55,6 +55,7 @@ setup(
         "pyprune.methods",
         "pyprune.models",
         "pyprune.ops",
+        "pyprune.sparse",
     ],
     package_data={"pyprune.data": ["sotu.jsonl.xz", "SOTU.md"]},
     ext_modules=[Extension("pyprune._C", sources=[])] if WITH_NATIVE else [],

@@ -41,15 +41,15 @@ void finish(SparseLinearArgs a, OptionalCapsule& bias) {
 }  // namespace
 
 void bind_sparse_linear(py::module_& m) {
-  m.def("linear_dense", [](py::capsule y, py::capsule x, py::capsule weight, OptionalCapsule bias,
-                           int threads) {
-    const TensorView vx = view(x), vw = view(weight);
-    require(vw.ndim == 2 && vx.ndim == 2 && vw.shape[1] == vx.shape[1],
-            "weight: expected as many columns as x");
-    finish({WeightFormat::dense, view(y), vx, vw.shape[0], vw.shape[1], vw, nullptr, nullptr,
-            nullptr, threads},
-           bias);
-  });
+  m.def("linear_dense",
+        [](py::capsule y, py::capsule x, py::capsule weight, OptionalCapsule bias, int threads) {
+          const TensorView vx = view(x), vw = view(weight);
+          require(vw.ndim == 2 && vx.ndim == 2 && vw.shape[1] == vx.shape[1],
+                  "weight: expected as many columns as x");
+          finish({WeightFormat::dense, view(y), vx, vw.shape[0], vw.shape[1], vw, nullptr, nullptr,
+                  nullptr, threads},
+                 bias);
+        });
   m.def("linear_24", [](py::capsule y, py::capsule x, py::capsule values, py::capsule meta,
                         OptionalCapsule bias, int threads) {
     const TensorView vx = view(x), vv = view(values), vm = view(meta);

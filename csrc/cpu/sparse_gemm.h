@@ -47,8 +47,7 @@ void pack_tokens(const X* x, int64_t stride, int64_t tokens, int64_t cols, int64
                  float* panel) {
   const int64_t t0 = p * kPanelTokens, width = std::min<int64_t>(kPanelTokens, tokens - t0);
   const int64_t depth = std::min(kDepth, cols - k0);
-  if (depth < kDepth || width < kPanelTokens)
-    std::fill(panel, panel + kDepth * kPanelTokens, 0.0f);
+  if (depth < kDepth || width < kPanelTokens) std::fill(panel, panel + kDepth * kPanelTokens, 0.0f);
   // Sixteen columns of every token in turn: both sides then stay within few cache lines.
   for (int64_t c0 = 0; c0 < depth; c0 += 16) {
     const int64_t c1 = std::min<int64_t>(depth, c0 + 16);

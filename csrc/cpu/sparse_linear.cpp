@@ -81,8 +81,8 @@ void decode_block(const Weights& w, int64_t r0, int64_t count, const float* x, u
   for (int64_t r = 0; r < count; ++r)
     cursors[r] = {static_cast<const T*>(w.values) + w.begin(r0 + r), words + r * n};
   std::fill(sums, sums + count * M * Vec::kLanes, 0.0f);
-  const int64_t ahead = (w.begin(std::min(r0 + kBlock, w.rows - 1)) - w.begin(r0)) *
-                        static_cast<int64_t>(sizeof(T));
+  const int64_t ahead =
+      (w.begin(std::min(r0 + kBlock, w.rows - 1)) - w.begin(r0)) * static_cast<int64_t>(sizeof(T));
   const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, kPieceBytes / (kMaskColumns * 4 * M));
   for (int64_t i0 = 0; i0 < n; i0 += piece) {
     const int64_t i1 = std::min(n, i0 + piece);
@@ -114,8 +114,8 @@ void decode(const SparseLinearArgs& a, const Weights& w, const DecodeScratch& sc
     decode_block<T, kDense, M>(w, r0, count, scratch.x, words, sums);
     for (int64_t r = 0; r < count; ++r)
       for (int m = 0; m < M; ++m)
-        store(y + m * w.rows + r0 + r, Vec::load(sums + (r * M + m) * Vec::kLanes).sum() +
-                                           (bias ? bias[r0 + r] : 0.0f));
+        store(y + m * w.rows + r0 + r,
+              Vec::load(sums + (r * M + m) * Vec::kLanes).sum() + (bias ? bias[r0 + r] : 0.0f));
   }
 }
 
@@ -217,8 +217,7 @@ void run_multiply(const SparseLinearArgs& a, const Weights& w, std::atomic<int64
   const int64_t m = a.x.shape[0], most = std::min(m, kMaxTokens);
   const int64_t wide = panels_of(most) * kPanelTokens;
   const int64_t packed_floats = depths_of(w.cols) * kDepth * wide;
-  const int64_t thread_floats =
-      kTileRows * (kTileStride + wide + 2 * mask_words(w.cols));
+  const int64_t thread_floats = kTileRows * (kTileStride + wide + 2 * mask_words(w.cols));
   Scratch scratch((packed_floats + a.threads * thread_floats) * 4);
   float* packed = scratch.as<float>();
   for (int64_t t0 = 0; t0 < m; t0 += kMaxTokens) {

@@ -1,7 +1,8 @@
 // y[m, r] = sum_c x[m, c] * W[r, c] + bias[r], with W dense, 2:4 or bitmap compressed.
 //
 //   dense     values [R, C]
-//   sparse24  values [R, C/2]; meta u8 [R, C/8]: per group of four columns two 2-bit column numbers,
+//   sparse24  values [R, C/2]; meta u8 [R, C/8]: per group of four columns two 2-bit column
+//   numbers,
 //             ascending, the first in the low bits, the first group in the low nibble
 //   bitmap    values [nnz], row after row; meta u8 [R, ceil(C/8)]: one bit a column, lowest first;
 //             offsets i64 [R + 1]: where each row's values start
@@ -16,13 +17,13 @@ enum class WeightFormat : int { dense, sparse24, bitmap };
 
 struct SparseLinearArgs {
   WeightFormat format;
-  TensorView y;              // f32 | bf16 [M, R], contiguous
-  TensorView x;              // f32 | bf16 [M, C], unit stride along C
-  int64_t rows, cols;        // of W
-  TensorView values;         // f32 | bf16 | f16, contiguous
-  const TensorView* meta;    // null when dense
-  const TensorView* offsets; // bitmap only
-  const TensorView* bias;    // f32 [R], contiguous, or null
+  TensorView y;               // f32 | bf16 [M, R], contiguous
+  TensorView x;               // f32 | bf16 [M, C], unit stride along C
+  int64_t rows, cols;         // of W
+  TensorView values;          // f32 | bf16 | f16, contiguous
+  const TensorView* meta;     // null when dense
+  const TensorView* offsets;  // bitmap only
+  const TensorView* bias;     // f32 [R], contiguous, or null
   int threads;
 };
 

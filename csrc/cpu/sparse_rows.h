@@ -135,7 +135,7 @@ inline __m512i expand_words(uint32_t keep, const void* p) {
   __m512i out;
   asm("vpexpandw %1, %0%{%2%}%{z%}"
       : "=v"(out)
-      : "m"(*static_cast<const char(*)[64]>(p)), "Yk"(static_cast<__mmask32>(keep)));
+      : "m"(*static_cast<const char (*)[64]>(p)), "Yk"(static_cast<__mmask32>(keep)));
   return out;
 }
 
@@ -172,8 +172,7 @@ struct Columns32<float> {
   __m512 a, b;
   static Columns32 expand(const float* p, uint32_t keep) {
     const __mmask16 lo = static_cast<__mmask16>(keep), hi = static_cast<__mmask16>(keep >> 16);
-    return {_mm512_maskz_expandloadu_ps(lo, p),
-            _mm512_maskz_expandloadu_ps(hi, p + popcount(lo))};
+    return {_mm512_maskz_expandloadu_ps(lo, p), _mm512_maskz_expandloadu_ps(hi, p + popcount(lo))};
   }
   static Columns32 load(const float* p, uint32_t valid) {
     return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(valid), p),
@@ -222,11 +221,11 @@ struct RankTable {
 constexpr RankTable kRanks;
 
 inline __m256 expand8(Vec next, unsigned keep) {
-  const __m256i rank = _mm256_cvtepu8_epi32(
-      _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kRanks.rank[keep])));
+  const __m256i rank =
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kRanks.rank[keep])));
   const __m256i to_sign = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
-  const __m256i kept = _mm256_srai_epi32(
-      _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(keep)), to_sign), 31);
+  const __m256i kept =
+      _mm256_srai_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(keep)), to_sign), 31);
   return _mm256_and_ps(_mm256_permutevar8x32_ps(next.v, rank), _mm256_castsi256_ps(kept));
 }
 

@@ -1,13 +1,13 @@
-"""Products with a compressed weight matrix, `y = x @ W^T + bias`: 2:4, bitmap, and dense to compare.
+"""Products with a compressed weight matrix, `y = x @ W^T + bias`: 2:4, bitmap; dense to compare.
 
-Layouts of `W [R, C]` (those of the checkpoint):
+`W [R, C]` comes as `pyprune.ops.pack` lays it out:
 
 format | tensors
--------|-------------------------------------------------------------------------------------------
-2:4    | values `[R, C/2]`; meta uint8 `[R, C/8]`: for each group of four columns the two kept column
-       | numbers, ascending, two bits each, the first in the low bits, the first group in the low half
-bitmap | values `[nnz]`, row after row; bitmap uint8 `[R, ceil(C/8)]`: bit `c % 8` of byte `c // 8` is
-       | column c, bits past C zero; row_offsets int64 `[R + 1]`: where each row's values start
+-------|------------------------------------------------------------------------------------------
+2:4    | values `[R, C/2]`; meta uint8 `[R, C/8]`: for each group of four columns the two kept
+       | column numbers, ascending, two bits each, the lower first; the even group in the low nibble
+bitmap | values `[nnz]`, row after row; bitmap uint8 `[R, ceil(C/8)]`: bit `c % 8` of byte `c // 8`
+       | is column c, bits past C zero; row_offsets int64 `[R + 1]`: where each row's values start
 
 At 50 % and 16-bit values both take 9 bits a weight against 16, which bounds the gain where memory
 bandwidth decides (few rows of x) at 1.78.
@@ -24,6 +24,9 @@ from pyprune.ops._checks import check_float, check_same_device, check_shape
 
 GROUP = 4
 META_COLUMNS = 8  # columns a byte of 2:4 metadata or of a bitmap describes
+
+# Rows of x that the Triton kernels take: they keep a sum per row of x in registers.
+TRITON_ROWS = 16
 
 
 def _check_activations(x: Tensor, values: Tensor, bias: Tensor | None, rows: int) -> None:
@@ -175,12 +178,23 @@ def _native_limits(x: Tensor, values: Tensor, *rest: Tensor | None) -> str:
     return "" if ok else f"the native kernels do not take {values.dtype} values"
 
 
+def _triton_limits(x: Tensor, *rest: Tensor | None) -> str:
+    rows = x.numel() // x.shape[-1]
+    ok = rows <= TRITON_ROWS
+    return "" if ok else f"the Triton kernels take at most {TRITON_ROWS} rows, got {rows}"
+
+
 _registry.register(
     "linear_24(Tensor x, Tensor values, Tensor meta, Tensor? bias) -> Tensor",
     fake=_linear_24_fake,
     impls={
         "reference": _registry.Impl(linear_24_reference),
         "native": _registry.Impl(_linear_24_native, _registry.HALF_OR_SINGLE, _native_limits),
+        "triton": _registry.Impl(
+            "pyprune.kernels.sparse_linear:linear_24_triton",
+            _registry.HALF_OR_SINGLE,
+            _triton_limits,
+        ),
     },
 )
 _registry.register(
@@ -190,6 +204,11 @@ _registry.register(
     impls={
         "reference": _registry.Impl(linear_bitmap_reference),
         "native": _registry.Impl(_linear_bitmap_native, _registry.HALF_OR_SINGLE, _native_limits),
+        "triton": _registry.Impl(
+            "pyprune.kernels.sparse_linear:linear_bitmap_triton",
+            _registry.HALF_OR_SINGLE,
+            _triton_limits,
+        ),
     },
 )
 _registry.register(

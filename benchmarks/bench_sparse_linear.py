@@ -1,0 +1,169 @@
+"""Products with compressed weights against dense ones: `y = x @ W^T`, 1 to 512 rows of x.
+
+Providers: `sparse24`, `bitmap50`, `bitmap70` (ours, bf16 values); `dense` (our own bf16 kernel: the
+same code without the decoding); `torch_bf16`, `torch_fp32` (F.linear). `ratio_to_best_dense` is the
+best dense time over the provider's, by medians of turn-by-turn ratios. The limit up to 16 rows is
+reading the provider's own bytes at the bandwidth measured first (`read_bandwidth`); above, the
+measured rate of fp32 matrix products.
+
+Every call takes the next of several copies of the weights, together more than twice the last-level
+cache, so that nothing is served from it. `cache_bytes` and `rotated_bytes` are in the rows.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _harness import Bench, environment, gemm_rate, parse, time_interleaved
+
+from pyprune import ops
+
+SHAPES = [(8192, 4096), (4096, 4096)]
+SMOKE_SHAPES = [(64, 128)]
+TOKENS = [1, 4, 8, 16, 512]
+SMOKE_TOKENS = [1, 16, 64]
+DENSE = ("dense", "torch_bf16", "torch_fp32")
+MEMORY_BOUND_TOKENS = 16
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first processor, 0 if the system does not say."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = [0]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        found = re.fullmatch(r"(\d+)([KMG])", file.read_text().strip())
+        sizes += [int(found[1]) * units[found[2]]] if found else []
+    return max(sizes)
+
+
+@cache
+def read_bandwidth(smoke: bool) -> float:
+    """Bytes per second of reading, by a product with one row of x over a dense bf16 weight far
+    larger than the caches, which is the fastest reader here: the best of several."""
+    rows = 64 if smoke else 65536
+    weight = torch.ones(rows, 4096, dtype=torch.bfloat16)
+    x = torch.ones(1, 4096)
+    times = time_interleaved(
+        {"read": lambda i: ops.linear_dense(x, weight)}, "cpu", 3 if smoke else 15, 0.0
+    )["read"]
+    return weight.nbytes / min(times)
+
+
+def mask_24(rows: int, cols: int) -> torch.Tensor:
+    kept = torch.rand(rows, cols // 4, 4).argsort(-1)[..., :2]
+    mask = torch.zeros(rows, cols // 4, 4, dtype=torch.bool).scatter_(-1, kept, True)
+    return mask.reshape(rows, cols)
+
+
+Weights = dict[str, list[tuple[torch.Tensor, ...]]]
+
+
+def make_weights(rows: int, cols: int, rotated: int) -> tuple[Weights, dict[str, torch.Tensor]]:
+    """Each provider's copies of its weight, `rotated` bytes of them, and the dense equivalents."""
+    w = torch.randn(rows, cols).bfloat16()
+    masks = {"sparse24": mask_24(rows, cols)}
+    for percent in (50, 70):
+        masks[f"bitmap{percent}"] = torch.rand(rows, cols) >= percent / 100
+    packed: dict[str, tuple[torch.Tensor, ...]] = {
+        name: ops.pack_24(w, m) if name == "sparse24" else ops.pack_bitmap(w, m)
+        for name, m in masks.items()
+    }
+    packed |= {"dense": (w,), "torch_bf16": (w,), "torch_fp32": (w.float(),)}
+    copies: Weights = {}
+    for name, tensors in packed.items():
+        count = max(1, -(-rotated // sum(t.nbytes for t in tensors)))
+        copies[name] = [tuple(t.clone() for t in tensors) for _ in range(count)]
+    dense = {name: w * m for name, m in masks.items()}
+    return copies, dense | dict.fromkeys(DENSE, w)
+
+
+def make_provider(name: str, x: torch.Tensor, copies: list[Any]) -> Callable[[int], torch.Tensor]:
+    call: Callable[..., torch.Tensor]
+    if name.startswith("torch"):
+        x = x.to(copies[0][0].dtype)
+        call = F.linear
+    elif name == "dense":
+        call = ops.linear_dense
+    else:
+        call = ops.linear_24 if name == "sparse24" else ops.linear_bitmap
+    # The counter is the provider's own: turns of the other providers do not make it skip copies.
+    turn = iter(range(10**12))
+    return lambda _: call(x, *copies[next(turn) % len(copies)])
+
+
+def check(name: str, got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> None:
+    want = x[:4].double() @ dense.double().T
+    error = (got[:4].double() - want).abs().max() / want.abs().max()
+    limit = 2e-2 if name == "torch_bf16" else 1e-5
+    assert error <= limit, f"{name}: relative error {error:.1e}"
+
+
+def limit_seconds(m: int, rows: int, cols: int, nbytes: int, smoke: bool) -> float:
+    reading = nbytes / read_bandwidth(smoke)
+    if m <= MEMORY_BOUND_TOKENS:
+        return reading
+    return max(reading, 2.0 * m * rows * cols / gemm_rate("cpu", torch.float32, smoke))
+
+
+def bench_shape(bench: Bench, rows: int, cols: int) -> None:
+    llc = last_level_cache()
+    copies, dense = make_weights(rows, cols, 0 if bench.smoke else 2 * llc)
+    for m in SMOKE_TOKENS if bench.smoke else TOKENS:
+        x = torch.randn(m, cols)
+        providers = {name: make_provider(name, x, copies[name]) for name in copies}
+        for name, provider in providers.items():
+            check(name, provider(0), x, dense[name])
+        samples = time_interleaved(providers, "cpu", bench.repetitions, 0.0)
+        best = min(DENSE, key=lambda name: statistics.median(samples[name]))
+        for name in providers:
+            own = sum(t.nbytes for t in copies[name][0])
+            median = statistics.median(samples[name])
+            bench.rows.append(
+                {
+                    "op": "sparse_linear",
+                    "provider": name,
+                    "shape": [rows, cols],
+                    "dtype": str(copies[name][0][0].dtype).removeprefix("torch."),
+                    "rows": m,
+                    "seconds_median": median,
+                    "seconds_min": min(samples[name]),
+                    "seconds_max": max(samples[name]),
+                    "bytes": own,
+                    "share_of_limit": limit_seconds(m, rows, cols, own, bench.smoke) / median,
+                    "best_dense": best,
+                    "ratio_to_best_dense": statistics.median(
+                        d / s for d, s in zip(samples[best], samples[name], strict=True)
+                    ),
+                    "read_bandwidth": read_bandwidth(bench.smoke),
+                    "cache_bytes": llc,
+                    "rotated_bytes": own * len(copies[name]),
+                    **environment("cpu"),
+                }
+            )
+            row = bench.rows[-1]
+            bench.console.print(
+                f"{rows}x{cols} rows {m:4d} {name:11s} {median * 1e3:9.3f} ms"
+                f"  {row['share_of_limit']:6.1%} of limit"
+                f"  {row['ratio_to_best_dense']:6.2f} x {best}"
+            )
+
+
+def main() -> None:
+    args = parse(__doc__)
+    bench = Bench("sparse_linear", args)
+    torch.manual_seed(0)
+    bench.console.print(f"reading: {read_bandwidth(bench.smoke) / 1e9:.1f} GB/s")
+    for rows, cols in SMOKE_SHAPES if bench.smoke else SHAPES:
+        bench_shape(bench, rows, cols)
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""The sparse runtime: linear layers that keep their weights compressed."""
+
+from pyprune.sparse.linear import FORMATS, SparseLinear, compress_model, compressed_bytes
+
+__all__ = ["FORMATS", "SparseLinear", "compress_model", "compressed_bytes"]

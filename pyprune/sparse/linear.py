@@ -1,0 +1,291 @@
+"""`SparseLinear`: an `nn.Linear` whose weight stays compressed, and putting it into a model.
+
+format     | buffers (layouts in `pyprune.ops.pack`)
+-----------|------------------------------------------------------
+sparse24   | values `[R, C/2]`, metadata uint8 `[R, C/8]`
+bitmap     | values `[nnz]`, bitmap uint8 `[R, ceil(C/8)]`, row_offsets int64 `[R + 1]`
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from pyprune import _native, ops
+from pyprune.errors import LayerError, UserError
+from pyprune.ops.pack import (
+    pack_24,
+    pack_bitmap,
+    unpack_24,
+    unpack_bitmap,
+    validate_24,
+    validate_bitmap,
+)
+
+Format = Literal["sparse24", "bitmap"]
+FORMATS: tuple[str, ...] = get_args(Format)
+
+# Compressing a layer must save at least this share of its bytes to be worth a format of its own.
+WORTHWHILE = 0.1
+
+
+def compressed_bytes(weight: Tensor, format: str) -> int | None:
+    """Bytes that `weight [R, C]` takes in `format` ("dense", "sparse24", "bitmap"), without packing
+    it; None if it does not fit the format (more than two non-zero of four)."""
+    rows, cols = weight.shape
+    kept = weight != 0
+    if format == "dense":
+        return weight.nbytes
+    if format == "bitmap":
+        nnz = int(kept.sum())
+        return nnz * weight.itemsize + rows * -(-cols // 8) + 8 * (rows + 1)
+    if format != "sparse24":
+        raise UserError(f"format: expected dense, {', '.join(FORMATS)}, got {format!r}")
+    if cols % 8 or bool((kept.reshape(rows, -1, 4).sum(2) > 2).any()):
+        return None
+    return weight.nbytes // 2 + rows * cols // 8
+
+
+class SparseLinear(nn.Module):
+    """`y = x @ W^T + bias` with `W [out_features, in_features]` kept compressed.
+
+    Made by `from_dense`, or by `SparseLinear(...)` followed by `load_state_dict`. There is no
+    gradient with respect to the weights: they are buffers. `decompress()` returns the dense weight,
+    equal to the original but for negative zeros, which become +0.
+
+    Args:
+        in_features, out_features: C and R.
+        format: "sparse24" (C a multiple of 8) or "bitmap".
+        nnz: stored values of a bitmap; `load_state_dict` adopts the number it finds.
+        bias, dtype, device: as for `nn.Linear`; dtype is that of the values and the bias.
+
+    Raises:
+        UserError: unknown format, or a width that 2:4 cannot hold.
+    """
+
+    values: Tensor
+    metadata: Tensor
+    bitmap: Tensor
+    row_offsets: Tensor
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        format: str,
+        *,
+        bias: bool = True,
+        nnz: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if format not in FORMATS:
+            raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+        if format == "sparse24" and in_features % 8:
+            raise UserError(f"sparse24: expected a multiple of 8 inputs, got {in_features}")
+        self.in_features, self.out_features, self.format = in_features, out_features, format
+        rows, cols = out_features, in_features
+        empty: dict[str, Tensor] = {}
+        if format == "sparse24":
+            empty["values"] = torch.empty(rows, cols // 2, dtype=dtype, device=device)
+            empty["metadata"] = torch.empty(rows, cols // 8, dtype=torch.uint8, device=device)
+        else:
+            empty["values"] = torch.empty(nnz, dtype=dtype, device=device)
+            empty["bitmap"] = torch.empty(rows, -(-cols // 8), dtype=torch.uint8, device=device)
+            empty["row_offsets"] = torch.empty(rows + 1, dtype=torch.int64, device=device)
+        for name, t in empty.items():
+            self.register_buffer(name, t)
+        self.weight_buffers = tuple(empty)
+        self.register_buffer(
+            "bias", torch.empty(rows, dtype=dtype, device=device) if bias else None
+        )
+        self._prepared: tuple[tuple[Tensor | None, ...], tuple[Any, ...]] | None = None
+
+    @classmethod
+    def from_dense(cls, linear: nn.Linear, format: str) -> SparseLinear:
+        """`linear` with its zeros left out. Raises UserError if the weight does not fit."""
+        weight = linear.weight.detach()
+        if format == "sparse24" and compressed_bytes(weight, format) is None:
+            raise UserError(
+                "sparse24: expected a multiple of 8 inputs and at most 2 non-zero of every 4"
+            )
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            format,
+            bias=linear.bias is not None,
+            dtype=weight.dtype,
+            device="meta",
+        )
+        pack = pack_24 if format == "sparse24" else pack_bitmap
+        for name, t in zip(new.weight_buffers, pack(weight, weight != 0), strict=True):
+            setattr(new, name, t)
+        if linear.bias is not None:
+            new.bias = linear.bias.detach().clone()
+        return new.train(linear.training)
+
+    def decompress(self) -> Tensor:
+        """The dense weight `[out_features, in_features]` in the dtype of the values."""
+        if self.format == "sparse24":
+            return unpack_24(self.values, self.metadata)
+        return unpack_bitmap(self.values, self.bitmap, self.row_offsets, self.in_features)
+
+    def to_dense(self) -> nn.Linear:
+        """The `nn.Linear` this stands for."""
+        dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        dense.weight = nn.Parameter(self.decompress(), requires_grad=False)
+        if self.bias is not None:
+            dense.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
+        return dense.train(self.training)
+
+    def validate(self) -> None:
+        """Raises ValueError unless the metadata describes a weight of this layer's shape. Called
+        once when weights arrive (`load_state_dict`), not per product."""
+        if self.format == "sparse24":
+            validate_24(self.values, self.metadata)
+        else:
+            validate_bitmap(self.values, self.bitmap, self.row_offsets, self.in_features)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the compressed weight and the bias."""
+        return sum(t.nbytes for t in self.buffers())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._direct(x):
+            return self._forward_native(x)
+        if self.format == "sparse24":
+            return ops.linear_24(x, self.values, self.metadata, bias=self.bias)
+        return ops.linear_bitmap(x, self.values, self.bitmap, self.row_offsets, bias=self.bias)
+
+    def _direct(self, x: Tensor) -> bool:
+        # A decode step of a small model is hundreds of these calls, each of some microseconds of
+        # work: the op's dispatch (schema, fake mode, Python key) would cost more than the product.
+        return (
+            not torch.compiler.is_compiling()
+            and type(x) is Tensor
+            and x.device.type == "cpu"
+            and (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
+            and x.shape[-1] == self.in_features
+            and not x.requires_grad
+            and _native.MODULE is not None
+            and self.values.device.type == "cpu"
+            and self.values.dtype is not torch.float64
+            and "PYPRUNE_BACKEND" not in os.environ
+            and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        )
+
+    def _forward_native(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, self.in_features)
+        if flat.stride(1) != 1:
+            flat = flat.contiguous()
+        y = torch.empty((flat.shape[0], self.out_features), dtype=x.dtype)
+        if y.numel():
+            name = "linear_24" if self.format == "sparse24" else "linear_bitmap"
+            _native.call(name, y, flat, *self._capsules())
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _capsules(self) -> tuple[Any, ...]:
+        """The weight and the bias (as fp32) ready for the native call; made anew whenever a buffer
+        was replaced. Each capsule keeps the memory it describes alive."""
+        buffers = tuple(self._buffers[name] for name in (*self.weight_buffers, "bias"))
+        if self._prepared is None or any(
+            a is not b for a, b in zip(buffers, self._prepared[0], strict=True)
+        ):
+            *weight, bias = buffers
+            ready = [_native.capsule(t.contiguous()) for t in weight if t is not None]
+            wide = None if bias is None else _native.capsule(bias.float().contiguous())
+            self._prepared = (buffers, (*ready, wide))
+        return self._prepared[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # capsules can be neither copied nor pickled
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        self._prepared = None  # a bias may be overwritten in place
+        stored = state_dict.get(prefix + "values")
+        if self.format == "bitmap" and isinstance(stored, Tensor) and stored.dim() == 1:
+            self.values = self.values.new_empty(stored.shape)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if error_msgs or any(key.startswith(prefix) for key in missing_keys):
+            return
+        if self.values.is_meta:
+            return
+        try:
+            self.validate()
+        except ValueError as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+
+    def extra_repr(self) -> str:
+        density = self.values.numel() / max(1, self.in_features * self.out_features)
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, format={self.format}, density={density:.3f}, "
+            f"dtype={str(self.values.dtype).removeprefix('torch.')}"
+        )
+
+
+def _choose(weight: Tensor, allowed: tuple[str, ...]) -> str:
+    """The smallest format, dense if none saves enough; 2:4 before bitmap at equal size."""
+    sizes = {f: n for f in allowed if (n := compressed_bytes(weight, f)) is not None}
+    best = min(sizes, key=lambda f: sizes[f], default="dense")
+    return best if best in sizes and sizes[best] <= (1 - WORTHWHILE) * weight.nbytes else "dense"
+
+
+def compress_model(
+    model: nn.Module, formats: tuple[str, ...] | Mapping[str, str] = FORMATS
+) -> dict[str, str]:
+    """Replaces pruned `nn.Linear` modules of `model` by `SparseLinear`, in place.
+
+    Args:
+        model: any module. Weights shared with another module (tied embeddings) stay dense.
+        formats: those to choose from (per layer the smallest that saves a tenth of the bytes), or a
+            mapping from module names to "sparse24", "bitmap" or "dense" for full control.
+
+    Returns:
+        The format of every `nn.Linear`, "dense" for those left alone.
+
+    Raises:
+        UserError: unknown format or module name. LayerError: a layer does not fit its format.
+    """
+    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
+    if isinstance(formats, Mapping):
+        unknown = sorted(set(formats) - set(linears))
+        if unknown:
+            raise UserError(f"formats: {unknown[0]!r} is not a linear layer of this model")
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    chosen: dict[str, str] = {}
+    for name, linear in linears.items():
+        if isinstance(formats, Mapping):
+            chosen[name] = formats.get(name, "dense")
+        elif owners[id(linear.weight)] > 1:
+            chosen[name] = "dense"
+        else:
+            chosen[name] = _choose(linear.weight.detach(), tuple(formats))
+        if chosen[name] != "dense":
+            try:
+                sparse = SparseLinear.from_dense(linear, chosen[name])
+            except UserError as error:
+                raise LayerError(name, str(error)) from error
+            model.set_submodule(name, sparse)
+    return chosen

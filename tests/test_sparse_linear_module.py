@@ -1,0 +1,195 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from ops.compressed import random_24_mask
+from torch import nn
+
+from pyprune.errors import LayerError, UserError
+from pyprune.sparse import SparseLinear, compress_model, compressed_bytes
+
+
+def pruned(rows=24, cols=40, dtype=torch.bfloat16, pattern="24", density=0.5, bias=True, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(cols, rows, bias=bias, dtype=dtype)
+    w = torch.randn(rows, cols, generator=gen).to(dtype)
+    kept = (
+        random_24_mask(rows, cols, gen)
+        if pattern == "24"
+        else torch.rand(rows, cols, generator=gen) < density
+    )
+    linear.weight.data = w * kept
+    if bias:
+        linear.bias.data = torch.randn(rows, generator=gen).to(dtype)
+    return linear
+
+
+def tokens(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+
+
+CASES = [("sparse24", "24"), ("bitmap", "24"), ("bitmap", "random")]
+
+
+@pytest.mark.parametrize(("format", "pattern"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_stands_for_the_dense_layer(format, pattern, dtype, bias):
+    linear = pruned(dtype=dtype, pattern=pattern, bias=bias)
+    sparse = SparseLinear.from_dense(linear, format)
+    assert torch.equal(sparse.decompress(), linear.weight)
+    assert torch.equal(sparse.to_dense().weight, linear.weight)
+    for shape in ((40,), (1, 40), (2, 3, 40), (70, 40), (0, 40)):
+        x = tokens(*shape)
+        want = nn.functional.linear(
+            x.double(), linear.weight.double(), linear.bias.double() if bias else None
+        )
+        torch.testing.assert_close(sparse(x).double(), want, rtol=1e-5, atol=1e-5)
+    y = sparse(tokens(5, 40, dtype=torch.bfloat16))
+    assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(("format", "pattern"), CASES)
+def test_direct_call_and_op_agree(format, pattern, monkeypatch):
+    sparse = SparseLinear.from_dense(pruned(pattern=pattern), format)
+    x = tokens(3, 7, 40)
+    assert sparse._direct(x)
+    direct = sparse(x)
+    monkeypatch.setenv("PYPRUNE_BACKEND", "native")
+    assert not sparse._direct(x)
+    assert torch.equal(sparse(x), direct)
+    strided = tokens(40, 7).T
+    monkeypatch.delenv("PYPRUNE_BACKEND")
+    assert torch.equal(sparse(strided), sparse(strided.contiguous()))
+
+
+def test_activations_of_other_kinds_take_the_op():
+    sparse = SparseLinear.from_dense(pruned(), "sparse24")
+    for x in (tokens(2, 40).double(), tokens(2, 40).half(), tokens(2, 40).to("meta")):
+        assert not sparse._direct(x)
+    assert sparse(tokens(2, 40).double()).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"meta|values"):
+        sparse(tokens(2, 48))
+
+
+@pytest.mark.parametrize(("format", "pattern"), CASES)
+def test_state_dict_round_trip(format, pattern):
+    sparse = SparseLinear.from_dense(pruned(pattern=pattern), format)
+    other = SparseLinear(40, 24, format, dtype=torch.bfloat16)
+    other.load_state_dict(sparse.state_dict())
+    x = tokens(4, 40)
+    assert torch.equal(other(x), sparse(x))
+    assert torch.equal(other.decompress(), sparse.decompress())
+    fresh = SparseLinear(40, 24, format, dtype=torch.bfloat16, device="meta")
+    fresh.load_state_dict(sparse.state_dict(), assign=True)
+    assert torch.equal(fresh(x), sparse(x))
+
+
+def test_replaced_and_copied_weights_are_noticed():
+    x = tokens(2, 40)
+    a = SparseLinear.from_dense(pruned(seed=1), "sparse24")
+    b = SparseLinear.from_dense(pruned(seed=2), "sparse24")
+    first = a(x)
+    a.load_state_dict(b.state_dict())
+    assert torch.equal(a(x), b(x)) and not torch.equal(a(x), first)
+    a.float()
+    assert a.values.dtype == torch.float32
+    torch.testing.assert_close(a(x), b(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(copy.deepcopy(a)(x), a(x))
+    assert torch.equal(pickle.loads(pickle.dumps(a))(x), a(x))
+
+
+def test_tampered_state_is_refused_with_the_layers_name():
+    holder = nn.ModuleDict({"proj": SparseLinear.from_dense(pruned(), "sparse24")})
+    state = holder.state_dict()
+    state["proj.metadata"][3, 1] = 0
+    with pytest.raises(RuntimeError, match=r"proj: meta: .*ascending"):
+        holder.load_state_dict(state)
+    holder = nn.ModuleDict({"proj": SparseLinear.from_dense(pruned(), "bitmap")})
+    state = holder.state_dict()
+    state["proj.row_offsets"][5] += 1
+    with pytest.raises(RuntimeError, match=r"proj: bitmap"):
+        holder.load_state_dict(state)
+    truncated = holder.state_dict()
+    truncated["proj.values"] = truncated["proj.values"][:-3]
+    with pytest.raises(RuntimeError, match=r"proj: row_offsets|proj: bitmap"):
+        holder.load_state_dict(truncated)
+
+
+def test_sizes():
+    linear = pruned(rows=64, cols=128, bias=False)
+    dense = linear.weight.nbytes
+    assert compressed_bytes(linear.weight, "dense") == dense
+    assert compressed_bytes(linear.weight, "sparse24") == dense * 9 // 16
+    for format in ("sparse24", "bitmap"):
+        sparse = SparseLinear.from_dense(linear, format)
+        assert sparse.memory_bytes == compressed_bytes(linear.weight, format)
+    assert compressed_bytes(torch.ones(2, 8), "sparse24") is None
+    assert "format=bitmap, density=0.500, dtype=bfloat16" in repr(sparse)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SparseLinear(8, 8, "csr"), "expected one of sparse24, bitmap"),
+        (lambda: SparseLinear(12, 8, "sparse24"), "multiple of 8 inputs"),
+        (lambda: SparseLinear.from_dense(nn.Linear(8, 8), "sparse24"), "at most 2 non-zero"),
+        (lambda: compressed_bytes(torch.ones(2, 8), "csr"), "expected dense, sparse24, bitmap"),
+    ],
+)
+def test_mistakes(make, message):
+    with pytest.raises(UserError, match=message):
+        make()
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(24, 40, dtype=torch.bfloat16)
+        self.blocks = nn.ModuleList(
+            [pruned(40, 40, pattern="24"), pruned(40, 40, pattern="random", density=0.3),
+             pruned(40, 40, pattern="random", density=0.95)]
+        )  # fmt: skip
+        self.head = pruned(24, 40, bias=False)
+        self.embed.weight = self.head.weight
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x).relu()
+        return self.head(x)
+
+
+def test_compress_model_takes_the_smallest_format_that_pays():
+    model = Tied()
+    ids = torch.arange(12).reshape(2, 6)
+    want = model(ids)
+    chosen = compress_model(model)
+    assert chosen == {
+        "blocks.0": "sparse24", "blocks.1": "bitmap", "blocks.2": "dense", "head": "dense",
+    }  # fmt: skip
+    assert type(model.blocks[1]) is SparseLinear and type(model.blocks[2]) is nn.Linear
+    assert model.head.weight is model.embed.weight
+    torch.testing.assert_close(model(ids), want, rtol=0.05, atol=0.05)
+
+
+def test_compress_model_by_name():
+    model = Tied()
+    assert compress_model(model, {"blocks.0": "bitmap"})["blocks.1"] == "dense"
+    assert model.blocks[0].format == "bitmap"
+    with pytest.raises(UserError, match=r"'blocks\.9' is not a linear layer"):
+        compress_model(model, {"blocks.9": "bitmap"})
+    with pytest.raises(LayerError, match=r"blocks.2: sparse24: expected"):
+        compress_model(model, {"blocks.2": "sparse24"})
+
+
+@pytest.mark.parametrize(("format", "pattern"), CASES)
+def test_compiles_without_graph_breaks(format, pattern):
+    sparse = SparseLinear.from_dense(pruned(pattern=pattern), format)
+    compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+    x = tokens(3, 40)
+    assert torch.equal(compiled(x), sparse(x))
+    exported = torch.export.export(sparse, (x,))
+    assert "linear_" in exported.graph_module.code
+    assert torch.equal(exported.module()(x), sparse(x))
