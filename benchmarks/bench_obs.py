@@ -1,0 +1,165 @@
+"""SparseGPT's solve with H given: factor the Hessian, sweep the weights.
+
+Providers: ours, per backend; `algorithm`, what the original code runs, written down here from the
+published mathematics: Cholesky, inverse, Cholesky of the inverse, then a Python loop over the
+columns; `floor`, the least dense work there is: one Cholesky factorisation, one triangular inverse
+and one [R, C] x [C, C/2] product. `share_of_limit` is the floor's time over a provider's: above
+100 % where fusing Cholesky and inverse into products pays.
+
+Two extra columns anchor correctness against `algorithm`: `mask_agreement`, the share of equal mask
+bits (its unstructured rule prunes one weight more a block), and `max_error`, the largest difference
+of a weight when ours is given its mask.
+"""
+
+import torch
+from _harness import Bench, Case, copies, forced_backend, our_backends, parse
+
+from pyprune import ops
+
+# Rows x columns: SmolLM2-135M's attention, gate/up and down_proj; a 2k model; Llama-3-8B's layers.
+SHAPES = {
+    "cpu": [(576, 576), (1536, 576), (576, 1536), (2048, 2048)],
+    "cuda": [(576, 576), (1536, 576), (2048, 2048), (4096, 4096), (14336, 4096), (4096, 14336)],
+}
+RULES = {"2:4": {"nm": (2, 4)}, "50%": {"sparsity": 0.5}}
+BLOCK = 128
+# Two fp32 solves of C columns agree to about this, relative to the largest weight.
+TOLERANCE = 2e-3
+
+
+def algorithm(w, h, rule):
+    """The reference algorithm: `(weights, mask of kept weights)`."""
+    w, h = w.clone(), h.clone()
+    diagonal = h.diagonal()
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    w[:, dead] = 0
+    diagonal += 0.01 * diagonal.mean()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
+    u = torch.linalg.cholesky(inverse, upper=True)
+    kept = torch.ones_like(w, dtype=torch.bool)
+    for start in range(0, w.shape[1], BLOCK):
+        end = min(start + BLOCK, w.shape[1])
+        block, local = w[:, start:end].clone(), u[start:end, start:end]
+        errors, losses, new = (torch.zeros_like(block) for _ in range(3))
+        pruned = torch.zeros_like(block, dtype=torch.bool)
+        if "sparsity" in rule:
+            scores = block**2 / local.diagonal() ** 2
+            threshold = scores.flatten().sort().values[int(scores.numel() * rule["sparsity"])]
+            pruned = scores <= threshold
+        for j in range(end - start):
+            column, d = block[:, j], local[j, j]
+            if "nm" in rule and j % rule["nm"][1] == 0:
+                n, m = rule["nm"]
+                scores = block[:, j : j + m] ** 2 / local.diagonal()[j : j + m] ** 2
+                pruned.scatter_(1, j + scores.topk(m - n, dim=1, largest=False).indices, True)
+            q = torch.where(pruned[:, j], 0, column)
+            new[:, j] = q
+            losses[:, j] = (column - q) ** 2 / d**2
+            error = (column - q) / d
+            block[:, j:] -= error[:, None] @ local[j, j:][None]
+            errors[:, j] = error
+        w[:, start:end] = new
+        kept[:, start:end] = ~pruned
+        w[:, end:] -= errors @ u[start:end, end:]
+    return w, kept
+
+
+def triangular_inverse(lower):
+    """The faster way that PyTorch offers at each size, so that the floor is one."""
+    n = len(lower)
+    if n <= 512:
+        eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    half = n // 2
+    out = torch.zeros_like(lower)
+    out[:half, :half] = triangular_inverse(lower[:half, :half])
+    out[half:, half:] = triangular_inverse(lower[half:, half:])
+    out[half:, :half] = -(out[half:, half:] @ (lower[half:, :half] @ out[:half, :half]))
+    return out
+
+
+def layer(rows, cols, device):
+    """Gaussian weights, and the Hessian of inputs that share a few strong directions."""
+    gen = torch.Generator(device=device).manual_seed(0)
+    mix = torch.randn(cols // 8 + 1, cols, generator=gen, device=device)
+    x = torch.randn(2 * cols, cols, generator=gen, device=device)
+    x += 0.3 * torch.randn(2 * cols, len(mix), generator=gen, device=device) @ mix
+    return torch.randn(rows, cols, generator=gen, device=device), x.T @ x
+
+
+def solve_case(rows, cols, label, device):
+    rule = RULES[label]
+    count = copies(8 * rows * cols + 8 * cols * cols, device)
+    inputs = [layer(rows, cols, device) for _ in range(count)]
+    reference = {}
+
+    def ours(backend):
+        def run(i):
+            w, h = inputs[i % count]
+            with forced_backend(backend):
+                return ops.obs_sweep(w, ops.obs_factor(h).u, **rule)
+
+        return run
+
+    def floor(i):
+        w, h = inputs[i % count]
+        inverse = triangular_inverse(torch.linalg.cholesky_ex(h).L)
+        return w @ inverse[:, : cols // 2]
+
+    def check(name, got):
+        if name == "algorithm":
+            reference["weight"], reference["mask"] = got
+        elif name != "floor":
+            reference[name] = got
+
+    providers = {"algorithm": lambda i: algorithm(*inputs[i % count], rule)}
+    providers |= {name: ours(name) for name in our_backends("obs_sweep", device, torch.float32)
+                  if name != "reference"}  # fmt: skip
+    case = Case(
+        shape=(rows, cols),
+        dtype=torch.float32,
+        flops=2 / 3 * cols**3 + rows * cols**2,
+        bytes=4 * (cols**2 + 2 * rows * cols) + rows * cols,
+        providers={**providers, "floor": floor},
+        limit="floor",
+        check=check,
+        baseline="algorithm",
+        note={"pattern": label},
+    )
+    return case, reference, inputs[0]
+
+
+def anchor(row, reference, w, h):
+    """The two correctness columns, for our providers."""
+    ours = reference.get(row["provider"])
+    if ours is None:
+        return
+    row["mask_agreement"] = float((ours.mask == reference["mask"]).double().mean())
+    with forced_backend(row["provider"]):
+        same = ops.obs_sweep(w, ops.obs_factor(h).u, mask=reference["mask"])
+    row["max_error"] = float((same.weight - reference["weight"]).abs().max())
+    scale = float(reference["weight"].abs().max())
+    assert row["max_error"] <= TOLERANCE * scale, f"{row['provider']}: error {row['max_error']}"
+    assert row["mask_agreement"] >= 0.995, f"{row['provider']}: masks {row['mask_agreement']:.2%}"
+
+
+def main():
+    args = parse(__doc__)
+    bench = Bench("sparsegpt_solve", args)
+    shapes = [(48, 160)] if args.smoke else SHAPES[args.device]
+    for rows, cols in shapes:
+        for label in RULES:
+            case, reference, (w, h) = solve_case(rows, cols, label, args.device)
+            for row in bench.run(case):
+                anchor(row, reference, w, h)
+                if "mask_agreement" in row:
+                    bench.console.print(
+                        f"  {row['provider']}: masks agree {row['mask_agreement']:.4%}, "
+                        f"max error {row['max_error']:.1e} with the reference's mask"
+                    )
+    bench.finish()
+
+
+if __name__ == "__main__":
+    main()
