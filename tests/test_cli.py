@@ -76,8 +76,10 @@ def test_help_needs_no_torch():
         "sys.exit(status or 'torch' in sys.modules or 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--sparsity" in done.stdout and "Examples" in done.stdout and "--pattern 2:4" in (
-        " ".join(done.stdout.split())
+    assert (
+        "--sparsity" in done.stdout
+        and "Examples" in done.stdout
+        and "--pattern 2:4" in (" ".join(done.stdout.split()))
     )
 
 
