@@ -12,8 +12,8 @@ y           | x's              | [M, R]           | contiguous
 
 A program owns BLOCK_R rows of W and walks along the columns once; what it reads of W serves all
 rows of x. Nothing is expanded in memory: a lane holds one group (2:4) or one byte of bitmap, its
-weights in registers, and multiplies them with the x of the same columns. The sums over the lanes are taken
-once, at the end.
+weights in registers, and multiplies them with the x of the same columns. The sums over the lanes
+are taken once, at the end.
 """
 
 import os
