@@ -1,0 +1,132 @@
+"""Writes README's "Measured" section from the rows in benchmarks/results/.
+
+python benchmarks/readme.py            # rewrite the section
+python benchmarks/readme.py --check    # exit 1 if it is not what the rows say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results -->", "<!-- end results -->"
+Row = dict[str, Any]
+OURS = ("cuda", "triton", "native")
+KERNELS = {
+    "obs": "SparseGPT solve, H given",
+    "gram": "Gram matrix",
+    "fisher": "Gradient magnitudes",
+    "select": "Mask selection",
+    "pack": "Packing",
+}
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    return [
+        "| " + " | ".join(header) + " |",
+        "|" + "---|" * len(header),
+        *("| " + " | ".join(row) + " |" for row in rows),
+        "",
+    ]
+
+
+def device_of(rows: list[Row]) -> str:
+    row = rows[0]
+    threads = f", {row['threads']} threads" if row.get("threads") else ""
+    return f"{row['device']}{threads}, torch {row['torch']}"
+
+
+def quality(rows: list[Row]) -> list[str]:
+    first = rows[0]["perplexity"]
+    texts = list(first)
+    protocol = first[texts[0]]
+    lines = [
+        "### Perplexity",
+        "",
+        f"SmolLM2-135M (dequantised 4-bit release), fp32; {protocol['tokens']:,} tokens of each "
+        f"text in windows of {protocol['seqlen']}, no BOS. Calibration: "
+        f"{rows[0]['calibration_tokens']:,} tokens of other Wikipedia articles. {device_of(rows)}. "
+        "`benchmarks/bench_quality.py`.",
+        "",
+    ]
+    body = [
+        [r["method"], r["pattern"], *(f"{r['perplexity'][t]['ppl']:.2f}" for t in texts),
+         f"{r['seconds']:.0f}" if "seconds" in r else "-",
+         f"{r['peak_memory_bytes'] / 2**30:.2f}" if "peak_memory_bytes" in r else "-"]
+        for r in rows
+    ]  # fmt: skip
+    return lines + table(["method", "pattern", *texts, "seconds", "peak GiB"], body)
+
+
+def case_of(row: Row) -> tuple[str, ...]:
+    known = {"op", "provider", "shape", "dtype", "seconds_median", "seconds_min", "seconds_max",
+             "repetitions", "flops", "flops_rate", "bytes", "bytes_rate", "share_of_limit", "limit",
+             "baseline", "ratio_to_baseline", "device", "threads", "torch", "commit",
+             "ratio_to_reference", "share_of_floor", "mask_agreement", "max_error"}  # fmt: skip
+    note = " ".join(f"{k} {v}" for k, v in row.items() if k not in known)
+    return row["op"], note, "x".join(map(str, row["shape"])), row["dtype"]
+
+
+def kernels(name: str, rows: list[Row]) -> list[str]:
+    """A line per case: our time, how many times longer the others take, share of the limit."""
+    body = []
+    for case, members in groupby(rows, key=case_of):
+        times = {r["provider"]: r for r in members}
+        ours = next((times[b] for b in OURS if b in times), None)
+        if ours is None:
+            continue
+        others = ", ".join(
+            f"{r['seconds_median'] / ours['seconds_median']:.2f}x {p}"
+            for p, r in times.items()
+            if r is not ours and p not in ("reference", *OURS)
+        )
+        body.append([*case, ours["provider"], f"{ours['seconds_median'] * 1e3:.3f}", others,
+                     f"{ours['share_of_limit']:.0%} of {ours['limit']}"])  # fmt: skip
+    header = ["op", "case", "shape", "dtype", "ours", "ms", "time of others / ours", "limit"]
+    title = f"### {KERNELS[name]}"
+    return [
+        title,
+        "",
+        f"{device_of(rows)}. `benchmarks/bench_{name}.py`.",
+        "",
+        *table(header, body),
+    ]
+
+
+def section() -> str:
+    lines = [BEGIN, ""]
+    results = ROOT / "benchmarks" / "results"
+    for path in sorted(results.glob("**/quality.json")):
+        lines += quality(json.loads(path.read_text()))
+    for folder in sorted({p.parent for p in results.glob("*/*.json")}):
+        for name in KERNELS:
+            path = folder / f"{name}.json"
+            if path.exists() and (rows := json.loads(path.read_text())):
+                lines += kernels(name, rows)
+    return "\n".join([*lines, END])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    path = ROOT / "README.md"
+    text = path.read_text()
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    new = before + section() + after
+    if args.check:
+        if new != text:
+            print("README.md is not what benchmarks/results/ says: run benchmarks/readme.py")
+        return int(new != text)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
