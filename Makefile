@@ -35,9 +35,12 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 demo: $(BUILT)
 	$(BIN)/python examples/demo.py --out $(DEMO_DIR)
 
-# Prebuilt interpreter runs (the GPU) and real-model tests are chosen by markers; see pyproject.toml.
+# All but what is marked slow; test-all runs that too. Markers are explained in pyproject.toml.
 test: $(BUILT)
 	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+
+test-all: $(BUILT)
+	$(BIN)/python -m pytest -q -m "slow or not slow" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

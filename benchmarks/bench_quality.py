@@ -19,12 +19,13 @@ from pathlib import Path
 
 import torch
 from _harness import environment
-from pyprune.config import CalibrationConfig, PruneConfig
-from pyprune.evaluate import perplexity
-from pyprune.packaged import packaged_model_dir, packaged_text
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pyprune.config import CalibrationConfig, PruneConfig
+from pyprune.evaluate import perplexity
+from pyprune.packaged import packaged_model_dir
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
 PATTERNS = ("0.5", "4:8", "2:4")
@@ -43,8 +44,7 @@ def evaluate(folder: Path, tokens: int) -> dict[str, dict]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     results = {}
     for text in TEXTS:
-        part = packaged_text(text, part="evaluation")
-        r = perplexity(model, tokenizer, text=part, seqlen=SEQLEN, max_tokens=tokens)
+        r = perplexity(model, tokenizer, text=text, seqlen=SEQLEN, max_tokens=tokens)
         results[text] = {"ppl": r.ppl, "tokens": r.tokens, "seqlen": r.seqlen, "bos": r.bos}
     return results
 

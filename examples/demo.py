@@ -19,17 +19,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from pyprune.calibration.walk import WalkEvent
-from pyprune.config import CalibrationConfig, PruneConfig
-from pyprune.evaluate import perplexity
-from pyprune.packaged import packaged_model_dir, packaged_text
-from pyprune.prune import prune_checkpoint
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pyprune.calibration.walk import WalkEvent
+from pyprune.config import CalibrationConfig, PruneConfig
 from pyprune.errors import UserError
+from pyprune.evaluate import perplexity
+from pyprune.packaged import packaged_model_dir
+from pyprune.prune import prune_checkpoint
 
 # 64 x 512 tokens of calibration and 24 windows of evaluation keep the demo within minutes on two
 # cores. README's table uses more of both.
@@ -63,8 +63,7 @@ class Demo:
     def run(self) -> None:
         with self.phase("model and text"):
             dense = packaged_model_dir()
-            text = packaged_text("wiki", part="evaluation")
-        self.evaluate(dense, text, {"method": "dense", "pattern": "-", "sparsity": 0.0})
+        self.evaluate(dense, {"method": "dense", "pattern": "-", "sparsity": 0.0})
         for name, config in RUNS.items():
             folder = self.out / name
             with self.phase(f"prune {config.target()}") as task:
@@ -76,16 +75,16 @@ class Demo:
                 "seconds": self.seconds[f"prune {config.target()}"],
                 "peak_memory_bytes": report.run.peak_rss_bytes,
             }
-            self.evaluate(folder, text, row)
+            self.evaluate(folder, row)
 
-    def evaluate(self, folder: Path, text: str, row: dict[str, object]) -> None:
+    def evaluate(self, folder: Path, row: dict[str, object]) -> None:
         with self.phase(f"perplexity {row['pattern'] if self.rows else 'dense'}") as task:
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             result = perplexity(
                 model,
                 tokenizer,
-                text=text,
+                text="wiki",
                 seqlen=SEQLEN,
                 max_tokens=EVALUATION_TOKENS,
                 progress=lambda done, total: self.progress.update(

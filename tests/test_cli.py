@@ -352,9 +352,11 @@ def test_refusals_of_ops_are_the_users(monkeypatch, capsys):
 
 # Stops at the first pruned layer of the run until the test has sent its signal.
 SLOW = """
-import sys, time
+import signal, sys, time
 from pyprune import cli
 from pyprune.checkpoint import StreamingStore
+# A shell that starts the tests in the background has them, and so this process, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 def flush(self, i):
     print("writing", flush=True)
     time.sleep(60)
