@@ -53,7 +53,8 @@ def algorithm(w, h, rule):
                 n, m = rule["nm"]
                 scores = block[:, j : j + m] ** 2 / local.diagonal()[j : j + m] ** 2
                 pruned.scatter_(1, j + scores.topk(m - n, dim=1, largest=False).indices, True)
-            q = torch.where(pruned[:, j], 0, column)
+            q = column.clone()
+            q[pruned[:, j]] = 0
             new[:, j] = q
             losses[:, j] = (column - q) ** 2 / d**2
             error = (column - q) / d

@@ -12,9 +12,6 @@
 
 #include <omp.h>
 
-#include <cstdlib>
-#include <new>
-
 #include "cpu/obs_select.h"
 #include "cpu/obs_tile.h"
 #include "cpu/strip.h"
@@ -22,25 +19,6 @@
 namespace pyprune {
 namespace PYPRUNE_ISA {
 namespace {
-
-// Error columns per pass over a block: 128 x 48 floats are 24 KiB, half of a first-level cache.
-constexpr int64_t kDepth = 128;
-
-template <class T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64))) {
-    if (!data_) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(data_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  operator T*() const { return data_; }
-
- private:
-  T* data_;
-};
 
 enum class Rule { given, nm, row, block };
 
@@ -87,7 +65,7 @@ class Sweep {
   const Rule rule_;
   const int64_t rows_, cols_, block_, strips_;
   Buffer<float> errors_;    // [strips][cols][lanes]
-  Buffer<float> panel_;     // U[:i2, i1:i2] as [tiles][i2][kCols]
+  Buffer<float> panel_;     // U[:i2, i1:i2], see Panel
   Buffer<float> inv_diag_;  // 1 / U_jj
   Buffer<double> loss_;
   Buffer<float> scratch_f_;
@@ -102,6 +80,7 @@ class Sweep {
   const float* u_ = nullptr;
   int64_t i1_ = 0, i2_ = 0;
 
+  Panel panel() const { return {panel_, i1_, i2_}; }
   float* strip(int64_t s) const { return errors_ + s * kLanes * cols_; }
   int strip_rows(int64_t s) const {
     return static_cast<int>(std::min<int64_t>(kLanes, rows_ - s * kLanes));
@@ -159,31 +138,7 @@ class Sweep {
     const int64_t ld = a_.w.stride[1];
     const float* w = a_.w.ptr<float>() + b_ * a_.w.stride[0] + s * kLanes * ld + i1_;
     load_strip(w, ld, strip_rows(s), i2_ - i1_, strip(s) + i1_ * kLanes, kLanes);
-    update(s, i1_, i2_, 0, i1_);
-  }
-
-  // Applies the errors of columns [k0, k1) of strip s to its columns [a, b).
-  void update(int64_t s, int64_t a, int64_t b, int64_t k0, int64_t k1) const {
-    for (int64_t k = k0; k < k1; k += kDepth)
-      for_tiles(a, b, [&](int64_t c, auto width) {
-        update_tile<V, width>(strip(s) + c * kLanes, strip(s) + k * kLanes, panel_at(k, c),
-                              std::min(kDepth, k1 - k));
-      });
-  }
-
-  const float* panel_at(int64_t k, int64_t c) const {
-    const int64_t in_block = c - i1_, lane = in_block % kCols;
-    return panel_ + (in_block - lane) * i2_ + k * kCols + lane;
-  }
-
-  // Calls f(first column, width) for the columns [a, b) cut at the panel's tile borders.
-  template <class F>
-  void for_tiles(int64_t a, int64_t b, F&& f) const {
-    for (int64_t c = a; c < b;) {
-      const int64_t width = std::min(b - c, kCols - (c - i1_) % kCols);
-      with_width(width, [&](auto w) { f(c, w); });
-      c += width;
-    }
+    update<V>(strip(s), panel(), i1_, i2_, 0, i1_);
   }
 
   // Visits the block's columns of strip s. A mask is chosen when all columns before it have been
@@ -196,11 +151,11 @@ class Sweep {
     const int64_t step = rule_ == Rule::nm ? a_.m : kDepth;
     for (int64_t g = i1_; g < i2_; g += step) {
       const int64_t end = std::min(i2_, g + step);
-      update(s, g, end, i1_, g);
+      update<V>(strip(s), panel(), g, end, i1_, g);
       if (rule_ == Rule::nm) choose(s, g, mine);
-      for_tiles(g, end, [&](int64_t c, auto width) {
+      panel().for_tiles(g, end, [&](int64_t c, auto width) {
         const int64_t at = (c - i1_) * kLanes;
-        solve_tile<V, width>(strip(s) + c * kLanes, strip(s) + g * kLanes, panel_at(g, c), c - g,
+        solve_tile<V, width>(strip(s) + c * kLanes, strip(s) + g * kLanes, panel().at(g, c), c - g,
                              inv_diag_ + c, mine.pruned + at, mine.kept + at, loss_ + s * kLanes);
       });
     }

@@ -1,7 +1,10 @@
-// The two micro-kernels of the OBS sweep, on tiles of a strip (see strip.h).
+// The micro-kernels of the OBS sweep and factorisation, on tiles of a strip (see strip.h): products
+// and triangular solves with the upper triangular matrix of a panel.
 #pragma once
 
 #include <cstdint>
+#include <cstdlib>
+#include <new>
 #include <type_traits>
 
 #include "cpu/strip.h"
@@ -98,6 +101,58 @@ inline void with_width(int64_t w, F&& f) {
     with_width<W - 1>(w, f);
   }
 }
+
+// Strip columns per pass over a panel: 128 x 48 floats are 24 KiB, half of a first-level cache.
+constexpr int64_t kDepth = 128;
+
+// Columns first <= c < `rows` of an upper triangular matrix, its rows 0 <= k < `rows`, as
+// [tiles of kCols columns][rows][kCols].
+struct Panel {
+  const float* data;
+  int64_t first, rows;
+
+  const float* at(int64_t k, int64_t c) const {
+    const int64_t column = c - first, in_tile = column % kCols;
+    return data + (column - in_tile) * rows + k * kCols + in_tile;
+  }
+
+  // Calls f(first column, width) for the columns [a, b) cut at the tiles' borders.
+  template <class F>
+  void for_tiles(int64_t a, int64_t b, F&& f) const {
+    for (int64_t c = a; c < b;) {
+      const int64_t width = std::min(b - c, kCols - (c - first) % kCols);
+      with_width(width, [&](auto w) { f(c, w); });
+      c += width;
+    }
+  }
+};
+
+// strip[:, a:b] -= strip[:, k0:k1] U[k0:k1, a:b]
+template <int V>
+inline void update(float* strip, const Panel& u, int64_t a, int64_t b, int64_t k0, int64_t k1) {
+  constexpr int S = V * Vec::kLanes;
+  for (int64_t k = k0; k < k1; k += kDepth)
+    u.for_tiles(a, b, [&](int64_t c, auto width) {
+      update_tile<V, width>(strip + c * S, strip + k * S, u.at(k, c), std::min(kDepth, k1 - k));
+    });
+}
+
+// Uninitialised memory at a cache line, for the length of a kernel.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() const { return data_; }
+
+ private:
+  T* data_;
+};
 
 }  // namespace PYPRUNE_ISA
 }  // namespace pyprune

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyprune import _native
 from pyprune.ops import _registry
 
 # Below this size the blocked recursion hands over to LAPACK. Tried from 64 to 384 on a CPU: flat
@@ -17,9 +18,8 @@ LEAF = {"cpu": 128, "cuda": 512}
 
 FACTOR_DTYPES = (torch.float32, torch.float64)
 
-# `L^-1` of `a = L L^T` `[n, n]`, with a NaN on the diagonal where `a` is not positive definite. May
-# overwrite `a`.
-Inverse = Callable[[Tensor], Tensor]
+# U `[C, C]` with `(h + diag(shift))^-1 = U^T U`, or None if that matrix is not positive definite.
+Factorise = Callable[[Tensor, Tensor], Tensor | None]
 
 # A damping is multiplied by this until the Cholesky factorisation succeeds.
 DAMPING_STEP = 10.0
@@ -105,24 +105,24 @@ def _invert_cholesky(a: Tensor, out: Tensor, leaf: int) -> None:
     torch.mm(second, (panel @ first).neg_(), out=out[half:, :half])
 
 
-def _inverse_by_products(a: Tensor) -> Tensor:
+def _by_products(a: Tensor) -> Tensor:
     out = torch.zeros_like(a)
     _invert_cholesky(a, out, LEAF.get(a.device.type, LEAF["cpu"]))
     return out
 
 
-def _inverse_by_lapack(a: Tensor) -> Tensor:
+def _by_lapack(a: Tensor) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(a)
     eye = torch.eye(len(a), dtype=a.dtype, device=a.device)
     out: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
     return out.masked_fill(info != 0, math.nan)
 
 
-def _reversed_factor(h: Tensor, shift: Tensor, inverse: Inverse) -> Tensor | None:
-    """U with `(h + diag(shift))^-1 = U^T U`, or None if there is none; `[C, C]`, `[C]`.
-
-    With J the reversal, `J (h + diag(shift)) J = L L^T` gives `U = J L^-1 J`.
-    """
+def _reversed_factor(
+    h: Tensor, shift: Tensor, inverse: Callable[[Tensor], Tensor]
+) -> Tensor | None:
+    """With J the reversal, `J (h + diag(shift)) J = L L^T` gives `U = J L^-1 J`. `inverse` makes
+    `L^-1` from the reversed matrix, with a NaN on its diagonal where that is not definite."""
     flipped = h.flip(0, 1)
     flipped.diagonal().add_(shift.flip(0))
     lower = inverse(flipped)
@@ -130,8 +130,24 @@ def _reversed_factor(h: Tensor, shift: Tensor, inverse: Inverse) -> Tensor | Non
     return lower.flip(0, 1) if bool((diagonal.isfinite() & (diagonal > 0)).all()) else None
 
 
+def _factor_reference(h: Tensor, shift: Tensor) -> Tensor | None:
+    return _reversed_factor(h, shift, _by_lapack)
+
+
+def _factor_blocked(h: Tensor, shift: Tensor) -> Tensor | None:
+    return _reversed_factor(h, shift, _by_products)
+
+
+def _factor_native(h: Tensor, shift: Tensor) -> Tensor | None:
+    if h.dtype != torch.float32:  # fp64 is the retry of an ill-conditioned H, not the usual case
+        return _factor_blocked(h, shift)
+    rows = h if h.stride(1) == 1 or len(h) <= 1 else h.contiguous()
+    u = torch.zeros(h.shape, dtype=h.dtype)
+    return u if _native.call("obs_factor", u, rows, shift) else None
+
+
 def _factor_matrix(
-    h: Tensor, dead: Tensor, ladder: list[float], inverse: Inverse
+    h: Tensor, dead: Tensor, ladder: list[float], factorise: Factorise
 ) -> tuple[Tensor | None, float]:
     """The factor of one matrix at the first damping of `ladder` that works, and that damping."""
     # The sum finds nearly all matrices that are not finite in one pass without a temporary.
@@ -142,19 +158,19 @@ def _factor_matrix(
         # A rank-deficient H with next to no damping can be definite in fp64 though not in fp32:
         # that is tried before the problem is changed by more damping.
         for dtype in dict.fromkeys((h.dtype, torch.float64)):
-            u = _reversed_factor(h.to(dtype), (dead + damping * mean).to(dtype), inverse)
+            u = factorise(h.to(dtype), (dead + damping * mean).to(dtype))
             if u is not None:
                 return u.to(h.dtype), damping
     return None, math.nan
 
 
 def _obs_factor(
-    h: Tensor, damping: float, max_damping: float, inverse: Inverse
+    h: Tensor, damping: float, max_damping: float, factorise: Factorise
 ) -> tuple[Tensor, Tensor, Tensor]:
     stack = h if h.dim() == 3 else h[None]
     dead = stack.diagonal(dim1=-2, dim2=-1) == 0
     ladder = damping_ladder(damping, max_damping)
-    factors = [_factor_matrix(m, d, ladder, inverse) for m, d in zip(stack, dead, strict=True)]
+    factors = [_factor_matrix(m, d, ladder, factorise) for m, d in zip(stack, dead, strict=True)]
     used = torch.tensor([damping for _, damping in factors], dtype=torch.float64, device=h.device)
     us = [torch.full_like(stack[0], math.nan) if u is None else u for u, _ in factors]
     if h.dim() == 2:
@@ -166,13 +182,19 @@ def _obs_factor(
 def obs_factor_reference(
     h: Tensor, damping: float, max_damping: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _obs_factor(h, damping, max_damping, _inverse_by_lapack)
+    return _obs_factor(h, damping, max_damping, _factor_reference)
+
+
+def _obs_factor_native(
+    h: Tensor, damping: float, max_damping: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _obs_factor(h, damping, max_damping, _factor_native)
 
 
 def obs_factor_blocked(
     h: Tensor, damping: float, max_damping: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _obs_factor(h, damping, max_damping, _inverse_by_products)
+    return _obs_factor(h, damping, max_damping, _factor_blocked)
 
 
 def _obs_factor_fake(
@@ -189,8 +211,8 @@ _registry.register(
     fake=_obs_factor_fake,
     impls={
         "reference": _registry.Impl(obs_factor_reference, FACTOR_DTYPES),
-        # Nearly all of it is matrix products, which the BLAS of either device does best.
-        "native": _registry.Impl(obs_factor_blocked, FACTOR_DTYPES),
+        "native": _registry.Impl(_obs_factor_native, FACTOR_DTYPES),
+        # Nearly all of it is matrix products, which cuBLAS does best.
         "triton": _registry.Impl(obs_factor_blocked, FACTOR_DTYPES),
     },
 )

@@ -1,0 +1,192 @@
+// Cholesky factorisation and triangular inverse in one left-looking pass over blocks of columns.
+//
+// With J the reversal, J (H + shift) J = L L^T gives U = J L^-1 J. Rows are cut into strips
+// (strip.h). When the pass reaches a block of columns, strips below it hold rows of A = JHJ to the
+// right and rows of L to the left; the block's own rows of L become a panel T = L^T and their
+// strips start over with rows of the identity, from which they, too, are solved block by block:
+//
+//   rows below:       L[:, block]  = (A[:, block] - L[:, :block] T[:block, block]) T[block,
+//   block]^-1 rows down to it:  X[:, block]  = (I[:, block] - X[:, :block] T[:block, block])
+//   T[block, block]^-1
+//
+// where X = T^-1, and X[r][c] = L^-1[c][r] = U[C-1-c][C-1-r]. Both lines are the OBS sweep's two
+// micro-kernels with every weight pruned, so that all but the blocks on the diagonal runs at their
+// rate.
+#include "cpu/obs_factor.h"
+
+#include <omp.h>
+
+#include <cmath>
+
+#include "cpu/obs_tile.h"
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+namespace {
+
+constexpr int V = kMaxVecs;
+constexpr int kLanes = V * Vec::kLanes;
+
+// Columns per block, whole strips: 96. Twice as many would double the serial work on the diagonal.
+constexpr int kBlock = 96;
+static_assert(kBlock % kLanes == 0 && kLanes % kCols == 0, "blocks are whole strips and tiles");
+
+class Factor {
+ public:
+  explicit Factor(const ObsFactorArgs& args)
+      : h_(args.h.ptr<float>()),
+        ld_(args.h.stride[0]),
+        shift_(args.shift.ptr<float>()),
+        u_(args.u.ptr<float>()),
+        threads_(args.threads),
+        n_(args.h.shape[0]),
+        strips_((n_ + kLanes - 1) / kLanes),
+        data_(strips_ * kLanes * n_),
+        panel_(kBlock * n_),
+        inverse_(kBlock),
+        diagonal_(kBlock * kBlock),
+        all_(kCols * kLanes),
+        kept_(threads_ * kCols * kLanes),
+        loss_(threads_ * kLanes) {
+    std::fill_n(static_cast<int32_t*>(all_), kCols * kLanes, -1);
+    std::fill_n(static_cast<double*>(loss_), threads_ * kLanes, 0.0);
+  }
+
+  bool run() {
+#pragma omp parallel num_threads(threads_)
+    for (int64_t i1 = 0; i1 < n_ && definite_; i1 += kBlock) {
+      const int64_t i2 = std::min(n_, i1 + kBlock);
+      const Panel panel{panel_, i1, i2};
+      update_diagonal(i1, i2);
+#pragma omp single
+      definite_ = factor_diagonal(i1, i2);
+      pack_panel(i1, i2, i1, i2);
+#pragma omp for schedule(static, 1)
+      for (int64_t s = 0; s < strips_; ++s) {
+        const int64_t row = s * kLanes;
+        if (row >= i2)
+          load(s, i1, i2);
+        else
+          load_identity(s, i1, i2);
+        const int64_t from = row >= i2 ? 0 : row;
+        update<V>(strip(s), panel, i1, i2, from, i1);
+        solve(s, panel, std::max(from, i1), i2);
+        if (row < i2) store(s, std::max(from, i1), i2);
+      }
+    }
+    return definite_;
+  }
+
+ private:
+  const float* h_;
+  const int64_t ld_;
+  const float* shift_;
+  float* u_;
+  const int threads_;
+  const int64_t n_, strips_;
+  Buffer<float> data_;      // [strips][columns][lanes]
+  Buffer<float> panel_;     // T[:i2, i1:i2], see Panel
+  Buffer<float> inverse_;   // 1 / T_jj of the block
+  Buffer<float> diagonal_;  // the block on the diagonal, [columns][rows]
+  // solve_tile's mask (all pruned), and its outputs that are of no use here.
+  Buffer<int32_t> all_;
+  Buffer<float> kept_;
+  Buffer<double> loss_;
+  bool definite_ = true;
+
+  float* strip(int64_t s) const { return data_ + s * kLanes * n_; }
+
+  // Columns [a, b) of strip s from A: lanes run down a row of H, backwards.
+  void load(int64_t s, int64_t a, int64_t b) const {
+    const int64_t last = n_ - 1 - s * kLanes, lanes = std::min<int64_t>(kLanes, last + 1);
+    for (int64_t c = a; c < b; ++c) {
+      const float* row = h_ + (n_ - 1 - c) * ld_ + last;
+      float* out = strip(s) + c * kLanes;
+      for (int64_t l = 0; l < lanes; ++l) out[l] = row[-l];
+      for (int64_t l = lanes; l < kLanes; ++l) out[l] = 0.0f;
+      if (c >= s * kLanes && c < (s + 1) * kLanes) out[c - s * kLanes] += shift_[n_ - 1 - c];
+    }
+  }
+
+  void load_identity(int64_t s, int64_t a, int64_t b) const {
+    std::fill(strip(s) + a * kLanes, strip(s) + b * kLanes, 0.0f);
+    for (int64_t c = std::max(a, s * kLanes); c < std::min(b, (s + 1) * kLanes); ++c)
+      strip(s)[c * kLanes + c - s * kLanes] = 1.0f;
+  }
+
+  void store(int64_t s, int64_t a, int64_t b) const {
+    const int64_t last = n_ - 1 - s * kLanes, lanes = std::min<int64_t>(kLanes, last + 1);
+    for (int64_t c = a; c < b; ++c) {
+      const float* in = strip(s) + c * kLanes;
+      float* row = u_ + (n_ - 1 - c) * n_ + last;
+      for (int64_t l = 0; l < lanes; ++l) row[-l] = in[l];
+    }
+  }
+
+  // Packs the panel above the block on the diagonal, loads that block and brings it up to date,
+  // tile by tile for the whole team.
+  void update_diagonal(int64_t i1, int64_t i2) {
+    const int64_t first = i1 / kLanes, last = (i2 + kLanes - 1) / kLanes;
+#pragma omp for schedule(static)
+    for (int64_t s = first; s < last; ++s) load(s, i1, i2);
+    pack_panel(i1, i2, 0, i1);
+    const Panel panel{panel_, i1, i2};
+#pragma omp for collapse(2) schedule(static)
+    for (int64_t s = first; s < last; ++s)
+      for (int64_t c = i1; c < i1 + kBlock; c += kCols)
+        if (c < std::min(i2, (s + 1) * kLanes))
+          update<V>(strip(s), panel, c, std::min(i2, c + kCols), 0, i1);
+  }
+
+  // Rows [k0, k1) of the panel: [tile][k][j] = L[i1 + tile * kCols + j][k]. Called by the team.
+  void pack_panel(int64_t i1, int64_t i2, int64_t k0, int64_t k1) const {
+#pragma omp for schedule(static)
+    for (int64_t k = k0; k < k1; ++k)
+      for (int64_t r = i1; r < i2; r += kCols) {
+        const float* in = strip(r / kLanes) + k * kLanes + r % kLanes;
+        std::copy_n(in, kCols, panel_ + (r - i1) * i2 + k * kCols);
+      }
+  }
+
+  // Cholesky of the block on the diagonal, column by column. False if a pivot is not positive.
+  bool factor_diagonal(int64_t i1, int64_t i2) const {
+    const int64_t n = i2 - i1, first = i1 / kLanes;
+    float (*const a)[kBlock] = reinterpret_cast<float (*)[kBlock]>(static_cast<float*>(diagonal_));
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t i = 0; i < n; i += kLanes)
+        std::copy_n(strip(first + i / kLanes) + (i1 + j) * kLanes, kLanes, a[j] + i);
+    for (int64_t j = 0; j < n; ++j) {
+      if (!(a[j][j] > 0.0f) || std::isinf(a[j][j])) return false;
+      const float pivot = std::sqrt(a[j][j]), inverse = 1.0f / pivot;
+      inverse_[j] = inverse;
+      for (int64_t i = j; i < kBlock; ++i) a[j][i] *= inverse;
+      for (int64_t k = j + 1; k < n; ++k) {
+        const float factor = a[j][k];
+        for (int64_t i = k / Vec::kLanes * Vec::kLanes; i < kBlock; i += Vec::kLanes)
+          Vec::fnma(Vec::load(a[j] + i), Vec::set1(factor), Vec::load(a[k] + i)).store(a[k] + i);
+      }
+    }
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t i = 0; i < n; i += kLanes)
+        std::copy_n(a[j] + i, kLanes, strip(first + i / kLanes) + (i1 + j) * kLanes);
+    return true;
+  }
+
+  void solve(int64_t s, const Panel& panel, int64_t a, int64_t b) const {
+    float* kept = kept_ + omp_get_thread_num() * kCols * kLanes;
+    double* loss = loss_ + omp_get_thread_num() * kLanes;
+    panel.for_tiles(a, b, [&](int64_t c, auto width) {
+      solve_tile<V, width>(strip(s) + c * kLanes, strip(s) + a * kLanes, panel.at(a, c), c - a,
+                           inverse_ + (c - panel.first), all_, kept, loss);
+    });
+  }
+};
+
+}  // namespace
+
+void obs_factor(const ObsFactorArgs& args) {
+  *args.definite = args.h.numel() == 0 || Factor(args).run();
+}
+
+}  // namespace PYPRUNE_ISA
+}  // namespace pyprune
