@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
 
 from pyprune.calibration.walk import WalkEvent
 from pyprune.config import CalibrationConfig, PruneConfig
@@ -126,6 +127,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("demo-output"))
     args = parser.parse_args()
     console = Console()
+    logging.disable_progress_bar()  # ours shows where it is
     if args.out.exists() and not (args.out / "demo.json").exists() and any(args.out.iterdir()):
         console.print(f"{args.out}: expected an earlier demo's folder or none", style="red")
         return 2
