@@ -28,7 +28,7 @@ from pyprune.evaluate import perplexity
 from pyprune.packaged import packaged_model_dir
 
 METHODS = ("magnitude", "wanda", "sparsegpt")
-PATTERNS = ("0.5", "4:8", "2:4")
+PATTERNS = ("0.5", "2:4", "4:8")
 TEXTS = ("wiki", "sotu")
 SEQLEN = 1024
 

@@ -95,7 +95,7 @@ AOT = [
         },
         "num_warps": 4,
         "num_stages": 3,
-        "divisible_by_16": ["x_ptr", "weight_ptr", "part_ptr", "C", "stride_t"],
+        "aligned": ["x_ptr", "weight_ptr", "part_ptr", "C", "stride_t"],
         "label": "bf16 32x128 weighted",
     }
 ]

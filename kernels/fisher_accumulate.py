@@ -141,7 +141,7 @@ def _aot(dtype: str, label: str, warps: int, **constexprs: int | bool) -> dict:
         "constexprs": fixed | {"PRECISION": FP32_PRECISION, "GROUP": GROUP} | constexprs,
         "num_warps": warps,
         "num_stages": 3,
-        "divisible_by_16": [*pointers, "R", "C", *(k for k, v in strides.items() if v == "i32")],
+        "aligned": [*pointers, "R", "C", *(k for k, v in strides.items() if v == "i32")],
         "label": label,
     }
 

@@ -256,7 +256,7 @@ def _aot(dtype: str, label: str, warps: int, stages: int, **constexprs: int | bo
         "num_stages": stages,
         # Launches find these out by themselves; without them no load is wide enough to be
         # asynchronous.
-        "divisible_by_16": [*pointers, "part_ptr", "C", "N", "stride_b", "stride_t"],
+        "aligned": [*pointers, "part_ptr", "C", "N", "stride_b", "stride_t"],
         "label": label,
     }
 
@@ -276,7 +276,7 @@ AOT = [
         "constexprs": {"GROUP": GROUP, "BLOCK_M": 128, "BLOCK_N": 128, "ROWS": 16},
         "num_warps": 4,
         "num_stages": 3,
-        "divisible_by_16": ["part_ptr", "out_ptr", "N"],
+        "aligned": ["part_ptr", "out_ptr", "N"],
         "label": "fp32 16x128 of a tile",
     },
 ]
