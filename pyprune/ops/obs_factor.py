@@ -158,10 +158,18 @@ def _factor_matrix(
         # A rank-deficient H with next to no damping can be definite in fp64 though not in fp32:
         # that is tried before the problem is changed by more damping.
         for dtype in dict.fromkeys((h.dtype, torch.float64)):
-            u = factorise(h.to(dtype), (dead + damping * mean).to(dtype))
-            if u is not None:
+            shift = (dead + damping * mean).to(dtype)
+            u = factorise(h.to(dtype), shift)
+            if u is not None and (dtype == torch.float64 or _pivots_are_accurate(u, h, shift)):
                 return u.to(h.dtype), damping
     return None, math.nan
+
+
+def _pivots_are_accurate(u: Tensor, h: Tensor, shift: Tensor) -> bool:
+    """Whether every pivot `1 / U_jj^2` stands clear of the rounding error of the subtractions
+    it is left over from, about sqrt(n) eps H_jj. One that does not has its sign by luck."""
+    noise = math.sqrt(len(h)) * torch.finfo(u.dtype).eps * (h.diagonal() + shift)
+    return bool((u.diagonal().square() * noise < 1).all())
 
 
 def _obs_factor(
