@@ -76,8 +76,10 @@ def test_help_needs_no_torch():
         "sys.exit(status or 'torch' in sys.modules or 'transformers' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "--sparsity" in done.stdout and "Examples" in done.stdout and "--pattern 2:4" in (
-        " ".join(done.stdout.split())
+    assert (
+        "--sparsity" in done.stdout
+        and "Examples" in done.stdout
+        and "--pattern 2:4" in (" ".join(done.stdout.split()))
     )
 
 
@@ -350,8 +352,9 @@ def test_refusals_of_ops_are_the_users(monkeypatch, capsys):
 
 # Stops at the first pruned layer of the run until the test has sent its signal.
 SLOW = """
-import sys, time
+import signal, sys, time
 from pyprune import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 from pyprune.checkpoint import StreamingStore
 def flush(self, i):
     print("writing", flush=True)
