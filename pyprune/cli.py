@@ -220,6 +220,16 @@ def prune(
     seqlen: Seqlen = None,
     batch_size: BatchSize = None,
     seed: Annotated[int | None, typer.Option(help="Which sequences are drawn.")] = None,
+    padding: Annotated[
+        str | None,
+        typer.Option(help="windows of the joined text, or documents, padded and masked."),
+    ] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos", help="Begin sequences with BOS; else as the tokenizer does."
+        ),
+    ] = None,
     walk: Annotated[str | None, typer.Option(help="single, two-pass or naive.")] = None,
     spill: Annotated[
         str | None, typer.Option(help="Where waiting activations go: none, host or disk.")
@@ -253,6 +263,8 @@ def prune(
         "seqlen": seqlen,
         "batch_size": batch_size,
         "seed": seed,
+        "padding": padding,
+        "bos": bos,
     }
     full = _prune_config(config, options, shown)
     from pyprune.checkpoint import check_output

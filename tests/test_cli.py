@@ -354,6 +354,7 @@ def test_refusals_of_ops_are_the_users(monkeypatch, capsys):
 SLOW = """
 import signal, sys, time
 from pyprune import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 from pyprune.checkpoint import StreamingStore
 # A shell that starts the tests in the background has them, and so this process, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)

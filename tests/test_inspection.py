@@ -67,8 +67,8 @@ def test_checkpoint(tmp_path, family):
     tiny_model(family).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     state = load_file(file)
-    first_of = ("gate_proj.weight", "c_fc.weight", "w1")
-    pruned = next(n for n in state if any(key in n for key in first_of))
+    keys = ("gate_proj.weight", "c_fc.weight", "w1")
+    pruned = next(name for name in state if any(key in name for key in keys))
     if family == "gpt2":  # stored [inputs, outputs]
         state[pruned] *= nm(*state[pruned].shape[::-1], 2, 4).T
     else:

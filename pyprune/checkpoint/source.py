@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import textwrap
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -32,6 +35,9 @@ logger = logging.getLogger("pyprune")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+UNKNOWN = "unknown architecture"
+# What transformers raises for a configuration that it does not know or that contradicts itself.
+CANNOT_BUILD = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
 # Fetched from the hub: never pickles, and nothing from the sub-folders that some repositories use
 # for other formats of the same weights.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm")
@@ -107,9 +113,10 @@ class Checkpoint:
                 )
             model.tie_weights()
             _compute_buffers(model)
-        except RuntimeError as error:  # what meta tensors raise when asked for their values
+        # A configuration that contradicts itself, or meta tensors that are asked for their values.
+        except CANNOT_BUILD as error:
             raise UserError(
-                f"{type(self.config).__name__}: cannot be built without its weights: {_line(error)}"
+                f"{self.path}: {type(self.config).__name__} cannot be built: {_line(error)}"
             ) from error
         model.requires_grad_(False)
         return model.eval()
@@ -122,15 +129,18 @@ class Checkpoint:
         Raises UserError if the checkpoint lacks a parameter (transformers would fill it with
         random numbers).
         """
-        model, info = AutoModelForCausalLM.from_pretrained(
-            self.path,
-            config=deepcopy(self.config),
-            dtype=dtype or self.dtype,
-            trust_remote_code=self.trust_remote_code,
-            output_loading_info=True,
-            use_safetensors=True,
-            local_files_only=True,
-        )
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                self.path,
+                config=deepcopy(self.config),
+                dtype=dtype or self.dtype,
+                trust_remote_code=self.trust_remote_code,
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
+            )
+        except (ValueError, RuntimeError) as error:  # shapes that differ, for one
+            raise UserError(f"{self.path}: cannot be loaded: {_line(error)}") from error
         if info["missing_keys"]:
             names = sorted(info["missing_keys"])
             raise UserError(f"{self.path}: {len(names)} tensors are missing, among them {names[0]}")
@@ -163,9 +173,8 @@ class Checkpoint:
 
 
 def _line(error: Exception) -> str:
-    """The first sentence-bearing line of an exception."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    """What an exception of another library says, on one line of bearable length."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 
 def _locate(source: str | Path, revision: str | None) -> Path:
@@ -255,15 +264,13 @@ def _config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pretrai
         config = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise UserError(
-            f"{path}: unknown architecture: model_type {kind!r} ({_line(error)})"
-        ) from error
+    except (StrictDataclassError, *CANNOT_BUILD, OSError) as error:
+        what = "a configuration that cannot be used" if kind in CONFIG_MAPPING else UNKNOWN
+        raise UserError(f"{path}: {what}: model_type {kind!r} ({_line(error)})") from error
     remote = trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise UserError(
-            f"{path}: unknown architecture: transformers has no causal language model for "
-            f"model_type {kind!r}"
+            f"{path}: {UNKNOWN}: transformers has no causal language model for model_type {kind!r}"
         )
     return config
 

@@ -158,6 +158,33 @@ def test_unknown_architecture(folder, kind):
     expect(folder, f"unknown architecture.*{kind}")
 
 
+def test_wrong_type_in_config(folder):
+    edit_config(folder, hidden_size="many")
+    expect(folder, "a configuration that cannot be used.*hidden_size")
+
+
+def test_configuration_that_contradicts_itself(folder):
+    edit_config(folder, num_attention_heads=0)
+    expect(folder, "a configuration that cannot be used.*ZeroDivisionError")
+
+
+def test_configuration_that_cannot_be_built(folder):
+    edit_config(folder, hidden_act="no such thing")
+    with pytest.raises(UserError, match="LlamaConfig cannot be built") as caught:
+        Checkpoint.open(folder).build_model()
+    assert "\n" not in str(caught.value)
+    assert "cannot be built" in Checkpoint.open(folder).streamable()
+
+
+def test_shapes_that_differ_from_the_configuration(folder):
+    edit_config(folder, intermediate_size=48)
+    checkpoint = Checkpoint.open(folder)
+    assert "has shape [64, 32]" in checkpoint.streamable()
+    with pytest.raises(UserError, match="cannot be loaded") as caught:
+        checkpoint.load_model()
+    assert "\n" not in str(caught.value)
+
+
 def test_custom_code_is_not_run(folder):
     code = folder / "modeling_evil.py"
     code.write_text("raise SystemExit('ran')")
