@@ -1,6 +1,7 @@
 #include "cpu/pack.h"
 
 #include "bind/capsule.h"
+#include "huge_pages.h"
 
 namespace pyprune {
 namespace {
@@ -25,6 +26,8 @@ TensorView mask_of(const OptionalCapsule& capsule, const TensorView& w) {
   require_shape(t, {w.shape[0], w.shape[1]}, "mask");
   return t;
 }
+
+int64_t element_bytes(const TensorView& t) { return t.dtype == DType::f32 ? 4 : 2; }
 
 struct Packed24 {
   TensorView values, meta;
@@ -55,6 +58,7 @@ void bind_pack(py::module_& m) {
           const TensorView vw = matrix(w, "w");
           const Packed24 p = packed_24(values, meta, vw);
           int64_t overfull = -1;
+          prefer_huge_pages(p.values, element_bytes(p.values));
           const Pack24Args args{p.values, p.meta, vw, mask_of(mask, vw), &overfull, threads};
           py::gil_scoped_release release;
           pack_24(args);
@@ -64,6 +68,7 @@ void bind_pack(py::module_& m) {
     const TensorView vw = matrix(w, "w");
     const Packed24 p = packed_24(values, meta, vw);
     require(vw.contiguous(), "w: expected a contiguous tensor");
+    prefer_huge_pages(vw, element_bytes(vw));
     py::gil_scoped_release release;
     unpack_24({vw, p.values, p.meta, threads});
   });
@@ -83,6 +88,7 @@ void bind_pack(py::module_& m) {
     require(vv.ndim == 1 && vv.contiguous(), "values: expected one contiguous dimension");
     require_dtype(vo, DType::i64, "row_offsets");
     require_contiguous(vo, {vw.shape[0] + 1}, "row_offsets");
+    prefer_huge_pages(pack ? vv : vw, element_bytes(vw));
     int64_t broken = -1;
     const BitmapValuesArgs args{vw, vv, bitmap_of(bitmap, vw), vo, &broken, pack, threads};
     py::gil_scoped_release release;

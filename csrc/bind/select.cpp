@@ -2,6 +2,7 @@
 #include "cpu/mask_global.h"
 #include "cpu/mask_nm.h"
 #include "cpu/mask_topk.h"
+#include "huge_pages.h"
 #ifdef PYPRUNE_WITH_CUDA
 #include "cuda/mask_nm.h"
 #endif
@@ -58,6 +59,7 @@ TensorView mask(const py::capsule& capsule, const TensorView& w) {
   require_dtype(v, DType::boolean, "mask");
   require_matrix(v, w, "mask");
   require(v.contiguous(), "mask: expected a contiguous tensor");
+  prefer_huge_pages(v, 1);
   return v;
 }
 

@@ -232,6 +232,7 @@ class Search {
                       if (partial)
                         for (int64_t j = 0; j < n && ties > 0; ++j) ties -= k[j] == cut.key;
                     });
+      finish_stores();
     }
   }
 

@@ -100,7 +100,7 @@ inline int64_t rank_fours(const int32_t* keys, int64_t count, int n, bool forbid
     if (n == 1) lost = next | opposite | last;
     if (n == 2) lost = (next & opposite) | (last & (next | opposite));
     if (n == 4) lost = 0;
-    _mm512_storeu_si512(keep + i, _mm512_maskz_set1_epi8(~lost & allowed, 1));
+    store_mask(keep + i, ~lost & allowed);
   }
   return i;
 }
@@ -158,7 +158,7 @@ void mask_nm(const MaskNmArgs& args) {
 #pragma omp parallel num_threads(args.threads)
     {
       int32_t* const keys = buffers.get() + scratch_size * thread_index();
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
       for (int64_t item = 0; item < rows * pieces; ++item) {
         const int64_t i = item / pieces, c0 = item % pieces * piece;
         const int64_t c1 = std::min(cols, c0 + piece);
@@ -166,6 +166,7 @@ void mask_nm(const MaskNmArgs& args) {
         keep_groups(keys, c1 - c0, args.n, args.m, forbidden,
                     args.mask.ptr<uint8_t>() + i * cols + c0, keys + piece + kSlack);
       }
+      finish_stores();
     }
   });
 }

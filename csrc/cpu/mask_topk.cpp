@@ -40,15 +40,16 @@ void short_rows(const MaskTopkArgs& args) {
   {
     int32_t* const keys = buffers.get() + scratch_size * thread_index();
     int32_t* const scratch = keys + cols + kSlack;
-    int32_t guess = kNoGuess;
-#pragma omp for schedule(static)
+    Guess guess;
+#pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < rows; ++i) {
-      score_keys(score_row<T>(args.w, args.terms, i), 0, cols, keys);
+      const ScoreRow<T> row = score_row<T>(args.w, args.terms, i);
+      score_keys(row, 0, cols, keys, i + 1 < rows ? row.w + args.w.stride[0] : nullptr);
       Cut cut{kForbiddenKey, 0};
-      if (args.pruned) cut = find_cut(keys, cols, args.pruned, scratch, guess);
-      guess = cut.key;  // rows of one matrix are alike
+      if (args.pruned) cut = find_cut(keys, cols, args.pruned, scratch, &guess);
       write_mask(keys, cols, cut, args.mask.ptr<uint8_t>() + i * cols);
     }
+    finish_stores();
   }
 }
 

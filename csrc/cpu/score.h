@@ -107,9 +107,16 @@ inline void store_keys(Vec score, const uint8_t* preserve, int32_t* out) {
 #endif
 }
 
-// Keys of columns [c0, c1) of a row.
+// Keys of columns [c0, c1) of a row. `next`, if given, is fetched meanwhile: weights as far from
+// the cache as the next row, for callers that compute on one row before they read another.
 template <class T>
-inline void score_keys(const ScoreRow<T>& row, int64_t c0, int64_t c1, int32_t* out) {
+inline void score_keys(const ScoreRow<T>& row, int64_t c0, int64_t c1, int32_t* out,
+                       const T* next = nullptr) {
+  if (next) {
+    const char* const begin = reinterpret_cast<const char*>(next + c0);
+    for (int64_t b = 0; b < (c1 - c0) * static_cast<int64_t>(sizeof(T)); b += 64)
+      __builtin_prefetch(begin + b, 0, 2);
+  }
   const bool factor = row.column_scale || row.addend;
   int64_t c = c0;
   for (; c + Vec::kLanes <= c1; c += Vec::kLanes) {
@@ -143,13 +150,37 @@ inline int64_t gather_range(const int32_t* keys, int64_t n, int32_t lo, int32_t 
 #if defined(__AVX512F__)
   const __m512i vlo = _mm512_set1_epi32(lo);
   const __m512i width = _mm512_set1_epi32(hi - lo);
-  for (; i + 16 <= n; i += 16) {
-    const __m512i k = _mm512_loadu_si512(keys + i);
-    const __mmask16 in = _mm512_cmple_epu32_mask(_mm512_sub_epi32(k, vlo), width);
-    under += __builtin_popcount(_mm512_cmplt_epi32_mask(k, vlo));
-    _mm512_storeu_si512(out + taken, _mm512_maskz_compress_epi32(in, k));
-    taken += __builtin_popcount(in);
+  // Keys are not negative: the sign of k - lo says whether k is below. Summing signs leaves the
+  // port that compares and compresses alone; a lane's sum cannot overflow, n is far below 2^35.
+  __m512i signs = _mm512_setzero_si512();
+  for (; i + 64 <= n; i += 64) {
+    uint64_t in = 0;
+    for (int v = 0; v < 4; ++v) {
+      const __m512i above = _mm512_sub_epi32(_mm512_loadu_si512(keys + i + 16 * v), vlo);
+      in |= static_cast<uint64_t>(_mm512_cmple_epu32_mask(above, width)) << (16 * v);
+      signs = _mm512_add_epi32(signs, _mm512_srli_epi32(above, 31));
+    }
+    const int count = __builtin_popcountll(in);
+    // A narrow bracket takes 2 or 3 of 64. Compressing those stores whole vectors over one
+    // another (560 ns for a row of 4096); picking them one by one, without a branch, takes 350.
+    constexpr int kPicked = 6;
+    if (count <= kPicked) {
+      uint64_t rest = in;
+      for (int k = 0; k < kPicked; ++k) {
+        out[taken + k] = keys[i + __builtin_ctzll(rest | 1ull << 63)];
+        rest &= rest - 1;
+      }
+    } else {
+      for (int v = 0, at = 0; v < 4; ++v) {
+        const __mmask16 part = static_cast<__mmask16>(in >> (16 * v));
+        _mm512_storeu_si512(out + taken + at, _mm512_maskz_compress_epi32(
+                                                  part, _mm512_loadu_si512(keys + i + 16 * v)));
+        at += __builtin_popcount(part);
+      }
+    }
+    taken += count;
   }
+  under = _mm512_reduce_add_epi32(signs);
 #endif
   for (; i < n; ++i) {
     const int32_t k = keys[i];
@@ -166,30 +197,13 @@ struct SmallOrder {
   static constexpr int kMax = 64;
   int32_t key[kMax], smaller[kMax];
 
-  // Takes `n` keys, `step` apart and each shifted by a little, so that a period in the columns does
-  // not decide the sample.
+  // Takes `n` keys, `step` apart and, if there is room, each shifted by a little, so that a period
+  // in the columns does not decide the sample.
   SmallOrder(const int32_t* keys, int64_t n, int64_t step) {
-    for (int i = 0; i < kMax; ++i) key[i] = INT32_MAX;
-    for (int64_t i = 0; i < n; ++i) key[i] = keys[i * step + i * 5 % step];
-#if defined(__AVX512F__)
-    const __m512i one = _mm512_set1_epi32(1);
-    __m512i mine[4], count[4];
-    for (int v = 0; v < 4; ++v) {
-      mine[v] = _mm512_loadu_si512(key + 16 * v);
-      count[v] = _mm512_setzero_si512();
-    }
-    for (int64_t j = 0; j < n; ++j) {
-      const __m512i other = _mm512_set1_epi32(key[j]);
-      for (int v = 0; v < 4; ++v)
-        count[v] =
-            _mm512_mask_add_epi32(count[v], _mm512_cmplt_epi32_mask(other, mine[v]), count[v], one);
-    }
-    for (int v = 0; v < 4; ++v) _mm512_storeu_si512(smaller + 16 * v, count[v]);
-#else
-    for (int i = 0; i < kMax; ++i) smaller[i] = 0;
-    for (int64_t j = 0; j < n; ++j)
-      for (int i = 0; i < kMax; ++i) smaller[i] += key[j] < key[i];
-#endif
+    const int64_t shift = step >= 8 ? 7 : 0;
+    for (int64_t i = 0; i < n; ++i) key[i] = keys[i * step + (i * 5 & shift)];
+    for (int64_t i = n; i < kMax; ++i) key[i] = INT32_MAX;
+    n <= kMax / 2 ? count<kMax / 2>(n) : count<kMax>(n);
   }
   // The rank-th smallest, from 1.
   int32_t statistic(int64_t rank) const {
@@ -199,9 +213,35 @@ struct SmallOrder {
     return found;
   }
   int64_t below(int32_t k) const {
-    int32_t count = 0;
-    for (int i = 0; i < kMax; ++i) count += key[i] < k;
-    return count;
+    int32_t found = 0;
+    for (int i = 0; i < kMax; ++i) found += key[i] < k;
+    return found;
+  }
+
+ private:
+  // Fills smaller[0..kWidth); the rest, if any, is padding that must not look like a low rank.
+  template <int kWidth>
+  void count(int64_t n) {
+    for (int i = kWidth; i < kMax; ++i) smaller[i] = kMax;
+#if defined(__AVX512F__)
+    const __m512i one = _mm512_set1_epi32(1);
+    __m512i mine[kWidth / 16], sum[kWidth / 16];
+    for (int v = 0; v < kWidth / 16; ++v) {
+      mine[v] = _mm512_loadu_si512(key + 16 * v);
+      sum[v] = _mm512_setzero_si512();
+    }
+    for (int64_t j = 0; j < n; ++j) {
+      const __m512i other = _mm512_set1_epi32(key[j]);
+      for (int v = 0; v < kWidth / 16; ++v)
+        sum[v] =
+            _mm512_mask_add_epi32(sum[v], _mm512_cmplt_epi32_mask(other, mine[v]), sum[v], one);
+    }
+    for (int v = 0; v < kWidth / 16; ++v) _mm512_storeu_si512(smaller + 16 * v, sum[v]);
+#else
+    for (int i = 0; i < kWidth; ++i) smaller[i] = 0;
+    for (int64_t j = 0; j < n; ++j)
+      for (int i = 0; i < kWidth; ++i) smaller[i] += key[j] < key[i];
+#endif
   }
 };
 
@@ -213,47 +253,61 @@ struct Cut {
   int64_t ties;
 };
 
-// Brackets the wanted key between two order statistics of a regular sample of 64 keys. One in four
-// of the keys falls inside; the wanted one does in 19 of 20 cases when the order is random.
+// Brackets the wanted key between two order statistics of a regular sample: of 64 keys, or of 32
+// where few are left. A quarter or a third of the keys falls inside; the wanted one does in 19 of
+// 20 cases when the order is random.
 inline void sample_bracket(const int32_t* keys, int64_t n, int64_t rank, int32_t& p, int32_t& q) {
-  constexpr int64_t kSample = SmallOrder::kMax, kMargin = 8;
-  const SmallOrder sample(keys, kSample, n / kSample);
-  const int64_t at = rank * kSample / n + 1;
-  if (at - kMargin >= 1) p = sample.statistic(at - kMargin);
-  if (at + kMargin <= kSample) q = sample.statistic(at + kMargin);
+  const int64_t size = n > 512 ? SmallOrder::kMax : SmallOrder::kMax / 2;
+  const int64_t margin = n > 512 ? 8 : 5;
+  const SmallOrder sample(keys, size, n / size);
+  const int64_t at = rank * size / n + 1;
+  if (at - margin >= 1) p = sample.statistic(at - margin);
+  if (at + margin <= size) q = sample.statistic(at + margin);
 }
 
-// How a pass of find_cut chooses the interval of key values that it keeps.
-enum class Bracket { near_guess, sampled, halved };
+// Where the cut of the next row may lie, learnt from the rows before it: rows of one matrix are
+// alike. It only decides which keys find_cut looks at first, never what it returns.
+struct Guess {
+  int32_t key = -1;
+  int32_t reach = 1 << 20;  // a factor of 2^(1/8) either way: a tenth of a normal row
 
-// Around a guess: a factor of 2^(1/8) either way, which holds one key in ten of a normal row.
-constexpr int32_t kGuessReach = 1 << 20;
-constexpr int32_t kNoGuess = -1;
+  void learn(int32_t cut, bool missed, int64_t inside) {
+    constexpr int32_t kMinReach = 1 << 8, kMaxReach = 1 << 24;
+    key = cut;
+    if (missed && reach < kMaxReach) reach *= 2;
+    // Narrow enough once one more sampling pass finishes the row.
+    if (!missed && inside > 3 * SmallOrder::kMax && reach > kMinReach) reach -= reach / 8;
+  }
+};
 
 // The cut that prunes exactly `rank` keys, 1 <= rank <= n. `scratch` holds 2 * (n + kSlack).
-// `guess` is a key that the cut may be close to, such as the cut of a similar row.
 //
-// Each pass keeps the keys inside a bracket around the wanted one. It comes from the guess or from
-// a sample; if that pass removed less than half the keys, the next one halves the interval of key
-// values instead, so that no input takes more than 31 such passes.
+// Each pass keeps the keys inside a bracket around the wanted one. It comes from the guess, if
+// there is one, then from samples; if a pass removed less than half the keys, the next one halves
+// the interval of key values instead, so that no input takes more than 31 such passes.
 inline Cut find_cut(const int32_t* keys, int64_t n, int64_t rank, int32_t* scratch,
-                    int32_t guess = kNoGuess) {
+                    Guess* guess = nullptr) {
   int32_t lo = kForbiddenKey, hi = kMaxKey;
   const int32_t* src = keys;
   int32_t *dst = scratch, *other = scratch + n + kSlack;
-  Bracket bracket = guess == kNoGuess ? Bracket::sampled : Bracket::near_guess;
-  while (n > SmallOrder::kMax && lo < hi) {
+  bool sample = true, guessed = guess && guess->key >= 0, guess_missed = false;
+  int64_t guess_inside = 0;
+  for (bool first = true; n > SmallOrder::kMax && lo < hi; first = false) {
     int32_t p = lo, q = hi;
-    if (bracket == Bracket::sampled) {
+    if (first && guessed) {
+      p = guess->key > lo + guess->reach ? guess->key - guess->reach : lo;
+      q = guess->key < hi - guess->reach ? guess->key + guess->reach : hi;
+    } else if (sample) {
       sample_bracket(src, n, rank, p, q);
-    } else if (bracket == Bracket::halved) {
-      p = q = lo + (hi - lo) / 2;
     } else {
-      p = guess > lo + kGuessReach ? guess - kGuessReach : lo;
-      q = guess < hi - kGuessReach ? guess + kGuessReach : hi;
+      p = q = lo + (hi - lo) / 2;
     }
     int64_t below = 0, inside = gather_range(src, n, p, q, dst, below), unused = 0;
     const bool missed = rank <= below || rank > below + inside;
+    if (first && guessed) {
+      guess_missed = missed;
+      guess_inside = inside;
+    }
     if (rank <= below) {
       hi = p - 1;
     } else if (missed) {
@@ -265,19 +319,22 @@ inline Cut find_cut(const int32_t* keys, int64_t n, int64_t rank, int32_t* scrat
       hi = q;
     }
     if (missed) inside = gather_range(src, n, lo, hi, dst, unused);
-    const bool was_guess = bracket == Bracket::near_guess;
-    bracket = was_guess || 2 * inside <= n ? Bracket::sampled : Bracket::halved;
+    sample = (first && guessed) || 2 * inside <= n;
     n = inside;
     src = dst;
     int32_t* const free_buffer = other;
     other = dst;
     dst = free_buffer;
   }
-  if (lo == hi) return {lo, rank == n ? kAllTies : rank};
-  const SmallOrder order(src, n, 1);
-  const int32_t key = order.statistic(rank);
-  const int64_t ties = rank - order.below(key);
-  return {key, ties == order.below(key + 1) - order.below(key) ? kAllTies : ties};
+  Cut cut{lo, rank == n ? kAllTies : rank};
+  if (lo < hi) {
+    const SmallOrder order(src, n, 1);
+    cut.key = order.statistic(rank);
+    const int64_t below = order.below(cut.key), equal = order.below(cut.key + 1) - below;
+    cut.ties = rank - below == equal ? kAllTies : rank - below;
+  }
+  if (guess) guess->learn(cut.key, guess_missed, guess_inside);
+  return cut;
 }
 
 // Position just after the `ties`-th key equal to `key`, or n if there are fewer.
@@ -298,6 +355,24 @@ inline int64_t after_tie(const int32_t* keys, int64_t n, int32_t key, int64_t ti
   return n;
 }
 
+#if defined(__AVX512F__)
+// Stores 64 mask bytes. Whole lines go past the caches: a mask is not read again by the kernel that
+// writes it, and fetching its lines first would add a third to the traffic of bf16 weights.
+inline void store_mask(uint8_t* keep, uint64_t bits) {
+  const __m512i bytes = _mm512_maskz_set1_epi8(bits, 1);
+  if (reinterpret_cast<uintptr_t>(keep) % 64 == 0)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(keep), bytes);
+  else
+    _mm512_storeu_si512(keep, bytes);
+}
+#endif
+// Makes a thread's streamed stores visible before it reports that it is done.
+inline void finish_stores() {
+#if defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
+
 // keep[i] = keys[i] > bound
 inline void keep_above(const int32_t* keys, int64_t n, int32_t bound, uint8_t* keep) {
   int64_t i = 0;
@@ -309,7 +384,7 @@ inline void keep_above(const int32_t* keys, int64_t n, int32_t bound, uint8_t* k
       bits |=
           static_cast<uint64_t>(_mm512_cmpgt_epi32_mask(_mm512_loadu_si512(keys + i + 16 * v), b))
           << (16 * v);
-    _mm512_storeu_si512(keep + i, _mm512_maskz_set1_epi8(bits, 1));
+    store_mask(keep + i, bits);
   }
 #endif
   for (; i < n; ++i) keep[i] = keys[i] > bound;
