@@ -55,12 +55,29 @@ def quality(rows: list[Row]) -> list[str]:
         "",
     ]
     body = [
-        [r["method"], r["pattern"], *(f"{r['perplexity'][t]['ppl']:.2f}" for t in texts),
-         f"{r['seconds']:.0f}" if "seconds" in r else "-",
-         f"{r['peak_memory_bytes'] / 2**30:.2f}" if "peak_memory_bytes" in r else "-"]
+        [r["method"], r["pattern"], *(f"{r['perplexity'][t]['ppl']:.2f}" for t in texts)]
         for r in rows
+    ]
+    return lines + table(["method", "pattern", *texts], body)
+
+
+def demo(result: dict[str, Any]) -> list[str]:
+    """Where the time of `make demo` goes."""
+    phases = [[name, f"{seconds:.0f}"] for name, seconds in result["seconds"].items()]
+    total = sum(result["seconds"].values())
+    runs = [
+        [str(r["pattern"]), f"{r['perplexity']:.2f}", f"{r['seconds']:.0f}",
+         f"{r['peak_memory_bytes'] / 2**30:.2f}"]
+        for r in result["rows"] if "seconds" in r
     ]  # fmt: skip
-    return lines + table(["method", "pattern", *texts, "seconds", "peak GiB"], body)
+    return [
+        "### `make demo` by phase",
+        "",
+        f"{result['device']}. SparseGPT, 64 x 512 calibration tokens.",
+        "",
+        *table(["phase", "seconds"], [*phases, ["in all", f"{total:.0f}"]]),
+        *table(["pattern", "perplexity", "pruning, seconds", "peak GiB"], runs),
+    ]
 
 
 def case_of(row: Row) -> tuple[str, ...]:
@@ -103,6 +120,8 @@ def section() -> str:
     results = ROOT / "benchmarks" / "results"
     for path in sorted(results.glob("**/quality.json")):
         lines += quality(json.loads(path.read_text()))
+    for path in sorted(results.glob("**/demo.json")):
+        lines += demo(json.loads(path.read_text()))
     for folder in sorted({p.parent for p in results.glob("*/*.json")}):
         for name in KERNELS:
             path = folder / f"{name}.json"
