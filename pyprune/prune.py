@@ -128,7 +128,8 @@ def prune_checkpoint(
             batches = checkpoint.tokenizer()
         tokens = _tokens(batches, model, config)
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
-        copy_auxiliary(checkpoint, folder)
+        # Streaming keeps the shards; save_pretrained makes its own, and its own index.
+        copy_auxiliary(checkpoint, folder, index=streamed)
         if streamed:
             with measure.phase("copy"):
                 store = StreamingStore(checkpoint, adapter, folder, device, dtype)
