@@ -5,6 +5,7 @@ from pyprune.ops.column_norms import column_norms
 from pyprune.ops.fisher_accumulate import fisher_accumulate
 from pyprune.ops.gram import gram
 from pyprune.ops.obs_factor import NotPositiveDefiniteError, ObsFactor, inverse_diagonal, obs_factor
+from pyprune.ops.obs_reconstruct import ObsReconstruct, obs_reconstruct
 from pyprune.ops.obs_sweep import ObsSweep, obs_sweep
 from pyprune.ops.pack import (
     pack_24,
@@ -21,6 +22,7 @@ from pyprune.ops.sparse_linear import linear_24, linear_bitmap, linear_dense
 __all__ = [
     "NotPositiveDefiniteError",
     "ObsFactor",
+    "ObsReconstruct",
     "ObsSweep",
     "column_norms",
     "fisher_accumulate",
@@ -33,6 +35,7 @@ __all__ = [
     "mask_nm",
     "mask_topk",
     "obs_factor",
+    "obs_reconstruct",
     "obs_sweep",
     "pack_24",
     "pack_bitmap",

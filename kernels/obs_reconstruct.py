@@ -1,0 +1,173 @@
+"""What masked conjugate gradients do between their products, one row a program.
+
+tensor               | dtype | shape  | layout
+---------------------|-------|--------|-----------
+x, residual, p, z/hp | fp32  | [R, C] | contiguous
+mask                 | bool  | [R, C] | contiguous
+rz, loss, noise      | fp64  | [R]    | contiguous
+active               | bool  | [R]    | contiguous
+
+Each kernel reads its row twice, once for the scalar product and once to move: the second time out
+of the cache. The products themselves are cuBLAS's.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from pyprune.ops.masked_cg import Problem
+
+BLOCK = 1024
+
+
+@triton.jit
+def _turn_kernel(
+    residual_ptr,
+    mask_ptr,
+    z_ptr,
+    p_ptr,
+    rz_ptr,
+    loss_ptr,
+    noise_ptr,
+    active_ptr,
+    tolerance,
+    C,
+    FIRST: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    active = tl.load(active_ptr + row).to(tl.int1)
+    if active:
+        base = row.to(tl.int64) * C
+        acc = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, C, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            kept = tl.load(mask_ptr + base + cols, mask=cols < C, other=0).to(tl.int1)
+            z = tl.load(z_ptr + base + cols, mask=kept, other=0.0)
+            acc += z * tl.load(residual_ptr + base + cols, mask=kept, other=0.0)
+        rz = tl.sum(acc, axis=0).to(tl.float64)
+        before = tl.load(rz_ptr + row)
+        tl.store(rz_ptr + row, rz)
+        bound = tolerance * (tl.maximum(tl.load(loss_ptr + row), 0.0) + tl.load(noise_ptr + row))
+        # Written so that a NaN goes on: it ends at the last iteration, with a gap that says so.
+        tl.store(active_ptr + row, (rz <= bound) == 0)
+        ratio = 0.0
+        if not FIRST:
+            ratio = (rz / before).to(tl.float32)
+        for start in range(0, C, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            kept = tl.load(mask_ptr + base + cols, mask=cols < C, other=0).to(tl.int1)
+            z = tl.load(z_ptr + base + cols, mask=kept, other=0.0)
+            p = tl.load(p_ptr + base + cols, mask=kept, other=0.0)
+            tl.store(p_ptr + base + cols, z + ratio * p, mask=cols < C)
+
+
+@triton.jit
+def _advance_kernel(
+    x_ptr,
+    residual_ptr,
+    mask_ptr,
+    hp_ptr,
+    p_ptr,
+    rz_ptr,
+    loss_ptr,
+    active_ptr,
+    C,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    active = tl.load(active_ptr + row).to(tl.int1)
+    if active:
+        base = row.to(tl.int64) * C
+        acc = tl.zeros([BLOCK], dtype=tl.float32)
+        for start in range(0, C, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            # p is zero where the mask is not set: hp needs no mask here.
+            p = tl.load(p_ptr + base + cols, mask=cols < C, other=0.0)
+            acc += p * tl.load(hp_ptr + base + cols, mask=cols < C, other=0.0)
+        curvature = tl.sum(acc, axis=0).to(tl.float64)
+        goes_on = curvature > 0
+        tl.store(active_ptr + row, goes_on)
+        if goes_on:
+            rz = tl.load(rz_ptr + row)
+            step = rz / curvature
+            tl.store(loss_ptr + row, tl.load(loss_ptr + row) - step * rz)
+            along = step.to(tl.float32)
+            for start in range(0, C, BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                kept = tl.load(mask_ptr + base + cols, mask=cols < C, other=0).to(tl.int1)
+                p = tl.load(p_ptr + base + cols, mask=kept, other=0.0)
+                hp = tl.load(hp_ptr + base + cols, mask=kept, other=0.0)
+                x = tl.load(x_ptr + base + cols, mask=kept, other=0.0)
+                r = tl.load(residual_ptr + base + cols, mask=kept, other=0.0)
+                tl.store(x_ptr + base + cols, x + along * p, mask=kept)
+                tl.store(residual_ptr + base + cols, r - along * hp, mask=kept)
+
+
+def _options(columns: int) -> dict[str, int]:
+    block = min(BLOCK, triton.next_power_of_2(columns))
+    return {"BLOCK": block, "num_warps": max(1, min(4, block // 128))}
+
+
+class TritonSteps:
+    """`ops.masked_cg.Steps` on the kernels of this file."""
+
+    def __init__(self, problem: Problem, tolerance: float) -> None:
+        self.problem, self.tolerance = problem, tolerance
+        self.rz = torch.zeros_like(problem.loss)
+        self.active = torch.ones_like(problem.loss, dtype=torch.bool)
+
+    def turn(self, p: torch.Tensor, z: torch.Tensor, first: bool) -> None:
+        rows, columns = p.shape
+        _turn_kernel[(rows,)](
+            self.problem.residual,
+            self.problem.mask,
+            z,
+            p,
+            self.rz,
+            self.problem.loss,
+            self.problem.noise,
+            self.active,
+            self.tolerance,
+            columns,
+            FIRST=first,
+            **_options(columns),
+        )
+
+    def advance(self, p: torch.Tensor, hp: torch.Tensor) -> None:
+        rows, columns = p.shape
+        _advance_kernel[(rows,)](
+            self.problem.x,
+            self.problem.residual,
+            self.problem.mask,
+            hp,
+            p,
+            self.rz,
+            self.problem.loss,
+            self.active,
+            columns,
+            **_options(columns),
+        )
+
+
+_ROWS = {"x_ptr": "*fp32", "residual_ptr": "*fp32", "mask_ptr": "*i1", "p_ptr": "*fp32"}
+_SCALARS = {"rz_ptr": "*fp64", "loss_ptr": "*fp64", "noise_ptr": "*fp64", "active_ptr": "*i1"}
+_COMMON = _ROWS | _SCALARS | {"C": "i32"}
+AOT = [
+    {
+        "kernel": _turn_kernel,
+        "signature": _COMMON | {"z_ptr": "*fp32", "tolerance": "fp32"},
+        "constexprs": {"FIRST": False, "BLOCK": BLOCK},
+        "num_warps": 4,
+        "aligned": ["C"],
+        "label": "fp32 1024 columns",
+    },
+    {
+        "kernel": _advance_kernel,
+        "signature": _COMMON | {"hp_ptr": "*fp32"},
+        "constexprs": {"BLOCK": BLOCK},
+        "num_warps": 4,
+        "aligned": ["C"],
+        "label": "fp32 1024 columns",
+    },
+]
