@@ -97,6 +97,7 @@ def prune_checkpoint(
     progress: Progress | None = None,
     *,
     batches: object = None,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Prunes a checkpoint into a new directory, one block in memory at a time.
 
@@ -106,6 +107,8 @@ def prune_checkpoint(
         config, progress: see `prune`.
         batches: token ids to calibrate on; None reads `config.calibration` with the checkpoint's
             own tokenizer.
+        trust_remote_code: run the model code that comes with the checkpoint, if any; it is copied
+            into `out` then.
 
     Returns:
         The report, which is in `out` as pyprune.json too. Only the pruned matrices differ between
@@ -117,8 +120,9 @@ def prune_checkpoint(
     measure = Measure()
     check_output(out)
     with measure.phase("open"):
-        checkpoint = Checkpoint.open(source)
-        streamed = not checkpoint.streamable()
+        checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
+        problem = checkpoint.streamable()
+        streamed = not problem
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         device = _device(config)
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
@@ -144,7 +148,8 @@ def prune_checkpoint(
             with measure.phase("write"):
                 model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         name = str(source) if not Path(source).is_dir() else Path(source).resolve().name
-        report = _report(name, config, tokens, pruner, measure)
+        notes = () if streamed else (f"loaded whole, not streamed block by block: {problem}",)
+        report = _report(name, config, tokens, pruner, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
     return report
 
@@ -290,6 +295,7 @@ def _report(
     tokens: TokenSet | None,
     pruner: LayerPruner,
     measure: Measure,
+    notes: tuple[str, ...] = (),
 ) -> Report:
     calibration = None
     if tokens is not None:
@@ -307,5 +313,6 @@ def _report(
         },
         layers=tuple(pruner.reports),
         calibration=calibration,
+        notes=notes,
         run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
     )
