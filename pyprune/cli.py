@@ -188,6 +188,16 @@ def prune(
         str | None,
         typer.Option(help="Which weights compete, with --sparsity: row, block, layer or global."),
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="How --sparsity is shared among blocks: uniform, alphapruning (spectra of the "
+            "weights) or owl (outliers among scores)."
+        ),
+    ] = None,
+    allocation_strength: Annotated[
+        float | None, typer.Option(help="How unequal: epsilon of alphapruning, lambda of owl.")
+    ] = None,
     update: Annotated[
         str | None,
         typer.Option(help="What Wanda's kept weights do: none, sequential or iterative."),
@@ -252,6 +262,8 @@ def prune(
         "sparsity": sparsity,
         "pattern": pattern,
         "scope": scope,
+        "allocation": allocation,
+        "allocation_strength": allocation_strength,
         "update": update,
         "score_mass": score_mass,
         "reference_count": reference_count,

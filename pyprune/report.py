@@ -196,6 +196,7 @@ def _mean_percent(values: list[float | None]) -> str:
 def _summary(report: Report) -> str:
     config = report.config
     variant = [
+        f"allocation {config.allocation}" if config.allocation != "uniform" else "",
         f"update {config.update}" if config.update != "none" else "",
         "score mass" if config.score_mass else "",
         "reference count" if config.reference_count else "",
