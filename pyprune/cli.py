@@ -202,6 +202,13 @@ def prune(
         str | None,
         typer.Option(help="What Wanda's kept weights do: none, sequential or iterative."),
     ] = None,
+    reconstruct: Annotated[
+        bool | None,
+        typer.Option(
+            "--reconstruct/--no-reconstruct",
+            help="Then give kept weights their best values (least squares), for any method.",
+        ),
+    ] = None,
     score_mass: Annotated[
         bool | None,
         typer.Option("--score-mass/--no-score-mass", help="Wanda: cut rows at a share of score."),
@@ -265,6 +272,7 @@ def prune(
         "allocation": allocation,
         "allocation_strength": allocation_strength,
         "update": update,
+        "reconstruct": reconstruct,
         "score_mass": score_mass,
         "reference_count": reference_count,
         "preserve_zeros": preserve_zeros,

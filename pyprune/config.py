@@ -70,6 +70,7 @@ class PruneConfig:
         spectra of their weights ("alphapruning") or by the outliers of their scores ("owl").
     allocation_strength: epsilon of AlphaPruning, lambda of OWL; None is the paper's.
     update, score_mass, reference_count, damping, block_size: see `MethodOptions`.
+    reconstruct: see `MethodOptions`; None is the method's own (`Method.reconstructs`).
     preserve_zeros: weights that are zero already stay zero and count among the pruned.
     include, exclude: shell-style patterns of layer names ("model.layers.0.*"); what is pruned is
         what any `include` matches and no `exclude` does.
@@ -90,6 +91,7 @@ class PruneConfig:
     update: Update = "none"
     score_mass: bool = False
     reference_count: bool = False
+    reconstruct: bool | None = None
     preserve_zeros: bool = False
     damping: float = 0.01
     block_size: int = 128
@@ -156,7 +158,13 @@ class PruneConfig:
             update=self.update,
             score_mass=self.score_mass,
             reference_count=self.reference_count,
+            reconstruct=self.reconstructs(),
         )
+
+    def reconstructs(self) -> bool:
+        """Whether kept weights are reconstructed: as asked for, else as the method does."""
+        asked = self.reconstruct
+        return self.find_method().reconstructs if asked is None else asked
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: what `from_dict` takes back."""

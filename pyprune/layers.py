@@ -17,6 +17,7 @@ from pyprune.config import PruneConfig
 from pyprune.errors import LayerError, UserError
 from pyprune.methods import METHODS, LayerInputs, MethodOptions, Solution
 from pyprune.methods.global_selection import GlobalSelection
+from pyprune.methods.update import reconstructed
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
 from pyprune.ops.obs_factor import NotPositiveDefiniteError
@@ -148,11 +149,13 @@ class LayerPruner:
             mask = self.selection.mask(ref.name, w, preserve)
         try:
             solution = method.solve(w, inputs, pattern, options, preserve, mask)
+            if options.reconstruct and inputs is not None:
+                solution = reconstructed(w, solution, inputs, options)
         except NotPositiveDefiniteError as error:
             raise LayerError(ref.name, str(error)) from error
         _write(ref, solution)
         report = self._report(ref, w, inputs, solution, pattern)
-        return replace(report, method=method.name, notes=notes)
+        return replace(report, method=method.name, notes=notes + solution.notes)
 
     def _too_few_tokens(self, ref: LinearRef, inputs: LayerInputs | None) -> bool:
         if inputs is None:

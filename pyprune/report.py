@@ -199,6 +199,7 @@ def _summary(report: Report) -> str:
         f"allocation {config.allocation}" if config.allocation != "uniform" else "",
         f"update {config.update}" if config.update != "none" else "",
         "score mass" if config.score_mass else "",
+        "reconstruction" if config.reconstructs() else "",
         "reference count" if config.reference_count else "",
     ]
     words = ", ".join([config.method, str(config.target()), *filter(None, variant)])

@@ -32,6 +32,8 @@ class MethodOptions:
     score_mass: cut every row at one fraction of its summed score instead of at one count.
     reference_count: prune all scores <= sort(scores)[int(n * sparsity)] as the SparseGPT and Wanda
         repositories do (one more than asked for, and all ties) instead of exactly the count.
+    reconstruct: afterwards give the kept weights the values that change the layer's outputs least
+        (`ops.obs_reconstruct`), whatever chose them.
     """
 
     damping: float = 0.01
@@ -40,6 +42,7 @@ class MethodOptions:
     update: Update = "none"
     score_mass: bool = False
     reference_count: bool = False
+    reconstruct: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping <= self.max_damping:
@@ -98,13 +101,15 @@ class Solution:
 
     weight: `[R, C]`, zero where pruned. mask: `[R, C]` bool, True = kept.
     damping: the one that made the Gram matrix positive definite; None where none was factored.
-    loss: 1/2 tr(dW H dW^T) with the damped H = mean over tokens of x x^T; None without a sweep.
+    loss: 1/2 tr(dW H dW^T) with the damped H = mean over tokens of x x^T; None without a sweep or
+        a reconstruction. notes: what the user should know of it.
     """
 
     weight: Tensor
     mask: Tensor
     damping: float | None = None
     loss: float | None = None
+    notes: tuple[str, ...] = ()
 
 
 # weight [R, C] fp32 or fp64, inputs, pattern, options, preserve [R, C] bool or None (False = must
@@ -120,6 +125,7 @@ class Method:
 
     scopes: comparison groups of unstructured patterns, the default one first.
     column_scale: `[C]` factors; a weight's score is |w| * column_scale. None means ones.
+    reconstructs: whether `MethodOptions.reconstruct` is on unless the user says otherwise.
     """
 
     name: str
@@ -134,6 +140,7 @@ class Method:
     score_mass: bool = False
     reference_scope: str | None = None
     nm: bool = True
+    reconstructs: bool = False
 
     @property
     def default_scope(self) -> str:
@@ -141,7 +148,8 @@ class Method:
 
     def needs(self, options: MethodOptions) -> StatisticKind | None:
         """The statistic that calibration has to collect."""
-        return self.statistic if options.update == "none" else "gram"
+        gram = options.update != "none" or options.reconstruct
+        return "gram" if gram else self.statistic
 
     def check(self, pattern: Pattern, options: MethodOptions) -> None:
         """Raises UserError for what this method cannot combine."""

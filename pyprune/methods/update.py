@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -108,6 +110,39 @@ def _panel_mask(
         return select_mask(panel, pattern, scale=scale, preserve=preserve)
     share = pruned_count(stop, pattern.sparsity) - pruned_count(start, pattern.sparsity)
     return mask_rows(panel, share, scale=scale, preserve=preserve)
+
+
+# A row is done when its squared output error is within this fraction of the least possible one:
+# further than that the perplexity does not tell.
+TOLERANCE = 1e-3
+
+
+def reconstructed(
+    w: Tensor, solution: Solution, inputs: LayerInputs, options: MethodOptions
+) -> Solution:
+    """`solution` with the best weights for its mask; see `ops.obs_reconstruct`. `w` `[R, C]` are
+    the weights before pruning. It starts from what the method made of them."""
+    if inputs.gram is None:
+        raise ValueError("reconstruct: expected the Gram matrix, got column norms")
+    factor = inputs.factor(options)
+    solved = ops.obs_reconstruct(
+        w, inputs.gram, solution.mask, start=solution.weight, factor=factor, tolerance=TOLERANCE
+    )
+    notes = solution.notes
+    late = int((~solved.converged(TOLERANCE)).sum())
+    if late:
+        worst = float(solved.gap.max())
+        notes += (
+            f"reconstruction stopped after {int(solved.iterations.max())} iterations in {late} of "
+            f"{len(w)} rows, within {worst:.1%} of the least error instead of {TOLERANCE:.1%}",
+        )
+    return replace(
+        solution,
+        weight=solved.weight,
+        damping=float(factor.damping),
+        loss=float(solved.loss.sum()) / 2 / inputs.tokens,
+        notes=notes,
+    )
 
 
 def solve_by_score(
