@@ -31,16 +31,40 @@ static_assert(L % kGroup == 0, "groups end inside a vector's padding");
 
 inline int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
 
+// The kept columns of a row.
+struct Kept {
+  explicit Kept(int64_t columns) : index(columns), bits(columns / L + 1), offset(columns / L + 2) {}
+
+  Buffer<int32_t> index;   // ascending
+  Buffer<uint16_t> bits;   // of each vector of columns, the kept ones
+  Buffer<int32_t> offset;  // how many are kept before it
+  int64_t count = 0;
+
+  void read(const uint8_t* mask, int64_t columns) {
+    count = 0;
+    int64_t v = 0;
+    for (int64_t c = 0; c < columns; ++v) {
+      offset[v] = static_cast<int32_t>(count);
+      uint16_t set = 0;
+      for (int l = 0; l < L && c < columns; ++l, ++c)
+        if (mask[c]) set |= uint16_t(1u << l), index[count++] = static_cast<int32_t>(c);
+      bits[v] = set;
+    }
+    offset[v] = static_cast<int32_t>(count);
+  }
+};
+
 // A symmetric k x k matrix: its diagonal, and below it groups of rows as
 // [padded(last column) / L vectors][kGroup rows][L], zero where there is nothing. The products run
 // through that in one stream, the only pattern that short rows leave to the prefetchers.
 class Triangle {
  public:
   explicit Triangle(int64_t most)
-      : panel_(panel_floats(most)), diagonal_(padded(most)), rows_(kGroup * padded(most)) {}
+      : panel_(panel_floats(most)), diagonal_(padded(most)), rows_(kGroup * padded(most) + L) {}
 
-  // Rows and columns `index`, the set bits of `mask`, of m.
-  void gather(const float* m, int64_t ld, const uint8_t* mask, const int32_t* index, int64_t k) {
+  // The kept rows and columns of m.
+  void gather(const float* m, int64_t ld, const Kept& kept) {
+    const int64_t k = kept.count;
     k_ = k;
     std::fill_n(static_cast<float*>(diagonal_), padded(k), 0.0f);
     float* out = panel_;
@@ -48,11 +72,11 @@ class Triangle {
       const int64_t width = padded(std::min(i + kGroup, k) - 1);
       for (int r = 0; r < kGroup; ++r) {
         float* row = rows_ + r * width;
-        const int64_t last = std::min(i + r, k), filled = i + r < k ? last : 0;
+        const int64_t filled = i + r < k ? i + r : 0;
         if (i + r < k) {
-          const float* source = m + index[i + r] * ld;
-          diagonal_[i + r] = source[index[i + r]];
-          compress(source, mask, index, last, row);
+          const float* source = m + kept.index[i + r] * ld;
+          diagonal_[i + r] = source[kept.index[i + r]];
+          compress(source, m + kept.index[std::min(i + r + 1, k - 1)] * ld, kept, filled, row);
         }
         std::fill(row + filled, row + width, 0.0f);
       }
@@ -92,23 +116,21 @@ class Triangle {
     return total;
   }
 
-  // The first n kept entries of a row.
-  static void compress(const float* row, const uint8_t* mask, const int32_t* index, int64_t n,
+  // The first n kept entries of a row; up to L floats after them are overwritten. `next` is the row
+  // that follows: rows lie too far apart for the prefetchers.
+  static void compress(const float* row, const float* next, const Kept& kept, int64_t n,
                        float* out) {
 #if defined(__AVX512F__)
-    // Whole vectors are stored, so each store leaves rubbish behind its last entry: the next
-    // vector, or the caller, overwrites it. The last vectors go one by one to stay inside.
-    int64_t c = 0, j = 0;
-    for (; j + L <= n; c += L) {
-      const __mmask16 kept = _mm_test_epi8_mask(
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(mask + c)), _mm_set1_epi8(-1));
-      _mm512_storeu_ps(out + j, _mm512_maskz_compress_ps(kept, _mm512_loadu_ps(row + c)));
-      j += __builtin_popcount(kept);
+    for (int64_t v = 0; kept.offset[v] < n; ++v) {
+      __builtin_prefetch(next + v * L);
+      const __m512 x = _mm512_maskz_loadu_ps(kept.bits[v], row + v * L);
+      _mm512_storeu_ps(out + kept.offset[v], _mm512_maskz_compress_ps(kept.bits[v], x));
     }
-    for (; j < n; ++j) out[j] = row[index[j]];
 #else
-    (void)mask;
-    for (int64_t j = 0; j < n; ++j) out[j] = row[index[j]];
+    for (int64_t j = 0; j < n; ++j) {
+      __builtin_prefetch(next + kept.index[j]);
+      out[j] = row[kept.index[j]];
+    }
 #endif
   }
 
@@ -136,7 +158,7 @@ class RowSolver {
         cols_(args.x.shape[1]),
         h_(most),
         inverse_(most),
-        index_(most),
+        kept_(cols_),
         x_(padded(most)),
         r_(padded(most)),
         z_(padded(most)),
@@ -150,9 +172,8 @@ class RowSolver {
     a_.gap.ptr<double>()[row] = 0.0;
     a_.iterations.ptr<int32_t>()[row] = 0;
     if (dot(r_, r_, padded(k)) == 0.0) return;  // nothing kept, nothing lost, or solved already
-    const uint8_t* mask = a_.mask.ptr<uint8_t>() + row * cols_;
-    h_.gather(a_.h.ptr<float>(), cols_, mask, index_, k);
-    inverse_.gather(a_.inverse.ptr<float>(), cols_, mask, index_, k);
+    h_.gather(a_.h.ptr<float>(), cols_, kept_);
+    inverse_.gather(a_.inverse.ptr<float>(), cols_, kept_);
     const int64_t n = padded(k);
     inverse_.multiply(r_, z_);
     std::copy_n(static_cast<float*>(z_), n, static_cast<float*>(p_));
@@ -176,7 +197,7 @@ class RowSolver {
       ++it;
     }
     float* out = a_.x.ptr<float>() + row * cols_;
-    for (int64_t i = 0; i < k; ++i) out[index_[i]] = x_[i];
+    for (int64_t i = 0; i < k; ++i) out[kept_.index[i]] = x_[i];
     loss = std::max(loss, 0.0);
     a_.gap.ptr<double>()[row] = rz;
     a_.iterations.ptr<int32_t>()[row] = it;
@@ -186,18 +207,16 @@ class RowSolver {
   const ObsReconstructArgs& a_;
   const int64_t cols_;
   Triangle h_, inverse_;
-  Buffer<int32_t> index_;
+  Kept kept_;
   Buffer<float> x_, r_, z_, p_, hp_;
 
   // The kept columns of a row, their number returned.
   int64_t load(int64_t row) {
-    const uint8_t* mask = a_.mask.ptr<uint8_t>() + row * cols_;
-    int64_t k = 0;
-    for (int64_t c = 0; c < cols_; ++c)
-      if (mask[c]) index_[k++] = static_cast<int32_t>(c);
+    kept_.read(a_.mask.ptr<uint8_t>() + row * cols_, cols_);
+    const int64_t k = kept_.count;
     const float* x = a_.x.ptr<float>() + row * cols_;
     const float* r = a_.residual.ptr<float>() + row * cols_;
-    for (int64_t i = 0; i < k; ++i) x_[i] = x[index_[i]], r_[i] = r[index_[i]];
+    for (int64_t i = 0; i < k; ++i) x_[i] = x[kept_.index[i]], r_[i] = r[kept_.index[i]];
     for (int64_t i = k; i < padded(k); ++i) x_[i] = r_[i] = 0.0f;
     return k;
   }
