@@ -126,6 +126,7 @@ def model_layers(tokens):
     """Weight and Gram matrix of every linear in the blocks of the packaged model, dense."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from pyprune.calibration.batches import as_token_set
     from pyprune.calibration.tokens import calibration_tokens
     from pyprune.models.adapter import Adapter
     from pyprune.packaged import packaged_model_dir
@@ -145,20 +146,16 @@ def model_layers(tokens):
 
     for ref in refs:
         model.get_submodule(ref.name).register_forward_pre_hook(collect(ref.name))
-    shown = calibration_tokens(
+    drawn = calibration_tokens(
         "wiki", AutoTokenizer.from_pretrained(folder), nsamples=tokens // 512, seqlen=512,
         seed=0, batch_size=8, padding="windows", bos=None,
     )  # fmt: skip
+    positions = model.config.max_position_embeddings
+    shown = as_token_set(drawn, vocabulary=model.config.vocab_size, positions=positions)
     with torch.no_grad():
-        for batch in as_batches(shown):
+        for batch in shown.batches:
             model.model(batch.input_ids)
     return [(ref.name, ref.weight(), grams[ref.name]) for ref in refs]
-
-
-def as_batches(shown):
-    from pyprune.calibration.batches import as_token_set
-
-    return as_token_set(shown).batches
 
 
 def whole_model(args):
@@ -170,7 +167,7 @@ def whole_model(args):
         problem = Problem(w.detach(), h)
         sample = min(args.rows, len(w))
         runs = {
-            "native": (lambda: problem.ours(), 1.0),  # noqa: B023
+            "native": (problem.ours, 1.0),
             "default": (lambda: problem.ours(DEFAULT), 1.0),  # noqa: B023
             "loop": (lambda: loop(problem.w[:sample], problem.damped, problem.mask[:sample]),  # noqa: B023
                      len(w) / sample),
