@@ -11,6 +11,7 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_float, check_same_device, check_shape
+from pyprune.ops.gram import gram
 from pyprune.ops.masked_cg import Problem, solve_by_products
 from pyprune.ops.obs_factor import ObsFactor, obs_factor
 
@@ -93,7 +94,7 @@ def _problem(
     eps = torch.finfo(w.dtype).eps
     noise = eps * (w.square() * damped.diagonal()).sum(1, dtype=torch.float64)
     residual = torch.where(mask, pull, 0).contiguous()
-    return Problem(x, residual, mask.contiguous(), damped, u.T @ u, loss, noise)
+    return Problem(x, residual, mask.contiguous(), damped, gram(u), loss, noise)
 
 
 def _collect(solved: list[tuple[Problem, Tensor, Tensor]], w: Tensor) -> ReconstructTensors:
