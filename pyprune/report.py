@@ -193,13 +193,20 @@ def _mean_percent(values: list[float | None]) -> str:
     return f"{sum(known) / len(known):.2%}" if known else "-"
 
 
+def _reconstruction(config: PruneConfig) -> str:
+    """Said where it is not what the method does by itself."""
+    if config.reconstructs() == config.find_method().reconstructs:
+        return ""
+    return "reconstruction" if config.reconstructs() else "no reconstruction"
+
+
 def _summary(report: Report) -> str:
     config = report.config
     variant = [
         f"allocation {config.allocation}" if config.allocation != "uniform" else "",
         f"update {config.update}" if config.update != "none" else "",
         "score mass" if config.score_mass else "",
-        "reconstruction" if config.reconstructs() else "",
+        _reconstruction(config),
         "reference count" if config.reference_count else "",
     ]
     words = ", ".join([config.method, str(config.target()), *filter(None, variant)])
