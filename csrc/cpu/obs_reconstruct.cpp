@@ -2,7 +2,7 @@
 // (H^-1)_SS. Both matrices are gathered once, as packed lower triangles, and read once an
 // iteration: k^2 multiply-adds each from k^2 / 2 loads. At 50 % kept that is a quarter of the
 // arithmetic of the two dense products that all rows would share, and the packed triangles of a
-// row stay in the second-level cache up to about 700 kept columns.
+// row stay in a second-level cache of 1 MiB up to about 500 kept columns.
 //
 // Rows share nothing, so the result depends on neither the thread count nor the other rows.
 #include "cpu/obs_reconstruct.h"
