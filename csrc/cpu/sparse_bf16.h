@@ -104,6 +104,13 @@ inline __m512i kept_of(uint64_t meta) {
   return _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(3), groups, 0xea);
 }
 
+// The words of (x0, x1) that `columns` names. Assembly because the compiler prefers the form that
+// overwrites x0, and then loads x anew for every row of W.
+inline __m512i pick(__m512i x0, __m512i x1, __m512i columns) {
+  asm("vpermi2w %2, %1, %0" : "+v"(columns) : "v"(x0), "v"(x1));
+  return columns;
+}
+
 // R rows of W, mask words [i0, i1), times M rows of x in P parts; `sums` holds R x M vectors. What
 // lies `ahead` bytes further is fetched into the second level meanwhile.
 template <WeightFormat kFormat, int P, int M, int R>
@@ -156,7 +163,7 @@ inline void dot_rows(const Weights& w, DotCursor* cursors, int64_t i0, int64_t i
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           if (k24) {
-            const __m512i picked = _mm512_permutex2var_epi16(x0, b[r], x1);
+            const __m512i picked = pick(x0, x1, b[r]);
             acc[r][m] = _mm512_dpbf16_ps(acc[r][m], words_of(a[r]), words_of(picked));
           } else {
             acc[r][m] = _mm512_dpbf16_ps(acc[r][m], words_of(a[r]), words_of(x0));
