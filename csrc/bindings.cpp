@@ -37,7 +37,8 @@ PYBIND11_MODULE(_C, m) {
     else if (name == "best")
       isa = best_isa();
     else
-      throw std::invalid_argument("expected portable, avx2, avx512, avx512_bf16 or best, got " + name);
+      throw std::invalid_argument("expected portable, avx2, avx512, avx512_bf16 or best, got " +
+                                  name);
     require(static_cast<int>(isa) <= static_cast<int>(best_isa()),
             "this processor does not have " + name);
     isa_slot().store(static_cast<int>(isa));

@@ -200,6 +200,27 @@ def test_last_values_are_read_without_reaching_past_them(isa, m, use_isa):
     assert_product(ops.linear_bitmap(x, guarded, bitmap, offsets), x, dense)
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_activations_of_any_magnitude(isa, fmt, use_isa):
+    # One activation a row, stored by every row of W: the product is one multiplication.
+    use_isa(isa)
+    nan_in_the_last_bit = torch.tensor(0x7F800001).int().view(torch.float32).item()
+    x = torch.zeros(2, 72)
+    w = torch.zeros(5, 72, dtype=torch.bfloat16)
+    w[:, 33] = torch.tensor([1.0, -0.5, 0.25, -1.0, 0.75], dtype=torch.bfloat16)
+    mask = torch.arange(72).expand(5, 72) % 4 < 2
+    tensors = {"linear_24": pack_24, "linear_bitmap": pack_bitmap}.get(fmt, lambda w, _: (w,))(
+        w, mask
+    )
+    for value in (1 + 2**-23, 3.3e38, -3.4028234e38, 2.0e-30, float("inf"), -float("inf")):
+        x[:, 33] = value
+        got = getattr(ops, fmt)(x, *tensors)
+        assert torch.equal(got, x[:, 33:34] * w[:, 33].float())
+    x[:, 33] = nan_in_the_last_bit
+    assert getattr(ops, fmt)(x, *tensors).isnan().all()
+
+
 def _tampered(name):
     values, bitmap, offsets = pack_bitmap(
         torch.ones(4, 20), torch.rand(4, 20, generator=torch.Generator().manual_seed(6)) < 0.5
