@@ -12,7 +12,7 @@ BUILT := $(VENV)/.built
 DEMO_DIR ?= demo-output
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint bench bench-smoke gpu aot asan clean
+.PHONY: demo test test-all lint bench bench-smoke micro gpu aot asan clean
 
 # Dependencies, pinned by constraints.txt. torch first and by its exact version: a bare requirement
 # would let the resolver pick a newer build with several gigabytes of CUDA libraries.
@@ -74,8 +74,14 @@ asan: $(INSTALLED)
 bench: $(BUILT)
 	$(BIN)/python benchmarks/run_all.py
 
+# One call of every op and backend, for comparing commits: pytest-benchmark's --benchmark-compare.
+micro: $(BUILT)
+	$(BIN)/python -m pytest -q benchmarks/test_micro.py --benchmark-enable \
+	  --benchmark-group-by=param:op,param:shape --benchmark-columns=median,iqr,rounds $(PYTEST_ARGS)
+
 bench-smoke: $(BUILT)
 	$(BIN)/python benchmarks/run_all.py --smoke
+	$(BIN)/python -m pytest -q benchmarks/test_micro.py
 
 # Registers, spills, shared memory and instruction mix of every Triton kernel; needs no GPU.
 aot: $(INSTALLED)

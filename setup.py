@@ -48,6 +48,7 @@ WITH_NATIVE = os.environ.get("PYPRUNE_NATIVE", "ON").upper() != "OFF"
 setup(
     packages=[
         "pyprune",
+        "pyprune.allocation",
         "pyprune.calibration",
         "pyprune.checkpoint",
         "pyprune.data",

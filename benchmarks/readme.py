@@ -115,6 +115,70 @@ def kernels(name: str, rows: list[Row]) -> list[str]:
     ]
 
 
+def sparse_linear(rows: list[Row]) -> list[str]:
+    """Best dense time over each compressed format's, by rows of x."""
+    sparse = ("sparse24", "bitmap")
+    names = [n for n in dict.fromkeys(r["provider"] for r in rows) if n.startswith(sparse)]
+    body = []
+    for (shape, m), members in groupby(rows, key=lambda r: (r["shape"], r["rows"])):
+        by = {r["provider"]: r for r in members}
+        best = by[by[names[0]]["best_dense"]]
+        body.append(
+            ["x".join(map(str, shape)), str(m), f"{best['seconds_median'] * 1e3:.2f} "
+             f"({best['provider']})", *(f"{by[n]['ratio_to_best_dense']:.2f}" for n in names)]
+        )  # fmt: skip
+    first = rows[0]
+    return [
+        "### Sparse linear layers",
+        "",
+        f"How many times faster than the fastest dense product (PyTorch fp32 and bf16, our bf16 "
+        f"kernel). Weights rotate through {first['rotated_bytes'] / 2**20:,.0f} MiB; last-level "
+        f"cache {first['cache_bytes'] / 2**20:,.0f} MiB; reading "
+        f"{first['read_bandwidth'] / 1e9:.1f} GB/s. {device_of(rows)}. "
+        "`benchmarks/bench_sparse_linear.py`.",
+        "",
+        *table(["weight", "rows of x", "best dense, ms", *names], body),
+    ]
+
+
+def walk(rows: list[Row]) -> list[str]:
+    first = rows[0]
+    body = [
+        [r["provider"], f"{r['seconds_median']:.2f}", f"{r['ratio_to_baseline']:.2f}",
+         f"{r['passes']:.2f}", f"{r['peak_bytes'] / 1e6:.0f}"]
+        for r in rows
+    ]  # fmt: skip
+    return [
+        "### Calibration walk",
+        "",
+        f"Llama of {first['blocks']} blocks of width {first['hidden']} (random), "
+        f"{first['tokens']:,} tokens, {first['statistic']}. `single`, `single+disk` and `naive` "
+        f"are true-sequential and end with equal bits. {device_of(rows)}. "
+        "`benchmarks/bench_walk.py`.",
+        "",
+        *table(["mode", "seconds", "time / two-pass", "passes", "peak MB above the model"], body),
+    ]
+
+
+def memory(rows: list[Row]) -> list[str]:
+    body = [
+        [r["method"], f"{r['model_bytes'] / 1e6:,.0f}", f"{r['peak_rss_bytes'] / 1e6:,.0f}",
+         f"{r['imports_rss_bytes'] / 1e6:,.0f}"]
+        for r in rows
+    ]  # fmt: skip
+    return [
+        "### Memory of pruning a checkpoint",
+        "",
+        f"bf16 Llama of {rows[0]['blocks']} blocks (random), {rows[0]['calibration_tokens']:,} "
+        f"tokens, 50 %. {device_of(rows)}. `benchmarks/bench_memory.py`.",
+        "",
+        *table(["method", "checkpoint MB", "peak MB", "of which imports"], body),
+    ]
+
+
+SPECIAL = {"walk": walk, "memory": memory, "sparse_linear": sparse_linear}
+
+
 def section() -> str:
     lines = [BEGIN, ""]
     results = ROOT / "benchmarks" / "results"
@@ -123,6 +187,10 @@ def section() -> str:
     for path in sorted(results.glob("**/demo.json")):
         lines += demo(json.loads(path.read_text()))
     for folder in sorted({p.parent for p in results.glob("*/*.json")}):
+        for name, lines_of in SPECIAL.items():
+            path = folder / f"{name}.json"
+            if path.exists() and (rows := json.loads(path.read_text())):
+                lines += lines_of(rows)
         for name in KERNELS:
             path = folder / f"{name}.json"
             if path.exists() and (rows := json.loads(path.read_text())):

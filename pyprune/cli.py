@@ -61,6 +61,13 @@ Dtype = Annotated[
     str | None,
     typer.Option(help="To compute in: float32, bfloat16, float16, or auto (the checkpoint's own)."),
 ]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the model code that comes with MODEL. It can do anything you can: read it first.",
+    ),
+]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -181,6 +188,16 @@ def prune(
         str | None,
         typer.Option(help="Which weights compete, with --sparsity: row, block, layer or global."),
     ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="How --sparsity is shared among blocks: uniform, alphapruning (spectra of the "
+            "weights) or owl (outliers among scores)."
+        ),
+    ] = None,
+    allocation_strength: Annotated[
+        float | None, typer.Option(help="How unequal: epsilon of alphapruning, lambda of owl.")
+    ] = None,
     update: Annotated[
         str | None,
         typer.Option(help="What Wanda's kept weights do: none, sequential or iterative."),
@@ -236,6 +253,7 @@ def prune(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Prune a checkpoint into a new directory, one block in memory at a time."""
@@ -244,6 +262,8 @@ def prune(
         "sparsity": sparsity,
         "pattern": pattern,
         "scope": scope,
+        "allocation": allocation,
+        "allocation_strength": allocation_strength,
         "update": update,
         "score_mass": score_mass,
         "reference_count": reference_count,
@@ -274,7 +294,9 @@ def prune(
     from pyprune.prune import prune_checkpoint
 
     with ProgressBar(_stderr(), "pruning") as bar:
-        report = prune_checkpoint(_resolve(model, bar), out, full, bar.walked)
+        report = prune_checkpoint(
+            _resolve(model, bar), out, full, bar.walked, trust_remote_code=trust_remote_code
+        )
     _show(report.to_dict(), as_json, report.table(), f"Saved in {out}")
 
 
@@ -325,6 +347,7 @@ def evaluate(
     bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Start windows with BOS.")] = False,
     device: Device = None,
     dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
     """Perplexity of a model on a text, with the protocol it was measured by."""
@@ -333,7 +356,7 @@ def evaluate(
     from pyprune.evaluate import perplexity
 
     with ProgressBar(_stderr(), "evaluating") as bar:
-        checkpoint = Checkpoint.open(_resolve(model, bar))
+        checkpoint = Checkpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
         given = {
             "seqlen": seqlen,
             "stride": stride,
@@ -382,14 +405,17 @@ def _load(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> PreT
     epilog="[b]Examples[/b]\n\npyprune inspect pruned\n\n"
     "pyprune inspect pruned --json | jq .sparsity"
 )
-def inspect(model: Model, as_json: AsJson = False) -> None:
+def inspect(
+    model: Model, trust_remote_code: TrustRemoteCode = False, as_json: AsJson = False
+) -> None:
     """Shapes, sparsity, patterns and bytes of every pruned or prunable matrix."""
     _quiet()
     from pyprune.checkpoint import Checkpoint
     from pyprune.inspection import inspect_checkpoint
 
     with ProgressBar(_stderr(), "reading") as bar:
-        found = inspect_checkpoint(Checkpoint.open(_resolve(model, bar)), bar.step)
+        checkpoint = Checkpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
+        found = inspect_checkpoint(checkpoint, bar.step)
     _show(found.to_dict(), as_json, found.table(), *filter(None, [found.note]))
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
+from pyprune.allocation import ALLOCATIONS
 from pyprune.errors import UserError
 from pyprune.methods import Method, MethodOptions, find_method
 from pyprune.methods.base import Update
@@ -65,6 +66,9 @@ class PruneConfig:
     method: a name in `pyprune.methods.METHODS`.
     sparsity / pattern: exactly one; a fraction removed, or "N:M" with N kept of every M.
     scope: comparison group of `sparsity`; None is the method's own.
+    allocation: how `sparsity` is shared among the blocks: the same for all ("uniform"), by the
+        spectra of their weights ("alphapruning") or by the outliers of their scores ("owl").
+    allocation_strength: epsilon of AlphaPruning, lambda of OWL; None is the paper's.
     update, score_mass, reference_count, damping, block_size: see `MethodOptions`.
     preserve_zeros: weights that are zero already stay zero and count among the pruned.
     include, exclude: shell-style patterns of layer names ("model.layers.0.*"); what is pruned is
@@ -81,6 +85,8 @@ class PruneConfig:
     sparsity: float | None = None
     pattern: str | None = None
     scope: Scope | None = None
+    allocation: str = "uniform"
+    allocation_strength: float | None = None
     update: Update = "none"
     score_mass: bool = False
     reference_count: bool = False
@@ -108,6 +114,7 @@ class PruneConfig:
             )
         if self.pattern is not None and self.scope is not None:
             raise UserError(f"scope: expected none with pattern {self.pattern}, got {self.scope!r}")
+        self._check_allocation()
         _check_choice("walk", self.walk, get_args(Walk))
         _check_choice("spill", self.spill, get_args(Spill))
         _check_choice("dtype", self.dtype, DTYPES)
@@ -115,6 +122,21 @@ class PruneConfig:
         if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
             raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
         self.find_method().check(self.target(), self.options())
+
+    def _check_allocation(self) -> None:
+        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        strength = self.allocation_strength
+        if self.allocation == "uniform":
+            if strength is not None:
+                raise UserError(f"allocation_strength: expected none for uniform, got {strength}")
+            return
+        if self.sparsity is None or self.scope == "global":
+            got = f"pattern {self.pattern}" if self.sparsity is None else "scope global"
+            raise UserError(
+                f"allocation: {self.allocation} shares out a sparsity block by block, got {got}"
+            )
+        if strength is not None and not 0 <= strength < 1:
+            raise UserError(f"allocation_strength: expected a number in [0, 1), got {strength}")
 
     def find_method(self) -> Method:
         return find_method(self.method)

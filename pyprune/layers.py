@@ -96,6 +96,8 @@ class LayerPruner:
         self.pattern = config.target()
         self.options = config.options()
         self.preserve_zeros = config.preserve_zeros
+        # Layers that an allocation gave a sparsity of their own.
+        self.targets: dict[str, Pattern] = {}
         self.reports: list[LayerReport] = []
         self.selection: GlobalSelection | None = None
         if isinstance(self.pattern, Unstructured) and self.pattern.scope == "global":
@@ -129,7 +131,8 @@ class LayerPruner:
 
     def prune_linear(self, ref: LinearRef, inputs: LayerInputs | None) -> LayerReport:
         w, preserve = self._read(ref)
-        method, pattern, options = self.method, self.pattern, self.options
+        method, options = self.method, self.options
+        pattern = self.targets.get(ref.name, self.pattern)
         mask: Tensor | None = None
         notes: tuple[str, ...] = ()
         if self._too_few_tokens(ref, inputs):
@@ -148,7 +151,7 @@ class LayerPruner:
         except NotPositiveDefiniteError as error:
             raise LayerError(ref.name, str(error)) from error
         _write(ref, solution)
-        report = self._report(ref, w, inputs, solution)
+        report = self._report(ref, w, inputs, solution, pattern)
         return replace(report, method=method.name, notes=notes)
 
     def _too_few_tokens(self, ref: LinearRef, inputs: LayerInputs | None) -> bool:
@@ -168,14 +171,19 @@ class LayerPruner:
         return w, (w != 0) if self.preserve_zeros else None
 
     def _report(
-        self, ref: LinearRef, w: Tensor, inputs: LayerInputs | None, solution: Solution
+        self,
+        ref: LinearRef,
+        w: Tensor,
+        inputs: LayerInputs | None,
+        solution: Solution,
+        pattern: Pattern,
     ) -> LayerReport:
         written = ref.weight().to(w.dtype)
         zeros, elements = int((written == 0).sum()), w.numel()
         report = LayerReport(
             name=ref.name,
             shape=(w.shape[0], w.shape[1]),
-            pattern=str(self.pattern),
+            pattern=str(pattern),
             method=self.method.name,
             sparsity=zeros / elements,
             zeros=zeros,

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import pyprune
+from pyprune.allocation import Allocation, AlphaPruning, Owl
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
 from pyprune.calibration.tokens import TokenSet, calibration_tokens
@@ -29,7 +30,7 @@ from pyprune.checkpoint import (
 from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE
 from pyprune.config import PruneConfig
 from pyprune.errors import UserError
-from pyprune.layers import LayerPruner, check_shapes, select_linears
+from pyprune.layers import LayerPruner, check_shapes, layer_inputs, select_linears
 from pyprune.measure import Measure
 from pyprune.methods.base import StatisticKind
 from pyprune.models.adapter import Adapter
@@ -97,6 +98,7 @@ def prune_checkpoint(
     progress: Progress | None = None,
     *,
     batches: object = None,
+    trust_remote_code: bool = False,
 ) -> Report:
     """Prunes a checkpoint into a new directory, one block in memory at a time.
 
@@ -106,6 +108,8 @@ def prune_checkpoint(
         config, progress: see `prune`.
         batches: token ids to calibrate on; None reads `config.calibration` with the checkpoint's
             own tokenizer.
+        trust_remote_code: run the model code that comes with the checkpoint, if any; it is copied
+            into `out` then.
 
     Returns:
         The report, which is in `out` as pyprune.json too. Only the pruned matrices differ between
@@ -117,14 +121,15 @@ def prune_checkpoint(
     measure = Measure()
     check_output(out)
     with measure.phase("open"):
-        checkpoint = Checkpoint.open(source)
-        streamed = not checkpoint.streamable()
+        checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
+        problem = checkpoint.streamable()
+        streamed = not problem
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         device = _device(config)
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
         adapter = _adapter(model, config)
     with measure.phase("tokens"):
-        if batches is None and _needs(config) is not None:
+        if batches is None and _shown(config) is not None:
             batches = checkpoint.tokenizer()
         tokens = _tokens(batches, model, config)
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
@@ -144,7 +149,8 @@ def prune_checkpoint(
             with measure.phase("write"):
                 model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         name = str(source) if not Path(source).is_dir() else Path(source).resolve().name
-        report = _report(name, config, tokens, pruner, measure)
+        notes = () if streamed else (f"loaded whole, not streamed block by block: {problem}",)
+        report = _report(name, config, tokens, pruner, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
     return report
 
@@ -200,9 +206,15 @@ def _needs(config: PruneConfig) -> StatisticKind | None:
     return config.find_method().needs(config.options())
 
 
+def _shown(config: PruneConfig) -> StatisticKind | None:
+    """What the model has to be shown tokens for, by the method or by the allocation before it."""
+    needs = _needs(config)
+    return "norms" if needs is None and config.allocation == "owl" else needs
+
+
 def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | None:
-    """What the model is shown; None if the method needs nothing."""
-    if _needs(config) is None:
+    """What the model is shown; None if nothing needs it."""
+    if _shown(config) is None:
         return None
     text_config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     positions = getattr(text_config, "max_position_embeddings", None)
@@ -237,14 +249,48 @@ class _Session:
     progress: Progress | None
 
     def run(self) -> LayerPruner:
-        """Prunes every block; for a global scope after two passes that only look."""
+        """Prunes every block; for a global scope, and for an allocation, after passes that only
+        look."""
         pruner = LayerPruner(self.config)
+        if self.config.allocation != "uniform":
+            pruner.targets = self._allocate()
         if pruner.selection is not None:
-            self._walk(pruner.count_group, _LookOnly(self.store, self.release))
+            self._walk(pruner.count_group, _LookOnly(self.store, self.release), _needs(self.config))
             with self.measure.phase("selection"):
                 self._refine(pruner)
-        self._walk(pruner.prune_group, self.store)
+        self._walk(pruner.prune_group, self.store, _needs(self.config))
         return pruner
+
+    def _allocate(self) -> dict[str, Pattern]:
+        """A target for every layer, from a look at the dense blocks."""
+        maker = {"alphapruning": AlphaPruning, "owl": Owl}[self.config.allocation]
+        allocation: Allocation = maker(self.config.allocation_strength)
+        norms: dict[str, Tensor] = {}
+
+        def keep_norms(group: Group) -> None:
+            inputs = layer_inputs(group.statistic, group.linears[0].name)
+            if inputs is not None:
+                norms.update((ref.name, inputs.squared_norms.sqrt()) for ref in group.linears)
+
+        if allocation.needs_inputs:
+            self._walk(keep_norms, _LookOnly(self.store, self.release), "norms")
+        names, sizes = [], []
+        with self.measure.phase("allocation"):
+            for i in range(len(self.adapter.blocks)):
+                linears = self.adapter.linears(i)
+                if not linears:  # all of its layers are excluded
+                    continue
+                self.store.load(i)
+                allocation.measure([(r.weight().float(), norms.get(r.name)) for r in linears])
+                names.append([ref.name for ref in linears])
+                sizes.append(sum(ref.weight().numel() for ref in linears))
+                self.release(i)
+            sparsities = allocation.sparsities(self.config.target().sparsity, sizes)
+        return {
+            name: Unstructured(sparsity, self.config.scope)
+            for layer_names, sparsity in zip(names, sparsities, strict=True)
+            for name in layer_names
+        }
 
     def _refine(self, pruner: LayerPruner) -> None:
         for i in range(len(self.adapter.blocks)):
@@ -253,11 +299,13 @@ class _Session:
                 pruner.refine(ref)
             self.release(i)
 
-    def _walk(self, visit: Callable[[Group], None], store: BlockStore) -> None:
+    def _walk(
+        self, visit: Callable[[Group], None], store: BlockStore, needs: StatisticKind | None
+    ) -> None:
         walked = walk(
             self.adapter,
             [] if self.tokens is None else self.tokens.batches,
-            statistic=STATISTICS[_needs(self.config)],
+            statistic=STATISTICS[needs],
             prune_group=visit,
             store=store,
             mode=self.config.walk,
@@ -290,6 +338,7 @@ def _report(
     tokens: TokenSet | None,
     pruner: LayerPruner,
     measure: Measure,
+    notes: tuple[str, ...] = (),
 ) -> Report:
     calibration = None
     if tokens is not None:
@@ -307,5 +356,6 @@ def _report(
         },
         layers=tuple(pruner.reports),
         calibration=calibration,
+        notes=notes,
         run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
     )

@@ -77,7 +77,10 @@ class RunReport:
 @dataclass(frozen=True)
 class Report:
     """The outcome of `prune`. In the file everything that varies between identical runs stands in
-    the last section, `run`."""
+    the last section, `run`.
+
+    notes: what the user should know of the run as a whole.
+    """
 
     model: str
     config: PruneConfig
@@ -85,6 +88,7 @@ class Report:
     layers: tuple[LayerReport, ...]
     calibration: CalibrationReport | None = None
     run: RunReport = field(default_factory=RunReport)
+    notes: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -107,6 +111,7 @@ class Report:
             "versions": dict(self.versions),
             "calibration": self.calibration and dataclasses.asdict(self.calibration),
             "sparsity": self.sparsity,
+            "notes": list(self.notes),
             "layers": layers,
             "run": {**dataclasses.asdict(self.run), "layer_seconds": seconds},
         }
@@ -151,6 +156,7 @@ class Report:
             layers=layers,
             calibration=None if calibration is None else CalibrationReport(**calibration),
             run=RunReport(**run),
+            notes=tuple(values.get("notes", ())),
         )
 
     def table(self) -> Table:
@@ -175,6 +181,8 @@ class Report:
                 f"{max(dampings):g}" if dampings else "-",
                 f"{sum(layer.seconds for layer in layers):.2f}",
             )
+        for note in self.notes:
+            table.add_row(note, style="yellow")
         for layer in self.noted:
             table.add_row(f"{layer.name}: {'; '.join(layer.notes)}", style="yellow")
         return table
@@ -188,6 +196,7 @@ def _mean_percent(values: list[float | None]) -> str:
 def _summary(report: Report) -> str:
     config = report.config
     variant = [
+        f"allocation {config.allocation}" if config.allocation != "uniform" else "",
         f"update {config.update}" if config.update != "none" else "",
         "score mass" if config.score_mass else "",
         "reference count" if config.reference_count else "",
@@ -230,6 +239,7 @@ def model_card(report: Report) -> str:
             + (f", sha256 `{calibration.sha256}`" if calibration.sha256 else "")
         )
     lines += [f"- {name}: {version}" for name, version in report.versions.items()]
+    lines += [f"- Note: {note}" for note in report.notes]
     if report.noted:
         lines += ["", "## Layers with notes", ""]
         lines += [f"- `{layer.name}`: {'; '.join(layer.notes)}" for layer in report.noted]

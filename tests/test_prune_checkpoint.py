@@ -125,11 +125,44 @@ def test_a_checkpoint_that_cannot_be_streamed_is_loaded_whole(tmp_path, monkeypa
         Checkpoint, "load_model", lambda self, *a, **k: built.append(1) or load(self, *a, **k)
     )
     config = PruneConfig(method="sparsegpt", sparsity=0.5)
-    prune_checkpoint(source, tmp_path / "out", config, batches=tokens())
+    report = prune_checkpoint(source, tmp_path / "out", config, batches=tokens())
     assert built
+    assert report.notes == ("loaded whole, not streamed block by block: said the test",)
+    assert Report.from_json((tmp_path / "out" / "pyprune.json").read_text()).notes == report.notes
+    assert "said the test" in (tmp_path / "out" / "README.md").read_text()
     model = AutoModelForCausalLM.from_pretrained(source)
     prune(model, tokens(), config=config)
     assert_same_weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), model)
+
+
+CUSTOM_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_model_code_of_a_checkpoint_runs_only_if_trusted(tmp_path):
+    source = saved(tmp_path)
+    (source / "own.py").write_text(CUSTOM_CODE)
+    values = json.loads((source / "config.json").read_text())
+    values |= {
+        "model_type": "own",
+        "architectures": ["OwnForCausalLM"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"},
+    }
+    (source / "config.json").write_text(json.dumps(values))
+    config = PruneConfig(method="magnitude", sparsity=0.5)
+    expect("unknown architecture: model_type 'own'", tmp_path, config)
+    report = prune_checkpoint(source, tmp_path / "out", config, trust_remote_code=True)
+    assert report.sparsity == 0.5
+    assert (tmp_path / "out" / "own.py").read_text() == CUSTOM_CODE
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(loaded).__name__ == "OwnForCausalLM"
 
 
 def expect(message, folder, config, error=UserError, **options):

@@ -1,0 +1,67 @@
+"""Micro-benchmarks of the ops, one call each, by pytest-benchmark.
+
+    pytest benchmarks/test_micro.py --benchmark-enable --benchmark-group-by=param:op,param:shape
+    pytest benchmarks/test_micro.py --benchmark-enable -k "gram and native" --benchmark-autosave
+
+For comparing two commits on one machine (`--benchmark-compare`); the tables in README come from
+bench_*.py, which also run the reference algorithms and the measured limits side by side.
+"""
+
+import pytest
+import torch
+from _harness import forced_backend, our_backends
+
+from pyprune import ops
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Linear layers of SmolLM2-135M (outputs x inputs) and a square one past the second-level cache.
+SHAPES = [(576, 576), (1536, 576), (2048, 2048)]
+TOKENS = 512
+
+
+def problem(shape):
+    """Weight, calibration inputs, their Gram matrix and its factor."""
+    rows, cols = shape
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(rows, cols, generator=generator).to(DEVICE)
+    x = torch.randn(TOKENS, cols, generator=generator).to(DEVICE)
+    g = torch.randn(TOKENS, rows, generator=generator).to(DEVICE)
+    gram = ops.gram(x)
+    return w, x, g, gram, ops.obs_factor(gram, damping=0.01).u
+
+
+CALLS = {
+    "gram": lambda w, x, g, h, u: ops.gram(x),
+    "column_norms": lambda w, x, g, h, u: ops.column_norms(x),
+    "fisher_accumulate": lambda w, x, g, h, u: ops.fisher_accumulate(
+        torch.zeros_like(w), g[None], x[None]
+    ),
+    "obs_factor": lambda w, x, g, h, u: ops.obs_factor(h, damping=0.01).u,
+    "obs_sweep": lambda w, x, g, h, u: ops.obs_sweep(w, u, nm=(2, 4)).loss,
+    "mask_nm": lambda w, x, g, h, u: ops.mask_nm(w, 2, 4),
+    "mask_topk": lambda w, x, g, h, u: ops.mask_topk(w, w.shape[1] // 2),
+    "mask_global": lambda w, x, g, h, u: ops.mask_global([w], w.numel() // 2)[0],
+}
+CASES = [(op, backend) for op in CALLS for backend in our_backends(op, DEVICE, torch.float32)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"{s[0]}x{s[1]}")
+@pytest.mark.parametrize(("op", "backend"), CASES)
+def test_micro(benchmark, op, backend, shape):
+    inputs = problem(shape)
+    expected = CALLS[op](*inputs)
+
+    def call():
+        with forced_backend(backend):
+            result = CALLS[op](*inputs)
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        return result
+
+    got = benchmark(call)
+    if expected.dtype == torch.bool:
+        assert torch.equal(got, expected)
+    else:
+        error = (got - expected).norm() / expected.norm()
+        # A sweep chooses as it goes: rounding decides near ties, which its loss hardly sees.
+        assert float(error) < (1e-2 if op == "obs_sweep" else 1e-3)
