@@ -1,10 +1,12 @@
 """Products with compressed weights against dense ones: `y = x @ W^T`, 1 to 512 rows of x.
 
 Providers: `sparse24`, `bitmap50`, `bitmap70` (ours, bf16 values); `dense` (our own bf16 kernel: the
-same code without the decoding); `torch_bf16`, `torch_fp32` (F.linear). `ratio_to_best_dense` is the
-best dense time over the provider's, by medians of turn-by-turn ratios. The limit up to 16 rows is
-reading the provider's own bytes at the bandwidth measured first (`read_bandwidth`); above, the
-measured rate of fp32 matrix products.
+same code without the decoding); each with bf16 activations, and with fp32 ones as `*_fp32x`;
+`torch_bf16`, `torch_fp32` (F.linear, activations like the weight). `ratios` holds the time of every
+dense provider over the provider's, by medians of turn-by-turn ratios, `ratio_to_best_dense` the one
+against the fastest dense. The limit up to 16 rows is reading the provider's own bytes at the
+bandwidth measured first (`read_bandwidth`); above, the measured rate of matrix products in the
+activations' dtype.
 
 Every call takes the next of several copies of the weights, together more than twice the last-level
 cache, so that nothing is served from it. `cache_bytes` and `rotated_bytes` are in the rows.
@@ -25,11 +27,14 @@ from _harness import Bench, environment, gemm_rate, parse, time_interleaved
 
 from pyprune import ops
 
-SHAPES = [(8192, 4096), (4096, 4096)]
+SHAPES = [(8192, 4096), (4096, 14336)]
 SMOKE_SHAPES = [(64, 128)]
-TOKENS = [1, 4, 8, 16, 512]
+TOKENS = [1, 4, 16, 512]
 SMOKE_TOKENS = [1, 16, 64]
-DENSE = ("dense", "torch_bf16", "torch_fp32")
+WIDE = "_fp32x"  # suffix of our kernels' names when the activations are fp32
+DENSE = ("dense", "dense" + WIDE, "torch_bf16", "torch_fp32")
+# A product with hundreds of rows takes up to a second and varies little.
+LONG_REPETITIONS = 3
 MEMORY_BOUND_TOKENS = 16
 
 
@@ -46,10 +51,11 @@ def last_level_cache() -> int:
 @cache
 def read_bandwidth(smoke: bool) -> float:
     """Bytes per second of reading, by a product with one row of x over a dense bf16 weight far
-    larger than the caches, which is the fastest reader here: the best of several."""
+    larger than the caches, which is the fastest reader here: the best of several. A provider that
+    does better at reading than that shows a share above one."""
     rows = 64 if smoke else 65536
     weight = torch.ones(rows, 4096, dtype=torch.bfloat16)
-    x = torch.ones(1, 4096)
+    x = torch.ones(1, 4096, dtype=torch.bfloat16)
     times = time_interleaved(
         {"read": lambda i: ops.linear_dense(x, weight)}, "cpu", 3 if smoke else 15, 0.0
     )["read"]
@@ -81,13 +87,15 @@ def make_weights(rows: int, cols: int, rotated: int) -> tuple[Weights, dict[str,
         count = max(1, -(-rotated // sum(t.nbytes for t in tensors)))
         copies[name] = [tuple(t.clone() for t in tensors) for _ in range(count)]
     dense = {name: w * m for name, m in masks.items()}
-    return copies, dense | dict.fromkeys(DENSE, w)
+    return copies, dense | dict.fromkeys(("dense", "torch_bf16", "torch_fp32"), w)
 
 
 def make_provider(name: str, x: torch.Tensor, copies: list[Any]) -> Callable[[int], torch.Tensor]:
     call: Callable[..., torch.Tensor]
-    if name.startswith("torch"):
+    if not name.endswith(WIDE):
         x = x.to(copies[0][0].dtype)
+    name = name.removesuffix(WIDE)
+    if name.startswith("torch"):
         call = F.linear
     elif name == "dense":
         call = ops.linear_dense
@@ -99,60 +107,83 @@ def make_provider(name: str, x: torch.Tensor, copies: list[Any]) -> Callable[[in
 
 
 def check(name: str, got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> None:
-    want = x[:4].double() @ dense.double().T
-    error = (got[:4].double() - want).abs().max() / want.abs().max()
-    limit = 2e-2 if name == "torch_bf16" else 1e-5
+    few = x[:4, :].to(got.dtype).double()
+    part = dense[:512].double()
+    want = few @ part.T
+    error = (got[:4, :512].double() - want).abs().max() / want.abs().max()
+    limit = 1e-2 if got.dtype == torch.bfloat16 else 1e-5
     assert error <= limit, f"{name}: relative error {error:.1e}"
 
 
-def limit_seconds(m: int, rows: int, cols: int, nbytes: int, smoke: bool) -> float:
+def limit_seconds(
+    m: int, rows: int, cols: int, nbytes: int, dtype: torch.dtype, smoke: bool
+) -> float:
     reading = nbytes / read_bandwidth(smoke)
     if m <= MEMORY_BOUND_TOKENS:
         return reading
-    return max(reading, 2.0 * m * rows * cols / gemm_rate("cpu", torch.float32, smoke))
+    return max(reading, 2.0 * m * rows * cols / gemm_rate("cpu", dtype, smoke))
+
+
+def provider_names(copies: Weights) -> list[str]:
+    ours = [name for name in copies if not name.startswith("torch")]
+    return [*copies, *(name + WIDE for name in ours)]
+
+
+def bench_rows(bench: Bench, m: int, copies: Weights, dense: dict[str, torch.Tensor]) -> None:
+    """All providers at m rows of x, in turns."""
+    rows, cols = dense["dense"].shape
+    x = torch.randn(m, cols)
+    names = provider_names(copies)
+    weights = {name: copies[name.removesuffix(WIDE)] for name in names}
+    providers = {name: make_provider(name, x, weights[name]) for name in names}
+    dtypes = {}
+    for name, provider in providers.items():
+        got = provider(0)
+        check(name, got, x, dense[name.removesuffix(WIDE)])
+        dtypes[name] = got.dtype
+    repetitions = bench.repetitions if m <= MEMORY_BOUND_TOKENS else LONG_REPETITIONS
+    samples = time_interleaved(providers, "cpu", 1 if bench.smoke else repetitions, 0.0)
+    best = min(DENSE, key=lambda name: statistics.median(samples[name]))
+    for name in names:
+        own = sum(t.nbytes for t in weights[name][0])
+        median = statistics.median(samples[name])
+        limit = limit_seconds(m, rows, cols, own, dtypes[name], bench.smoke)
+        ratios = {
+            d: statistics.median(a / b for a, b in zip(samples[d], samples[name], strict=True))
+            for d in DENSE
+        }
+        bench.rows.append(
+            {
+                "op": "sparse_linear",
+                "provider": name,
+                "shape": [rows, cols],
+                "dtype": str(weights[name][0][0].dtype).removeprefix("torch."),
+                "activations": str(dtypes[name]).removeprefix("torch."),
+                "rows": m,
+                "seconds_median": median,
+                "seconds_min": min(samples[name]),
+                "seconds_max": max(samples[name]),
+                "bytes": own,
+                "share_of_limit": limit / median,
+                "best_dense": best,
+                "ratio_to_best_dense": ratios[best],
+                "ratios": ratios,
+                "read_bandwidth": read_bandwidth(bench.smoke),
+                "cache_bytes": last_level_cache(),
+                "rotated_bytes": own * len(weights[name]),
+                **environment("cpu"),
+            }
+        )
+        bench.console.print(
+            f"{rows}x{cols} rows {m:4d} {name:15s} {median * 1e3:9.3f} ms"
+            f"  {limit / median:6.1%} of limit  {ratios[best]:6.2f} x {best}"
+        )
 
 
 def bench_shape(bench: Bench, rows: int, cols: int) -> None:
-    llc = last_level_cache()
-    copies, dense = make_weights(rows, cols, 0 if bench.smoke else 2 * llc)
+    copies, dense = make_weights(rows, cols, 0 if bench.smoke else 2 * last_level_cache())
     for m in SMOKE_TOKENS if bench.smoke else TOKENS:
-        x = torch.randn(m, cols)
-        providers = {name: make_provider(name, x, copies[name]) for name in copies}
-        for name, provider in providers.items():
-            check(name, provider(0), x, dense[name])
-        samples = time_interleaved(providers, "cpu", bench.repetitions, 0.0)
-        best = min(DENSE, key=lambda name: statistics.median(samples[name]))
-        for name in providers:
-            own = sum(t.nbytes for t in copies[name][0])
-            median = statistics.median(samples[name])
-            bench.rows.append(
-                {
-                    "op": "sparse_linear",
-                    "provider": name,
-                    "shape": [rows, cols],
-                    "dtype": str(copies[name][0][0].dtype).removeprefix("torch."),
-                    "rows": m,
-                    "seconds_median": median,
-                    "seconds_min": min(samples[name]),
-                    "seconds_max": max(samples[name]),
-                    "bytes": own,
-                    "share_of_limit": limit_seconds(m, rows, cols, own, bench.smoke) / median,
-                    "best_dense": best,
-                    "ratio_to_best_dense": statistics.median(
-                        d / s for d, s in zip(samples[best], samples[name], strict=True)
-                    ),
-                    "read_bandwidth": read_bandwidth(bench.smoke),
-                    "cache_bytes": llc,
-                    "rotated_bytes": own * len(copies[name]),
-                    **environment("cpu"),
-                }
-            )
-            row = bench.rows[-1]
-            bench.console.print(
-                f"{rows}x{cols} rows {m:4d} {name:11s} {median * 1e3:9.3f} ms"
-                f"  {row['share_of_limit']:6.1%} of limit"
-                f"  {row['ratio_to_best_dense']:6.2f} x {best}"
-            )
+        bench_rows(bench, m, copies, dense)
 
 
 def main() -> None:

@@ -2,21 +2,27 @@
 //
 // PYPRUNE_CPU_KERNEL(name, Args) declares name(const Args&) in the three instruction-set namespaces
 // and defines the dispatcher pyprune::name. The kernel's source is compiled once per set with
-// PYPRUNE_ISA naming the namespace to define it in.
+// PYPRUNE_ISA naming the namespace to define it in. avx512_bf16 (AVX-512 with BF16, VBMI, VBMI2 and
+// VPOPCNTDQ) has no namespace of its own: the AVX-512 kernels that use it ask current_isa().
 #pragma once
 
 #include <atomic>
 
 namespace pyprune {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
 
 inline Isa best_isa() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return Isa::avx512;
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+                   __builtin_cpu_supports("avx512vbmi2") &&
+                   __builtin_cpu_supports("avx512vpopcntdq")
+               ? Isa::avx512_bf16
+               : Isa::avx512;
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
   return Isa::portable;
@@ -44,6 +50,7 @@ inline Isa current_isa() { return static_cast<Isa>(isa_slot().load(std::memory_o
   }                                    \
   inline void name(const Args& args) { \
     switch (current_isa()) {           \
+      case Isa::avx512_bf16:           \
       case Isa::avx512:                \
         return avx512::name(args);     \
       case Isa::avx2:                  \

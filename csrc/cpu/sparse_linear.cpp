@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <new>
 
+#include "cpu/sparse_bf16.h"
 #include "cpu/sparse_decode.h"
 #include "cpu/sparse_gemm.h"
 
@@ -229,11 +230,114 @@ void run_multiply(const SparseLinearArgs& a, const Weights& w, std::atomic<int64
   }
 }
 
+#if defined(__AVX512F__)
+
+// Cursors at rows [r0, r0 + count) of W; false, and the row noted, when one is inconsistent.
+template <WeightFormat kFormat>
+bool dot_cursors(const Weights& w, int64_t r0, int64_t count, uint64_t* words, DotCursor* cursors,
+                 std::atomic<int64_t>* broken) {
+  const int64_t n = mask_words(w.cols);
+  for (int64_t r = 0; r < count; ++r) {
+    const bf16* v = static_cast<const bf16*>(w.values) + w.begin(r0 + r);
+    if (kFormat != WeightFormat::bitmap) {
+      cursors[r] = {v, w.meta + (r0 + r) * w.meta_stride};
+    } else if (bitmap_row(w, r0 + r, words + r * n)) {
+      cursors[r] = {v, reinterpret_cast<const uint8_t*>(words + r * n)};
+    } else {
+      broken->store(r0 + r, std::memory_order_relaxed);
+      return false;
+    }
+  }
+  return true;
+}
+
+// Rows [r0, r0 + count) of the output.
+template <WeightFormat kFormat, class X>
+void dot_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_t count,
+                 const DotCursor* cursors, const bf16* packed, float* sums) {
+  const int64_t total = a.x.shape[0], width = mask_words(w.cols) * kMaskColumns * kParts<X>;
+  const int64_t ahead = (w.begin(std::min(r0 + count, w.rows - 1)) - w.begin(r0)) * 2;
+  const float* bias = a.bias ? a.bias->ptr<const float>() : nullptr;
+  for (int64_t m0 = 0; m0 < total; m0 += kChunkRows) {
+    const int64_t chunk = std::min<int64_t>(kChunkRows, total - m0);
+    with_rows(chunk, [&](auto rows) {
+      constexpr int M = decltype(rows)::value;
+      dot_block<kFormat, kParts<X>, M>(w, cursors, count, packed + m0 * width, ahead, sums);
+    });
+    X* y = a.y.ptr<X>() + m0 * w.rows + r0;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t m = 0; m < chunk; ++m)
+        store(y + m * w.rows + r,
+              Vec::load(sums + (r * chunk + m) * Vec::kLanes).sum() + (bias ? bias[r0 + r] : 0.0f));
+  }
+}
+
+template <WeightFormat kFormat, class X>
+void run_dot(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+  const int64_t m = a.x.shape[0], n = mask_words(w.cols),
+                chunks = (m + kChunkRows - 1) / kChunkRows;
+  const int64_t block = m <= 2    ? 4
+                        : m <= 16 ? 16
+                                  : kDotBlockRows,
+                width = n * kMaskColumns * kParts<X>;
+  const int64_t blocks = (w.rows + block - 1) / block;
+  const int64_t sum_floats = kDotBlockRows * kChunkRows * Vec::kLanes;
+  Scratch scratch(a.threads * (sum_floats * 4 + kDotBlockRows * n * 8) + m * width * 2);
+  float* sums = scratch.as<float>();
+  bf16* packed = reinterpret_cast<bf16*>(sums + a.threads * sum_floats);
+  uint64_t* words = reinterpret_cast<uint64_t*>(packed + m * width);
+  const X* x = a.x.ptr<const X>();
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < chunks; ++c)
+      pack_dot(x + c * kChunkRows * a.x.stride[0], a.x.stride[0],
+               std::min<int64_t>(kChunkRows, m - c * kChunkRows), w.cols,
+               packed + c * kChunkRows * width);
+    float* mine = sums + omp_get_thread_num() * sum_floats;
+    uint64_t* masks = words + omp_get_thread_num() * kDotBlockRows * n;
+#pragma omp for schedule(static)
+    for (int64_t g = 0; g < blocks; ++g) {
+      const int64_t r0 = g * block, count = std::min(block, w.rows - r0);
+      DotCursor cursors[kDotBlockRows];
+      if (kFormat != WeightFormat::dense) prefetch_meta(w, r0 + block, block);
+      if (dot_cursors<kFormat>(w, r0, count, masks, cursors, broken))
+        dot_outputs<kFormat, X>(a, w, r0, count, cursors, packed, mine);
+    }
+  }
+}
+
+template <class X>
+void run_dot(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+  switch (a.format) {
+    case WeightFormat::dense:
+      return run_dot<WeightFormat::dense, X>(a, w, broken);
+    case WeightFormat::sparse24:
+      return run_dot<WeightFormat::sparse24, X>(a, w, broken);
+    case WeightFormat::bitmap:
+      return run_dot<WeightFormat::bitmap, X>(a, w, broken);
+  }
+}
+
+#endif
+
+// Whether the products of bf16 pairs serve best. fp32 activations take three of them each.
+template <class T, class X>
+bool takes_dot(const SparseLinearArgs& a) {
+  if (!std::is_same_v<T, bf16> || current_isa() < Isa::avx512_bf16) return false;
+  return std::is_same_v<X, bf16> || a.x.shape[0] <= kSplitRows;
+}
+
 template <class T, class X>
 void run(const SparseLinearArgs& a) {
   const Weights w(a);
   std::atomic<int64_t> broken{-1};
-  if (a.x.shape[0] <= kMaxDecodeRows)
+#if defined(__AVX512F__)
+  if (takes_dot<T, X>(a))
+    run_dot<X>(a, w, &broken);
+  else
+#endif
+      if (a.x.shape[0] <= kMaxDecodeRows)
     run_decode<T, X>(a, w, &broken);
   else
     run_multiply<T, X>(a, w, &broken);

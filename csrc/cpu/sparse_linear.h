@@ -35,4 +35,8 @@ PYPRUNE_CPU_KERNEL(sparse_linear, SparseLinearArgs)
 // tiles and multiplied as a matrix.
 constexpr int64_t kMaxDecodeRows = 8;
 
+// fp32 x rows up to which bf16 weights meet x as three bf16 parts, where the processor multiplies
+// those natively.
+constexpr int64_t kSplitRows = 2;
+
 }  // namespace pyprune

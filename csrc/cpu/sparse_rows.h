@@ -238,7 +238,7 @@ const T* expand_columns(const T* v, const T* end, const uint64_t* words, int64_t
       next = Vec::load(v);
     } else {  // the matrix ends here: no load may reach past it
       T last[8] = {};
-      std::memcpy(last, v, static_cast<size_t>(end - v) * sizeof(T));
+      std::copy(v, end, last);
       next = Vec::load(last);
     }
     _mm256_storeu_ps(out + 8 * i, expand8(next, keep));

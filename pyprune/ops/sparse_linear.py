@@ -234,7 +234,8 @@ def linear_24(x: Tensor, values: Tensor, meta: Tensor, *, bias: Tensor | None = 
     Returns:
         `[..., R]` in x's dtype, products summed in fp32 (fp64 for fp64 x). An infinite or NaN
         activation spreads to the outputs whose rows store its column; where a row does not store
-        it, 0 * inf may or may not be counted.
+        it, 0 * inf may or may not be counted. Processors that multiply bf16 natively take subnormal
+        bf16 numbers (below 1.2e-38) for zero.
 
     Raises:
         ValueError: a shape, dtype or device does not match.

@@ -72,7 +72,7 @@ def test_output_has_the_activations_dtype(fmt, provider, use_backend, x_dtype):
         assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(isa, fmt, dtype, use_isa):
@@ -86,7 +86,7 @@ def test_every_instruction_set(isa, fmt, dtype, use_isa):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_widths_beyond_the_cached_piece_of_x(fmt, isa, use_isa):
     use_isa(isa)
     tensors, dense = weight(fmt, (19, 4168), torch.bfloat16)
@@ -113,7 +113,7 @@ def test_dense_of_any_width(cols):
         assert_product(ops.linear_dense(x, *tensors), x, dense)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("m", [1, 8, 12, 64])
 def test_empty_full_and_zero_rows(isa, m, use_isa):
     use_isa(isa)
@@ -189,7 +189,7 @@ def test_independent_of_thread_count(fmt):
             torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize("m", [1, 40])
 def test_last_values_are_read_without_reaching_past_them(isa, m, use_isa):
     # NaN follows the last value: a load that reaches past it and is multiplied by zero would show.
@@ -198,6 +198,27 @@ def test_last_values_are_read_without_reaching_past_them(isa, m, use_isa):
     guarded = torch.cat([values, torch.full((64,), float("nan"))])[: len(values)]
     x = activations(m, 70)
     assert_product(ops.linear_bitmap(x, guarded, bitmap, offsets), x, dense)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_activations_of_any_magnitude(isa, fmt, use_isa):
+    # One activation a row, stored by every row of W: the product is one multiplication.
+    use_isa(isa)
+    nan_in_the_last_bit = torch.tensor(0x7F800001).int().view(torch.float32).item()
+    x = torch.zeros(2, 72)
+    w = torch.zeros(5, 72, dtype=torch.bfloat16)
+    w[:, 33] = torch.tensor([1.0, -0.5, 0.25, -1.0, 0.75], dtype=torch.bfloat16)
+    mask = torch.arange(72).expand(5, 72) % 4 < 2
+    tensors = {"linear_24": pack_24, "linear_bitmap": pack_bitmap}.get(fmt, lambda w, _: (w,))(
+        w, mask
+    )
+    for value in (1 + 2**-23, 3.3e38, -3.4028234e38, 2.0e-30, float("inf"), -float("inf")):
+        x[:, 33] = value
+        got = getattr(ops, fmt)(x, *tensors)
+        assert torch.equal(got, x[:, 33:34] * w[:, 33].float())
+    x[:, 33] = nan_in_the_last_bit
+    assert getattr(ops, fmt)(x, *tensors).isnan().all()
 
 
 def _tampered(name):
@@ -220,7 +241,7 @@ def _tampered(name):
     return values, bitmap, offsets
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 @pytest.mark.parametrize(
     "name",
     ["more bits than values", "bits past the last column", "offsets past the end",
@@ -236,7 +257,7 @@ def test_inconsistent_bitmaps_are_refused_by_the_kernel(name, isa, use_isa):
 def test_any_24_metadata_stays_inside_its_buffers(use_isa):
     values = torch.randn(6, 32)
     meta = torch.randint(0, 256, (6, 8), generator=torch.Generator().manual_seed(7))
-    for isa in ("portable", "avx2", "avx512"):
+    for isa in ("portable", "avx2", "avx512", "avx512_bf16"):
         use_isa(isa)
         for m in (1, 8, 12, 64):
             assert ops.linear_24(torch.ones(m, 64), values, meta.to(torch.uint8)).isfinite().all()

@@ -1,0 +1,210 @@
+// bf16 weights through vdpbf16ps: 32 products of bf16 pairs an instruction, summed in fp32.
+//
+// 2:4 gathers x instead of spreading W: 64 columns of x are two registers, the metadata of those
+// columns is one machine word, and one two-register permute picks the 32 activations that meet the
+// 32 stored weights. A bitmap row is spread over its columns (vpexpandw) as bf16.
+//
+// fp32 activations are split into three bf16 parts of eight bits each, which together are the fp32
+// number exactly; each part is multiplied and all are summed in one fp32 accumulator. The
+// instruction takes subnormal bf16 numbers for zero, which is the only difference in range.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/sparse_rows.h"
+
+#if defined(__AVX512F__)
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+
+// Rows of x that one pass over a block of W serves; longer x goes over the block chunk by chunk.
+constexpr int kChunkRows = 8;
+constexpr int kDotBlockRows = 32;  // of W, at most; they stay in the second level between chunks
+
+// The bf16 parts of an activation, most significant first; kParts of them add up to it exactly.
+template <class X>
+constexpr int kParts = sizeof(X) == 2 ? 1 : 3;
+
+inline void split(bf16 x, bf16* parts) { parts[0] = x; }
+inline void split(float x, bf16* parts) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  if ((u & 0x7f800000u) == 0x7f800000u) {
+    // What is left of an infinity or a NaN is no number; a NaN must not lose its last bit.
+    parts[0] = {static_cast<uint16_t>((u >> 16) | (u & 0xffffu ? 0x40u : 0u))};
+    parts[1] = parts[2] = {0};
+    return;
+  }
+  for (int p = 0; p < 3; ++p) {
+    parts[p] = {static_cast<uint16_t>(u >> 16)};
+    x -= to_float(parts[p]);  // exact: the low bits of x
+    std::memcpy(&u, &x, 4);
+  }
+}
+
+// `m` rows of x as the kernels read them: [C / 64][m][parts][64], zeros past C.
+template <class X>
+void pack_dot(const X* x, int64_t stride, int64_t m, int64_t cols, bf16* out) {
+  constexpr int P = kParts<X>;
+  for (int64_t c = 0; c < cols; c += kMaskColumns)
+    for (int64_t i = 0; i < m; ++i, out += P * kMaskColumns) {
+      const X* row = x + i * stride + c;
+      const int64_t width = std::min(kMaskColumns, cols - c);
+      if (width < kMaskColumns) std::memset(out, 0, P * kMaskColumns * sizeof(bf16));
+      for (int64_t j = 0; j < width; ++j) {
+        bf16 parts[P];
+        split(row[j], parts);
+        for (int p = 0; p < P; ++p) out[p * kMaskColumns + j] = parts[p];
+      }
+    }
+}
+
+// Where a kernel stands in one row of W.
+struct DotCursor {
+  const bf16* v;        // the next value
+  const uint8_t* meta;  // 2:4: the row's metadata; bitmap: its mask, padded to whole words
+};
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq")
+
+// Like row_mask() for a bitmap, eight words at a time.
+inline bool bitmap_row(const Weights& w, int64_t r, uint64_t* words) {
+  const int64_t n = mask_words(w.cols);
+  words[n - 1] = 0;
+  std::memcpy(words, w.meta + r * w.meta_stride, static_cast<size_t>(w.meta_stride));
+  const int tail = static_cast<int>(w.cols % kMaskColumns);
+  const uint64_t stray = tail ? words[n - 1] >> tail : 0;
+  __m512i counts = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 8) {
+    const __mmask8 k = static_cast<__mmask8>(n - i >= 8 ? 0xff : (1 << (n - i)) - 1);
+    counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(_mm512_maskz_loadu_epi64(k, words + i)));
+  }
+  const int64_t begin = w.offsets[r], end = w.offsets[r + 1];
+  return !stray && begin >= 0 && end <= w.nnz && end - begin == _mm512_reduce_add_epi64(counts);
+}
+
+inline __m512bh words_of(__m512i v) { return reinterpret_cast<__m512bh>(v); }
+
+// Which of 64 columns each of 32 stored values of a 2:4 row belongs to. Value j has bits 2j and
+// 2j + 1 of `meta`; a permute reads six bits of each word.
+inline __m512i kept_of(uint64_t meta) {
+  const __m512i shifts = _mm512_set_epi64(
+      0x003e003c003a0038, 0x0036003400320030, 0x002e002c002a0028, 0x0026002400220020,
+      0x001e001c001a0018, 0x0016001400120010, 0x000e000c000a0008, 0x0006000400020000);
+  const __m512i groups = _mm512_set_epi64(
+      0x003c003c00380038, 0x0034003400300030, 0x002c002c00280028, 0x0024002400200020,
+      0x001c001c00180018, 0x0014001400100010, 0x000c000c00080008, 0x0004000400000000);
+  const __m512i codes =
+      _mm512_multishift_epi64_epi8(shifts, _mm512_set1_epi64(static_cast<int64_t>(meta)));
+  // (codes & 3) | groups
+  return _mm512_ternarylogic_epi32(codes, _mm512_set1_epi16(3), groups, 0xea);
+}
+
+// The words of (x0, x1) that `columns` names. Assembly because the compiler prefers the form that
+// overwrites x0, and then loads x anew for every row of W.
+inline __m512i pick(__m512i x0, __m512i x1, __m512i columns) {
+  asm("vpermi2w %2, %1, %0" : "+v"(columns) : "v"(x0), "v"(x1));
+  return columns;
+}
+
+// R rows of W, mask words [i0, i1), times M rows of x in P parts; `sums` holds R x M vectors. What
+// lies `ahead` bytes further is fetched into the second level meanwhile.
+template <WeightFormat kFormat, int P, int M, int R>
+inline void dot_rows(const Weights& w, DotCursor* cursors, int64_t i0, int64_t i1, const bf16* x,
+                     int64_t ahead, float* sums) {
+  constexpr bool k24 = kFormat == WeightFormat::sparse24, kDense = kFormat == WeightFormat::dense;
+  __m512 acc[R][M];
+  const bf16* v[R];
+  for (int r = 0; r < R; ++r) {
+    v[r] = cursors[r].v;
+    for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
+  }
+  // kTail: the word that the matrix ends in, `left` of its columns.
+  const auto step = [&](int64_t i, auto tail, int64_t left) __attribute__((always_inline)) {
+    constexpr bool kTail = decltype(tail)::value;
+    __m512i a[R], b[R];  // 2:4: values and their columns; else the columns' two halves
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      uint64_t word = 0;
+      if (kTail && k24)
+        std::memcpy(&word, cursors[r].meta + 8 * i, static_cast<size_t>(left / 8));
+      else if (!kDense)
+        std::memcpy(&word, cursors[r].meta + 8 * i, 8);
+      const uint64_t valid = kTail ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
+      if (k24) {
+        const __mmask32 k = kTail ? static_cast<__mmask32>((uint64_t{1} << (left / 2)) - 1) : ~0u;
+        a[r] = kTail ? _mm512_maskz_loadu_epi16(k, v[r]) : _mm512_loadu_si512(v[r]);
+        b[r] = kept_of(word);
+        v[r] += 32;
+      } else if (kDense) {
+        a[r] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(valid), v[r]);
+        b[r] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(valid >> 32), v[r] + 32);
+        v[r] += 64;
+      } else {
+        const uint32_t low = static_cast<uint32_t>(word);
+        a[r] = _mm512_maskz_expandloadu_epi16(low, v[r]);
+        b[r] =
+            _mm512_maskz_expandloadu_epi16(static_cast<uint32_t>(word >> 32), v[r] + popcount(low));
+        v[r] += popcount(word);
+      }
+      _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
+      if (kDense) _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead + 64, _MM_HINT_T1);
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+      for (int p = 0; p < P; ++p) {
+        const bf16* xp = x + ((i * M + m) * P + p) * kMaskColumns;
+        const __m512i x0 = _mm512_load_si512(xp), x1 = _mm512_load_si512(xp + 32);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          if (k24) {
+            const __m512i picked = pick(x0, x1, b[r]);
+            acc[r][m] = _mm512_dpbf16_ps(acc[r][m], words_of(a[r]), words_of(picked));
+          } else {
+            acc[r][m] = _mm512_dpbf16_ps(acc[r][m], words_of(a[r]), words_of(x0));
+            acc[r][m] = _mm512_dpbf16_ps(acc[r][m], words_of(b[r]), words_of(x1));
+          }
+        }
+      }
+  };
+  const int64_t whole = std::min(i1, w.cols / kMaskColumns);
+  for (int64_t i = i0; i < whole; ++i) step(i, std::false_type(), 0);
+  if (whole < i1) step(whole, std::true_type(), w.cols % kMaskColumns);
+  for (int r = 0; r < R; ++r) {
+    cursors[r].v = v[r];
+    for (int m = 0; m < M; ++m) _mm512_store_ps(sums + (r * M + m) * 16, acc[r][m]);
+  }
+}
+
+// `count` rows of W from their cursors (left as they are) times one chunk of M rows of x.
+template <WeightFormat kFormat, int P, int M>
+void dot_block(const Weights& w, const DotCursor* rows, int64_t count, const bf16* x, int64_t ahead,
+               float* sums) {
+  constexpr int kSide = M <= 4 ? 4 : 2;
+  const int64_t n = mask_words(w.cols);
+  // A piece of x for the first-level cache; for one or two rows of x all of it is.
+  const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, 16 * 1024 / (kMaskColumns * 2 * P * M));
+  DotCursor cursors[kDotBlockRows];
+  std::copy(rows, rows + count, cursors);
+  std::fill(sums, sums + count * M * Vec::kLanes, 0.0f);
+  for (int64_t i0 = 0; i0 < n; i0 += piece) {
+    const int64_t i1 = std::min(n, i0 + piece);
+    int64_t r = 0;
+    for (; r + kSide <= count; r += kSide)
+      dot_rows<kFormat, P, M, kSide>(w, cursors + r, i0, i1, x, ahead, sums + r * M * Vec::kLanes);
+    for (; r < count; ++r)
+      dot_rows<kFormat, P, M, 1>(w, cursors + r, i0, i1, x, ahead, sums + r * M * Vec::kLanes);
+  }
+}
+
+#pragma GCC pop_options
+
+}  // namespace PYPRUNE_ISA
+}  // namespace pyprune
+
+#endif
