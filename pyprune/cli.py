@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -433,6 +434,8 @@ def doctor(as_json: AsJson = False) -> None:
     diagnosis = diagnose()
     _show(diagnosis.to_dict(), as_json, diagnosis.render())
 
+
+import_module("pyprune.cli_sparse")  # registers its commands on `app`
 
 if __name__ == "__main__":
     sys.exit(main())
