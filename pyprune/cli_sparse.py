@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,11 +10,13 @@ import typer
 from rich.table import Table
 
 from pyprune import cli
-from pyprune.cli import AsJson, Model, app
+from pyprune.cli import AsJson, Device, Dtype, Model, app
 from pyprune.errors import UserError
 from pyprune.progress import ProgressBar
 
 if TYPE_CHECKING:
+    import torch
+
     from pyprune.sparse.convert import ConversionReport
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="A new directory.")]
@@ -56,6 +59,72 @@ def decompress(model: Model, out: Out, as_json: AsJson = False) -> None:
     with ProgressBar(cli._stderr(), "decompressing") as bar:
         report = decompress_checkpoint(cli._resolve(model, bar), out, progress=bar.step)
     cli._show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
+
+
+@app.command(
+    epilog='[b]Examples[/b]\n\npyprune generate small "The capital of France is"\n\n'
+    'pyprune generate packaged "Why is the sky blue?" --chat --temperature 0.7'
+)
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, with a dense or a compressed model; it streams."""
+    cli._quiet()
+    from pyprune.sparse.generate import generate as run
+
+    pieces: list[str] = []
+
+    def write(text: str) -> None:
+        pieces.append(text)
+        if not as_json:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    with ProgressBar(cli._stderr(), "loading") as bar:
+        source = cli._resolve(model, bar)
+    tokens = run(
+        source,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        dtype=_dtype(dtype),
+        device=_device(device),
+        write=write,
+    )
+    if as_json:
+        cli._show({"prompt": prompt, "text": "".join(pieces), "tokens": tokens}, True)
+    else:
+        sys.stdout.write("\n")
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    from pyprune.config import DTYPES
+
+    if name not in (None, *DTYPES):
+        raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    return None if name in (None, "auto") else getattr(torch, str(name))
+
+
+def _device(name: str | None) -> str | None:
+    import torch
+
+    if name in (None, "auto"):
+        return "cuda" if torch.cuda.is_available() else None
+    if str(name).startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device: expected one that is here, got {name}: no CUDA device")
+    return None if name == "cpu" else name
 
 
 def _table(report: ConversionReport) -> Table:
