@@ -17,6 +17,7 @@ from pyprune.progress import ProgressBar
 if TYPE_CHECKING:
     import torch
 
+    from pyprune.sparse.bench import BenchResult
     from pyprune.sparse.convert import ConversionReport
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="A new directory.")]
@@ -105,6 +106,74 @@ def generate(
         cli._show({"prompt": prompt, "text": "".join(pieces), "tokens": tokens}, True)
     else:
         sys.stdout.write("\n")
+
+
+@app.command(
+    epilog="[b]Examples[/b]\n\npyprune bench small --against pruned\n\n"
+    "pyprune bench small --batches 1,8 --json --plot bench.png > bench.json"
+)
+def bench(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A compressed checkpoint.")],
+    against: Annotated[
+        str | None,
+        typer.Option(help="The dense model; by default DIR decompressed in memory."),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,4,16,64",
+    prompt: Annotated[int, typer.Option(help="Tokens of each sequence in prefill.")] = 32,
+    steps: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Turns of each model.")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="A PNG to write (needs matplotlib).")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Dense and compressed side by side: bytes, load time, prefill and decode tokens/s.
+
+    Both run in float32 and bfloat16; the dense yardstick is the faster of the two.
+    """
+    cli._quiet()
+    from pyprune.sparse import plot as drawing
+    from pyprune.sparse.bench import Protocol, contestants
+    from pyprune.sparse.bench import bench as run
+
+    try:
+        sizes = tuple(int(size) for size in batches.split(","))
+    except ValueError as error:
+        raise UserError(f"--batches: expected numbers with commas, got {batches!r}") from error
+    protocol = Protocol(sizes, prompt, steps, rounds)
+    if plot is not None:
+        drawing.require_matplotlib()
+        if not plot.absolute().parent.is_dir():
+            raise UserError(f"--plot: {plot.parent}: no such directory")
+    with ProgressBar(cli._stderr(), "benchmark") as bar:
+        bar.step("loading the models")
+        dense = None if against is None else cli._resolve(against, bar)
+        models = contestants({"sparse": model}, dense, device=_device(device))
+        result = run(models, protocol, bar.step)
+    if plot is not None:
+        drawing.plot(result, plot)
+    cli._show(result.to_dict(), as_json, *bench_tables(result), *result.verdict())
+
+
+def bench_tables(result: BenchResult) -> list[Table]:
+    """What is in memory and on disk, and the rates, as tables."""
+    sizes = Table("model", "file MB", "weights MB", "load s", title="size")
+    for m in result.models:
+        seconds = "-" if m["load_seconds"] is None else f"{m['load_seconds']:.2f}"
+        file, weights = (f"{m[key] / 1e6:,.1f}" for key in ("file_bytes", "weight_bytes"))
+        sizes.add_row(f"{m['name']} {m['dtype']}", file, weights, seconds)
+    title = f"tokens/s, median (least - greatest); {result.device}, {result.threads} threads"
+    rates = Table("phase", "batch", "model", "tokens/s", "", "of fastest dense", title=title)
+    for rate in sorted(result.rates, key=lambda r: (r.phase, r.batch)):
+        dense = result.fastest("dense", rate.phase, rate.batch).median
+        rates.add_row(
+            rate.phase,
+            str(rate.batch),
+            f"{rate.name} {rate.dtype}",
+            f"{rate.median:,.1f}",
+            f"({rate.least:,.1f} - {rate.greatest:,.1f})",
+            f"{rate.median / dense:.2f}x",
+        )
+    return [sizes, rates]
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
