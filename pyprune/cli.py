@@ -438,4 +438,5 @@ def doctor(as_json: AsJson = False) -> None:
 import_module("pyprune.cli_sparse")  # registers its commands on `app`
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # Run as a script this module is not `pyprune.cli`, whose `app` has all the commands.
+    sys.exit(import_module("pyprune.cli").main())

@@ -36,7 +36,7 @@ def test_command(pair, tmp_path, capsys):
     assert cli.main([*arguments, "--against", str(pair[0]), "--plot", str(picture), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert len(result["rates"]) == 2 * 2 * 2 * 2 and len(result["ratios"]) == 4
+    assert len(result["rates"]) == 2 * 2 * 2 * 2 and len(result["ratios"]) == 8
     assert all(0 < r["least"] <= r["median"] <= r["greatest"] for r in result["rates"])
     sizes = {(m["name"], m["dtype"]): m for m in result["models"]}
     assert sizes["sparse", "bfloat16"]["file_bytes"] < sizes["dense", "bfloat16"]["file_bytes"]
@@ -75,8 +75,8 @@ def test_verdict_names_every_loss():
     models = [{"name": name} for name in ("dense", "x", "y")]
     result = BenchResult(models, rates, Protocol(batches=(1,)), "cpu", 1, "0")
     assert result.verdict() == [
-        "x loses to dense in prefill at batch 1 (0.80x).",
-        "y loses nowhere here.",
+        "x float32 loses to the fastest dense model in prefill at batch 1 (0.80x).",
+        "y float32 loses nowhere here.",
     ]
     assert [row["ratio"] for row in result.ratios()] == [0.8, 1.5, 1.1, 1.5]
 

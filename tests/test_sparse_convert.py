@@ -1,6 +1,8 @@
 """Compress and decompress: bit for bit, over shards, from the old layouts, and by command."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -123,4 +125,9 @@ def test_commands(tmp_path, capsys):
     assert cli.main(["decompress", str(dense), "--out", back + "2"]) == 2
     assert cli.main(["compress", str(dense), "--out", back + "2", "--format", "csr"]) == 2
     errors = capsys.readouterr().err.splitlines()
+    done = subprocess.run(
+        [sys.executable, "-m", "pyprune.cli", "compress", "--help"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "pyprune compress" in done.stdout
     assert len(errors) == 3 and "it is dense" in errors[1] and "expected auto" in errors[2]

@@ -106,34 +106,29 @@ class BenchResult:
         return list(dict.fromkeys(str(model["name"]) for model in self.models))
 
     def ratios(self) -> list[dict[str, Any]]:
-        """Every compressed model's rate over the fastest dense one's."""
+        """The rate of every compressed model in every dtype over that of the fastest dense one."""
         rows = []
-        for name in self.names:
-            for phase in PHASES:
-                for batch in self.protocol.batches:
-                    if name == DENSE:
-                        continue
-                    sparse = self.fastest(name, phase, batch)
-                    dense = self.fastest(DENSE, phase, batch)
-                    ratio = sparse.median / dense.median
-                    row = {"name": name, "phase": phase, "batch": batch, "ratio": ratio}
-                    rows.append({**row, "dtype": sparse.dtype, "dense_dtype": dense.dtype})
+        for rate in self.rates:
+            if rate.name != DENSE:
+                dense = self.fastest(DENSE, rate.phase, rate.batch)
+                row = {"name": rate.name, "dtype": rate.dtype, "phase": rate.phase}
+                ratio = {"batch": rate.batch, "ratio": rate.median / dense.median}
+                rows.append({**row, **ratio, "dense_dtype": dense.dtype})
         return rows
 
     def verdict(self) -> list[str]:
-        """One sentence for each compressed model: where it loses to dense."""
-        lines = []
-        for name in self.names:
-            rows = [row for row in self.ratios() if row["name"] == name]
-            lost = [
-                f"{row['phase']} at batch {row['batch']} ({row['ratio']:.2f}x)"
-                for row in rows
-                if row["ratio"] < 1
-            ]
-            if rows:
-                what = f"loses to dense in {', '.join(lost)}" if lost else "loses nowhere here"
-                lines.append(f"{name} {what}.")
-        return lines
+        """One sentence for each compressed model in each dtype: where it loses to dense."""
+        lost: dict[str, list[str]] = {}
+        for row in self.ratios():
+            losses = lost.setdefault(f"{row['name']} {row['dtype']}", [])
+            if row["ratio"] < 1:
+                losses.append(f"{row['phase']} at batch {row['batch']} ({row['ratio']:.2f}x)")
+        return [
+            f"{label} loses to the fastest dense model in {', '.join(losses)}."
+            if losses
+            else f"{label} loses nowhere here."
+            for label, losses in lost.items()
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "ratios": self.ratios(), "verdict": self.verdict()}

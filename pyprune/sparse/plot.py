@@ -8,6 +8,7 @@ from typing import Any
 from pyprune.errors import UserError
 from pyprune.sparse.bench import DENSE, PHASES, BenchResult
 
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 COLOURS = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")
 
 
@@ -23,7 +24,7 @@ def plot(result: BenchResult, file: Path) -> None:
     """Writes a PNG: rates of the fastest dtype by batch size, relative to dense, and bytes.
 
     Bars are medians, whiskers run from the least to the greatest sample; each bar carries its
-    tokens per second.
+    tokens per second and its dtype.
     """
     require_matplotlib()
     from matplotlib.figure import Figure
@@ -55,9 +56,9 @@ def _rates(axis: Any, result: BenchResult, phase: str) -> None:
                 label=name if j == 0 else None, yerr=spread, capsize=2,
                 error_kw={"elinewidth": 0.8},
             )  # fmt: skip
+            words = f" {rate.median:,.4g} tok/s, {SHORT[rate.dtype]}"
             axis.text(
-                x, 0.02, f" {rate.median:,.4g} tok/s", rotation=90, ha="center", va="bottom",
-                fontsize=7, color="white",
+                x, 0.02, words, rotation=90, ha="center", va="bottom", fontsize=7, color="white"
             )  # fmt: skip
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(result.protocol.batches)), [str(b) for b in result.protocol.batches])
