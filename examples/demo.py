@@ -47,7 +47,7 @@ RUNS = {
 }
 # The compressed model of each run, as it is called in the comparison with the dense one.
 SPARSE = {"sparsegpt-2of4": "2:4", "sparsegpt-50": "50% bitmap"}
-COMPARISON = Protocol(batches=(1, 4, 16), prompt=32, steps=8, rounds=3)
+COMPARISON = Protocol(batches=(1, 4, 16), prompt=16, steps=8, rounds=3)
 
 
 class Demo:

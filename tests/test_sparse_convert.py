@@ -121,6 +121,8 @@ def test_commands(tmp_path, capsys):
     assert cli.main(["decompress", small, "--out", back]) == 0
     assert_same(dense, tmp_path / "back")
     capsys.readouterr()
+    assert cli.main(["inspect", small]) == 2
+    assert "`pyprune decompress` makes it dense" in capsys.readouterr().err
     assert cli.main(["compress", str(dense), "--out", small]) == 2
     assert cli.main(["decompress", str(dense), "--out", back + "2"]) == 2
     assert cli.main(["compress", str(dense), "--out", back + "2", "--format", "csr"]) == 2

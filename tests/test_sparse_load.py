@@ -2,6 +2,7 @@
 damaged."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -25,6 +26,18 @@ def pair(request, tmp_path):
     dense = pruned_checkpoint(tmp_path / "dense", pattern=request.param)
     compress_checkpoint(dense, tmp_path / "small")
     return dense, tmp_path / "small"
+
+
+@pytest.fixture(scope="module")
+def compressed(tmp_path_factory):
+    """A small compressed checkpoint of each pattern, to be copied before it is spoilt."""
+    made = {}
+    for pattern in ("2:4", "random"):
+        folder = tmp_path_factory.mktemp("compressed")
+        dense = pruned_checkpoint(folder / "dense", pattern=pattern, num_hidden_layers=1)
+        compress_checkpoint(dense, folder / "small")
+        made[pattern] = folder / "small"
+    return made
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -149,10 +162,10 @@ META = {
 
 @pytest.mark.parametrize("pattern_and_case", [*(("random", c) for c in BITMAP), *(
     ("2:4", c) for c in META)], ids=str)  # fmt: skip
-def test_tampered_tensors_are_refused_by_file_and_name(pattern_and_case, tmp_path):
+def test_tampered_tensors_are_refused_by_file_and_name(pattern_and_case, compressed, tmp_path):
     pattern, case = pattern_and_case
     change, message = (BITMAP if pattern == "random" else META)[case]
-    compress_checkpoint(pruned_checkpoint(tmp_path / "dense", pattern=pattern), tmp_path / "small")
+    shutil.copytree(compressed[pattern], tmp_path / "small")
     spoil(tmp_path / "small", change)
     both_refuse(tmp_path / "small", tmp_path, rf"small.*{LAYER}.*{message}")
 

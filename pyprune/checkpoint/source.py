@@ -77,6 +77,7 @@ class Checkpoint:
             method = raw["quantization_config"].get("quant_method", "unknown")
             raise UserError(
                 f"{path}: expected floating point weights, got a checkpoint quantized by {method}"
+                + ("; `pyprune decompress` makes it dense" if method == "pyprune" else "")
             )
         tensors = read_tensors(path)
         config = read_config(path, raw, trust_remote_code)
