@@ -95,12 +95,12 @@ def shell(code, *arguments):
     )  # fmt: skip
 
 
-def test_without_pyprune_the_error_says_what_to_do(pair):
+def test_without_pyprune_the_error_says_what_to_do(compressed):
     code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
-    done = shell(code, pair[1])
+    done = shell(code, compressed["2:4"])
     assert done.returncode and "`import pyprune` before loading it" in done.stderr
     for order in ("import pyprune, transformers", "import transformers.quantizers.auto, pyprune"):
-        done = shell(order + ";" + code, pair[1])
+        done = shell(order + ";" + code, compressed["2:4"])
         assert not done.returncode, done.stderr
 
 

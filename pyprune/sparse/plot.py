@@ -34,6 +34,9 @@ def plot(result: BenchResult, file: Path) -> None:
     for axis, phase in zip(axes, PHASES, strict=False):
         _rates(axis, result, phase)
     _sizes(axes[2], result)
+    # Under the axes: inside it would hide a bar.
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=9)
     figure.suptitle(
         f"{result.device}, {result.threads} threads, torch {result.torch_version}; prompt "
         f"{result.protocol.prompt}, {result.protocol.steps} tokens decoded, "
@@ -65,8 +68,6 @@ def _rates(axis: Any, result: BenchResult, phase: str) -> None:
     axis.set_xlabel("batch size")
     axis.set_ylabel("rate / fastest dense")
     axis.set_title(phase)
-    axis.margins(y=0.2)
-    axis.legend(fontsize=8, loc="upper right")
 
 
 def _sizes(axis: Any, result: BenchResult) -> None:
