@@ -1,10 +1,11 @@
-"""Prunes a real model with SparseGPT at 50 % and 2:4 and shows what that costs.
+"""Prunes a real model with SparseGPT at 50 % and 2:4, and shows what that costs and gains.
 
     python examples/demo.py --out demo-output
 
 Everything comes from ordinary packages: SmolLM2-135M-Instruct (dequantised from its 4-bit release)
 and Wikipedia articles, other ones for calibration than for evaluation. The two pruned checkpoints
-stay in the output folder, with `demo.json` beside them.
+stay in the output folder, with `demo.json` beside them. At the end both are compressed and run
+beside the dense model: bytes, load time, tokens per second.
 """
 
 from __future__ import annotations
@@ -26,11 +27,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from pyprune.calibration.walk import WalkEvent
+from pyprune.cli_sparse import bench_tables
 from pyprune.config import CalibrationConfig, PruneConfig
 from pyprune.errors import UserError
 from pyprune.evaluate import perplexity
 from pyprune.packaged import packaged_model_dir
 from pyprune.prune import prune_checkpoint
+from pyprune.sparse.bench import BenchResult, Protocol, bench, contestants
+from pyprune.sparse.convert import compress_checkpoint
+from pyprune.sparse.plot import plot
 
 # 64 x 512 tokens of calibration and 24 windows of evaluation keep the demo within minutes on two
 # cores. README's table uses more of both.
@@ -40,6 +45,9 @@ RUNS = {
     "sparsegpt-50": PruneConfig(method="sparsegpt", sparsity=0.5, calibration=CALIBRATION),
     "sparsegpt-2of4": PruneConfig(method="sparsegpt", pattern="2:4", calibration=CALIBRATION),
 }
+# The compressed model of each run, as it is called in the comparison with the dense one.
+SPARSE = {"sparsegpt-2of4": "2:4", "sparsegpt-50": "50% bitmap"}
+COMPARISON = Protocol(batches=(1, 4, 16), prompt=16, steps=8, rounds=3)
 
 
 class Demo:
@@ -48,6 +56,7 @@ class Demo:
         self.progress = progress
         self.seconds: dict[str, float] = {}
         self.rows: list[dict[str, object]] = []
+        self.bench: BenchResult | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[int]:
@@ -77,6 +86,23 @@ class Demo:
                 "peak_memory_bytes": report.run.peak_rss_bytes,
             }
             self.evaluate(folder, row)
+        self.bench = self.compare(dense)
+
+    def compare(self, dense: Path) -> BenchResult:
+        """Compresses both pruned checkpoints and times them beside the dense one."""
+        small = {label: self.out / f"{name}-compressed" for name, label in SPARSE.items()}
+        with self.phase("compress"):
+            for name, label in SPARSE.items():
+                compress_checkpoint(self.out / name, small[label])
+        with self.phase("dense against sparse") as task:
+            models = contestants(small, dense)
+            result = bench(
+                models,
+                COMPARISON,
+                lambda words, done, total: self.progress.update(task, completed=done, total=total),
+            )
+        plot(result, self.out / "bench.png")
+        return result
 
     def evaluate(self, folder: Path, row: dict[str, object]) -> None:
         with self.phase(f"perplexity {row['pattern'] if self.rows else 'dense'}") as task:
@@ -150,7 +176,11 @@ def main() -> int:
         "costs it more than it costs a model of 7 billion."
     )
     console.print(f"Pruned checkpoints: {', '.join(str(args.out / name) for name in RUNS)}")
-    result = {"rows": demo.rows, "seconds": demo.seconds}
+    assert demo.bench is not None
+    for renderable in (*bench_tables(demo.bench), *demo.bench.verdict()):
+        console.print(renderable)
+    console.print(f"Plot: {args.out / 'bench.png'}")
+    result = {"rows": demo.rows, "seconds": demo.seconds, "bench": demo.bench.to_dict()}
     (args.out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

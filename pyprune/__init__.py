@@ -7,18 +7,30 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from pyprune import _transformers_hook
+
 if TYPE_CHECKING:
     from pyprune import ops
     from pyprune.config import CalibrationConfig, PruneConfig
     from pyprune.prune import prune, prune_checkpoint
+    from pyprune.sparse.load import load
 
 __version__ = "0.1.0"
 
-__all__ = ["CalibrationConfig", "PruneConfig", "__version__", "ops", "prune", "prune_checkpoint"]
+__all__ = [
+    "CalibrationConfig",
+    "PruneConfig",
+    "__version__",
+    "load",
+    "ops",
+    "prune",
+    "prune_checkpoint",
+]
 
 _HOMES = {
     "CalibrationConfig": "pyprune.config",
     "PruneConfig": "pyprune.config",
+    "load": "pyprune.sparse.load",
     "prune": "pyprune.prune",
     "prune_checkpoint": "pyprune.prune",
 }
@@ -44,3 +56,4 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+_transformers_hook.install()

@@ -13,6 +13,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -468,5 +469,8 @@ def doctor(as_json: AsJson = False) -> None:
     _show(diagnosis.to_dict(), as_json, diagnosis.render())
 
 
+import_module("pyprune.cli_sparse")  # registers its commands on `app`
+
 if __name__ == "__main__":
-    sys.exit(main())
+    # Run as a script this module is not `pyprune.cli`, whose `app` has all the commands.
+    sys.exit(import_module("pyprune.cli").main())

@@ -71,16 +71,17 @@ class Checkpoint:
         corrupt weights, a config.json that does not parse, a quantized checkpoint, and an
         architecture that transformers has no causal language model for.
         """
-        path = _locate(source, revision)
-        raw = _read_json(path / "config.json")
+        path = locate(source, revision)
+        raw = read_json(path / "config.json")
         if "quantization_config" in raw:
             method = raw["quantization_config"].get("quant_method", "unknown")
             raise UserError(
                 f"{path}: expected floating point weights, got a checkpoint quantized by {method}"
+                + ("; `pyprune decompress` makes it dense" if method == "pyprune" else "")
             )
-        tensors = _read_tensors(path)
-        config = _config(path, raw, trust_remote_code)
-        return cls(path, config, _main_dtype(path, tensors), tensors, trust_remote_code)
+        tensors = read_tensors(path)
+        config = read_config(path, raw, trust_remote_code)
+        return cls(path, config, main_dtype(path, tensors), tensors, trust_remote_code)
 
     @cached_property
     def files(self) -> list[Path]:
@@ -177,7 +178,7 @@ def _line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 
-def _locate(source: str | Path, revision: str | None) -> Path:
+def locate(source: str | Path, revision: str | None) -> Path:
     text = str(source)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -210,7 +211,7 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from error
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f"{file.parent}: expected a Hugging Face checkpoint, it has no {file.name}")
     try:
@@ -222,7 +223,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _read_tensors(path: Path) -> dict[str, TensorEntry]:
+def read_tensors(path: Path) -> dict[str, TensorEntry]:
     """The headers of every weight file, checked against the index if there is one."""
     index = path / INDEX
     if not index.is_file():
@@ -230,7 +231,7 @@ def _read_tensors(path: Path) -> dict[str, TensorEntry]:
         if not weights.is_file():
             raise UserError(_no_weights(path))
         return read_header(weights)
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: expected a weight_map from tensor to file")
     tensors: dict[str, TensorEntry] = {}
@@ -256,7 +257,7 @@ def _no_weights(path: Path) -> str:
     return f"{path}: no weights: expected {WEIGHTS} or {INDEX}"
 
 
-def _config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PretrainedConfig:
+def read_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PretrainedConfig:
     kind = raw.get("model_type")
     if "auto_map" in raw and not trust_remote_code:
         logger.info("%s brings its own model code, which is not run", path)
@@ -275,7 +276,7 @@ def _config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pretrai
     return config
 
 
-def _main_dtype(path: Path, tensors: dict[str, TensorEntry]) -> torch.dtype:
+def main_dtype(path: Path, tensors: dict[str, TensorEntry]) -> torch.dtype:
     sizes: Counter[torch.dtype] = Counter()
     for entry in tensors.values():
         if entry.dtype.is_floating_point:

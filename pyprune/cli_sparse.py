@@ -1,0 +1,208 @@
+"""The commands of compressed checkpoints; `pyprune.cli` registers them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from pyprune import cli
+from pyprune.cli import AsJson, Device, Dtype, Model, app
+from pyprune.errors import UserError
+from pyprune.progress import ProgressBar
+
+if TYPE_CHECKING:
+    import torch
+
+    from pyprune.sparse.bench import BenchResult
+    from pyprune.sparse.convert import ConversionReport
+
+Out = Annotated[Path, typer.Option("--out", "-o", help="A new directory.")]
+
+
+@app.command(
+    epilog="[b]Examples[/b]\n\npyprune compress pruned --out small\n\n"
+    "pyprune compress pruned --out small --format bitmap --json"
+)
+def compress(
+    model: Model,
+    out: Out,
+    format: Annotated[
+        str,
+        typer.Option(help="auto (the smallest for each layer), sparse24 or bitmap."),
+    ] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Leave the zeros of a pruned checkpoint out. Layers that would not shrink stay dense."""
+    cli._quiet()
+    from pyprune.sparse.convert import compress_checkpoint
+    from pyprune.sparse.linear import FORMATS
+
+    if format not in ("auto", *FORMATS):
+        raise UserError(f"--format: expected auto, {', '.join(FORMATS)}, got {format!r}")
+    allowed = FORMATS if format == "auto" else (format,)
+    with ProgressBar(cli._stderr(), "compressing") as bar:
+        source = cli._resolve(model, bar)
+        report = compress_checkpoint(source, out, allowed=allowed, progress=bar.step)
+    cli._show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
+
+
+@app.command(epilog="[b]Example[/b]\n\npyprune decompress small --out dense")
+def decompress(model: Model, out: Out, as_json: AsJson = False) -> None:
+    """Restore the dense checkpoint, bit for bit, also from compressed-tensors' old sparse
+    layouts."""
+    cli._quiet()
+    from pyprune.sparse.convert import decompress_checkpoint
+
+    with ProgressBar(cli._stderr(), "decompressing") as bar:
+        report = decompress_checkpoint(cli._resolve(model, bar), out, progress=bar.step)
+    cli._show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
+
+
+@app.command(
+    epilog='[b]Examples[/b]\n\npyprune generate small "The capital of France is"\n\n'
+    'pyprune generate packaged "Why is the sky blue?" --chat --temperature 0.7'
+)
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="What to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many.")] = 100,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For a temperature above 0.")] = 0,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the chat template.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+) -> None:
+    """Continue a text, with a dense or a compressed model; it streams."""
+    cli._quiet()
+    from pyprune.sparse.generate import generate as run
+
+    pieces: list[str] = []
+
+    def write(text: str) -> None:
+        pieces.append(text)
+        if not as_json:
+            sys.stdout.write(text)
+            sys.stdout.flush()
+
+    with ProgressBar(cli._stderr(), "loading") as bar:
+        source = cli._resolve(model, bar)
+    tokens = run(
+        source,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        chat=chat,
+        dtype=_dtype(dtype),
+        device=_device(device),
+        write=write,
+    )
+    if as_json:
+        cli._show({"prompt": prompt, "text": "".join(pieces), "tokens": tokens}, True)
+    else:
+        sys.stdout.write("\n")
+
+
+@app.command(
+    epilog="[b]Examples[/b]\n\npyprune bench small --against pruned\n\n"
+    "pyprune bench small --batches 1,8 --json --plot bench.png > bench.json"
+)
+def bench(
+    model: Annotated[str, typer.Argument(metavar="DIR", help="A compressed checkpoint.")],
+    against: Annotated[
+        str | None,
+        typer.Option(help="The dense model; by default DIR decompressed in memory."),
+    ] = None,
+    batches: Annotated[str, typer.Option(help="Batch sizes, with commas.")] = "1,4,16,64",
+    prompt: Annotated[int, typer.Option(help="Tokens of each sequence in prefill.")] = 32,
+    steps: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 16,
+    rounds: Annotated[int, typer.Option(help="Turns of each model.")] = 3,
+    plot: Annotated[Path | None, typer.Option(help="A PNG to write (needs matplotlib).")] = None,
+    device: Device = None,
+    as_json: AsJson = False,
+) -> None:
+    """Dense and compressed side by side: bytes, load time, prefill and decode tokens/s.
+
+    Both run in float32 and bfloat16; the dense yardstick is the faster of the two.
+    """
+    cli._quiet()
+    from pyprune.sparse import plot as drawing
+    from pyprune.sparse.bench import Protocol, contestants
+    from pyprune.sparse.bench import bench as run
+
+    try:
+        sizes = tuple(int(size) for size in batches.split(","))
+    except ValueError as error:
+        raise UserError(f"--batches: expected numbers with commas, got {batches!r}") from error
+    protocol = Protocol(sizes, prompt, steps, rounds)
+    if plot is not None:
+        drawing.require_matplotlib()
+        if not plot.absolute().parent.is_dir():
+            raise UserError(f"--plot: {plot.parent}: no such directory")
+    with ProgressBar(cli._stderr(), "benchmark") as bar:
+        bar.step("loading the models")
+        dense = None if against is None else cli._resolve(against, bar)
+        models = contestants({"sparse": model}, dense, device=_device(device))
+        result = run(models, protocol, bar.step)
+    if plot is not None:
+        drawing.plot(result, plot)
+    cli._show(result.to_dict(), as_json, *bench_tables(result), *result.verdict())
+
+
+def bench_tables(result: BenchResult) -> list[Table]:
+    """What is in memory and on disk, and the rates, as tables."""
+    sizes = Table("model", "file MB", "weights MB", "load s", title="size")
+    for m in result.models:
+        seconds = "-" if m["load_seconds"] is None else f"{m['load_seconds']:.2f}"
+        file, weights = (f"{m[key] / 1e6:,.1f}" for key in ("file_bytes", "weight_bytes"))
+        sizes.add_row(f"{m['name']} {m['dtype']}", file, weights, seconds)
+    title = f"tokens/s, median (least - greatest); {result.device}, {result.threads} threads"
+    rates = Table("phase", "batch", "model", "tokens/s", "", "of fastest dense", title=title)
+    for rate in sorted(result.rates, key=lambda r: (r.phase, r.batch)):
+        dense = result.fastest("dense", rate.phase, rate.batch).median
+        rates.add_row(
+            rate.phase,
+            str(rate.batch),
+            f"{rate.name} {rate.dtype}",
+            f"{rate.median:,.1f}",
+            f"({rate.least:,.1f} - {rate.greatest:,.1f})",
+            f"{rate.median / dense:.2f}x",
+        )
+    return [sizes, rates]
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    from pyprune.config import DTYPES
+
+    if name not in (None, *DTYPES):
+        raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    return None if name in (None, "auto") else getattr(torch, str(name))
+
+
+def _device(name: str | None) -> str | None:
+    import torch
+
+    if name in (None, "auto"):
+        return "cuda" if torch.cuda.is_available() else None
+    if str(name).startswith("cuda") and not torch.cuda.is_available():
+        raise UserError(f"--device: expected one that is here, got {name}: no CUDA device")
+    return None if name == "cpu" else name
+
+
+def _table(report: ConversionReport) -> Table:
+    table = Table("format", "layers")
+    for kind in sorted(set(report.formats.values())):
+        table.add_row(kind, str(list(report.formats.values()).count(kind)))
+    share = report.nbytes_after / max(1, report.nbytes_dense)
+    table.title = (
+        f"{report.nbytes_before / 1e6:,.2f} MB to {report.nbytes_after / 1e6:,.2f} MB "
+        f"({share:.1%} of dense)"
+    )
+    return table

@@ -1,0 +1,261 @@
+"""Dense and compressed models side by side: bytes, load time, prefill and decode rates.
+
+All models are in memory at once and take turns, so that whatever else the machine does meets them
+alike; every figure is a median with its least and greatest. Ratios are against the fastest dense
+model of that line, whatever its dtype.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pyprune.errors import UserError
+from pyprune.sparse.linear import SparseLinear
+from pyprune.sparse.load import load
+from pyprune.sparse.stored import StoredCheckpoint
+
+DENSE = "dense"
+DTYPES = (torch.float32, torch.bfloat16)
+PHASES = ("prefill", "decode")
+Progress = Callable[[str, float, float | None], None]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """prompt: tokens of every sequence in prefill. steps: tokens decoded after it. rounds: how
+    often each model takes its turn, after one that does not count."""
+
+    batches: tuple[int, ...] = (1, 4, 16, 64)
+    prompt: int = 32
+    steps: int = 16
+    rounds: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = (*self.batches, self.prompt, self.steps, self.rounds)
+        if not self.batches or min(numbers) < 1:
+            raise UserError(f"expected batches, prompt, steps and rounds above 0, got {self}")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """One model in one dtype. name: DENSE or what the compressed one is called. seconds: to load.
+    file_bytes: of the tensors on disk. weight_bytes: of the model's weights in memory."""
+
+    name: str
+    dtype: str
+    seconds: float | None
+    file_bytes: int
+    weight_bytes: int
+    model: PreTrainedModel = field(repr=False, compare=False)
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.dtype}"
+
+    def facts(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "dtype": self.dtype,
+            "load_seconds": self.seconds,
+            "file_bytes": self.file_bytes,
+            "weight_bytes": self.weight_bytes,
+        }
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Tokens per second of one model in one phase at one batch size."""
+
+    name: str
+    dtype: str
+    phase: str
+    batch: int
+    median: float
+    least: float
+    greatest: float
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    models: list[dict[str, Any]]
+    rates: list[Rate]
+    protocol: Protocol
+    device: str
+    threads: int
+    torch_version: str
+
+    def fastest(self, name: str, phase: str, batch: int) -> Rate:
+        """The model's fastest dtype on that line."""
+        line = (r for r in self.rates if (r.name, r.phase, r.batch) == (name, phase, batch))
+        return max(line, key=lambda rate: rate.median)
+
+    @property
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(str(model["name"]) for model in self.models))
+
+    def ratios(self) -> list[dict[str, Any]]:
+        """The rate of every compressed model in every dtype over that of the fastest dense one."""
+        rows = []
+        for rate in self.rates:
+            if rate.name != DENSE:
+                dense = self.fastest(DENSE, rate.phase, rate.batch)
+                row = {"name": rate.name, "dtype": rate.dtype, "phase": rate.phase}
+                ratio = {"batch": rate.batch, "ratio": rate.median / dense.median}
+                rows.append({**row, **ratio, "dense_dtype": dense.dtype})
+        return rows
+
+    def verdict(self) -> list[str]:
+        """One sentence for each compressed model in each dtype: where it loses to dense."""
+        lost: dict[str, list[str]] = {}
+        for row in self.ratios():
+            losses = lost.setdefault(f"{row['name']} {row['dtype']}", [])
+            if row["ratio"] < 1:
+                losses.append(f"{row['phase']} at batch {row['batch']} ({row['ratio']:.2f}x)")
+        return [
+            f"{label} loses to the fastest dense model in {', '.join(losses)}."
+            if losses
+            else f"{label} loses nowhere here."
+            for label, losses in lost.items()
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "ratios": self.ratios(), "verdict": self.verdict()}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the model's parameters and persistent buffers, shared ones once."""
+    tensors = model.state_dict(keep_vars=True).values()
+    return sum({t.data_ptr(): t.nbytes for t in tensors}.values())
+
+
+def densified(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of `model` with `nn.Linear` in the place of every `SparseLinear`."""
+    dense = deepcopy(model)
+    for name, module in list(dense.named_modules()):
+        if isinstance(module, SparseLinear):
+            dense.set_submodule(name, module.to_dense())
+    return dense
+
+
+def contestants(
+    sources: Mapping[str, str | Path],
+    against: str | Path | None = None,
+    dtypes: Iterable[torch.dtype] = DTYPES,
+    device: str | None = None,
+) -> list[Contestant]:
+    """Loads the dense model and the compressed `sources` (by name), each in every dtype.
+
+    against: the dense directory; None: the first source, decompressed in memory.
+    """
+    opened = {name: StoredCheckpoint.open(source) for name, source in sources.items()}
+    for name, stored in opened.items():
+        if stored.kind != "pyprune":
+            raise UserError(f"{stored.path}: {name}: expected a compressed checkpoint, it is dense")
+    base = None if against is None else StoredCheckpoint.open(against)
+    if base is not None and base.kind != DENSE:
+        raise UserError(f"{base.path}: expected a dense checkpoint, it is {base.kind}")
+    made = []
+    for dtype in dtypes:
+        first: PreTrainedModel | None = None
+        loaded = []
+        for name, stored in opened.items():
+            found = _load(name, stored, dtype, device)
+            first = first or found.model
+            loaded.append(found)
+        if base is not None:
+            made.append(_load(DENSE, base, dtype, device))
+        elif first is not None:
+            model, size = densified(first), next(iter(opened.values())).dense_nbytes
+            made.append(Contestant(DENSE, _name(dtype), None, size, weight_bytes(model), model))
+        made += loaded
+    return made
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _load(
+    name: str, stored: StoredCheckpoint, dtype: torch.dtype, device: str | None
+) -> Contestant:
+    started = time.perf_counter()
+    model = load(stored.path, dtype, device)
+    # transformers maps the file: weights that keep their dtype are read on first use. Use them.
+    for t in model.state_dict().values():
+        t.view(torch.uint8).sum() if t.dim() else t.item()
+    seconds = time.perf_counter() - started
+    return Contestant(name, _name(dtype), seconds, stored.nbytes, weight_bytes(model), model)
+
+
+def bench(
+    models: list[Contestant], protocol: Protocol, progress: Progress | None = None
+) -> BenchResult:
+    """Times every model's prefill and greedy decoding with a key-value cache."""
+    samples: dict[tuple[str, str, str, int], list[float]] = {}
+    vocabulary = min(int(c.model.config.get_text_config().vocab_size) for c in models)
+    gen = torch.Generator().manual_seed(protocol.seed)
+    total, done = len(protocol.batches) * (protocol.rounds + 1) * len(models), 0
+    for batch in protocol.batches:
+        ids = torch.randint(0, vocabulary, (batch, protocol.prompt), generator=gen)
+        for turn in range(protocol.rounds + 1):
+            for c in models:
+                if progress is not None:
+                    progress(f"batch {batch}, {c.label}", done, total)
+                done += 1
+                prefill, decode = _time(c.model, ids, protocol.steps)
+                if turn:
+                    for phase, rate in (("prefill", prefill), ("decode", decode)):
+                        samples.setdefault((c.name, c.dtype, phase, batch), []).append(rate)
+    rates = [
+        Rate(*key, statistics.median(found), min(found), max(found))
+        for key, found in samples.items()
+    ]
+    facts = [c.facts() for c in models]
+    return BenchResult(
+        facts, rates, protocol, _device(models), torch.get_num_threads(), torch.__version__
+    )
+
+
+def _device(models: list[Contestant]) -> str:
+    device = models[0].model.device
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return os.uname().machine
+
+
+@torch.inference_mode()
+def _time(model: PreTrainedModel, ids: Tensor, steps: int) -> tuple[float, float]:
+    """Tokens per second in prefill and in decoding."""
+    ids = ids.to(model.device)
+    _wait(model)
+    started = time.perf_counter()
+    out = model(ids, use_cache=True, logits_to_keep=1)
+    token = out.logits[:, -1].argmax(-1, keepdim=True)
+    _wait(model)
+    middle = time.perf_counter()
+    for _ in range(steps):
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+    _wait(model)
+    end = time.perf_counter()
+    return ids.numel() / (middle - started), len(ids) * steps / (end - middle)
+
+
+def _wait(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

@@ -1,0 +1,277 @@
+"""From a dense (or old sparse) checkpoint to a compressed one and back, one tensor in memory.
+
+Each shard of the input becomes the shard of the same name of the output. A shard is gone through
+twice: once to decide the formats, which gives every size and so the header, once to write.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.checkpoint import (
+    Checkpoint,
+    TensorEntry,
+    check_output,
+    copy_auxiliary,
+    output_directory,
+    write_tensor,
+)
+from pyprune.checkpoint.names import owners
+from pyprune.checkpoint.output import AUXILIARY_BYTES, CARD, REPORT
+from pyprune.checkpoint.shards import DTYPES, LENGTH_BYTES
+from pyprune.checkpoint.source import INDEX
+from pyprune.errors import UserError
+from pyprune.sparse import format as formats
+from pyprune.sparse.format import LayerFormat
+from pyprune.sparse.linear import FORMATS
+from pyprune.sparse.stored import CONFIG, StoredCheckpoint
+
+Progress = Callable[[str, float, float | None], None]
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ALIGNMENT = 8
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """formats: "dense", "sparse24" or "bitmap" of every linear layer that could be compressed.
+    nbytes_before, nbytes_after: of the tensors in the input's and the output's files;
+    nbytes_dense: of the dense model that both stand for."""
+
+    path: str
+    formats: dict[str, str]
+    nbytes_before: int
+    nbytes_after: int
+    nbytes_dense: int
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compress_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    *,
+    allowed: tuple[str, ...] = FORMATS,
+    progress: Progress | None = None,
+) -> ConversionReport:
+    """Writes `source` compressed into the new directory `out`.
+
+    Args:
+        source: a dense checkpoint, one in an old sparse layout, or one of pyprune's own.
+        allowed: the formats to choose from; each layer takes the smallest, and stays dense unless
+            that saves a tenth of its bytes. Everything that is no plain `nn.Linear` of the model
+            (embeddings, tied heads, transposed and fused expert matrices) stays as it is.
+        progress: called with a tensor's name, how many are through, and their number.
+
+    Raises:
+        UserError: the input is none of these or damaged, or `out` cannot be written.
+    """
+    if not allowed or not set(allowed) <= set(FORMATS):
+        raise UserError(f"formats: expected some of {', '.join(FORMATS)}, got {allowed}")
+    check_output(out)
+    stored = StoredCheckpoint.open(source)
+    candidates = compressible(stored.checkpoint())
+    steps = _Steps(progress, len(stored.entries) + len(candidates))
+    layers: dict[str, LayerFormat] = {}
+    plan: dict[str, dict[str, TensorEntry]] = {}
+    chosen: dict[str, str] = {}
+    for tensor, entry in stored.entries.items():
+        plan[tensor] = {tensor: entry}
+        if tensor not in candidates:
+            continue
+        steps.next(tensor)
+        kind, nnz = formats.choose(stored.read(tensor), allowed)
+        name = tensor.removesuffix(formats.WEIGHT)
+        chosen[name] = kind
+        if kind != "dense":
+            layers[name] = LayerFormat(kind, (entry.shape[0], entry.shape[1]))
+            plan[tensor] = _parts(name, layers[name], nnz, entry)
+    raw = stored.dense_raw
+    raw["quantization_config"] = formats.quantization_config(layers)
+    # Without pyprune transformers skips a method that it does not know, and fills the layers with
+    # random numbers. It stops at this instead, and quotes it; pyprune's hook takes it out.
+    raw["transformers_weights"] = formats.HOW_TO_LOAD
+
+    def convert(tensor: str) -> dict[str, Tensor]:
+        value, name = stored.read(tensor), tensor.removesuffix(formats.WEIGHT)
+        if name not in layers or tensor not in candidates:
+            return {tensor: value}
+        packed = formats.pack(value, layers[name].format)
+        return {f"{name}.{part}": t for part, t in packed.items()}
+
+    after = _write(stored, out, plan, convert, raw, _compressed_card(layers), steps)
+    return ConversionReport(str(out), chosen, stored.nbytes, after, stored.dense_nbytes)
+
+
+def decompress_checkpoint(
+    source: str | Path, out: str | Path, *, progress: Progress | None = None
+) -> ConversionReport:
+    """Writes the dense checkpoint that `source` stands for into the new directory `out`, every
+    tensor bit for bit and config.json without what says how weights were stored.
+
+    Arguments and errors as for `compress_checkpoint`; a dense `source` is refused.
+    """
+    check_output(out)
+    stored = StoredCheckpoint.open(source)
+    if stored.kind == "dense":
+        raise UserError(f"{stored.path}: expected a compressed checkpoint, it is dense")
+    steps = _Steps(progress, len(stored.entries))
+    plan = {tensor: {tensor: entry} for tensor, entry in stored.entries.items()}
+    names = [tensor.removesuffix(formats.WEIGHT) for tensor in stored.parts]
+
+    def convert(tensor: str) -> dict[str, Tensor]:
+        return {tensor: stored.read(tensor)}
+
+    after = _write(stored, out, plan, convert, stored.dense_raw, DENSE_CARD, steps)
+    dense = dict.fromkeys(names, "dense")
+    return ConversionReport(str(out), dense, stored.nbytes, after, stored.dense_nbytes)
+
+
+def compressible(checkpoint: Checkpoint) -> set[str]:
+    """The tensors that are, each on its own, the weight of one plain `nn.Linear` of the model."""
+    reason = checkpoint.streamable()
+    if reason:
+        raise UserError(f"{checkpoint.path}: cannot be compressed tensor by tensor: {reason}")
+    model = checkpoint.build_model()
+    places = owners(model)
+    found = set()
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear or len(places[id(module.weight)]) > 1:
+            continue
+        pieces = checkpoint.names.pieces[name + formats.WEIGHT]
+        tensor = pieces[0].tensor
+        entry = checkpoint.tensors[tensor]
+        whole = len(pieces) == 1 and pieces[0].expert is None
+        named = tensor.endswith(formats.WEIGHT)
+        if whole and named and entry.dtype in formats.VALUE_DTYPES:
+            found.add(tensor)
+    return found
+
+
+class _Steps:
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def next(self, words: str) -> None:
+        if self._progress is not None:
+            self._progress(words, self._done, self._total)
+        self._done += 1
+
+
+def _parts(name: str, layer: LayerFormat, nnz: int, entry: TensorEntry) -> dict[str, TensorEntry]:
+    """What a compressed weight becomes in the file of `entry`; offsets come later."""
+    made = {}
+    for part, shape in layer.part_shapes(nnz).items():
+        dtype = formats.PART_DTYPES.get(part, entry.dtype)
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        made[f"{name}.{part}"] = TensorEntry(entry.file, 0, nbytes, dtype, shape)
+    return made
+
+
+def _write(
+    stored: StoredCheckpoint,
+    out: str | Path,
+    plan: Mapping[str, Mapping[str, TensorEntry]],
+    convert: Callable[[str], dict[str, Tensor]],
+    raw: Mapping[str, Any],
+    card: str,
+    steps: _Steps,
+) -> int:
+    """Writes the output directory; returns the bytes of its tensors."""
+    total = sum(entry.nbytes for made in plan.values() for entry in made.values())
+    with output_directory(out, needed=total + AUXILIARY_BYTES) as folder:
+        copy_auxiliary(stored.checkpoint(), folder, index=False)
+        (folder / CONFIG).write_text(_json(raw), encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
+        if (stored.path / REPORT).is_file():
+            shutil.copyfile(stored.path / REPORT, folder / REPORT)
+        weight_map: dict[str, str] = {}
+        for file, tensors in _by_file(stored, plan):
+            made = {n: e for tensor in tensors for n, e in plan[tensor].items()}
+            placed = _create(folder / file.name, made)
+            weight_map |= dict.fromkeys(placed, file.name)
+            for tensor in tensors:
+                steps.next(tensor)
+                for name, value in convert(tensor).items():
+                    write_tensor(placed[name], value, folder / file.name)
+        if (stored.path / INDEX).is_file():
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (folder / INDEX).write_text(_json(index), encoding="utf-8")
+    return total
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _by_file(
+    stored: StoredCheckpoint, plan: Mapping[str, Mapping[str, TensorEntry]]
+) -> Iterator[tuple[Path, list[str]]]:
+    files = sorted({stored.entries[tensor].file for tensor in plan})
+    for file in files:
+        yield file, [tensor for tensor in plan if stored.entries[tensor].file == file]
+
+
+def _create(file: Path, made: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """A safetensors file with its header written and its tensors' bytes still to come.
+
+    Tensors go by falling element size, so that each starts at a multiple of its own.
+    """
+    ordered = sorted(made.items(), key=lambda item: -item[1].dtype.itemsize)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, entry in ordered:
+        header[name] = {
+            "dtype": _NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.nbytes],
+        }
+        end += entry.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    start = LENGTH_BYTES + len(text)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
+        stream.truncate(start + end)
+    placed = {}
+    for name, entry in ordered:
+        offset = start + header[name]["data_offsets"][0]
+        placed[name] = TensorEntry(file, offset, entry.nbytes, entry.dtype, entry.shape)
+    return placed
+
+
+def _compressed_card(layers: Mapping[str, LayerFormat]) -> str:
+    kinds = [layer.format for layer in layers.values()]
+    counts = ", ".join(f"{kinds.count(kind)} as {kind}" for kind in FORMATS)
+    return f"""---
+tags: [pyprune, sparse]
+---
+# Compressed by pyprune
+
+Zeros of {len(kinds)} linear layers are left out ({counts}). Plain transformers cannot load this:
+
+```python
+import pyprune  # before from_pretrained
+
+model = pyprune.load("DIR")  # or AutoModelForCausalLM.from_pretrained("DIR")
+```
+
+`pyprune decompress DIR --out DENSE` restores the dense checkpoint bit for bit.
+"""
+
+
+DENSE_CARD = """---
+tags: [pyprune]
+---
+# Decompressed by pyprune
+
+An ordinary dense checkpoint; the weights that were pruned are zeros in it.
+"""

@@ -1,0 +1,76 @@
+"""Text from a model, dense or compressed, piece by piece as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+
+from pyprune.errors import UserError
+from pyprune.sparse.load import load
+
+
+class _Streamer(TextStreamer):  # type: ignore[misc]
+    """Hands finished pieces of text to `write`; the base class finds where a piece ends."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
+
+
+def generate(
+    source: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    seed: int = 0,
+    chat: bool = False,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    write: Callable[[str], None],
+) -> int:
+    """Continues `prompt` with the model in `source` (as for `load`); returns how many tokens came.
+
+    temperature: 0 takes the likeliest token each time. chat: put the prompt into the tokenizer's
+    chat template. write: called with each piece of text. Raises UserError as `load` does, and for a
+    prompt without tokens, a number out of range, or a tokenizer that does not load.
+    """
+    if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
+        raise UserError(
+            f"expected at least 1 new token and a temperature of at least 0, got {max_new_tokens} "
+            f"and {temperature}"
+        )
+    model = load(source, dtype, device)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise UserError(f"{source}: its tokenizer does not load: {error}") from error
+    if chat:
+        if not getattr(tokenizer, "chat_template", None):
+            raise UserError(f"{source}: its tokenizer has no chat template")
+        turn = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
+    if not ids.numel():
+        raise UserError("prompt: expected some text, it has no tokens")
+    options: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+    if temperature > 0:
+        options["temperature"] = temperature
+    torch.manual_seed(seed)
+    ids = ids.to(model.device).long()
+    with torch.inference_mode():
+        done = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            streamer=_Streamer(tokenizer, write),
+            pad_token_id=tokenizer.pad_token_id or 0,
+            **options,
+        )
+    return int(done.shape[1] - ids.shape[1])

@@ -1,0 +1,61 @@
+"""`pyprune.load`: a compressed checkpoint as a transformers model."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from pyprune.checkpoint.source import main_dtype
+from pyprune.errors import UserError
+from pyprune.sparse.stored import StoredCheckpoint
+
+KINDS = ("dense", "pyprune")
+
+
+def load(
+    source: str | Path,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> PreTrainedModel:
+    """The causal language model in `source`, for inference; compressed layers are `SparseLinear`.
+
+    Args:
+        source: a directory or hub id, compressed by `pyprune compress` or dense.
+        dtype: of weights and activations; the checkpoint's own by default.
+        device: the CPU by default.
+
+    Raises:
+        UserError: a file is truncated or damaged, a tensor is missing or does not fit, the version
+            is unknown, or the checkpoint is quantized or in an old layout (`pyprune compress`
+            converts those). File and tensor are named; nothing was computed by then.
+    """
+    stored = StoredCheckpoint.open(source)
+    if stored.kind not in KINDS:
+        raise UserError(
+            f"{stored.path}: stored as {stored.kind}: convert it with `pyprune compress` first"
+        )
+    options: dict[str, Any] = {"device_map": str(device)} if device is not None else {}
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            stored.path,
+            dtype=dtype or main_dtype(stored.path, stored.entries),
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+            **options,
+        )
+    except UserError:
+        raise
+    except (ValueError, RuntimeError, TypeError, LookupError, OSError, SafetensorError) as error:
+        line = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+        raise UserError(f"{stored.path}: cannot be loaded: {line}") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{stored.path}: tensor {missing[0]} is missing, of {len(missing)}")
+    model.requires_grad_(False)
+    return model.eval()

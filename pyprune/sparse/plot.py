@@ -1,0 +1,85 @@
+"""The picture of a `BenchResult`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pyprune.errors import UserError
+from pyprune.sparse.bench import DENSE, PHASES, BenchResult
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+COLOURS = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")
+
+
+def require_matplotlib() -> None:
+    """Raises UserError, saying what to install, where matplotlib is missing."""
+    from importlib.util import find_spec
+
+    if find_spec("matplotlib") is None:
+        raise UserError("a plot needs matplotlib: pip install 'pyprune[plot]'")
+
+
+def plot(result: BenchResult, file: Path) -> None:
+    """Writes a PNG: rates of the fastest dtype by batch size, relative to dense, and bytes.
+
+    Bars are medians, whiskers run from the least to the greatest sample; each bar carries its
+    tokens per second and its dtype.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 4.6), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    for axis, phase in zip(axes, PHASES, strict=False):
+        _rates(axis, result, phase)
+    _sizes(axes[2], result)
+    # Under the axes: inside it would hide a bar.
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=9)
+    figure.suptitle(
+        f"{result.device}, {result.threads} threads, torch {result.torch_version}; prompt "
+        f"{result.protocol.prompt}, {result.protocol.steps} tokens decoded, "
+        f"{result.protocol.rounds} rounds",
+        fontsize=9,
+    )
+    figure.savefig(file, dpi=120)
+
+
+def _rates(axis: Any, result: BenchResult, phase: str) -> None:
+    width = 0.8 / len(result.names)
+    for i, name in enumerate(result.names):
+        for j, batch in enumerate(result.protocol.batches):
+            rate = result.fastest(name, phase, batch)
+            dense = result.fastest(DENSE, phase, batch).median
+            x, height = j + (i + 0.5) * width - 0.4, rate.median / dense
+            spread = [[(rate.median - rate.least) / dense], [(rate.greatest - rate.median) / dense]]
+            axis.bar(
+                x, height, width * 0.92, color=COLOURS[i % len(COLOURS)],
+                label=name if j == 0 else None, yerr=spread, capsize=2,
+                error_kw={"elinewidth": 0.8},
+            )  # fmt: skip
+            words = f" {rate.median:,.4g} tok/s, {SHORT[rate.dtype]}"
+            axis.text(
+                x, 0.02, words, rotation=90, ha="center", va="bottom", fontsize=7, color="white"
+            )  # fmt: skip
+    axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+    axis.set_xticks(range(len(result.protocol.batches)), [str(b) for b in result.protocol.batches])
+    axis.set_xlabel("batch size")
+    axis.set_ylabel("rate / fastest dense")
+    axis.set_title(phase)
+
+
+def _sizes(axis: Any, result: BenchResult) -> None:
+    labels, megabytes, colours = [], [], []
+    for model in result.models:
+        labels.append(f"{model['name']} {model['dtype']}")
+        megabytes.append(model["weight_bytes"] / 1e6)
+        colours.append(COLOURS[result.names.index(model["name"]) % len(COLOURS)])
+    bars = axis.barh(range(len(labels)), megabytes, color=colours)
+    axis.bar_label(bars, [f"{value:,.0f}" for value in megabytes], fontsize=8, padding=2)
+    axis.set_yticks(range(len(labels)), labels, fontsize=8)
+    axis.invert_yaxis()
+    axis.margins(x=0.15)
+    axis.set_xlabel("MB")
+    axis.set_title("weights in memory")

@@ -1,0 +1,137 @@
+"""A checkpoint seen as its dense tensors, however they are stored: dense, compressed by pyprune, or
+in one of compressed-tensors' old sparse layouts. Tensors are read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from pyprune.checkpoint import Checkpoint, TensorEntry, read_tensor
+from pyprune.checkpoint.source import locate, main_dtype, read_config, read_json, read_tensors
+from pyprune.errors import UserError
+from pyprune.sparse import format as formats
+from pyprune.sparse import legacy
+
+CONFIG = "config.json"
+# Fields of config.json that say how weights are stored.
+STORAGE_FIELDS = ("quantization_config", "compression_config", "transformers_weights")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCheckpoint:
+    """path, raw (config.json as it is), dense_raw (without what says how weights are stored).
+
+    kind: "dense", "pyprune", or a legacy layout. stored: the tensors in the files. entries: the
+    dense tensors by name; offset and nbytes of a compressed one mean nothing, its file is where its
+    values are. layers: what "pyprune" compresses, by name without ".weight". parts: the stored
+    tensors of a compressed weight, by the weight's name.
+    """
+
+    path: Path
+    raw: dict[str, Any]
+    kind: str
+    stored: dict[str, TensorEntry]
+    entries: dict[str, TensorEntry]
+    layers: dict[str, formats.LayerFormat]
+    parts: dict[str, dict[str, TensorEntry]]
+
+    @classmethod
+    def open(cls, source: str | Path) -> StoredCheckpoint:
+        """Opens a directory or hub id and checks every header, shape and dtype.
+
+        Raises UserError that names file and tensor.
+        """
+        path = locate(source, None)
+        raw = read_json(path / CONFIG)
+        stored = read_tensors(path)
+        quantization = raw.get("quantization_config")
+        if isinstance(quantization, Mapping) and quantization.get("quant_method") == formats.METHOD:
+            return cls._of_pyprune(path, raw, stored)
+        kind = legacy.legacy_format(raw, str(path / CONFIG))
+        if kind in legacy.FORMATS:
+            return cls._of_legacy(path, raw, stored, kind)
+        if quantization and kind is None:
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise UserError(
+                f"{path}: expected floating point weights or a sparse layout, got a checkpoint "
+                f"quantized by {method or 'an unknown method'}"
+            )
+        return cls(path, raw, "dense", stored, dict(stored), {}, {})
+
+    @classmethod
+    def _of_pyprune(
+        cls, path: Path, raw: dict[str, Any], stored: dict[str, TensorEntry]
+    ) -> StoredCheckpoint:
+        where = str(path / CONFIG)
+        layers = formats.parse_quantization_config(raw["quantization_config"], where)
+        parts, dense = {}, dict(stored)
+        for name, layer in layers.items():
+            found = formats.check_entries(name, layer, stored, path)
+            parts[name + formats.WEIGHT] = found
+            for part in found:
+                del dense[f"{name}.{part}"]
+            dense[name + formats.WEIGHT] = _dense_entry(found["values"], layer.shape)
+        return cls(path, raw, formats.METHOD, stored, dense, layers, parts)
+
+    @classmethod
+    def _of_legacy(
+        cls, path: Path, raw: dict[str, Any], stored: dict[str, TensorEntry], kind: str
+    ) -> StoredCheckpoint:
+        parts, dense = {}, dict(stored)
+        for name in legacy.names_of(stored):
+            found = legacy.parts_of(name, kind, stored)
+            parts[name] = found
+            for part in found:
+                del dense[f"{name}.{part}"]
+            shape = legacy.shape_of(name, found, read_tensor)
+            dense[name] = _dense_entry(found["compressed"], shape)
+        return cls(path, raw, kind, stored, dense, {}, parts)
+
+    @property
+    def dense_raw(self) -> dict[str, Any]:
+        raw = deepcopy(self.raw)
+        for field in STORAGE_FIELDS:
+            raw.pop(field, None)
+        return raw
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensors."""
+        return sum(entry.nbytes for entry in self.stored.values())
+
+    @property
+    def dense_nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries.values())
+
+    def checkpoint(self) -> Checkpoint:
+        """The dense checkpoint that this stands for, for building an empty model and mapping names;
+        tensors are read by `read`, not through it."""
+        config = read_config(self.path, self.dense_raw, False)
+        for field in STORAGE_FIELDS:
+            if hasattr(config, field):
+                delattr(config, field)
+        return Checkpoint(self.path, config, main_dtype(self.path, self.entries), self.entries)
+
+    def read(self, name: str) -> Tensor:
+        """The dense tensor `name`, in a tensor of its own. Raises UserError, naming file and
+        tensor, if its metadata does not describe a weight of its shape."""
+        parts = self.parts.get(name)
+        if parts is None:
+            return read_tensor(self.stored[name])
+        if self.kind != formats.METHOD:
+            return legacy.unpack_legacy(name, parts, read_tensor)
+        layer = self.layers[name.removesuffix(formats.WEIGHT)]
+        tensors = {part: read_tensor(entry) for part, entry in parts.items()}
+        where = str(parts["values"].file)
+        formats.check_tensors(name.removesuffix(formats.WEIGHT), layer, tensors, where)
+        return formats.unpack(layer, tensors)
+
+
+def _dense_entry(values: TensorEntry, shape: tuple[int, int]) -> TensorEntry:
+    nbytes = shape[0] * shape[1] * values.dtype.itemsize
+    return replace(values, offset=0, nbytes=nbytes, shape=shape)

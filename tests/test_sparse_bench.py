@@ -1,0 +1,102 @@
+"""The benchmark of compressed models: what it counts, and that it says where sparse loses."""
+
+import json
+
+import pytest
+import torch
+from sparse_checkpoints import pruned_checkpoint
+
+from pyprune import cli
+from pyprune.errors import UserError
+from pyprune.sparse import SparseLinear
+from pyprune.sparse.bench import (
+    BenchResult,
+    Protocol,
+    Rate,
+    bench,
+    contestants,
+    densified,
+    weight_bytes,
+)
+from pyprune.sparse.convert import compress_checkpoint
+from pyprune.sparse.load import load
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench")
+    dense = pruned_checkpoint(folder / "dense")
+    compress_checkpoint(dense, folder / "small")
+    return dense, folder / "small"
+
+
+def test_command(pair, tmp_path, capsys):
+    picture = tmp_path / "bench.png"
+    arguments = ["bench", str(pair[1]), "--batches", "1,3", "--steps", "2", "--rounds", "2"]
+    assert cli.main([*arguments, "--against", str(pair[0]), "--plot", str(picture), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert len(result["rates"]) == 2 * 2 * 2 * 2 and len(result["ratios"]) == 8
+    assert all(0 < r["least"] <= r["median"] <= r["greatest"] for r in result["rates"])
+    sizes = {(m["name"], m["dtype"]): m for m in result["models"]}
+    assert sizes["sparse", "bfloat16"]["file_bytes"] < sizes["dense", "bfloat16"]["file_bytes"]
+    assert sizes["sparse", "bfloat16"]["weight_bytes"] < sizes["dense", "bfloat16"]["weight_bytes"]
+    assert sizes["dense", "float32"]["weight_bytes"] == 2 * sizes["dense", "bfloat16"]["file_bytes"]
+    assert cli.main(arguments) == 0
+    assert "tokens/s" in capsys.readouterr().out
+
+
+def test_the_dense_model_is_the_same_one(pair):
+    sparse = load(pair[1], torch.float32)
+    dense = densified(sparse)
+    assert not any(isinstance(m, SparseLinear) for m in dense.modules())
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
+    assert weight_bytes(dense) == weight_bytes(load(pair[0], torch.float32))
+
+
+def test_embeddings_that_are_tied_count_once():
+    tied = torch.nn.ModuleDict({"a": torch.nn.Linear(4, 4, bias=False), "b": torch.nn.Linear(4, 4)})
+    tied["b"].weight = tied["a"].weight
+    assert weight_bytes(tied) == 4 * (16 + 4)
+
+
+def test_verdict_names_every_loss():
+    def rate(name, dtype, phase, value):
+        return Rate(name, dtype, phase, 1, value, value, value)
+
+    rates = [
+        rate("dense", "float32", "prefill", 10.0), rate("dense", "bfloat16", "prefill", 4.0),
+        rate("dense", "float32", "decode", 2.0), rate("dense", "bfloat16", "decode", 4.0),
+        rate("x", "float32", "prefill", 8.0), rate("x", "float32", "decode", 6.0),
+        rate("y", "float32", "prefill", 11.0), rate("y", "float32", "decode", 6.0),
+    ]  # fmt: skip
+    models = [{"name": name} for name in ("dense", "x", "y")]
+    result = BenchResult(models, rates, Protocol(batches=(1,)), "cpu", 1, "0")
+    assert result.verdict() == [
+        "x float32 loses to the fastest dense model in prefill at batch 1 (0.80x).",
+        "y float32 loses nowhere here.",
+    ]
+    assert [row["ratio"] for row in result.ratios()] == [0.8, 1.5, 1.1, 1.5]
+
+
+def test_models_take_turns(pair):
+    models = contestants({"sparse": pair[1]}, dtypes=[torch.float32])
+    assert [m.name for m in models] == ["dense", "sparse"] and models[0].seconds is None
+    seen = []
+    bench(models, Protocol((2,), 4, 1, 2), lambda words, done, total: seen.append((words, done)))
+    labels = ["batch 2, dense float32", "batch 2, sparse float32"]
+    assert seen == list(zip(labels * 3, range(6), strict=True))
+
+
+def test_mistakes(pair, capsys):
+    assert cli.main(["bench", str(pair[0])]) == 2
+    assert cli.main(["bench", str(pair[1]), "--against", str(pair[1])]) == 2
+    assert cli.main(["bench", str(pair[1]), "--batches", "1,a"]) == 2
+    assert cli.main(["bench", str(pair[1]), "--rounds", "0"]) == 2
+    errors = capsys.readouterr().err
+    for message in ("it is dense", "expected a dense", "numbers with commas", "above 0"):
+        assert message in errors
+    with pytest.raises(UserError):
+        Protocol(batches=())

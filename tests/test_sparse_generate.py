@@ -1,0 +1,63 @@
+"""`pyprune generate`: the same text from a dense and a compressed directory, streamed."""
+
+import json
+
+import pytest
+import torch
+from byte_tokenizer import byte_tokenizer
+from sparse_checkpoints import pruned_checkpoint
+from transformers import AutoModelForCausalLM
+
+from pyprune import cli
+from pyprune.sparse.convert import compress_checkpoint
+from pyprune.sparse.generate import generate
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("generate")
+    dense = pruned_checkpoint(folder / "dense", vocab_size=258, eos_token_id=257)
+    byte_tokenizer().save_pretrained(dense)
+    compress_checkpoint(dense, folder / "small")
+    return dense, folder / "small"
+
+
+def test_command(pair, capsys):
+    texts = []
+    for folder in pair:
+        arguments = ["generate", str(folder), "abc", "--max-new-tokens", "6", "--dtype", "float32"]
+        assert cli.main([*arguments, "--json"]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert cli.main(arguments) == 0
+        assert capsys.readouterr().out == result["text"] + "\n"
+        texts.append((result["text"], result["tokens"]))
+    assert texts[0] == texts[1] and 1 <= texts[0][1] <= 6
+    model = AutoModelForCausalLM.from_pretrained(pair[0], dtype=torch.float32)
+    ids = byte_tokenizer()("abc", return_tensors="pt")["input_ids"]
+    want = model.generate(ids, max_new_tokens=6, do_sample=False)[0, 3:]
+    assert texts[0][0] == byte_tokenizer().decode(want, skip_special_tokens=True)
+
+
+def test_sampling_is_seeded(pair):
+    def text(seed):
+        pieces = []
+        generate(pair[1], "abc", max_new_tokens=8, temperature=2.0, seed=seed, write=pieces.append)
+        return "".join(pieces)
+
+    assert text(1) == text(1) != text(2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["", "--max-new-tokens", "2"], "it has no tokens"),
+        (["a", "--max-new-tokens", "0"], "at least 1 new token"),
+        (["a", "--temperature", "-1"], "temperature of at least 0"),
+        (["a", "--chat"], "no chat template"),
+        (["a", "--dtype", "int4"], "--dtype: expected one of"),
+    ],
+)
+def test_mistakes_are_one_line(pair, arguments, message, capsys):
+    assert cli.main(["generate", str(pair[1]), *arguments]) == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert message in error[-1]
