@@ -4,6 +4,7 @@ see `pyprune.ops._registry` for how one is chosen."""
 from pyprune.ops.column_norms import column_norms
 from pyprune.ops.fisher_accumulate import fisher_accumulate
 from pyprune.ops.gram import gram
+from pyprune.ops.kron import kron_pcg, kron_quadratic
 from pyprune.ops.obs_factor import NotPositiveDefiniteError, ObsFactor, inverse_diagonal, obs_factor
 from pyprune.ops.obs_reconstruct import ObsReconstruct, obs_reconstruct
 from pyprune.ops.obs_sweep import ObsSweep, obs_sweep
@@ -28,6 +29,8 @@ __all__ = [
     "fisher_accumulate",
     "gram",
     "inverse_diagonal",
+    "kron_pcg",
+    "kron_quadratic",
     "linear_24",
     "linear_bitmap",
     "linear_dense",

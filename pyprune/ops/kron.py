@@ -1,0 +1,221 @@
+"""Kronecker helpers for LLM Surgeon: quadratic forms of rows and columns, and the joint update of a
+layer's kept weights under a curvature G (x) A."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyprune.ops import _registry
+from pyprune.ops._checks import check_rows, check_same_device, check_shape
+
+FACTOR_DTYPES = (torch.float32, torch.float64)
+# Rows whose product with the factor exists at a time.
+PANEL = 256
+
+# --- kron_quadratic ------------------------------------------------------------------------------
+
+
+def _check_kron_quadratic(w: Tensor, h: Tensor) -> None:
+    check_rows("w", w)
+    check_shape("h", h, (w.shape[1], w.shape[1]))
+    for name, t in (("w", w), ("h", h)):
+        if t.dtype not in FACTOR_DTYPES or t.dtype != w.dtype:
+            raise ValueError(f"{name}: expected fp32 or fp64, alike in w and h, got {t.dtype}")
+    check_same_device(w, h)
+
+
+def kron_quadratic_reference(w: Tensor, h: Tensor) -> Tensor:
+    """A panel of rows at a time. H is symmetric, so each block column of it needs only the rows of
+    its upper triangle: the strictly upper blocks count twice."""
+    out = torch.zeros(len(w), dtype=w.dtype, device=w.device)
+    for c0 in range(0, w.shape[1], PANEL):
+        c1 = min(c0 + PANEL, w.shape[1])
+        panel = w[:, c0:c1]
+        for r0 in range(0, len(w), PANEL):
+            rows = slice(r0, r0 + PANEL)
+            product = w[rows, c0:c1] @ h[c0:c1, c0:c1]
+            if c0:
+                product.addmm_(w[rows, :c0], h[:c0, c0:c1], alpha=2)
+            out[rows] += product.mul_(panel[rows]).sum(1)
+    return out
+
+
+def _kron_quadratic_fake(w: Tensor, h: Tensor) -> Tensor:
+    _check_kron_quadratic(w, h)
+    return w.new_empty(w.shape[0])
+
+
+_registry.register(
+    "kron_quadratic(Tensor w, Tensor h) -> Tensor",
+    fake=_kron_quadratic_fake,
+    impls={"reference": _registry.Impl(kron_quadratic_reference, FACTOR_DTYPES)},
+)
+
+
+def kron_quadratic(w: Tensor, h: Tensor) -> Tensor:
+    """Quadratic form of every row, `out_i = sum_jk W_ij H_jk W_ik = (W H W^T)_ii`.
+
+    W H is never stored (a panel of it at a time), and half its work is saved by the symmetry of H.
+    For columns, `(W^T G W)_jj`, pass `w.T` and G: the numerators of LLM Surgeon's row and column
+    costs (van der Ouderaa et al. 2024, arXiv 2312.17244, section 3.3).
+
+    Args:
+        w: weights `[R, C]`, fp32 or fp64, any strides.
+        h: symmetric `[C, C]` of the dtype of `w`; only blocks on and above the diagonal are read.
+
+    Returns:
+        `[R]`, in the dtype of `w`. NaN and infinite inputs propagate.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match.
+    """
+    _check_kron_quadratic(w, h)
+    out: Tensor = torch.ops.pyprune.kron_quadratic(w, h)
+    return out
+
+
+# --- kron_pcg ------------------------------------------------------------------------------------
+
+
+def _check_kron_pcg(
+    w: Tensor,
+    mask: Tensor,
+    a: Tensor,
+    g: Tensor,
+    a_inverse: Tensor | None,
+    g_inverse: Tensor | None,
+    iterations: int,
+    tolerance: float,
+) -> None:
+    check_rows("w", w)
+    rows, cols = w.shape
+    check_shape("mask", mask, (rows, cols))
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+    factors = {"a": (a, cols), "a_inverse": (a_inverse, cols)}
+    factors |= {"g": (g, rows), "g_inverse": (g_inverse, rows)}
+    for name, (t, side) in factors.items():
+        if t is None:
+            continue
+        check_shape(name, t, (side, side))
+        if t.dtype != w.dtype:
+            raise ValueError(f"{name}: expected {w.dtype} as w, got {t.dtype}")
+    if w.dtype not in FACTOR_DTYPES:
+        raise ValueError(f"w: expected fp32 or fp64, got {w.dtype}")
+    if (a_inverse is None) != (g_inverse is None):
+        raise ValueError("a_inverse, g_inverse: expected both or neither, got one")
+    if iterations < 0:
+        raise ValueError(f"iterations: expected 0 or more, got {iterations}")
+    if not 0 <= tolerance < 1:
+        raise ValueError(f"tolerance: expected a number in [0, 1), got {tolerance}")
+    check_same_device(w, mask, a, g, a_inverse, g_inverse)
+
+
+def kron_pcg_reference(
+    w: Tensor,
+    mask: Tensor,
+    a: Tensor,
+    g: Tensor,
+    a_inverse: Tensor | None,
+    g_inverse: Tensor | None,
+    iterations: int,
+    tolerance: float,
+) -> Tensor:
+    d = torch.where(mask, 0.0, -w)
+    scale = torch.outer(g.diagonal(), a.diagonal())
+
+    def precondition(r: Tensor) -> Tensor:
+        if a_inverse is None or g_inverse is None:
+            return r / scale
+        return (g_inverse @ r @ a_inverse).masked_fill_(~mask, 0)
+
+    def curvature(v: Tensor) -> Tensor:
+        return (g @ v @ a).masked_fill_(~mask, 0)
+
+    residual = curvature(d).neg_()
+    z = precondition(residual)
+    direction = z.clone()
+    # Sums over a whole layer: fp64, or the step lengths lose the last digits of convergence.
+    rho = (residual * z).sum(dtype=torch.float64)
+    target = rho * tolerance**2
+    for _ in range(iterations):
+        if not bool(rho > target):  # NaN ends it too: it is in the result by then
+            break
+        image = curvature(direction)
+        bend = (direction * image).sum(dtype=torch.float64)
+        if not bool(bend > 0):  # the direction is rounding noise
+            break
+        step = (rho / bend).to(w.dtype)
+        d.addcmul_(direction, step)
+        residual.addcmul_(image, -step)
+        z = precondition(residual)
+        previous, rho = rho, (residual * z).sum(dtype=torch.float64)
+        direction.mul_((rho / previous).to(w.dtype)).add_(z)
+    return torch.where(mask, w + d, 0.0)
+
+
+def _kron_pcg_fake(
+    w: Tensor,
+    mask: Tensor,
+    a: Tensor,
+    g: Tensor,
+    a_inverse: Tensor | None,
+    g_inverse: Tensor | None,
+    iterations: int,
+    tolerance: float,
+) -> Tensor:
+    _check_kron_pcg(w, mask, a, g, a_inverse, g_inverse, iterations, tolerance)
+    return w.new_empty(w.shape)
+
+
+_registry.register(
+    "kron_pcg(Tensor w, Tensor mask, Tensor a, Tensor g, Tensor? a_inverse, Tensor? g_inverse, "
+    "int iterations, float tolerance) -> Tensor",
+    fake=_kron_pcg_fake,
+    # Two matrix products an iteration are all but a few per cent of it: the library's do it best.
+    impls={"reference": _registry.Impl(kron_pcg_reference, FACTOR_DTYPES)},
+)
+
+
+def kron_pcg(
+    w: Tensor,
+    mask: Tensor,
+    a: Tensor,
+    g: Tensor,
+    *,
+    a_inverse: Tensor | None = None,
+    g_inverse: Tensor | None = None,
+    iterations: int = 30,
+    tolerance: float = 1e-3,
+) -> Tensor:
+    """Joint exact correction of all kept weights for a set of removed ones.
+
+    Minimises `1/2 tr(D^T G D A)` over D with `D_ij = -W_ij` where pruned, by conjugate gradients on
+    the kept entries; every iterate is feasible and the quadratic loss never rises above that of
+    plain zeroing. The cost does not depend on how many weights are pruned: two matrix products an
+    iteration. Converged it equals the closed form `-G^-1 M A^-1` of LLM Surgeon (arXiv 2312.17244,
+    eq. 8) for the whole set, which the paper solves in groups that disturb one another.
+
+    Args:
+        w: weights `[R, C]`, fp32 or fp64.
+        mask: bool `[R, C]`, True = kept. Weights that are zero already and shall stay so are False.
+        a, g: damped positive definite factors `[C, C]` and `[R, R]`, dtype of `w`.
+        a_inverse, g_inverse: their inverses, as preconditioner (better while few weights are
+            pruned); None: the diagonal of G (x) A (as good from half of them on, and cheaper).
+        iterations: most of them. tolerance: stop when the preconditioned norm of the residual has
+            fallen by this factor.
+
+    Returns:
+        The new weights `[R, C]`, exactly zero where pruned.
+
+    Raises:
+        ValueError: a shape, dtype, device or range rule is broken.
+    """
+    _check_kron_pcg(w, mask, a, g, a_inverse, g_inverse, iterations, tolerance)
+    if w.numel() == 0:
+        return torch.zeros_like(w)
+    out: Tensor = torch.ops.pyprune.kron_pcg(
+        w, mask, a, g, a_inverse, g_inverse, iterations, tolerance
+    )
+    return out
