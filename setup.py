@@ -51,6 +51,7 @@ setup(
         "pyprune.calibration",
         "pyprune.checkpoint",
         "pyprune.data",
+        "pyprune.depth",
         "pyprune.kernels",
         "pyprune.methods",
         "pyprune.models",
