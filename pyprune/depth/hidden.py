@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -74,7 +75,8 @@ def last_tokens(state: Tensor, batch: Batch) -> Tensor:
     mask = batch.attention_mask.to(state.device) != 0
     places = torch.arange(mask.shape[1], device=state.device).expand_as(mask)
     last = places.masked_fill(~mask, -1).amax(1)
-    return state[last >= 0, last[last >= 0]].float()
+    chosen: Tensor = state[last >= 0, last[last >= 0]]
+    return chosen.float()
 
 
 def block_influence(adapter: Adapter, batches: Iterable[Batch]) -> Tensor:
@@ -114,7 +116,7 @@ def angular_distances(adapter: Adapter, batches: Iterable[Batch], width: int) ->
     count = 0
     for batch in batches:
         states: list[Tensor] = []
-        visit_states(adapter, batch, lambda _, h, b=batch, s=states: s.append(last_tokens(h, b)))
+        visit_states(adapter, batch, _into(states, partial(last_tokens, batch=batch)))
         for start in range(len(sums)):
             # Rounding of a float32 cosine near one is 3e-4 rad of angle.
             one, two = states[start].double(), states[start + width].double()
@@ -132,11 +134,11 @@ def magnitudes(adapter: Adapter, batches: Iterable[Batch]) -> Tensor:
     count = 0
     for batch in batches:
         norms: list[Tensor] = []
-        visit_states(
-            adapter,
-            batch,
-            lambda _, h, b=batch, n=norms: n.append(real_tokens(h, b).double().norm(dim=1).cpu()),
-        )
+
+        def norm(state: Tensor, batch: Batch = batch) -> Tensor:
+            return torch.linalg.vector_norm(real_tokens(state, batch).double(), dim=1).cpu()
+
+        visit_states(adapter, batch, _into(norms, norm))
         table = torch.stack(norms)  # [L + 1, n]
         if not bool((table > 0).all()):
             raise UserError("a hidden state is all zeros: its size cannot be compensated")
@@ -157,12 +159,14 @@ def token_states(adapter: Adapter, batches: Iterable[Batch], tokens: int, seed: 
         real = batch.input_ids.numel() if mask is None else int((mask != 0).sum())
         chosen = torch.randperm(real, generator=gen)[:share]
         states: list[Tensor] = []
-        visit_states(
-            adapter,
-            batch,
-            lambda _, h, b=batch, c=chosen, s=states: s.append(
-                real_tokens(h, b)[c.to(h.device)].cpu()
-            ),
-        )
+
+        def some(state: Tensor, batch: Batch = batch, chosen: Tensor = chosen) -> Tensor:
+            return real_tokens(state, batch)[chosen.to(state.device)].cpu()
+
+        visit_states(adapter, batch, _into(states, some))
         kept.append(torch.stack(states))
     return torch.cat(kept, dim=1)
+
+
+def _into(found: list[Tensor], reduced: Callable[[Tensor], Tensor]) -> Visit:
+    return lambda _position, state: found.append(reduced(state))

@@ -1,5 +1,6 @@
 """States between layers and statistics over them."""
 
+import itertools
 import math
 
 import pytest
@@ -50,7 +51,7 @@ def test_block_influence_by_hand_and_without_padding():
     states = states_of(adapter, Batch(ids))
     expected = [
         1 - F.cosine_similarity(a.double(), b.double(), dim=-1).mean()
-        for a, b in zip(states, states[1:], strict=False)
+        for a, b in itertools.pairwise(states)
     ]
     got = block_influence(adapter, [Batch(ids)])
     torch.testing.assert_close(got, torch.stack(expected))
