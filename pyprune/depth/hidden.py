@@ -136,7 +136,7 @@ def magnitudes(adapter: Adapter, batches: Iterable[Batch]) -> Tensor:
         norms: list[Tensor] = []
 
         def norm(state: Tensor, batch: Batch = batch) -> Tensor:
-            return torch.linalg.vector_norm(real_tokens(state, batch).double(), dim=1).cpu()
+            return real_tokens(state, batch).double().square().sum(1).sqrt().cpu()
 
         visit_states(adapter, batch, _into(norms, norm))
         table = torch.stack(norms)  # [L + 1, n]
