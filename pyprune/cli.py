@@ -434,7 +434,8 @@ def doctor(as_json: AsJson = False) -> None:
     _show(diagnosis.to_dict(), as_json, diagnosis.render())
 
 
-import pyprune.cli_heal  # noqa: E402, F401  adds its command to `app`
+import pyprune.cli_heal  # noqa: E402  adds its command to `app`
+import pyprune.cli_layers  # noqa: E402, F401  the same
 
 if __name__ == "__main__":
     sys.exit(main())
