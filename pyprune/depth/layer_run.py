@@ -126,7 +126,7 @@ def prune_layers(
         if count is not None:
             return len(removed) >= count
         branches = [Branch(kind, i) for i in removed for kind in KINDS]
-        return graph.removed_parameters(branches) >= target
+        return bool(graph.removed_parameters(branches) >= target)
 
     choice: layers.LayerChoice = row.choose(
         graph, layers.moved(batches, graph.device), built, enough
