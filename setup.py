@@ -52,6 +52,7 @@ setup(
         "pyprune.calibration",
         "pyprune.checkpoint",
         "pyprune.data",
+        "pyprune.depth",
         "pyprune.kernels",
         "pyprune.methods",
         "pyprune.models",

@@ -469,7 +469,8 @@ def doctor(as_json: AsJson = False) -> None:
     _show(diagnosis.to_dict(), as_json, diagnosis.render())
 
 
-import_module("pyprune.cli_sparse")  # registers its commands on `app`
+for _commands in ("cli_sparse", "cli_heal", "cli_layers"):
+    import_module(f"pyprune.{_commands}")  # registers its commands on `app`
 
 if __name__ == "__main__":
     # Run as a script this module is not `pyprune.cli`, whose `app` has all the commands.

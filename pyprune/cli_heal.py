@@ -1,0 +1,70 @@
+"""`pyprune heal`: fine-tuning of a pruned model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from pyprune.cli import AsJson, BatchSize, Device, Model, _quiet, _resolve, _show, _stderr, app
+from pyprune.progress import ProgressBar
+
+
+@app.command(
+    epilog="[b]Examples[/b]\n\n"
+    "pyprune heal pruned --out healed\n\n"
+    "pyprune heal pruned --out healed --text alpaca.jsonl --steps 1000 --learning-rate 2e-4"
+)
+def heal(
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="A new directory for the result.")],
+    text: Annotated[
+        str | None,
+        typer.Option(help="wiki (packaged), a .txt or .jsonl file, a directory, or hub:ID."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the low-rank change.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="The change is alpha / rank * B A.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="Before the low-rank change.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="At its peak.")] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches in a step.")] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Training sequences.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
+    batch_size: BatchSize = None,
+    seed: Annotated[int | None, typer.Option(help="Of text, order and dropout.")] = None,
+    device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="To train in: float32 or bfloat16.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fine-tune a pruned model by LoRA and merge it: zeros stay zero. Needs [b]peft[/b]."""
+    from dataclasses import replace
+
+    from pyprune.heal import HealConfig, heal_checkpoint
+
+    def given(**options: Any) -> dict[str, Any]:
+        return {name: value for name, value in options.items() if value is not None}
+
+    shown = given(source=text, nsamples=nsamples, seqlen=seqlen, batch_size=batch_size, seed=seed)
+    config = HealConfig(
+        training=replace(HealConfig().training, **shown),
+        **given(
+            steps=steps,
+            rank=rank,
+            alpha=alpha,
+            dropout=dropout,
+            learning_rate=learning_rate,
+            accumulate=accumulate,
+            device=device,
+            dtype=dtype,
+        ),
+    )
+    _quiet()
+    with ProgressBar(_stderr(), "healing") as bar:
+        report = heal_checkpoint(_resolve(model, bar), out, config, bar.step)
+    table = Table("", "before", "after", title=f"{model}: loss on held-out text")
+    table.add_row("nats per token", f"{report.loss_before:.4f}", f"{report.loss_after:.4f}")
+    words = f"{report.matrices} matrices, {report.zeros:,} zeros kept. Saved in {out}"
+    _show(asdict(report), as_json, table, words)

@@ -1,0 +1,1 @@
+"""Removing attention and MLP branches and whole layers: search, decision, repacking."""

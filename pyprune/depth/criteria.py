@@ -1,0 +1,143 @@
+"""How much each whole layer matters: one number a layer, larger = keep. Float64 [L]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyprune.calibration.tokens import Batch
+from pyprune.depth.graph import LOGITS_BYTES, Branch, Context, ResidualGraph, State
+from pyprune.errors import UserError
+
+# Shortened LLaMA's "+" keeps these out of harm's way: removed only after all others.
+PLUS_FIRST, PLUS_LAST = 4, 2
+
+
+def run_layer(graph: ResidualGraph, layer: int, state: State, context: Context) -> State:
+    """The state after both branches of a layer."""
+    after = graph.run(Branch("attention", layer), state, context)
+    return graph.run(Branch("mlp", layer), after, context)
+
+
+def token_losses(graph: ResidualGraph, hidden: Tensor, batch: Batch) -> Tensor:
+    """-log p(next token), float32 [n]: of every real token that has one, from the last layer's
+    output `hidden` [B, T, d]; at most `LOGITS_BYTES` of logits exist at once."""
+    finished = graph.finish(hidden, batch)
+    ids = batch.input_ids.to(hidden.device)
+    vocabulary = graph.model.get_output_embeddings().weight.shape[0]
+    chunk = max(1, LOGITS_BYTES // (4 * vocabulary * len(ids)))
+    losses = []
+    for start in range(0, ids.shape[1] - 1, chunk):
+        targets = ids[:, start + 1 : start + 1 + chunk]
+        piece = finished[:, start : start + targets.shape[1]]
+        logits = graph.logits(piece, ids).flatten(0, 1)
+        loss = F.cross_entropy(logits, targets.flatten(), reduction="none")
+        losses.append(loss.view(targets.shape))
+    found = torch.cat(losses, dim=1)
+    if batch.attention_mask is None:
+        return found.flatten()
+    return found[batch.attention_mask.to(found.device)[:, 1:] != 0]
+
+
+@torch.no_grad()
+def removal_losses(graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
+    """Mean loss per token (nats; its exp is the perplexity) without each layer in turn.
+
+    Shortened LLaMA (arXiv 2402.02834), "PPL". The layers before the removed one run once for all
+    candidates, so this costs half of L forwards. Raises UserError if a loss is not finite.
+    """
+    layers = len(graph.layouts)
+    sums = torch.zeros(layers, dtype=torch.float64)
+    count = 0
+    for batch in batches:
+        batch = _moved(batch, graph.device)
+        state, context = graph.start(batch)
+        for removed in range(layers):
+            rest = state
+            for later in range(removed + 1, layers):
+                rest = run_layer(graph, later, rest, context)
+            losses = token_losses(graph, rest.total, batch)
+            sums[removed] += losses.double().sum().cpu()
+            state = run_layer(graph, removed, state, context)
+        count += losses.numel()
+    if count == 0:
+        raise UserError("calibration: expected sequences of at least two tokens")
+    if not sums.isfinite().all():
+        raise UserError("the model's loss is NaN or infinite on this text")
+    return sums / count
+
+
+def taylor(graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
+    """Sum over a layer's parameters (its norms too) of |w * dLoss/dw|, the loss being the mean over
+    the tokens of a batch, the gradients summed over batches.
+
+    Shortened LLaMA, "Taylor". Holds one gradient of all layers; embeddings and head get none.
+    """
+    with _gradients_of(graph):
+        for batch in batches:
+            batch = _moved(batch, graph.device)
+            state, context = graph.start(batch)
+            state = State(state.read.detach(), state.total.detach())
+            for layer in range(len(graph.layouts)):
+                state = run_layer(graph, layer, state, context)
+            token_losses(graph, state.total, batch).mean().backward()  # type: ignore[no-untyped-call]
+        return _layer_sums(graph, lambda p: 0.0 if p.grad is None else _product(p, p.grad))
+
+
+@torch.no_grad()
+def magnitude(graph: ResidualGraph) -> Tensor:
+    """Sum of |w| over a layer's parameters. Shortened LLaMA, "Magnitude"; no text is needed."""
+    return _layer_sums(graph, lambda p: float(p.double().abs().sum()))
+
+
+def reverse(layers: int) -> Tensor:
+    """Last layers first: the baseline that criteria have to beat (arXiv 2411.15558)."""
+    return torch.arange(layers, 0, -1, dtype=torch.float64)
+
+
+def removal_order(importance: Tensor, *, plus: bool = False) -> list[int]:
+    """Layers by ascending importance, ties by index. plus: the first 4 and the last 2 come after
+    all others (Shortened LLaMA's "+", there for every criterion by default). Source: the paper's
+    section 3.1 and its code."""
+    layers = len(importance)
+    if not importance.isfinite().all():
+        raise UserError("importance: expected finite numbers")
+    kept = {i for i in range(layers) if plus and (i < PLUS_FIRST or i >= layers - PLUS_LAST)}
+    return sorted(range(layers), key=lambda i: (i in kept, float(importance[i]), i))
+
+
+def _product(p: Tensor, grad: Tensor) -> float:
+    return float((p.detach().double() * grad.double()).abs().sum())
+
+
+def _layer_sums(graph: ResidualGraph, value: Any) -> Tensor:
+    sums = [sum(value(p) for p in block.parameters()) for block in graph.adapter.blocks]
+    return torch.tensor(sums, dtype=torch.float64)
+
+
+@contextmanager
+def _gradients_of(graph: ResidualGraph) -> Iterator[None]:
+    """Within it exactly the layers' parameters take gradients; afterwards none are left over."""
+    model: nn.Module = graph.model
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    inside = {id(p) for block in graph.adapter.blocks for p in block.parameters()}
+    try:
+        for p, _, _ in before:
+            p.grad = None
+            p.requires_grad_(id(p) in inside)
+        with torch.enable_grad():
+            yield
+    finally:
+        for p, required, grad in before:
+            p.requires_grad_(required)
+            p.grad = grad
+
+
+def _moved(batch: Batch, device: torch.device) -> Batch:
+    mask = batch.attention_mask
+    return Batch(batch.input_ids.to(device), None if mask is None else mask.to(device))

@@ -1,0 +1,134 @@
+"""LoRA that is merged: zeros stay, the saved model is the trained one, only matrices change."""
+
+import json
+
+import pytest
+import torch
+from byte_tokenizer import byte_tokenizer
+from tiny_models import tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM
+
+from pyprune import heal
+from pyprune.calibration.batches import as_token_set
+from pyprune.checkpoint.output import save_model
+from pyprune.cli import main
+from pyprune.config import CalibrationConfig
+from pyprune.depth.save import drop_layers
+from pyprune.errors import UserError
+from pyprune.heal import HealConfig, heal_model
+
+
+def tokens():
+    ids = tiny_tokens(1, 16).repeat(8, 1)  # one sequence: it can be learnt
+    return as_token_set([ids[:2], ids[2:4], ids[4:6], ids[6:]], vocabulary=64, positions=128)
+
+
+def half_pruned(family, **more):
+    model = tiny_model(family, **more)
+    gen = torch.Generator().manual_seed(3)
+    for name, module in model.named_modules():
+        last = name.endswith(("o_proj", "c_proj", "up_proj"))  # some matrices dense, some not
+        if hasattr(module, "weight") and module.weight.dim() == 2 and last:
+            module.weight.data[torch.rand(module.weight.shape, generator=gen) < 0.5] = 0
+    return model
+
+
+def config(**more):
+    return HealConfig(**{"steps": 12, "learning_rate": 5e-3, "rank": 4, **more})
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+def test_zeros_stay_and_loss_falls(family):
+    model = half_pruned(family)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    kinds = {n: type(m) for n, m in model.named_modules()}
+    report = heal_model(model, tokens(), config())
+    assert report.loss_after < report.loss_before - 0.05
+    assert {n: type(m) for n, m in model.named_modules()} == kinds
+    assert [n for n, _ in model.named_parameters()] == list(before)
+    assert all(p.requires_grad for p in model.parameters()) and not model.training
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert len(changed) == report.matrices > report.masked > 0
+    for name, p in model.named_parameters():
+        assert not p[before[name] == 0].any(), name
+        if name in changed:
+            kept = before[name] != 0
+            assert (p[kept] != before[name][kept]).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merged_model_is_the_trained_one(family, monkeypatch):
+    """The logits just before merging, with LoRA beside the matrices, are those of the result."""
+    model, ids = half_pruned(family), tiny_tokens(2, 10, seed=5)
+    trained = []
+    train = heal._train
+
+    def spy(wrapped, *args):
+        seen = train(wrapped, *args)
+        with torch.no_grad():
+            trained.append(wrapped.eval()(ids, use_cache=False).logits)
+        return seen
+
+    monkeypatch.setattr(heal, "_train", spy)
+    with torch.no_grad():
+        dense = model(ids, use_cache=False).logits
+        heal_model(model, tokens(), config())
+        merged = model(ids, use_cache=False).logits
+    torch.testing.assert_close(merged, trained[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(merged, dense, atol=1e-2)
+
+
+def test_same_seed_same_weights():
+    models = [half_pruned("llama"), half_pruned("llama")]
+    for model in models:
+        heal_model(model, tokens(), config(steps=3))
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_failure_leaves_the_model_alone():
+    model = half_pruned("llama")
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(UserError, match="NaN or infinite"):
+        heal_model(model, tokens(), config(learning_rate=1e30, clip=1e30))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 0}, {"steps": 1.5}, {"dropout": 1.0}, {"learning_rate": -1}, {"dtype": "x"}]
+)
+def test_bad_options(wrong):
+    with pytest.raises(UserError, match=f"{next(iter(wrong))}: expected"):
+        HealConfig(**wrong)
+    with pytest.raises(UserError, match="held-out"):
+        heal_model(tiny_model("llama"), tokens(), config(held_out=4))
+
+
+def test_command_heals_a_model_with_fewer_layers(tmp_path, capsys):
+    model = half_pruned("llama", num_hidden_layers=4, vocab_size=258).to(torch.bfloat16)
+    drop_layers(model, [0, 2, 3])
+    save_model(model, byte_tokenizer(), tmp_path / "pruned", report={"method": "x"})
+    (tmp_path / "pruned" / "pruning.json").write_text("{}\n")
+    text = tmp_path / "text.txt"
+    text.write_text("A stitch in time saves nine. " * 200)
+    arguments = ["heal", str(tmp_path / "pruned"), "--out", str(tmp_path / "healed"), "--json"]
+    arguments += ["--text", str(text), "--steps", "8", "--learning-rate", "5e-3"]
+    arguments += ["--nsamples", "8", "--seqlen", "32", "--batch-size", "2"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["loss_after"] < report["loss_before"]
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "healed", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert loaded.dtype == torch.bfloat16 and loaded.config.num_hidden_layers == 3
+    for name, p in loaded.named_parameters():
+        assert not p[model.get_parameter(name) == 0].any()
+    saved = json.loads((tmp_path / "healed" / "pyprune.json").read_text())
+    assert saved["method"] == "x" and saved["heal"]["zeros"] == report["zeros"] > 0
+    assert (tmp_path / "healed" / "pruning.json").exists()
+    assert main(arguments) == 2 and "not empty" in capsys.readouterr().err
+
+
+def test_default_training_text():
+    assert HealConfig().training == CalibrationConfig(nsamples=512, seqlen=512, batch_size=4)
