@@ -16,6 +16,7 @@ import yaml
 from pyprune.errors import UserError
 from pyprune.methods import Method, MethodOptions, find_method
 from pyprune.methods.base import Update
+from pyprune.methods.options import Scalar, build_options
 from pyprune.patterns import Pattern, Scope, Unstructured, parse_nm
 
 Walk = Literal["single", "two-pass", "naive"]
@@ -66,6 +67,9 @@ class PruneConfig:
     sparsity / pattern: exactly one; a fraction removed, or "N:M" with N kept of every M.
     scope: comparison group of `sparsity`; None is the method's own.
     update, score_mass, reference_count, damping, block_size: see `MethodOptions`.
+    method_options: what only this method has, by name; see `pyprune methods`.
+    gradient_checkpointing: methods that need gradients run each block once more instead of holding
+        the activations of all of them.
     preserve_zeros: weights that are zero already stay zero and count among the pruned.
     include, exclude: shell-style patterns of layer names ("model.layers.0.*"); what is pruned is
         what any `include` matches and no `exclude` does.
@@ -93,6 +97,8 @@ class PruneConfig:
     spill: Spill = "none"
     device: str = "auto"
     dtype: str = "auto"
+    method_options: Mapping[str, Scalar] = field(default_factory=dict)
+    gradient_checkpointing: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
@@ -134,6 +140,7 @@ class PruneConfig:
             update=self.update,
             score_mass=self.score_mass,
             reference_count=self.reference_count,
+            own=build_options(self.method, self.find_method().options_type, self.method_options),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,6 +215,7 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     Scope | None: ((str, type(None)), "text"),
     tuple[str, ...]: ((tuple,), "a list of texts"),
     CalibrationConfig: ((CalibrationConfig,), "a mapping"),
+    Mapping[str, Scalar]: ((Mapping,), "a mapping of names to values"),
 }
 
 

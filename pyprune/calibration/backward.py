@@ -28,11 +28,14 @@ from pyprune.calibration.autograd import (
     without_parameter_gradients,
 )
 from pyprune.calibration.coroutine import TokenBatch, evaluation
+from pyprune.calibration.sample import Sample
 from pyprune.calibration.schedule import TensorId
 from pyprune.errors import LayerError, UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.experts import ExpertInput, observed
 from pyprune.models.linears import LinearRef
+
+__all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass", "sequence_lengths"]
 
 # Logits are made for this many numbers at a time: a vocabulary of 49 152 at 2 048 tokens would be
 # 400 MB of fp32 for one sequence, and as much again for its gradient.
@@ -40,24 +43,6 @@ LOGITS_AT_ONCE = 1 << 24
 # fp16 has no exponents for small gradients; bf16, fp32 and fp64 have.
 HALF_LOSS_SCALE = 256.0
 _IGNORED = -100
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """What one matrix read and what came back to it, for N whole sequences of equal length.
-
-    x: inputs `[N, T, C]`; g: gradients of the outputs `[N, T, R]`, in the same dtype. Real tokens
-        only. For an expert T counts the tokens routed to it and N is 1.
-    targets: tokens that each of these sequences predicts, its real tokens less one. The loss is
-        summed over them, so `g / targets` belongs to the mean loss of a sequence.
-    leader: name of the first matrix that read this same tensor x (the matrix's own name if it is
-        the first): with q, k and v a statistic of x alone needs to be kept for the leader only.
-    """
-
-    x: Tensor
-    g: Tensor
-    targets: int
-    leader: str
 
 
 Visitor = Callable[[Sample], None]
@@ -146,6 +131,22 @@ def backward_pass(
     return run.finish(dtype)
 
 
+def sequence_lengths(index: int, batch: TokenBatch) -> list[int]:
+    """Real tokens of each sequence of batch number `index`; UserError for fewer than two."""
+    ids, mask = batch.input_ids, batch.attention_mask
+    if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
+        shapes = [tuple(t.shape) for t in (ids, mask) if t is not None]
+        raise UserError(f"batch {index}: expected ids and mask of one shape [B, T], {shapes}")
+    lengths = [ids.shape[1]] * len(ids) if mask is None else (mask != 0).sum(1).tolist()
+    for n, length in enumerate(lengths):
+        if length < 2:
+            raise UserError(
+                f"batch {index}, sequence {n}: expected at least two tokens (the loss is that "
+                f"of the next one), got {length}"
+            )
+    return lengths
+
+
 @dataclass(frozen=True, eq=False)
 class _Tokens:
     """A batch on the device. real: `[B, T]` bool, None if no token is padding; lengths: real tokens
@@ -159,17 +160,8 @@ class _Tokens:
 
     @classmethod
     def of(cls, index: int, batch: TokenBatch, device: torch.device) -> _Tokens:
+        lengths = sequence_lengths(index, batch)
         ids, mask = batch.input_ids, batch.attention_mask
-        if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
-            shapes = [tuple(t.shape) for t in (ids, mask) if t is not None]
-            raise UserError(f"batch {index}: expected ids and mask of one shape [B, T], {shapes}")
-        lengths = [ids.shape[1]] * len(ids) if mask is None else (mask != 0).sum(1).tolist()
-        for n, length in enumerate(lengths):
-            if length < 2:
-                raise UserError(
-                    f"batch {index}, sequence {n}: expected at least two tokens (the loss is that "
-                    f"of the next one), got {length}"
-                )
         padded = mask is not None and not bool((mask != 0).all())
         mask = None if mask is None else mask.to(device)
         real = mask != 0 if mask is not None and padded else None
@@ -200,6 +192,7 @@ class _Pass:
         self._seen = {ref.name: 0 for refs in self._refs for ref in refs}
         # Largest |g| so far, on the device: NaN stays NaN, and nothing waits for the device.
         self._peak: dict[str, Tensor] = {}
+        self._input_peak: dict[str, Tensor] = {}
         self._inputs: list[tuple[TensorId, str]] = []
         self._visited: set[str] = set()
         self._report = BackwardReport()
@@ -267,6 +260,13 @@ class _Pass:
     def finish(self, dtype: torch.dtype) -> BackwardReport:
         report = self._report
         dead = []
+        for name in (ref.name for refs in self._refs for ref in refs):
+            if name in self._input_peak and not bool(self._input_peak[name].isfinite()):
+                raise LayerError(
+                    name,
+                    "expected finite input activations, got NaN or infinity (a 16-bit overflow? "
+                    "try --dtype bfloat16 or float32)",
+                )
         for name, peak in self._peak.items():
             if not bool(peak.isfinite()):
                 raise LayerError(
@@ -399,11 +399,16 @@ class _Pass:
                 x, g = x.to(wide), g.to(wide) / self._scale
             elif g.dtype != x.dtype:
                 x = x.to(g.dtype)
-            peak = torch.linalg.vector_norm(g, float("inf"))
-            previous = self._peak.get(ref.name)
-            self._peak[ref.name] = peak if previous is None else torch.maximum(previous, peak)
+            _raise_peak(self._peak, ref.name, g)
+            if leader == ref.name:
+                _raise_peak(self._input_peak, ref.name, x)
             self._seen[ref.name] += x.shape[0] * x.shape[1]
             self._visitors[ref.name](Sample(x, g, targets, leader))
+
+
+def _raise_peak(peaks: dict[str, Tensor], name: str, x: Tensor) -> None:
+    peak = torch.linalg.vector_norm(x, float("inf"))
+    peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
 
 
 def _check_model(adapter: Adapter, visitors: Mapping[str, Visitor]) -> None:
