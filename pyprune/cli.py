@@ -228,6 +228,17 @@ def prune(
         float | None, typer.Option(help="Share of mean(diag H) added to it.")
     ] = None,
     block_size: Annotated[int | None, typer.Option(help="Columns updated together.")] = None,
+    method_option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-O", help="name=value of the method's own options. Repeatable."),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Gradients with less memory and one more forward.",
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Layers to prune, e.g. 'model.layers.0.*'. Repeatable.")
     ] = None,
@@ -279,6 +290,8 @@ def prune(
         "preserve_zeros": preserve_zeros,
         "damping": damping,
         "block_size": block_size,
+        "method_options": _method_options(method_option) if method_option else None,
+        "gradient_checkpointing": gradient_checkpointing,
         "include": include or None,
         "exclude": exclude or None,
         "walk": walk,
@@ -309,6 +322,23 @@ def prune(
     _show(report.to_dict(), as_json, report.table(), f"Saved in {out}")
 
 
+def _method_options(given: list[str]) -> dict[str, Any]:
+    """`name=value` pairs, values by YAML's rules for scalars."""
+    import yaml
+
+    options = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = None
+        if not equals or not name or not isinstance(parsed, bool | int | float | str):
+            raise UserError(f"--option: expected name=value, got {pair!r}")
+        options[name] = parsed
+    return options
+
+
 def _prune_config(
     file: Path | None, options: dict[str, Any], calibration: dict[str, Any]
 ) -> PruneConfig:
@@ -324,6 +354,15 @@ def _prune_config(
         values.pop("sparsity", None)
         values.pop("scope", None)
     shown = {name: value for name, value in calibration.items() if value is not None}
+    # The file's options of its method, unless another method is asked for.
+    if given.get("method", values.get("method")) == values.get("method"):
+        if "method_options" in given:
+            given["method_options"] = {
+                **values.get("method_options", {}),
+                **given["method_options"],
+            }
+    else:
+        values.pop("method_options", None)
     values |= given
     values["calibration"] = {**values.get("calibration", {}), **shown}
     return PruneConfig.from_dict(values)
@@ -432,12 +471,14 @@ def inspect(
 def methods(as_json: AsJson = False) -> None:
     """The table of what can be combined."""
     from pyprune.methods import METHODS
+    from pyprune.methods.options import describe_options
 
     table = Table("method", "what", "scopes", "N:M", "calibration", "--update")
     table.columns[0].no_wrap = True
     table.show_lines = True
-    rows = []
+    rows, notes = [], ["The first scope is the method's default."]
     for method in METHODS.values():
+        own = describe_options(method.options_type)
         row = {
             "name": method.name,
             "title": method.title,
@@ -447,17 +488,20 @@ def methods(as_json: AsJson = False) -> None:
             "statistic": method.statistic,
             "updates_weights": method.updates_weights,
             "updates": list(method.updates),
+            "gradient": method.gradient is not None,
+            "options": own,
         }
         rows.append(row)
+        notes += [f"{method.name} -O {name}=...: {takes}" for name, takes in own.items()]
         table.add_row(
             method.name,
             f"{method.title} ({method.paper})",
             ", ".join(method.scopes),
             "any" if method.nm else "no",
-            method.statistic or "none",
+            (method.statistic or "none") + (", gradients" if method.gradient else ""),
             "by itself" if method.updates_weights else ", ".join(method.updates),
         )
-    _show(rows, as_json, table, "The first scope is the method's default.")
+    _show(rows, as_json, table, *notes)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from pyprune.allocation import ALLOCATIONS
 from pyprune.errors import UserError
 from pyprune.methods import Method, MethodOptions, find_method
 from pyprune.methods.base import Update
+from pyprune.methods.options import Scalar, build_options
 from pyprune.patterns import Pattern, Scope, Unstructured, parse_nm
 
 Walk = Literal["single", "two-pass", "naive"]
@@ -71,6 +72,9 @@ class PruneConfig:
     allocation_strength: epsilon of AlphaPruning, lambda of OWL; None is the paper's.
     update, score_mass, reference_count, damping, block_size: see `MethodOptions`.
     reconstruct: see `MethodOptions`; None is the method's own (`Method.reconstructs`).
+    method_options: what only this method has, by name; see `pyprune methods`.
+    gradient_checkpointing: methods that need gradients run each block once more instead of holding
+        the activations of all of them.
     preserve_zeros: weights that are zero already stay zero and count among the pruned.
     include, exclude: shell-style patterns of layer names ("model.layers.0.*"); what is pruned is
         what any `include` matches and no `exclude` does.
@@ -101,6 +105,8 @@ class PruneConfig:
     spill: Spill = "none"
     device: str = "auto"
     dtype: str = "auto"
+    method_options: Mapping[str, Scalar] = field(default_factory=dict)
+    gradient_checkpointing: bool = False
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
@@ -159,6 +165,7 @@ class PruneConfig:
             score_mass=self.score_mass,
             reference_count=self.reference_count,
             reconstruct=self.reconstructs(),
+            own=build_options(self.method, self.find_method().options_type, self.method_options),
         )
 
     def reconstructs(self) -> bool:
@@ -238,6 +245,7 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     Scope | None: ((str, type(None)), "text"),
     tuple[str, ...]: ((tuple,), "a list of texts"),
     CalibrationConfig: ((CalibrationConfig,), "a mapping"),
+    Mapping[str, Scalar]: ((Mapping,), "a mapping of names to values"),
 }
 
 

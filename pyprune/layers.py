@@ -4,13 +4,14 @@ read the same input and reports on each."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
+from pyprune.calibration.gradient_stats import GradientStatistic
 from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
 from pyprune.calibration.walk import Group
 from pyprune.config import PruneConfig
@@ -89,10 +90,16 @@ class LayerPruner:
 
     A layer that saw no token at all, and an expert that saw fewer than
     max(4 M, C / 4) (M of N:M, C inputs), is pruned by magnitude instead and the report says so:
-    with nothing known of its inputs, a score made of them would zero it.
+    with nothing known of its inputs, a score made of them would zero it. So is, by a method that
+    needs gradients, a layer whose gradients were all zero.
+
+    gradients: what the backward pass accumulated, by layer; let go of once used.
     """
 
-    def __init__(self, config: PruneConfig) -> None:
+    def __init__(
+        self, config: PruneConfig, gradients: Mapping[str, GradientStatistic] | None = None
+    ) -> None:
+        self._gradients = dict(gradients or {})
         self.method = config.find_method()
         self.pattern = config.target()
         self.options = config.options()
@@ -110,10 +117,10 @@ class LayerPruner:
             raise RuntimeError("count_group: expected scope global")
         inputs = layer_inputs(group.statistic, group.linears[0].name)
         for ref in group.linears:
-            if not self._too_few_tokens(ref, inputs):
+            if self._unknown(ref, inputs) is None:
                 w, preserve = self._read(ref)
                 try:
-                    scale = self.method.column_scale(inputs, self.options)
+                    scale = self.method.column_scale(self._with_gradient(ref, inputs), self.options)
                 except NotPositiveDefiniteError as error:
                     raise LayerError(ref.name, str(error)) from error
                 self.selection.count(ref.name, w, scale, preserve)
@@ -136,26 +143,43 @@ class LayerPruner:
         pattern = self.targets.get(ref.name, self.pattern)
         mask: Tensor | None = None
         notes: tuple[str, ...] = ()
-        if self._too_few_tokens(ref, inputs):
-            tokens = 0 if inputs is None else inputs.tokens
-            notes = (
-                f"saw {tokens:.0f} of the {minimum_tokens(w.shape[1], pattern):.0f} tokens that "
-                f"{method.name} needs: pruned by magnitude",
-            )
+        unknown = self._unknown(ref, inputs)
+        if unknown is not None:
+            notes = (f"{unknown}: pruned by magnitude",)
             method, options = METHODS["magnitude"], MethodOptions()
             if isinstance(pattern, Unstructured) and pattern.scope not in ("row", "layer", None):
                 pattern = Unstructured(pattern.sparsity)
         elif self.selection is not None:
             mask = self.selection.mask(ref.name, w, preserve)
         try:
-            solution = method.solve(w, inputs, pattern, options, preserve, mask)
+            given = self._with_gradient(ref, inputs)
+            solution = method.solve(w, given, pattern, options, preserve, mask)
             if options.reconstruct and inputs is not None:
                 solution = reconstructed(w, solution, inputs, options)
         except NotPositiveDefiniteError as error:
             raise LayerError(ref.name, str(error)) from error
         _write(ref, solution)
+        self._gradients.pop(ref.name, None)
         report = self._report(ref, w, inputs, solution, pattern)
         return replace(report, method=method.name, notes=notes + solution.notes)
+
+    def _unknown(self, ref: LinearRef, inputs: LayerInputs | None) -> str | None:
+        """Why the method cannot judge this matrix, if it cannot."""
+        if self._too_few_tokens(ref, inputs):
+            tokens = 0 if inputs is None else inputs.tokens
+            needed = minimum_tokens(ref.weight().shape[1], self.pattern)
+            return f"saw {tokens:.0f} of the {needed:.0f} tokens that {self.method.name} needs"
+        gradient = self._gradients.get(ref.name)
+        if gradient is not None and gradient.dead():
+            return f"{self.method.name} found no gradient but zero"
+        return None
+
+    def _with_gradient(self, ref: LinearRef, inputs: LayerInputs | None) -> LayerInputs | None:
+        gradient = self._gradients.get(ref.name)
+        if inputs is None or gradient is None:
+            return inputs
+        gradient.to(inputs.squared_norms.device)
+        return inputs.with_gradient(gradient)
 
     def _too_few_tokens(self, ref: LinearRef, inputs: LayerInputs | None) -> bool:
         if inputs is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,8 @@ from transformers import PreTrainedTokenizerBase
 import pyprune
 from pyprune.allocation import Allocation, AlphaPruning, Owl
 from pyprune.calibration.batches import as_token_set
+from pyprune.calibration.gradient_stats import GradientStatistic
+from pyprune.calibration.gradients import collect_gradients
 from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
 from pyprune.calibration.tokens import TokenSet, calibration_tokens
 from pyprune.calibration.walk import BlockStore, Group, InMemoryStore, WalkEvent, walk
@@ -84,9 +86,10 @@ def prune(
     with measure.phase("tokens"):
         tokens = _tokens(tokenizer_or_batches, model, config)
     device = _device(config)
+    gradients = _gradients(config, adapter, tokens, device, measure, progress)
     with InMemoryStore(adapter, device) as store:
         pruner = _Session(
-            config, adapter, tokens, store, store.flush, device, measure, progress
+            config, adapter, tokens, store, store.flush, device, measure, progress, gradients
         ).run()
     return _report(_model_name(model), config, tokens, pruner, measure)
 
@@ -101,6 +104,9 @@ def prune_checkpoint(
     trust_remote_code: bool = False,
 ) -> Report:
     """Prunes a checkpoint into a new directory, one block in memory at a time.
+
+    A method that needs gradients takes them first, with the whole model in memory; the walk that
+    prunes then streams as ever, with the gradients' statistics beside it.
 
     Args:
         source: a Hugging Face directory with safetensors, or a hub id.
@@ -132,6 +138,7 @@ def prune_checkpoint(
         if batches is None and _shown(config) is not None:
             batches = checkpoint.tokenizer()
         tokens = _tokens(batches, model, config)
+    gradients = _checkpoint_gradients(config, checkpoint, dtype, tokens, device, measure, progress)
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
         # Streaming keeps the shards; save_pretrained makes its own, and its own index.
         copy_auxiliary(checkpoint, folder, index=streamed)
@@ -139,12 +146,13 @@ def prune_checkpoint(
             with measure.phase("copy"):
                 store = StreamingStore(checkpoint, adapter, folder, device, dtype)
             pruner = _Session(
-                config, adapter, tokens, store, store.release, device, measure, progress
+                config, adapter, tokens, store, store.release, device, measure, progress, gradients
             ).run()
         else:
             with InMemoryStore(adapter, device) as memory:
+                flush = memory.flush
                 pruner = _Session(
-                    config, adapter, tokens, memory, memory.flush, device, measure, progress
+                    config, adapter, tokens, memory, flush, device, measure, progress, gradients
                 ).run()
             with measure.phase("write"):
                 model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
@@ -235,6 +243,52 @@ def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | N
     return as_token_set(data, vocabulary=text_config.vocab_size, positions=positions)
 
 
+def _gradients(
+    config: PruneConfig,
+    adapter: Adapter,
+    tokens: TokenSet | None,
+    device: torch.device,
+    measure: Measure,
+    progress: Progress | None,
+) -> dict[str, GradientStatistic]:
+    """What the method's backward pass over the dense model accumulates, if it needs one."""
+    factory = config.find_method().gradient
+    if factory is None or tokens is None:
+        return {}
+    blocks = len(adapter.blocks)
+
+    def told(done: int, total: int) -> None:
+        if progress is not None:
+            progress(WalkEvent("batch", 0, blocks, "gradients", done, total))
+
+    with measure.phase("gradients"):
+        return collect_gradients(
+            adapter,
+            tokens,
+            factory(config.options()),
+            checkpointing=config.gradient_checkpointing,
+            device=device,
+            progress=told,
+        )
+
+
+def _checkpoint_gradients(
+    config: PruneConfig,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    tokens: TokenSet | None,
+    device: torch.device,
+    measure: Measure,
+    progress: Progress | None,
+) -> dict[str, GradientStatistic]:
+    """`_gradients` of a checkpoint: for as long as they take, the whole model is in memory."""
+    if config.find_method().gradient is None:
+        return {}
+    with measure.phase("gradients"):
+        adapter = _adapter(checkpoint.load_model("cpu", dtype), config)
+    return _gradients(config, adapter, tokens, device, measure, progress)
+
+
 @dataclass(frozen=True)
 class _Session:
     """A run over one model. `release(i)` lets go of a block that was only looked at."""
@@ -247,11 +301,12 @@ class _Session:
     device: torch.device
     measure: Measure
     progress: Progress | None
+    gradients: Mapping[str, GradientStatistic]
 
     def run(self) -> LayerPruner:
         """Prunes every block; for a global scope, and for an allocation, after passes that only
         look."""
-        pruner = LayerPruner(self.config)
+        pruner = LayerPruner(self.config, self.gradients)
         if self.config.allocation != "uniform":
             pruner.targets = self._allocate()
         if pruner.selection is not None:

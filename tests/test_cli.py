@@ -93,8 +93,11 @@ def test_methods(capsys):
     assert run("methods", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in rows} >= {"magnitude", "wanda", "sparsegpt"}
+    (gblm,) = (row for row in rows if row["name"] == "gblm")
+    assert gblm["gradient"] and gblm["options"]["norm"] == "l1 or l2; l1"
     assert run("methods") == 0
-    assert "sparsegpt" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "sparsegpt" in out and "gblm -O alpha=...: a number; 100.0" in out
 
 
 def test_doctor(capsys):
@@ -125,6 +128,7 @@ PRUNINGS = [
     ("magnitude", ["--sparsity", "0.5"]),
     ("wanda", ["--pattern", "2:4"]),
     ("sparsegpt", ["--pattern", "2:4"]),
+    ("gblm", ["--sparsity", "0.5", "-O", "norm=l2", "-O", "alpha=50", "--gradient-checkpointing"]),
 ]
 
 
@@ -201,6 +205,10 @@ BAD = [
     ("prune TEXT -m magnitude -s 0.5 --out OUT", "expected a directory"),
     ("prune MODEL -m wanda -s 0.5 --calibration no.txt --out OUT", "no.txt"),
     ("prune MODEL -m wanda -s 0.5 --calibration TEXT --seqlen 9999999 --out OUT", "token"),
+    ("prune MODEL -m gblm -s 0.5 -O alhpa=3 --out OUT", "did you mean alpha?"),
+    ("prune MODEL -m gblm -s 0.5 -O alpha --out OUT", "--option: expected name=value, got 'alpha'"),
+    ("prune MODEL -m gblm -s 0.5 -O alpha=[1] --out OUT", "--option: expected name=value"),
+    ("prune MODEL -m wanda -s 0.5 -O alpha=1 --out OUT", "wanda has no option 'alpha'"),
     ("prune MODEL -m wanda -s 0.5 --nsamples 0 --out OUT", "nsamples: expected at least 1"),
     ("eval ./nowhere", "no such directory"),
     ("eval MODEL --text no.txt --seqlen 64", "no.txt"),

@@ -4,10 +4,21 @@ not models; `METHODS` is the table of them."""
 from difflib import get_close_matches
 
 from pyprune.errors import UserError
-from pyprune.methods import magnitude, sparsegpt, wanda
+from pyprune.methods import gblm, magnitude, obd, sparsegpt, wanda
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
 
-METHODS: dict[str, Method] = {m.METHOD.name: m.METHOD for m in (magnitude, wanda, sparsegpt)}
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        magnitude.METHOD,
+        wanda.METHOD,
+        sparsegpt.METHOD,
+        obd.LAYER_OBD,
+        obd.METHOD,
+        obd.KRONECKER_OBD,
+        gblm.METHOD,
+    )
+}
 
 
 def find_method(name: str) -> Method:

@@ -4,12 +4,14 @@ answers, and the row it has in the table of methods."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import Tensor
 
 from pyprune import ops
+from pyprune.calibration.gradient_stats import GradientFactory, GradientStatistic
 from pyprune.errors import UserError
 from pyprune.ops.obs_factor import ObsFactor
 from pyprune.patterns import NM, Pattern
@@ -34,6 +36,7 @@ class MethodOptions:
         repositories do (one more than asked for, and all ties) instead of exactly the count.
     reconstruct: afterwards give the kept weights the values that change the layer's outputs least
         (`ops.obs_reconstruct`), whatever chose them.
+    own: an instance of the method's `options_type`; None: the defaults.
     """
 
     damping: float = 0.01
@@ -43,6 +46,7 @@ class MethodOptions:
     score_mass: bool = False
     reference_count: bool = False
     reconstruct: bool = False
+    own: object | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.damping <= self.max_damping:
@@ -68,6 +72,8 @@ class LayerInputs:
         tokens: how many tokens that sum is over (padding excluded).
         gram: `[C, C]`, sum over tokens of x x^T; None when the method did not ask for it.
 
+    gradient: what the backward pass accumulated for one of these linears, see `with_gradient`.
+
     The factorisation is made on first use and kept, so linears that share inputs share it.
     """
 
@@ -77,7 +83,16 @@ class LayerInputs:
         self.squared_norms = squared_norms
         self.tokens = tokens
         self.gram = gram
+        self.gradient: GradientStatistic | None = None
         self._factor: ObsFactor | None = None
+        self._shared: LayerInputs | None = None
+
+    def with_gradient(self, gradient: GradientStatistic) -> LayerInputs:
+        """These inputs and the gradient statistic of one linear that reads them. The factorisation
+        remains shared."""
+        own = copy(self)
+        own.gradient, own._shared = gradient, self
+        return own
 
     @property
     def dead(self) -> Tensor:
@@ -88,6 +103,8 @@ class LayerInputs:
         """Damped inverse factor of the Gram matrix; see `ops.obs_factor` for what it raises."""
         if self.gram is None:
             raise ValueError("factor: this method was given column norms, it needs the Gram matrix")
+        if self._shared is not None:
+            return self._shared.factor(options)
         if self._factor is None:
             self._factor = ops.obs_factor(
                 self.gram, damping=options.damping, max_damping=options.max_damping
@@ -124,8 +141,12 @@ class Method:
     """One row of the table of methods.
 
     scopes: comparison groups of unstructured patterns, the default one first.
-    column_scale: `[C]` factors; a weight's score is |w| * column_scale. None means ones.
+    column_scale: `[C]` (or `[R, C]`) factors; a weight's score is |w| * column_scale. None means
+        ones.
     reconstructs: whether `MethodOptions.reconstruct` is on unless the user says otherwise.
+    gradient: makes the statistic that one backward pass over the dense model fills for each matrix
+        before the walk; None: no gradient is needed.
+    options_type: frozen dataclass of the options that only this method has.
     """
 
     name: str
@@ -141,6 +162,8 @@ class Method:
     reference_scope: str | None = None
     nm: bool = True
     reconstructs: bool = False
+    gradient: Callable[[MethodOptions], GradientFactory] | None = None
+    options_type: type | None = None
 
     @property
     def default_scope(self) -> str:

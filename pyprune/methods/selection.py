@@ -22,7 +22,7 @@ def select_mask(
     Args:
         w: `[R, C]`, fp32 or fp64.
         pattern: N:M, or unstructured with the comparison group `scope` ("row" or "layer").
-        scale: `[C]` non-negative; None means ones.
+        scale: `[C]` non-negative (other scores: as `w`, with scale None); None means ones.
         preserve: `[R, C]` bool; False = must stay pruned, and counts among the pruned. A row,
             group or layer with more of them than the pattern removes keeps all of them pruned.
 

@@ -32,6 +32,8 @@ class ExpertInput(NamedTuple):
 
 
 Observer = Callable[[nn.Module, str, list[ExpertInput]], None]
+# Module, projection, what one expert's matrix read, and its output [t, R].
+OutputObserver = Callable[[nn.Module, str, ExpertInput, Tensor], None]
 
 
 def expert_count(experts: nn.Module) -> int:
@@ -45,6 +47,7 @@ def observed_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
+    produced: OutputObserver | None = None,
 ) -> Tensor:
     """What the module's eager forward computes, bit for bit, one projection of all experts after
     the other.
@@ -55,6 +58,7 @@ def observed_forward(
     Args:
         hidden_states: `[tokens, H]`.
         top_k_index, top_k_weights: `[tokens, k]`, the experts of each token and their shares.
+        produced: called after each expert's matrix, with its input and output.
 
     Returns:
         `[tokens, H]`.
@@ -63,11 +67,11 @@ def observed_forward(
     # Per expert (position among the k, token), ordered by position: the order of the eager forward.
     routes = [torch.where(chosen.eq(e)) for e in range(expert_count(experts))]
     states = [hidden_states[rows] for _, rows in routes]
-    states = _project(experts, observe, PROJECTIONS[0], states, routes, tokens)
+    states = _project(experts, observe, PROJECTIONS[0], states, routes, tokens, produced)
     for e, state in enumerate(states):
         gate, up = state.chunk(2, dim=-1)
         states[e] = experts.act_fn(gate) * up  # type: ignore[operator]
-    states = _project(experts, observe, PROJECTIONS[1], states, routes, tokens)
+    states = _project(experts, observe, PROJECTIONS[1], states, routes, tokens, produced)
     out = torch.zeros_like(hidden_states)
     for (position, rows), state in zip(routes, states, strict=True):
         if len(rows):
@@ -83,6 +87,7 @@ def _project(
     states: list[Tensor],
     routes: list[tuple[Tensor, ...]],
     tokens: int,
+    produced: OutputObserver | None,
 ) -> list[Tensor]:
     """Every expert's `states[e] @ W[e].T`; lets go of each input as soon as it was used."""
     pairs = zip(states, routes, strict=True)
@@ -91,17 +96,23 @@ def _project(
     )
     weight: Tensor = getattr(experts, projection)
     for e in range(len(states)):
-        states[e] = F.linear(states[e], weight[e])
+        x, states[e] = states[e], F.linear(states[e], weight[e])
+        if produced is not None:
+            produced(experts, projection, ExpertInput(e, x, routes[e][1], tokens), states[e])
     return states
 
 
 @contextmanager
-def observed(experts: nn.Module, observe: Observer) -> Iterator[None]:
+def observed(
+    experts: nn.Module, observe: Observer, produced: OutputObserver | None = None
+) -> Iterator[None]:
     """Within the context `experts(...)` runs `observed_forward`; restored on the way out."""
     previous = experts.__dict__.get("forward")
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return observed_forward(experts, observe, hidden_states, top_k_index, top_k_weights)
+        return observed_forward(
+            experts, observe, hidden_states, top_k_index, top_k_weights, produced
+        )
 
     experts.forward = forward
     try:

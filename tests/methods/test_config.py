@@ -39,6 +39,9 @@ def configs(draw):
         "dtype": draw(st.sampled_from(["auto", "float32", "bfloat16", "float16"])),
         "calibration": draw(calibrations),
     }
+    if method == "gblm":
+        own = {"alpha": st.floats(0, 1e6), "norm": st.sampled_from(["l1", "l2"])}
+        values["method_options"] = draw(st.fixed_dictionaries({}, optional=own))
     if draw(st.booleans()):
         m = draw(st.integers(1, 32))
         values["pattern"] = f"{draw(st.integers(1, m))}:{m}"
@@ -107,6 +110,9 @@ def test_lists_become_tuples():
             {"sparsity": 0.5, "method": "sparse-gpt"},
             r"method: expected one of .*, got 'sparse-gpt' \(did you mean sparsegpt\?\)",
         ),
+        ({"sparsity": 0.5, "method_options": [1]}, "expected a mapping of names to values"),
+        ({"sparsity": 0.5, "method_options": {"alpha": 1}}, "sparsegpt has no option 'alpha'"),
+        ({"sparsity": 0.5, "method": "gblm", "method_options": {"norm": 1}}, "gblm norm: expected"),
         ({"sparsity": 0.5, "method": 3}, "method: expected text, got 3"),
         (
             {"sparsity": 0.5, "update": "sequential"},

@@ -1,0 +1,429 @@
+"""The backward pass: gradients of the language-model loss at the output of every prunable matrix.
+
+The gradient of a weight `[R, C]` is `G^T X`, with the matrix's inputs X and the gradients G of its
+outputs, and no weight gradient is ever stored. Parameters ask for no gradient, so autograd carries
+the activations' gradients only; a hook on the input keeps X, a hook on the output receives G, and
+both go to a visitor, which adds what it wants of them to sums of its own. The visit is over before
+the backward pass reaches the matrix below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from pyprune.calibration import schedule
+from pyprune.calibration.autograd import (
+    asking_entry,
+    checkpointed,
+    on_device,
+    without_parameter_gradients,
+)
+from pyprune.calibration.coroutine import TokenBatch, evaluation
+from pyprune.calibration.sample import Sample
+from pyprune.calibration.schedule import TensorId
+from pyprune.errors import LayerError, UserError
+from pyprune.models.adapter import Adapter
+from pyprune.models.experts import ExpertInput, observed
+from pyprune.models.linears import LinearRef
+
+__all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass", "sequence_lengths"]
+
+# Logits are made for this many numbers at a time: a vocabulary of 49 152 at 2 048 tokens would be
+# 400 MB of fp32 for one sequence, and as much again for its gradient.
+LOGITS_AT_ONCE = 1 << 24
+# fp16 has no exponents for small gradients; bf16, fp32 and fp64 have.
+HALF_LOSS_SCALE = 256.0
+_IGNORED = -100
+
+
+Visitor = Callable[[Sample], None]
+
+
+@dataclass
+class BackwardReport:
+    """What the pass saw.
+
+    sequences, tokens: in all batches, padding excluded. loss: mean over predicted tokens, nats.
+    seen: tokens that reached each visited matrix, 0 for an expert that none was routed to.
+    dead: matrices that saw tokens and whose outputs' gradient was zero for all of them: the loss
+        does not depend on what they answer.
+    """
+
+    sequences: int = 0
+    tokens: int = 0
+    loss: float = 0.0
+    seen: dict[str, int] = field(default_factory=dict)
+    dead: tuple[str, ...] = ()
+
+
+def backward_pass(
+    adapter: Adapter,
+    batches: Sequence[TokenBatch],
+    visitors: Mapping[str, Visitor],
+    *,
+    checkpointing: bool = False,
+    device: torch.device | str = "cpu",
+    loss_scale: float | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> BackwardReport:
+    """Runs the model forward and backward on every batch and shows each matrix's part to its
+    visitor.
+
+    The loss is the cross entropy of each next token, summed (not averaged) over the tokens of a
+    sequence: a gradient of G is then of the size that a single token gives, which 16-bit floats
+    hold, and a sequence's part does not depend on what it is batched with. Every sequence is in
+    exactly one call of each visitor that saw a token of it; batched or one by one, the visits add
+    up to the same sums. Padding is in no visit, and predicts and is predicted by nothing.
+
+    Args:
+        adapter: of a causal language model with its head, all of it in memory. Matrices whose
+            parameter is tied to something outside their block are not among `adapter.linears`.
+        batches: token ids `[B, T]`, each sequence of at least two real tokens.
+        visitors: by `LinearRef.name`; matrices without one cost nothing, and no gradient flows
+            below the first block that has one. What a visitor is handed is only valid during the
+            call and not to be written to.
+        checkpointing: keep only the blocks' inputs and run each block again when the backward pass
+            reaches it: one more forward, and the activations of one block at a time.
+        device: where the model runs; afterwards it is back where it was.
+        loss_scale: multiplies the loss and is divided out of G in fp32 (in fp64 models fp64). None:
+            256 for fp16, 1 otherwise.
+        progress: called with batches done and in all.
+
+    Returns:
+        The report. The model's parameters, their requires_grad flags and `.grad`, training flags
+        and hooks are as before, whatever happens.
+
+    Raises:
+        LayerError: a gradient is NaN or infinite, or vanished in fp16, or everywhere; a matrix runs
+            twice or not at all, writes to its input, or padding cannot be told apart in it.
+        UserError: the model has no head, a sequence has fewer than two tokens, a visitor's name is
+            unknown.
+    """
+    model, device = adapter.model, torch.device(device)
+    _check_model(adapter, visitors)
+    given = [_Tokens.of(i, batch, device) for i, batch in enumerate(batches)]
+    if not given:
+        raise UserError("calibration: expected at least one sequence, got none")
+    dtype = next(model.parameters()).dtype
+    if loss_scale is None:
+        loss_scale = HALF_LOSS_SCALE if dtype == torch.float16 else 1.0
+    run = _Pass(adapter, visitors, loss_scale)
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(evaluation(model))
+        stack.enter_context(without_parameter_gradients(model))
+        stack.enter_context(on_device(model, device))
+        stack.enter_context(run.hooked(checkpointing))
+        for done, batch in enumerate(given, 1):
+            run.run(batch)
+            if progress is not None:
+                progress(done, len(given))
+    return run.finish(dtype)
+
+
+def sequence_lengths(index: int, batch: TokenBatch) -> list[int]:
+    """Real tokens of each sequence of batch number `index`; UserError for fewer than two."""
+    ids, mask = batch.input_ids, batch.attention_mask
+    if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
+        shapes = [tuple(t.shape) for t in (ids, mask) if t is not None]
+        raise UserError(f"batch {index}: expected ids and mask of one shape [B, T], {shapes}")
+    lengths = [ids.shape[1]] * len(ids) if mask is None else (mask != 0).sum(1).tolist()
+    for n, length in enumerate(lengths):
+        if length < 2:
+            raise UserError(
+                f"batch {index}, sequence {n}: expected at least two tokens (the loss is that "
+                f"of the next one), got {length}"
+            )
+    return lengths
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """A batch on the device. real: `[B, T]` bool, None if no token is padding; lengths: real tokens
+    of each sequence."""
+
+    index: int
+    input_ids: Tensor
+    mask: Tensor | None
+    real: Tensor | None
+    lengths: list[int]
+
+    @classmethod
+    def of(cls, index: int, batch: TokenBatch, device: torch.device) -> _Tokens:
+        lengths = sequence_lengths(index, batch)
+        ids, mask = batch.input_ids, batch.attention_mask
+        padded = mask is not None and not bool((mask != 0).all())
+        mask = None if mask is None else mask.to(device)
+        real = mask != 0 if mask is not None and padded else None
+        return cls(index, ids.to(device), mask, real, lengths)
+
+    def labels(self) -> Tensor:
+        """`[B, T - 1]`: the next token where it and the one before it are real."""
+        labels = self.input_ids[:, 1:]
+        if self.real is None:
+            return labels
+        return labels.masked_fill(~(self.real[:, 1:] & self.real[:, :-1]), _IGNORED)
+
+
+class _Pass:
+    """The state of one backward pass."""
+
+    def __init__(
+        self, adapter: Adapter, visitors: Mapping[str, Visitor], loss_scale: float
+    ) -> None:
+        self._adapter = adapter
+        self._visitors = visitors
+        self._scale = loss_scale
+        self._refs = [
+            [ref for ref in adapter.linears(i) if ref.name in visitors]
+            for i in range(len(adapter.blocks))
+        ]
+        self._first = next(i for i, refs in enumerate(self._refs) if refs)
+        self._seen = {ref.name: 0 for refs in self._refs for ref in refs}
+        # Largest |g| so far, on the device: NaN stays NaN, and nothing waits for the device.
+        self._peak: dict[str, Tensor] = {}
+        self._input_peak: dict[str, Tensor] = {}
+        self._inputs: list[tuple[TensorId, str]] = []
+        self._visited: set[str] = set()
+        self._report = BackwardReport()
+        self._loss: Tensor | float = 0.0
+
+    # One batch.
+
+    def run(self, batch: _Tokens) -> None:
+        self._batch = batch
+        self._inputs.clear()
+        self._visited.clear()
+        out = self._adapter.decoder(
+            input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
+        )
+        hidden: Tensor = out[0]
+        hidden.backward(self._head_gradient(out, hidden.detach()))  # type: ignore[no-untyped-call]
+        for refs in self._refs:
+            for ref in refs:
+                if ref.index is None and ref.name not in self._visited:
+                    raise LayerError(ref.name, f"no gradient reached it in batch {batch.index}")
+        self._report.sequences += len(batch.lengths)
+        self._report.tokens += sum(batch.lengths)
+
+    def _head_gradient(self, out: Any, hidden: Tensor) -> Tensor:
+        """Gradient of the summed loss, times the loss scale, at the decoder's output `[B, T, d]`.
+
+        The head, with whatever the model does to its logits, runs on a few tokens at a time.
+        """
+        labels = self._batch.labels()
+        gradient = torch.zeros_like(hidden)
+        vocabulary = self._adapter.model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+        step = max(1, LOGITS_AT_ONCE // (vocabulary * len(hidden)))
+        for a in range(0, labels.shape[1], step):
+            part = hidden[:, a : min(a + step, labels.shape[1])].clone().requires_grad_()
+            logits = self._logits(out, part)
+            loss = F.cross_entropy(
+                logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
+                labels[:, a : a + step].flatten(),
+                ignore_index=_IGNORED,
+                reduction="sum",
+            )
+            (loss * self._scale).backward()  # type: ignore[no-untyped-call]
+            assert part.grad is not None
+            gradient[:, a : a + step][:, : part.shape[1]] = part.grad
+            self._loss = self._loss + loss.detach().double()
+        return gradient
+
+    def _logits(self, out: Any, hidden: Tensor) -> Tensor:
+        """The model's forward with the decoder's answer given: whatever it does after that."""
+        answer = copy(out)
+        answer[next(iter(answer))] = hidden
+        decoder, batch = self._adapter.decoder, self._batch
+        previous = decoder.__dict__.get("forward")
+        decoder.forward = lambda *args, **kwargs: answer
+        try:
+            ids = batch.input_ids[:, : hidden.shape[1]]
+            logits: Tensor = self._adapter.model(input_ids=ids, use_cache=False).logits
+        finally:
+            if previous is None:
+                del decoder.forward
+            else:
+                decoder.forward = previous
+        return logits
+
+    def finish(self, dtype: torch.dtype) -> BackwardReport:
+        report = self._report
+        dead = []
+        for name in (ref.name for refs in self._refs for ref in refs):
+            if name in self._input_peak and not bool(self._input_peak[name].isfinite()):
+                raise LayerError(
+                    name,
+                    "expected finite input activations, got NaN or infinity (a 16-bit overflow? "
+                    "try --dtype bfloat16 or float32)",
+                )
+        for name, peak in self._peak.items():
+            if not bool(peak.isfinite()):
+                raise LayerError(
+                    name,
+                    "expected finite gradients, got NaN or infinity (a 16-bit overflow? try "
+                    "--dtype bfloat16 or float32)",
+                )
+            if not bool(peak):
+                dead.append(name)
+        if dead and (dtype == torch.float16 or len(dead) == len(self._peak)):
+            raise LayerError(
+                dead[0],
+                f"expected a gradient, got zero for every token ({len(dead)} of {len(self._peak)} "
+                "layers; a 16-bit underflow? try --dtype bfloat16 or float32)",
+            )
+        report.seen, report.dead = self._seen, tuple(sorted(dead))
+        report.loss = float(self._loss) / (report.tokens - report.sequences)
+        return report
+
+    # Hooks.
+
+    @contextmanager
+    def hooked(self, checkpointing: bool) -> Iterator[None]:
+        with ExitStack() as stack:
+            blocks = self._adapter.blocks
+            entry = blocks[self._first].register_forward_pre_hook(asking_entry, with_kwargs=True)
+            stack.callback(entry.remove)
+            for i, refs in enumerate(self._refs):
+                fused: dict[nn.Module, dict[str, list[LinearRef]]] = {}
+                for site in schedule.sites_of(refs):
+                    ref = site.linears[0]
+                    if site.fused:
+                        fused.setdefault(ref.module, {})[ref.parameter] = site.linears
+                    else:
+                        hook = ref.module.register_forward_hook(
+                            partial(self._linear_ran, ref), with_kwargs=True
+                        )
+                        stack.callback(hook.remove)
+                for module, projections in fused.items():
+                    ran = partial(self._expert_ran, projections)
+                    stack.enter_context(observed(module, _ignore, ran))
+                if checkpointing and i >= self._first:
+                    stack.enter_context(checkpointed(blocks[i]))
+            yield
+
+    def _linear_ran(
+        self,
+        ref: LinearRef,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+    ) -> None:
+        if not output.requires_grad:  # the first, gradient-free forward of a checkpointed block
+            return
+        given: Tensor = args[0] if args else next(iter(kwargs.values()))
+        batch, length = self._batch.input_ids.shape
+        if tuple(given.shape[:-1]) not in {(batch, length), (batch * length,)}:
+            raise LayerError(
+                ref.name,
+                f"expected one row for each of the {batch}x{length} tokens, got an input of shape "
+                f"{tuple(given.shape)}: its sequences cannot be told apart",
+            )
+        leader = self._leader(ref, given)
+        x, version = given.detach(), given._version
+
+        def arrived(g: Tensor) -> None:
+            if given._version != version:
+                raise LayerError(ref.name, "its input was written to after it was read")
+            if ref.name in self._visited:
+                raise LayerError(ref.name, "runs more than once in a forward of its block")
+            self._visited.add(ref.name)
+            stacked = (batch, length, -1)
+            self._visit_tokens(ref, x.reshape(stacked), g.reshape(stacked), leader)
+
+        output.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def _leader(self, ref: LinearRef, given: Tensor) -> str:
+        for tensor, name in self._inputs:
+            if tensor.matches(given):
+                return name
+        self._inputs.append((TensorId(given), ref.name))
+        return ref.name
+
+    def _visit_tokens(self, ref: LinearRef, x: Tensor, g: Tensor, leader: str) -> None:
+        lengths, real = self._batch.lengths, self._batch.real
+        if real is None:
+            self._visit(ref, x, g, lengths[0] - 1, leader)
+            return
+        for n, length in enumerate(lengths):
+            keep = real[n]
+            self._visit(ref, x[n, keep][None], g[n, keep][None], length - 1, leader)
+
+    def _expert_ran(
+        self,
+        projections: Mapping[str, list[LinearRef]],
+        module: nn.Module,
+        projection: str,
+        given: ExpertInput,
+        output: Tensor,
+    ) -> None:
+        refs = [ref for ref in projections.get(projection, []) if ref.index == given.expert]
+        if not refs or not output.requires_grad or not len(given.x):
+            return
+        (ref,) = refs
+        batch, length = self._batch.input_ids.shape
+        if given.tokens != batch * length:
+            raise LayerError(
+                ref.name,
+                f"expected to be routed {batch}x{length} tokens, got {given.tokens}: its sequences "
+                "cannot be told apart",
+            )
+        x, rows = given.x.detach(), given.rows
+
+        def arrived(g: Tensor) -> None:
+            sequence = rows // length
+            real = self._batch.real
+            here = torch.ones_like(rows, dtype=torch.bool) if real is None else real.flatten()[rows]
+            for n in torch.unique(sequence[here]).tolist():
+                mine = here & (sequence == n)
+                targets = self._batch.lengths[n] - 1
+                self._visit(ref, x[mine][None], g[mine][None], targets, ref.name)
+
+        output.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def _visit(self, ref: LinearRef, x: Tensor, g: Tensor, targets: int, leader: str) -> None:
+        with torch.no_grad():
+            if self._scale != 1.0:
+                wide = torch.promote_types(g.dtype, torch.float32)
+                x, g = x.to(wide), g.to(wide) / self._scale
+            elif g.dtype != x.dtype:
+                x = x.to(g.dtype)
+            _raise_peak(self._peak, ref.name, g)
+            if leader == ref.name:
+                _raise_peak(self._input_peak, ref.name, x)
+            self._seen[ref.name] += x.shape[0] * x.shape[1]
+            self._visitors[ref.name](Sample(x, g, targets, leader))
+
+
+def _raise_peak(peaks: dict[str, Tensor], name: str, x: Tensor) -> None:
+    peak = torch.linalg.vector_norm(x, float("inf"))
+    peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+
+
+def _check_model(adapter: Adapter, visitors: Mapping[str, Visitor]) -> None:
+    model = adapter.model
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        raise UserError(
+            f"{type(model).__name__}: expected a causal language model with its head for a "
+            "gradient, got a model without"
+        )
+    known = {ref.name for i in range(len(adapter.blocks)) for ref in adapter.linears(i)}
+    unknown = sorted(set(visitors) - known)
+    if unknown or not visitors:
+        raise UserError(f"visitors: expected names of prunable matrices, got {unknown or 'none'}")
+
+
+def _ignore(module: nn.Module, projection: str, inputs: list[ExpertInput]) -> None:
+    """Inputs of experts are seen with their outputs."""

@@ -1,0 +1,100 @@
+"""What is accumulated from the gradients of one matrix: sums over sequences or tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from pyprune import ops
+from pyprune.calibration.sample import Sample
+
+
+class GradientStatistic(Protocol):
+    """Sums over whole sequences of something about the gradients of a matrix `[R, C]`.
+
+    sequences: of the whole calibration, those included that no token of reached this matrix; set
+        when the pass is over. tokens: that reached it. targets: predicted tokens of the whole
+        calibration, likewise.
+    """
+
+    sequences: int
+    targets: int
+    tokens: int
+
+    def update(self, sample: Sample) -> None:
+        """Adds the sequences of one visit."""
+
+    def finite(self) -> bool:
+        """Whether no NaN and no infinity came of it (sums overflow where gradients need not)."""
+
+    def dead(self) -> bool:
+        """Whether every gradient was zero."""
+
+    def to(self, device: torch.device | str) -> None:
+        """Moves the sums."""
+
+
+# Rows, columns, device, dtype of the sums (fp32, or fp64 for fp64 models).
+GradientFactory = Callable[[int, int, torch.device, torch.dtype], GradientStatistic]
+
+
+class MagnitudeStatistic:
+    """`total[i, j] = sum over sequences n of |g_n[i, j]| ** power`, `[R, C]`.
+
+    g_n is the gradient of sequence n: of its mean loss (`per_token`), as GBLM-Pruner takes it, or
+    of its summed loss, the log-likelihood that the empirical Fisher information is made of.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        power: int,
+        per_token: bool,
+    ) -> None:
+        self.total = torch.zeros(rows, columns, device=device, dtype=dtype)
+        self.power, self.per_token = power, per_token
+        self.sequences = self.targets = self.tokens = 0
+
+    def update(self, sample: Sample) -> None:
+        scale = 1 / sample.targets if self.per_token else 1.0
+        ops.fisher_accumulate(self.total, sample.g, sample.x, power=self.power, scale=scale)
+        self.tokens += sample.x.shape[0] * sample.x.shape[1]
+
+    def finite(self) -> bool:
+        return bool(self.total.isfinite().all())
+
+    def dead(self) -> bool:
+        return not bool(self.total.any())
+
+    def to(self, device: torch.device | str) -> None:
+        self.total = self.total.to(device)
+
+
+class DiagonalFactors:
+    """Diagonals of the Kronecker factors: `a[j] = sum_t x[t, j]**2` of the inputs, `[C]`, and
+    `g[i] = sum_t g[t, i]**2` of the outputs' gradients, `[R]`, over all tokens."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.a = torch.zeros(columns, device=device, dtype=dtype)
+        self.g = torch.zeros(rows, device=device, dtype=dtype)
+        self.sequences = self.targets = self.tokens = 0
+
+    def update(self, sample: Sample) -> None:
+        ops.column_norms(sample.x.flatten(0, 1), out=self.a)
+        ops.column_norms(sample.g.flatten(0, 1), out=self.g)
+        self.tokens += sample.x.shape[0] * sample.x.shape[1]
+
+    def finite(self) -> bool:
+        return bool(self.a.isfinite().all() and self.g.isfinite().all())
+
+    def dead(self) -> bool:
+        return not bool(self.g.any())
+
+    def to(self, device: torch.device | str) -> None:
+        self.a, self.g = self.a.to(device), self.g.to(device)

@@ -1,0 +1,99 @@
+"""GBLM-Pruner: Wanda's score and the gradient's, added."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from torch import Tensor
+
+from pyprune.calibration.gradient_stats import GradientFactory, MagnitudeStatistic
+from pyprune.errors import UserError
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
+from pyprune.methods.selection import select_mask
+from pyprune.methods.update import solve_by_score
+from pyprune.patterns import NM, Pattern
+
+REFERENCE_SEQUENCES = 128  # of the paper's calibration, at which its alpha was chosen
+
+
+@dataclass(frozen=True)
+class GblmOptions:
+    """alpha: weight of the gradient term. norm: over the sequences' gradients, l1 or l2.
+    gradient_only: leave the activation term out. reference_normalisation: sum over sequences as
+    GBLM-Pruner's code does, so that the gradient term grows with their number; else the result
+    does not depend on it and equals the reference's at 128 sequences."""
+
+    alpha: float = 100.0
+    norm: Literal["l1", "l2"] = "l1"
+    gradient_only: bool = False
+    reference_normalisation: bool = False
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.alpha) and self.alpha >= 0):
+            raise UserError(f"method_options: gblm alpha: expected 0 or more, got {self.alpha}")
+
+
+def gradient(options: MethodOptions) -> GradientFactory:
+    power = 1 if _own(options).norm == "l1" else 2
+    return partial(MagnitudeStatistic, power=power, per_token=True)
+
+
+def gradient_norm(statistic: MagnitudeStatistic, options: GblmOptions) -> Tensor:
+    """gamma `[R, C]`: norm over N sequences of the gradients of their mean losses, each counted
+    128 / N times (once with `reference_normalisation`)."""
+    total = statistic.total
+    if not options.reference_normalisation:
+        total = total * (REFERENCE_SEQUENCES / statistic.sequences)
+    return total if statistic.power == 1 else total.sqrt()
+
+
+def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
+    """`[R, C]`: `s_j + alpha * gamma_ij` with s_j = ||x_j||_2 / sqrt(N), the factor of |w_ij| in
+    its score (Das et al. 2023, eq. 6)."""
+    if inputs is None or not isinstance(inputs.gradient, MagnitudeStatistic):
+        raise ValueError("gblm: expected calibration inputs and gradients, got none")
+    own = _own(options)
+    gamma = gradient_norm(inputs.gradient, own).to(inputs.squared_norms.device)
+    if own.gradient_only:
+        return gamma
+    activations = (inputs.squared_norms.to(gamma.dtype) / inputs.gradient.sequences).sqrt()
+    return activations + own.alpha * gamma
+
+
+def gblm(
+    w: Tensor,
+    inputs: LayerInputs | None,
+    pattern: Pattern,
+    options: MethodOptions,
+    preserve: Tensor | None,
+    mask: Tensor | None,
+) -> Solution:
+    """Score |w_ij| (||x_j||_2 / sqrt(N) + alpha gamma_ij), compared within the output row unless
+    the pattern says otherwise. See `Solver`."""
+    if mask is None:
+        scores = w.abs() * column_scale(inputs, options).to(w.dtype)
+        scope = "" if isinstance(pattern, NM) else pattern.scope or METHOD.default_scope
+        mask = select_mask(scores, pattern, scope=scope, preserve=preserve)
+    return solve_by_score(w, inputs, options, mask)
+
+
+def _own(options: MethodOptions) -> GblmOptions:
+    return options.own if isinstance(options.own, GblmOptions) else GblmOptions()
+
+
+METHOD = Method(
+    name="gblm",
+    title="smallest |w| times input norm plus gradient norm",
+    paper="Das et al. 2023, arXiv 2311.04902",
+    statistic="norms",
+    scopes=("row", "layer", "global"),
+    updates_weights=False,
+    solve=gblm,
+    column_scale=column_scale,
+    updates=("none", "sequential"),
+    gradient=gradient,
+    options_type=GblmOptions,
+)

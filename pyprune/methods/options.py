@@ -1,0 +1,67 @@
+"""Options that only one method has: a frozen dataclass of plain fields each, checked against it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pyprune.errors import UserError
+
+Scalar = bool | int | float | str
+_WORDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def build_options(method: str, kind: type | None, values: Mapping[str, Any]) -> object | None:
+    """`kind(**values)`, or None for a method without options of its own.
+
+    Raises:
+        UserError: a name is unknown (the closest one is given) or a value of the wrong type; what
+            the dataclass itself refuses.
+    """
+    known = [] if kind is None else [field.name for field in dataclasses.fields(kind)]
+    for name in values:
+        if name not in known:
+            close = get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known) or 'none'}"
+            raise UserError(f"method_options: {method} has no option {name!r}, {hint}")
+    if kind is None:
+        return None
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        _check(f"method_options: {method} {name}", hints[name], value)
+    built: object = kind(**values)
+    return built
+
+
+def describe_options(kind: type | None) -> dict[str, str]:
+    """Name -> what it takes and its default, for the table of methods."""
+    if kind is None:
+        return {}
+    hints = get_type_hints(kind)
+    return {
+        field.name: f"{_takes(hints[field.name])}; {_shown(field.default)}"
+        for field in dataclasses.fields(kind)
+    }
+
+
+def _takes(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(map(_shown, get_args(hint)))
+    return _WORDS.get(hint, "text")
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check(name: str, hint: Any, value: Any) -> None:
+    if get_origin(hint) is Literal:
+        right = value in get_args(hint)
+    elif hint is float:
+        right = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    if not right:
+        raise UserError(f"{name}: expected {_takes(hint)}, got {value!r}")

@@ -1,0 +1,266 @@
+"""GBLM-Pruner and OBD: the specification's example, and what holds for any gradients."""
+
+import pytest
+import torch
+from methods.golden import SEQUENCES, golden, quadratic, show
+from methods.gradients import output_gradients, statistic
+from methods.test_properties import example, inputs_of
+from tiny_models import tiny_model, tiny_tokens
+
+from pyprune.calibration.batches import as_token_set
+from pyprune.calibration.gradients import collect_gradients
+from pyprune.calibration.tokens import Batch
+from pyprune.errors import LayerError, UserError
+from pyprune.methods import METHODS, LayerInputs, MethodOptions
+from pyprune.methods.gblm import GblmOptions, column_scale
+from pyprune.methods.options import build_options
+from pyprune.models.adapter import Adapter
+from pyprune.patterns import NM, Unstructured
+from pyprune.prune import prune
+
+GRADIENT = [name for name, row in METHODS.items() if row.gradient]
+HALF = Unstructured(0.5)
+
+
+def golden_gradients():
+    """G [32, 4]."""
+    t = torch.arange(32, dtype=torch.float64)[:, None]
+    i = torch.arange(4, dtype=torch.float64)
+    return torch.sin(0.3 + 0.61 * t) + 0.5 * torch.cos(0.7 * t * (i + 1))
+
+
+def inputs_with(method, x, g, sequences, options=None):
+    made = statistic(method, x, g, sequences, options)
+    return LayerInputs(x.square().sum(0), len(x), x.T @ x).with_gradient(made)
+
+
+def solve(method, pattern, w, inputs, options=None):
+    options = options or MethodOptions()
+    METHODS[method].check(pattern, options)
+    return METHODS[method].solve(w, inputs, pattern, options, None, None)
+
+
+def gblm(w, x, g, sequences, **own):
+    options = MethodOptions(own=GblmOptions(**own))
+    inputs = inputs_with("gblm", x, g, sequences, options)
+    return solve("gblm", HALF, w, inputs, options).mask, column_scale(inputs, options)
+
+
+@pytest.mark.parametrize(
+    ("own", "mask", "scores"),
+    [
+        (
+            {"norm": "l1"},
+            ".1..111. / 11..1..1 / 11....11 / ....1111",
+            [71.930250, 8.295253, 56.708538],
+        ),
+        (
+            {"norm": "l2"},
+            ".1..111. / 11..1..1 / 11....11 / ..1.1.11",
+            [54.130225, 6.147885, 42.692777],
+        ),
+        (
+            {"norm": "l1", "gradient_only": True},
+            ".1..111. / 11..1..1 / 11....11 / ..1.1.11",
+            None,
+        ),
+    ],
+    ids=["l1", "l2", "gradient-only"],
+)
+def test_gblm_golden(own, mask, scores):
+    w, x = golden()
+    # The example's gradients are means over 16 tokens; `statistic` counts 15 targets.
+    g = golden_gradients() * 15 / 16
+    got, scale = gblm(w, x, g, SEQUENCES, reference_normalisation=True, **own)
+    assert show(got) == mask
+    if scores is not None:
+        torch.testing.assert_close(
+            (w.abs() * scale)[0, :3], torch.tensor(scores, dtype=w.dtype), rtol=1e-6, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=str)
+def test_gblm_without_gradient_term_is_wanda(pattern):
+    w, x = example()
+    options = MethodOptions(own=GblmOptions(alpha=0.0))
+    inputs = inputs_with("gblm", x, output_gradients(len(w), x), 4, options)
+    wanda = solve("wanda", pattern, w, inputs_of(x))
+    assert torch.equal(solve("gblm", pattern, w, inputs, options).mask, wanda.mask)
+
+
+def test_gblm_with_silent_inputs_is_the_gradient_alone():
+    w, x = example()
+    g = output_gradients(len(w), x)
+    inputs = inputs_with("gblm", x, g, 4)
+    silent = LayerInputs(torch.zeros_like(inputs.squared_norms), len(x))
+    assert inputs.gradient is not None
+    got = solve("gblm", HALF, w, silent.with_gradient(inputs.gradient))
+    assert torch.equal(got.mask, gblm(w, x, g, 4, gradient_only=True)[0])
+    assert not torch.equal(got.mask, solve("gblm", HALF, w, inputs).mask)
+
+
+def test_gblm_l1_is_at_least_l2_and_the_sum_over_sequences_not_the_batch():
+    w, x = example()
+    g = output_gradients(len(w), x)
+    _, l1 = gblm(w, x, g, 4, reference_normalisation=True, gradient_only=True)
+    _, l2 = gblm(w, x, g, 4, reference_normalisation=True, gradient_only=True, norm="l2")
+    assert bool((l1 >= l2 * (1 - 1e-12)).all()) and bool((l1 > 1.01 * l2).any())
+    targets = len(x) // 4 - 1
+    parts = [gn.T @ xn / targets for gn, xn in zip(g.chunk(4), x.chunk(4), strict=True)]
+    torch.testing.assert_close(l1, sum(p.abs() for p in parts))
+    torch.testing.assert_close(l2, sum(p.square() for p in parts).sqrt())
+    assert bool((l1 > 1.01 * sum(parts).abs()).any())
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_gblm_does_not_depend_on_how_often_the_text_is_shown(norm):
+    w, x = example()
+    g = output_gradients(len(w), x)
+    _, once = gblm(w, x, g, 4, norm=norm)
+    _, twice = gblm(w, torch.cat([x, x]), torch.cat([g, g]), 8, norm=norm)
+    torch.testing.assert_close(twice, once)
+    _, reference = gblm(w, torch.cat([x, x]), torch.cat([g, g]), 8, norm=norm,
+                        reference_normalisation=True)  # fmt: skip
+    _, half = gblm(w, x, g, 4, norm=norm, reference_normalisation=True)
+    assert bool((reference > 1.01 * half).any())
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_gblm_at_128_sequences_is_the_reference(norm):
+    w, x = example(rows=4, columns=6, tokens=256)
+    g = output_gradients(len(w), x)
+    _, ours = gblm(w, x, g, 128, norm=norm)
+    _, reference = gblm(w, x, g, 128, norm=norm, reference_normalisation=True)
+    torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("method", ["obd", "k-obd"])
+@pytest.mark.parametrize("scope", ["layer", "row"])
+def test_obd_removes_the_lowest_quadratic_costs(method, scope):
+    w, x = example()
+    g, sequences = output_gradients(len(w), x), 4
+    if method == "obd":
+        parts = zip(g.chunk(sequences), x.chunk(sequences), strict=True)
+        f = sum((gn.T @ xn).square() for gn, xn in parts)
+    else:
+        # diag(G kron A), from the whole Kronecker product.
+        f = torch.kron(g.T @ g, x.T @ x).diagonal().view_as(w)
+    costs = (0.5 * w.square() * f).view(1, -1) if scope == "layer" else 0.5 * w.square() * f
+    order = costs.argsort(dim=1, stable=True)[:, : costs.shape[1] // 2]
+    want = torch.ones_like(costs, dtype=torch.bool).scatter(1, order, False).view_as(w)
+    got = solve(method, Unstructured(0.5, scope), w, inputs_with(method, x, g, sequences))
+    assert torch.equal(got.mask, want)
+    assert torch.equal(got.weight, torch.where(want, w, 0))
+
+
+def test_layer_obd_is_wanda_over_the_layer():
+    w, x = example()
+    a = solve("l-obd", HALF, w, inputs_of(x))
+    b = solve("wanda", Unstructured(0.5, "layer"), w, inputs_of(x))
+    assert torch.equal(a.mask, b.mask)
+
+
+@pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=str)
+@pytest.mark.parametrize("method", GRADIENT)
+def test_rows_in_another_order(method, pattern):
+    w, x = example()
+    g = output_gradients(len(w), x)
+    order = torch.randperm(len(w), generator=torch.Generator().manual_seed(5))
+    straight = solve(method, pattern, w, inputs_with(method, x, g, 4))
+    permuted = solve(method, pattern, w[order], inputs_with(method, x, g[:, order], 4))
+    assert torch.equal(permuted.mask, straight.mask[order])
+
+
+@pytest.mark.parametrize("method", ["obd", "k-obd"])
+def test_scale_of_the_loss_does_not_matter_to_obd(method):
+    w, x = example()
+    g = output_gradients(len(w), x)
+    plain = solve(method, HALF, w, inputs_with(method, x, g, 4))
+    scaled = solve(method, HALF, w, inputs_with(method, x, 3.7 * g, 4))
+    assert torch.equal(plain.mask, scaled.mask)
+
+
+@pytest.mark.parametrize("method", GRADIENT)
+def test_update_on_the_mask_lowers_the_layer_error(method):
+    w, x = example()
+    inputs = inputs_with(method, x, output_gradients(len(w), x), 4)
+    plain = solve(method, HALF, w, inputs)
+    swept = solve(method, HALF, w, inputs, MethodOptions(update="sequential"))
+    assert torch.equal(plain.mask, swept.mask)
+    h = x.T @ x
+    assert quadratic(swept.weight - w, h) < 0.9 * quadratic(plain.weight - w, h)
+
+
+@pytest.mark.parametrize("method", GRADIENT)
+def test_batches_and_padding_give_the_sums_of_single_sequences(method):
+    model = tiny_model("llama").double()
+    adapter = Adapter.of(model)
+    ids, mask = tiny_tokens(3, 12), torch.ones(3, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    factory = METHODS[method].gradient(MethodOptions())
+
+    def collect(batches):
+        tokens = as_token_set(batches, vocabulary=64, positions=None)
+        return collect_gradients(adapter, tokens, factory)
+
+    batched = collect([Batch(ids, mask)])
+    alone = collect([Batch(ids[:1]), Batch(ids[1:2, :7]), Batch(ids[2:])])
+    for name, got in batched.items():
+        assert (got.sequences, got.targets, got.tokens) == (3, 28, 31)
+        for key in ("total", "a", "g"):
+            if hasattr(got, key):
+                a, b = getattr(got, key), getattr(alone[name], key)
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.max()))
+
+
+@pytest.mark.parametrize("method", GRADIENT)
+def test_a_dead_layer_and_an_idle_expert_go_by_magnitude_and_are_listed(method):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    report = prune(model, [tiny_tokens(8, 16)], method, 0.5)
+    notes = {layer.name: layer for layer in report.layers if layer.notes}
+    assert sorted(notes) == ["model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"]
+    for layer in notes.values():
+        assert layer.method == "magnitude" and "no gradient but zero" in layer.notes[0]
+        assert layer.sparsity == 0.5
+    report = prune(tiny_model("mixtral"), [tiny_tokens(1, 2)], method, 0.5)
+    experts = [layer for layer in report.layers if "experts" in layer.name]
+    assert experts and all(layer.method == "magnitude" for layer in experts)
+    assert all("tokens" in layer.notes[0] for layer in experts)
+
+
+def test_a_sequence_of_one_token_is_refused():
+    with pytest.raises(UserError, match="batch 1, sequence 1: expected at least two tokens"):
+        batch = Batch(tiny_tokens(2, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]))
+        prune(tiny_model("llama"), [tiny_tokens(2, 4), batch], "gblm", 0.5)
+
+
+def test_sums_that_overflow_name_the_layer():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1e20)
+    with pytest.raises(LayerError, match=r"model\.layers\.\S+: expected finite"):
+        prune(model, [tiny_tokens(2, 8)], "obd", 0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"alhpa": 1.0}, "gblm has no option 'alhpa', did you mean alpha"),
+        ({"alpha": True}, "gblm alpha: expected a number, got True"),
+        ({"alpha": "x"}, "gblm alpha: expected a number, got 'x'"),
+        ({"alpha": -1}, "gblm alpha: expected 0 or more, got -1"),
+        ({"norm": "l3"}, "gblm norm: expected l1 or l2, got 'l3'"),
+        ({"gradient_only": 1}, "gblm gradient_only: expected true or false, got 1"),
+    ],
+)
+def test_options_are_checked(values, message):
+    with pytest.raises(UserError, match=message):
+        build_options("gblm", GblmOptions, values)
+
+
+def test_a_method_without_options_takes_none():
+    assert build_options("wanda", None, {}) is None
+    with pytest.raises(UserError, match="wanda has no option 'alpha', known: none"):
+        build_options("wanda", None, {"alpha": 1})
