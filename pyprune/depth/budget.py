@@ -1,0 +1,128 @@
+"""How much has to go, and whether it has."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from pyprune.calibration.tokens import Batch
+from pyprune.depth.config import StructureConfig
+from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.errors import UserError
+
+Unit = tuple[Branch, ...]
+REPEATS = 5  # timed runs of each branch; the median counts
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A target for removals.
+
+    target: share of `total` (parameters or seconds), or a number of units. seconds: of each branch,
+    where latency is the measure.
+    """
+
+    graph: ResidualGraph
+    kind: str
+    target: float
+    total: float
+    seconds: dict[Branch, float]
+
+    @classmethod
+    def of(
+        cls, graph: ResidualGraph, config: StructureConfig, units: Sequence[Unit], batch: Batch
+    ) -> Budget:
+        """What `config` asks for. units: all that the method could remove. batch: timed, when
+        latency is the measure.
+
+        Raises:
+            UserError: more is asked for than can go while one branch stays.
+        """
+        seconds: dict[Branch, float] = {}
+        if config.count is not None:
+            kind, target, total = "count", float(config.count), float(len(units))
+        elif config.unit == "blocks":
+            total = float(len(units))
+            kind, target = "count", max(1.0, math.floor(total * config.ratio + 0.5))  # type: ignore[operator]
+        elif config.unit == "latency":
+            seconds, total = branch_seconds(graph, batch)
+            kind, target = "latency", float(config.ratio or 0)
+        else:
+            total = float(parameter_count(graph.model))
+            kind, target = "params", float(config.ratio or 0)
+        budget = cls(graph, kind, target, total, seconds)
+        budget._check(units)
+        return budget
+
+    def spent(self, removed: Sequence[Unit]) -> float:
+        """What the removal of these units saves: a share, or a number of units."""
+        if self.kind == "count":
+            return float(len(removed))
+        branches = {branch for unit in removed for branch in unit}
+        if self.kind == "latency":
+            return sum(self.seconds[branch] for branch in branches) / self.total
+        return self.graph.removed_parameters(branches) / self.total
+
+    def reached(self, removed: Sequence[Unit]) -> bool:
+        return self.spent(removed) >= self.target
+
+    def _check(self, units: Sequence[Unit]) -> None:
+        everything = sum(map(len, units)) == len(self.graph.branches)
+        most = list(units[1:]) if everything else list(units)
+        if not most or not self.reached(most):
+            words = {"count": "units", "params": "of the parameters", "latency": "of the latency"}
+            can = self.spent(most) if most else 0.0
+            shown = f"{can:.0f}" if self.kind == "count" else f"{can:.3f}"
+            raise UserError(
+                f"expected to remove at most {shown} {words[self.kind]} (one branch has to stay), "
+                f"got {self.target:g}"
+            )
+
+
+def parameter_count(model: torch.nn.Module) -> int:
+    """Distinct parameters: tied ones count once."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def units_of(branches: Collection[Branch], *, layers: bool) -> list[Unit]:
+    """Branches one by one, or pairs that make up a layer, in order."""
+    if not layers:
+        return [(branch,) for branch in branches]
+    return [(Branch("attention", i), Branch("mlp", i)) for i in sorted({b.layer for b in branches})]
+
+
+@torch.no_grad()
+def branch_seconds(graph: ResidualGraph, batch: Batch) -> tuple[dict[Branch, float], float]:
+    """Median seconds of each branch on `batch`, and of the whole model (its head included)."""
+    batch = Batch(batch.input_ids.to(graph.device), _to(batch.attention_mask, graph.device))
+    state, context = graph.start(batch)
+    seconds: dict[Branch, float] = {}
+    for branch in graph.branches:
+        times = []
+        for _ in range(REPEATS):
+            started = _now(graph.device)
+            after = graph.run(branch, state, context)
+            times.append(_now(graph.device) - started)
+        seconds[branch] = median(times)
+        state = after
+    times = []
+    for _ in range(REPEATS):
+        started = _now(graph.device)
+        graph.logits(graph.finish(state.total, batch), batch.input_ids)
+        times.append(_now(graph.device) - started)
+    return seconds, sum(seconds.values()) + median(times)
+
+
+def _to(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if mask is None else mask.to(device)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,316 @@
+"""Greedy removal of branches or layers: one search, three ways of finding each round's best."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pyprune.calibration.tokens import TokenSet
+from pyprune.depth.budget import Budget, Unit, parameter_count
+from pyprune.depth.config import StructureConfig
+from pyprune.depth.decision import Decision, Step, name_of
+from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.registry import Progress
+from pyprune.depth.score import ObjectiveName, Scorer
+from pyprune.depth.walkdown import WalkDown
+from pyprune.errors import UserError
+
+Mode = Literal["exact", "fast", "naive"]
+Tick = Callable[[int, int], None]
+
+
+class GreedyOptions(Protocol):
+    """What the search reads of a method's options."""
+
+    @property
+    def mode(self) -> Mode: ...
+    @property
+    def objective(self) -> ObjectiveName: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def memory_mb(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def audit_every(self) -> int: ...
+    @property
+    def looks(self) -> int: ...
+    @property
+    def state(self) -> str | None: ...
+
+
+def check_greedy(options: GreedyOptions) -> None:
+    """Raises UserError for numbers that make no sense."""
+    for name in ("every", "memory_mb", "width", "looks"):
+        if getattr(options, name) < 1:
+            raise UserError(f"options.{name}: expected at least 1, got {getattr(options, name)}")
+    if options.audit_every < 0:
+        raise UserError(f"options.audit_every: expected 0 or more, got {options.audit_every}")
+
+
+@dataclass
+class _Found:
+    """The winner of a round, and how it was found."""
+
+    unit: Unit
+    score: float
+    evaluations: int
+    candidates: dict[str, float]
+    note: str = ""
+
+
+@dataclass
+class Greedy:
+    """Removes the unit whose removal scores best, again and again, until the budget is reached.
+
+    units: all candidates, in the order in which ties are broken: the first one wins. A candidate
+    with a NaN score never does.
+    """
+
+    graph: ResidualGraph
+    tokens: TokenSet
+    config: StructureConfig
+    options: GreedyOptions
+    units: Sequence[Unit]
+    progress: Progress | None = None
+    removed: list[Unit] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_greedy(self.options)
+        self.budget = Budget.of(self.graph, self.config, self.units, self.tokens.batches[0])
+        self.scorer = Scorer(
+            self.graph, self.tokens.batches, self.options.objective, self.options.every
+        )
+        memory = self.options.memory_mb << 20
+        self.walk = WalkDown(self.graph, self.scorer, memory, self.options.width)
+        self._stale: dict[str, float] = {}  # mean loss above its reference, when last looked at
+
+    def run(self) -> list[Step]:
+        """The steps, in order; continues from the state file, if the options name one."""
+        steps = self._resume()
+        notes: list[str] = []
+        self.dense = self.walk.reference([])
+        self._check_score("the dense model", self.dense)
+        self.score = steps[-1].score if steps and steps[-1].score is not None else self.dense
+        while not self.budget.reached(self.removed):
+            found = self._round(len(steps))
+            self._remove(found.unit)
+            self.score = found.score
+            steps.append(self._step(found))
+            if found.note:
+                notes.append(f"round {len(steps)}: {found.note}")
+            self._save(steps)
+            self._say(len(steps))
+        self.notes = tuple(notes)
+        return steps
+
+    def decision(self, method: str, unit: str) -> Decision:
+        steps = self.run()
+        tokens = self.tokens
+        return Decision(
+            method=method,
+            unit=unit,
+            layers=len(self.graph.layouts),
+            steps=tuple(steps),
+            objective=self.options.objective,
+            dense=self.dense,
+            importance=dict(steps[0].candidates) if steps else {},
+            calibration=calibration_facts(tokens),
+            config=self.config.to_dict(),
+            notes=self.notes,
+        )
+
+    # ---- one round
+
+    @property
+    def _branches(self) -> set[Branch]:
+        return {branch for unit in self.removed for branch in unit}
+
+    def _left(self) -> list[Unit]:
+        gone = self._branches
+        left = [unit for unit in self.units if not gone & set(unit)]
+        if not left or len(gone) + min(map(len, left)) >= len(self.graph.branches):
+            raise UserError(
+                f"expected a target that leaves one branch, got {self.budget.target:g} "
+                f"({self.budget.spent(self.removed):g} is all that can go)"
+            )
+        return left
+
+    def _round(self, number: int) -> _Found:
+        left = self._left()
+        if self.options.mode == "naive":
+            return self._best(left, self._naive(left))
+        every = self.options.audit_every
+        full = self.options.mode == "exact" or (every > 0 and number > 0 and number % every == 0)
+        if self.options.mode == "fast" and not full:
+            return self._lazy(left)
+        guess = self._guess(left) if self.options.mode == "fast" else None
+        found = self._best(left, self.walk.score(left, self._branches))
+        if guess is not None and guess != found.unit:
+            found.note = f"audit: {name_of(found.unit)} was best, not {name_of(guess)}"
+        self._remember(left, list(found.candidates.values()))
+        return found
+
+    def _naive(self, left: Sequence[Unit]) -> list[float]:
+        """A full forward for every candidate."""
+        scores = []
+        for unit in left:
+            gone = self._branches | set(unit)
+            rows = [self.scorer.rows_naive(i, gone) for i in range(len(self.scorer.batches))]
+            scores += self.scorer.total(rows)
+        return scores
+
+    def _best(self, left: Sequence[Unit], scores: Sequence[float]) -> _Found:
+        best: int | None = None
+        for k, score in enumerate(scores):
+            if not math.isnan(score) and (best is None or score < scores[best]):
+                best = k
+        if best is None:
+            raise UserError("calibration: every removal gives NaN; expected finite scores")
+        names = {name_of(unit): score for unit, score in zip(left, scores, strict=True)}
+        return _Found(left[best], scores[best], len(left), names)
+
+    # ---- the lazy round
+
+    def _mean(self, score: float) -> float:
+        """The mean loss behind a score: differences of it are comparable between rounds."""
+        if self.options.objective == "kl":
+            return score
+        return math.log(score) if score > 0 else -math.inf
+
+    def _remember(self, units: Sequence[Unit], scores: Sequence[float]) -> None:
+        now = self._mean(self.score)
+        for unit, score in zip(units, scores, strict=True):
+            rise = self._mean(score) - now
+            self._stale[name_of(unit)] = math.inf if math.isnan(rise) else rise
+
+    def _guess(self, left: Sequence[Unit]) -> Unit | None:
+        known = [unit for unit in left if name_of(unit) in self._stale]
+        return min(known, key=lambda unit: self._stale[name_of(unit)], default=None)
+
+    def _lazy(self, left: Sequence[Unit]) -> _Found:
+        """Looks again at the candidates that looked best, a few at a time, until the best of those
+        just seen is better than what all the others were when last seen.
+
+        What a removal costs mostly grows as more is removed, so an old cost is a bound from below;
+        not a certain one, which is what audits are for (Minoux's lazy greedy). The first costs come
+        from successive halving: all candidates on a few batches, the better half on twice as many,
+        until the batches are all in use.
+        """
+        seen: dict[str, float] = {}
+        evaluations = 0
+        if not self._stale:
+            evaluations, seen = self._halving(left)
+        while True:
+            order = sorted(range(len(left)), key=lambda k: (self._stale[name_of(left[k])], k))
+            top = left[order[0]]
+            if name_of(top) in seen or (len(seen) >= self.options.looks and seen):
+                break
+            some = [left[k] for k in order if name_of(left[k]) not in seen][: self.options.looks]
+            scores = self.walk.score(some, self._branches)
+            self._remember(some, scores)
+            seen |= {name_of(u): s for u, s in zip(some, scores, strict=True)}
+            evaluations += len(some)
+        units = [unit for unit in left if name_of(unit) in seen]
+        found = self._best(units, [seen[name_of(unit)] for unit in units])
+        return _Found(found.unit, found.score, evaluations, seen)
+
+    def _halving(self, left: Sequence[Unit]) -> tuple[int, dict[str, float]]:
+        """Costs of all candidates; those that reached the last stage were seen on everything."""
+        total = len(self.scorer.batches)
+        units, batches, evaluations = list(left), max(1, total // 4), 0
+        dense = self.score
+        while True:
+            self.score = self.walk.reference([], batches)
+            scores = self.walk.score(units, self._branches, batches)
+            self._remember(units, scores)
+            evaluations += len(units)
+            if batches == total:
+                break
+            rank = sorted(range(len(units)), key=lambda k: (math.isnan(scores[k]), scores[k]))
+            units = [units[k] for k in sorted(rank[: max(1, len(units) // 2)])]
+            batches = min(total, 2 * batches)
+        self.score = dense
+        return evaluations, {name_of(u): s for u, s in zip(units, scores, strict=True)}
+
+    # ---- bookkeeping
+
+    def _remove(self, unit: Unit) -> None:
+        self.removed.append(unit)
+        self._stale.pop(name_of(unit), None)
+        self.walk.forget_after(unit[0].position)
+
+    def _step(self, found: _Found) -> Step:
+        left = parameter_count(self.graph.model) - self.graph.removed_parameters(self._branches)
+        return Step(found.unit, found.score, left, found.evaluations, found.candidates)
+
+    def _check_score(self, what: str, score: float) -> None:
+        if not math.isfinite(score):
+            raise UserError(f"calibration: {what} scores {score}; expected a finite number")
+
+    def _say(self, steps: int) -> None:
+        if self.progress is not None:
+            share = min(1.0, self.budget.spent(self.removed) / self.budget.target)
+            removed = name_of(self.removed[-1])
+            self.progress(f"removed {removed} ({steps}), score {self.score:.4g}", share, 1.0)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a state file must agree with. Where it lies does not matter, nor how much goes: a
+        greedy list is a prefix of any longer one."""
+        values = self.config.to_dict()
+        for name in ("ratio", "count", "unit", "saving", "device"):
+            values.pop(name)
+        values["options"].pop("state", None)
+        return {"config": values, "tokens": self.tokens.sha256, "units": len(self.units)}
+
+    def _save(self, steps: Sequence[Step]) -> None:
+        if self.options.state is None:
+            return
+        file = Path(self.options.state)
+        so_far = Decision(self.config.method, "", len(self.graph.layouts), tuple(steps))
+        text = json.dumps(
+            {"identity": self._identity(), "stale": self._stale, "decision": so_far.to_json()}
+        )
+        part = file.with_name(file.name + ".part")
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, file)
+
+    def _resume(self) -> list[Step]:
+        if self.options.state is None or not Path(self.options.state).exists():
+            return []
+        try:
+            held = json.loads(Path(self.options.state).read_text(encoding="utf-8"))
+            identity, text, stale = held["identity"], held["decision"], held["stale"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"options.state: cannot continue from {self.options.state}: {error!r}"
+            ) from error
+        if identity != self._identity():
+            raise UserError(
+                f"options.state: {self.options.state} is of another model, text or configuration"
+            )
+        steps: list[Step] = []
+        for step in Decision.from_json(text).steps:
+            if self.budget.reached(self.removed):
+                break
+            self._remove(step.unit)
+            steps.append(step)
+        self._stale = {k: float(v) for k, v in stale.items()}
+        return steps
+
+
+def calibration_facts(tokens: TokenSet) -> dict[str, Any]:
+    """What identifies the calibration text in a decision."""
+    return {
+        "source": tokens.source,
+        "sha256": tokens.sha256,
+        "tokens": tokens.tokens,
+        "seqlen": tokens.seqlen,
+        "sequences": tokens.nsamples,
+    }

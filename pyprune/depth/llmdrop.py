@@ -1,0 +1,101 @@
+"""LLM-Drop (He et al., TMLR 2026, arXiv 2406.15786): branches that change the stream least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from pyprune.calibration.tokens import TokenSet
+from pyprune.depth.budget import Budget, parameter_count, units_of
+from pyprune.depth.config import StructureConfig
+from pyprune.depth.decision import Decision, Step
+from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.greedy import calibration_facts
+from pyprune.depth.registry import Progress, depth_method
+from pyprune.depth.score import Scorer
+from pyprune.errors import UserError
+from pyprune.models.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class LlmDropOptions:
+    """blocks: which branches may go: attention (as recommended by the paper), mlp or mixed.
+    iterative: rank again after every removal."""
+
+    blocks: Literal["attention", "mlp", "mixed"] = "attention"
+    iterative: bool = False
+
+
+@depth_method(
+    "llm-drop",
+    title="LLM-Drop: branches by similarity of their input and output",
+    paper="arXiv 2406.15786",
+    options=LlmDropOptions,
+)
+@torch.no_grad()
+def llm_drop(
+    model: Any,
+    adapter: Adapter,
+    tokens: TokenSet,
+    config: StructureConfig,
+    progress: Progress | None = None,
+) -> Decision:
+    """Removes by descending cosine between the stream before and after a branch, token by token,
+    padding excluded. The last MLP is scored on the stream itself, never behind the final norm."""
+    options: LlmDropOptions = config.method_options()
+    graph = ResidualGraph(model, adapter)
+    graph.check()
+    kinds = ("attention", "mlp") if options.blocks == "mixed" else (options.blocks,)
+    units = units_of([b for b in graph.branches if b.kind in kinds], layers=False)
+    budget = Budget.of(graph, config, units, tokens.batches[0])
+    scorer = Scorer(graph, tokens.batches)
+    similarity = branch_similarity(graph, scorer, [])
+    importance = {str(unit[0]): 1.0 - similarity[unit[0]] for unit in units}
+    steps: list[Step] = []
+    while not budget.reached([step.unit for step in steps]):
+        gone = [step.unit[0] for step in steps]
+        if steps and options.iterative:
+            similarity = branch_similarity(graph, scorer, gone)
+        left = [unit for unit in units if unit[0] not in gone]
+        if not left or len(gone) + 1 >= len(graph.branches):
+            raise UserError(f"expected a target that leaves one branch, got {budget.target:g}")
+        unit = max(left, key=lambda u: similarity[u[0]])
+        removed = [*gone, unit[0]]
+        size = parameter_count(model) - graph.removed_parameters(removed)
+        candidates = {str(u[0]): 1.0 - similarity[u[0]] for u in left}
+        steps.append(Step(unit, 1.0 - similarity[unit[0]], size, 0, candidates))
+        if progress is not None:
+            progress(f"removed {unit[0]}", len(steps), None)
+    return Decision(
+        method="llm-drop",
+        unit="block",
+        layers=len(graph.layouts),
+        steps=tuple(steps),
+        objective="1 - cosine",
+        importance=importance,
+        calibration=calibration_facts(tokens),
+        config=config.to_dict(),
+    )
+
+
+def branch_similarity(
+    graph: ResidualGraph, scorer: Scorer, removed: list[Branch]
+) -> dict[Branch, float]:
+    """Mean over tokens of cos(stream before, stream after) of every branch that is left."""
+    sums = {branch: 0.0 for branch in graph.branches if branch not in removed}
+    tokens = 0
+    for batch in scorer.batches:
+        mask = batch.attention_mask
+        real = torch.ones_like(batch.input_ids) if mask is None else mask
+        tokens += int(real.sum())
+        state, context = graph.start(batch)
+        for branch in graph.branches:
+            if branch in removed:
+                state = graph.skip(branch, state)
+                continue
+            before, state = state.total, graph.run(branch, state, context)
+            cosine = torch.cosine_similarity(before.double(), state.total.double(), dim=-1)
+            sums[branch] += float(cosine[real.bool()].sum())
+    return {branch: value / tokens for branch, value in sums.items()}

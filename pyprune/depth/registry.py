@@ -1,0 +1,95 @@
+"""The table of methods that remove branches and layers.
+
+A module of this package adds itself with one `@depth_method(...)` line; its name in `MODULES` is
+what makes it known without importing torch's models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pyprune.errors import UserError
+
+if TYPE_CHECKING:
+    from pyprune.calibration.tokens import TokenSet
+    from pyprune.depth.config import StructureConfig
+    from pyprune.depth.decision import Decision
+    from pyprune.models.adapter import Adapter
+
+# (what happens, done, total or None), as `pyprune.progress.ProgressBar.step` takes it.
+Progress = Callable[[str, float, float | None], None]
+Search = Callable[..., "Decision"]
+
+# Modules of pyprune.depth that register methods, one a line.
+MODULES = (
+    "blockpruner",
+    "sleb",
+    "llmdrop",
+)
+
+
+@dataclass(frozen=True)
+class DepthMethod:
+    """A row of the table.
+
+    options: a frozen dataclass; its docstring says what each one does.
+    search: `(model, adapter, tokens, config, progress) -> Decision`, see `Search` below. It may
+        change kept weights in place (and says so in `Decision.transforms`), never the structure:
+        removing what the decision lists is the caller's (`ResidualGraph.skipping`, `drop_layers`).
+    unit: "block" or "layer", what `count` counts.
+    """
+
+    name: str
+    title: str
+    paper: str
+    options: type
+    search: Search
+    unit: str
+
+
+DEPTH_METHODS: dict[str, DepthMethod] = {}
+
+
+def depth_method(
+    name: str, *, title: str, paper: str, options: type, unit: str = "block"
+) -> Callable[[Search], Search]:
+    """Registers the decorated search function under `name`."""
+
+    def register(search: Search) -> Search:
+        DEPTH_METHODS[name] = DepthMethod(name, title, paper, options, search, unit)
+        return search
+
+    return register
+
+
+def load_depth_methods() -> dict[str, DepthMethod]:
+    """The whole table, in the order of `MODULES`."""
+    for module in MODULES:
+        import_module(f"pyprune.depth.{module}")
+    return DEPTH_METHODS
+
+
+def find_depth_method(name: object) -> DepthMethod:
+    """The row called `name`; UserError names the nearest ones."""
+    table = load_depth_methods()
+    if isinstance(name, str) and name in table:
+        return table[name]
+    close = get_close_matches(str(name), list(table), n=1)
+    hint = f", did you mean {close[0]}?" if close else f"; known: {', '.join(table)}"
+    raise UserError(f"method: unknown structural method {name!r}{hint}")
+
+
+def run_search(
+    model: Any,
+    adapter: Adapter,
+    tokens: TokenSet,
+    config: StructureConfig,
+    progress: Progress | None = None,
+) -> Decision:
+    """Runs the method that `config` names on a model in memory."""
+    search = find_depth_method(config.method).search
+    return search(model, adapter, tokens, config, progress)

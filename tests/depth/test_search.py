@@ -1,0 +1,315 @@
+"""The searches against the naive loop, and what a decision records."""
+
+import math
+
+import pytest
+import torch
+from tiny_models import FAMILIES, tiny_model, tiny_tokens
+from torch.nn import functional as F
+
+from pyprune.calibration.batches import as_token_set
+from pyprune.calibration.tokens import Batch
+from pyprune.depth.config import StructureConfig
+from pyprune.depth.decision import Decision
+from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.registry import load_depth_methods, run_search
+from pyprune.errors import UserError
+from pyprune.models.adapter import Adapter
+
+
+def model_of(family, layers=3):
+    more = {"n_layer": layers} if family in ("gpt2", "bloom") else {"num_hidden_layers": layers}
+    if "gemma" in family:
+        kinds = ["sliding_attention", "full_attention"]
+        more["layer_types"] = [kinds[i % 2] for i in range(layers)]
+    return tiny_model(family, **more)
+
+
+def tokens(rows=(2, 2), length=12):
+    data = [tiny_tokens(r, length, seed=k) for k, r in enumerate(rows)]
+    return as_token_set(data, vocabulary=None, positions=None)
+
+
+def search(model, config, data=None):
+    return run_search(model, Adapter.of(model), data or tokens(), config)
+
+
+def config(method="blockpruner", count=3, **options):
+    return StructureConfig(method, count=count, options=options)
+
+
+def close(a, b):
+    assert a.removed == b.removed
+    for x, y in zip(a.steps, b.steps, strict=True):
+        assert x.candidates.keys() == y.candidates.keys()
+        for name, score in x.candidates.items():
+            assert score == pytest.approx(y.candidates[name], rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_is_naive(family):
+    model = model_of(family)
+    naive = search(model, config(mode="naive"))
+    close(search(model, config()), naive)
+    assert naive.evaluations == 6 + 5 + 4
+    assert [len(s.candidates) for s in naive.steps] == [6, 5, 4]
+
+
+@pytest.mark.parametrize("method", ["blockpruner", "sleb"])
+@pytest.mark.parametrize("objective", ["perplexity", "kl"])
+def test_exact_is_naive_by_objective(method, objective):
+    model = model_of("llama", 5)
+    options = {"objective": objective, "every": 2}
+    naive = search(model, config(method, mode="naive", **options))
+    close(search(model, config(method, **options)), naive)
+    if objective == "kl":
+        assert naive.dense == pytest.approx(0.0, abs=1e-6)
+
+
+def test_padding_ragged_batches_and_parallel_layers():
+    model = model_of("phi", 4)
+    mask = torch.ones(3, 12, dtype=torch.int64)
+    mask[1, 7:], mask[2, 1:] = 0, 0  # the last row has no target at all
+    data = as_token_set(
+        [Batch(tiny_tokens(3, 12), mask), Batch(tiny_tokens(1, 9))], vocabulary=None, positions=None
+    )
+    naive = search(model, config(mode="naive"), data)
+    close(search(model, config(), data), naive)
+    # The padding's tokens do not matter.
+    data.batches[0].input_ids[mask == 0] = 5
+    close(search(model, config(), data), naive)
+
+
+@pytest.mark.parametrize("width", [1, 3, 64])
+def test_little_memory_changes_nothing(width, monkeypatch):
+    from pyprune.depth import greedy
+
+    model = model_of("mistral", 4)
+    roomy = search(model, config(count=4))
+
+    class Tight(greedy.WalkDown):
+        def __init__(self, graph, scorer, memory, width):
+            super().__init__(graph, scorer, 40_000, width)
+            assert self.stride > 2 and self._streams[0] == 3
+
+    monkeypatch.setattr(greedy, "WalkDown", Tight)
+    close(search(model, config(count=4, width=width)), roomy)
+
+
+def test_perplexity_is_the_mean_of_row_means():
+    model = model_of("llama")
+    data = tokens((3,))
+    ids = data.batches[0].input_ids
+    graph = ResidualGraph.of(model)
+    found = search(model, config(count=1), data)
+    for name, branch in (("A1", Branch("attention", 1)), ("M2", Branch("mlp", 2))):
+        with torch.no_grad(), graph.skipping([branch]):
+            logits = model(input_ids=ids, use_cache=False).logits
+        rows = [F.cross_entropy(x[:-1].double(), y[1:]) for x, y in zip(logits, ids, strict=True)]
+        expected = math.exp(sum(rows) / len(rows))
+        assert found.steps[0].candidates[name] == pytest.approx(expected, rel=1e-5)
+
+
+def test_ties_go_to_attention_then_to_the_lower_layer():
+    model = model_of("llama", 4)
+    with torch.no_grad():
+        for layer in model.model.layers:  # nothing adds anything: all scores are equal
+            for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                linear.weight.zero_()
+                linear.bias.zero_()
+    for mode in ("exact", "naive"):
+        found = search(model, config(count=5, mode=mode))
+        assert [str(b) for b in found.removed] == ["A0", "A1", "A2", "A3", "M0"]
+
+
+def test_lists_are_prefixes_and_independent_of_the_batch_split():
+    model = model_of("qwen3", 4)
+    long = search(model, config(count=5))
+    assert search(model, config(count=3)).removed == long.removed[:3]
+    whole = tiny_tokens(4, 12)
+    split = as_token_set([whole[:1], whole[1:]], vocabulary=None, positions=None)
+    one = as_token_set([whole], vocabulary=None, positions=None)
+    close(search(model, config(), split), search(model, config(), one))
+
+
+def test_fast_audited_every_round_is_exact_and_lazy_looks_at_less():
+    model = model_of("llama", 6)
+    data = tokens((2, 2, 2, 2))
+    exact = search(model, config(count=5), data)
+    audited = search(model, config(count=5, mode="fast", audit_every=1), data)
+    assert audited.removed == exact.removed
+    lazy = search(model, config(count=5, mode="fast", audit_every=0, looks=2), data)
+    assert len(set(lazy.removed)) == 5
+    assert sum(s.evaluations for s in lazy.steps[1:]) < sum(s.evaluations for s in exact.steps[1:])
+    # Every accepted score is a true one: that of the model after the removal.
+    graph = ResidualGraph.of(model)
+    for k, step in enumerate(lazy.steps):
+        with graph.skipping(lazy.removed[: k + 1]), torch.no_grad():
+            rows = [
+                F.cross_entropy(model(input_ids=r[None], use_cache=False).logits[0, :-1], r[1:])
+                for b in data.batches
+                for r in b.input_ids
+            ]
+        assert step.score == pytest.approx(math.exp(sum(rows) / len(rows)), rel=1e-4)
+
+
+def test_modes_of_blocks_and_protection():
+    model = model_of("llama", 4)
+    only = search(model, config(blocks="attention", protect_first=1, protect_last=1, count=2))
+    assert set(only.removed) == {Branch("attention", 1), Branch("attention", 2)}
+    assert {b.kind for b in search(model, config(blocks="mlp")).removed} == {"mlp"}
+    layers = search(model, config("sleb", count=2)).steps
+    assert {step.unit[0].layer for step in layers} == {1, 2}
+    assert all(len(step.unit) == 2 for step in layers)
+
+
+@pytest.mark.parametrize("unit", ["params", "blocks", "latency"])
+def test_ratio_is_reached_by_one_unit(unit):
+    model = model_of("llama", 4)
+    found = run_search(model, Adapter.of(model), tokens(), StructureConfig(ratio=0.3, unit=unit))
+    graph = ResidualGraph.of(model)
+    if unit == "params":
+        total = sum(p.numel() for p in model.parameters())
+        shares = [graph.removed_parameters(found.removed[:k]) / total for k in range(8)]
+        assert shares[len(found.removed) - 1] < 0.3 <= shares[len(found.removed)]
+        assert found.steps[-1].parameters == total - graph.removed_parameters(found.removed)
+    elif unit == "blocks":
+        assert len(found.removed) == 2  # of 8: 2.4 rounds to 2
+    else:
+        assert 1 <= len(found.removed) < 8
+
+
+def test_llm_drop_against_hooks():
+    model = model_of("gemma2", 4)
+    data = tokens((2,))
+    found = search(model, config("llm-drop", blocks="mixed"), data)
+    with torch.no_grad():
+        states = []
+        hook = model.model.layers[-1].register_forward_hook(lambda m, i, o: states.append(o))
+        graph = ResidualGraph.of(model)
+        with graph.skipping([Branch("mlp", 3)]):
+            states.clear()
+            model(input_ids=data.batches[0].input_ids, use_cache=False)
+            before = states[-1]
+        model(input_ids=data.batches[0].input_ids, use_cache=False)
+        hook.remove()
+    cosine = torch.cosine_similarity(before.double(), states[-1].double(), dim=-1).mean()
+    assert found.importance["M3"] == pytest.approx(1 - float(cosine), rel=1e-4)
+    ranked = sorted(found.importance, key=lambda name: found.importance[name])
+    assert [str(b) for b in found.removed] == ranked[:3]
+    assert {b.kind for b in search(model, config("llm-drop", iterative=True)).removed} == {
+        "attention"
+    }
+
+
+def test_continues_from_its_state_file(tmp_path, monkeypatch):
+    from pyprune.depth import walkdown
+
+    file = str(tmp_path / "state.json")
+    model = model_of("llama", 4)
+    for mode in ("exact", "fast"):
+        options = {"mode": mode, "audit_every": 3}
+        whole = search(model, config(count=5, **options))
+        search(model, config(count=3, state=file, **options))
+        scored = []
+        original = walkdown.WalkDown.score
+
+        def counted(self, units, *args, _of=original, _to=scored):
+            _to.append(len(units))
+            return _of(self, units, *args)
+
+        monkeypatch.setattr(walkdown.WalkDown, "score", counted)
+        close(search(model, config(count=5, state=file, **options)), whole)
+        assert sum(scored) == whole.steps[3].evaluations + whole.steps[4].evaluations
+        monkeypatch.setattr(walkdown.WalkDown, "score", original)
+        (tmp_path / "state.json").unlink()
+    search(model, config(count=2, state=file))
+    with pytest.raises(UserError, match="another model, text or configuration"):
+        search(model, config(count=2, state=file, objective="kl"))
+    (tmp_path / "state.json").write_text("{")
+    with pytest.raises(UserError, match="cannot continue"):
+        search(model, config(count=2, state=file))
+
+
+def test_decision_round_trip(tmp_path):
+    found = search(model_of("llama"), config())
+    found.save(tmp_path / "pruning.json")
+    assert Decision.load(tmp_path) == found
+    (tmp_path / "pruning.json").write_text('{"schema": 1}')
+    with pytest.raises(UserError, match="expected a decision file"):
+        Decision.load(tmp_path)
+    with pytest.raises(UserError, match="got mlp of layer 9"):
+        Decision(
+            "x",
+            "block",
+            3,
+            (
+                found.steps[0],
+                type(found.steps[0])((Branch("mlp", 9),)),
+            ),
+        )
+
+
+def test_bad_requests():
+    model = model_of("llama", 2)
+    with pytest.raises(UserError, match=r"at most 3 units .*got 4"):
+        search(model, config(count=4))
+    with pytest.raises(UserError, match=r"of the parameters .*got 0.99"):
+        run_search(model, Adapter.of(model), tokens(), StructureConfig(ratio=0.99))
+    with pytest.raises(UserError, match="at most 0 units"):
+        search(model, config("sleb", count=1))  # both layers are protected
+    one = model_of("llama", 1)
+    with pytest.raises(UserError, match="at most 0 units"):
+        search(one, config("sleb", count=1, protect_first=0, protect_last=0))
+    short = as_token_set([tiny_tokens(2, 1)], vocabulary=None, positions=None)
+    with pytest.raises(UserError, match="sequences of 2 tokens or more"):
+        search(model, config(count=1), short)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="the dense model scores nan"):
+        search(model, config(count=1))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, "exactly one of ratio and count"),
+        ({"ratio": 0.1, "count": 2}, "exactly one of ratio and count"),
+        ({"ratio": 0.0}, "between 0 and 1, got 0.0"),
+        ({"ratio": 1}, "between 0 and 1"),
+        ({"ratio": float("nan")}, "between 0 and 1"),
+        ({"count": 0}, "whole number from 1"),
+        ({"count": True}, "whole number from 1"),
+        ({"count": 1, "method": "blokpruner"}, "did you mean blockpruner"),
+        ({"count": 1, "unit": "flops"}, "unit: expected one of"),
+        ({"count": 1, "options": {"mod": "fast"}}, "did you mean mode"),
+        ({"count": 1, "options": {"mode": "slow"}}, "expected one of exact, fast, naive"),
+        ({"count": 1, "options": {"every": "x"}}, "options.every: expected a whole number"),
+        ({"count": 1, "options": {"every": 0}}, "options.every: expected at least 1"),
+        ({"count": 1, "options": {"protect_first": -1}}, "0 or more protected"),
+        ({"count": 1, "saving": "deci"}, "saving: expected one of"),
+        ({"count": 1, "calibration": {"nsample": 1}}, "did you mean nsamples"),
+        ({"count": 1, "raito": 1}, "did you mean ratio"),
+    ],
+)
+def test_bad_configs(given, message):
+    with pytest.raises(UserError, match=message):
+        StructureConfig.from_dict(given)
+
+
+def test_config_round_trips_and_converts_text(tmp_path):
+    given = {"mode": "fast", "looks": "3", "state": "none", "blocks": "mlp"}
+    built = StructureConfig(ratio=0.2, unit="latency", options=given, calibration=_calibration())
+    assert built.method_options().looks == 3 and built.method_options().state is None
+    assert StructureConfig.from_yaml(built.to_yaml()) == built
+    (tmp_path / "run.yaml").write_text(built.to_yaml())
+    assert StructureConfig.load(tmp_path / "run.yaml") == built
+    drop = StructureConfig("llm-drop", count=1, options={"iterative": "yes"})
+    assert drop.method_options().iterative is True
+    assert {"blockpruner", "sleb", "llm-drop"} <= set(load_depth_methods())
+
+
+def _calibration():
+    from pyprune.config import CalibrationConfig
+
+    return CalibrationConfig(nsamples=4, seqlen=64)
