@@ -264,7 +264,7 @@ class Greedy:
         """What a state file must agree with. Where it lies does not matter, nor how much goes: a
         greedy list is a prefix of any longer one."""
         values = self.config.to_dict()
-        for name in ("ratio", "count", "unit", "saving", "device"):
+        for name in ("ratio", "count", "unit", "device"):
             values.pop(name)
         values["options"].pop("state", None)
         return {"config": values, "tokens": self.tokens.sha256, "units": len(self.units)}
