@@ -45,12 +45,20 @@ def quality(rows: list[Row]) -> list[str]:
     first = rows[0]["perplexity"]
     texts = list(first)
     protocol = first[texts[0]]
+    # Rows are added over time: each group names the patterns that it was measured for.
+    places: dict[str, list[str]] = {}
+    for row in rows:
+        patterns = places.setdefault(device_of([row]), [])
+        if row["pattern"] not in patterns:
+            patterns.append(row["pattern"])
+    devices = [f"{place} (pattern {', '.join(found)})" for place, found in places.items()]
     lines = [
         "### Perplexity",
         "",
         f"SmolLM2-135M (dequantised 4-bit release), fp32; {protocol['tokens']:,} tokens of each "
         f"text in windows of {protocol['seqlen']}, no BOS. Calibration: "
-        f"{rows[0]['calibration_tokens']:,} tokens of other Wikipedia articles. {device_of(rows)}. "
+        f"{rows[0]['calibration_tokens']:,} tokens of other Wikipedia articles, seed 0. "
+        f"{'; '.join(devices)}. "
         "`benchmarks/bench_quality.py`.",
         "",
     ]
