@@ -22,6 +22,7 @@ Prune = Callable[..., "WidthDecision"]
 MODULES = (
     "wanda_sp",
     "flap",
+    "slicegpt",
 )
 
 
