@@ -23,6 +23,7 @@ MODULES = (
     "wanda_sp",
     "flap",
     "slicegpt",
+    "disp",
 )
 
 
