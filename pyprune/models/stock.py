@@ -20,6 +20,7 @@ BEHAVIOUR = (
     "attention_type",
     "use_rope",
     "is_local",
+    "is_moe_layer",
     "attn_logit_softcapping",
     "scaling",
 )
@@ -77,10 +78,11 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def behaviour(block: nn.Module) -> dict[str, Any]:
-    """What the modules of a layer say about how they work."""
+    """What the modules of a layer say about how they work, by "path:" (their class) and
+    "path:attribute"."""
     found: dict[str, Any] = {}
     for path, module in block.named_modules():
-        found[path] = type(module).__name__
+        found[f"{path}:"] = type(module).__name__
         for name in BEHAVIOUR:
             value = getattr(module, name, None)
             if isinstance(value, (bool, int, float, str)):

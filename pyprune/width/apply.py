@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.greedy import calibration_facts
+from pyprune.depth.decision import calibration_facts
 from pyprune.width.config import WidthConfig
 from pyprune.width.cut import cut
 from pyprune.width.decision import WidthDecision

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyprune.config import DTYPES, CalibrationConfig
+from pyprune.config import (
+    DTYPES,
+    CalibrationConfig,
+    ConfigFile,
+    check_choice,
+    check_device,
+    check_types,
+)
 from pyprune.errors import UserError
 from pyprune.methods.options import Scalar, build_options
 
 
 @dataclass(frozen=True)
-class WidthConfig:
+class WidthConfig(ConfigFile):
     """Everything that decides the outcome of a run.
 
     method: a name in `pyprune.width.registry.WIDTH_METHODS`.
@@ -33,11 +39,11 @@ class WidthConfig:
     )
 
     def __post_init__(self) -> None:
-        number = isinstance(self.ratio, (int, float)) and not isinstance(self.ratio, bool)
-        if not (number and 0 < self.ratio < 1):
+        check_types(self, "")
+        if not 0 < self.ratio < 1:
             raise UserError(f"ratio: expected a number between 0 and 1, got {self.ratio!r}")
-        if self.dtype not in DTYPES:
-            raise UserError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        check_choice("dtype", self.dtype, DTYPES)
+        check_device(self.device)
         self.own_options()  # a bad option is found before anything is loaded
 
     def own_options(self) -> Any:
@@ -46,7 +52,3 @@ class WidthConfig:
 
         kind = find_width_method(self.method).options
         return build_options(self.method, kind, self.method_options)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers."""
-        return dataclasses.asdict(self)

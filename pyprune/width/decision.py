@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyprune.errors import UserError
-
-SCHEMA = "width-1"
 
 
 @dataclass(frozen=True)
@@ -56,30 +52,21 @@ class WidthDecision:
         """Of all parameters, in the model as it is."""
         return 1 - self.parameters[1] / self.parameters[0]
 
-    def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, ensure_ascii=False) + "\n"
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers: what `from_dict` takes back."""
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, text: str) -> WidthDecision:
-        """The inverse of `to_json`. UserError if it is something else."""
+    def from_dict(cls, values: Mapping[str, Any]) -> WidthDecision:
+        """The inverse of `to_dict`, also after JSON. UserError if it is something else."""
         try:
-            values = json.loads(text)
-            schema = values.pop("schema")
-            if schema != SCHEMA:
-                raise UserError(f"decision: expected schema {SCHEMA}, got {schema!r}")
-            values["sizes"] = {name: tuple(pair) for name, pair in values["sizes"].items()}
+            given = dict(values)
+            given["sizes"] = {name: tuple(pair) for name, pair in given["sizes"].items()}
             for key in ("parameters", "notes", "transforms"):
-                values[key] = tuple(values[key])
-            return cls(**values)
+                given[key] = tuple(given[key])
+            return cls(**given)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"decision: expected a decision file, got something else: {error!r}"
-            ) from error
+            raise UserError(f"decision: expected one, got something else: {error!r}") from error
 
     def summary(self) -> str:
         """A paragraph for the model card."""
@@ -91,4 +78,4 @@ class WidthDecision:
                 f"{sum(self.zeroed.values())} removed units in {len(self.zeroed)} modules are "
                 f"still there as zeros; without them {self.wanted:,} parameters would be left."
             )
-        return " ".join([*lines, *self.notes])
+        return " ".join(lines)

@@ -59,6 +59,7 @@ class DispOptions:
     title="DISP-LLM: channels by a hyper-network trained on the frozen model",
     paper="arXiv 2410.11988",
     options=DispOptions,
+    removes="channels",
 )
 def disp_llm(
     model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None

@@ -51,6 +51,7 @@ class FlapOptions:
     title="FLAP: channels and heads by fluctuation of their outputs, means moved into biases",
     paper="arXiv 2312.11983",
     options=FlapOptions,
+    removes="channels and heads",
 )
 @torch.no_grad()
 def flap(

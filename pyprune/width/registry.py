@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyprune.depth.registry import Progress
 from pyprune.errors import UserError
+from pyprune.methods.options import describe_options
 
 if TYPE_CHECKING:
     from pyprune.calibration.tokens import TokenSet
@@ -32,6 +33,7 @@ class WidthMethod:
     """A row of the table.
 
     options: a frozen dataclass; its docstring says what each one does.
+    removes: what goes, in words.
     prune: `(model, tokens, config, progress) -> WidthDecision`. It changes the model in place and
         leaves it such that it saves and loads as an ordinary one of its family.
     """
@@ -40,17 +42,20 @@ class WidthMethod:
     title: str
     paper: str
     options: type
+    removes: str
     prune: Prune
 
 
 WIDTH_METHODS: dict[str, WidthMethod] = {}
 
 
-def width_method(name: str, *, title: str, paper: str, options: type) -> Callable[[Prune], Prune]:
+def width_method(
+    name: str, *, title: str, paper: str, options: type, removes: str
+) -> Callable[[Prune], Prune]:
     """Registers the decorated function under `name`."""
 
     def register(prune: Prune) -> Prune:
-        WIDTH_METHODS[name] = WidthMethod(name, title, paper, options, prune)
+        WIDTH_METHODS[name] = WidthMethod(name, title, paper, options, removes, prune)
         return prune
 
     return register
@@ -71,6 +76,21 @@ def find_width_method(name: str) -> WidthMethod:
     close = get_close_matches(name, table, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
     raise UserError(f"method: expected one of {', '.join(table)}, got {name!r}{hint}")
+
+
+HEADERS = ("method", "what", "removes")
+
+
+def describe(method: WidthMethod) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Its cells under `HEADERS`, and a mapping with its options."""
+    row = {
+        "name": method.name,
+        "title": method.title,
+        "paper": method.paper,
+        "removes": method.removes,
+        "options": describe_options(method.options),
+    }
+    return (method.name, f"{method.title} ({method.paper})", method.removes), row
 
 
 def run_width(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pyprune.calibration.tokens import Batch, TokenSet
-from pyprune.depth.greedy import calibration_facts
+from pyprune.depth.decision import calibration_facts
 from pyprune.depth.registry import Progress
 from pyprune.errors import UserError
 from pyprune.width.config import WidthConfig
@@ -41,6 +41,7 @@ class SliceGptOptions:
     title="SliceGPT: a narrower residual stream, rotated to its principal directions",
     paper="arXiv 2401.15024",
     options=SliceGptOptions,
+    removes="dimensions of the residual stream",
 )
 @torch.no_grad()
 def slicegpt(

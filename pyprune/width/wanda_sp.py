@@ -44,6 +44,7 @@ def check_multiple(multiple: int) -> None:
     title="Wanda-sp: channels and heads by weight times input norm, equally many per layer",
     paper="arXiv 2312.11983",
     options=WandaSpOptions,
+    removes="channels and heads",
 )
 @torch.no_grad()
 def wanda_sp(

