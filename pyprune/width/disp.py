@@ -19,7 +19,7 @@ from pyprune.width.decision import WidthDecision
 from pyprune.width.hypernet import BASE, Gate, Training, train
 from pyprune.width.registry import width_method
 from pyprune.width.select import best, prunable, uniform_sizes
-from pyprune.width.structure import Group, Slice, Widths
+from pyprune.width.structure import Group, Widths
 from pyprune.width.wanda_sp import check_multiple
 
 NOT_STOCK = (
@@ -171,19 +171,8 @@ def _all(
 ) -> WidthDecision:
     model = widths.model
     dense = sum(p.numel() for p in model.parameters())
-    modules = [_Module.of(g) for g in widths.groups if g.writer.index is None]
-    if widths.refused or len(modules) < len(widths.groups):
-        why = next(iter(widths.refused.values()), "fused experts cannot be gated")
-        raise UserError(f"{type(model).__name__}: expected every module to have units: {why}")
-    d = model.config.get_text_config().hidden_size
-    gates: list[Gate] = []
-    for module in modules:
-        every = torch.arange(d)
-        name, writer = module.group.name, module.group.writer.module
-        gates.append(Gate(f"{name}:reads", d, tuple((m, "input", every) for m in module.readers)))
-        gates.append(Gate(f"{name}:writes", d, ((writer, "output", every),)))
-        if module.group.kind == "mlp":
-            gates.append(_writer_gate(module.group))
+    modules = _modules(widths)
+    gates = _stream_gates(modules, model.config.get_text_config().hidden_size)
     names = [gate.name for gate in gates]
 
     def kept_weights(values: Sequence[Tensor]) -> Tensor:
@@ -203,27 +192,47 @@ def _all(
     logits, losses = train(model, tokens.batches, gates, penalty, training, progress)
     masks, shift = _within(logits, kept_weights, left)
     at = dict(zip(names, masks, strict=True))
-    remaining = dense - full + float(kept_weights([m.double() for m in masks]))
-    kept = {}
-    stream = {}
-    with torch.no_grad():
-        for module in modules:
-            name = module.group.name
-            _zero_stream(module, at[f"{name}:reads"], at[f"{name}:writes"])
-            for part in ("reads", "writes"):
-                stream[f"{name}:{part}"] = (~at[f"{name}:{part}"]).nonzero()[:, 0].tolist()
-            if name in at:
-                kept[name] = at[name].nonzero()[:, 0]
+    for module in modules:
+        _zero_stream(module, at)
+    trained = {"losses": _some(losses), "shift of the threshold": shift}
+    stream = {name: _closed(mask).tolist() for name, mask in at.items() if ":" in name}
     decision = remove(
         widths,
-        kept,
+        {name: mask.nonzero()[:, 0] for name, mask in at.items() if ":" not in name},
         tokens=tokens,
         config=config,
         dense_parameters=dense,
         notes=[NOT_STOCK],
-        transforms=[{"losses": _some(losses), "shift of the threshold": shift}, {"stream": stream}],
+        transforms=[trained, {"stream": stream}],
     )
+    remaining = dense - full + float(kept_weights([mask.double() for mask in masks]))
     return replace(decision, wanted=int(remaining))
+
+
+def _modules(widths: Widths) -> list[_Module]:
+    """All attentions and MLPs. UserError if one of them has no units."""
+    found = [_Module.of(g) for g in widths.groups if g.writer.index is None]
+    if widths.refused or len(found) < len(widths.groups):
+        why = next(iter(widths.refused.values()), "fused experts cannot be gated")
+        raise UserError(
+            f"{type(widths.model).__name__}: expected every module to have units: {why}"
+        )
+    return found
+
+
+def _stream_gates(modules: Sequence[_Module], width: int) -> list[Gate]:
+    """What each module reads (s1, s3) and writes (s2, s5) of the stream, and the MLPs' own channels
+    (s4); the names of the former have a colon."""
+    gates = []
+    every = torch.arange(width)
+    for module in modules:
+        name, writer = module.group.name, module.group.writer.module
+        reads = tuple((reader, "input", every) for reader in module.readers)
+        gates.append(Gate(f"{name}:reads", width, reads))  # type: ignore[arg-type]
+        gates.append(Gate(f"{name}:writes", width, ((writer, "output", every),)))
+        if module.group.kind == "mlp":
+            gates.append(_writer_gate(module.group))
+    return gates
 
 
 def _kept(module: _Module, at: Mapping[str, Tensor]) -> Tensor:
@@ -264,16 +273,19 @@ def _within(logits: Sequence[Tensor], kept_weights: Any, most: float) -> tuple[l
     return masks(float(levels[low])), float(levels[low])
 
 
-def _zero_stream(module: _Module, reads: Tensor, writes: Tensor) -> None:
-    closed_in, closed_out = (~reads).nonzero()[:, 0], (~writes).nonzero()[:, 0]
+@torch.no_grad()
+def _zero_stream(module: _Module, at: Mapping[str, Tensor]) -> None:
+    """Zeros where the module's gates on the stream are closed."""
+    reads, writes = (_closed(at[f"{module.group.name}:{part}"]) for part in ("reads", "writes"))
     for reader in module.readers:
-        axis = _input_axis(reader)
-        weight: Tensor = reader.weight.detach()  # type: ignore[operator]
-        weight.index_fill_(axis, closed_in.to(weight.device), 0)
-    writer = module.group.writer.module
-    last: Slice = module.group.slices[-1]
-    weight = last.tensor()
-    weight.index_fill_(1 - last.axis, closed_out.to(weight.device), 0)
-    bias = getattr(writer, "bias", None)
+        weight: Tensor = reader.weight  # type: ignore[assignment]
+        weight.index_fill_(_input_axis(reader), reads.to(weight.device), 0)
+    last = module.group.slices[-1]
+    last.tensor().index_fill_(1 - last.axis, writes.to(last.tensor().device), 0)
+    bias = getattr(last.module, "bias", None)
     if isinstance(bias, nn.Parameter):
-        bias.detach().index_fill_(0, closed_out.to(bias.device), 0)
+        bias.index_fill_(0, writes.to(bias.device), 0)
+
+
+def _closed(mask: Tensor) -> Tensor:
+    return (~mask).nonzero()[:, 0]

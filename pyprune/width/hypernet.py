@@ -88,6 +88,7 @@ def gated(gates: Sequence[Gate], values: list[Tensor]) -> Iterator[None]:
     with ExitStack() as stack:
         for i, gate in enumerate(gates):
             for module, where, index in gate.places:
+                index = index.to(next(module.parameters()).device)
                 if where == "input":
                     handle = module.register_forward_pre_hook(of_input(i, index))
                 else:

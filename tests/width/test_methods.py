@@ -16,7 +16,7 @@ from pyprune.errors import UserError
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.flap import compensate, flap_scores, give_biases
-from pyprune.width.registry import run_width
+from pyprune.width.registry import load_width_methods, run_width
 from pyprune.width.select import best, globally, prunable, uniform_sizes
 from pyprune.width.structure import Widths
 from pyprune.width.wanda_sp import wanda_sp_scores
@@ -321,6 +321,17 @@ def test_experts_without_tokens_are_judged_by_their_weights():
         model, tokens, WidthConfig("wanda-sp", ratio=0.1, method_options={"multiple": 1})
     )
     assert any("too few tokens" in note for note in decision.notes)
+
+
+@pytest.mark.parametrize("method", load_width_methods())
+def test_bf16(method):
+    model = llama(attention_bias=False, mlp_bias=False, hidden_size=64).bfloat16()
+    options = {"iterations": 2} if method == "disp-llm" else {}
+    config = WidthConfig(method, ratio=0.1, method_options=options)
+    decision = run_width(model, token_set(padded=True), config)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert decision.parameters[1] < decision.parameters[0]
+    assert logits(model, tiny_tokens()).isfinite().all()
 
 
 def test_scores_do_not_depend_on_the_batches():
