@@ -330,7 +330,7 @@ def test_bf16(method):
     config = WidthConfig(method, ratio=0.1, method_options=options)
     decision = run_width(model, token_set(padded=True), config)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert decision.parameters[1] < decision.parameters[0]
+    assert decision.wanted < decision.parameters[0]
     assert logits(model, tiny_tokens()).isfinite().all()
 
 
