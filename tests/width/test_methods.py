@@ -84,6 +84,10 @@ def test_moments_equal_two_passes_however_they_are_split():
         assert moments.tokens == 48 and moments.finite()
         torch.testing.assert_close(moments.mean, real.mean(0), rtol=1e-12, atol=0)
         torch.testing.assert_close(moments.variance(), real.var(0, correction=0), rtol=1e-9, atol=0)
+    single = MomentStatistic(7)
+    single.update((x - 1e4 + 30).float(), weight)
+    torch.testing.assert_close(single.mean, real.mean(0) - 1e4 + 30, rtol=1e-6, atol=0)
+    torch.testing.assert_close(single.variance(), real.var(0, correction=0), rtol=1e-5, atol=0)
     whole.update(torch.full((1, 7), math.nan))
     assert not whole.finite()
 
