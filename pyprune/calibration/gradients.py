@@ -44,7 +44,7 @@ def collect_gradients(
     visitors = {name: statistic.update for name, statistic in statistics.items()}
     report = backward_pass(
         adapter,
-        list(_one_by_one(tokens)),
+        list(one_by_one(tokens)),
         visitors,
         checkpointing=checkpointing,
         device=device,
@@ -59,7 +59,8 @@ def collect_gradients(
     return statistics
 
 
-def _one_by_one(tokens: TokenSet) -> Iterator[Batch]:
+def one_by_one(tokens: TokenSet) -> Iterator[Batch]:
+    """Its sequences as batches of one."""
     for batch in tokens.batches:
         for n in range(len(batch.input_ids)):
             mask = batch.attention_mask

@@ -147,6 +147,7 @@ class Method:
     gradient: makes the statistic that one backward pass over the dense model fills for each matrix
         before the walk; None: no gradient is needed.
     options_type: frozen dataclass of the options that only this method has.
+    also: raises UserError for a pattern that does not go with these.
     """
 
     name: str
@@ -164,6 +165,7 @@ class Method:
     reconstructs: bool = False
     gradient: Callable[[MethodOptions], GradientFactory] | None = None
     options_type: type | None = None
+    also: Callable[[Pattern, MethodOptions], None] | None = None
 
     @property
     def default_scope(self) -> str:
@@ -198,6 +200,8 @@ class Method:
         explicit = None if isinstance(pattern, NM) else pattern.scope
         if options.update == "iterative" and explicit not in (None, "row"):
             raise UserError(f"update: iterative compares within rows, got scope {explicit!r}")
+        if self.also is not None:
+            self.also(pattern, options)
 
     def _check_score_mass(self, scope: str, options: MethodOptions) -> None:
         if not self.score_mass:
