@@ -217,7 +217,64 @@ def memory(rows: list[Row]) -> list[str]:
     ]
 
 
-SPECIAL = {"walk": walk, "memory": memory, "sparse_linear": sparse_linear}
+def blockpruner(rows: list[Row]) -> list[str]:
+    first = rows[0]
+    body = [
+        [r["provider"], str(r["evaluations"]), f"{r['seconds_median']:.1f}",
+         f"{r['seconds_naive_over_this']:.2f}", f"{r['without_head_naive_over_this']:.2f}",
+         f"{r['perplexity']:.3f}"]
+        for r in rows
+    ]  # fmt: skip
+    return [
+        "### BlockPruner's search",
+        "",
+        f"{len(first['removed'])} of {2 * first['layers']} branches of SmolLM2-135M, "
+        f"{first['calibration_tokens']:,} tokens; `exact` removes the same branches as `naive` in "
+        f"the same order. {device_of(rows)}. `benchmarks/bench_blockpruner.py`.",
+        "",
+        *table(["mode", "evaluations", "seconds", "naive / this", "without the head",
+                "perplexity"], body),
+    ]  # fmt: skip
+
+
+def depth_quality(rows: list[Row]) -> list[str]:
+    """A line per method and ratio; what a method cannot reach is left out."""
+    (dense,) = (r for r in rows if r["variant"] == "dense")
+    texts = list(dense["perplexity"])
+    protocol = dense["perplexity"][texts[0]]
+
+    def words(row: Row) -> list[str]:
+        return [f"{row['perplexity'][t]['ppl']:.2f}" for t in texts]
+
+    body = [["dense", "-", *words(dense), f"{dense['parameters'] / 1e6:.1f}", "",
+             f"{dense['file_bytes'] / 1e6:,.0f}", "1", "1"]]  # fmt: skip
+    body += [
+        [r["variant"], f"{r['ratio']:.0%}", *words(r), f"{r['parameters'] / 1e6:.1f}",
+         str(r["layers"]), f"{r['file_bytes'] / 1e6:,.0f}",
+         *(f"{r[phase]['over_dense']:.2f}" for phase in ("prefill", "decode"))]
+        for r in sorted(rows, key=lambda r: r["ratio"])
+        if "parameters" in r and r is not dense
+    ]  # fmt: skip
+    header = ["method", "ratio", *texts, "10⁶ parameters", "layers", "MB", "prefill x", "decode x"]
+    return [
+        "### Branches and layers removed",
+        "",
+        f"SmolLM2-135M, fp32; {protocol['tokens']:,} tokens of each text in windows of "
+        f"{protocol['seqlen']}, no BOS. Calibration: {dense['calibration_tokens']:,} tokens of "
+        "other Wikipedia articles, seed 0. Ratios are of all parameters; where a layer keeps one "
+        "branch the other is zero, and counts among the parameters. Speed is relative to the dense "
+        f"model, batch 1. {device_of(rows)}. `benchmarks/bench_depth_quality.py`.",
+        "",
+        *table(header, body),
+    ]
+
+
+SPECIAL = {
+    "walk": walk,
+    "memory": memory,
+    "sparse_linear": sparse_linear,
+    "blockpruner": blockpruner,
+}
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -225,6 +282,8 @@ def section() -> str:
     lines = [BEGIN, ""]
     for path in sorted(RESULTS.glob("**/quality.json")):
         lines += quality(json.loads(path.read_text()))
+    for path in sorted(RESULTS.glob("**/depth_quality.json")):
+        lines += depth_quality(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("**/demo.json")):
         lines += demo(json.loads(path.read_text()))
     for name, rows in rows_of(SPECIAL):
