@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
+from pyprune.models.stock import behaviour
 
 # Fields of a configuration with one entry a layer: what it says of the attention (and of the layer
 # as a whole), and what it says of the MLP.
@@ -43,19 +44,6 @@ PLACE_DEPENDENT = (
 )
 # What a module knows of its place in the model; the KV cache is addressed by it.
 INDEX_ATTRIBUTES = ("layer_idx", "layer_id")
-# Plain attributes of a layer's modules that say how it behaves, where a configuration can make
-# layers different from each other.
-BEHAVIOUR = (
-    "sliding_window",
-    "is_sliding",
-    "layer_type",
-    "attention_type",
-    "use_rope",
-    "is_local",
-    "is_moe_layer",
-    "attn_logit_softcapping",
-    "scaling",
-)
 
 
 @dataclass(frozen=True)
@@ -206,14 +194,7 @@ def _rewrite(config: Any, slots: Sequence[Slot], count: int) -> None:
 
 def _behaviour(block: nn.Module) -> dict[str, Any]:
     """What the modules of a layer say about how they work, and the shapes of their parameters."""
-    found: dict[str, Any] = {name: tuple(p.shape) for name, p in block.named_parameters()}
-    for path, module in block.named_modules():
-        found[f"{path}:"] = type(module).__name__
-        for name in BEHAVIOUR:
-            value = getattr(module, name, None)
-            if isinstance(value, (bool, int, float, str)):
-                found[f"{path}:{name}"] = value
-    return found
+    return {name: tuple(p.shape) for name, p in block.named_parameters()} | behaviour(block)
 
 
 def _within(key: str, modules: Sequence[str]) -> bool:
