@@ -224,6 +224,12 @@ def prune(
         bool | None,
         typer.Option("--preserve-zeros/--no-preserve-zeros", help="Zeros stay and count."),
     ] = None,
+    preserve_mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="A safetensors file of bool masks by layer name: what is false goes and counts."
+        ),
+    ] = None,
     damping: Annotated[
         float | None, typer.Option(help="Share of mean(diag H) added to it.")
     ] = None,
@@ -317,7 +323,12 @@ def prune(
 
     with ProgressBar(_stderr(), "pruning") as bar:
         report = prune_checkpoint(
-            _resolve(model, bar), out, full, bar.walked, trust_remote_code=trust_remote_code
+            _resolve(model, bar),
+            out,
+            full,
+            bar.walked,
+            preserve_mask=preserve_mask,
+            trust_remote_code=trust_remote_code,
         )
     _show(report.to_dict(), as_json, report.table(), f"Saved in {out}")
 
@@ -513,7 +524,7 @@ def doctor(as_json: AsJson = False) -> None:
     _show(diagnosis.to_dict(), as_json, diagnosis.render())
 
 
-for _commands in ("cli_sparse", "cli_heal", "cli_layers"):
+for _commands in ("cli_sparse", "cli_heal", "cli_layers", "cli_eigendamage"):
     import_module(f"pyprune.{_commands}")  # registers its commands on `app`
 
 if __name__ == "__main__":

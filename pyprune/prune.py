@@ -33,6 +33,7 @@ from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE
 from pyprune.config import PruneConfig
 from pyprune.errors import UserError
 from pyprune.layers import LayerPruner, check_shapes, layer_inputs, select_linears
+from pyprune.masks import Masks, describe_masks, read_masks
 from pyprune.measure import Measure
 from pyprune.methods.base import StatisticKind
 from pyprune.models.adapter import Adapter
@@ -56,6 +57,7 @@ def prune(
     *,
     config: PruneConfig | None = None,
     progress: Progress | None = None,
+    preserve_mask: Masks | None = None,
     **options: Any,
 ) -> Report:
     """Prunes the decoder blocks of a transformers model in memory, in place.
@@ -69,6 +71,8 @@ def prune(
         pattern: "2:4" or NM(2, 4); a sparsity, 0.5 or Unstructured(0.5, "row").
         config: all of it as one value, instead of method, pattern and options.
         progress: called with what the walk does.
+        preserve_mask: bool tensors by layer name, or a safetensors file of them, True = may stay:
+            what is False goes, and counts among the pruned; see `masks.read_masks`.
         options: other fields of `PruneConfig`, `calibration` as a mapping or CalibrationConfig.
 
     Returns:
@@ -83,15 +87,16 @@ def prune(
         raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
     measure = Measure()
     adapter = _adapter(model, config)
+    masks = read_masks(preserve_mask, adapter)
     with measure.phase("tokens"):
         tokens = _tokens(tokenizer_or_batches, model, config)
     device = _device(config)
     gradients = _gradients(config, adapter, tokens, device, measure, progress)
     with InMemoryStore(adapter, device) as store:
         pruner = _Session(
-            config, adapter, tokens, store, store.flush, device, measure, progress, gradients
+            config, adapter, tokens, store, store.flush, device, measure, progress, gradients, masks
         ).run()
-    return _report(_model_name(model), config, tokens, pruner, measure)
+    return _report(_model_name(model), config, tokens, pruner, measure, describe_masks(masks))
 
 
 def prune_checkpoint(
@@ -101,6 +106,7 @@ def prune_checkpoint(
     progress: Progress | None = None,
     *,
     batches: object = None,
+    preserve_mask: Masks | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
     """Prunes a checkpoint into a new directory, one block in memory at a time.
@@ -114,6 +120,7 @@ def prune_checkpoint(
         config, progress: see `prune`.
         batches: token ids to calibrate on; None reads `config.calibration` with the checkpoint's
             own tokenizer.
+        preserve_mask: see `prune`.
         trust_remote_code: run the model code that comes with the checkpoint, if any; it is copied
             into `out` then.
 
@@ -134,6 +141,7 @@ def prune_checkpoint(
         device = _device(config)
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
         adapter = _adapter(model, config)
+        masks = read_masks(preserve_mask, adapter)
     with measure.phase("tokens"):
         if batches is None and _shown(config) is not None:
             batches = checkpoint.tokenizer()
@@ -146,18 +154,22 @@ def prune_checkpoint(
             with measure.phase("copy"):
                 store = StreamingStore(checkpoint, adapter, folder, device, dtype)
             pruner = _Session(
-                config, adapter, tokens, store, store.release, device, measure, progress, gradients
-            ).run()
+                config, adapter, tokens, store, store.release, device, measure, progress, gradients,
+                masks,
+            ).run()  # fmt: skip
         else:
             with InMemoryStore(adapter, device) as memory:
                 flush = memory.flush
                 pruner = _Session(
-                    config, adapter, tokens, memory, flush, device, measure, progress, gradients
-                ).run()
+                    config, adapter, tokens, memory, flush, device, measure, progress, gradients,
+                    masks,
+                ).run()  # fmt: skip
             with measure.phase("write"):
                 model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         name = str(source) if not Path(source).is_dir() else Path(source).resolve().name
-        notes = () if streamed else (f"loaded whole, not streamed block by block: {problem}",)
+        notes = describe_masks(masks)
+        if not streamed:
+            notes = (f"loaded whole, not streamed block by block: {problem}", *notes)
         report = _report(name, config, tokens, pruner, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
     return report
@@ -193,19 +205,25 @@ def _adapter(model: nn.Module, config: PruneConfig) -> Adapter:
     adapter = Adapter.of(model)
     chosen = select_linears(adapter, config.include, config.exclude)
     adapter = adapter.restricted(chosen)
+    most = config.find_method().most_columns
+    limit = None if most is None else most(config.options())
     for i in range(len(adapter.blocks)):
-        check_shapes(adapter.linears(i), config.target())
+        check_shapes(adapter.linears(i), config.target(), limit)
     return adapter
 
 
 def _device(config: PruneConfig) -> torch.device:
-    if config.device == "auto":
+    return chosen_device(config.device)
+
+
+def chosen_device(name: str) -> torch.device:
+    """What "auto", "cpu", "cuda" or "cuda:N" means here; UserError for a GPU that is not there."""
+    if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(config.device)
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(
-            f"device: expected one of {torch.cuda.device_count()} CUDA devices, "
-            f"got {config.device!r}"
+            f"device: expected one of {torch.cuda.device_count()} CUDA devices, got {name!r}"
         )
     return device
 
@@ -302,11 +320,12 @@ class _Session:
     measure: Measure
     progress: Progress | None
     gradients: Mapping[str, GradientStatistic]
+    masks: Mapping[str, Tensor]
 
     def run(self) -> LayerPruner:
         """Prunes every block; for a global scope, and for an allocation, after passes that only
         look."""
-        pruner = LayerPruner(self.config, self.gradients)
+        pruner = LayerPruner(self.config, self.gradients, self.masks)
         if self.config.allocation != "uniform":
             pruner.targets = self._allocate()
         if pruner.selection is not None:

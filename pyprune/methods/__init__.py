@@ -4,7 +4,7 @@ not models; `METHODS` is the table of them."""
 from difflib import get_close_matches
 
 from pyprune.errors import UserError
-from pyprune.methods import gblm, magnitude, obd, sparsegpt, wanda
+from pyprune.methods import exactobs, gblm, magnitude, obd, obs, sparsegpt, wanda, woodfisher
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
 
 METHODS: dict[str, Method] = {
@@ -17,6 +17,9 @@ METHODS: dict[str, Method] = {
         obd.METHOD,
         obd.KRONECKER_OBD,
         gblm.METHOD,
+        exactobs.METHOD,
+        obs.METHOD,
+        woodfisher.METHOD,
     )
 }
 

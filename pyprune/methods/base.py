@@ -147,6 +147,7 @@ class Method:
     gradient: makes the statistic that one backward pass over the dense model fills for each matrix
         before the walk; None: no gradient is needed.
     options_type: frozen dataclass of the options that only this method has.
+    most_columns: inputs of the widest layer that it takes; None: any.
     """
 
     name: str
@@ -164,6 +165,7 @@ class Method:
     reconstructs: bool = False
     gradient: Callable[[MethodOptions], GradientFactory] | None = None
     options_type: type | None = None
+    most_columns: Callable[[MethodOptions], int] | None = None
 
     @property
     def default_scope(self) -> str:
