@@ -11,6 +11,7 @@ void bind_column_norms(pybind11::module_& m);
 void bind_fisher_accumulate(pybind11::module_& m);
 void bind_gram(pybind11::module_& m);
 void bind_obs_factor(pybind11::module_& m);
+void bind_obs_greedy(pybind11::module_& m);
 void bind_obs_reconstruct(pybind11::module_& m);
 void bind_obs_sweep(pybind11::module_& m);
 void bind_pack(pybind11::module_& m);
@@ -53,6 +54,7 @@ PYBIND11_MODULE(_C, m) {
   bind_fisher_accumulate(m);
   bind_gram(m);
   bind_obs_factor(m);
+  bind_obs_greedy(m);
   bind_obs_reconstruct(m);
   bind_obs_sweep(m);
   bind_pack(m);

@@ -230,6 +230,12 @@ def prune(
         bool | None,
         typer.Option("--preserve-zeros/--no-preserve-zeros", help="Zeros stay and count."),
     ] = None,
+    preserve_mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="A safetensors file of bool masks by layer name: what is false goes and counts."
+        ),
+    ] = None,
     damping: Annotated[
         float | None, typer.Option(help="Share of mean(diag H) added to it.")
     ] = None,
@@ -359,7 +365,8 @@ def prune(
     _quiet()
     with ProgressBar(_stderr(), "pruning") as bar:
         source = _resolve(model, bar)
-        outcome = family.run(Run(source, out, full, bar, trust_remote_code, report, state))
+        run = Run(source, out, full, bar, trust_remote_code, report, state, preserve_mask)
+        outcome = family.run(run)
     _show(outcome.to_dict(), as_json, outcome.table(), f"Saved in {out}")
 
 
@@ -543,7 +550,7 @@ def doctor(as_json: AsJson = False) -> None:
     _show(diagnosis.to_dict(), as_json, diagnosis.render())
 
 
-for _commands in ("cli_sparse", "cli_heal"):
+for _commands in ("cli_sparse", "cli_heal", "cli_eigendamage"):
     import_module(f"pyprune.{_commands}")  # registers its commands on `app`
 
 if __name__ == "__main__":

@@ -48,13 +48,20 @@ def select_linears(adapter: Adapter, include: Iterable[str], exclude: Iterable[s
     return left
 
 
-def check_shapes(refs: Iterable[LinearRef], pattern: Pattern) -> None:
-    """Raises LayerError for the first linear whose rows N:M does not divide."""
-    if not isinstance(pattern, NM):
-        return
+def check_shapes(
+    refs: Iterable[LinearRef], pattern: Pattern, most_columns: int | None = None
+) -> None:
+    """Raises LayerError for the first linear whose rows N:M does not divide, or that has more
+    inputs than the method takes."""
     for ref in refs:
         columns = ref.weight().shape[1]
-        if columns % pattern.m:
+        if most_columns is not None and columns > most_columns:
+            raise LayerError(
+                ref.name,
+                f"expected at most {most_columns} inputs for this method, got {columns} "
+                f"(raise its option max_columns, or leave it out with --exclude {ref.name!r})",
+            )
+        if isinstance(pattern, NM) and columns % pattern.m:
             raise LayerError(
                 ref.name,
                 f"expected a number of inputs that {pattern.m} divides for {pattern}, "
@@ -94,12 +101,17 @@ class LayerPruner:
     needs gradients, a layer whose gradients were all zero.
 
     gradients: what the backward pass accumulated, by layer; let go of once used.
+    masks: bool `[R, C]` by layer, False = must go, and counts among the pruned.
     """
 
     def __init__(
-        self, config: PruneConfig, gradients: Mapping[str, GradientStatistic] | None = None
+        self,
+        config: PruneConfig,
+        gradients: Mapping[str, GradientStatistic] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._gradients = dict(gradients or {})
+        self._masks = masks or {}
         self.method = config.find_method()
         self.pattern = config.target()
         self.options = config.options()
@@ -190,12 +202,17 @@ class LayerPruner:
         return ref.index is not None and few
 
     def _read(self, ref: LinearRef) -> tuple[Tensor, Tensor | None]:
-        """The weight in fp32 (or fp64) and, if existing zeros are to stay, where there are none."""
+        """The weight in fp32 (or fp64) and, if existing zeros are to stay or a mask is to be
+        respected, where weights may stay."""
         stored = ref.weight()
         w = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True).contiguous()
         if not bool(w.isfinite().all()):
             raise LayerError(ref.name, "expected finite weights, got NaN or infinity")
-        return w, (w != 0) if self.preserve_zeros else None
+        preserve = (w != 0) if self.preserve_zeros else None
+        if ref.name in self._masks:
+            mask = self._masks[ref.name].to(w.device)
+            preserve = mask if preserve is None else preserve & mask
+        return w, preserve
 
     def _report(
         self,

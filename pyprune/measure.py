@@ -10,8 +10,19 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): resets the high-water mark of the resident set
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on `device` without swapping, now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in _MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_MEMINFO} has no MemAvailable")
 
 
 class Measure:

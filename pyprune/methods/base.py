@@ -148,6 +148,7 @@ class Method:
         before the walk; None: no gradient is needed.
     options_type: frozen dataclass of the options that only this method has.
     also: raises UserError for a pattern that does not go with these.
+    most_columns: inputs of the widest layer that it takes; None: any.
     """
 
     name: str
@@ -166,6 +167,7 @@ class Method:
     gradient: Callable[[MethodOptions], GradientFactory] | None = None
     options_type: type | None = None
     also: Callable[[Pattern, MethodOptions], None] | None = None
+    most_columns: Callable[[MethodOptions], int] | None = None
 
     @property
     def default_scope(self) -> str:

@@ -6,6 +6,7 @@ from pyprune.ops.fisher_accumulate import fisher_accumulate
 from pyprune.ops.gram import gram
 from pyprune.ops.kron import kron_pcg, kron_quadratic
 from pyprune.ops.obs_factor import NotPositiveDefiniteError, ObsFactor, inverse_diagonal, obs_factor
+from pyprune.ops.obs_greedy import ObsGreedy, obs_greedy
 from pyprune.ops.obs_reconstruct import ObsReconstruct, obs_reconstruct
 from pyprune.ops.obs_sweep import ObsSweep, obs_sweep
 from pyprune.ops.pack import (
@@ -23,6 +24,7 @@ from pyprune.ops.sparse_linear import linear_24, linear_bitmap, linear_dense
 __all__ = [
     "NotPositiveDefiniteError",
     "ObsFactor",
+    "ObsGreedy",
     "ObsReconstruct",
     "ObsSweep",
     "column_norms",
@@ -38,6 +40,7 @@ __all__ = [
     "mask_nm",
     "mask_topk",
     "obs_factor",
+    "obs_greedy",
     "obs_reconstruct",
     "obs_sweep",
     "pack_24",

@@ -79,7 +79,11 @@ def test_iterative_rows_lose_their_exact_count(sparsity):
         assert (~mask).sum(1).unique().tolist() == [pruned_count(50, sparsity)]
 
 
-@pytest.mark.parametrize(("method", "scope"), [s for s in LAYER_SCOPES if s[0] != "sparsegpt"])
+# Their later choices depend on the updates after the earlier ones, and on how many those were.
+STEPWISE = ("sparsegpt", "obs")
+
+
+@pytest.mark.parametrize(("method", "scope"), [s for s in LAYER_SCOPES if s[0] not in STEPWISE])
 def test_masks_are_nested(method, scope):
     w, x = example()
     masks = [solve(method, Unstructured(s, scope), w, x).mask for s in (0.2, 0.4, 0.6, 0.8)]
