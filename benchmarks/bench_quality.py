@@ -2,6 +2,8 @@
 
     python benchmarks/bench_quality.py --json benchmarks/results/quality.json
     python benchmarks/bench_quality.py --methods wanda --patterns 2:4
+    python benchmarks/bench_quality.py --methods sparsegpt --patterns 0.5 2:4 --reconstruct off on \
+        --nsamples 4 8 16 32 64 --json reconstruct.json
 
 Every row: method, pattern, calibration (text, tokens, seed), seconds and peak memory of the
 pruning run, and for each evaluation text the perplexity with its protocol. Rows already in the
@@ -11,6 +13,7 @@ JSON file are kept, so that an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -33,10 +36,12 @@ TEXTS = ("wiki", "sotu")
 SEQLEN = 1024
 
 
-def configuration(method: str, pattern: str, calibration: CalibrationConfig) -> PruneConfig:
-    if ":" in pattern:
-        return PruneConfig(method=method, pattern=pattern, calibration=calibration)
-    return PruneConfig(method=method, sparsity=float(pattern), calibration=calibration)
+def configuration(
+    method: str, pattern: str, reconstruct: str, calibration: CalibrationConfig
+) -> PruneConfig:
+    target = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+    on = {"default": None, "on": True, "off": False}[reconstruct]
+    return PruneConfig(method=method, reconstruct=on, calibration=calibration, **target)
 
 
 def evaluate(folder: Path, tokens: int) -> dict[str, dict]:
@@ -74,48 +79,59 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
-    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--reconstruct", nargs="+", choices=["default", "on", "off"],
+                        default=["default"])  # fmt: skip
+    parser.add_argument("--nsamples", type=int, nargs="+", default=[64])
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=48 * 1024, help="evaluated, each text")
     args = parser.parse_args()
     if args.smoke:
         args.methods, args.patterns = ["wanda"], ["2:4"]
-        args.nsamples, args.seqlen, args.tokens = 2, 32, SEQLEN
-    calibration = CalibrationConfig(
-        source="wiki", nsamples=args.nsamples, seqlen=args.seqlen, batch_size=8, seed=0
-    )
+        args.nsamples, args.seqlen, args.tokens = [2], 32, SEQLEN
     rows = []
     if args.json is not None and args.json.exists() and not args.smoke:
         rows = json.loads(args.json.read_text())
-    done = {(r["method"], r["pattern"]) for r in rows}
+    done = {key(r) for r in rows}
     dense = packaged_model_dir()
-    common = {**environment(args.device), "calibration_tokens": args.nsamples * args.seqlen}
 
     def keep(row: dict) -> None:
-        rows.append({**row, **common})
+        rows.append({**row, **environment(args.device)})
         if args.json is not None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
-    if ("dense", "-") not in done:
+    if not any(r["method"] == "dense" for r in rows):
         keep({"method": "dense", "pattern": "-", "sparsity": 0.0,
+              "calibration_tokens": args.nsamples[0] * args.seqlen,
               "perplexity": evaluate(dense, args.tokens)})  # fmt: skip
-    for pattern in args.patterns:
-        for method in args.methods:
-            if (method, pattern) in done:
-                continue
-            with tempfile.TemporaryDirectory() as tmp:
-                folder = Path(tmp) / "pruned"
-                report = prune(dense, folder, configuration(method, pattern, calibration))
-                keep({"method": method, "pattern": pattern, **summary(report),
-                      "perplexity": evaluate(folder, args.tokens)})  # fmt: skip
-    table = Table("method", "pattern", *TEXTS, "seconds", "peak GiB")
+    for pattern, method, reconstruct, nsamples in itertools.product(
+        args.patterns, args.methods, args.reconstruct, args.nsamples
+    ):
+        row = {"method": method, "pattern": pattern, "calibration_tokens": nsamples * args.seqlen}
+        if reconstruct != "default":
+            row["reconstruct"] = reconstruct
+        if key(row) in done:
+            continue
+        calibration = CalibrationConfig(
+            source="wiki", nsamples=nsamples, seqlen=args.seqlen, batch_size=8, seed=0
+        )
+        with tempfile.TemporaryDirectory() as tmp:
+            folder = Path(tmp) / "pruned"
+            report = prune(dense, folder, configuration(method, pattern, reconstruct, calibration))
+            keep({**row, **summary(report), "perplexity": evaluate(folder, args.tokens)})
+    table = Table("method", "pattern", "reconstruct", "calibration", *TEXTS, "seconds", "peak GiB")
     for row in rows:
-        table.add_row(row["method"], row["pattern"],
+        table.add_row(row["method"], row["pattern"], row.get("reconstruct", "default"),
+                      f"{row['calibration_tokens']:,}",
                       *(f"{row['perplexity'][t]['ppl']:.2f}" for t in TEXTS),
                       f"{row.get('seconds', 0):.1f}",
                       f"{row.get('peak_memory_bytes', 0) / 2**30:.2f}")  # fmt: skip
     Console().print(table)
+
+
+def key(row: dict) -> tuple:
+    """What tells one run from another."""
+    return tuple(row.get(k) for k in ("method", "pattern", "reconstruct", "calibration_tokens"))
 
 
 def summary(report: dict) -> dict:
