@@ -5,7 +5,10 @@
     python benchmarks/bench_quality.py --methods gradients --json benchmarks/results/quality.json
 
 A method is a row of `pyprune methods` or one of VARIANTS (its options), or a group of them: see
-GROUPS. Without --patterns each has those of its group.
+GROUPS. Without --patterns each has those of its group. Whether --reconstruct pays, by calibration:
+
+    python benchmarks/bench_quality.py --methods sparsegpt --patterns 0.5 2:4 --reconstruct off on \
+        --nsamples 4 8 16 32 64 --json reconstruct.json
 
 Every row: method, pattern, calibration (text, tokens, seed), seconds and peak memory of the
 pruning run, and for each evaluation text the perplexity with its protocol. Rows already in the
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -31,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune.config import CalibrationConfig, PruneConfig
 from pyprune.evaluate import perplexity
-from pyprune.methods import METHODS
+from pyprune.methods import METHODS, SHOT_METHODS
 from pyprune.packaged import packaged_model_dir
 
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -66,26 +70,27 @@ SEQLEN = 1024
 
 def wanted(methods: list[str], patterns: list[str] | None) -> list[tuple[str, str]]:
     """Method and pattern of every row, pattern by pattern."""
-    known = {*METHODS, *VARIANTS, *EIGENDAMAGE}
+    known = {*METHODS, *SHOT_METHODS, *VARIANTS, *EIGENDAMAGE}
     pairs = []
     for name in methods:
         members, theirs = GROUPS.get(name, ((name,), patterns or ()))
         if name not in GROUPS and patterns is None:
             theirs = next((p for m, p in GROUPS.values() if name in m), ("0.5", "2:4"))
-        # A group may name a method that this version does not have yet.
-        some = [m for m in members if m in known] if name in GROUPS else list(members)
-        if unknown := set(some) - known:
+        if unknown := set(members) - known:
             raise SystemExit(f"no method {unknown.pop()}; there are {sorted({*GROUPS, *known})}")
-        pairs += [(m, p) for m in some for p in patterns or theirs]
+        pairs += [(m, p) for m in members for p in patterns or theirs]
     pairs = [(m, p) for m, p in pairs if m not in EIGENDAMAGE or ":" not in p]
     order = list(dict.fromkeys(p for _, p in pairs))
     return sorted(dict.fromkeys(pairs), key=lambda pair: order.index(pair[1]))
 
 
-def configuration(method: str, pattern: str, calibration: CalibrationConfig) -> PruneConfig:
+def configuration(
+    method: str, pattern: str, reconstruct: str, calibration: CalibrationConfig
+) -> PruneConfig:
     values = VARIANTS.get(method, {"method": method})
     target = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
-    return PruneConfig(**values, **target, calibration=calibration)
+    on = {"default": None, "on": True, "off": False}[reconstruct]
+    return PruneConfig(**values, **target, reconstruct=on, calibration=calibration)
 
 
 def evaluate(folder: Path, tokens: int) -> dict[str, dict]:
@@ -121,6 +126,7 @@ def prune(
     folder: Path,
     method: str,
     pattern: str,
+    reconstruct: str,
     calibration: CalibrationConfig,
     smoke: bool,
 ) -> dict:
@@ -131,7 +137,7 @@ def prune(
         given = json.dumps({"sparsity": float(pattern), **EIGENDAMAGE[method], **part,
                             "calibration": dataclasses.asdict(calibration)})  # fmt: skip
     else:
-        code, given = CHILD, configuration(method, pattern, calibration).to_yaml()
+        code, given = CHILD, configuration(method, pattern, reconstruct, calibration).to_yaml()
     command = [sys.executable, "-c", code, str(dense), str(folder)]
     subprocess.run(command, input=given, text=True, check=True)
     report: dict = json.loads((folder / "pyprune.json").read_text())
@@ -145,48 +151,60 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--methods", nargs="+", default=["baselines"], help="or groups of them")
     parser.add_argument("--patterns", nargs="+", help="N:M or sparsities; default: the group's")
-    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--reconstruct", nargs="+", choices=["default", "on", "off"],
+                        default=["default"])  # fmt: skip
+    parser.add_argument("--nsamples", type=int, nargs="+", default=[64])
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=48 * 1024, help="evaluated, each text")
     args = parser.parse_args()
     pairs = wanted(args.methods, args.patterns)
     if args.smoke:
         pairs = [("wanda", "2:4"), ("gblm", "2:4"), ("eigendamage", "0.3")]
-        args.nsamples, args.seqlen, args.tokens = 2, 32, SEQLEN
-    calibration = CalibrationConfig(
-        source="wiki", nsamples=args.nsamples, seqlen=args.seqlen, batch_size=8, seed=0
-    )
+        args.nsamples, args.seqlen, args.tokens = [2], 32, SEQLEN
     rows = []
     if args.json is not None and args.json.exists() and not args.smoke:
         rows = json.loads(args.json.read_text())
-    done = {(r["method"], r["pattern"]) for r in rows}
+    done = {key(r) for r in rows}
     dense = packaged_model_dir()
-    common = {**environment(args.device), "calibration_tokens": args.nsamples * args.seqlen}
 
     def keep(row: dict) -> None:
-        rows.append({**row, **common})
+        rows.append({**row, **environment(args.device)})
         if args.json is not None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
-    if ("dense", "-") not in done:
+    if not any(r["method"] == "dense" for r in rows):
         keep({"method": "dense", "pattern": "-", "sparsity": 0.0,
+              "calibration_tokens": args.nsamples[0] * args.seqlen,
               "perplexity": evaluate(dense, args.tokens)})  # fmt: skip
-    for method, pattern in pairs:
-        if (method, pattern) in done:
+    for (method, pattern), reconstruct, nsamples in itertools.product(
+        pairs, args.reconstruct, args.nsamples
+    ):
+        row = {"method": method, "pattern": pattern, "calibration_tokens": nsamples * args.seqlen}
+        if reconstruct != "default":
+            row["reconstruct"] = reconstruct
+        if key(row) in done:
             continue
+        calibration = CalibrationConfig(
+            source="wiki", nsamples=nsamples, seqlen=args.seqlen, batch_size=8, seed=0
+        )
         with tempfile.TemporaryDirectory() as tmp:
             folder = Path(tmp) / "pruned"
-            report = prune(dense, folder, method, pattern, calibration, args.smoke)
-            keep({"method": method, "pattern": pattern, **summary(report),
-                  "perplexity": evaluate(folder, args.tokens)})  # fmt: skip
-    table = Table("method", "pattern", *TEXTS, "seconds", "peak GiB")
+            report = prune(dense, folder, method, pattern, reconstruct, calibration, args.smoke)
+            keep({**row, **summary(report), "perplexity": evaluate(folder, args.tokens)})
+    table = Table("method", "pattern", "reconstruct", "calibration", *TEXTS, "seconds", "peak GiB")
     for row in rows:
-        table.add_row(row["method"], row["pattern"],
+        table.add_row(row["method"], row["pattern"], row.get("reconstruct", "default"),
+                      f"{row['calibration_tokens']:,}",
                       *(f"{row['perplexity'][t]['ppl']:.2f}" for t in TEXTS),
                       f"{row.get('seconds', 0):.1f}",
                       f"{row.get('peak_memory_bytes', 0) / 2**30:.2f}")  # fmt: skip
     Console().print(table)
+
+
+def key(row: dict) -> tuple:
+    """What tells one run from another."""
+    return tuple(row.get(k) for k in ("method", "pattern", "reconstruct", "calibration_tokens"))
 
 
 def summary(report: dict) -> dict:

@@ -26,6 +26,7 @@ KERNELS = {
     "fisher": "Gradient magnitudes",
     "select": "Mask selection",
     "pack": "Packing",
+    "kron": "Quadratic forms and updates of LLM Surgeon",
 }
 
 
@@ -127,7 +128,7 @@ def case_of(row: Row) -> tuple[str, ...]:
              "repetitions", "flops", "flops_rate", "bytes", "bytes_rate", "share_of_limit", "limit",
              "baseline", "ratio_to_baseline", "device", "threads", "torch", "commit",
              "ratio_to_reference", "share_of_floor", "mask_agreement", "max_error",
-             "others_share"}  # fmt: skip
+             "others_share", "ceiling"}  # fmt: skip
     note = " ".join(f"{k} {v}" for k, v in row.items() if k not in known)
     return row["op"], note, "x".join(map(str, row["shape"])), row["dtype"]
 

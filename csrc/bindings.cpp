@@ -10,6 +10,7 @@ namespace pyprune {
 void bind_column_norms(pybind11::module_& m);
 void bind_fisher_accumulate(pybind11::module_& m);
 void bind_gram(pybind11::module_& m);
+void bind_kron(pybind11::module_& m);
 void bind_obs_factor(pybind11::module_& m);
 void bind_obs_greedy(pybind11::module_& m);
 void bind_obs_reconstruct(pybind11::module_& m);
@@ -53,6 +54,7 @@ PYBIND11_MODULE(_C, m) {
   bind_column_norms(m);
   bind_fisher_accumulate(m);
   bind_gram(m);
+  bind_kron(m);
   bind_obs_factor(m);
   bind_obs_greedy(m);
   bind_obs_reconstruct(m);

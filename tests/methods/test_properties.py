@@ -197,7 +197,9 @@ def iterative_oracle(w, x, pattern, scale, block):
         if isinstance(pattern, NM):
             count = pattern.m - pattern.n
         else:
-            count = pruned_count(b, pattern.sparsity) - pruned_count(a, pattern.sparsity)
+            # The row's count, shared out by rounding the running total.
+            whole = pruned_count(columns, pattern.sparsity)
+            count = pruned_count(b, whole / columns) - pruned_count(a, whole / columns)
         order = (w[:, a:b].abs() * scale[a:b]).sort(dim=1, stable=True).indices[:, :count]
         mask[:, a:b].scatter_(1, order, False)
         for c in range(a, b):
