@@ -18,6 +18,12 @@ from pyprune.ops.pack import (
     validate_bitmap,
 )
 from pyprune.ops.select import mask_global, mask_nm, mask_topk
+from pyprune.ops.sparse_int8 import (
+    dequantize_rows,
+    linear_24_int8,
+    linear_bitmap_int8,
+    quantize_rows,
+)
 from pyprune.ops.sparse_linear import linear_24, linear_bitmap, linear_dense
 
 __all__ = [
@@ -26,13 +32,16 @@ __all__ = [
     "ObsReconstruct",
     "ObsSweep",
     "column_norms",
+    "dequantize_rows",
     "fisher_accumulate",
     "gram",
     "inverse_diagonal",
     "kron_pcg",
     "kron_quadratic",
     "linear_24",
+    "linear_24_int8",
     "linear_bitmap",
+    "linear_bitmap_int8",
     "linear_dense",
     "mask_global",
     "mask_nm",
@@ -42,6 +51,7 @@ __all__ = [
     "obs_sweep",
     "pack_24",
     "pack_bitmap",
+    "quantize_rows",
     "to_torch_sparse_24",
     "unpack_24",
     "unpack_bitmap",
