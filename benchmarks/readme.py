@@ -272,6 +272,24 @@ def depth_quality(rows: list[Row]) -> list[str]:
     ]
 
 
+def load(rows: list[Row]) -> list[str]:
+    body = [
+        [r["provider"], f"{r['tensor_bytes'] / 1e6:,.0f}",
+         f"{(r['peak_rss_bytes'] - r['imports_rss_bytes']) / 1e6:,.0f}",
+         f"{r['peak_share']:.2f}", f"{r['seconds']:.1f}"]
+        for r in rows
+    ]  # fmt: skip
+    return [
+        "### Memory of loading a checkpoint",
+        "",
+        f"bf16 Llama (random), half of its blocks' weights zero, loaded and every weight touched. "
+        f"{device_of(rows)}. `benchmarks/bench_load.py`.",
+        "",
+        *table(["stored as", "checkpoint MB", "peak MB above imports", "peak / checkpoint",
+                "seconds"], body),
+    ]  # fmt: skip
+
+
 def backward(rows: list[Row]) -> list[str]:
     first = rows[0]
     body = [
@@ -313,6 +331,7 @@ def exactobs(rows: list[Row]) -> list[str]:
 SPECIAL = {
     "walk": walk,
     "memory": memory,
+    "load": load,
     "backward": backward,
     "exactobs": exactobs,
     "sparse_linear": sparse_linear,

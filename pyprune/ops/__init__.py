@@ -20,6 +20,12 @@ from pyprune.ops.pack import (
 )
 from pyprune.ops.row_grid import RowGrid, round_to_grid, row_grid
 from pyprune.ops.select import mask_global, mask_nm, mask_topk
+from pyprune.ops.sparse_int8 import (
+    dequantize_rows,
+    linear_24_int8,
+    linear_bitmap_int8,
+    quantize_rows,
+)
 from pyprune.ops.sparse_linear import linear_24, linear_bitmap, linear_dense
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "ObsSweep",
     "RowGrid",
     "column_norms",
+    "dequantize_rows",
     "fisher_accumulate",
     "gram",
     "inverse_diagonal",
@@ -37,7 +44,9 @@ __all__ = [
     "kron_quadratic",
     "kron_remove",
     "linear_24",
+    "linear_24_int8",
     "linear_bitmap",
+    "linear_bitmap_int8",
     "linear_dense",
     "mask_global",
     "mask_nm",
@@ -48,6 +57,7 @@ __all__ = [
     "obs_sweep",
     "pack_24",
     "pack_bitmap",
+    "quantize_rows",
     "round_to_grid",
     "row_grid",
     "to_torch_sparse_24",
