@@ -58,6 +58,7 @@ setup(
         "pyprune.models",
         "pyprune.ops",
         "pyprune.sparse",
+        "pyprune.surgeon",
         "pyprune.width",
     ],
     package_data={"pyprune.data": ["sotu.jsonl.xz", "SOTU.md"]},

@@ -15,11 +15,13 @@ change of clock or a busy neighbour hits them alike: read ratios, not single tim
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +41,7 @@ Provider = Callable[[int], Any]
 # and, on a GPU, above the jitter of one launch.
 SAMPLE_SECONDS = 0.02
 SMOKE_SAMPLE_SECONDS = 0.0
+RESIDENT_SECONDS = 0.002  # between two looks at the resident size
 
 
 def parse(description: str | None, **extra: dict[str, Any]) -> argparse.Namespace:
@@ -112,6 +115,7 @@ class Bench:
         )
         rows = [self._row(case, name, samples) for name in case.providers]
         self.rows += rows
+        self.finish()  # after every case: an interrupted run keeps what it has measured
         self._print(case, rows)
         return rows
 
@@ -247,14 +251,63 @@ def copy_bandwidth(device: str, smoke: bool = False) -> float:
     return 2.0 * nbytes / min(times)
 
 
-@cache
+class PeakResident:
+    """The highest resident size of this process within a `with` block, above that at its start."""
+
+    def __enter__(self) -> PeakResident:
+        gc.collect()
+        self.start = self.peak = self._resident()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes = self.peak - self.start
+
+    def _watch(self) -> None:
+        while not self._stop.wait(RESIDENT_SECONDS):
+            self.peak = max(self.peak, self._resident())
+
+    @staticmethod
+    def _resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 def environment(device: str) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "torch": torch.__version__,
         "commit": _commit(),
+        "others_share": others_share(),
     }
+
+
+def _busy_and_own() -> tuple[float, float]:
+    """CPU seconds spent so far: by the whole machine (time stolen by its host included), and by
+    this process with its finished children."""
+    ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    own = os.times()
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK"), sum(own[:4])
+
+
+_STARTED = (time.perf_counter(), *_busy_and_own()) if Path("/proc/stat").exists() else None
+
+
+def others_share() -> float | None:
+    """The share of this machine's CPU time that others took since this module was imported, 0 to 1:
+    what a row's times are worth. None where /proc/stat is missing."""
+    if _STARTED is None:
+        return None
+    busy, own = _busy_and_own()
+    seconds = max(time.perf_counter() - _STARTED[0], 1e-3)
+    others = (busy - _STARTED[1]) - (own - _STARTED[2])
+    return round(max(others, 0.0) / (seconds * (os.cpu_count() or 1)), 3)
 
 
 def device_name(device: str) -> str:
@@ -266,6 +319,7 @@ def device_name(device: str) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@cache
 def _commit() -> str:
     """Short hash of the checkout, `+` appended when it has changes; empty outside a checkout."""
     root = Path(__file__).resolve().parent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,16 @@ from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.families import Family, Run
 from pyprune.layers import LayerPruner, check_shapes, layer_inputs, select_linears
+from pyprune.masks import Masks, describe_masks, read_masks
 from pyprune.measure import Measure
-from pyprune.methods import METHODS
+from pyprune.methods import METHODS, SHOT_METHODS
 from pyprune.methods.base import StatisticKind
 from pyprune.methods.table import HEADERS, describe
 from pyprune.models.adapter import Adapter
 from pyprune.patterns import NM, Pattern, Unstructured
 from pyprune.report import (
     CalibrationReport,
+    LayerReport,
     Report,
     RunReport,
     model_card,
@@ -46,6 +48,8 @@ from pyprune.report import (
     source_name,
     versions,
 )
+from pyprune.surgeon.run import Surgeon
+from pyprune.surgeon.state import State
 
 Progress = Callable[[WalkEvent], None]
 
@@ -64,6 +68,8 @@ def prune(
     *,
     config: PruneConfig | None = None,
     progress: Progress | None = None,
+    state: str | Path | None = None,
+    preserve_mask: Masks | None = None,
     **options: Any,
 ) -> Report:
     """Prunes the decoder blocks of a transformers model in memory, in place.
@@ -73,10 +79,15 @@ def prune(
             `config.device` one at a time and come back.
         tokenizer_or_batches: a tokenizer, with which `config.calibration` is read; or the batches
             themselves, see `calibration.batches.as_token_set`. Magnitude needs neither.
-        method: a name in `pyprune.methods.METHODS`.
+        method: a name in `pyprune.methods.METHODS` or `SHOT_METHODS`.
         pattern: "2:4" or NM(2, 4); a sparsity, 0.5 or Unstructured(0.5, "row").
         config: all of it as one value, instead of method, pattern and options.
         progress: called with what the walk does.
+        state: for a method in shots, a directory for what an interrupted run needs to go on after
+            its last shot. Given again, with the model as it was before pruning, the run ends with
+            the same bytes.
+        preserve_mask: bool tensors by layer name, or a safetensors file of them, True = may stay:
+            what is False goes, and counts among the pruned; see `masks.read_masks`.
         options: other fields of `PruneConfig`, `calibration` as a mapping or CalibrationConfig.
 
     Returns:
@@ -91,15 +102,24 @@ def prune(
         raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
     measure = Measure()
     adapter = _adapter(model, config)
+    masks = read_masks(preserve_mask, adapter)
     with measure.phase("tokens"):
         tokens = _tokens(tokenizer_or_batches, model, config)
     device = find_device(config.device)
+    if config.in_shots():
+        _no_masks(config, preserve_mask)
+        surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
+        layers = surgeon.run()
+        return _report(model_name(model), config, tokens, layers, measure, surgeon.notes())
+    _no_state(config, state)
     gradients = _gradients(config, adapter, tokens, device, measure, progress)
     with InMemoryStore(adapter, device) as store:
         pruner = _Session(
-            config, adapter, tokens, store, store.flush, device, measure, progress, gradients
+            config, adapter, tokens, store, store.flush, device, measure, progress, gradients, masks
         ).run()
-    return _report(model_name(model), config, tokens, pruner, measure)
+    return _report(
+        model_name(model), config, tokens, pruner.reports, measure, describe_masks(masks)
+    )
 
 
 def prune_checkpoint(
@@ -109,19 +129,23 @@ def prune_checkpoint(
     progress: Progress | None = None,
     *,
     batches: object = None,
+    state: str | Path | None = None,
+    preserve_mask: Masks | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
     """Prunes a checkpoint into a new directory, one block in memory at a time.
 
     A method that needs gradients takes them first, with the whole model in memory; the walk that
-    prunes then streams as ever, with the gradients' statistics beside it.
+    prunes then streams as ever, with the gradients' statistics beside it. A method in shots has the
+    whole model in memory all the time.
 
     Args:
         source: a Hugging Face directory with safetensors, or a hub id.
         out: a directory that does not exist or is empty. It appears when everything is written.
-        config, progress: see `prune`.
+        config, progress, state: see `prune`.
         batches: token ids to calibrate on; None reads `config.calibration` with the checkpoint's
             own tokenizer.
+        preserve_mask: see `prune`.
         trust_remote_code: run the model code that comes with the checkpoint, if any; it is copied
             into `out` then.
 
@@ -136,14 +160,20 @@ def prune_checkpoint(
     check_output(out)
     with measure.phase("open"):
         checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
+    name = source_name(source)
+    if config.in_shots():
+        _no_masks(config, preserve_mask)
+        return _shots(name, checkpoint, out, config, batches, state, measure, progress)
+    _no_state(config, state)
+    with measure.phase("open"):
         problem = checkpoint.streamable()
         streamed = not problem
-        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-        device = find_device(config.device)
+        dtype, device = _dtype(config), find_device(config.device)
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
         adapter = _adapter(model, config)
+        masks = read_masks(preserve_mask, adapter)
     with measure.phase("tokens"):
-        if batches is None and _shown(config) is not None:
+        if batches is None and _is_shown(config):
             batches = checkpoint.tokenizer()
         tokens = _tokens(batches, model, config)
     gradients = _checkpoint_gradients(config, checkpoint, dtype, tokens, device, measure, progress)
@@ -154,21 +184,86 @@ def prune_checkpoint(
             with measure.phase("copy"):
                 store = StreamingStore(checkpoint, adapter, folder, device, dtype)
             pruner = _Session(
-                config, adapter, tokens, store, store.release, device, measure, progress, gradients
-            ).run()
+                config, adapter, tokens, store, store.release, device, measure, progress, gradients,
+                masks,
+            ).run()  # fmt: skip
         else:
             with InMemoryStore(adapter, device) as memory:
                 flush = memory.flush
                 pruner = _Session(
-                    config, adapter, tokens, memory, flush, device, measure, progress, gradients
-                ).run()
+                    config, adapter, tokens, memory, flush, device, measure, progress, gradients,
+                    masks,
+                ).run()  # fmt: skip
             with measure.phase("write"):
                 model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        name = source_name(source)
-        notes = () if streamed else (f"loaded whole, not streamed block by block: {problem}",)
-        report = _report(name, config, tokens, pruner, measure, notes)
+        notes = describe_masks(masks)
+        if not streamed:
+            notes = (f"loaded whole, not streamed block by block: {problem}", *notes)
+        report = _report(name, config, tokens, pruner.reports, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
     return report
+
+
+def _shots(
+    name: str,
+    checkpoint: Checkpoint,
+    out: str | Path,
+    config: PruneConfig,
+    batches: object,
+    state: str | Path | None,
+    measure: Measure,
+    progress: Progress | None,
+) -> Report:
+    """`prune_checkpoint` for a method in shots."""
+    dtype, device = _dtype(config), find_device(config.device)
+    with measure.phase("open"):
+        model: Any = checkpoint.load_model("cpu", dtype)
+        adapter = _adapter(model, config)
+    with measure.phase("tokens"):
+        tokens = _tokens(checkpoint.tokenizer() if batches is None else batches, model, config)
+    surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
+    with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
+        layers = surgeon.run()
+        streamed = not checkpoint.streamable()
+        copy_auxiliary(checkpoint, folder, index=streamed)
+        with measure.phase("write"):
+            if streamed:
+                empty = _adapter(checkpoint.build_model("meta", dtype), config)
+                store = StreamingStore(checkpoint, empty, folder, "cpu", dtype)
+                for parameter, value in surgeon.parameters().items():
+                    store.write(parameter, value)
+            else:
+                model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        report = _report(name, config, tokens, layers, measure, surgeon.notes())
+        write_report(folder, report.to_dict(), model_card(report))
+    return report
+
+
+def _surgeon(
+    config: PruneConfig,
+    adapter: Adapter,
+    tokens: TokenSet | None,
+    device: torch.device,
+    measure: Measure,
+    progress: Progress | None,
+    state: str | Path | None,
+) -> Surgeon:
+    assert tokens is not None
+    with measure.phase("state"):
+        saved = None if state is None else State(state, adapter.model, config, tokens)
+    return Surgeon(
+        config, adapter, tokens, device=device, measure=measure, progress=progress, state=saved
+    )
+
+
+def _no_state(config: PruneConfig, state: str | Path | None) -> None:
+    if state is not None:
+        raise UserError(f"state: {config.method} is not pruned in shots, expected none")
+
+
+def _no_masks(config: PruneConfig, masks: Masks | None) -> None:
+    if masks is not None:
+        raise UserError(f"preserve_mask: {config.method} takes none; it has preserve_zeros")
 
 
 def _config(
@@ -201,9 +296,15 @@ def _adapter(model: nn.Module, config: PruneConfig) -> Adapter:
     adapter = Adapter.of(model)
     chosen = select_linears(adapter, config.include, config.exclude)
     adapter = adapter.restricted(chosen)
+    most = config.find_method().most_columns
+    limit = None if most is None else most(config.options())
     for i in range(len(adapter.blocks)):
-        check_shapes(adapter.linears(i), config.target())
+        check_shapes(adapter.linears(i), config.target(), limit)
     return adapter
+
+
+def _dtype(config: PruneConfig) -> torch.dtype | None:
+    return None if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def _needs(config: PruneConfig) -> StatisticKind | None:
@@ -216,9 +317,13 @@ def _shown(config: PruneConfig) -> StatisticKind | None:
     return "norms" if needs is None and config.allocation == "owl" else needs
 
 
+def _is_shown(config: PruneConfig) -> bool:
+    return config.in_shots() or _shown(config) is not None
+
+
 def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | None:
     """What the model is shown; None if nothing needs it."""
-    if _shown(config) is None:
+    if not _is_shown(config):
         return None
     if data is None:
         raise UserError(f"calibration: {config.method} expected a tokenizer or batches, got none")
@@ -284,11 +389,12 @@ class _Session:
     measure: Measure
     progress: Progress | None
     gradients: Mapping[str, GradientStatistic]
+    masks: Mapping[str, Tensor]
 
     def run(self) -> LayerPruner:
         """Prunes every block; for a global scope, and for an allocation, after passes that only
         look."""
-        pruner = LayerPruner(self.config, self.gradients)
+        pruner = LayerPruner(self.config, self.gradients, self.masks)
         if self.config.allocation != "uniform":
             pruner.targets = self._allocate()
         if pruner.selection is not None:
@@ -367,7 +473,7 @@ def _report(
     name: str,
     config: PruneConfig,
     tokens: TokenSet | None,
-    pruner: LayerPruner,
+    layers: Sequence[LayerReport],
     measure: Measure,
     notes: tuple[str, ...] = (),
 ) -> Report:
@@ -380,7 +486,7 @@ def _report(
         model=name,
         config=config,
         versions=versions(),
-        layers=tuple(pruner.reports),
+        layers=tuple(layers),
         calibration=calibration,
         notes=notes,
         run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
@@ -395,13 +501,15 @@ def _run(run: Run) -> Report:
         run.out,
         run.config,
         run.bar.walked,
+        state=run.state,
+        preserve_mask=run.preserve_mask,
         trust_remote_code=run.trust_remote_code,
     )
 
 
 FAMILY = Family(
     title="weights (the first scope is the method's default)",
-    methods=lambda: METHODS,
+    methods=lambda: {**METHODS, **SHOT_METHODS},
     config=PruneConfig,
     targets={"sparsity": ("pattern",), "pattern": ("sparsity", "scope")},
     run=_run,

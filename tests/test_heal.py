@@ -13,6 +13,8 @@ from pyprune.calibration.batches import as_token_set
 from pyprune.checkpoint.output import save_model
 from pyprune.cli import main
 from pyprune.config import CalibrationConfig
+from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.repack import repack
 from pyprune.depth.save import drop_layers
 from pyprune.errors import UserError
 from pyprune.heal import HealConfig, heal_model
@@ -126,6 +128,19 @@ def test_command_heals_a_model_with_fewer_layers(tmp_path, capsys):
     saved = json.loads((tmp_path / "healed" / "pyprune.json").read_text())
     assert saved["method"] == "x" and saved["heal"]["zeros"] == report["zeros"] > 0
     assert main(arguments) == 2 and "not empty" in capsys.readouterr().err
+
+
+def test_halves_that_are_zero_stay_so():
+    model = tiny_model("llama", num_hidden_layers=3)
+    graph = ResidualGraph.of(model)
+    packing = repack(graph, [Branch("mlp", 0), Branch("attention", 2), Branch("mlp", 1)])
+    assert [str(branch) for branch in packing.zeros] == ["M0"]
+    dead = dict(model.model.layers[0].mlp.named_parameters())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    report = heal_model(model, tokens(), config())
+    assert report.matrices == 2 * 7 - len(dead) // 2  # weights and biases
+    assert not any(p.any() for p in dead.values())
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
 
 
 def test_default_training_text():

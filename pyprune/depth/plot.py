@@ -18,6 +18,8 @@ LABELS = {"attention": "attention", "mlp": "MLP", "layer": "layer"}
 KEPT = "#e9e9e9"
 # A logarithmic axis where the largest value is so many times the least.
 LOGARITHMIC = 20.0
+# Bars longer than so many times this quantile of all are cut off.
+CUT, QUANTILE = 1.5, 0.85
 Points = Sequence[tuple[int, float]]
 
 
@@ -109,26 +111,34 @@ def _order(axis: Any, decision: Decision) -> None:
 
 
 def _importance(axis: Any, decision: Decision) -> None:
+    """Bars from the dense model's score, if it is known. A few branches of almost any model are
+    many times as important as the rest: their bars are cut off and say how long they are."""
     kinds = ("layer",) if decision.unit == "layer" else KINDS
-    width = 0.8 / len(kinds)
-    values: list[float] = []
+    width, base = 0.8 / len(kinds), decision.dense or 0.0
+    known = [v for v in decision.importance.values() if v is not None and math.isfinite(v)]
+    rises = sorted(v - base for v in known)
+    top = base + CUT * rises[int(QUANTILE * (len(rises) - 1))]
+    if not base < top < max(known):
+        top = math.inf
     for i, kind in enumerate(kinds):
         found = [(x, v) for x, v in _scores(decision, kind) if v is not None and math.isfinite(v)]
-        values += [v for _, v in found]
+        places = [x + (i + 0.5) * width - 0.4 for x, _ in found]
         axis.bar(
-            [x + (i + 0.5) * width - 0.4 for x, _ in found], [v for _, v in found], width,
+            places, [min(v, top) - base for _, v in found], width, base,
             color=COLOURS[kind], label=LABELS[kind],
         )  # fmt: skip
-    positive = [v for v in values if v > 0]
-    if len(positive) == len(values) and max(values) > LOGARITHMIC * min(values):
-        axis.set_yscale("log")
-    if decision.dense is not None and (decision.dense > 0 or axis.get_yscale() == "linear"):
-        axis.axhline(decision.dense, color="black", linewidth=0.8, linestyle=":", label="dense")
-        if axis.get_yscale() == "log":
-            axis.set_ylim(bottom=0.9 * min(decision.dense, *values))
+        for place, (_, v) in zip(places, found, strict=True):
+            if v > top:
+                axis.text(
+                    place, top, f" {v:.3g}", rotation=90, ha="center", va="bottom", fontsize=7
+                )  # fmt: skip
+    if top < math.inf:
+        axis.set_ylim(top=base + 1.3 * (top - base))
+    if decision.dense is not None:
+        axis.axhline(base, color="black", linewidth=0.8, linestyle=":", label="dense")
     axis.set_ylabel(decision.objective)
     axis.set_title("each alone: the higher, the more it matters", fontsize=9)
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", ncols=3)
     _layers(axis, decision)
 
 

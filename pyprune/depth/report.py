@@ -78,10 +78,10 @@ class StructureReport:
         """For a terminal: the removals in order, and what is left."""
         before, after = self.parameters
         config = self.decision.config
-        target = f"ratio {config['ratio']:g}" if config["count"] is None else str(config["count"])
+        given = "ratio" if config["count"] is None else "count"
         table = Table(
             "", "removed", self.decision.objective or "score", "parameters", "share removed",
-            title=f"{self.decision.model}: {self.decision.method}, {target}",
+            title=f"{self.decision.model}: {self.decision.method}, {given} {config[given]:g}",
         )  # fmt: skip
         for column in table.columns[2:]:
             column.justify = "right"

@@ -45,6 +45,8 @@ from pyprune.models.adapter import Adapter
 from pyprune.report import RunReport, model_name, source_name, versions
 
 Curve = tuple[tuple[int, float], ...]
+# Said where re-packing brings nothing.
+NOTHING_GOES = "no layer goes: no attention and MLP of different layers came next to each other"
 
 
 def prune_structure(
@@ -103,6 +105,9 @@ def _prune(
             points = _curve(model, adapter, tokens, decision, before, dense) if curve else ()
         with measure.phase("repacking"):
             packing = repack(ResidualGraph(model, adapter), decision.removed, config.fill)
+    notes = [packing.reason] if packing.reason else []
+    if len(packing.pairs) == packing.before and config.fill == "packed" and not packing.reason:
+        notes.append(NOTHING_GOES)
     return StructureReport(
         decision=decision,
         packing=packing,
@@ -110,7 +115,7 @@ def _prune(
         zeros=_zeros(model, packing.zeros),
         versions=versions(),
         curve=points,
-        notes=(packing.reason,) if packing.reason else (),
+        notes=tuple(notes),
         run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
     )
 
@@ -240,6 +245,7 @@ def _perplexities(
 
 
 def _run(run: Run) -> StructureReport:
+    run.needs_none("state", "preserve_mask")
     if run.pictures is not None:
         check_pictures(run.pictures)
     report = prune_structure_checkpoint(
