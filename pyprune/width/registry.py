@@ -23,9 +23,9 @@ Prune = Callable[..., "WidthDecision"]
 MODULES = (
     "wanda_sp",
     "flap",
+    "multipruner",
     "slicegpt",
     "disp",
-    "multipruner",
 )
 
 
