@@ -57,7 +57,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "flap, mlp": ("flap", {"units": "mlp"}),
     "flap, no bias": ("flap", {"bias": False}),
     "flap, adaptive": ("flap", {"structure": "adaptive"}),
-    "slicegpt": ("slicegpt", {}),
+    "slicegpt": ("slicegpt", {"multiple": 1}),
     "disp-llm": ("disp-llm", {"iterations": 200, "rate": 5e-3}),
 }
 
@@ -120,7 +120,7 @@ def per_branch(ratio: float, dense: PreTrainedModel, args: argparse.Namespace) -
     stream = Stream.of(dense)
     graph = ResidualGraph.of(dense)
     tokenizer = AutoTokenizer.from_pretrained(packaged_model_dir())
-    width = fitting_width(stream, (1 - ratio) * sum(p.numel() for p in dense.parameters()), 8)
+    width = fitting_width(stream, (1 - ratio) * sum(p.numel() for p in dense.parameters()), 1)
     tokens = configured_tokens(tokenizer, shown(args), dense.config)
     batches = [Batch(b.input_ids.to(graph.device), b.attention_mask) for b in tokens.batches]
     bases = basis_per_branch(graph, batches, width)
