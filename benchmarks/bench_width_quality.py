@@ -72,10 +72,12 @@ prune_width_checkpoint(sys.argv[1], sys.argv[2], config)
 
 
 def prune(folder: Path, config: WidthConfig) -> dict[str, Any]:
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", CHILD, str(packaged_model_dir()), str(folder)],
-        input=config.to_yaml(), text=True, check=True,
+        input=config.to_yaml(), text=True, capture_output=True, check=False,
     )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip())
     report: dict[str, Any] = json.loads((folder / "pyprune.json").read_text())
     return report
 
