@@ -26,6 +26,7 @@ from pyprune.width.structure import Group, Slice
 _MLPS: tuple[tuple[tuple[str, ...], str, int], ...] = (
     (("gate_proj", "up_proj"), "down_proj", 1),
     (("gate_up_proj",), "down_proj", 2),
+    (("up_proj",), "down_proj", 1),
     (("fc1",), "fc2", 1),
     (("fc_in",), "fc_out", 1),
     (("c_fc",), "c_proj", 1),
@@ -147,6 +148,8 @@ class _Layer:
         writer = attention.get_submodule(writers[0])
         heads = _inputs(writer) // size
         readers, groups, layout = _readers(attention, children, heads, size)
+        if groups < 1 or heads % groups or heads * size != _inputs(writer):
+            raise _RefusedError(f"its matrices are not made of heads of size {size}")
         _check_rest(attention, children - {*readers, writers[0]}, size)
         if groups == 1:
             raise _RefusedError("has a single key-value head")

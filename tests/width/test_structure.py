@@ -246,6 +246,36 @@ def test_what_cannot_be_cut_says_why():
     assert "spans the heads" in why
 
 
+@pytest.mark.parametrize(
+    "family, refused, units",
+    [
+        ("helium", "not made of heads of size 128", {"mlp"}),  # by default, whatever the width
+        ("nemotron", None, {"heads", "mlp"}),  # up and down without a gate
+        ("codegen", None, {"heads", "mlp"}),
+    ],
+)
+def test_families_beyond_those_supported(family, refused, units):
+    sizes = {"num_key_value_heads": 4, "num_attention_heads": 4, "hidden_size": 32}
+    sizes |= {"intermediate_size": 64, "num_hidden_layers": 1}
+    if family == "codegen":
+        sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "rotary_dim": 8, "n_positions": 64}
+    config = AutoConfig.for_model(family, vocab_size=64, pad_token_id=0, **sizes)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    widths = Widths.of(model)
+    assert {g.kind for g in widths.groups} == units
+    assert bool(refused) == bool(widths.refused)
+    if refused:
+        assert refused in next(iter(widths.refused.values()))
+    if family == "codegen":  # it reuses a name for queries, keys and values in another order
+        for p in model.parameters():
+            p.data.normal_(float(p.dim() == 1), 0.2)
+        with pytest.raises(UserError, match="unknown structure of attention or MLP"):
+            cut(widths, some_units(widths))
+    elif family == "nemotron":
+        assert cut(widths, some_units(widths)).sizes["intermediate_size"] == (64, 32)
+
+
 def test_bloom_is_masked_and_says_what_is_lost():
     model = model_of("bloom")
     widths = Widths.of(model)
