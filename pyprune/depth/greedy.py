@@ -31,10 +31,10 @@ Tick = Callable[[int, int], None]
 class GreedyOptions(AddOns):
     """mode: exact (every candidate in every round), fast (lazy greedy with audits), naive (a full
     forward per candidate: the reference). objective: perplexity, or kl to the dense model. every:
-    score each n-th token (1: all). memory_mb: for cached hidden states and live streams. width:
-    streams that run at once. audit_every: fast looks at everything in every n-th round (0: never).
-    looks: candidates that fast scores at a time. state: a file that the search continues from after
-    an interruption. And the add-ons `compensate`, `refit`, `ridge`.
+    score each n-th token (1: all). memory_mb: for cached hidden states and live streams; more of it
+    saves time. width: streams that run at once. audit_every: fast looks at everything in every n-th
+    round (0: never). looks: candidates that fast scores at a time. state: a file that the search
+    continues from after an interruption. And the add-ons `compensate`, `refit`, `ridge`.
     """
 
     mode: Mode = "exact"
