@@ -11,7 +11,7 @@ the next sweep goes on with them from there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from pyprune.depth.score import Scorer
 
 # Positions at which a sweep keeps its streams for the next one, at most.
 CHECKPOINTS = 16
+Tick = Callable[[int, int], None]
 REFERENCE: Unit = ()  # the stream that skips nothing
 
 
@@ -32,7 +33,8 @@ class WalkDown:
     for streams) and half for live streams. Where the cache is too small only every s-th position of
     the reference is kept, and streams at fewer positions or at none; where live streams do not fit,
     the candidates go in groups, each from the reference's state where the last one ended: the same
-    work, weights read more often. width: streams that run through a branch at once.
+    work, weights read more often. width: streams that run through a branch at once. tick: told how
+    many batches of how many a sweep is through with.
     """
 
     def __init__(self, graph: ResidualGraph, scorer: Scorer, memory: int, width: int) -> None:
@@ -55,6 +57,7 @@ class WalkDown:
         self._cache: list[dict[int, State]] = [{} for _ in tokens]
         self._streams: list[dict[Unit, dict[int, State]]] = [{} for _ in tokens]
         self._contexts: tuple[int, dict[int, Context]] = (-1, {})
+        self.tick: Tick = lambda done, total: None
 
     def forget_after(self, position: int) -> None:
         """The branch at `position` has been removed: cached states behind it are no longer true,
@@ -79,6 +82,7 @@ class WalkDown:
             back = torch.empty_like(found)
             back[order] = found
             rows.append(back)
+            self.tick(i + 1, count)
         return self.scorer.total(rows)
 
     @torch.no_grad()

@@ -279,6 +279,23 @@ def test_add_ons_leave_the_search_alone(method):
     assert {t["kind"] for t in more.transforms} <= {"compensate", "refit"} and more.transforms
 
 
+@pytest.mark.parametrize("mode", ["exact", "fast", "naive"])
+def test_progress_is_told(mode):
+    told = []
+    model = model_of("llama")
+    run_search(
+        model,
+        Adapter.of(model),
+        tokens(),
+        config(mode=mode, count=2),
+        lambda words, done, total: told.append((words, done, total)),
+    )
+    assert any(words.startswith("removal 1: ") for words, _, _ in told)
+    assert [words.startswith("removed") for words, _, _ in told].count(True) == 2
+    shares = [done for _, done, _ in told]
+    assert shares == sorted(shares) and shares[-1] == 1.0 and {t for _, _, t in told} == {1.0}
+
+
 def test_decision_round_trip(tmp_path):
     found = search(model_of("llama"), config())
     values = json.loads(json.dumps(found.to_dict()))
