@@ -29,11 +29,11 @@ REFERENCE: Unit = ()  # the stream that skips nothing
 class WalkDown:
     """Sweeps over the batches of `scorer`, with states cached between sweeps.
 
-    memory: bytes for hidden states: half for the cache (a half of it for the reference, the other
-    for streams) and half for live streams. Where the cache is too small only every s-th position of
-    the reference is kept, and streams at fewer positions or at none; where live streams do not fit,
-    the candidates go in groups, each from the reference's state where the last one ended: the same
-    work, weights read more often. width: streams that run through a branch at once. tick: told how
+    memory: bytes for hidden states, half for the cache and half for live streams. In the cache the
+    reference comes first; if it does not fit, only every s-th position is kept. What is left of it
+    says at how many positions streams are kept. Where live streams do not fit, the candidates go in
+    groups, each from the reference's state where the last one ended: the same work, weights read
+    more often. width: streams that run through a branch at once. tick: told how
     many batches of how many a sweep is through with.
     """
 
@@ -43,15 +43,16 @@ class WalkDown:
         self.width = width
         parameter = next(iter(graph.model.parameters()))
         config = graph.model.config.get_text_config()
-        # A state is two tensors at worst.
-        size = 2 * config.hidden_size * parameter.element_size()
+        # A state is two tensors before the MLP of a parallel layer.
+        size = config.hidden_size * parameter.element_size()
+        size *= 1 + any(layout.parallel for layout in graph.layouts)
         tokens = [batch.input_ids.numel() for batch in scorer.batches]
-        branches, quarter = len(graph.branches), max(1, memory // 4)
+        branches, cache = len(graph.branches), max(1, memory // 2)
+        whole = branches * sum(tokens) * size  # a state of all batches at every position
         self._room = [max(1, memory // 2 // (n * size)) for n in tokens]
-        self.stride = max(1, -(-branches * sum(tokens) * size // quarter))
+        self.stride = -(-whole // cache)
         # At a position there is a stream of each branch before it: half of them on average.
-        streams = quarter // (branches * sum(tokens) * size) * 2
-        self.checkpoints = min(CHECKPOINTS, branches - 1, streams)
+        self.checkpoints = max(0, min(CHECKPOINTS, branches - 1, 2 * (cache - whole) // whole))
         step = branches / (self.checkpoints + 1)
         self._kept_at = {round(k * step) for k in range(1, self.checkpoints + 1)}
         self._cache: list[dict[int, State]] = [{} for _ in tokens]

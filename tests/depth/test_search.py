@@ -91,7 +91,7 @@ def test_little_memory_changes_nothing(width, monkeypatch):
 
     class Tight(greedy.WalkDown):
         def __init__(self, graph, scorer, memory, width):
-            super().__init__(graph, scorer, 40_000, width)
+            super().__init__(graph, scorer, 20_000, width)
             assert self.stride > 2 and self._room[0] == 3 and self.checkpoints == 0
 
     monkeypatch.setattr(greedy, "WalkDown", Tight)
