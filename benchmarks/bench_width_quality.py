@@ -57,7 +57,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "flap, mlp": ("flap", {"units": "mlp"}),
     "flap, no bias": ("flap", {"bias": False}),
     "flap, adaptive": ("flap", {"structure": "adaptive"}),
-    "slicegpt": ("slicegpt", {}),
+    "slicegpt": ("slicegpt", {"multiple": 1}),
     "disp-llm": ("disp-llm", {"iterations": 200, "rate": 5e-3}),
 }
 
@@ -72,10 +72,12 @@ prune_width_checkpoint(sys.argv[1], sys.argv[2], config)
 
 
 def prune(folder: Path, config: WidthConfig) -> dict[str, Any]:
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", CHILD, str(packaged_model_dir()), str(folder)],
-        input=config.to_yaml(), text=True, check=True,
+        input=config.to_yaml(), text=True, capture_output=True, check=False,
     )  # fmt: skip
+    if done.returncode != 0:
+        raise RuntimeError(done.stderr.strip())
     report: dict[str, Any] = json.loads((folder / "pyprune.json").read_text())
     return report
 
@@ -120,7 +122,7 @@ def per_branch(ratio: float, dense: PreTrainedModel, args: argparse.Namespace) -
     stream = Stream.of(dense)
     graph = ResidualGraph.of(dense)
     tokenizer = AutoTokenizer.from_pretrained(packaged_model_dir())
-    width = fitting_width(stream, (1 - ratio) * sum(p.numel() for p in dense.parameters()), 8)
+    width = fitting_width(stream, (1 - ratio) * sum(p.numel() for p in dense.parameters()), 1)
     tokens = configured_tokens(tokenizer, shown(args), dense.config)
     batches = [Batch(b.input_ids.to(graph.device), b.attention_mask) for b in tokens.batches]
     bases = basis_per_branch(graph, batches, width)

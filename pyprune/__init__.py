@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pyprune.depth.run import prune_structure, prune_structure_checkpoint
     from pyprune.prune import prune, prune_checkpoint
     from pyprune.sparse.load import load
+    from pyprune.width.config import WidthConfig
+    from pyprune.width.run import prune_width, prune_width_checkpoint
 
 __version__ = "0.1.0"
 
@@ -23,6 +25,7 @@ __all__ = [
     "CalibrationConfig",
     "PruneConfig",
     "StructureConfig",
+    "WidthConfig",
     "__version__",
     "load",
     "ops",
@@ -30,17 +33,22 @@ __all__ = [
     "prune_checkpoint",
     "prune_structure",
     "prune_structure_checkpoint",
+    "prune_width",
+    "prune_width_checkpoint",
 ]
 
 _HOMES = {
     "CalibrationConfig": "pyprune.config",
     "PruneConfig": "pyprune.config",
     "StructureConfig": "pyprune.depth.config",
+    "WidthConfig": "pyprune.width.config",
     "load": "pyprune.sparse.load",
     "prune": "pyprune.prune",
     "prune_checkpoint": "pyprune.prune",
     "prune_structure": "pyprune.depth.run",
     "prune_structure_checkpoint": "pyprune.depth.run",
+    "prune_width": "pyprune.width.run",
+    "prune_width_checkpoint": "pyprune.width.run",
 }
 
 

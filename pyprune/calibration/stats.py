@@ -57,7 +57,8 @@ class NormStatistic:
 
 
 class MomentStatistic:
-    """Mean and variance of every column, in fp64.
+    """Mean and variance of every column, kept in fp64 (a part's own sums are in fp32 unless it is
+    fp64).
 
     `mean[j] = sum_t w_t x_tj / sum_t w_t`, `squares[j] = sum_t w_t (x_tj - mean[j])**2`, put
     together part by part (Chan, Golub and LeVeque 1983, eq. 2.1), so that a mean far from zero
@@ -70,16 +71,20 @@ class MomentStatistic:
         self.tokens = 0.0
 
     def update(self, x: Tensor, weight: Tensor | None = None) -> None:
-        x = x.double()
+        x = x if x.dtype == torch.float64 else x.float()
         if weight is None:
-            weight = torch.ones(len(x), dtype=torch.float64, device=x.device)
+            weight = torch.ones(len(x), dtype=x.dtype, device=x.device)
         # Rows without weight may hold anything, NaN included.
-        x, weight = x[weight > 0], weight[weight > 0].double()
-        tokens = float(weight.sum())
+        x, weight = (x, weight) if bool(weight.all()) else (x[weight > 0], weight[weight > 0])
+        weight = weight.to(x.dtype)
+        tokens = float(weight.sum(dtype=torch.float64))
         if tokens == 0:
             return
         mean = weight @ x / tokens
-        self._add(mean, weight @ (x - mean).square_(), tokens)
+        x = x - mean
+        rest = (weight @ x).double() / tokens  # what rounding left of the mean
+        squares = (weight @ x.square_()).double() - tokens * rest.square()
+        self._add(mean.double() + rest, squares, tokens)
 
     def merge(self, other: MomentStatistic) -> None:
         _check_columns(self.mean, other.mean)

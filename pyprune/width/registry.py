@@ -23,6 +23,7 @@ Prune = Callable[..., "WidthDecision"]
 MODULES = (
     "wanda_sp",
     "flap",
+    "multipruner",
     "slicegpt",
     "disp",
 )

@@ -26,8 +26,9 @@ NOTE = (
 
 @dataclass(frozen=True)
 class SliceGptOptions:
-    """multiple: of which the width of the stream is a multiple. normalised: directions are those of
-    the stream as norms see it, every token alike (else of the stream itself)."""
+    """multiple: of which the width of the stream is a multiple (with Llama it is one of the number
+    of heads in any case). normalised: directions are those of the stream as norms see it, every
+    token alike (else of the stream itself)."""
 
     multiple: int = 8
     normalised: bool = True
@@ -52,7 +53,9 @@ def slicegpt(
     options: SliceGptOptions = config.own_options()
     before = sum(p.numel() for p in model.parameters())
     stream = Stream.of(model)
-    width = fitting_width(stream, (1 - config.ratio) * before, options.multiple)
+    most = (1 - config.ratio) * before
+    width = fitting_width(stream, most, options.multiple)
+    notes = _notes(stream, width, affordable_width(stream, most, options.multiple))
     graph = stream.graph
     batches = [_on(batch, graph.device) for batch in tokens.batches]
     if progress is not None:
@@ -65,7 +68,6 @@ def slicegpt(
     )
     stream.slice(basis)
     _compare(model, probe, expected)
-    tied = ("the head is no longer tied to the embeddings",) if stream.tied else ()
     after = sum(p.numel() for p in model.parameters())
     return WidthDecision(
         method=config.method,
@@ -74,21 +76,26 @@ def slicegpt(
         sizes={"hidden_size": (stream.width, width)},
         parameters=(before, after),
         wanted=after,
-        notes=(NOTE, *tied),
+        notes=notes,
         calibration=calibration_facts(tokens),
         config=config.to_dict(),
         transforms=({"rotation": "principal directions", "eps": "scaled by d / d'"},),
     )
 
 
+def affordable_width(stream: Stream, most: float, multiple: int) -> int:
+    """The widest stream, a multiple, with at most `most` parameters; 0 if there is none."""
+    each = stream.numel(1) - stream.numel(0)
+    widest = min(int((most - stream.numel(0)) // each), stream.width)
+    return max(0, widest // multiple * multiple)
+
+
 def fitting_width(stream: Stream, most: float, multiple: int) -> int:
-    """The widest stream with at most `most` parameters that the configuration takes.
+    """The widest of them that the configuration takes.
 
     Raises UserError if there is none.
     """
-    each = stream.numel(1) - stream.numel(0)
-    start = min(int((most - stream.numel(0)) // each), stream.width)
-    for width in range(start // multiple * multiple, 0, -multiple):
+    for width in range(affordable_width(stream, most, multiple), 0, -multiple):
         if stream.fits(width):
             return width
     total = sum(p.numel() for p in stream.graph.model.parameters())
@@ -97,6 +104,17 @@ def fitting_width(stream: Stream, most: float, multiple: int) -> int:
         f"{stream.numel(multiple):,} parameters (untied) of {total:,}, got a target of "
         f"{int(most):,}"
     )
+
+
+def _notes(stream: Stream, width: int, affordable: int) -> tuple[str, ...]:
+    """What a reader of the result should know; of the stream as it still is."""
+    notes = [NOTE]
+    if stream.tied:
+        notes.append("the head is no longer tied to the embeddings")
+    if width < affordable:
+        name = type(stream.graph.model.config.get_text_config()).__name__
+        notes.append(f"{width} is narrower than asked for, but {name} does not take {affordable}")
+    return tuple(notes)
 
 
 def _compare(model: Any, probe: Batch, expected: torch.Tensor) -> None:

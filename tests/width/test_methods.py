@@ -84,6 +84,10 @@ def test_moments_equal_two_passes_however_they_are_split():
         assert moments.tokens == 48 and moments.finite()
         torch.testing.assert_close(moments.mean, real.mean(0), rtol=1e-12, atol=0)
         torch.testing.assert_close(moments.variance(), real.var(0, correction=0), rtol=1e-9, atol=0)
+    single = MomentStatistic(7)
+    single.update((x - 1e4 + 30).float(), weight)
+    torch.testing.assert_close(single.mean, real.mean(0) - 1e4 + 30, rtol=1e-6, atol=0)
+    torch.testing.assert_close(single.variance(), real.var(0, correction=0), rtol=1e-5, atol=0)
     whole.update(torch.full((1, 7), math.nan))
     assert not whole.finite()
 
@@ -330,7 +334,7 @@ def test_bf16(method):
     config = WidthConfig(method, ratio=0.1, method_options=options)
     decision = run_width(model, token_set(padded=True), config)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert decision.parameters[1] < decision.parameters[0]
+    assert decision.wanted < decision.parameters[0]
     assert logits(model, tiny_tokens()).isfinite().all()
 
 

@@ -166,8 +166,16 @@ def test_slicegpt_meets_the_ratio(tmp_path):
     assert old == 64 and new == model.config.hidden_size and new % 4 == 0
     wider = Stream.of(tiny_model("llama", hidden_size=64, intermediate_size=96)).numel(new + 4)
     assert wider > 0.75 * before
+    assert not any("narrower than asked" in note for note in decision.notes)
     tied = tiny_model("qwen2", hidden_size=64)
     decision = run_width(tied, tokens_of(), config)
     assert any("no longer tied" in note for note in decision.notes)
+    # Llama's width has to be a multiple of its 4 heads.
+    odd = WidthConfig("slicegpt", ratio=0.25, method_options={"multiple": 3})
+    decision = run_width(
+        tiny_model("llama", hidden_size=64, intermediate_size=96), tokens_of(), odd
+    )
+    assert decision.sizes["hidden_size"][1] % 12 == 0
+    assert any("LlamaConfig does not take" in note for note in decision.notes)
     with pytest.raises(UserError, match="ratio: expected a stream"):
         run_width(tiny_model("llama"), tokens_of(), WidthConfig("slicegpt", ratio=0.99))

@@ -1,0 +1,153 @@
+"""MultiPruner: the search against a naive loop, and what is saved."""
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM
+
+from pyprune.calibration.batches import as_token_set
+from pyprune.checkpoint.output import save_model
+from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.score import Scorer
+from pyprune.errors import UserError
+from pyprune.width.config import WidthConfig
+from pyprune.width.multipruner import MultiPrunerOptions, WidthSearch, _by_norm
+from pyprune.width.registry import run_width
+from pyprune.width.structure import Widths
+
+GQA = {"num_attention_heads": 8, "num_key_value_heads": 4}
+
+
+def model_of(family="llama", layers=4):
+    depth = "n_layer" if family == "gpt2" else "num_hidden_layers"
+    return tiny_model(family, **{depth: layers}, **(GQA if family == "llama" else {}))
+
+
+def tokens_of():
+    return as_token_set(list(tiny_tokens(4, 12).split(2)), vocabulary=64, positions=128)
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def perplexity(model, tokens, removed=()):
+    graph = ResidualGraph.of(model)
+    scorer = Scorer(graph, tokens.batches)
+    return scorer.total([scorer.rows_naive(i, removed) for i in range(len(tokens.batches))])[0]
+
+
+@torch.no_grad()
+def naive(model, tokens, removed, kind, parameters, steps):
+    """Every candidate by whole forwards of a model whose units are masked."""
+    widths = Widths.of(model)
+    groups = {
+        g.name: g
+        for g in widths.of_kind(kind)
+        if Branch("mlp" if kind == "mlp" else "attention", g.layer) not in removed
+    }
+    left = {name: g.units for name, g in groups.items()}
+    step = {name: 1 if kind == "heads" else -(-g.units // steps) for name, g in groups.items()}
+    original = {k: v.clone() for k, v in model.state_dict().items()}
+    log, gone = [], 0
+    while gone < parameters:
+        scores = {}
+        for name in groups:
+            if left[name] - step[name] < 1:
+                continue
+            tried = left | {name: left[name] - step[name]}
+            order = {n: _by_norm(g) for n, g in groups.items()}
+            widths.mask({n: order[n][: tried[n]].sort().values for n in groups})
+            scores[name] = perplexity(model, tokens, removed)
+            model.load_state_dict(original)
+        best = min(scores, key=scores.get)
+        left[best] -= step[best]
+        gone += step[best] * groups[best].unit_parameters
+        log.append((best, left[best], scores[best]))
+    return log
+
+
+@pytest.mark.parametrize("states", [None, 3])
+@pytest.mark.parametrize("kind", ["mlp", "heads"])
+def test_exact_equals_a_naive_loop(kind, states, monkeypatch):
+    tokens, removed = tokens_of(), [Branch("attention", 1), Branch("mlp", 2)]
+    parameters = 9000 if kind == "mlp" else 4000
+    expected = naive(model_of(), tokens, removed, kind, parameters, steps=4)
+    model = model_of()
+    graph = ResidualGraph.of(model)
+    widths = Widths(model, graph.adapter, Widths.of(model).groups, {})
+    options = MultiPrunerOptions(steps=4, mode="exact", memory_mb=1)
+    if states:  # no more than so many of them fit
+        size = tokens.tokens * 32 * 4
+        monkeypatch.setattr("pyprune.width.multipruner.MEGABYTE", states * size)
+    search = WidthSearch(graph, widths, tokens, removed, options)
+    gone = search.remove(kind, parameters)
+    assert search._stride == (3 if states else 1)
+    names = {g.name: str(b) for b, module in search._modules.items() for g in module}
+    assert [(a, b) for a, b, _ in search.log] == [(names[a], b) for a, b, _ in expected]
+    for (_, _, got), (_, _, want) in zip(search.log, expected, strict=True):
+        assert got == pytest.approx(want, rel=1e-4)
+    assert gone >= parameters
+
+
+def test_fast_scores_less_and_agrees_at_first():
+    tokens = tokens_of()
+    logs, counts = {}, {}
+    for mode in ("exact", "fast"):
+        model = model_of()
+        graph = ResidualGraph.of(model)
+        search = WidthSearch(graph, Widths.of(model), tokens, [], MultiPrunerOptions(mode=mode))
+        score, count = search._score, []
+        search._score = lambda b, score=score, count=count: (count.append(b), score(b))[1]
+        search.remove("mlp", 12000)
+        logs[mode], counts[mode] = search.log, len(count)
+    assert counts["fast"] < counts["exact"] and logs["fast"][0] == logs["exact"][0]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "gpt2"])
+@pytest.mark.parametrize("blocks", [0.5, 0.0])
+def test_saved_is_the_masked_model(family, blocks, tmp_path):
+    ids, model = tiny_tokens(2, 9), model_of(family)
+    options = {"blocks": blocks, "steps": 8, "heads": 0.1}
+    decision = run_width(
+        model, tokens_of(), WidthConfig("multipruner", ratio=0.3, method_options=options)
+    )
+    before, after = decision.parameters
+    assert after == sum(p.numel() for p in model.parameters())
+    assert decision.wanted <= 0.7 * before and decision.wanted < after <= before
+    assert any("a stock model has one size" in note for note in decision.notes)
+    dense = model_of(family)
+    names = decision.transforms[0]["branches"]
+    assert bool(names) == (blocks > 0)
+    removed = [Branch("attention" if n[0] == "A" else "mlp", int(n[1:])) for n in names]
+    Widths.of(dense).mask(decision.kept())
+    with ResidualGraph.of(dense).skipping(removed):
+        expected = logits(dense, ids)
+    torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=2e-5)
+    save_model(model, None, tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    torch.testing.assert_close(logits(loaded.eval(), ids), logits(model, ids))
+
+
+def test_order_is_by_norm():
+    group = Widths.of(model_of()).of_kind("heads")[0]
+    attention = group.writer.module
+    assert attention is not None
+    q, k, v = (part.module for part in group.slices[:6:2])
+    rows = [m.weight.detach().view(4, -1).abs().sum(1) + m.bias.detach().view(4, -1).abs().sum(1)
+            for m in (q, k, v)]  # fmt: skip
+    expected = sum(rows).argsort(descending=True)
+    assert torch.equal(_by_norm(group), expected)
+
+
+def test_bad_requests():
+    for bad in ({"blocks": 0.9, "heads": 0.2}, {"steps": 1}, {"heads": -0.1}):
+        with pytest.raises(UserError, match="options: expected"):
+            WidthConfig("multipruner", ratio=0.1, method_options=bad)
+    config = WidthConfig("multipruner", ratio=0.6, method_options={"blocks": 0.0, "heads": 1.0})
+    with pytest.raises(UserError, match="expected KV groups that still can go"):
+        run_width(model_of(), tokens_of(), config)
