@@ -169,6 +169,23 @@ def test_single_costs_with_damped_and_undamped_numerators():
     assert loss == pytest.approx(float(costs[2, 3]), rel=1e-5)
 
 
+def test_a_unit_of_columns_costs_the_loss_of_removing_them_together():
+    w, a, g = random_problem(6, 12)
+    a[2], a[:, 2], w[:, 7] = 0, 0, 0  # a dead input, and a column that is gone
+    there = Curvature.of(w, a, g, g_damping=0.0)
+    none = torch.tensor([], dtype=torch.long)
+    for columns in (
+        torch.arange(12).view(4, 3),
+        torch.arange(12).view(2, 6).T,
+        torch.arange(12)[:, None],
+    ):
+        costs = there.unit_costs(w, columns)
+        for cost, unit in zip(costs, columns, strict=True):
+            new = there.without_structures(w, none, unit)
+            assert float(cost) == pytest.approx(there.loss(new - w), abs=1e-12)
+    assert float(costs[2]) == float(costs[7]) == 0
+
+
 def dead_problem():
     """A row without gradient, a column without input, one row and one column removed before."""
     w, a, g = random_problem()
