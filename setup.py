@@ -59,6 +59,7 @@ setup(
         "pyprune.ops",
         "pyprune.sparse",
         "pyprune.surgeon",
+        "pyprune.width",
     ],
     package_data={"pyprune.data": ["sotu.jsonl.xz", "SOTU.md"]},
     ext_modules=[Extension("pyprune._C", sources=[])] if WITH_NATIVE else [],

@@ -12,6 +12,8 @@ from pyprune import _transformers_hook
 if TYPE_CHECKING:
     from pyprune import ops
     from pyprune.config import CalibrationConfig, PruneConfig
+    from pyprune.depth.config import StructureConfig
+    from pyprune.depth.run import prune_structure, prune_structure_checkpoint
     from pyprune.prune import prune, prune_checkpoint
     from pyprune.sparse.load import load
 
@@ -20,19 +22,25 @@ __version__ = "0.1.0"
 __all__ = [
     "CalibrationConfig",
     "PruneConfig",
+    "StructureConfig",
     "__version__",
     "load",
     "ops",
     "prune",
     "prune_checkpoint",
+    "prune_structure",
+    "prune_structure_checkpoint",
 ]
 
 _HOMES = {
     "CalibrationConfig": "pyprune.config",
     "PruneConfig": "pyprune.config",
+    "StructureConfig": "pyprune.depth.config",
     "load": "pyprune.sparse.load",
     "prune": "pyprune.prune",
     "prune_checkpoint": "pyprune.prune",
+    "prune_structure": "pyprune.depth.run",
+    "prune_structure_checkpoint": "pyprune.depth.run",
 }
 
 

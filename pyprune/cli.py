@@ -12,7 +12,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pyprune.checkpoint import Checkpoint
-    from pyprune.config import PruneConfig
+    from pyprune.config import ConfigFile
+    from pyprune.families import Family
 
 USAGE, INTERRUPTED = 2, 130
 # typer brings its own copy of click's exceptions in some versions and click's in others.
@@ -164,7 +165,9 @@ def _resolve(model: str, bar: ProgressBar) -> str:
     "pyprune prune packaged --method sparsegpt --pattern 2:4 --out pruned\n\n"
     "pyprune prune ./llama --method wanda --sparsity 0.6 --scope row --out pruned\n\n"
     "pyprune prune org/model --config run.yaml --out pruned --json > report.json\n\n"
-    "pyprune prune ./llama -m magnitude -s 0.5 --exclude '*.down_proj' --out pruned"
+    "pyprune prune ./llama -m magnitude -s 0.5 --exclude '*.down_proj' --out pruned\n\n"
+    "pyprune prune ./llama -m blockpruner --ratio 0.2 --out smaller --report pictures\n\n"
+    "pyprune prune ./llama -m shortgpt --count 4 -O refit=true --out smaller"
 )
 def prune(
     model: Model,
@@ -173,7 +176,10 @@ def prune(
     ],
     config: Annotated[
         Path | None,
-        typer.Option(help="A YAML file with the fields of PruneConfig; options override it."),
+        typer.Option(
+            help="A YAML file with the fields of PruneConfig or StructureConfig; options override "
+            "it."
+        ),
     ] = None,
     method: Annotated[
         str | None, typer.Option("--method", "-m", help="See [b]pyprune methods[/b].")
@@ -239,6 +245,24 @@ def prune(
             help="Gradients with less memory and one more forward.",
         ),
     ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="For methods that remove structure: the share to remove, see --by."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Instead of --ratio: branches or layers to remove.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="What --ratio is a share of: params, count or latency (measured)."),
+    ] = None,
+    fill: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers left with one branch: packed (as few layers as possible) or zeros (all "
+            "layers stay)."
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(help="Layers to prune, e.g. 'model.layers.0.*'. Repeatable.")
     ] = None,
@@ -280,9 +304,17 @@ def prune(
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="For methods that remove structure: pictures of what went, how much each branch "
+            "matters, and perplexity against parameters; a directory, or one .png file."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prune a checkpoint into a new directory, one block in memory at a time."""
+    """Prune a checkpoint into a new directory: weights, one block in memory at a time, or branches
+    and layers."""
     options = {
         "method": method,
         "sparsity": sparsity,
@@ -299,6 +331,10 @@ def prune(
         "block_size": block_size,
         "method_options": _method_options(method_option) if method_option else None,
         "gradient_checkpointing": gradient_checkpointing,
+        "ratio": ratio,
+        "count": count,
+        "by": by,
+        "fill": fill,
         "include": include or None,
         "exclude": exclude or None,
         "walk": walk,
@@ -315,23 +351,16 @@ def prune(
         "padding": padding,
         "bos": bos,
     }
-    full = _prune_config(config, options, shown)
+    family, full = _prune_config(config, options, shown)
     from pyprune.checkpoint import check_output
+    from pyprune.families import Run
 
     check_output(out)
     _quiet()
-    from pyprune.prune import prune_checkpoint
-
     with ProgressBar(_stderr(), "pruning") as bar:
-        report = prune_checkpoint(
-            _resolve(model, bar),
-            out,
-            full,
-            bar.walked,
-            state=state,
-            trust_remote_code=trust_remote_code,
-        )
-    _show(report.to_dict(), as_json, report.table(), f"Saved in {out}")
+        source = _resolve(model, bar)
+        outcome = family.run(Run(source, out, full, bar, trust_remote_code, report, state))
+    _show(outcome.to_dict(), as_json, outcome.table(), f"Saved in {out}")
 
 
 def _method_options(given: list[str]) -> dict[str, Any]:
@@ -353,31 +382,36 @@ def _method_options(given: list[str]) -> dict[str, Any]:
 
 def _prune_config(
     file: Path | None, options: dict[str, Any], calibration: dict[str, Any]
-) -> PruneConfig:
-    """The file's fields (or the defaults), overridden by the options that were given."""
-    from pyprune.config import PruneConfig
+) -> tuple[Family, ConfigFile]:
+    """The family of the method, and the file's fields (or the defaults), overridden by the options
+    that were given."""
+    from pyprune.config import PruneConfig, read_yaml_file
+    from pyprune.families import find_family
 
-    values: dict[str, Any] = {} if file is None else PruneConfig.load(file).to_dict()
+    values: dict[str, Any] = {} if file is None else dict(read_yaml_file(file))
     given = {name: value for name, value in options.items() if value is not None}
-    # One of the two takes the place of the other in the file; both together are refused below.
-    if "sparsity" in given:
-        values.pop("pattern", None)
-    if "pattern" in given:
-        values.pop("sparsity", None)
-        values.pop("scope", None)
-    shown = {name: value for name, value in calibration.items() if value is not None}
+    method = given.get("method", values.get("method", PruneConfig.method))
+    family = find_family(method)
+    known = {field.name for field in fields(family.config)}
+    for name in given:
+        if name not in known:
+            option = {"method_options": "option"}.get(name, name).replace("_", "-")
+            raise UserError(f"--{option}: not for {method}; see pyprune prune --help")
+    # One takes the place of the other in the file; both together are refused below.
+    for name in set(family.targets) & set(given):
+        for other in family.targets[name]:
+            values.pop(other, None)
     # The file's options of its method, unless another method is asked for.
-    if given.get("method", values.get("method")) == values.get("method"):
-        if "method_options" in given:
-            given["method_options"] = {
-                **values.get("method_options", {}),
-                **given["method_options"],
-            }
-    else:
+    if method != values.get("method", method):
         values.pop("method_options", None)
+    own = values.get("method_options")
+    if isinstance(own, dict) and "method_options" in given:
+        given["method_options"] = {**own, **given["method_options"]}
     values |= given
-    values["calibration"] = {**values.get("calibration", {}), **shown}
-    return PruneConfig.from_dict(values)
+    shown = {name: value for name, value in calibration.items() if value is not None}
+    text = values.get("calibration", {})
+    values["calibration"] = {**text, **shown} if isinstance(text, dict) else text
+    return family, family.config.from_dict(values)
 
 
 @app.command(
@@ -481,40 +515,23 @@ def inspect(
 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
-    """The table of what can be combined."""
-    from pyprune.methods import METHODS, SHOT_METHODS
-    from pyprune.methods.options import describe_options
+    """The tables of what there is and what can be combined."""
+    from pyprune.families import families
 
-    table = Table("method", "what", "scopes", "N:M", "calibration", "--update")
-    table.columns[0].no_wrap = True
-    table.show_lines = True
-    rows, notes = [], ["The first scope is the method's default."]
-    for method in (*METHODS.values(), *SHOT_METHODS.values()):
-        own = describe_options(method.options_type)
-        row = {
-            "name": method.name,
-            "title": method.title,
-            "paper": method.paper,
-            "scopes": list(method.scopes),
-            "nm": method.nm,
-            "statistic": method.statistic,
-            "updates_weights": method.updates_weights,
-            "updates": list(method.updates),
-            "gradient": method.gradient is not None,
-            "options": own,
-        }
-        rows.append(row)
-        notes += [f"{method.name} -O {name}=...: {takes}" for name, takes in own.items()]
-        table.add_row(
-            method.name,
-            f"{method.title} ({method.paper})",
-            ", ".join(method.scopes),
-            "any" if method.nm else "no",
-            ", ".join(filter(None, [method.statistic, "gradients" if method.gradient else None]))
-            or "none",
-            "by itself" if method.updates_weights else ", ".join(method.updates),
-        )
-    _show(rows, as_json, table, *notes)
+    rows: list[dict[str, Any]] = []
+    shown: list[Any] = []
+    for family in families():
+        table = Table(*family.headers, title=family.title)
+        table.columns[0].no_wrap = True
+        table.show_lines = True
+        notes = []
+        for method in family.methods().values():
+            cells, row = family.describe(method)
+            table.add_row(*cells)
+            rows.append(row)
+            notes += [f"{row['name']} -O {k}=...: {takes}" for k, takes in row["options"].items()]
+        shown += [table, *notes]
+    _show(rows, as_json, *shown)
 
 
 @app.command()
@@ -526,7 +543,7 @@ def doctor(as_json: AsJson = False) -> None:
     _show(diagnosis.to_dict(), as_json, diagnosis.render())
 
 
-for _commands in ("cli_sparse", "cli_heal", "cli_layers"):
+for _commands in ("cli_sparse", "cli_heal"):
     import_module(f"pyprune.{_commands}")  # registers its commands on `app`
 
 if __name__ == "__main__":

@@ -131,6 +131,7 @@ def bench(
     Both run in float32 and bfloat16; the dense yardstick is the faster of the two.
     """
     cli._quiet()
+    from pyprune.pictures import require_matplotlib
     from pyprune.sparse import plot as drawing
     from pyprune.sparse.bench import Protocol, contestants
     from pyprune.sparse.bench import bench as run
@@ -141,7 +142,7 @@ def bench(
         raise UserError(f"--batches: expected numbers with commas, got {batches!r}") from error
     protocol = Protocol(sizes, prompt, steps, rounds)
     if plot is not None:
-        drawing.require_matplotlib()
+        require_matplotlib()
         if not plot.absolute().parent.is_dir():
             raise UserError(f"--plot: {plot.parent}: no such directory")
     with ProgressBar(cli._stderr(), "benchmark") as bar:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -20,6 +20,7 @@ from pyprune.methods.base import Update
 from pyprune.methods.options import Scalar, build_options
 from pyprune.patterns import Pattern, Scope, Unstructured, parse_nm
 
+Self = TypeVar("Self", bound="ConfigFile")
 Walk = Literal["single", "two-pass", "naive"]
 Spill = Literal["none", "host", "disk"]
 Padding = Literal["windows", "documents"]
@@ -47,7 +48,7 @@ class CalibrationConfig:
     bos: bool | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self, "calibration.")
+        check_types(self, "calibration.")
         for name in ("nsamples", "seqlen", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(
@@ -55,13 +56,55 @@ class CalibrationConfig:
                 )
         if self.seed < 0:
             raise UserError(f"calibration.seed: expected 0 or more, got {self.seed}")
-        _check_choice("calibration.padding", self.padding, get_args(Padding))
+        check_choice("calibration.padding", self.padding, get_args(Padding))
         if not self.source:
             raise UserError("calibration.source: expected a name or a path, got ''")
 
 
 @dataclass(frozen=True)
-class PruneConfig:
+class ConfigFile:
+    """What every run's configuration can do: to dicts and YAML and back. Its fields hold scalars,
+    tuples, mappings of scalars, and under `calibration` a CalibrationConfig."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers: what `from_dict` takes back."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls: type[Self], values: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`. Keys may be missing (default) but not unknown (UserError)."""
+        check_keys(cls, values, "config")
+        values = dict(values)
+        given = values.get("calibration", {})
+        if not isinstance(given, CalibrationConfig):
+            check_keys(CalibrationConfig, given, "calibration")
+            values["calibration"] = dataclasses.replace(cls._shown_by_default(), **given)
+        return cls(**values)
+
+    @classmethod
+    def _shown_by_default(cls) -> CalibrationConfig:
+        (default,) = (f.default_factory for f in dataclasses.fields(cls) if f.name == "calibration")
+        shown: CalibrationConfig = default()  # type: ignore[operator]
+        return shown
+
+    def to_yaml(self) -> str:
+        # Escaped ASCII: PyYAML writes some Unicode line breaks in a way that it reads as spaces.
+        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return text
+
+    @classmethod
+    def from_yaml(cls: type[Self], text: str) -> Self:
+        return cls.from_dict(read_yaml(text))
+
+    @classmethod
+    def load(cls: type[Self], path: str | Path) -> Self:
+        """The config in a YAML file."""
+        return cls.from_dict(read_yaml_file(path))
+
+
+@dataclass(frozen=True)
+class PruneConfig(ConfigFile):
     """Everything that decides the outcome of a run.
 
     method: a name in `pyprune.methods.METHODS` or `SHOT_METHODS`.
@@ -114,7 +157,7 @@ class PruneConfig:
             value = getattr(self, name)
             if isinstance(value, list):
                 object.__setattr__(self, name, tuple(value))
-        _check_types(self, "")
+        check_types(self, "")
         if (self.sparsity is None) == (self.pattern is None):
             raise UserError(
                 "expected exactly one of sparsity and pattern, got "
@@ -123,12 +166,10 @@ class PruneConfig:
         if self.pattern is not None and self.scope is not None:
             raise UserError(f"scope: expected none with pattern {self.pattern}, got {self.scope!r}")
         self._check_allocation()
-        _check_choice("walk", self.walk, get_args(Walk))
-        _check_choice("spill", self.spill, get_args(Spill))
-        _check_choice("dtype", self.dtype, DTYPES)
-        kind, _, index = self.device.partition(":")
-        if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
-            raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        check_choice("walk", self.walk, get_args(Walk))
+        check_choice("spill", self.spill, get_args(Spill))
+        check_choice("dtype", self.dtype, DTYPES)
+        check_device(self.device)
         if self.in_shots():
             self._check_shots()
         self.find_method().check(self.target(), self.options())
@@ -143,7 +184,7 @@ class PruneConfig:
                 )
 
     def _check_allocation(self) -> None:
-        _check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
         strength = self.allocation_strength
         if self.allocation == "uniform":
             if strength is not None:
@@ -188,47 +229,37 @@ class PruneConfig:
         asked = self.reconstruct
         return self.find_method().reconstructs if asked is None else asked
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers: what `from_dict` takes back."""
-        values = dataclasses.asdict(self)
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> PruneConfig:
-        """The inverse of `to_dict`. Keys may be missing (default) but not unknown (UserError)."""
-        _check_keys(cls, values, "config")
-        values = dict(values)
-        calibration = values.get("calibration", {})
-        if not isinstance(calibration, CalibrationConfig):
-            _check_keys(CalibrationConfig, calibration, "calibration")
-            values["calibration"] = CalibrationConfig(**calibration)
-        return cls(**values)
-
-    def to_yaml(self) -> str:
-        # Escaped ASCII: PyYAML writes some Unicode line breaks in a way that it reads as spaces.
-        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
-        return text
-
-    @classmethod
-    def from_yaml(cls, text: str) -> PruneConfig:
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"config: expected YAML, got something else: {reason}") from error
-        return cls.from_dict({} if values is None else values)
-
-    @classmethod
-    def load(cls, path: str | Path) -> PruneConfig:
-        """The config in a YAML file."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"config: cannot read {path}: {error}") from error
-        return cls.from_yaml(text)
+def read_yaml_file(path: str | Path) -> Mapping[str, Any]:
+    """What a configuration's YAML file says. UserError: unreadable, or not a mapping."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config: cannot read {path}: {error}") from error
+    return read_yaml(text)
 
 
-def _check_keys(cls: type, values: object, where: str) -> None:
+def read_yaml(text: str) -> Mapping[str, Any]:
+    """The mapping that a YAML text is; an empty text is an empty one."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"config: expected YAML, got something else: {reason}") from error
+    if values is not None and not isinstance(values, Mapping):
+        raise UserError(f"config: expected a mapping of names to values, got {values!r}")
+    return values or {}
+
+
+def check_device(device: str) -> None:
+    """Raises UserError unless `device` is auto, cpu, cuda or cuda:N."""
+    kind, _, index = device.partition(":")
+    if device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
+        raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {device!r}")
+
+
+def check_keys(cls: type, values: object, where: str) -> None:
+    """Raises UserError unless `values` is a mapping whose keys are fields of the dataclass."""
     if not isinstance(values, Mapping):
         raise UserError(f"{where}: expected a mapping of names to values, got {values!r}")
     names = [f.name for f in dataclasses.fields(cls)]
@@ -239,7 +270,8 @@ def _check_keys(cls: type, values: object, where: str) -> None:
             raise UserError(f"{where}: unknown key {key!r}{hint}")
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises UserError unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
@@ -247,11 +279,8 @@ def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 # What a field's annotation admits, and how it is called in a message. An int is a fine float.
 _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     str: ((str,), "text"),
-    Update: ((str,), "text"),
-    Walk: ((str,), "text"),
-    Spill: ((str,), "text"),
-    Padding: ((str,), "text"),
     int: ((int,), "a whole number"),
+    int | None: ((int, type(None)), "a whole number"),
     float: ((int, float), "a number"),
     bool: ((bool,), "true or false"),
     bool | None: ((bool, type(None)), "true or false"),
@@ -264,10 +293,11 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _check_types(config: Any, prefix: str) -> None:
+def check_types(config: Any, prefix: str) -> None:
     """YAML and callers can put anything into a field; the rest relies on what it says."""
     for name, annotation in get_type_hints(type(config)).items():
-        types, words = _KINDS[annotation]
+        kind = str if get_origin(annotation) is Literal else annotation
+        types, words = _KINDS[kind]
         value = getattr(config, name)
         right = isinstance(value, types) and (bool in types or not isinstance(value, bool))
         if isinstance(value, float):

@@ -8,7 +8,6 @@ that was trained. Merging an unmasked B A and cutting the zeros back afterwards 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from pyprune.calibration.tokens import Batch, TokenSet, calibration_tokens
+from pyprune.calibration.configured import configured_tokens
+from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.checkpoint import Checkpoint, check_output
 from pyprune.checkpoint.output import (
     AUXILIARY_BYTES,
@@ -28,11 +28,11 @@ from pyprune.checkpoint.output import (
     output_directory,
     write_report,
 )
-from pyprune.config import CalibrationConfig
+from pyprune.config import CalibrationConfig, check_device
+from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 
-DECISION = "pruning.json"  # of a structural run: what was removed stays true
 Progress = Callable[[str, float, float | None], None]
 
 
@@ -79,6 +79,7 @@ class HealConfig:
                 )
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        check_device(self.device)
 
 
 @dataclass(frozen=True)
@@ -172,29 +173,16 @@ def heal_checkpoint(
 ) -> HealReport:
     """Heals the model in `source` into a new directory `out`, in the checkpoint's own dtype.
 
-    A structural run's decision file comes along; pyprune.json keeps what the source's said and adds
-    "heal". Raises UserError as `heal_model` does, and if `out` exists.
+    pyprune.json keeps what the source's said (what was removed stays true) and adds "heal". Raises
+    UserError as `heal_model` does, and if `out` exists.
     """
     check_output(out)
     require_peft()
     checkpoint = Checkpoint.open(source)
     tokenizer = checkpoint.tokenizer()
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    text = config.training
+    device = str(find_device(config.device))
     model: Any = checkpoint.load_model(device, getattr(torch, config.dtype))
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", text.seqlen)
-    tokens = calibration_tokens(
-        text.source,
-        tokenizer,
-        nsamples=text.nsamples,
-        seqlen=min(text.seqlen, limit),
-        seed=text.seed,
-        batch_size=text.batch_size,
-        padding=text.padding,
-        bos=text.bos,
-    )
+    tokens = configured_tokens(tokenizer, config.training, model.config)
     report = heal_model(model, tokens, config, progress)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(checkpoint.dtype)
@@ -203,8 +191,6 @@ def heal_checkpoint(
         model.config.dtype = checkpoint.dtype
         model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
         tokenizer.save_pretrained(folder)
-        if (checkpoint.path / DECISION).exists():
-            shutil.copyfile(checkpoint.path / DECISION, folder / DECISION)
         write_report(folder, _full_report(checkpoint.path, report), _card(report))
     return report
 
@@ -247,10 +233,11 @@ def _split(batches: Sequence[Batch], config: HealConfig) -> tuple[list[Batch], l
 
 
 def _targets(model: Any) -> list[str]:
-    """Full names of the layers' linear maps. A module that is tied to another is left out."""
+    """Full names of the layers' linear maps. A module that is tied to another is left out, and so
+    is one that is all zero: a removed branch that only fills its layer has nothing to train."""
     adapter = Adapter.of(model)
     refs = [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
-    return [ref.name for ref in refs if ref.index is None]
+    return [ref.name for ref in refs if ref.index is None and bool(ref.weight().any())]
 
 
 def _mask_times(layer: Any) -> Tensor:

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-import pyprune
 from pyprune.allocation import Allocation, AlphaPruning, Owl
-from pyprune.calibration.batches import as_token_set
+from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.gradient_stats import GradientStatistic
 from pyprune.calibration.gradients import collect_gradients
 from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
-from pyprune.calibration.tokens import TokenSet, calibration_tokens
+from pyprune.calibration.tokens import TokenSet
 from pyprune.calibration.walk import BlockStore, Group, InMemoryStore, WalkEvent, walk
 from pyprune.checkpoint import (
     Checkpoint,
@@ -31,13 +27,26 @@ from pyprune.checkpoint import (
 )
 from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE
 from pyprune.config import PruneConfig
+from pyprune.devices import find_device
 from pyprune.errors import UserError
+from pyprune.families import Family, Run
 from pyprune.layers import LayerPruner, check_shapes, layer_inputs, select_linears
 from pyprune.measure import Measure
+from pyprune.methods import METHODS, SHOT_METHODS
 from pyprune.methods.base import StatisticKind
+from pyprune.methods.table import HEADERS, describe
 from pyprune.models.adapter import Adapter
 from pyprune.patterns import NM, Pattern, Unstructured
-from pyprune.report import CalibrationReport, LayerReport, Report, RunReport, model_card
+from pyprune.report import (
+    CalibrationReport,
+    LayerReport,
+    Report,
+    RunReport,
+    model_card,
+    model_name,
+    source_name,
+    versions,
+)
 from pyprune.surgeon.run import Surgeon
 from pyprune.surgeon.state import State
 
@@ -91,18 +100,18 @@ def prune(
     adapter = _adapter(model, config)
     with measure.phase("tokens"):
         tokens = _tokens(tokenizer_or_batches, model, config)
-    device = _device(config)
+    device = find_device(config.device)
     if config.in_shots():
         surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
         layers = surgeon.run()
-        return _report(_model_name(model), config, tokens, layers, measure, surgeon.notes())
+        return _report(model_name(model), config, tokens, layers, measure, surgeon.notes())
     _no_state(config, state)
     gradients = _gradients(config, adapter, tokens, device, measure, progress)
     with InMemoryStore(adapter, device) as store:
         pruner = _Session(
             config, adapter, tokens, store, store.flush, device, measure, progress, gradients
         ).run()
-    return _report(_model_name(model), config, tokens, pruner.reports, measure)
+    return _report(model_name(model), config, tokens, pruner.reports, measure)
 
 
 def prune_checkpoint(
@@ -141,15 +150,14 @@ def prune_checkpoint(
     check_output(out)
     with measure.phase("open"):
         checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
-    name = str(source) if not Path(source).is_dir() else Path(source).resolve().name
+    name = source_name(source)
     if config.in_shots():
         return _shots(name, checkpoint, out, config, batches, state, measure, progress)
     _no_state(config, state)
     with measure.phase("open"):
         problem = checkpoint.streamable()
         streamed = not problem
-        dtype = _dtype(config)
-        device = _device(config)
+        dtype, device = _dtype(config), find_device(config.device)
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
         adapter = _adapter(model, config)
     with measure.phase("tokens"):
@@ -191,7 +199,7 @@ def _shots(
     progress: Progress | None,
 ) -> Report:
     """`prune_checkpoint` for a method in shots."""
-    dtype, device = _dtype(config), _device(config)
+    dtype, device = _dtype(config), find_device(config.device)
     with measure.phase("open"):
         model: Any = checkpoint.load_model("cpu", dtype)
         adapter = _adapter(model, config)
@@ -272,18 +280,6 @@ def _adapter(model: nn.Module, config: PruneConfig) -> Adapter:
     return adapter
 
 
-def _device(config: PruneConfig) -> torch.device:
-    if config.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(config.device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(
-            f"device: expected one of {torch.cuda.device_count()} CUDA devices, "
-            f"got {config.device!r}"
-        )
-    return device
-
-
 def _dtype(config: PruneConfig) -> torch.dtype | None:
     return None if config.dtype == "auto" else getattr(torch, config.dtype)
 
@@ -306,23 +302,9 @@ def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | N
     """What the model is shown; None if nothing needs it."""
     if not _is_shown(config):
         return None
-    text_config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    positions = getattr(text_config, "max_position_embeddings", None)
-    if isinstance(data, PreTrainedTokenizerBase):
-        wanted = config.calibration
-        data = calibration_tokens(
-            wanted.source,
-            data,
-            nsamples=wanted.nsamples,
-            seqlen=min(wanted.seqlen, positions or wanted.seqlen),
-            seed=wanted.seed,
-            batch_size=wanted.batch_size,
-            padding=wanted.padding,
-            bos=wanted.bos,
-        )
     if data is None:
         raise UserError(f"calibration: {config.method} expected a tokenizer or batches, got none")
-    return as_token_set(data, vocabulary=text_config.vocab_size, positions=positions)
+    return configured_tokens(data, config.calibration, model.config)
 
 
 def _gradients(
@@ -463,12 +445,6 @@ class _LookOnly:
         self.flush = release
 
 
-def _model_name(model: nn.Module) -> str:
-    """The hub id it was loaded from, or the name of the directory, or the class."""
-    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
-    return Path(name).name if Path(name).is_dir() else str(name)
-
-
 def _report(
     name: str,
     config: PruneConfig,
@@ -485,14 +461,33 @@ def _report(
     return Report(
         model=name,
         config=config,
-        versions={
-            "pyprune": pyprune.__version__,
-            "torch": torch.__version__,
-            "transformers": version("transformers"),
-            "python": platform.python_version(),
-        },
+        versions=versions(),
         layers=tuple(layers),
         calibration=calibration,
         notes=notes,
         run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
     )
+
+
+def _run(run: Run) -> Report:
+    if run.pictures is not None:
+        raise UserError(f"report: {run.config.method} has no pictures, got {run.pictures}")
+    return prune_checkpoint(
+        run.source,
+        run.out,
+        run.config,
+        run.bar.walked,
+        state=run.state,
+        trust_remote_code=run.trust_remote_code,
+    )
+
+
+FAMILY = Family(
+    title="weights (the first scope is the method's default)",
+    methods=lambda: {**METHODS, **SHOT_METHODS},
+    config=PruneConfig,
+    targets={"sparsity": ("pattern",), "pattern": ("sparsity", "scope")},
+    run=_run,
+    headers=HEADERS,
+    describe=describe,
+)

@@ -5,17 +5,41 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import platform
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+import pyprune
 from pyprune.config import PruneConfig
 from pyprune.errors import UserError
 
 SCHEMA = 1
+
+
+def versions() -> dict[str, str]:
+    """Of what a run depends on."""
+    return {
+        "pyprune": pyprune.__version__,
+        **{package: version(package) for package in ("torch", "transformers")},
+        "python": platform.python_version(),
+    }
+
+
+def model_name(model: Any) -> str:
+    """The hub id it was loaded from, or the name of the directory, or the class."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__
+    return Path(name).name if Path(name).is_dir() else str(name)
+
+
+def source_name(source: str | Path) -> str:
+    """A hub id, or the name of the directory."""
+    return Path(source).resolve().name if Path(source).is_dir() else str(source)
 
 
 @dataclass(frozen=True)

@@ -168,10 +168,10 @@ def test_options_override_the_file(tmp_path):
     file.write_text(
         "method: wanda\nsparsity: 0.3\nscope: layer\ncalibration: {nsamples: 4, seqlen: 64}\n"
     )
-    config = cli._prune_config(file, {"sparsity": 0.6, "method": None}, {"nsamples": 9})
+    _, config = cli._prune_config(file, {"sparsity": 0.6, "method": None}, {"nsamples": 9})
     assert (config.method, config.sparsity, config.scope) == ("wanda", 0.6, "layer")
     assert (config.calibration.nsamples, config.calibration.seqlen) == (9, 64)
-    config = cli._prune_config(file, {"pattern": "2:4"}, {})
+    _, config = cli._prune_config(file, {"pattern": "2:4"}, {})
     assert (config.pattern, config.sparsity, config.scope) == ("2:4", None, None)
 
 

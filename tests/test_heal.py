@@ -13,6 +13,8 @@ from pyprune.calibration.batches import as_token_set
 from pyprune.checkpoint.output import save_model
 from pyprune.cli import main
 from pyprune.config import CalibrationConfig
+from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.repack import repack
 from pyprune.depth.save import drop_layers
 from pyprune.errors import UserError
 from pyprune.heal import HealConfig, heal_model
@@ -108,7 +110,6 @@ def test_command_heals_a_model_with_fewer_layers(tmp_path, capsys):
     model = half_pruned("llama", num_hidden_layers=4, vocab_size=258).to(torch.bfloat16)
     drop_layers(model, [0, 2, 3])
     save_model(model, byte_tokenizer(), tmp_path / "pruned", report={"method": "x"})
-    (tmp_path / "pruned" / "pruning.json").write_text("{}\n")
     text = tmp_path / "text.txt"
     text.write_text("A stitch in time saves nine. " * 200)
     arguments = ["heal", str(tmp_path / "pruned"), "--out", str(tmp_path / "healed"), "--json"]
@@ -126,8 +127,20 @@ def test_command_heals_a_model_with_fewer_layers(tmp_path, capsys):
         assert not p[model.get_parameter(name) == 0].any()
     saved = json.loads((tmp_path / "healed" / "pyprune.json").read_text())
     assert saved["method"] == "x" and saved["heal"]["zeros"] == report["zeros"] > 0
-    assert (tmp_path / "healed" / "pruning.json").exists()
     assert main(arguments) == 2 and "not empty" in capsys.readouterr().err
+
+
+def test_halves_that_are_zero_stay_so():
+    model = tiny_model("llama", num_hidden_layers=3)
+    graph = ResidualGraph.of(model)
+    packing = repack(graph, [Branch("mlp", 0), Branch("attention", 2), Branch("mlp", 1)])
+    assert [str(branch) for branch in packing.zeros] == ["M0"]
+    dead = dict(model.model.layers[0].mlp.named_parameters())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    report = heal_model(model, tokens(), config())
+    assert report.matrices == 2 * 7 - len(dead) // 2  # weights and biases
+    assert not any(p.any() for p in dead.values())
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
 
 
 def test_default_training_text():

@@ -56,6 +56,52 @@ class NormStatistic:
         return bool(self.sum_squares.isfinite().all())
 
 
+class MomentStatistic:
+    """Mean and variance of every column, in fp64.
+
+    `mean[j] = sum_t w_t x_tj / sum_t w_t`, `squares[j] = sum_t w_t (x_tj - mean[j])**2`, put
+    together part by part (Chan, Golub and LeVeque 1983, eq. 2.1), so that a mean far from zero
+    costs no precision.
+    """
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.mean = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
+        self.tokens = 0.0
+
+    def update(self, x: Tensor, weight: Tensor | None = None) -> None:
+        x = x.double()
+        if weight is None:
+            weight = torch.ones(len(x), dtype=torch.float64, device=x.device)
+        # Rows without weight may hold anything, NaN included.
+        x, weight = x[weight > 0], weight[weight > 0].double()
+        tokens = float(weight.sum())
+        if tokens == 0:
+            return
+        mean = weight @ x / tokens
+        self._add(mean, weight @ (x - mean).square_(), tokens)
+
+    def merge(self, other: MomentStatistic) -> None:
+        _check_columns(self.mean, other.mean)
+        if other.tokens:
+            device = self.mean.device
+            self._add(other.mean.to(device), other.squares.to(device), other.tokens)
+
+    def _add(self, mean: Tensor, squares: Tensor, tokens: float) -> None:
+        total = self.tokens + tokens
+        shift = mean - self.mean
+        self.squares += squares + shift.square() * (self.tokens * tokens / total)
+        self.mean += shift * (tokens / total)
+        self.tokens = total
+
+    def variance(self) -> Tensor:
+        """`squares / tokens` `[C]`; zeros if nothing was seen."""
+        return self.squares / max(self.tokens, 1.0)
+
+    def finite(self) -> bool:
+        return bool(self.squares.isfinite().all())
+
+
 class GramStatistic:
     """Gram matrix of the inputs: `gram = sum_t weight[t] * x[t] x[t]^T`, `[C, C]` fp32, symmetric.
 

@@ -1,8 +1,10 @@
-"""What can be done for a model whose layers are about to go, without changing its architecture."""
+"""What can be done for a model whose branches or layers are about to go, without changing its
+architecture."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +12,8 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from pyprune.calibration.tokens import Batch
-from pyprune.depth.criteria import run_layer
 from pyprune.depth.graph import Branch, ResidualGraph
-from pyprune.depth.hidden import magnitudes, real_tokens, visit_states
+from pyprune.depth.hidden import real_tokens
 from pyprune.errors import UserError
 
 # Last linear maps of a branch, by name, in every supported family.
@@ -21,14 +22,73 @@ AFTER = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layer
 TOLERANCE = 1e4  # times eps: how far scaled states may be from the multiples they should be
 
 
-def gaps(removed: Collection[int], layers: int) -> list[tuple[int, int]]:
-    """Runs of consecutive removed layers as (first, end), end exclusive, ascending."""
-    gone = sorted(set(removed))
-    if gone and not (gone[0] >= 0 and gone[-1] < layers and len(gone) < layers):
-        raise UserError(f"removed: expected some, not all, of 0 to {layers - 1}, got {gone}")
-    starts = [i for i in gone if i - 1 not in gone]
-    ends = [i + 1 for i in gone if i + 1 not in gone]
+@dataclass(frozen=True)
+class AddOns:
+    """compensate: scale what comes before a gap to the size after it (Prune&Comp). refit: fit the
+    branch before a gap to the stream after it by least squares (ReplaceMe), with a ridge of `ridge`
+    times the mean squared output, towards no change. With both, gaps are refitted, and compensation
+    is left to one that has no branch before it."""
+
+    compensate: bool = False
+    refit: bool = False
+    ridge: float = 1e-3
+
+
+def apply_add_ons(
+    graph: ResidualGraph, removed: Collection[Branch], batches: Sequence[Batch], options: AddOns
+) -> tuple[dict[str, Any], ...]:
+    """What `options` ask for, in place, before `removed` go; what was done."""
+    done: list[dict[str, Any]] = []
+    left = set(removed)
+    if options.compensate and options.refit:
+        found = gaps(removed, len(graph.layouts))
+        left = {b for first, end in found if first == 0 for b in graph.branches[:end]}
+    if options.compensate and left:
+        factors = compensate(graph, left, batches)
+        done.append({"kind": "compensate", "factors": factors})
+    if options.refit:
+        fits = refit(graph, removed, batches, options.ridge)
+        done += [{"kind": "refit", **fit} for fit in fits]
+    return tuple(done)
+
+
+def gaps(removed: Collection[Branch], layers: int) -> list[tuple[int, int]]:
+    """Runs of consecutive removed branches as positions (first, end), end exclusive, ascending."""
+    gone = {branch.position for branch in removed}
+    if gone and not (min(gone) >= 0 and max(gone) < 2 * layers and len(gone) < 2 * layers):
+        raise UserError(
+            f"removed: expected some, not all, branches of {layers} layers, got "
+            f"{', '.join(map(str, sorted(removed)))}"
+        )
+    starts = sorted(i for i in gone if i - 1 not in gone)
+    ends = sorted(i + 1 for i in gone if i + 1 not in gone)
     return list(zip(starts, ends, strict=True))
+
+
+def streams(graph: ResidualGraph, batch: Batch) -> Iterator[Tensor]:
+    """The residual stream before every branch, and after the last: 2 L + 1 times float32 [n, d],
+    n real tokens."""
+    state, context = graph.start(batch)
+    yield real_tokens(state.total, batch)
+    for branch in graph.branches:
+        state = graph.run(branch, state, context)
+        yield real_tokens(state.total, batch)
+
+
+def size_ratios(
+    graph: ResidualGraph, found: Sequence[tuple[int, int]], batches: Sequence[Batch]
+) -> list[float]:
+    """E[|x_end| / |x_first|] over all tokens, for every gap: what its removal leaves to make up
+    for. UserError where a state is all zeros."""
+    sums, count = [0.0] * len(found), 0
+    for batch in batches:
+        norms = [x.double().square().sum(1).sqrt() for x in streams(graph, batch)]
+        if not all(bool((norm > 0).all()) for norm in norms):
+            raise UserError("a hidden state is all zeros: its size cannot be compensated")
+        for i, (first, end) in enumerate(found):
+            sums[i] += float((norms[end] / norms[first]).sum())
+        count += len(norms[0])
+    return [total / count for total in sums]
 
 
 def writers(graph: ResidualGraph, branch: Branch) -> list[Tensor]:
@@ -62,35 +122,33 @@ def _norm_after(graph: ResidualGraph, branch: Branch) -> nn.Module | None:
 
 @torch.no_grad()
 def compensate(
-    graph: ResidualGraph, removed: Collection[int], batches: Sequence[Batch]
+    graph: ResidualGraph, removed: Collection[Branch], batches: Sequence[Batch]
 ) -> list[float]:
     """Prune&Comp (arXiv 2507.18212): before each gap, everything that was written to the stream is
-    multiplied by E[|h_after| / |h_before|], in place; returns these factors, gap by gap.
+    multiplied by E[|x_after| / |x_before|], in place; returns these factors, gap by gap.
 
     Embeddings (untied from the head first), the last linear maps of all branches before the gap,
     or the norms after them where there are some. Norms make the branches' own input independent of
-    the scale. The layers to remove are still there, and must be removed afterwards. Raises
+    the scale. The branches to remove are still there, and must be removed afterwards. Raises
     UserError if the hidden states do not scale by this; the model must not be used after it.
     """
-    layers = len(graph.layouts)
-    found = gaps(removed, layers)
+    found = gaps(removed, len(graph.layouts))
     if not found:
         return []
-    size = magnitudes(graph.adapter, batches)
-    factors = [float(size[start, end]) for start, end in found]
+    factors = size_ratios(graph, found, batches)
     first = batches[0]
     for (start, _), factor in zip(found, factors, strict=True):
-        # Of the model as it is now: the layers of an earlier gap are still in it, and not scaled by
-        # that gap's factor.
-        before = _states(graph, first)
+        # Of the model as it is now: the branches of an earlier gap are still in it, and not scaled
+        # by that gap's factor.
+        before = list(streams(graph, first))
         _scale_embeddings(graph, factor)
-        for layer in range(start):
-            _scale_layer(graph, layer, factor)
-        after = _states(graph, first)
+        for branch in graph.branches[:start]:
+            _scale_branch(graph, branch, factor)
+        after = streams(graph, first)
         tolerance = TOLERANCE * torch.finfo(next(graph.model.parameters()).dtype).eps
         for position in range(start + 1):
             expected = before[position] * factor
-            off = (after[position] - expected).norm() / expected.norm()
+            off = (next(after) - expected).norm() / expected.norm()
             if not off <= tolerance:
                 raise UserError(
                     f"{type(graph.model).__name__}: its hidden states do not scale with the "
@@ -100,25 +158,13 @@ def compensate(
     return factors
 
 
-def _states(graph: ResidualGraph, batch: Batch) -> list[Tensor]:
-    states: list[Tensor] = []
-
-    def visit(_position: int, state: Tensor) -> None:
-        states.append(real_tokens(state, batch))
-
-    visit_states(graph.adapter, batch, visit)
-    return states
-
-
-def _scale_layer(graph: ResidualGraph, layer: int, factor: float) -> None:
-    for kind in ("attention", "mlp"):
-        branch = Branch(kind, layer)
-        norm = _norm_after(graph, branch)
-        if norm is not None:
-            _scale_norm(norm, factor)
-            continue
-        for parameter in writers(graph, branch):
-            parameter.mul_(factor)
+def _scale_branch(graph: ResidualGraph, branch: Branch, factor: float) -> None:
+    norm = _norm_after(graph, branch)
+    if norm is not None:
+        _scale_norm(norm, factor)
+        return
+    for parameter in writers(graph, branch):
+        parameter.mul_(factor)
 
 
 def _scale_norm(norm: nn.Module, factor: float) -> None:
@@ -170,105 +216,99 @@ def untie(model: Any) -> None:
 @torch.no_grad()
 def refit(
     graph: ResidualGraph,
-    removed: Collection[int],
+    removed: Collection[Branch],
     batches: Sequence[Batch],
     ridge: float = 1e-3,
-) -> list[dict[str, float]]:
-    """ReplaceMe (arXiv 2505.02819, section 3.2): before each gap i..j-1 the MLP of layer i - 1 is
-    multiplied by the matrix T that minimises |M T - (h_j - u)|^2 + lambda |T - I|^2, in place.
+) -> list[dict[str, Any]]:
+    """ReplaceMe (arXiv 2505.02819, section 3.2), for gaps of branches: what the branch before each
+    gap p..q-1 adds is multiplied by the matrix T that minimises |M T - (x_q - u)|^2 +
+    lambda |T - I|^2, in place. Before a gap of whole layers that branch is an MLP, as published.
 
-    u: the stream before that MLP and M what the MLP adds, in the model as pruned (earlier gaps
-    refitted); h_j: of the model as given. Padding excluded. The Gram matrix and the solve are
+    u: the stream before that branch and M what it adds, in the model as pruned (earlier gaps
+    refitted); x_q: of the model as given. Padding excluded. The Gram matrix and the solve are
     float64; lambda = ridge x mean diagonal of M'M, and pulls to the identity (the paper pulls to
-    zero), so that little text does no harm. A gap at layer 0 has nothing before it and is left.
+    zero), so that little text does no harm. A gap with nothing before it is left.
 
-    Returns per gap {"first", "end", "before", "after"}: relative squared errors of the stream at
-    the gap's end on this text. The layers to remove must be removed afterwards.
+    Returns per gap {"branch", "removed", "before", "after"}: names, and relative squared errors of
+    the stream at the gap's end on this text. The branches to remove must be removed afterwards.
     """
     if not ridge > 0:
         raise UserError(f"ridge: expected a positive number, got {ridge}")
     found = [gap for gap in gaps(removed, len(graph.layouts)) if gap[0] > 0]
     gone = set(removed)
     for start, _ in found:
-        writers(graph, Branch("mlp", start - 1))  # refused before anything is changed
-    originals: dict[int, list[Tensor]] = {}
+        writers(graph, graph.branches[start - 1])  # refused before anything is changed
+    originals: dict[Branch, list[Tensor]] = {}
     report = []
     for start, end in found:
-        parameters = writers(graph, Branch("mlp", start - 1))
-        folded = {i: [p.clone() for p in _mlp(graph, i)] for i in originals}
+        last = graph.branches[start - 1]
         gram, right, total = _normal_equations(graph, gone, (start, end), batches, originals)
-        originals[start - 1] = [p.clone() for p in parameters]
-        for i, values in folded.items():
-            _put(graph, i, values)
+        originals[last] = [p.clone() for p in writers(graph, last)]
         weight = gram.diagonal().mean() * ridge
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         transform = eye + torch.linalg.solve(gram + weight * eye, right - gram)
-        _fold(graph, start - 1, transform)
+        _fold(graph, last, transform)
         errors = [
             float(total - 2 * (t * right).sum() + (t * (gram @ t)).sum()) for t in (eye, transform)
         ]
-        report.append({"first": start, "end": end, "before": errors[0], "after": errors[1]})
+        names = "+".join(map(str, graph.branches[start:end]))
+        report.append(
+            {"branch": str(last), "removed": names, "before": errors[0], "after": errors[1]}
+        )
     return report
 
 
-def _mlp(graph: ResidualGraph, layer: int) -> list[Tensor]:
-    return writers(graph, Branch("mlp", layer))
-
-
-def _put(graph: ResidualGraph, layer: int, values: list[Tensor]) -> None:
-    for parameter, value in zip(_mlp(graph, layer), values, strict=True):
-        parameter.copy_(value)
+def _put(graph: ResidualGraph, weights: Mapping[Branch, Sequence[Tensor]]) -> None:
+    for branch, values in weights.items():
+        for parameter, value in zip(writers(graph, branch), values, strict=True):
+            parameter.copy_(value)
 
 
 def _normal_equations(
     graph: ResidualGraph,
-    gone: set[int],
+    gone: set[Branch],
     gap: tuple[int, int],
     batches: Sequence[Batch],
-    originals: dict[int, list[Tensor]],
+    originals: Mapping[Branch, Sequence[Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """M'M [d, d], M'(h_j - u) [d, d] and |h_j - u|^2, divided by the latter's sum of |h_j|^2."""
+    """M'M [d, d], M'(x_q - u) [d, d] and |x_q - u|^2, divided by the latter's sum of |x_q|^2."""
     start, end = gap
     gram: Any = 0.0
     right: Any = 0.0
     total: Any = 0.0
     scale: Any = 0.0
-    current = {i: [p.clone() for p in _mlp(graph, i)] for i in originals}
+    refitted = {branch: [p.clone() for p in writers(graph, branch)] for branch in originals}
     for batch in batches:
         first, context = graph.start(batch)
-        for i, values in originals.items():
-            _put(graph, i, values)
+        _put(graph, originals)
         state = first
-        for layer in range(end):
-            state = run_layer(graph, layer, state, context)
+        for branch in graph.branches[:end]:
+            state = graph.run(branch, state, context)
         target = real_tokens(state.total, batch).double()
-        for i, values in current.items():
-            _put(graph, i, values)
+        _put(graph, refitted)
         state = first
-        for layer in range(start - 1):
-            if layer not in gone:
-                state = run_layer(graph, layer, state, context)
-        state = graph.run(Branch("attention", start - 1), state, context)
+        for branch in graph.branches[: start - 1]:
+            skipped = branch in gone
+            state = graph.skip(branch, state) if skipped else graph.run(branch, state, context)
         u = real_tokens(state.total, batch).double()
-        state = graph.run(Branch("mlp", start - 1), state, context)
+        state = graph.run(graph.branches[start - 1], state, context)
         m = real_tokens(state.total, batch).double() - u
         gram, right = gram + m.T @ m, right + m.T @ (target - u)
         total, scale = total + (target - u).square().sum(), scale + target.square().sum()
     return gram / scale, right / scale, total / scale
 
 
-def _fold(graph: ResidualGraph, layer: int, transform: Tensor) -> None:
-    """Right-multiplies what the layer's MLP adds by `transform`."""
+def _fold(graph: ResidualGraph, branch: Branch, transform: Tensor) -> None:
+    """Right-multiplies what the branch adds by `transform`."""
     width = len(transform)
-    modules = {
-        id(p): m for m in graph.adapter.blocks[layer].modules() for p in m.parameters(recurse=False)
-    }
-    for parameter in _mlp(graph, layer):
+    block = graph.adapter.blocks[branch.layer]
+    modules = {id(p): m for m in block.modules() for p in m.parameters(recurse=False)}
+    for parameter in writers(graph, branch):
         value = parameter.double()
         if value.dim() == 1 or isinstance(modules[id(parameter)], Conv1D):
             value = value @ transform
         elif value.shape[-2] == width:  # [d, f], or [experts, d, f]
             value = transform.T @ value
         else:
-            raise UserError(f"layer {layer}: unknown shape {tuple(value.shape)} of an MLP's output")
+            raise UserError(f"{branch}: unknown shape {tuple(value.shape)} of its last linear map")
         parameter.copy_(value)

@@ -10,45 +10,32 @@ from pyprune.depth.budget import units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
 from pyprune.depth.graph import ResidualGraph
-from pyprune.depth.greedy import Greedy, Mode, check_greedy
+from pyprune.depth.greedy import Greedy, GreedyOptions
 from pyprune.depth.registry import Progress, depth_method
-from pyprune.depth.score import ObjectiveName
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 
 
 @dataclass(frozen=True)
-class BlockPrunerOptions:
+class BlockPrunerOptions(GreedyOptions):
     """blocks: which branches may go: mixed, attention or mlp. protect_first, protect_last: layers
-    that are left alone. mode: exact (every candidate in every round), fast (lazy greedy with
-    audits), naive (a full forward per candidate: the reference). objective: perplexity, or kl to
-    the dense model. every: score each n-th token (1: all). memory_mb: for cached hidden states and
-    live streams. width: streams that run at once. audit_every: fast looks at everything in every
-    n-th round (0: never). looks: candidates that fast scores at a time. state: a file that the
-    search continues from after an interruption.
-    """
+    that are left alone. And those of `GreedyOptions`."""
 
     blocks: Literal["mixed", "attention", "mlp"] = "mixed"
     protect_first: int = 0
     protect_last: int = 0
-    mode: Mode = "exact"
-    objective: ObjectiveName = "perplexity"
-    every: int = 1
-    memory_mb: int = 2048
-    width: int = 4
-    audit_every: int = 8
-    looks: int = 4
-    state: str | None = None
 
     def __post_init__(self) -> None:
-        check_greedy(self)
+        super().__post_init__()
         check_protected(self.protect_first, self.protect_last)
 
 
 def check_protected(first: int, last: int) -> None:
     """Raises UserError for negative numbers of protected layers."""
     if first < 0 or last < 0:
-        raise UserError(f"options: expected 0 or more protected layers, got {first} and {last}")
+        raise UserError(
+            f"protect_first, protect_last: expected 0 or more layers, got {first} and {last}"
+        )
 
 
 @depth_method(
@@ -66,7 +53,7 @@ def blockpruner(
 ) -> Decision:
     """Candidates in the order of the paper's code, by which ties go: attention branches by
     ascending layer, then MLPs (depth.md 1 (c) 3)."""
-    options: BlockPrunerOptions = config.method_options()
+    options: BlockPrunerOptions = config.own_options()
     graph = ResidualGraph(model, adapter)
     graph.check()
     layers = range(options.protect_first, len(graph.layouts) - options.protect_last)

@@ -13,6 +13,7 @@ import torch
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.registry import find_depth_method
 from pyprune.errors import UserError
 
 Unit = tuple[Branch, ...]
@@ -46,17 +47,18 @@ class Budget:
         seconds: dict[Branch, float] = {}
         if config.count is not None:
             kind, target, total = "count", float(config.count), float(len(units))
-        elif config.unit == "blocks":
+        elif config.by == "count":
             total = float(len(units))
             kind, target = "count", max(1.0, math.floor(total * config.ratio + 0.5))  # type: ignore[operator]
-        elif config.unit == "latency":
+        elif config.by == "latency":
             seconds, total = branch_seconds(graph, batch)
             kind, target = "latency", float(config.ratio or 0)
         else:
             total = float(parameter_count(graph.model))
             kind, target = "params", float(config.ratio or 0)
         budget = cls(graph, kind, target, total, seconds)
-        budget._check(units)
+        of_layers = find_depth_method(config.method).unit == "layer"
+        budget._check(units, "layers" if of_layers else "branches")
         return budget
 
     def spent(self, removed: Sequence[Unit]) -> float:
@@ -71,16 +73,16 @@ class Budget:
     def reached(self, removed: Sequence[Unit]) -> bool:
         return self.spent(removed) >= self.target
 
-    def _check(self, units: Sequence[Unit]) -> None:
+    def _check(self, units: Sequence[Unit], what: str) -> None:
         everything = sum(map(len, units)) == len(self.graph.branches)
         most = list(units[1:]) if everything else list(units)
         if not most or not self.reached(most):
-            words = {"count": "units", "params": "of the parameters", "latency": "of the latency"}
+            words = {"count": what, "params": "of the parameters", "latency": "of the latency"}
             can = self.spent(most) if most else 0.0
             shown = f"{can:.0f}" if self.kind == "count" else f"{can:.3f}"
             raise UserError(
-                f"expected to remove at most {shown} {words[self.kind]} (one branch has to stay), "
-                f"got {self.target:g}"
+                f"expected to remove at most {shown} {words[self.kind]} (of {len(units)} {what}, "
+                f"and one branch has to stay), got {self.target:g}"
             )
 
 

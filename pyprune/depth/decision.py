@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pyprune.calibration.tokens import TokenSet
+from pyprune.checkpoint.output import REPORT
 from pyprune.depth.graph import KINDS, Branch
 from pyprune.errors import UserError
 
-DECISION = "pruning.json"
-SCHEMA = 1
+# What a run's report says once for the decision and itself.
+SHARED = ("model", "config", "calibration")
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Decision:
     importance: score of every candidate alone, by name, as the method ranks it.
     calibration: source, sha256, tokens, seqlen, sequences. config: `StructureConfig.to_dict`.
     transforms: what the method changed in the kept weights, for the record.
-    notes: anything a reader should know (audits that disagreed, measured latencies).
+    notes: anything a reader should know (audits that disagreed).
     """
 
     method: str
@@ -77,46 +79,53 @@ class Decision:
     def evaluations(self) -> int:
         return sum(step.evaluations for step in self.steps)
 
-    def to_json(self) -> str:
-        return json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, ensure_ascii=False) + "\n"
-
-    def save(self, path: str | Path) -> None:
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers: what `from_dict` takes back."""
+        return asdict(self)
 
     @classmethod
-    def from_json(cls, text: str) -> Decision:
-        """The inverse of `to_json`. UserError if it is something else."""
+    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
+        """The inverse of `to_dict`, also after JSON. UserError if it is something else."""
         try:
-            values = json.loads(text)
-            schema = values.pop("schema")
-            if schema != SCHEMA:
-                raise UserError(f"decision: expected schema {SCHEMA}, got {schema!r}")
+            given = dict(values)
             steps = tuple(
                 Step(**{**step, "unit": tuple(Branch(*branch) for branch in step["unit"])})
-                for step in values.pop("steps")
+                for step in given.pop("steps")
             )
             for key in ("transforms", "notes"):
-                values[key] = tuple(values[key])
-            return cls(steps=steps, **values)
+                given[key] = tuple(given.get(key, ()))
+            return cls(steps=steps, **given)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(
-                f"decision: expected a decision file, got something else: {error!r}"
-            ) from error
+            raise UserError(f"decision: expected one, got something else: {error!r}") from error
 
-    @classmethod
-    def load(cls, path: str | Path) -> Decision:
-        """Reads a decision file, or the one in a pruned model's directory."""
-        file = Path(path)
-        if file.is_dir():
-            file = file / DECISION
-        try:
-            return cls.from_json(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"decision: cannot read {file}: {error}") from error
+
+def load_decision(path: str | Path) -> Decision:
+    """The decision in the pyprune.json of a pruned model's directory, or in such a file."""
+    file = Path(path)
+    if file.is_dir():
+        file = file / REPORT
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"decision: cannot read {file}: {error}") from error
+    if not isinstance(values, dict) or "decision" not in values:
+        raise UserError(f"{file}: expected the report of a structural run, got another")
+    return Decision.from_dict({**values["decision"], **{k: values.get(k) for k in SHARED}})
 
 
 def name_of(unit: tuple[Branch, ...]) -> str:
     """ "A3", "M3", or "A3+M3" for a whole layer."""
     return "+".join(str(branch) for branch in unit)
+
+
+def calibration_facts(tokens: TokenSet) -> dict[str, Any]:
+    """What identifies the calibration text in a decision."""
+    return {
+        "source": tokens.source,
+        "sha256": tokens.sha256,
+        "tokens": tokens.tokens,
+        "seqlen": tokens.seqlen,
+        "sequences": tokens.nsamples,
+    }

@@ -6,52 +6,58 @@ import json
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from pyprune.calibration.tokens import TokenSet
+from pyprune.depth.addons import AddOns, apply_add_ons
 from pyprune.depth.budget import Budget, Unit, parameter_count
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision, Step, name_of
+from pyprune.depth.decision import Decision, Step, calibration_facts, name_of
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.registry import Progress
 from pyprune.depth.score import ObjectiveName, Scorer
 from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
+from pyprune.models.fingerprint import fingerprint
 
 Mode = Literal["exact", "fast", "naive"]
 Tick = Callable[[int, int], None]
 
 
-class GreedyOptions(Protocol):
-    """What the search reads of a method's options."""
+@dataclass(frozen=True)
+class GreedyOptions(AddOns):
+    """mode: exact (every candidate in every round), fast (lazy greedy with audits), naive (a full
+    forward per candidate: the reference). objective: perplexity, or kl to the dense model. every:
+    score each n-th token (1: all). memory_mb: for cached hidden states and live streams. width:
+    streams that run at once. audit_every: fast looks at everything in every n-th round (0: never).
+    looks: candidates that fast scores at a time. state: a file that the search continues from after
+    an interruption. And the add-ons `compensate`, `refit`, `ridge`.
+    """
 
-    @property
-    def mode(self) -> Mode: ...
-    @property
-    def objective(self) -> ObjectiveName: ...
-    @property
-    def every(self) -> int: ...
-    @property
-    def memory_mb(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def audit_every(self) -> int: ...
-    @property
-    def looks(self) -> int: ...
-    @property
-    def state(self) -> str | None: ...
+    mode: Mode = "exact"
+    objective: ObjectiveName = "perplexity"
+    every: int = 1
+    memory_mb: int = 2048
+    width: int = 4
+    audit_every: int = 8
+    looks: int = 4
+    state: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every", "memory_mb", "width", "looks"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if self.audit_every < 0:
+            raise UserError(f"audit_every: expected 0 or more, got {self.audit_every}")
+        if self.state is not None and not Path(self.state).absolute().parent.is_dir():
+            raise UserError(f"state: expected a file in an existing directory, got {self.state}")
 
 
-def check_greedy(options: GreedyOptions) -> None:
-    """Raises UserError for numbers that make no sense."""
-    for name in ("every", "memory_mb", "width", "looks"):
-        if getattr(options, name) < 1:
-            raise UserError(f"options.{name}: expected at least 1, got {getattr(options, name)}")
-    if options.audit_every < 0:
-        raise UserError(f"options.audit_every: expected 0 or more, got {options.audit_every}")
+# What neither the search nor its result depends on.
+NOT_OF_THE_SEARCH = ("state", "memory_mb", "width", *(f.name for f in fields(AddOns)))
 
 
 @dataclass
@@ -82,7 +88,6 @@ class Greedy:
     removed: list[Unit] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        check_greedy(self.options)
         self.budget = Budget.of(self.graph, self.config, self.units, self.tokens.batches[0])
         self.scorer = Scorer(
             self.graph, self.tokens.batches, self.options.objective, self.options.every
@@ -90,13 +95,14 @@ class Greedy:
         memory = self.options.memory_mb << 20
         self.walk = WalkDown(self.graph, self.scorer, memory, self.options.width)
         self._stale: dict[str, float] = {}  # mean loss above its reference, when last looked at
+        self._notes: list[str] = []
 
     def run(self) -> list[Step]:
         """The steps, in order; continues from the state file, if the options name one."""
-        steps = self._resume()
-        notes: list[str] = []
+        # Before anything is removed: the states that this caches are the dense model's.
         self.dense = self.walk.reference([])
         self._check_score("the dense model", self.dense)
+        steps = self._resume()
         self.score = steps[-1].score if steps and steps[-1].score is not None else self.dense
         while not self.budget.reached(self.removed):
             found = self._round(len(steps))
@@ -104,15 +110,15 @@ class Greedy:
             self.score = found.score
             steps.append(self._step(found))
             if found.note:
-                notes.append(f"round {len(steps)}: {found.note}")
+                self._notes.append(f"round {len(steps)}: {found.note}")
             self._save(steps)
             self._say(len(steps))
-        self.notes = tuple(notes)
         return steps
 
     def decision(self, method: str, unit: str) -> Decision:
+        """The search, then the add-ons, which change the model's weights in place."""
         steps = self.run()
-        tokens = self.tokens
+        done = apply_add_ons(self.graph, self._branches, self.scorer.batches, self.options)
         return Decision(
             method=method,
             unit=unit,
@@ -121,9 +127,10 @@ class Greedy:
             objective=self.options.objective,
             dense=self.dense,
             importance=dict(steps[0].candidates) if steps else {},
-            calibration=calibration_facts(tokens),
+            calibration=calibration_facts(self.tokens),
             config=self.config.to_dict(),
-            notes=self.notes,
+            transforms=done,
+            notes=tuple(self._notes),
         )
 
     # ---- one round
@@ -260,22 +267,35 @@ class Greedy:
             removed = name_of(self.removed[-1])
             self.progress(f"removed {removed} ({steps}), score {self.score:.4g}", share, 1.0)
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
-        """What a state file must agree with. Where it lies does not matter, nor how much goes: a
-        greedy list is a prefix of any longer one."""
+        """What a state file must agree with. How much goes does not matter: a greedy list is a
+        prefix of any longer one."""
         values = self.config.to_dict()
-        for name in ("ratio", "count", "unit", "device"):
+        for name in ("ratio", "count", "by", "fill", "device"):
             values.pop(name)
-        values["options"].pop("state", None)
-        return {"config": values, "tokens": self.tokens.sha256, "units": len(self.units)}
+        for name in NOT_OF_THE_SEARCH:
+            values["method_options"].pop(name, None)
+        return {
+            "model": fingerprint(self.graph.model),
+            "tokens": self.tokens.sha256,
+            "config": values,
+            "units": len(self.units),
+        }
 
     def _save(self, steps: Sequence[Step]) -> None:
         if self.options.state is None:
             return
         file = Path(self.options.state)
-        so_far = Decision(self.config.method, "", len(self.graph.layouts), tuple(steps))
+        so_far = Decision(
+            self.config.method,
+            "",
+            len(self.graph.layouts),
+            tuple(steps),
+            notes=tuple(self._notes),
+        )
         text = json.dumps(
-            {"identity": self._identity(), "stale": self._stale, "decision": so_far.to_json()}
+            {"identity": self._identity, "stale": self._stale, "decision": so_far.to_dict()}
         )
         part = file.with_name(file.name + ".part")
         part.write_text(text, encoding="utf-8")
@@ -286,31 +306,22 @@ class Greedy:
             return []
         try:
             held = json.loads(Path(self.options.state).read_text(encoding="utf-8"))
-            identity, text, stale = held["identity"], held["decision"], held["stale"]
+            identity, decision, stale = dict(held["identity"]), held["decision"], held["stale"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
-                f"options.state: cannot continue from {self.options.state}: {error!r}"
+                f"state: cannot continue from {self.options.state}: {error!r}"
             ) from error
-        if identity != self._identity():
-            raise UserError(
-                f"options.state: {self.options.state} is of another model, text or configuration"
-            )
+        for name, own in self._identity.items():
+            if identity.get(name) != own:
+                what = {"tokens": "calibration text", "config": "configuration"}.get(name, "model")
+                raise UserError(f"state: {self.options.state} is of another {what}")
         steps: list[Step] = []
-        for step in Decision.from_json(text).steps:
+        so_far = Decision.from_dict(decision)
+        self._notes = list(so_far.notes)
+        for step in so_far.steps:
             if self.budget.reached(self.removed):
                 break
             self._remove(step.unit)
             steps.append(step)
         self._stale = {k: float(v) for k, v in stale.items()}
         return steps
-
-
-def calibration_facts(tokens: TokenSet) -> dict[str, Any]:
-    """What identifies the calibration text in a decision."""
-    return {
-        "source": tokens.source,
-        "sha256": tokens.sha256,
-        "tokens": tokens.tokens,
-        "seqlen": tokens.seqlen,
-        "sequences": tokens.nsamples,
-    }

@@ -126,27 +126,6 @@ def angular_distances(adapter: Adapter, batches: Iterable[Batch], width: int) ->
     return sums / count
 
 
-def magnitudes(adapter: Adapter, batches: Iterable[Batch]) -> Tensor:
-    """E[|h_j| / |h_i|] over all real tokens, float64 [L + 1, L + 1] (row i, column j): the gap in
-    size that removing layers i..j-1 leaves (Prune&Comp, arXiv 2507.18212)."""
-    size = len(adapter.blocks) + 1
-    sums = torch.zeros(size, size, dtype=torch.float64)
-    count = 0
-    for batch in batches:
-        norms: list[Tensor] = []
-
-        def norm(state: Tensor, batch: Batch = batch) -> Tensor:
-            return real_tokens(state, batch).double().square().sum(1).sqrt().cpu()
-
-        visit_states(adapter, batch, _into(norms, norm))
-        table = torch.stack(norms)  # [L + 1, n]
-        if not bool((table > 0).all()):
-            raise UserError("a hidden state is all zeros: its size cannot be compensated")
-        sums += (1 / table) @ table.T
-        count += table.shape[1]
-    return sums / count
-
-
 def token_states(adapter: Adapter, batches: Iterable[Batch], tokens: int, seed: int = 0) -> Tensor:
     """float32 [L + 1, n, d]: the states of n <= `tokens` real tokens, spread evenly over the
     batches and drawn without replacement in each."""

@@ -1,26 +1,35 @@
-"""Methods that remove whole layers: one function each, from a model to what goes and why."""
+"""Methods that remove whole layers in one go: a function each, from a model to what goes and why,
+and a row in the table of methods."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from pyprune.calibration.tokens import Batch
-from pyprune.depth import addons, criteria
-from pyprune.depth.graph import ResidualGraph
+from pyprune.calibration.tokens import Batch, TokenSet
+from pyprune.depth import criteria
+from pyprune.depth.addons import AddOns, apply_add_ons
+from pyprune.depth.budget import Budget, parameter_count, units_of
+from pyprune.depth.config import StructureConfig
+from pyprune.depth.decision import Decision, Step, calibration_facts, name_of
+from pyprune.depth.graph import KINDS, Branch, ResidualGraph
 from pyprune.depth.hidden import angular_distances, block_influence, token_states
 from pyprune.depth.laco import Merge, collapse
+from pyprune.depth.registry import Progress, depth_method
 from pyprune.depth.segments import fisher_partition, group_count, linear_cka, segment_order
 from pyprune.depth.streamline import Start, replace_window, window_similarity
 from pyprune.errors import UserError
+from pyprune.models.adapter import Adapter
 
 # Told the layers removed so far: whether that is enough.
 Enough = Callable[[Sequence[int]], bool]
-Say = Callable[[str, float, float | None], None] | None
+Choose = Callable[[ResidualGraph, Sequence[Batch], Any, Enough, Progress | None], "LayerChoice"]
+Function = TypeVar("Function", bound=Choose)
 
 
 @dataclass(frozen=True)
@@ -32,18 +41,6 @@ class LayerChoice:
     objective: str
     importance: tuple[float, ...] = ()
     transforms: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class AddOns:
-    """compensate: scale what comes before a gap to the size after it (Prune&Comp). refit: fit the
-    MLP before a gap to the stream after it by least squares (ReplaceMe), with a ridge of `ridge`
-    times the mean squared MLP output, towards no change. With both, the refit comes first and
-    compensation is left to gaps that have no MLP before them."""
-
-    compensate: bool = False
-    refit: bool = False
-    ridge: float = 1e-3
 
 
 @dataclass(frozen=True)
@@ -100,8 +97,71 @@ class StreamlineOptions:
     start: Start = "best"
 
 
+def layer_method(
+    name: str, *, title: str, paper: str, options: type
+) -> Callable[[Function], Function]:
+    """Registers the decorated function as a row of the table of methods."""
+
+    def register(choose: Function) -> Function:
+        depth_method(name, title=title, paper=paper, options=options, unit="layer")(
+            partial(_search, name, choose)
+        )
+        return choose
+
+    return register
+
+
+def _search(
+    name: str,
+    choose: Choose,
+    model: Any,
+    adapter: Adapter,
+    tokens: TokenSet,
+    config: StructureConfig,
+    progress: Progress | None = None,
+) -> Decision:
+    """What `choose` removes, as a decision."""
+    graph = ResidualGraph(model, adapter)
+    graph.check()
+    units = units_of(graph.branches, layers=True)
+    batches = moved(tokens.batches, graph.device)
+    budget = Budget.of(graph, config, units, batches[0])
+    size = parameter_count(model)
+
+    def enough(removed: Sequence[int]) -> bool:
+        return budget.reached([units[i] for i in removed])
+
+    choice = choose(graph, batches, config.own_options(), enough, progress)
+    steps: list[Step] = []
+    for i in choice.removed:
+        gone = [branch for step in steps for branch in step.unit] + [*units[i]]
+        score = choice.importance[i] if choice.importance else None
+        steps.append(Step(units[i], score, size - graph.removed_parameters(gone)))
+    return Decision(
+        method=name,
+        unit="layer",
+        layers=len(units),
+        steps=tuple(steps),
+        objective=choice.objective,
+        importance=dict(zip(map(name_of, units), choice.importance, strict=False)),
+        calibration=calibration_facts(tokens),
+        config=config.to_dict(),
+        transforms=choice.transforms,
+    )
+
+
+@layer_method(
+    "shortgpt",
+    title="ShortGPT: layers of least Block Influence",
+    paper="arXiv 2403.03853",
+    options=ShortGptOptions,
+)
 def shortgpt(
-    graph: ResidualGraph, batches: Sequence[Batch], options: ShortGptOptions, enough: Enough
+    graph: ResidualGraph,
+    batches: Sequence[Batch],
+    options: ShortGptOptions,
+    enough: Enough,
+    progress: Progress | None = None,
 ) -> LayerChoice:
     """ShortGPT: the layers of least Block Influence, at once."""
     if min(options.keep_first, options.keep_last) < 0:
@@ -114,8 +174,18 @@ def shortgpt(
     return _with_add_ons(graph, batches, options, removed, "1 - cosine", influence)
 
 
+@layer_method(
+    "angular",
+    title="Window of layers of least angular distance",
+    paper="arXiv 2403.17887",
+    options=AddOns,
+)
 def angular(
-    graph: ResidualGraph, batches: Sequence[Batch], options: AddOns, enough: Enough
+    graph: ResidualGraph,
+    batches: Sequence[Batch],
+    options: AddOns,
+    enough: Enough,
+    progress: Progress | None = None,
 ) -> LayerChoice:
     """Gromov et al.: the window of consecutive layers of least angular distance, the smallest
     width that is enough; never the whole model. Ties go to the lower window."""
@@ -129,8 +199,18 @@ def angular(
     raise _too_much(layers - 1, layers)
 
 
+@layer_method(
+    "shortened-llama",
+    title="Shortened LLaMA: layers by perplexity, Taylor+ or magnitude+",
+    paper="arXiv 2402.02834",
+    options=ShortenedOptions,
+)
 def shortened(
-    graph: ResidualGraph, batches: Sequence[Batch], options: ShortenedOptions, enough: Enough
+    graph: ResidualGraph,
+    batches: Sequence[Batch],
+    options: ShortenedOptions,
+    enough: Enough,
+    progress: Progress | None = None,
 ) -> LayerChoice:
     """Shortened LLaMA: a ranking of single layers by what their removal, or their weights, say."""
     importance = _criterion(graph, batches, options.criterion)
@@ -139,8 +219,18 @@ def shortened(
     return _with_add_ons(graph, batches, options, removed, options.criterion, importance)
 
 
+@layer_method(
+    "segments",
+    title="Generic layer pruning: CKA, Fisher partition, choice per segment",
+    paper="arXiv 2406.07929",
+    options=SegmentOptions,
+)
 def segments(
-    graph: ResidualGraph, batches: Sequence[Batch], options: SegmentOptions, enough: Enough
+    graph: ResidualGraph,
+    batches: Sequence[Batch],
+    options: SegmentOptions,
+    enough: Enough,
+    progress: Progress | None = None,
 ) -> LayerChoice:
     """Generic layer pruning: CKA between the layers' outputs, exact Fisher partition of its column
     sums, and the least important layers of each segment in turn."""
@@ -161,8 +251,13 @@ def segments(
     )
 
 
+@layer_method("reverse", title="Last layers first", paper="arXiv 2411.15558", options=AddOns)
 def reverse(
-    graph: ResidualGraph, batches: Sequence[Batch], options: AddOns, enough: Enough
+    graph: ResidualGraph,
+    batches: Sequence[Batch],
+    options: AddOns,
+    enough: Enough,
+    progress: Progress | None = None,
 ) -> LayerChoice:
     """The last layers, last first: the baseline to beat."""
     importance = criteria.reverse(len(graph.layouts))
@@ -170,8 +265,18 @@ def reverse(
     return _with_add_ons(graph, batches, options, removed, "depth from the end", importance)
 
 
+@layer_method(
+    "laco",
+    title="LaCo: layers folded into one before them",
+    paper="arXiv 2402.11187",
+    options=LacoOptions,
+)
 def laco(
-    graph: ResidualGraph, batches: Sequence[Batch], options: LacoOptions, enough: Enough
+    graph: ResidualGraph,
+    batches: Sequence[Batch],
+    options: LacoOptions,
+    enough: Enough,
+    progress: Progress | None = None,
 ) -> LayerChoice:
     """LaCo: folds until it is enough. UserError if the threshold ends it before that."""
     few = _sequences(batches, options.sentences)
@@ -196,12 +301,18 @@ def laco(
     return LayerChoice(removed, "cosine of final states", (), transforms)
 
 
+@layer_method(
+    "llm-streamline",
+    title="LLM-Streamline: a window replaced by one trained layer",
+    paper="arXiv 2403.19135",
+    options=StreamlineOptions,
+)
 def streamline(
     graph: ResidualGraph,
     batches: Sequence[Batch],
     options: StreamlineOptions,
     enough: Enough,
-    say: Say = None,
+    progress: Progress | None = None,
 ) -> LayerChoice:
     """LLM-Streamline: of the windows of n + 1 layers the one that changes direction least becomes
     one trained layer; the smallest n that is enough. Ties go to the lower window."""
@@ -220,7 +331,7 @@ def streamline(
             learning_rate=options.learning_rate,
             final_rate=options.learning_rate / 4,
             start=options.start,
-            say=say,
+            say=progress,
         )
         return LayerChoice(
             removed, "cosine of windows", (), ({"kind": "replacement", **asdict(result)},)
@@ -258,19 +369,9 @@ def _with_add_ons(
     objective: str,
     importance: Tensor | None,
 ) -> LayerChoice:
-    transforms: list[dict[str, Any]] = []
-    left = set(removed)
-    found = addons.gaps(removed, len(graph.layouts))
-    if options.compensate and options.refit:
-        left = {i for start, end in found if start == 0 for i in range(start, end)}
-    if options.compensate and left:
-        factors = addons.compensate(graph, left, batches)
-        transforms.append({"kind": "compensate", "factors": factors})
-    if options.refit:
-        fits = addons.refit(graph, removed, batches, options.ridge)
-        transforms += [{"kind": "refit", **fit} for fit in fits]
     values = () if importance is None else tuple(importance.tolist())
-    return LayerChoice(removed, objective, values, tuple(transforms))
+    gone = [Branch(kind, i) for i in removed for kind in KINDS]
+    return LayerChoice(removed, objective, values, apply_add_ons(graph, gone, batches, options))
 
 
 def _sequences(batches: Sequence[Batch], count: int) -> list[Batch]:

@@ -41,9 +41,12 @@ class Layout:
 
     def modules(self, kind: str) -> tuple[str, ...]:
         """Everything whose parameters belong to the branch alone."""
-        if kind == "attention":
-            return (self.attention, *self.attention_norms)
-        return (*self.mlp, *self.mlp_norms)
+        norms = self.attention_norms if kind == "attention" else self.mlp_norms
+        return (*self.inner(kind), *norms)
+
+    def inner(self, kind: str) -> tuple[str, ...]:
+        """The attention, or what the MLP is made of, without their norms."""
+        return (self.attention,) if kind == "attention" else self.mlp
 
 
 _PRE = Layout("self_attn", ("mlp",), ("input_layernorm",), ("post_attention_layernorm",))

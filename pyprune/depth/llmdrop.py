@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 
 from pyprune.calibration.tokens import TokenSet
+from pyprune.depth.addons import AddOns, apply_add_ons
 from pyprune.depth.budget import Budget, parameter_count, units_of
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision, Step
+from pyprune.depth.decision import Decision, Step, calibration_facts
 from pyprune.depth.graph import Branch, ResidualGraph
-from pyprune.depth.greedy import calibration_facts
 from pyprune.depth.registry import Progress, depth_method
 from pyprune.depth.score import Scorer
 from pyprune.errors import UserError
@@ -20,9 +20,9 @@ from pyprune.models.adapter import Adapter
 
 
 @dataclass(frozen=True)
-class LlmDropOptions:
+class LlmDropOptions(AddOns):
     """blocks: which branches may go: attention (as recommended by the paper), mlp or mixed.
-    iterative: rank again after every removal."""
+    iterative: rank again after every removal. And the add-ons `compensate`, `refit`, `ridge`."""
 
     blocks: Literal["attention", "mlp", "mixed"] = "attention"
     iterative: bool = False
@@ -44,7 +44,7 @@ def llm_drop(
 ) -> Decision:
     """Removes by descending cosine between the stream before and after a branch, token by token,
     padding excluded. The last MLP is scored on the stream itself, never behind the final norm."""
-    options: LlmDropOptions = config.method_options()
+    options: LlmDropOptions = config.own_options()
     graph = ResidualGraph(model, adapter)
     graph.check()
     kinds = ("attention", "mlp") if options.blocks == "mixed" else (options.blocks,)
@@ -68,6 +68,7 @@ def llm_drop(
         steps.append(Step(unit, 1.0 - similarity[unit[0]], size, 0, candidates))
         if progress is not None:
             progress(f"removed {unit[0]}", len(steps), None)
+    gone = [step.unit[0] for step in steps]
     return Decision(
         method="llm-drop",
         unit="block",
@@ -77,6 +78,7 @@ def llm_drop(
         importance=importance,
         calibration=calibration_facts(tokens),
         config=config.to_dict(),
+        transforms=apply_add_ons(graph, gone, scorer.batches, options),
     )
 
 

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pyprune.errors import UserError
+from pyprune.methods.options import describe_options
 
 if TYPE_CHECKING:
     from pyprune.calibration.tokens import TokenSet
@@ -29,6 +30,7 @@ MODULES = (
     "blockpruner",
     "sleb",
     "llmdrop",
+    "layers",
 )
 
 
@@ -40,7 +42,7 @@ class DepthMethod:
     search: `(model, adapter, tokens, config, progress) -> Decision`, see `Search` below. It may
         change kept weights in place (and says so in `Decision.transforms`), never the structure:
         removing what the decision lists is the caller's (`ResidualGraph.skipping`, `drop_layers`).
-    unit: "block" or "layer", what `count` counts.
+    unit: "block" (a branch) or "layer", what `count` counts.
     """
 
     name: str
@@ -73,14 +75,30 @@ def load_depth_methods() -> dict[str, DepthMethod]:
     return DEPTH_METHODS
 
 
-def find_depth_method(name: object) -> DepthMethod:
-    """The row called `name`; UserError names the nearest ones."""
+def find_depth_method(name: str) -> DepthMethod:
+    """The row called `name`; UserError with the closest name otherwise."""
     table = load_depth_methods()
-    if isinstance(name, str) and name in table:
+    if name in table:
         return table[name]
-    close = get_close_matches(str(name), list(table), n=1)
-    hint = f", did you mean {close[0]}?" if close else f"; known: {', '.join(table)}"
-    raise UserError(f"method: unknown structural method {name!r}{hint}")
+    close = get_close_matches(name, table, n=1)
+    hint = f" (did you mean {close[0]}?)" if close else ""
+    raise UserError(f"method: expected one of {', '.join(table)}, got {name!r}{hint}")
+
+
+HEADERS = ("method", "what", "removes")
+
+
+def describe(method: DepthMethod) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Its cells under `HEADERS`, and a mapping with its options."""
+    unit = {"block": "attention and MLP branches", "layer": "layers"}[method.unit]
+    row = {
+        "name": method.name,
+        "title": method.title,
+        "paper": method.paper,
+        "removes": unit,
+        "options": describe_options(method.options),
+    }
+    return (method.name, f"{method.title} ({method.paper})", unit), row
 
 
 def run_search(

@@ -11,30 +11,21 @@ from pyprune.depth.budget import units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
 from pyprune.depth.graph import ResidualGraph
-from pyprune.depth.greedy import Greedy, Mode, check_greedy
+from pyprune.depth.greedy import Greedy, GreedyOptions
 from pyprune.depth.registry import Progress, depth_method
-from pyprune.depth.score import ObjectiveName
 from pyprune.models.adapter import Adapter
 
 
 @dataclass(frozen=True)
-class SlebOptions:
+class SlebOptions(GreedyOptions):
     """protect_first, protect_last: layers that are left alone (one at either end, as published).
-    The others are those of blockpruner."""
+    And those of `GreedyOptions`."""
 
     protect_first: int = 1
     protect_last: int = 1
-    mode: Mode = "exact"
-    objective: ObjectiveName = "perplexity"
-    every: int = 1
-    memory_mb: int = 2048
-    width: int = 4
-    audit_every: int = 8
-    looks: int = 4
-    state: str | None = None
 
     def __post_init__(self) -> None:
-        check_greedy(self)
+        super().__post_init__()
         check_protected(self.protect_first, self.protect_last)
 
 
@@ -53,7 +44,7 @@ def sleb(
     progress: Progress | None = None,
 ) -> Decision:
     """BlockPruner's search with both branches of a layer as one candidate."""
-    options: SlebOptions = config.method_options()
+    options: SlebOptions = config.own_options()
     graph = ResidualGraph(model, adapter)
     graph.check()
     layers = range(options.protect_first, len(graph.layouts) - options.protect_last)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from collections.abc import Mapping
 from difflib import get_close_matches
+from types import NoneType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from pyprune.errors import UserError
 
-Scalar = bool | int | float | str
+Scalar = bool | int | float | str | None
 _WORDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -48,33 +48,33 @@ def describe_options(kind: type | None) -> dict[str, str]:
 
 
 def _takes(hint: Any) -> str:
-    hint = _given(hint)
+    if NoneType in get_args(hint):
+        return f"{_takes(_without_none(hint))} or none"
     if get_origin(hint) is Literal:
         return " or ".join(map(_shown, get_args(hint)))
     return _WORDS.get(hint, "text")
 
 
-def _given(hint: Any) -> Any:
-    """What `T | None` takes when it is given."""
-    if get_origin(hint) is not types.UnionType:
-        return hint
-    (kind,) = (kind for kind in get_args(hint) if kind is not type(None))
-    return kind
+def _without_none(hint: Any) -> Any:
+    (inner,) = (kind for kind in get_args(hint) if kind is not NoneType)
+    return inner
 
 
 def _shown(value: Any) -> str:
-    if value is None:
-        return "the method's own"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return str(value).lower() if isinstance(value, bool | NoneType) else str(value)
 
 
 def _check(name: str, hint: Any, value: Any) -> None:
-    hint = _given(hint)
-    if get_origin(hint) is Literal:
-        right = value in get_args(hint)
-    elif hint is float:
+    wanted = hint
+    if NoneType in get_args(hint):
+        if value is None:
+            return
+        wanted = _without_none(hint)
+    if get_origin(wanted) is Literal:
+        right = value in get_args(wanted)
+    elif wanted is float:
         right = isinstance(value, int | float) and not isinstance(value, bool)
     else:
-        right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+        right = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
     if not right:
         raise UserError(f"{name}: expected {_takes(hint)}, got {value!r}")

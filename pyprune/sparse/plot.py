@@ -5,19 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pyprune.errors import UserError
+from pyprune.pictures import require_matplotlib
 from pyprune.sparse.bench import DENSE, PHASES, BenchResult
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 COLOURS = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")
-
-
-def require_matplotlib() -> None:
-    """Raises UserError, saying what to install, where matplotlib is missing."""
-    from importlib.util import find_spec
-
-    if find_spec("matplotlib") is None:
-        raise UserError("a plot needs matplotlib: pip install 'pyprune[plot]'")
 
 
 def plot(result: BenchResult, file: Path) -> None:

@@ -7,9 +7,19 @@ from transformers import AutoModelForCausalLM
 
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint.output import save_model
-from pyprune.depth.addons import compensate, gaps, refit, untie
-from pyprune.depth.graph import ResidualGraph
-from pyprune.depth.hidden import magnitudes, visit_states
+from pyprune.depth.addons import (
+    AddOns,
+    apply_add_ons,
+    compensate,
+    gaps,
+    refit,
+    size_ratios,
+    streams,
+    untie,
+)
+from pyprune.depth.graph import KINDS, Branch, ResidualGraph
+from pyprune.depth.hidden import visit_states
+from pyprune.depth.repack import repack
 from pyprune.depth.save import drop_layers
 from pyprune.errors import UserError
 
@@ -30,20 +40,38 @@ def states_of(model, ids):
     return found
 
 
+def layers(*indices):
+    return [Branch(kind, i) for i in indices for kind in KINDS]
+
+
 def test_gaps():
-    assert gaps([5, 2, 1, 7], 9) == [(1, 3), (5, 6), (7, 8)]
+    assert gaps(layers(5, 2, 1, 7), 9) == [(2, 6), (10, 12), (14, 16)]
+    assert gaps([Branch("mlp", 1), Branch("attention", 2), Branch("mlp", 3)], 4) == [(3, 5), (7, 8)]
     assert gaps([], 3) == []
-    for bad in ([0, 1, 2], [-1], [3]):
+    for bad in (layers(0, 1, 2), layers(-1), layers(3)):
         with pytest.raises(UserError, match="removed: expected"):
             gaps(bad, 3)
+
+
+def test_streams_and_sizes():
+    model, ids = model_of("llama"), tiny_tokens(3, 9)
+    graph = ResidualGraph.of(model)
+    with torch.no_grad():
+        found = list(streams(graph, Batch(ids)))
+        for i, state in enumerate(states_of(model, ids)):
+            torch.testing.assert_close(found[2 * i], state.flatten(0, 1), rtol=1e-5, atol=1e-6)
+        ratios = size_ratios(graph, [(2, 6), (3, 4)], [Batch(ids[:2]), Batch(ids[2:])])
+    norms = [x.double().norm(dim=-1) for x in found]
+    expected = [float((norms[end] / norms[first]).mean()) for first, end in ((2, 6), (3, 4))]
+    assert ratios == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_compensation_scales_the_stream_and_reloads(family, tmp_path):
     model, ids = model_of(family), tiny_tokens(2, 16)
     before = states_of(model, ids)
-    ratio = float(magnitudes(ResidualGraph.of(model).adapter, [Batch(ids)])[1, 3])
-    factors = compensate(ResidualGraph.of(model), [1, 2], [Batch(ids)])
+    ratio = float((before[3].norm(dim=-1) / before[1].norm(dim=-1)).mean())
+    factors = compensate(ResidualGraph.of(model), layers(1, 2), [Batch(ids)])
     assert factors == pytest.approx([ratio]) and abs(ratio - 1) > 1e-3
     drop_layers(model, [0, 3])
     after = states_of(model, ids)
@@ -64,7 +92,7 @@ def test_compensation_scales_the_stream_and_reloads(family, tmp_path):
 def test_untied_head_is_not_scaled():
     model, ids = model_of("qwen2"), tiny_tokens()
     head = model.lm_head.weight.detach().clone()
-    compensate(ResidualGraph.of(model), [2], [Batch(ids)])
+    compensate(ResidualGraph.of(model), layers(2), [Batch(ids)])
     assert torch.equal(model.lm_head.weight, head) and not model.config.tie_word_embeddings
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
     untie(model)  # once is enough
@@ -74,7 +102,7 @@ def test_untied_head_is_not_scaled():
 def test_two_gaps_multiply():
     model, ids = model_of("llama"), tiny_tokens()
     before = states_of(model, ids)
-    one, two = compensate(ResidualGraph.of(model), [1, 3], [Batch(ids)])
+    one, two = compensate(ResidualGraph.of(model), layers(1, 3), [Batch(ids)])
     torch.testing.assert_close(states_of(model, ids)[0], before[0] * one * two)
 
 
@@ -85,11 +113,12 @@ def test_refit_brings_the_stream_closer(family, tmp_path):
     bare = model_of(family)
     drop_layers(bare, [0, 1, 3])
     without = (states_of(bare, ids)[2] - target).square().sum()
-    (gap,) = refit(ResidualGraph.of(model), [2], [Batch(ids[:2]), Batch(ids[2:])])
+    (gap,) = refit(ResidualGraph.of(model), layers(2), [Batch(ids[:2]), Batch(ids[2:])])
     drop_layers(model, [0, 1, 3])
     got = (states_of(model, ids)[2] - target).square().sum()
     assert got < without
     assert gap["after"] < gap["before"]
+    assert (gap["branch"], gap["removed"]) == ("M1", "A2+M2")
     # The reported errors are those that the models have.
     scale = target.square().sum()
     assert float(got / scale) == pytest.approx(gap["after"], rel=1e-2, abs=1e-5)
@@ -100,7 +129,7 @@ def test_refit_of_two_gaps_uses_the_refitted_stream():
     ids = tiny_tokens(6, 32)
     model = tiny_model("llama", num_hidden_layers=6)
     target = states_of(model, ids)[5]
-    first, second = refit(ResidualGraph.of(model), [1, 4], [Batch(ids)])
+    first, second = refit(ResidualGraph.of(model), layers(1, 4), [Batch(ids)])
     drop_layers(model, [0, 2, 3, 5])
     got = (states_of(model, ids)[3] - target).square().sum() / target.square().sum()
     assert float(got) == pytest.approx(second["after"], rel=1e-2)
@@ -110,8 +139,64 @@ def test_refit_of_two_gaps_uses_the_refitted_stream():
 def test_refit_refuses_and_skips():
     ids = tiny_tokens()
     with pytest.raises(UserError, match="end in a norm"):
-        refit(ResidualGraph.of(model_of("gemma2")), [2], [Batch(ids)])
+        refit(ResidualGraph.of(model_of("gemma2")), layers(2), [Batch(ids)])
     model = model_of("llama")
     before = [p.clone() for p in model.parameters()]
-    assert refit(ResidualGraph.of(model), [0, 1], [Batch(ids)]) == []
+    assert refit(ResidualGraph.of(model), layers(0, 1), [Batch(ids)]) == []
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+HALVES = [Branch("mlp", 1), Branch("attention", 2), Branch("attention", 3)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_single_branches_are_compensated(family):
+    model, ids = model_of(family), tiny_tokens(2, 16)
+    graph = ResidualGraph.of(model)
+    before = list(streams(graph, Batch(ids)))
+    found = gaps(HALVES, 4)
+    assert found == [(3, 5), (6, 7)]
+    expected = size_ratios(graph, found, [Batch(ids)])
+    one, two = compensate(graph, HALVES, [Batch(ids)])
+    assert (one, two) == pytest.approx(expected)
+    with graph.skipping(HALVES):
+        masked = model(ids, use_cache=False).logits
+    # Up to the first gap everything is scaled by both factors.
+    for position, state in enumerate(list(streams(graph, Batch(ids)))[:4]):
+        torch.testing.assert_close(state, before[position] * one * two, rtol=2e-3, atol=2e-3)
+    repack(graph, HALVES)
+    assert torch.equal(model(ids, use_cache=False).logits, masked)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in POST_NORM])
+def test_single_branches_are_refitted(family):
+    model, ids = model_of(family), tiny_tokens(6, 32)
+    graph, batch = ResidualGraph.of(model), Batch(ids)
+    target = list(streams(graph, batch))[7]
+
+    def at_the_end():
+        state, context = graph.start(batch)
+        for branch in graph.branches[:7]:
+            gone = branch in HALVES
+            state = graph.skip(branch, state) if gone else graph.run(branch, state, context)
+        return (state.total.flatten(0, 1) - target).square().sum() / target.square().sum()
+
+    without = float(at_the_end())
+    first, second = refit(graph, HALVES, [Batch(ids[:2]), Batch(ids[2:])])
+    assert (first["branch"], first["removed"]) == ("A1", "M1+A2")
+    assert (second["branch"], second["removed"]) == ("M2", "A3")
+    assert all(gap["after"] < gap["before"] for gap in (first, second))
+    assert float(at_the_end()) == pytest.approx(second["after"], rel=1e-2, abs=1e-5)
+    assert second["after"] < without
+
+
+def test_both_together():
+    ids = tiny_tokens(4, 16)
+    model = model_of("llama")
+    both = AddOns(compensate=True, refit=True)
+    removed = [Branch("attention", 0), Branch("mlp", 0), *HALVES]
+    kinds = [t["kind"] for t in apply_add_ons(ResidualGraph.of(model), removed, [Batch(ids)], both)]
+    assert kinds == ["compensate", "refit", "refit"]
+    assert apply_add_ons(ResidualGraph.of(model), HALVES, [Batch(ids)], AddOns()) == ()

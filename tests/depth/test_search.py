@@ -1,5 +1,6 @@
 """The searches against the naive loop, and what a decision records."""
 
+import json
 import math
 
 import pytest
@@ -9,8 +10,9 @@ from torch.nn import functional as F
 
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.tokens import Batch
+from pyprune.config import CalibrationConfig
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision
+from pyprune.depth.decision import Decision, load_decision
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.registry import load_depth_methods, run_search
 from pyprune.errors import UserError
@@ -35,7 +37,7 @@ def search(model, config, data=None):
 
 
 def config(method="blockpruner", count=3, **options):
-    return StructureConfig(method, count=count, options=options)
+    return StructureConfig(method, count=count, method_options=options)
 
 
 def close(a, b):
@@ -163,17 +165,17 @@ def test_modes_of_blocks_and_protection():
     assert all(len(step.unit) == 2 for step in layers)
 
 
-@pytest.mark.parametrize("unit", ["params", "blocks", "latency"])
-def test_ratio_is_reached_by_one_unit(unit):
+@pytest.mark.parametrize("by", ["params", "count", "latency"])
+def test_ratio_is_reached_by_one_unit(by):
     model = model_of("llama", 4)
-    found = run_search(model, Adapter.of(model), tokens(), StructureConfig(ratio=0.3, unit=unit))
+    found = run_search(model, Adapter.of(model), tokens(), StructureConfig(ratio=0.3, by=by))
     graph = ResidualGraph.of(model)
-    if unit == "params":
+    if by == "params":
         total = sum(p.numel() for p in model.parameters())
         shares = [graph.removed_parameters(found.removed[:k]) / total for k in range(8)]
         assert shares[len(found.removed) - 1] < 0.3 <= shares[len(found.removed)]
         assert found.steps[-1].parameters == total - graph.removed_parameters(found.removed)
-    elif unit == "blocks":
+    elif by == "count":
         assert len(found.removed) == 2  # of 8: 2.4 rounds to 2
     else:
         assert 1 <= len(found.removed) < 8
@@ -224,20 +226,49 @@ def test_continues_from_its_state_file(tmp_path, monkeypatch):
         monkeypatch.setattr(walkdown.WalkDown, "score", original)
         (tmp_path / "state.json").unlink()
     search(model, config(count=2, state=file))
-    with pytest.raises(UserError, match="another model, text or configuration"):
+    with pytest.raises(UserError, match="of another configuration"):
         search(model, config(count=2, state=file, objective="kl"))
+    with pytest.raises(UserError, match="of another calibration text"):
+        search(model, config(count=2, state=file), tokens((2, 3)))
+    with pytest.raises(UserError, match="of another model"):
+        search(tiny_model("llama", 1, num_hidden_layers=4), config(count=2, state=file))
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(UserError, match="cannot continue"):
         search(model, config(count=2, state=file))
 
 
+def test_states_that_were_cached_before_a_resumption_are_not_used(tmp_path):
+    """A lazy round may begin deep down, at a state of the model without what a file named."""
+    file, model = str(tmp_path / "state.json"), model_of("llama", 6)
+    options = {"mode": "fast", "audit_every": 0, "looks": 2}
+    whole = search(model, config(count=6, **options))
+    for count in range(1, 6):
+        search(model, config(count=count, state=file, **options))
+    close(search(model, config(count=6, state=file, **options)), whole)
+
+
+@pytest.mark.parametrize("method", ["blockpruner", "sleb", "llm-drop"])
+def test_add_ons_leave_the_search_alone(method):
+    plain = search(model_of("llama", 4), config(method, count=2))
+    more = search(model_of("llama", 4), config(method, count=2, compensate=True, refit=True))
+    assert more.steps == plain.steps and plain.transforms == ()
+    assert {t["kind"] for t in more.transforms} <= {"compensate", "refit"} and more.transforms
+
+
 def test_decision_round_trip(tmp_path):
     found = search(model_of("llama"), config())
-    found.save(tmp_path / "pruning.json")
-    assert Decision.load(tmp_path) == found
-    (tmp_path / "pruning.json").write_text('{"schema": 1}')
-    with pytest.raises(UserError, match="expected a decision file"):
-        Decision.load(tmp_path)
+    values = json.loads(json.dumps(found.to_dict()))
+    assert Decision.from_dict(values) == found
+    shared = {key: values.pop(key) for key in ("model", "config", "calibration")}
+    (tmp_path / "pyprune.json").write_text(json.dumps({**shared, "decision": values}))
+    assert load_decision(tmp_path) == load_decision(tmp_path / "pyprune.json") == found
+    (tmp_path / "pyprune.json").write_text('{"schema": 1}')
+    with pytest.raises(UserError, match="report of a structural run"):
+        load_decision(tmp_path)
+    with pytest.raises(UserError, match="cannot read"):
+        load_decision(tmp_path / "nothing.json")
+    with pytest.raises(UserError, match="expected one, got something else"):
+        Decision.from_dict({"steps": [{"unit": 3}]})
     with pytest.raises(UserError, match="got mlp of layer 9"):
         Decision(
             "x",
@@ -252,14 +283,14 @@ def test_decision_round_trip(tmp_path):
 
 def test_bad_requests():
     model = model_of("llama", 2)
-    with pytest.raises(UserError, match=r"at most 3 units .*got 4"):
+    with pytest.raises(UserError, match=r"at most 3 branches .*got 4"):
         search(model, config(count=4))
     with pytest.raises(UserError, match=r"of the parameters .*got 0.99"):
         run_search(model, Adapter.of(model), tokens(), StructureConfig(ratio=0.99))
-    with pytest.raises(UserError, match="at most 0 units"):
+    with pytest.raises(UserError, match="at most 0 layers"):
         search(model, config("sleb", count=1))  # both layers are protected
     one = model_of("llama", 1)
-    with pytest.raises(UserError, match="at most 0 units"):
+    with pytest.raises(UserError, match="at most 0 layers"):
         search(one, config("sleb", count=1, protect_first=0, protect_last=0))
     short = as_token_set([tiny_tokens(2, 1)], vocabulary=None, positions=None)
     with pytest.raises(UserError, match="sequences of 2 tokens or more"):
@@ -277,16 +308,21 @@ def test_bad_requests():
         ({"ratio": 0.1, "count": 2}, "exactly one of ratio and count"),
         ({"ratio": 0.0}, "between 0 and 1, got 0.0"),
         ({"ratio": 1}, "between 0 and 1"),
-        ({"ratio": float("nan")}, "between 0 and 1"),
+        ({"ratio": float("nan")}, "ratio: expected a number"),
+        ({"ratio": "half"}, "ratio: expected a number, got 'half'"),
         ({"count": 0}, "whole number from 1"),
-        ({"count": True}, "whole number from 1"),
+        ({"count": True}, "count: expected a whole number"),
         ({"count": 1, "method": "blokpruner"}, "did you mean blockpruner"),
-        ({"count": 1, "unit": "flops"}, "unit: expected one of"),
-        ({"count": 1, "options": {"mod": "fast"}}, "did you mean mode"),
-        ({"count": 1, "options": {"mode": "slow"}}, "expected one of exact, fast, naive"),
-        ({"count": 1, "options": {"every": "x"}}, "options.every: expected a whole number"),
-        ({"count": 1, "options": {"every": 0}}, "options.every: expected at least 1"),
-        ({"count": 1, "options": {"protect_first": -1}}, "0 or more protected"),
+        ({"count": 1, "method": 3}, "method: expected text"),
+        ({"count": 1, "by": "flops"}, "by: expected one of"),
+        ({"count": 1, "fill": "deci"}, "fill: expected one of"),
+        ({"count": 1, "device": "tpu"}, "device: expected auto"),
+        ({"count": 1, "method_options": {"mod": "fast"}}, "did you mean mode"),
+        ({"count": 1, "method_options": {"mode": "slow"}}, "expected exact or fast or naive"),
+        ({"count": 1, "method_options": {"every": "x"}}, "every: expected a whole number"),
+        ({"count": 1, "method_options": {"every": 0}}, "every: expected at least 1"),
+        ({"count": 1, "method_options": {"protect_first": -1}}, "protect_last: expected 0 or more"),
+        ({"count": 1, "method_options": {"state": 1}}, "state: expected text or none"),
         ({"count": 1, "calibration": {"nsample": 1}}, "did you mean nsamples"),
         ({"count": 1, "raito": 1}, "did you mean ratio"),
     ],
@@ -296,19 +332,17 @@ def test_bad_configs(given, message):
         StructureConfig.from_dict(given)
 
 
-def test_config_round_trips_and_converts_text(tmp_path):
-    given = {"mode": "fast", "looks": "3", "state": "none", "blocks": "mlp"}
-    built = StructureConfig(ratio=0.2, unit="latency", options=given, calibration=_calibration())
-    assert built.method_options().looks == 3 and built.method_options().state is None
+def test_config_round_trips(tmp_path):
+    given = {"mode": "fast", "looks": 3, "state": None, "blocks": "mlp"}
+    shown = CalibrationConfig(nsamples=4, seqlen=64)
+    built = StructureConfig(ratio=0.2, by="latency", method_options=given, calibration=shown)
+    assert built.own_options().looks == 3 and built.own_options().state is None
     assert StructureConfig.from_yaml(built.to_yaml()) == built
     (tmp_path / "run.yaml").write_text(built.to_yaml())
     assert StructureConfig.load(tmp_path / "run.yaml") == built
-    drop = StructureConfig("llm-drop", count=1, options={"iterative": "yes"})
-    assert drop.method_options().iterative is True
+    drop = StructureConfig("llm-drop", count=1, method_options={"iterative": True})
+    assert drop.own_options().iterative is True
+    assert StructureConfig.from_dict({"count": 1, "calibration": {"seed": 3}}).calibration == (
+        CalibrationConfig(nsamples=32, seqlen=512, seed=3)
+    )
     assert {"blockpruner", "sleb", "llm-drop"} <= set(load_depth_methods())
-
-
-def _calibration():
-    from pyprune.config import CalibrationConfig
-
-    return CalibrationConfig(nsamples=4, seqlen=64)

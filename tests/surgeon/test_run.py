@@ -457,7 +457,7 @@ def test_nan_gradients_name_the_layer():
         ({"sparsity": 0.5, "method_options": {"shots": 2.5}}, "shots: expected a whole number"),
         (
             {"sparsity": 0.5, "method_options": {"gradient_damping": "x"}},
-            "gradient_damping: expected a number, got 'x'",
+            "gradient_damping: expected a number or none, got 'x'",
         ),
     ],
 )

@@ -1,0 +1,37 @@
+"""Calibration tokens as a run's configuration asks for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from pyprune.calibration.batches import as_token_set
+from pyprune.calibration.tokens import TokenSet, calibration_tokens
+from pyprune.config import CalibrationConfig
+from pyprune.errors import UserError
+
+
+def configured_tokens(data: object, wanted: CalibrationConfig, config: Any) -> TokenSet:
+    """What a model with the transformers configuration `config` is shown.
+
+    data: a tokenizer, with which `wanted` is read (sequences are cut to the model's positions), or
+    the batches themselves, see `as_token_set`. Raises UserError for anything else, too little text,
+    or batches that do not fit the model.
+    """
+    text_config = config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(data, PreTrainedTokenizerBase):
+        data = calibration_tokens(
+            wanted.source,
+            data,
+            nsamples=wanted.nsamples,
+            seqlen=min(wanted.seqlen, positions or wanted.seqlen),
+            seed=wanted.seed,
+            batch_size=wanted.batch_size,
+            padding=wanted.padding,
+            bos=wanted.bos,
+        )
+    if data is None:
+        raise UserError("calibration: expected a tokenizer or batches, got none")
+    return as_token_set(data, vocabulary=text_config.vocab_size, positions=positions)

@@ -1,0 +1,178 @@
+"""Pictures of a structural run: what went in which order, how much each branch matters, and what
+every removal cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyprune.depth.decision import Decision, name_of
+from pyprune.depth.graph import KINDS, Branch
+from pyprune.errors import UserError
+from pyprune.pictures import require_matplotlib
+
+COLOURS = {"attention": "#1f77b4", "mlp": "#ff7f0e", "layer": "#1f77b4"}
+LABELS = {"attention": "attention", "mlp": "MLP", "layer": "layer"}
+KEPT = "#e9e9e9"
+# A logarithmic axis where the largest value is so many times the least.
+LOGARITHMIC = 20.0
+# Bars longer than so many times this quantile of all are cut off.
+CUT, QUANTILE = 1.5, 0.85
+Points = Sequence[tuple[int, float]]
+
+
+def check_pictures(path: Path) -> None:
+    """Raises UserError unless pictures can go to `path`: a .png file, or a directory, in one that
+    exists; and matplotlib is there."""
+    require_matplotlib()
+    if path.suffix not in ("", ".png"):
+        raise UserError(f"report: expected a directory or a .png file, got {path}")
+    if path.suffix == ".png" and path.is_dir():
+        raise UserError(f"report: expected a file, {path} is a directory")
+    if path.suffix == "" and path.exists() and not path.is_dir():
+        raise UserError(f"report: expected a directory, {path} is a file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"report: expected {path.absolute().parent} to exist")
+
+
+def draw(decision: Decision, curve: Points, path: Path) -> list[Path]:
+    """Writes order.png, importance.png (of methods that score single branches or layers) and
+    perplexity.png (with a `curve` of parameters and perplexity, the dense model first) into the
+    directory `path`, or all of them into the one file `path`, if that ends in .png. Returns the
+    files. Raises UserError as `check_pictures`."""
+    check_pictures(path)
+    from matplotlib.figure import Figure
+
+    panels: dict[str, Callable[[Any], None]] = {"order": lambda axis: _order(axis, decision)}
+    if any(value is not None for value in decision.importance.values()):
+        panels["importance"] = lambda axis: _importance(axis, decision)
+    if curve:
+        panels["perplexity"] = lambda axis: _curve(axis, decision, curve)
+    width = max(7.0, 0.32 * decision.layers + 2)
+    heights = {"order": 1.9, "importance": 3.6, "perplexity": 3.8}
+    if path.suffix == ".png":
+        sizes = [heights[name] for name in panels]
+        figure = Figure(figsize=(width, sum(sizes) + 0.4), layout="constrained")
+        axes = figure.subplots(len(panels), 1, height_ratios=sizes, squeeze=False)[:, 0]
+        figure.suptitle(_title(decision), fontsize=9)
+        for axis, panel in zip(axes, panels.values(), strict=True):
+            panel(axis)
+        figure.savefig(path, dpi=120)
+        return [path]
+    path.mkdir(exist_ok=True)
+    files = []
+    for name, panel in panels.items():
+        figure = Figure(figsize=(width, heights[name] + 0.3), layout="constrained")
+        figure.suptitle(_title(decision), fontsize=9)
+        panel(figure.subplots())
+        files.append(path / f"{name}.png")
+        figure.savefig(files[-1], dpi=120)
+    return files
+
+
+def _title(decision: Decision) -> str:
+    text = decision.calibration
+    shown = f"; calibration {text['source']}, {text['tokens']:,} tokens" if text else ""
+    return (
+        f"{decision.model} without {len(decision.steps)} {_units(decision)}: {decision.method}"
+        + (shown)
+    )
+
+
+def _units(decision: Decision) -> str:
+    word = "layer" if decision.unit == "layer" else "branch"
+    return {"layer": "layers", "branch": "branches"}[word] if len(decision.steps) != 1 else word
+
+
+def _order(axis: Any, decision: Decision) -> None:
+    from matplotlib import colormaps
+
+    ranks = {branch: i for i, step in enumerate(decision.steps) for branch in step.unit}
+    colours, last = colormaps["viridis"], max(1, len(decision.steps) - 1)
+    for row, kind in enumerate(KINDS):
+        for layer in range(decision.layers):
+            rank = ranks.get(Branch(kind, layer))
+            share = None if rank is None else rank / last
+            axis.bar(
+                layer, 0.9, 0.9, row - 0.45,
+                color=KEPT if share is None else colours(share),
+            )  # fmt: skip
+            if share is not None and rank is not None:
+                ink = "white" if share < 0.6 else "black"
+                axis.text(
+                    layer, row, str(rank + 1), ha="center", va="center", color=ink, fontsize=8
+                )
+    axis.set_yticks(range(len(KINDS)), [LABELS[kind] for kind in KINDS])
+    axis.set_ylim(len(KINDS) - 0.5, -0.5)
+    axis.set_title("removed, by order (grey: stays)", fontsize=9)
+    _layers(axis, decision)
+
+
+def _importance(axis: Any, decision: Decision) -> None:
+    """Bars from the dense model's score, if it is known. A few branches of almost any model are
+    many times as important as the rest: their bars are cut off and say how long they are."""
+    kinds = ("layer",) if decision.unit == "layer" else KINDS
+    width, base = 0.8 / len(kinds), decision.dense or 0.0
+    known = [v for v in decision.importance.values() if v is not None and math.isfinite(v)]
+    rises = sorted(v - base for v in known)
+    top = base + CUT * rises[int(QUANTILE * (len(rises) - 1))]
+    if not base < top < max(known):
+        top = math.inf
+    for i, kind in enumerate(kinds):
+        found = [(x, v) for x, v in _scores(decision, kind) if v is not None and math.isfinite(v)]
+        places = [x + (i + 0.5) * width - 0.4 for x, _ in found]
+        axis.bar(
+            places, [min(v, top) - base for _, v in found], width, base,
+            color=COLOURS[kind], label=LABELS[kind],
+        )  # fmt: skip
+        for place, (_, v) in zip(places, found, strict=True):
+            if v > top:
+                axis.text(
+                    place, top, f" {v:.3g}", rotation=90, ha="center", va="bottom", fontsize=7
+                )  # fmt: skip
+    if top < math.inf:
+        axis.set_ylim(top=base + 1.3 * (top - base))
+    if decision.dense is not None:
+        axis.axhline(base, color="black", linewidth=0.8, linestyle=":", label="dense")
+    axis.set_ylabel(decision.objective)
+    axis.set_title("each alone: the higher, the more it matters", fontsize=9)
+    axis.legend(fontsize=8, loc="upper center", ncols=3)
+    _layers(axis, decision)
+
+
+def _scores(decision: Decision, kind: str) -> list[tuple[int, float | None]]:
+    found = []
+    for layer in range(decision.layers):
+        unit = tuple(Branch(k, layer) for k in (KINDS if kind == "layer" else (kind,)))  # type: ignore[arg-type]
+        found.append((layer, decision.importance.get(name_of(unit))))
+    return found
+
+
+def _layers(axis: Any, decision: Decision) -> None:
+    step = 1 if decision.layers <= 48 else 5
+    axis.set_xticks(range(0, decision.layers, step))
+    axis.tick_params(labelsize=8)
+    axis.set_xlim(-0.7, decision.layers - 0.3)
+    axis.set_xlabel("layer", fontsize=8)
+
+
+def _curve(axis: Any, decision: Decision, curve: Points) -> None:
+    scale, unit = (1e9, "10⁹") if curve[0][0] >= 1e9 else (1e6, "10⁶")
+    sizes, scores = [size / scale for size, _ in curve], [score for _, score in curve]
+    # Of a method that changed weights there are only the two ends.
+    whole = len(curve) == len(decision.steps) + 1
+    axis.plot(sizes, scores, "o-" if whole else "o--", markersize=4)
+    names = [name_of(step.unit) for step in decision.steps] if whole else ["pruned"]
+    for x, y, name in zip(sizes, scores, ["dense", *names], strict=True):
+        axis.annotate(
+            name, (x, y), xytext=(3, 5), textcoords="offset points", fontsize=7, rotation=45
+        )  # fmt: skip
+    if max(scores) > LOGARITHMIC * min(scores):
+        axis.set_yscale("log")
+    axis.margins(x=0.06, y=0.14)
+    axis.set_xlabel(f"parameters, {unit}", fontsize=8)
+    axis.set_ylabel("perplexity")
+    axis.tick_params(labelsize=8)
+    axis.set_title("perplexity on the calibration text after every removal", fontsize=9)

@@ -1,0 +1,273 @@
+"""Structural pruning from a model, or from a checkpoint to a smaller, ordinary checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pyprune.calibration.configured import configured_tokens
+from pyprune.calibration.tokens import TokenSet
+from pyprune.checkpoint import (
+    Checkpoint,
+    check_output,
+    copy_auxiliary,
+    output_directory,
+    write_report,
+)
+from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE, REPORT
+from pyprune.depth.budget import parameter_count
+from pyprune.depth.config import StructureConfig
+from pyprune.depth.decision import Decision
+from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.plot import check_pictures, draw
+from pyprune.depth.registry import (
+    HEADERS,
+    Progress,
+    describe,
+    find_depth_method,
+    load_depth_methods,
+)
+from pyprune.depth.repack import repack
+from pyprune.depth.report import StructureReport
+from pyprune.depth.score import Scorer
+from pyprune.devices import find_device
+from pyprune.errors import UserError
+from pyprune.families import Family, Run
+from pyprune.measure import Measure
+from pyprune.models.adapter import Adapter
+from pyprune.report import RunReport, model_name, source_name, versions
+
+Curve = tuple[tuple[int, float], ...]
+# Said where re-packing brings nothing.
+NOTHING_GOES = "no layer goes: no attention and MLP of different layers came next to each other"
+
+
+def prune_structure(
+    model: Any,
+    tokenizer_or_batches: object,
+    config: StructureConfig,
+    progress: Progress | None = None,
+    *,
+    curve: bool = False,
+) -> StructureReport:
+    """Removes branches or layers from a transformers model in memory, in place.
+
+    Args:
+        model: a causal language model; it stays on its device.
+        tokenizer_or_batches: a tokenizer, with which `config.calibration` is read; or the batches
+            themselves, see `calibration.batches.as_token_set`.
+        config: what to do. Its device and dtype are a checkpoint's business: expected "auto".
+        progress: called with (what happens, done, total or None).
+        curve: whether to measure perplexity after every removal, see `StructureReport.curve`.
+
+    Returns:
+        The report. `model` is an ordinary, smaller model of its class: it saves, loads and
+        generates as any other.
+
+    Raises:
+        UserError: the request, the data or the architecture make it impossible. Methods that change
+            weights may have done so.
+    """
+    for name in ("device", "dtype"):
+        if getattr(config, name) != "auto":
+            raise UserError(
+                f"{name}: expected auto for a model in memory, got {getattr(config, name)!r}"
+            )
+    return _prune(model, tokenizer_or_batches, config, progress, curve, Measure())
+
+
+def _prune(
+    model: Any,
+    data: object,
+    config: StructureConfig,
+    progress: Progress | None,
+    curve: bool,
+    measure: Measure,
+) -> StructureReport:
+    adapter = Adapter.of(model)
+    with measure.phase("tokens"):
+        tokens = configured_tokens(data, config.calibration, model.config)
+    before = parameter_count(model)
+    search = find_depth_method(config.method).search
+    with _evaluating(model):
+        dense = _perplexities(model, adapter, tokens, [[]]) if curve else []
+        with measure.phase("search"):
+            decision: Decision = search(model, adapter, tokens, config, progress)
+        decision = replace(decision, model=model_name(model))
+        with measure.phase("curve"):
+            points = _curve(model, adapter, tokens, decision, before, dense) if curve else ()
+        with measure.phase("repacking"):
+            packing = repack(ResidualGraph(model, adapter), decision.removed, config.fill)
+    notes = [packing.reason] if packing.reason else []
+    if len(packing.pairs) == packing.before and config.fill == "packed" and not packing.reason:
+        notes.append(NOTHING_GOES)
+    return StructureReport(
+        decision=decision,
+        packing=packing,
+        parameters=(before, parameter_count(model)),
+        zeros=_zeros(model, packing.zeros),
+        versions=versions(),
+        curve=points,
+        notes=tuple(notes),
+        run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
+    )
+
+
+def prune_structure_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: StructureConfig,
+    progress: Progress | None = None,
+    *,
+    batches: object = None,
+    trust_remote_code: bool = False,
+    curve: bool = False,
+) -> StructureReport:
+    """`prune_structure` from a checkpoint into a new directory, in the checkpoint's own dtype. The
+    model is held in memory.
+
+    Args:
+        source: a Hugging Face directory with safetensors, or a hub id.
+        out: a directory that does not exist or is empty. It appears when everything is written.
+        batches: token ids to calibrate on; None reads `config.calibration` with the checkpoint's
+            own tokenizer.
+        trust_remote_code: run the model code that comes with the checkpoint, if any; it is copied
+            into `out` then.
+
+    Returns:
+        The report, which is in `out` as pyprune.json too.
+
+    Raises:
+        UserError: see `prune_structure`, `Checkpoint.open` and `output_directory`. Nothing is left
+            at `out`.
+    """
+    measure = Measure()
+    check_output(out)
+    with measure.phase("open"):
+        checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
+        data = checkpoint.tokenizer() if batches is None else batches
+        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        model: Any = checkpoint.load_model(find_device(config.device), dtype)
+    report = _prune(model, data, config, progress, curve, measure)
+    # Not model.to: it would round the rotary frequencies and other buffers too.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(checkpoint.dtype)
+    model.config.dtype = checkpoint.dtype
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    with output_directory(out, needed=needed + AUXILIARY_BYTES) as folder:
+        with measure.phase("write"):
+            copy_auxiliary(checkpoint, folder, index=False)
+            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        report = replace(
+            report,
+            decision=replace(report.decision, model=source_name(source)),
+            earlier=_earlier(checkpoint.path),
+            run=replace(report.run, seconds=measure.total()),
+        )
+        write_report(folder, report.to_dict(), report.card())
+    return report
+
+
+def _earlier(source: Path) -> dict[str, Any]:
+    file = source / REPORT
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _zeros(model: Any, halves: list[Branch]) -> int:
+    """Parameters of the halves that are there but zero; their norms are not."""
+    if not halves:
+        return 0
+    graph = ResidualGraph(model, Adapter.of(model))
+    total = 0
+    for branch in halves:
+        block, layout = graph.adapter.blocks[branch.layer], graph.layouts[branch.layer]
+        for name in layout.inner(branch.kind):
+            total += sum(p.numel() for p in block.get_submodule(name).parameters())
+    return total
+
+
+def _curve(
+    model: Any,
+    adapter: Adapter,
+    tokens: TokenSet,
+    decision: Decision,
+    before: int,
+    dense: list[float],
+) -> Curve:
+    """Parameters and perplexity after every removal. A method that changes the weights that stay
+    has only a beginning and an end: in between there was no model."""
+    steps = decision.steps if not decision.transforms else decision.steps[-1:]
+    sizes = [before, *(step.parameters or 0 for step in steps)]
+    known = [step.score for step in steps if step.score is not None]
+    searched = decision.objective == "perplexity" and len(known) == len(steps)
+    if searched and not decision.transforms:
+        return tuple(zip(sizes, [*dense, *known], strict=True))
+    prefixes = [decision.removed]
+    if not decision.transforms:
+        ends = list(accumulate(len(step.unit) for step in steps))
+        prefixes = [decision.removed[:end] for end in ends]
+    scores = [*dense, *_perplexities(model, adapter, tokens, prefixes)]
+    return tuple(zip(sizes, scores, strict=True))
+
+
+def _perplexities(
+    model: Any, adapter: Adapter, tokens: TokenSet, removals: list[list[Branch]]
+) -> list[float]:
+    graph = ResidualGraph(model, adapter)
+    scorer = Scorer(graph, tokens.batches)
+    found = []
+    for removed in removals:
+        rows = []
+        with torch.no_grad():
+            for i, batch in enumerate(scorer.batches):
+                state, context = graph.start(batch)
+                rows.append(scorer.rows(i, graph.run_from(0, state, context, removed)))
+        found += scorer.total(rows)
+    return found
+
+
+def _run(run: Run) -> StructureReport:
+    if run.state is not None:
+        raise UserError(f"state: {run.config.method} does not go on from one, got {run.state}")
+    if run.pictures is not None:
+        check_pictures(run.pictures)
+    report = prune_structure_checkpoint(
+        run.source,
+        run.out,
+        run.config,
+        run.bar.step,
+        trust_remote_code=run.trust_remote_code,
+        curve=run.pictures is not None,
+    )
+    if run.pictures is not None:
+        draw(report.decision, report.curve, run.pictures)
+    return report
+
+
+FAMILY = Family(
+    title="branches and layers",
+    methods=load_depth_methods,
+    config=StructureConfig,
+    targets={"ratio": ("count",), "count": ("ratio",)},
+    run=_run,
+    headers=HEADERS,
+    describe=describe,
+)

@@ -1,0 +1,1 @@
+"""Narrower layers: MLP channels and attention heads, and the width of the residual stream."""

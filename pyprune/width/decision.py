@@ -1,0 +1,81 @@
+"""What a width method decided, and what became of it in the saved model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyprune.errors import UserError
+
+
+@dataclass(frozen=True)
+class WidthDecision:
+    """Which units went, and what that made of the model.
+
+    method. units: group (see `pyprune.width.structure.Group`) -> how many it had; removed: group ->
+        ascending indices of those that went.
+    sizes: field of the configuration -> (before, after), where it changed.
+    parameters: of the model before and after (tied ones once); wanted: what would be left if every
+        group had been cut to exactly its own units. More than that is left where a stock model
+        cannot say it; zeroed: group -> units that are zeros but still there; notes say why.
+    calibration: source, sha256, tokens, seqlen, sequences. config: `WidthConfig.to_dict`.
+    transforms: what else the method did to the kept weights.
+    """
+
+    method: str
+    units: Mapping[str, int]
+    removed: Mapping[str, list[int]]
+    sizes: Mapping[str, tuple[int, int]]
+    parameters: tuple[int, int]
+    wanted: int
+    zeroed: Mapping[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+    transforms: tuple[Mapping[str, Any], ...] = ()
+
+    def kept(self) -> dict[str, Tensor]:
+        """What `Widths.mask` and `cut` take: repeats the removal on a dense model."""
+        found = {}
+        for name, size in self.units.items():
+            stays = torch.ones(size, dtype=torch.bool)
+            stays[self.removed.get(name, [])] = False
+            found[name] = stays.nonzero()[:, 0]
+        return found
+
+    @property
+    def share_removed(self) -> float:
+        """Of all parameters, in the model as it is."""
+        return 1 - self.parameters[1] / self.parameters[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dicts, lists, strings and numbers: what `from_dict` takes back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> WidthDecision:
+        """The inverse of `to_dict`, also after JSON. UserError if it is something else."""
+        try:
+            given = dict(values)
+            given["sizes"] = {name: tuple(pair) for name, pair in given["sizes"].items()}
+            for key in ("parameters", "notes", "transforms"):
+                given[key] = tuple(given[key])
+            return cls(**given)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise UserError(f"decision: expected one, got something else: {error!r}") from error
+
+    def summary(self) -> str:
+        """A paragraph for the model card."""
+        before, after = self.parameters
+        sizes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in self.sizes.items())
+        lines = [f"{after:,} of {before:,} parameters ({sizes or 'all shapes as before'})."]
+        if self.zeroed:
+            lines.append(
+                f"{sum(self.zeroed.values())} removed units in {len(self.zeroed)} modules are "
+                f"still there as zeros; without them {self.wanted:,} parameters would be left."
+            )
+        return " ".join(lines)

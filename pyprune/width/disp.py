@@ -1,0 +1,291 @@
+"""DISP-LLM (Gao et al., NeurIPS 2024, arXiv 2410.11988): channels chosen by a trained network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.calibration.tokens import TokenSet
+from pyprune.depth.registry import Progress
+from pyprune.errors import UserError
+from pyprune.width.apply import remove
+from pyprune.width.config import WidthConfig
+from pyprune.width.decision import WidthDecision
+from pyprune.width.hypernet import BASE, Gate, Training, train
+from pyprune.width.registry import width_method
+from pyprune.width.select import best, prunable, uniform_sizes
+from pyprune.width.structure import Group, Widths
+from pyprune.width.wanda_sp import check_multiple
+
+NOT_STOCK = (
+    "the subsets of the residual stream that each matrix reads and writes are stored as zeros: no "
+    "stock model can index its stream"
+)
+
+
+@dataclass(frozen=True)
+class DispOptions:
+    """gates: hidden (the channels between gate, up and down, equally many per layer, so that a
+    stock model results) or all (also which channels of the residual stream every matrix reads and
+    writes; full shapes with zeros result). iterations: training steps, one batch each (published:
+    10000). rate, decay: of AdamW. strength: of the budget's penalty (paper 6, code 16). multiple:
+    of which the channels left are one, with hidden. seed.
+    """
+
+    gates: Literal["hidden", "all"] = "hidden"
+    iterations: int = 1000
+    rate: float = 1e-3
+    decay: float = 0.05
+    strength: float = 6.0
+    multiple: int = 8
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        check_multiple(self.multiple)
+        if self.iterations < 1 or not self.rate > 0 or self.decay < 0 or self.strength < 0:
+            raise UserError(
+                "options: expected iterations of 1 or more, a positive rate, decay and strength of "
+                f"0 or more, got {self.iterations}, {self.rate}, {self.decay}, {self.strength}"
+            )
+
+
+@width_method(
+    "disp-llm",
+    title="DISP-LLM: channels by a hyper-network trained on the frozen model",
+    paper="arXiv 2410.11988",
+    options=DispOptions,
+    removes="channels",
+)
+def disp_llm(
+    model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
+) -> WidthDecision:
+    """The final choice is made without noise (the published code draws it once more)."""
+    options: DispOptions = config.own_options()
+    widths = Widths.of(model)
+    training = Training(
+        options.iterations, options.rate, options.decay, options.strength, options.seed
+    )
+    if options.gates == "hidden":
+        return _hidden(widths, tokens, config, options, training, progress)
+    return _all(widths, tokens, config, training, progress)
+
+
+# ---- hidden channels only
+
+
+def _hidden(
+    widths: Widths,
+    tokens: TokenSet,
+    config: WidthConfig,
+    options: DispOptions,
+    training: Training,
+    progress: Progress | None,
+) -> WidthDecision:
+    dense = sum(p.numel() for p in widths.model.parameters())
+    groups = [group for group in prunable(widths, "mlp") if group.writer.index is None]
+    if not groups:
+        raise UserError(f"{type(widths.model).__name__}: channels of fused experts cannot be gated")
+    sizes = uniform_sizes(widths, groups, math.ceil(config.ratio * dense), options.multiple)
+    gates = [_writer_gate(group) for group in groups]
+    shares = [sizes[group.name] / group.units for group in groups]
+
+    def penalty(values: Sequence[Tensor]) -> Tensor:
+        """Every layer has its own budget here: in the end all keep equally many."""
+        off = [_log_ratio(v.mean(), share) for v, share in zip(values, shares, strict=True)]
+        return torch.stack(off).mean()
+
+    logits, losses = train(widths.model, tokens.batches, gates, penalty, training, progress)
+    scores = {group.name: logit for group, logit in zip(groups, logits, strict=True)}
+    open_gates = [float((logit + BASE > 0).double().mean()) for logit in logits]
+    return remove(
+        widths,
+        best(scores, sizes),
+        tokens=tokens,
+        config=config,
+        dense_parameters=dense,
+        transforms=[{"losses": _some(losses), "share of gates open": open_gates}],
+    )
+
+
+def _log_ratio(share: Tensor, wanted: float) -> Tensor:
+    """|log(share / wanted)|; a share of nothing counts as a thousandth of what is wanted."""
+    return (share / wanted).clamp(min=1e-3).log().abs()
+
+
+def _writer_gate(group: Group) -> Gate:
+    owner = torch.empty(group.columns.numel(), dtype=torch.int64)
+    owner[group.columns] = torch.arange(group.units)[:, None].expand_as(group.columns)
+    return Gate(group.name, group.units, ((group.writer.module, "input", owner),))
+
+
+def _some(losses: list[float]) -> list[float]:
+    """At most a hundred of them, evenly spread, the last one included."""
+    step = -(-len(losses) // 100)
+    return losses[::-1][::step][::-1]
+
+
+# ---- every matrix's own part of the residual stream
+
+
+@dataclass(frozen=True, eq=False)
+class _Module:
+    """An attention or an MLP: what reads the stream and what writes it."""
+
+    group: Group
+    readers: tuple[nn.Module, ...]
+    rows: int
+
+    @classmethod
+    def of(cls, group: Group) -> _Module:
+        readers = tuple(part.module for part in group.slices[:-1] if part.parameter == "weight")
+        rows = sum(_rows(reader) for reader in readers)
+        return cls(group, readers, rows)
+
+
+def _rows(module: nn.Module) -> int:
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.numel() // _stream(module)
+
+
+def _stream(module: nn.Module) -> int:
+    """Inputs of a linear map."""
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    return weight.shape[_input_axis(module)]
+
+
+def _input_axis(module: nn.Module) -> int:
+    return 1 if isinstance(module, nn.Linear) else 0
+
+
+def _all(
+    widths: Widths,
+    tokens: TokenSet,
+    config: WidthConfig,
+    training: Training,
+    progress: Progress | None,
+) -> WidthDecision:
+    model = widths.model
+    dense = sum(p.numel() for p in model.parameters())
+    modules = _modules(widths)
+    gates = _stream_gates(modules, model.config.get_text_config().hidden_size)
+    names = [gate.name for gate in gates]
+
+    def kept_weights(values: Sequence[Tensor]) -> Tensor:
+        at = dict(zip(names, values, strict=True))
+        return sum((_kept(m, at) for m in modules), values[0].new_zeros(()))
+
+    full = float(kept_weights([torch.ones(g.size, dtype=torch.float64) for g in gates]))
+    left = full - math.ceil(config.ratio * dense)
+    if left <= 0:
+        raise UserError(
+            f"ratio: expected less than {full / dense:.3f} of the parameters, got {config.ratio}"
+        )
+
+    def penalty(values: Sequence[Tensor]) -> Tensor:
+        return _log_ratio(kept_weights(values) / full, left / full)
+
+    logits, losses = train(model, tokens.batches, gates, penalty, training, progress)
+    masks, shift = _within(logits, kept_weights, left)
+    at = dict(zip(names, masks, strict=True))
+    for module in modules:
+        _zero_stream(module, at)
+    trained = {"losses": _some(losses), "shift of the threshold": shift}
+    stream = {name: _closed(mask).tolist() for name, mask in at.items() if ":" in name}
+    decision = remove(
+        widths,
+        {name: mask.nonzero()[:, 0] for name, mask in at.items() if ":" not in name},
+        tokens=tokens,
+        config=config,
+        dense_parameters=dense,
+        notes=[NOT_STOCK],
+        transforms=[trained, {"stream": stream}],
+    )
+    remaining = dense - full + float(kept_weights([mask.double() for mask in masks]))
+    return replace(decision, wanted=int(remaining))
+
+
+def _modules(widths: Widths) -> list[_Module]:
+    """All attentions and MLPs. UserError if one of them has no units."""
+    found = [_Module.of(g) for g in widths.groups if g.writer.index is None]
+    if widths.refused or len(found) < len(widths.groups):
+        why = next(iter(widths.refused.values()), "fused experts cannot be gated")
+        raise UserError(
+            f"{type(widths.model).__name__}: expected every module to have units: {why}"
+        )
+    return found
+
+
+def _stream_gates(modules: Sequence[_Module], width: int) -> list[Gate]:
+    """What each module reads (s1, s3) and writes (s2, s5) of the stream, and the MLPs' own channels
+    (s4); the names of the former have a colon."""
+    gates = []
+    every = torch.arange(width)
+    for module in modules:
+        name, writer = module.group.name, module.group.writer.module
+        reads = tuple((reader, "input", every) for reader in module.readers)
+        gates.append(Gate(f"{name}:reads", width, reads))  # type: ignore[arg-type]
+        gates.append(Gate(f"{name}:writes", width, ((writer, "output", every),)))
+        if module.group.kind == "mlp":
+            gates.append(_writer_gate(module.group))
+    return gates
+
+
+def _kept(module: _Module, at: Mapping[str, Tensor]) -> Tensor:
+    """Weights of a module that are left (section 3.2): `reads x rows + columns x writes`, where
+    rows and columns shrink with the hidden gate of an MLP."""
+    name = module.group.name
+    share = at[name].mean() if name in at else 1.0
+    columns = module.group.columns.numel()
+    reads, writes = at[f"{name}:reads"].sum(), at[f"{name}:writes"].sum()
+    return share * (reads * module.rows + writes * columns)
+
+
+def _within(logits: Sequence[Tensor], kept_weights: Any, most: float) -> tuple[list[Tensor], float]:
+    """Masks `logit + BASE > shift`, at least one channel of each, with the smallest shift (zero if
+    that will do) that leaves at most `most` weights; found among the logits themselves."""
+
+    def masks(shift: float) -> list[Tensor]:
+        found = []
+        for logit in logits:
+            mask = logit.double() + BASE > shift
+            mask[logit.argmax()] = True
+            found.append(mask)
+        return found
+
+    def fits(shift: float) -> bool:
+        return float(kept_weights([m.double() for m in masks(shift)])) <= most
+
+    if fits(0.0):
+        return masks(0.0), 0.0
+    levels = torch.unique(torch.cat([logit.double() for logit in logits]) + BASE)
+    levels = levels[levels > 0]
+    if not len(levels) or not fits(float(levels[-1])):
+        raise UserError("ratio: expected a share that leaves one channel everywhere")
+    low, high = 0, len(levels) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(float(levels[middle])) else (middle + 1, high)
+    return masks(float(levels[low])), float(levels[low])
+
+
+@torch.no_grad()
+def _zero_stream(module: _Module, at: Mapping[str, Tensor]) -> None:
+    """Zeros where the module's gates on the stream are closed."""
+    reads, writes = (_closed(at[f"{module.group.name}:{part}"]) for part in ("reads", "writes"))
+    for reader in module.readers:
+        weight: Tensor = reader.weight  # type: ignore[assignment]
+        weight.index_fill_(_input_axis(reader), reads.to(weight.device), 0)
+    last = module.group.slices[-1]
+    last.tensor().index_fill_(1 - last.axis, writes.to(last.tensor().device), 0)
+    bias = getattr(last.module, "bias", None)
+    if isinstance(bias, nn.Parameter):
+        bias.index_fill_(0, writes.to(bias.device), 0)
+
+
+def _closed(mask: Tensor) -> Tensor:
+    return (~mask).nonzero()[:, 0]

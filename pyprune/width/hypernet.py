@@ -1,0 +1,174 @@
+"""DISP-LLM's network that proposes which channels stay (arXiv 2410.11988, section 3.3), and its
+training on a frozen model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pyprune.calibration.coroutine import evaluation
+from pyprune.calibration.tokens import Batch
+from pyprune.depth.registry import Progress
+from pyprune.errors import UserError
+
+INPUT, HIDDEN = 32, 64  # of the recurrent network, as published
+BASE, TEMPERATURE = 3.0, 0.4  # every gate starts open
+IGNORED = -100
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """Switches for `size` channels, and the places where a tensor's channels go through them.
+
+    places: module, whether its input or its output, and int64 [C]: the switch of each channel.
+    """
+
+    name: str
+    size: int
+    places: tuple[tuple[nn.Module, Literal["input", "output"], Tensor], ...]
+
+
+class HyperNet(nn.Module):
+    """Fixed random inputs -> bidirectional GRU over the gates -> LayerNorm, GELU -> one linear map
+    per gate -> logits. Weights and inputs follow from `seed`."""
+
+    inputs: Tensor
+
+    def __init__(self, sizes: Sequence[int], seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.register_buffer("inputs", torch.randn(len(sizes), 1, INPUT))
+            self.recurrent = nn.GRU(INPUT, HIDDEN, bidirectional=True)
+            self.norm = nn.LayerNorm(2 * HIDDEN)
+            self.heads = nn.ModuleList(nn.Linear(2 * HIDDEN, size, bias=False) for size in sizes)
+
+    def forward(self) -> list[Tensor]:
+        """One `[size]` of logits per gate; a channel stays where `logit + BASE > 0`."""
+        states = F.gelu(self.norm(self.recurrent(self.inputs)[0]))[:, 0]
+        return [head(state) for head, state in zip(self.heads, states, strict=True)]
+
+
+def gumbel_gates(logits: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
+    """`[g > 0.5]` of the relaxed `g = sigmoid((logit + gumbel + BASE) / TEMPERATURE)`, with the
+    gradient of g (straight through)."""
+    gates = []
+    for logit in logits:
+        uniform = torch.rand(len(logit), generator=generator).clamp(1e-9, 1 - 1e-7)
+        noise = -(-uniform.log()).log()
+        soft = torch.sigmoid((logit + noise.to(logit.device) + BASE) / TEMPERATURE)
+        gates.append((soft > 0.5).to(soft) - soft.detach() + soft)
+    return gates
+
+
+@contextmanager
+def gated(gates: Sequence[Gate], values: list[Tensor]) -> Iterator[None]:
+    """Within it the model runs with its channels multiplied by `values` (one `[size]` per gate; the
+    list is read at every forward)."""
+
+    def of_input(i: int, index: Tensor) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0] * values[i][index].to(args[0].dtype), *args[1:])
+
+        return hook
+
+    def of_output(i: int, index: Tensor) -> Callable[..., Any]:
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            return output * values[i][index].to(output.dtype)
+
+        return hook
+
+    with ExitStack() as stack:
+        for i, gate in enumerate(gates):
+            for module, where, index in gate.places:
+                index = index.to(next(module.parameters()).device)
+                if where == "input":
+                    handle = module.register_forward_pre_hook(of_input(i, index))
+                else:
+                    handle = module.register_forward_hook(of_output(i, index))
+                stack.callback(handle.remove)
+        yield
+
+
+@dataclass(frozen=True)
+class Training:
+    """iterations: steps, one batch each. rate, decay: of AdamW. strength: lambda, of the penalty
+    `|log(share kept / share asked for)|`. seed: of initialisation and noise."""
+
+    iterations: int
+    rate: float
+    decay: float
+    strength: float
+    seed: int
+
+
+def train(
+    model: Any,
+    batches: Sequence[Batch],
+    gates: Sequence[Gate],
+    penalty: Callable[[Sequence[Tensor]], Tensor],
+    options: Training,
+    progress: Progress | None = None,
+) -> tuple[list[Tensor], list[float]]:
+    """Trains a HyperNet for `gates` on the frozen model: next-token loss plus `strength` times
+    `penalty` (of the hard gates, with straight-through gradients).
+
+    Returns:
+        The logits without noise, detached, and the losses (without penalty) step by step.
+
+    Raises UserError: the loss is NaN or infinite.
+    """
+    device = next(model.parameters()).device
+    net = HyperNet([gate.size for gate in gates], options.seed).to(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=options.rate, weight_decay=options.decay)
+    noise = torch.Generator().manual_seed(options.seed)
+    losses: list[float] = []
+    values: list[Tensor] = []
+    with frozen(model), evaluation(model), torch.enable_grad(), gated(gates, values):
+        for step in range(options.iterations):
+            values[:] = gumbel_gates(net(), noise)
+            loss = next_token_loss(model, batches[step % len(batches)])
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise UserError(f"expected a finite loss, got {losses[-1]} in step {step + 1}")
+            optimizer.zero_grad()
+            (loss + options.strength * penalty(values)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            if progress is not None:
+                words = f"step {step + 1}/{options.iterations}, loss {losses[-1]:.3f}"
+                progress(words, step + 1, options.iterations)
+    with torch.no_grad():
+        return [logit.cpu() for logit in net()], losses
+
+
+def next_token_loss(model: Any, batch: Batch) -> Tensor:
+    """Mean over the real targets of a batch, in fp32."""
+    device = next(model.parameters()).device
+    ids = batch.input_ids.to(device)
+    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    targets = ids[:, 1:]
+    if mask is not None:
+        targets = targets.masked_fill(mask[:, 1:] == 0, IGNORED)
+    return F.cross_entropy(
+        logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED
+    )
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within it no parameter of the model asks for a gradient."""
+    asking = [p for p in model.parameters() if p.requires_grad]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in asking:
+            p.requires_grad_(True)

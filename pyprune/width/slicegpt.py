@@ -1,0 +1,117 @@
+"""SliceGPT (Ashkboos et al., ICLR 2024, arXiv 2401.15024) with one basis for the whole stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pyprune.calibration.tokens import Batch, TokenSet
+from pyprune.depth.decision import calibration_facts
+from pyprune.depth.registry import Progress
+from pyprune.errors import UserError
+from pyprune.width.config import WidthConfig
+from pyprune.width.cut import TOLERANCE_EPS, TOLERANCE_MOST
+from pyprune.width.decision import WidthDecision
+from pyprune.width.registry import width_method
+from pyprune.width.stream import Stream, one_basis, projected_states
+from pyprune.width.wanda_sp import check_multiple
+
+NOTE = (
+    "one basis for all layers: the published method has one per block and a matrix on every "
+    "residual connection between them, which no stock model has; it is better at the same width"
+)
+
+
+@dataclass(frozen=True)
+class SliceGptOptions:
+    """multiple: of which the width of the stream is a multiple. normalised: directions are those of
+    the stream as norms see it, every token alike (else of the stream itself)."""
+
+    multiple: int = 8
+    normalised: bool = True
+
+    def __post_init__(self) -> None:
+        check_multiple(self.multiple)
+
+
+@width_method(
+    "slicegpt",
+    title="SliceGPT: a narrower residual stream, rotated to its principal directions",
+    paper="arXiv 2401.15024",
+    options=SliceGptOptions,
+    removes="dimensions of the residual stream",
+)
+@torch.no_grad()
+def slicegpt(
+    model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
+) -> WidthDecision:
+    """The widest stream that meets the ratio. Tied embeddings are untied first, and the second copy
+    counts: of small models with large vocabularies much of the stream has to go for that alone."""
+    options: SliceGptOptions = config.own_options()
+    before = sum(p.numel() for p in model.parameters())
+    stream = Stream.of(model)
+    width = fitting_width(stream, (1 - config.ratio) * before, options.multiple)
+    graph = stream.graph
+    batches = [_on(batch, graph.device) for batch in tokens.batches]
+    if progress is not None:
+        progress("principal directions of the stream", 0, None)
+    basis = one_basis(graph, batches, width, options.normalised)
+    probe = Batch(batches[0].input_ids[:1, :16])
+    expected = graph.logits(
+        graph.finish(projected_states(graph, probe, [basis] * (len(graph.branches) + 1)), probe),
+        probe.input_ids,
+    )
+    stream.slice(basis)
+    _compare(model, probe, expected)
+    tied = ("the head is no longer tied to the embeddings",) if stream.tied else ()
+    after = sum(p.numel() for p in model.parameters())
+    return WidthDecision(
+        method=config.method,
+        units={},
+        removed={},
+        sizes={"hidden_size": (stream.width, width)},
+        parameters=(before, after),
+        wanted=after,
+        notes=(NOTE, *tied),
+        calibration=calibration_facts(tokens),
+        config=config.to_dict(),
+        transforms=({"rotation": "principal directions", "eps": "scaled by d / d'"},),
+    )
+
+
+def fitting_width(stream: Stream, most: float, multiple: int) -> int:
+    """The widest stream with at most `most` parameters that the configuration takes.
+
+    Raises UserError if there is none.
+    """
+    each = stream.numel(1) - stream.numel(0)
+    start = min(int((most - stream.numel(0)) // each), stream.width)
+    for width in range(start // multiple * multiple, 0, -multiple):
+        if stream.fits(width):
+            return width
+    total = sum(p.numel() for p in stream.graph.model.parameters())
+    raise UserError(
+        f"ratio: expected a stream that is a multiple of {multiple} wide, but {multiple} leave "
+        f"{stream.numel(multiple):,} parameters (untied) of {total:,}, got a target of "
+        f"{int(most):,}"
+    )
+
+
+def _compare(model: Any, probe: Batch, expected: torch.Tensor) -> None:
+    got = model(input_ids=probe.input_ids, use_cache=False).logits.float()
+    dtype = next(model.parameters()).dtype
+    tolerance = min(TOLERANCE_MOST, TOLERANCE_EPS * torch.finfo(dtype).eps)
+    scale, difference = expected.abs().max(), (got - expected).abs().max()
+    if not difference <= tolerance * scale:
+        raise UserError(
+            f"{type(model).__name__}: logits of the sliced model differ from those of the "
+            f"projected stream by {float(difference / scale):.1e}: something besides the norms "
+            "reads the stream's coordinates"
+        )
+
+
+def _on(batch: Batch, device: torch.device) -> Batch:
+    mask = batch.attention_mask
+    return Batch(batch.input_ids.to(device), None if mask is None else mask.to(device))

@@ -1,0 +1,80 @@
+"""Wanda-sp, the structured form of Wanda that FLAP (arXiv 2312.11983) compares with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyprune.calibration.stats import NormStatistic, Statistic
+from pyprune.calibration.tokens import TokenSet
+from pyprune.depth.registry import Progress
+from pyprune.errors import UserError
+from pyprune.width.apply import remove
+from pyprune.width.config import WidthConfig
+from pyprune.width.decision import WidthDecision
+from pyprune.width.observe import too_few, visit_writers
+from pyprune.width.registry import width_method
+from pyprune.width.select import Units, best, prunable, uniform_sizes
+from pyprune.width.structure import Group, Widths
+
+
+@dataclass(frozen=True)
+class WandaSpOptions:
+    """units: which may go: stock (channels and KV groups that a stock model can have fewer of), all
+    (others too, as zeros), mlp or heads. multiple: of which the channels left are a multiple."""
+
+    units: Units = "stock"
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        check_multiple(self.multiple)
+
+
+def check_multiple(multiple: int) -> None:
+    if multiple < 1:
+        raise UserError(f"options.multiple: expected at least 1, got {multiple}")
+
+
+@width_method(
+    "wanda-sp",
+    title="Wanda-sp: channels and heads by weight times input norm, equally many per layer",
+    paper="arXiv 2312.11983",
+    options=WandaSpOptions,
+    removes="channels and heads",
+)
+@torch.no_grad()
+def wanda_sp(
+    model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
+) -> WidthDecision:
+    """Layer after layer in one forward: every score sees inputs that come from pruned layers."""
+    options: WandaSpOptions = config.own_options()
+    dense = sum(p.numel() for p in model.parameters())
+    widths = Widths.of(model)
+    groups = prunable(widths, options.units)
+    sizes = uniform_sizes(widths, groups, math.ceil(config.ratio * dense), options.multiple)
+    kept: dict[str, Tensor] = {}
+    unseen: list[str] = []
+
+    def visit(group: Group, statistic: Statistic) -> None:
+        assert isinstance(statistic, NormStatistic)
+        norms = statistic.column_norms().sqrt()
+        if too_few(group, statistic):
+            unseen.append(group.name)
+            norms = torch.ones_like(norms)
+        scores = wanda_sp_scores(group, norms)
+        kept.update(best({group.name: scores}, {group.name: sizes[group.name]}))
+        widths.mask({group.name: kept[group.name]})
+
+    visit_writers(widths, groups, tokens, NormStatistic, visit, progress)
+    notes = [f"{name}: too few tokens, judged by its weights alone" for name in unseen]
+    return remove(widths, kept, tokens=tokens, config=config, dense_parameters=dense, notes=notes)
+
+
+def wanda_sp_scores(group: Group, norms: Tensor) -> Tensor:
+    """[units]: `sum over the unit's columns c of mean_r |W_rc| * norms_c`, W of the writer."""
+    w = group.writer.weight()
+    return group.per_unit(w.abs().mean(dim=0, dtype=torch.float32) * norms).sum(dim=1)

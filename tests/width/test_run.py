@@ -1,0 +1,108 @@
+"""`pyprune prune` with methods that narrow a model, end to end."""
+
+import json
+
+import pytest
+import torch
+from byte_tokenizer import byte_tokenizer
+from tiny_models import tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM
+
+from pyprune import cli
+from pyprune.checkpoint.output import save_model
+from pyprune.errors import UserError
+from pyprune.width.config import WidthConfig
+from pyprune.width.registry import load_width_methods
+from pyprune.width.run import prune_width, prune_width_checkpoint
+
+OPTIONS = {"disp-llm": ["-O", "iterations=2"]}
+
+
+@pytest.fixture
+def source(tmp_path):
+    more = {"hidden_size": 64, "vocab_size": 258, "num_hidden_layers": 3}
+    model = tiny_model("qwen2", **more, tie_word_embeddings=False)
+    save_model(model, byte_tokenizer(), tmp_path / "in", report={"method": "wanda"})
+    (tmp_path / "in" / "LICENSE").write_text("Do as you like.\n")
+    (tmp_path / "text.txt").write_text("A stitch in time saves nine, they say. " * 100)
+    return tmp_path
+
+
+def run(folder, *more, out="out"):
+    text = ["--calibration", str(folder / "text.txt"), "--nsamples", "4", "--seqlen", "32"]
+    return cli.main(["prune", str(folder / "in"), "-o", str(folder / out), *text, *more])
+
+
+def load(folder):
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval()
+
+
+@pytest.mark.parametrize("method", load_width_methods())
+def test_each_method(source, capsys, method):
+    assert run(source, "-m", method, "--ratio", "0.1", "--json", *OPTIONS.get(method, [])) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((source / "out" / "pyprune.json").read_text())
+    assert report["earlier"] == {"method": "wanda"} and report["model"] == "in"
+    assert report["config"]["ratio"] == 0.1 and report["calibration"]["tokens"] == 128
+    assert report["decision"]["method"] == method
+    loaded, original = load(source / "out"), load(source / "in")
+    after, before = (sum(p.numel() for p in m.parameters()) for m in (loaded, original))
+    parameters = report["parameters"]
+    assert (parameters["before"], parameters["after"]) == (before, after)
+    assert parameters["zeros"] == 0 and parameters["realised_share"] >= 0.1
+    for name, (old, new) in report["decision"]["sizes"].items():
+        assert getattr(loaded.config, name) == new < old
+        assert getattr(original.config, name) == old
+    card = (source / "out" / "README.md").read_text()
+    assert f"pruned: {method}" in card and (source / "out" / "LICENSE").exists()
+
+
+def test_zeros_are_reported(source, capsys):
+    assert run(source, "-m", "flap", "--ratio", "0.1", "-O", "structure=adaptive", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    loaded = load(source / "out")
+    parameters = report["parameters"]
+    zeros = sum(int((p == 0).sum()) for p in loaded.parameters())
+    assert zeros >= parameters["zeros"] > 0
+    assert parameters["removed_share"] >= 0.1 > parameters["realised_share"]
+    assert run(source, "-m", "flap", "--ratio", "0.1", "-O", "structure=adaptive", out="b") == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "without the zeros" in shown and "a stock model has one size" in shown
+
+
+def test_memory_equals_checkpoint(source):
+    config = WidthConfig("wanda-sp", ratio=0.1)
+    batches = [tiny_tokens(2, 16)]
+    model = load(source / "in").train()
+    in_memory = prune_width(model, batches, config)
+    assert model.training
+    written = prune_width_checkpoint(source / "in", source / "out", config, batches=batches)
+    assert in_memory.decision == written.decision
+    ids = tiny_tokens(2, 9)
+    with torch.no_grad():
+        assert torch.equal(load(source / "out")(ids).logits, model.eval()(ids).logits)
+
+
+def test_what_cannot_be_asked_for(source, capsys):
+    cases = [
+        (["--ratio", "0"], "ratio: expected a number between 0 and 1"),
+        (["--ratio", "0.99"], "ratio: expected at most"),
+        (["--ratio", "0.1", "-O", "multiple=0"], "multiple: expected at least 1"),
+        (["--ratio", "0.1", "--report", str(source)], "report: expected none"),
+        (["--ratio", "0.1", "--count", "3"], "count"),
+    ]
+    for more, message in cases:
+        assert run(source, "-m", "wanda-sp", *more) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+        assert not (source / "out").exists()
+    with pytest.raises(UserError, match="device: expected auto for a model in memory"):
+        prune_width(load(source / "in"), [tiny_tokens()], WidthConfig(device="cpu"))
+
+
+def test_methods_lists_them(capsys):
+    assert cli.main(["methods"]) == 0
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in load_width_methods())
