@@ -25,6 +25,7 @@ MODULES = (
     "flap",
     "slicegpt",
     "disp",
+    "surgeon",
 )
 
 
