@@ -20,7 +20,8 @@ GROUP = 2000
 # The joint update of elements stops when the preconditioned residual has fallen by TOLERANCE. On
 # matrices of SmolLM2-135M that leaves 0 to 7 % above the least loss, where zeroing has 3 to 20
 # times it.
-ITERATIONS, TOLERANCE = 80, 1e-2
+TOLERANCE = 1e-2
+ITERATIONS = 80
 # Up to this share of pruned weights the inverses are the better preconditioner, at twice the
 # products of an iteration; above it the diagonal is as good.
 FEW_PRUNED = 0.3
@@ -260,9 +261,12 @@ class Curvature:
             costs[unit] = 0.5 * solved.diagonal().sum()
         return costs
 
-    def without_elements(self, w: Tensor, mask: Tensor, update: Update = "joint") -> Tensor:
+    def without_elements(
+        self, w: Tensor, mask: Tensor, update: Update = "joint", iterations: int = ITERATIONS
+    ) -> Tensor:
         """`w [R, C]` without the weights that `mask` (bool, True = kept) prunes, the others
-        corrected: `joint` by `ops.kron_pcg`, `grouped` as the paper does, or not at all."""
+        corrected: `joint` by up to so many iterations of `ops.kron_pcg`, `grouped` as the paper
+        does, or not at all."""
         zeroed = torch.where(mask, w, 0)
         kept = self.alive(mask)
         if update == "none" or bool(kept.all()):
@@ -279,7 +283,7 @@ class Curvature:
             g,
             a_inverse=self.a_inverse if few else None,
             g_inverse=self.g_inverse if few else None,
-            iterations=ITERATIONS,
+            iterations=iterations,
             tolerance=TOLERANCE,
         )
         return self.into(zeroed, solved)

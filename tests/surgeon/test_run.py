@@ -124,7 +124,7 @@ def test_one_shot_is_constrained_least_squares(structure, monkeypatch):
     given = as_token_set(tokens(), vocabulary=64, positions=None)
     a, g = collect_factors(adapter, given, [ref], biases={name})[name].normalised()
     w = torch.cat([ref.weight(), ref.bias()[:, None]], dim=1)
-    own = {"shots": 1, "structure": structure, "gradient_damping": 0.05}
+    own = {"shots": 1, "structure": structure, "gradient_damping": 0.05, "iterations": 400}
     report = surgeon(model, 0.4, config={"include": [name], "damping": 0.02}, **own)
     new = torch.cat([ref.weight(), ref.bias()[:, None]], dim=1)
     mask = new != 0
