@@ -231,7 +231,10 @@ def test_a_checkpoint_is_the_model_pruned_in_memory(family, tmp_path):
     old, new = (load_file(tmp_path / at / "model.safetensors") for at in ("in", "out"))
     assert old.keys() == new.keys()
     assert Report.from_json((tmp_path / "out" / "pyprune.json").read_text()).layers
-    assert "norms and routers are those of the original" in model_card(report)
+    card = model_card(report)
+    assert "norms and routers are those of the original" in card
+    assert "- Options: structure rows-columns, shots 2" in card
+    assert "structure rows-columns, shots 2: 2" in str(report.table().title)
     assert STORED_AS_ZEROS in (tmp_path / "out" / "README.md").read_text()
 
 
