@@ -15,11 +15,13 @@ change of clock or a busy neighbour hits them alike: read ratios, not single tim
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -39,6 +41,7 @@ Provider = Callable[[int], Any]
 # and, on a GPU, above the jitter of one launch.
 SAMPLE_SECONDS = 0.02
 SMOKE_SAMPLE_SECONDS = 0.0
+RESIDENT_SECONDS = 0.002  # between two looks at the resident size
 
 
 def parse(description: str | None, **extra: dict[str, Any]) -> argparse.Namespace:
@@ -246,6 +249,32 @@ def copy_bandwidth(device: str, smoke: bool = False) -> float:
     dst = torch.empty_like(src)
     times = time_interleaved({"copy": lambda i: dst.copy_(src)}, device, 5, 0.0)["copy"]
     return 2.0 * nbytes / min(times)
+
+
+class PeakResident:
+    """The highest resident size of this process within a `with` block, above that at its start."""
+
+    def __enter__(self) -> PeakResident:
+        gc.collect()
+        self.start = self.peak = self._resident()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self.bytes = self.peak - self.start
+
+    def _watch(self) -> None:
+        while not self._stop.wait(RESIDENT_SECONDS):
+            self.peak = max(self.peak, self._resident())
+
+    @staticmethod
+    def _resident() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -60,8 +60,9 @@ prune_checkpoint(sys.argv[1], sys.argv[2], PruneConfig.from_yaml(sys.stdin.read(
 """
 
 
-def make_checkpoint(folder: Path, sizes: Sizes) -> None:
-    """One block a shard, so that making it needs no more memory than pruning it."""
+def make_checkpoint(folder: Path, sizes: Sizes, sparse24: bool = False) -> None:
+    """One block a shard, so that making it needs no more memory than pruning it. sparse24: the
+    blocks' matrices are 2:4."""
     config = LlamaConfig(
         **sizes,
         num_attention_heads=16,
@@ -78,6 +79,12 @@ def make_checkpoint(folder: Path, sizes: Sizes) -> None:
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return torch.randn(rows, columns, generator=gen, dtype=torch.bfloat16) * 0.02
 
+    def pruned(rows: int, columns: int) -> torch.Tensor:
+        w = matrix(rows, columns)
+        if sparse24:
+            w[:, 0::4] = w[:, 3::4] = 0
+        return w
+
     shards: dict[str, str] = {}
 
     def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -90,7 +97,7 @@ def make_checkpoint(folder: Path, sizes: Sizes) -> None:
     for i in range(config.num_hidden_layers):
         block = {f"self_attn.{p}_proj": (h, h) for p in "qkvo"}
         block |= {"mlp.gate_proj": (f, h), "mlp.up_proj": (f, h), "mlp.down_proj": (h, f)}
-        tensors = {f"{name}.weight": matrix(*shape) for name, shape in block.items()}
+        tensors = {f"{name}.weight": pruned(*shape) for name, shape in block.items()}
         for name in ("input_layernorm", "post_attention_layernorm"):
             tensors[f"{name}.weight"] = torch.ones(h, dtype=torch.bfloat16)
         prefix = f"model.layers.{i}."

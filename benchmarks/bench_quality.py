@@ -2,6 +2,13 @@
 
     python benchmarks/bench_quality.py --json benchmarks/results/quality.json
     python benchmarks/bench_quality.py --methods wanda --patterns 2:4
+    python benchmarks/bench_quality.py --methods gradients --json benchmarks/results/quality.json
+
+A method is a row of `pyprune methods` or one of VARIANTS (its options), or a group of them: see
+GROUPS. Without --patterns each has those of its group. Whether --reconstruct pays, by calibration:
+
+    python benchmarks/bench_quality.py --methods sparsegpt --patterns 0.5 2:4 --reconstruct off on \
+        --nsamples 4 8 16 32 64 --json reconstruct.json
 
 Every row: method, pattern, calibration (text, tokens, seed), seconds and peak memory of the
 pruning run, and for each evaluation text the perplexity with its protocol. Rows already in the
@@ -11,11 +18,14 @@ JSON file are kept, so that an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from _harness import environment
@@ -25,18 +35,62 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune.config import CalibrationConfig, PruneConfig
 from pyprune.evaluate import perplexity
+from pyprune.methods import METHODS, SHOT_METHODS
 from pyprune.packaged import packaged_model_dir
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
-PATTERNS = ("0.5", "2:4", "4:8")
+GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "baselines": (("magnitude", "wanda", "sparsegpt"), ("0.5", "2:4", "4:8")),
+    "gradients": (
+        ("gblm", "gblm-l2", "gblm+update", "wanda+update", "obd", "l-obd", "k-obd", "obs",
+         "woodfisher", "woodfisher-paper", "exactobs", "llm-surgeon"),
+        ("0.5", "2:4"),
+    ),
+    "eigendamage": (("eigendamage", "eigendamage-ekfac"), ("0.1", "0.2", "0.3", "0.5")),
+    "eigendamage-elements": (("eigendamage-elements", "eigendamage-elements-ekfac"), ("0.5",)),
+}  # fmt: skip
+VARIANTS: dict[str, dict[str, Any]] = {
+    "gblm-l2": {"method": "gblm", "method_options": {"norm": "l2"}},
+    "gblm+update": {"method": "gblm", "update": "sequential"},
+    "wanda+update": {"method": "wanda", "update": "sequential"},
+    "woodfisher-paper": {
+        "method": "woodfisher",
+        "method_options": {"joint": False, "shrinkage": 0.0},
+    },
+}
+# EigenDamage is no row of the table of methods: what it prunes is not a sparse matrix.
+EIGENDAMAGE: dict[str, dict[str, Any]] = {
+    "eigendamage": {},
+    "eigendamage-ekfac": {"reestimate": True},
+    "eigendamage-elements": {"unit": "elements"},
+    "eigendamage-elements-ekfac": {"unit": "elements", "reestimate": True},
+}
 TEXTS = ("wiki", "sotu")
 SEQLEN = 1024
 
 
-def configuration(method: str, pattern: str, calibration: CalibrationConfig) -> PruneConfig:
-    if ":" in pattern:
-        return PruneConfig(method=method, pattern=pattern, calibration=calibration)
-    return PruneConfig(method=method, sparsity=float(pattern), calibration=calibration)
+def wanted(methods: list[str], patterns: list[str] | None) -> list[tuple[str, str]]:
+    """Method and pattern of every row, pattern by pattern."""
+    known = {*METHODS, *SHOT_METHODS, *VARIANTS, *EIGENDAMAGE}
+    pairs = []
+    for name in methods:
+        members, theirs = GROUPS.get(name, ((name,), patterns or ()))
+        if name not in GROUPS and patterns is None:
+            theirs = next((p for m, p in GROUPS.values() if name in m), ("0.5", "2:4"))
+        if unknown := set(members) - known:
+            raise SystemExit(f"no method {unknown.pop()}; there are {sorted({*GROUPS, *known})}")
+        pairs += [(m, p) for m in members for p in patterns or theirs]
+    pairs = [(m, p) for m, p in pairs if m not in EIGENDAMAGE or ":" not in p]
+    order = list(dict.fromkeys(p for _, p in pairs))
+    return sorted(dict.fromkeys(pairs), key=lambda pair: order.index(pair[1]))
+
+
+def configuration(
+    method: str, pattern: str, reconstruct: str, calibration: CalibrationConfig
+) -> PruneConfig:
+    values = VARIANTS.get(method, {"method": method})
+    target = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+    on = {"default": None, "on": True, "off": False}[reconstruct]
+    return PruneConfig(**values, **target, reconstruct=on, calibration=calibration)
 
 
 def evaluate(folder: Path, tokens: int) -> dict[str, dict]:
@@ -56,72 +110,107 @@ from pyprune.config import PruneConfig
 from pyprune.prune import prune_checkpoint
 prune_checkpoint(sys.argv[1], sys.argv[2], PruneConfig.from_yaml(sys.stdin.read()))
 """
+EIGEN_CHILD = """
+import json, sys
+from pyprune.config import CalibrationConfig
+from pyprune.eigendamage import EigenDamageConfig, eigendamage_checkpoint
+values = json.load(sys.stdin)
+calibration = CalibrationConfig(**values.pop("calibration"))
+config = EigenDamageConfig(**values, calibration=calibration)
+eigendamage_checkpoint(sys.argv[1], sys.argv[2], config)
+"""
 
 
-def prune(dense: Path, folder: Path, config: PruneConfig) -> dict:
-    subprocess.run(
-        [sys.executable, "-c", CHILD, str(dense), str(folder)],
-        input=config.to_yaml(), text=True, check=True,
-    )  # fmt: skip
+def prune(
+    dense: Path,
+    folder: Path,
+    method: str,
+    pattern: str,
+    reconstruct: str,
+    calibration: CalibrationConfig,
+    smoke: bool,
+) -> dict:
+    if method in EIGENDAMAGE:
+        code = EIGEN_CHILD
+        # Two eigendecompositions a matrix: one block of them shows whether it runs.
+        part = {"include": ["model.layers.0.*"]} if smoke else {}
+        given = json.dumps({"sparsity": float(pattern), **EIGENDAMAGE[method], **part,
+                            "calibration": dataclasses.asdict(calibration)})  # fmt: skip
+    else:
+        code, given = CHILD, configuration(method, pattern, reconstruct, calibration).to_yaml()
+    command = [sys.executable, "-c", code, str(dense), str(folder)]
+    subprocess.run(command, input=given, text=True, check=True)
     report: dict = json.loads((folder / "pyprune.json").read_text())
-    return report
+    return report.get("eigendamage", report)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="one method, a few tokens")
+    parser.add_argument("--smoke", action="store_true", help="few methods, a few tokens")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--patterns", nargs="+", default=list(PATTERNS))
-    parser.add_argument("--nsamples", type=int, default=64)
+    parser.add_argument("--methods", nargs="+", default=["baselines"], help="or groups of them")
+    parser.add_argument("--patterns", nargs="+", help="N:M or sparsities; default: the group's")
+    parser.add_argument("--reconstruct", nargs="+", choices=["default", "on", "off"],
+                        default=["default"])  # fmt: skip
+    parser.add_argument("--nsamples", type=int, nargs="+", default=[64])
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=48 * 1024, help="evaluated, each text")
     args = parser.parse_args()
+    pairs = wanted(args.methods, args.patterns)
     if args.smoke:
-        args.methods, args.patterns = ["wanda"], ["2:4"]
-        args.nsamples, args.seqlen, args.tokens = 2, 32, SEQLEN
-    calibration = CalibrationConfig(
-        source="wiki", nsamples=args.nsamples, seqlen=args.seqlen, batch_size=8, seed=0
-    )
+        pairs = [("wanda", "2:4"), ("gblm", "2:4"), ("eigendamage", "0.3")]
+        args.nsamples, args.seqlen, args.tokens = [2], 32, SEQLEN
     rows = []
     if args.json is not None and args.json.exists() and not args.smoke:
         rows = json.loads(args.json.read_text())
-    done = {(r["method"], r["pattern"]) for r in rows}
+    done = {key(r) for r in rows}
     dense = packaged_model_dir()
-    common = {**environment(args.device), "calibration_tokens": args.nsamples * args.seqlen}
 
     def keep(row: dict) -> None:
-        rows.append({**row, **common})
+        rows.append({**row, **environment(args.device)})
         if args.json is not None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
-    if ("dense", "-") not in done:
+    if not any(r["method"] == "dense" for r in rows):
         keep({"method": "dense", "pattern": "-", "sparsity": 0.0,
+              "calibration_tokens": args.nsamples[0] * args.seqlen,
               "perplexity": evaluate(dense, args.tokens)})  # fmt: skip
-    for pattern in args.patterns:
-        for method in args.methods:
-            if (method, pattern) in done:
-                continue
-            with tempfile.TemporaryDirectory() as tmp:
-                folder = Path(tmp) / "pruned"
-                report = prune(dense, folder, configuration(method, pattern, calibration))
-                keep({"method": method, "pattern": pattern, **summary(report),
-                      "perplexity": evaluate(folder, args.tokens)})  # fmt: skip
-    table = Table("method", "pattern", *TEXTS, "seconds", "peak GiB")
+    for (method, pattern), reconstruct, nsamples in itertools.product(
+        pairs, args.reconstruct, args.nsamples
+    ):
+        row = {"method": method, "pattern": pattern, "calibration_tokens": nsamples * args.seqlen}
+        if reconstruct != "default":
+            row["reconstruct"] = reconstruct
+        if key(row) in done:
+            continue
+        calibration = CalibrationConfig(
+            source="wiki", nsamples=nsamples, seqlen=args.seqlen, batch_size=8, seed=0
+        )
+        with tempfile.TemporaryDirectory() as tmp:
+            folder = Path(tmp) / "pruned"
+            report = prune(dense, folder, method, pattern, reconstruct, calibration, args.smoke)
+            keep({**row, **summary(report), "perplexity": evaluate(folder, args.tokens)})
+    table = Table("method", "pattern", "reconstruct", "calibration", *TEXTS, "seconds", "peak GiB")
     for row in rows:
-        table.add_row(row["method"], row["pattern"],
+        table.add_row(row["method"], row["pattern"], row.get("reconstruct", "default"),
+                      f"{row['calibration_tokens']:,}",
                       *(f"{row['perplexity'][t]['ppl']:.2f}" for t in TEXTS),
                       f"{row.get('seconds', 0):.1f}",
                       f"{row.get('peak_memory_bytes', 0) / 2**30:.2f}")  # fmt: skip
     Console().print(table)
 
 
+def key(row: dict) -> tuple:
+    """What tells one run from another."""
+    return tuple(row.get(k) for k in ("method", "pattern", "reconstruct", "calibration_tokens"))
+
+
 def summary(report: dict) -> dict:
     return {
         "sparsity": report["sparsity"],
-        "seconds": sum(report["run"]["seconds"].values()),
+        "seconds": report["run"]["seconds"]["total"],
         "peak_memory_bytes": report["run"]["peak_rss_bytes"],
         "calibration_sha256": (report["calibration"] or {}).get("sha256"),
     }

@@ -3,7 +3,7 @@
     python benchmarks/bench_reconstruct.py              # synthetic layers of SmolLM2-135M's shapes
     python benchmarks/bench_reconstruct.py --model      # every linear of the packaged model
 
-Providers: ours, per backend, and `products` (two dense products an iteration, the path above
+Providers: ours, per backend, and `products` (a dense product an iteration, the path above
 `NATIVE_COLUMNS`), at a tolerance that gives 1e-4 of the weights; `default`, ours at the tolerance
 that pruning uses; `loop`, one `torch.linalg.cholesky` and solve a row. All get the damped factor
 that SparseGPT has made already. Before timing, every result is checked against fp64 solves.

@@ -1,6 +1,7 @@
 """Products with compressed weights against dense ones: `y = x @ W^T`, 1 to 512 rows of x.
 
-Providers: `sparse24`, `bitmap50`, `bitmap70` (ours, bf16 values); `dense` (our own bf16 kernel: the
+Providers: `sparse24`, `bitmap50`, `bitmap70` (ours, bf16 values), `sparse24_int8`, `bitmap50_int8`
+(int8 values, a scale a row); `dense` (our own bf16 kernel: the
 same code without the decoding); each with bf16 activations, and with fp32 ones as `*_fp32x`;
 `torch_bf16`, `torch_fp32` (F.linear, activations like the weight). `ratios` holds the time of every
 dense provider over the provider's, by medians of turn-by-turn ratios, `ratio_to_best_dense` the one
@@ -14,11 +15,9 @@ cache, so that nothing is served from it. `cache_bytes` and `rotated_bytes` are 
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,26 +25,18 @@ import torch.nn.functional as F
 from _harness import Bench, environment, gemm_rate, parse, time_interleaved
 
 from pyprune import ops
+from pyprune.measure import last_level_cache
 
 SHAPES = [(8192, 4096), (4096, 14336)]
 SMOKE_SHAPES = [(64, 128)]
 TOKENS = [1, 4, 16, 512]
 SMOKE_TOKENS = [1, 16, 64]
+INT8 = "_int8"  # suffix of names and ops with int8 values
 WIDE = "_fp32x"  # suffix of our kernels' names when the activations are fp32
 DENSE = ("dense", "dense" + WIDE, "torch_bf16", "torch_fp32")
 # A product with hundreds of rows takes up to a second and varies little.
 LONG_REPETITIONS = 3
 MEMORY_BOUND_TOKENS = 16
-
-
-def last_level_cache() -> int:
-    """Bytes of the largest cache of the first processor, 0 if the system does not say."""
-    units = {"K": 2**10, "M": 2**20, "G": 2**30}
-    sizes = [0]
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        found = re.fullmatch(r"(\d+)([KMG])", file.read_text().strip())
-        sizes += [int(found[1]) * units[found[2]]] if found else []
-    return max(sizes)
 
 
 @cache
@@ -81,26 +72,33 @@ def make_weights(rows: int, cols: int, rotated: int) -> tuple[Weights, dict[str,
         name: ops.pack_24(w, m) if name == "sparse24" else ops.pack_bitmap(w, m)
         for name, m in masks.items()
     }
+    dense = {name: w * m for name, m in masks.items()}
+    for name in ("sparse24", "bitmap50"):
+        q, scales = ops.quantize_rows(dense[name])
+        pack = ops.pack_24 if name == "sparse24" else ops.pack_bitmap
+        values, *meta = pack(q.bfloat16(), q != 0)
+        packed[name + INT8] = (values.to(torch.int8), *meta, scales)
+        dense[name + INT8] = q.float() * scales.float()[:, None]
     packed |= {"dense": (w,), "torch_bf16": (w,), "torch_fp32": (w.float(),)}
     copies: Weights = {}
     for name, tensors in packed.items():
         count = max(1, -(-rotated // sum(t.nbytes for t in tensors)))
         copies[name] = [tuple(t.clone() for t in tensors) for _ in range(count)]
-    dense = {name: w * m for name, m in masks.items()}
     return copies, dense | dict.fromkeys(("dense", "torch_bf16", "torch_fp32"), w)
 
 
 def make_provider(name: str, x: torch.Tensor, copies: list[Any]) -> Callable[[int], torch.Tensor]:
     call: Callable[..., torch.Tensor]
     if not name.endswith(WIDE):
-        x = x.to(copies[0][0].dtype)
+        x = x.to(torch.float32 if name == "torch_fp32" else torch.bfloat16)
     name = name.removesuffix(WIDE)
     if name.startswith("torch"):
         call = F.linear
     elif name == "dense":
         call = ops.linear_dense
     else:
-        call = ops.linear_24 if name == "sparse24" else ops.linear_bitmap
+        op = "linear_24" if name.startswith("sparse24") else "linear_bitmap"
+        call = getattr(ops, op + (INT8 if name.endswith(INT8) else ""))
     # The counter is the provider's own: turns of the other providers do not make it skip copies.
     turn = iter(range(10**12))
     return lambda _: call(x, *copies[next(turn) % len(copies)])

@@ -15,21 +15,18 @@ naive end with the same bits. Memory is measured in a process per mode: the high
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from argparse import Namespace
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import environment, parse, ratio
+from _harness import PeakResident, environment, parse, ratio
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -47,7 +44,6 @@ MODES: dict[str, dict[str, Any]] = {
 }
 BASELINE = "two-pass"
 STATISTICS = {"norms": NormStatistic, "gram": GramStatistic}
-SAMPLE_SECONDS = 0.002  # between two looks at the resident size
 
 
 @dataclass(frozen=True)
@@ -126,32 +122,6 @@ def time_modes(
                 torch.cuda.synchronize()
             samples[name].append((time.perf_counter() - start, report))
     return samples
-
-
-class PeakResident:
-    """The highest resident size of this process within a `with` block, above that at its start."""
-
-    def __enter__(self) -> PeakResident:
-        gc.collect()
-        self.start = self.peak = self._resident()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.bytes = self.peak - self.start
-
-    def _watch(self) -> None:
-        while not self._stop.wait(SAMPLE_SECONDS):
-            self.peak = max(self.peak, self._resident())
-
-    @staticmethod
-    def _resident() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def measure_memory(name: str, args: Namespace) -> int:

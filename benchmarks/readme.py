@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,10 +21,12 @@ Row = dict[str, Any]
 OURS = ("cuda", "triton", "native")
 KERNELS = {
     "obs": "SparseGPT solve, H given",
+    "obs_greedy": "Exact greedy OBS of some rows",
     "gram": "Gram matrix",
     "fisher": "Gradient magnitudes",
     "select": "Mask selection",
     "pack": "Packing",
+    "kron": "Quadratic forms and updates of LLM Surgeon",
 }
 
 
@@ -125,7 +128,7 @@ def case_of(row: Row) -> tuple[str, ...]:
              "repetitions", "flops", "flops_rate", "bytes", "bytes_rate", "share_of_limit", "limit",
              "baseline", "ratio_to_baseline", "device", "threads", "torch", "commit",
              "ratio_to_reference", "share_of_floor", "mask_agreement", "max_error",
-             "others_share"}  # fmt: skip
+             "others_share", "ceiling"}  # fmt: skip
     note = " ".join(f"{k} {v}" for k, v in row.items() if k not in known)
     return row["op"], note, "x".join(map(str, row["shape"])), row["dtype"]
 
@@ -269,9 +272,68 @@ def depth_quality(rows: list[Row]) -> list[str]:
     ]
 
 
+def load(rows: list[Row]) -> list[str]:
+    body = [
+        [r["provider"], f"{r['tensor_bytes'] / 1e6:,.0f}",
+         f"{(r['peak_rss_bytes'] - r['imports_rss_bytes']) / 1e6:,.0f}",
+         f"{r['peak_share']:.2f}", f"{r['seconds']:.1f}"]
+        for r in rows
+    ]  # fmt: skip
+    return [
+        "### Memory of loading a checkpoint",
+        "",
+        f"bf16 Llama (random), half of its blocks' weights zero, loaded and every weight touched. "
+        f"{device_of(rows)}. `benchmarks/bench_load.py`.",
+        "",
+        *table(["stored as", "checkpoint MB", "peak MB above imports", "peak / checkpoint",
+                "seconds"], body),
+    ]  # fmt: skip
+
+
+def backward(rows: list[Row]) -> list[str]:
+    first = rows[0]
+    body = [
+        [r["provider"], f"{r['seconds_median']:.2f}", f"{r['ratio_to_baseline']:.3f}",
+         f"{r['peak_bytes'] / 1e6:,.0f}"]
+        for r in rows
+    ]  # fmt: skip
+    return [
+        "### Gradient statistics",
+        "",
+        f"{first['model']} {first['dtype']}, {first['sequences']} x {first['seqlen']} tokens, "
+        f"block matrices {first['weight_bytes'] / 1e6:,.0f} MB. `bare`: forward and backward with "
+        "weight gradients thrown away; `reference`: each stored, its magnitude added up on the "
+        f"CPU. {device_of(rows)}. `benchmarks/bench_backward.py`.",
+        "",
+        *table(["provider", "seconds", "time / bare", "peak MB above the model"], body),
+    ]
+
+
+def exactobs(rows: list[Row]) -> list[str]:
+    body = []
+    for key in dict.fromkeys((r["pattern"], r["method"]) for r in rows):
+        mine = [r for r in rows if (r["pattern"], r["method"]) == key]
+        cells = [f"{median(r[name] for r in mine):.2f}" for name in ("error", "mask_error")]
+        body.append([*key, *cells, f"{median(r['agreement'] for r in mine):.0%}"])
+    layers = len({r["layer"] for r in rows})
+    return [
+        "### Layer error over that of exact greedy OBS",
+        "",
+        f"Medians over {layers} matrices of SmolLM2-135M, {max(r['rows'] for r in rows)} rows of "
+        f"each, {rows[0]['calibration_tokens']:,} tokens. {device_of(rows)}. "
+        "`benchmarks/bench_exactobs.py`.",
+        "",
+        *table(["pattern", "method", "as it is", "best weights for its mask", "same removals"],
+               body),
+    ]  # fmt: skip
+
+
 SPECIAL = {
     "walk": walk,
     "memory": memory,
+    "load": load,
+    "backward": backward,
+    "exactobs": exactobs,
     "sparse_linear": sparse_linear,
     "blockpruner": blockpruner,
 }

@@ -1,21 +1,15 @@
 // The Python module pyprune._C. Each op family binds itself in csrc/bind/<family>.cpp: capsules
 // become TensorViews, are checked, the GIL is released and the kernel is called. One file a family
-// keeps a family's rebuild to that family.
+// keeps a family's rebuild to that family. bind_list.h (from CMakeLists.txt) lists them.
 #include <pybind11/pybind11.h>
 
 #include "cpu/dispatch.h"
 #include "tensor_view.h"
 
 namespace pyprune {
-void bind_column_norms(pybind11::module_& m);
-void bind_fisher_accumulate(pybind11::module_& m);
-void bind_gram(pybind11::module_& m);
-void bind_obs_factor(pybind11::module_& m);
-void bind_obs_reconstruct(pybind11::module_& m);
-void bind_obs_sweep(pybind11::module_& m);
-void bind_pack(pybind11::module_& m);
-void bind_select(pybind11::module_& m);
-void bind_sparse_linear(pybind11::module_& m);
+#define PYPRUNE_BIND(family) void bind_##family(pybind11::module_& m);
+#include "bind_list.h"
+#undef PYPRUNE_BIND
 }  // namespace pyprune
 
 PYBIND11_MODULE(_C, m) {
@@ -49,13 +43,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
-  bind_column_norms(m);
-  bind_fisher_accumulate(m);
-  bind_gram(m);
-  bind_obs_factor(m);
-  bind_obs_reconstruct(m);
-  bind_obs_sweep(m);
-  bind_pack(m);
-  bind_select(m);
-  bind_sparse_linear(m);
+#define PYPRUNE_BIND(family) bind_##family(m);
+#include "bind_list.h"
+#undef PYPRUNE_BIND
 }

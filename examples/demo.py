@@ -45,8 +45,12 @@ RUNS = {
     "sparsegpt-50": PruneConfig(method="sparsegpt", sparsity=0.5, calibration=CALIBRATION),
     "sparsegpt-2of4": PruneConfig(method="sparsegpt", pattern="2:4", calibration=CALIBRATION),
 }
-# The compressed model of each run, as it is called in the comparison with the dense one.
-SPARSE = {"sparsegpt-2of4": "2:4", "sparsegpt-50": "50% bitmap"}
+# The compressed models, as they are called in the comparison with the dense one: run, int8 values.
+SPARSE = {
+    "2:4": ("sparsegpt-2of4", False),
+    "50% bitmap": ("sparsegpt-50", False),
+    "50% int8": ("sparsegpt-50", True),
+}
 COMPARISON = Protocol(batches=(1, 4, 16), prompt=16, steps=8, rounds=3)
 
 
@@ -90,10 +94,11 @@ class Demo:
 
     def compare(self, dense: Path) -> BenchResult:
         """Compresses both pruned checkpoints and times them beside the dense one."""
-        small = {label: self.out / f"{name}-compressed" for name, label in SPARSE.items()}
+        small = {}
         with self.phase("compress"):
-            for name, label in SPARSE.items():
-                compress_checkpoint(self.out / name, small[label])
+            for label, (name, int8) in SPARSE.items():
+                small[label] = self.out / f"{name}-{'int8' if int8 else 'compressed'}"
+                compress_checkpoint(self.out / name, small[label], int8=int8)
         with self.phase("dense against sparse") as task:
             models = contestants(small, dense)
             result = bench(

@@ -5,6 +5,7 @@ tensor               | dtype | shape  | layout
 x, residual, p, z/hp | fp32  | [R, C] | contiguous
 mask                 | bool  | [R, C] | contiguous
 rz, loss, noise      | fp64  | [R]    | contiguous
+radau, step          | fp64  | [R]    | contiguous; see `ops.masked_cg.Steps`
 active               | bool  | [R]    | contiguous
 
 Each kernel reads its row twice, once for the scalar product and once to move: the second time out
@@ -27,10 +28,13 @@ def _turn_kernel(
     z_ptr,
     p_ptr,
     rz_ptr,
+    radau_ptr,
+    step_ptr,
     loss_ptr,
     noise_ptr,
     active_ptr,
     tolerance,
+    least,
     C,
     FIRST: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -48,12 +52,16 @@ def _turn_kernel(
         rz = tl.sum(acc, axis=0).to(tl.float64)
         before = tl.load(rz_ptr + row)
         tl.store(rz_ptr + row, rz)
-        bound = tolerance * (tl.maximum(tl.load(loss_ptr + row), 0.0) + tl.load(noise_ptr + row))
-        # Written so that a NaN goes on: it ends at the last iteration, with a gap that says so.
-        tl.store(active_ptr + row, (rz <= bound) == 0)
+        radau = tl.load(radau_ptr + row)
         ratio = 0.0
         if not FIRST:
+            left = radau - tl.load(step_ptr + row)
+            radau = tl.where(left > 0.0, left / (least * left + rz / before), 1.0 / least)
+            tl.store(radau_ptr + row, radau)
             ratio = (rz / before).to(tl.float32)
+        bound = tolerance * (tl.maximum(tl.load(loss_ptr + row), 0.0) + tl.load(noise_ptr + row))
+        # Written so that a NaN goes on: it ends at the last iteration, with a gap that says so.
+        tl.store(active_ptr + row, (radau * rz <= bound) == 0)
         for start in range(0, C, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             kept = tl.load(mask_ptr + base + cols, mask=cols < C, other=0).to(tl.int1)
@@ -70,6 +78,7 @@ def _advance_kernel(
     hp_ptr,
     p_ptr,
     rz_ptr,
+    step_ptr,
     loss_ptr,
     active_ptr,
     C,
@@ -91,6 +100,7 @@ def _advance_kernel(
         if goes_on:
             rz = tl.load(rz_ptr + row)
             step = rz / curvature
+            tl.store(step_ptr + row, step)
             tl.store(loss_ptr + row, tl.load(loss_ptr + row) - step * rz)
             along = step.to(tl.float32)
             for start in range(0, C, BLOCK):
@@ -114,60 +124,47 @@ class TritonSteps:
 
     def __init__(self, problem: Problem, tolerance: float) -> None:
         self.problem, self.tolerance = problem, tolerance
-        self.rz = torch.zeros_like(problem.loss)
+        self.rz, self.step = torch.zeros_like(problem.loss), torch.zeros_like(problem.loss)
+        self.radau = torch.full_like(problem.loss, 1 / problem.near.least)
         self.active = torch.ones_like(problem.loss, dtype=torch.bool)
 
     def turn(self, p: torch.Tensor, z: torch.Tensor, first: bool) -> None:
-        rows, columns = p.shape
-        _turn_kernel[(rows,)](
-            self.problem.residual,
-            self.problem.mask,
-            z,
-            p,
-            self.rz,
-            self.problem.loss,
-            self.problem.noise,
-            self.active,
-            self.tolerance,
-            columns,
-            FIRST=first,
-            **_options(columns),
-        )
+        self._launch(_turn_kernel, z_ptr=z, p_ptr=p, radau_ptr=self.radau,
+                     noise_ptr=self.problem.noise, tolerance=self.tolerance,
+                     least=self.problem.near.least, FIRST=first)  # fmt: skip
 
     def advance(self, p: torch.Tensor, hp: torch.Tensor) -> None:
-        rows, columns = p.shape
-        _advance_kernel[(rows,)](
-            self.problem.x,
-            self.problem.residual,
-            self.problem.mask,
-            hp,
-            p,
-            self.rz,
-            self.problem.loss,
-            self.active,
-            columns,
+        self._launch(_advance_kernel, x_ptr=self.problem.x, hp_ptr=hp, p_ptr=p)
+
+    def _launch(self, kernel: triton.JITFunction, **own: object) -> None:
+        """With the arguments that both kernels take, and the `own` ones of one."""
+        rows, columns = self.problem.x.shape
+        kernel[(rows,)](
+            residual_ptr=self.problem.residual,
+            mask_ptr=self.problem.mask,
+            rz_ptr=self.rz,
+            step_ptr=self.step,
+            loss_ptr=self.problem.loss,
+            active_ptr=self.active,
+            C=columns,
+            **own,
             **_options(columns),
         )
 
 
-_ROWS = {"x_ptr": "*fp32", "residual_ptr": "*fp32", "mask_ptr": "*i1", "p_ptr": "*fp32"}
-_SCALARS = {"rz_ptr": "*fp64", "loss_ptr": "*fp64", "noise_ptr": "*fp64", "active_ptr": "*i1"}
-_COMMON = _ROWS | _SCALARS | {"C": "i32"}
-AOT = [
-    {
-        "kernel": _turn_kernel,
-        "signature": _COMMON | {"z_ptr": "*fp32", "tolerance": "fp32"},
-        "constexprs": {"FIRST": False, "BLOCK": BLOCK},
+def _aot(kernel: triton.JITFunction, **constexprs: bool) -> dict:
+    doubles = dict.fromkeys(["rz_ptr", "radau_ptr", "step_ptr", "loss_ptr", "noise_ptr"], "*fp64")
+    flags = {"mask_ptr": "*i1", "active_ptr": "*i1"}
+    scalars = {"C": "i32", "tolerance": "fp32", "least": "fp32"}
+    known = doubles | flags | scalars  # what is left are rows of fp32
+    return {
+        "kernel": kernel,
+        "signature": {name: known.get(name, "*fp32") for name in kernel.arg_names},
+        "constexprs": {"BLOCK": BLOCK, **constexprs},
         "num_warps": 4,
         "aligned": ["C"],
-        "label": "fp32 1024 columns",
-    },
-    {
-        "kernel": _advance_kernel,
-        "signature": _COMMON | {"hp_ptr": "*fp32"},
-        "constexprs": {"BLOCK": BLOCK},
-        "num_warps": 4,
-        "aligned": ["C"],
-        "label": "fp32 1024 columns",
-    },
-]
+        "label": f"fp32 {BLOCK} columns",
+    }
+
+
+AOT = [_aot(_turn_kernel, FIRST=False), _aot(_advance_kernel)]

@@ -6,6 +6,8 @@ w        | fp32  | [B, R, C] | contiguous; solved in place
 u        | fp32  | [b, C, C] | contiguous, upper triangular; b is 1 (shared) or B
 mask     | u8    | [B, R, C] | contiguous; 1 = kept; read if given, else written
 preserve | u8    | [B, R, C] | contiguous, optional; 0 = stays pruned
+scale    | fp32  | [b, C]    | contiguous, optional; scores are |w| scale, without it |w| / U_jj
+grid     | fp32  | [B, 3, R] | contiguous, optional; step, low, high of what kept weights round to
 error    | fp32  | [B, S, R] | contiguous; errors of the S columns of this sub-block, transposed
 loss     | fp64  | [B, R]    | contiguous; accumulated
 keys     | i32   | [B, N]    | contiguous; scores as order-preserving integers
@@ -14,11 +16,13 @@ A program owns BLOCK_R rows and keeps the sub-block's columns in registers from 
 last. What lies to the right of the sub-block follows as one full-precision matrix product.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from pyprune.ops.obs_sweep import keys_of_scores, smallest_in_groups
+from pyprune.ops.obs_sweep import SweepArgs, keys_of_scores, scored, smallest_in_groups
 
 # 32 x 64 floats over 256 threads: the weights, their masks and the scores stay in registers on
 # sm_80, 90 and 100 (at most 142). 16 x 64 over 128 threads spills 8 bytes on sm_90.
@@ -33,26 +37,42 @@ DIGITS = ((20, 40, 4096), (8, 20, 4096), (0, 8, 256))
 KEYS_PER_PROGRAM = 4096
 
 
+# x + 1.5 * 2^23 has no room for a fraction: adding and taking it off again rounds |x| < 2^22 to the
+# nearest whole number, ties to even.
+ROUNDING = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _round_to_grid(x, step, low, high):
+    k = tl.minimum(tl.maximum(tl.math.div_rn(x, step), low), high)
+    return step * ((k + ROUNDING) - ROUNDING)
+
+
 @triton.jit
 def _obs_sweep_kernel(
     w_ptr,
     u_ptr,
     mask_ptr,
     preserve_ptr,
+    scale_ptr,
+    grid_ptr,
     error_ptr,
     loss_ptr,
     R,
     C,
     width,
     u_batch_stride,
+    scale_batch_stride,
     KEEP: tl.constexpr,
     GROUP: tl.constexpr,
     GIVEN: tl.constexpr,
     HAS_PRESERVE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    QUANTISE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Pointers are to the sub-block's first column (`u`: first row and column)."""
+    """Pointers are to the sub-block's first column (`u`: first row and column; not `grid`'s)."""
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_C)
@@ -65,13 +85,23 @@ def _obs_sweep_kernel(
     pruned = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.int32)
     if GIVEN:
         pruned = (tl.load(mask_ptr + at, mask=inside, other=1) == 0).to(tl.int32)
-    diag = tl.load(u_ptr + cols * (C + 1), mask=cols < width, other=1.0)
+    if HAS_SCALE:
+        scale_ptr += batch * scale_batch_stride
+        factor = tl.load(scale_ptr + cols, mask=cols < width, other=0.0)
+    else:
+        diag = tl.load(u_ptr + cols * (C + 1), mask=cols < width, other=1.0)
+    if QUANTISE:
+        grid_ptr += batch * 3 * R + rows
+        step = tl.load(grid_ptr, mask=in_rows, other=1.0)
+        low = tl.load(grid_ptr + R, mask=in_rows, other=0.0)
+        high = tl.load(grid_ptr + 2 * R, mask=in_rows, other=0.0)
     loss = tl.zeros([BLOCK_R], dtype=tl.float32)
 
     for group in range(0, width, GROUP):
         if not GIVEN:
             # The bits of non-negative floats order like the floats, NaN above infinity.
-            keys = tl.abs(w / diag[None, :]).to(tl.int32, bitcast=True)
+            scores = w * factor[None, :] if HAS_SCALE else w / diag[None, :]
+            keys = tl.abs(scores).to(tl.int32, bitcast=True)
             if HAS_PRESERVE:
                 stays = tl.load(preserve_ptr + at, mask=inside, other=1) == 0
                 keys = tl.where(stays, -1, keys)
@@ -90,12 +120,20 @@ def _obs_sweep_kernel(
             this = (cols == j)[None, :]
             prune = tl.sum(tl.where(this, pruned, 0), axis=1) > 0
             d = tl.load(u_ptr + j * (C + 1))
-            error = tl.where(prune, tl.sum(tl.where(this, w, 0.0), axis=1) / d, 0.0)
+            column = tl.sum(tl.where(this, w, 0.0), axis=1)
+            if QUANTISE:
+                new = tl.where(prune, 0.0, _round_to_grid(column, step, low, high))
+                error = (column - new) / d
+            else:
+                error = tl.where(prune, column / d, 0.0)
             loss += 0.5 * error * error
             right = (cols > j) & (cols < width)
             u_row = tl.load(u_ptr + j * C + cols, mask=right, other=0.0)
             w -= error[:, None] * u_row[None, :]
-            w = tl.where(this & prune[:, None], 0.0, w)
+            if QUANTISE:
+                w = tl.where(this, new[:, None], w)
+            else:
+                w = tl.where(this & prune[:, None], 0.0, w)
             tl.store(error_ptr + (batch * width + j) * R + rows, error, mask=in_rows)
 
     tl.store(w_ptr + at, w, mask=inside)
@@ -165,33 +203,42 @@ def _smallest_of_all(keys: torch.Tensor, count: torch.Tensor, all_ties: bool) ->
 
 
 def _choose(
-    w: torch.Tensor,
-    diag: torch.Tensor,
-    count: torch.Tensor,
-    preserve: torch.Tensor | None,
-    all_ties: bool,
+    scores: torch.Tensor, count: torch.Tensor, preserve: torch.Tensor | None, all_ties: bool
 ) -> torch.Tensor:
-    """The kept positions of a block `w[B, R, N]`: `count[B, R]` go from each row, or `count[B, 1]`
-    from each matrix."""
-    batch, rows, cols = w.shape
-    keys = keys_of_scores(w / diag[:, None], preserve)
+    """The kept positions of a block's scores `[B, R, N]`: `count[B, R]` go from each row, or
+    `count[B, 1]` from each matrix."""
+    batch, rows, cols = scores.shape
+    keys = keys_of_scores(scores, preserve)
     if count.shape[1] == 1 and rows > 1:
         pruned = _smallest_of_all(keys.view(batch, -1), count[:, 0], all_ties)
     else:
         pruned = smallest_in_groups(keys.view(-1, cols), count.reshape(-1), all_ties)
-    kept = ~pruned.view_as(w)
+    kept = ~pruned.view_as(scores)
     return kept if preserve is None else kept & preserve
 
 
 class _Sweep:
     """The state of one call, all batched: see the table at the top of the file."""
 
-    def __init__(self, w: torch.Tensor, u: torch.Tensor, preserve: torch.Tensor | None) -> None:
+    def __init__(self, args: SweepArgs) -> None:
+        w = args.w
         self.weight = w.clone(memory_format=torch.contiguous_format)
-        self.u = u.contiguous()
-        self.preserve = None if preserve is None else preserve.contiguous()
+        self.u = args.u.contiguous()
+        self.preserve, self.scale, self.grid = (
+            None if t is None else t.contiguous()
+            for t in (args.preserve, args.column_scale, args.grid)
+        )
         self.mask = torch.ones(w.shape, dtype=torch.bool, device=w.device)
         self.loss = torch.zeros(w.shape[:2], dtype=torch.float64, device=w.device)
+
+    def choose(self, first: int, last: int, count: torch.Tensor, all_ties: bool) -> None:
+        """The mask of columns [first, last) by their scores now; `count` `[B, 1 or R]` of them."""
+        span = slice(first, last)
+        diag = self.u.diagonal(dim1=1, dim2=2)[:, None, span]
+        scale = None if self.scale is None else self.scale[:, None]
+        scores = scored(self.weight[..., span], diag, scale, span)
+        stay = None if self.preserve is None else self.preserve[..., span]
+        self.mask[..., span] = _choose(scores, count, stay, all_ties)
 
     def columns(self, first: int, last: int, keep: int, group: int) -> None:
         """Solves columns [first, last), at most BLOCK_C, and updates all columns to the right.
@@ -201,21 +248,28 @@ class _Sweep:
         error = torch.empty(batch, width, rows, dtype=torch.float32, device=self.weight.device)
         mask = self.mask.view(torch.uint8)
         preserve = mask if self.preserve is None else self.preserve.view(torch.uint8)
+        # A pointer that is not used must still be one.
+        unused = self.loss
         _obs_sweep_kernel[(triton.cdiv(rows, BLOCK_R), batch)](
             self.weight[:, :, first:],
             self.u[:, first:, first:],
             mask[:, :, first:],
             preserve[:, :, first:],
+            unused if self.scale is None else self.scale[:, first:],
+            unused if self.grid is None else self.grid,
             error,
             self.loss,
             rows,
             cols,
             width,
             self.u.stride(0) if len(self.u) > 1 else 0,
+            cols if self.scale is not None and len(self.scale) > 1 else 0,
             KEEP=keep,
             GROUP=group or BLOCK_C,
             GIVEN=group == 0,
             HAS_PRESERVE=group > 0 and self.preserve is not None,
+            HAS_SCALE=self.scale is not None,
+            QUANTISE=self.grid is not None,
             BLOCK_R=BLOCK_R,
             BLOCK_C=BLOCK_C,
             num_warps=NUM_WARPS,
@@ -225,46 +279,35 @@ class _Sweep:
             self.weight[:, :, last:].baddbmm_(error.mT, right, alpha=-1)
 
 
-def obs_sweep_triton(
-    w: torch.Tensor,
-    u: torch.Tensor,
-    counts: torch.Tensor | None,
-    mask: torch.Tensor | None,
-    preserve: torch.Tensor | None,
-    n: int,
-    m: int,
-    block_size: int,
-    all_ties: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    batch, rows, cols = w.shape
-    sweep = _Sweep(w, u, preserve)
-    if mask is not None:
-        sweep.mask.copy_(mask if preserve is None else mask & preserve)
+def obs_sweep_triton(*values: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    args = SweepArgs(*values)
+    counts, n, m, block_size = args.counts, args.n, args.m, args.block_size
+    batch, rows, cols = args.w.shape
+    sweep = _Sweep(args)
+    if args.mask is not None:
+        sweep.mask.copy_(args.mask if args.preserve is None else args.mask & args.preserve)
     if m > BLOCK_C:  # groups too wide for the registers: the row rule with a block per group
-        counts = torch.full((batch, rows, cols // m), m - n, dtype=torch.int32, device=w.device)
+        shape, device = (batch, rows, cols // m), args.w.device
+        counts = torch.full(shape, m - n, dtype=torch.int32, device=device)
         block_size, m = m, 0
     block = cols if counts is None else block_size
     step = BLOCK_C // m * m if m else BLOCK_C
-    diag = u.diagonal(dim1=1, dim2=2)
     # cuBLAS would round the inputs of the trailing products to TF32 if the user allows that.
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
         for start in range(0, cols, block):
             end = min(cols, start + block)
-            span = (..., slice(start, end))
             if counts is not None:
-                stay = None if preserve is None else preserve[span]
-                count = counts[:, :, start // block]
-                sweep.mask[span] = _choose(sweep.weight[span], diag[span], count, stay, all_ties)
+                sweep.choose(start, end, counts[:, :, start // block], args.all_ties)
             for first in range(start, end, step):
                 sweep.columns(first, min(end, first + step), n, m)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    return sweep.weight, sweep.mask, sweep.loss.to(w.dtype)
+    return sweep.weight, sweep.mask, sweep.loss.to(args.w.dtype)
 
 
-def _aot(label: str, keep: int, group: int, has_preserve: bool) -> dict:
+def _aot(label: str, keep: int, group: int, **flags: bool) -> dict:
     return {
         "kernel": _obs_sweep_kernel,
         "label": label,
@@ -273,18 +316,23 @@ def _aot(label: str, keep: int, group: int, has_preserve: bool) -> dict:
             "u_ptr": "*fp32",
             "mask_ptr": "*u8",
             "preserve_ptr": "*u8",
+            "scale_ptr": "*fp32",
+            "grid_ptr": "*fp32",
             "error_ptr": "*fp32",
             "loss_ptr": "*fp64",
             "R": "i32",
             "C": "i32",
             "width": "i32",
             "u_batch_stride": "i64",
+            "scale_batch_stride": "i64",
         },
         "constexprs": {
             "KEEP": keep,
             "GROUP": group or BLOCK_C,
             "GIVEN": group == 0,
-            "HAS_PRESERVE": has_preserve,
+            "HAS_PRESERVE": flags.get("preserve", False),
+            "HAS_SCALE": flags.get("scale", False),
+            "QUANTISE": flags.get("quantise", False),
             "BLOCK_R": BLOCK_R,
             "BLOCK_C": BLOCK_C,
         },
@@ -294,10 +342,13 @@ def _aot(label: str, keep: int, group: int, has_preserve: bool) -> dict:
 
 
 AOT = [
-    _aot("given mask", 0, 0, False),
-    _aot("2:4", 2, 4, False),
-    _aot("2:4 preserve", 2, 4, True),
-    _aot("4:8", 4, 8, False),
+    _aot("given mask", 0, 0),
+    _aot("given mask quantised", 0, 0, quantise=True),
+    _aot("2:4", 2, 4),
+    _aot("2:4 preserve", 2, 4, preserve=True),
+    _aot("2:4 scaled", 2, 4, scale=True),
+    _aot("2:4 quantised", 2, 4, quantise=True),
+    _aot("4:8", 4, 8),
     *(
         {
             "kernel": _digit_histogram_kernel,

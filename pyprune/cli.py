@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pyprune.checkpoint import Checkpoint
     from pyprune.config import ConfigFile
     from pyprune.families import Family
+    from pyprune.sparse.stored import StoredCheckpoint
 
 USAGE, INTERRUPTED = 2, 130
 # typer brings its own copy of click's exceptions in some versions and click's in others.
@@ -230,6 +231,12 @@ def prune(
         bool | None,
         typer.Option("--preserve-zeros/--no-preserve-zeros", help="Zeros stay and count."),
     ] = None,
+    preserve_mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="A safetensors file of bool masks by layer name: what is false goes and counts."
+        ),
+    ] = None,
     damping: Annotated[
         float | None, typer.Option(help="Share of mean(diag H) added to it.")
     ] = None,
@@ -359,7 +366,8 @@ def prune(
     _quiet()
     with ProgressBar(_stderr(), "pruning") as bar:
         source = _resolve(model, bar)
-        outcome = family.run(Run(source, out, full, bar, trust_remote_code, report, state))
+        run = Run(source, out, full, bar, trust_remote_code, report, state, preserve_mask)
+        outcome = family.run(run)
     _show(outcome.to_dict(), as_json, outcome.table(), f"Saved in {out}")
 
 
@@ -444,13 +452,14 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of a model on a text, with the protocol it was measured by."""
+    """Perplexity of a dense or compressed model on a text, with the protocol of the measurement."""
     _quiet()
-    from pyprune.checkpoint import Checkpoint
     from pyprune.evaluate import perplexity
+    from pyprune.sparse.stored import StoredCheckpoint
 
     with ProgressBar(_stderr(), "evaluating") as bar:
-        checkpoint = Checkpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
+        stored = StoredCheckpoint.open(_resolve(model, bar))
+        checkpoint = stored.checkpoint(trust_remote_code)
         given = {
             "seqlen": seqlen,
             "stride": stride,
@@ -463,7 +472,7 @@ def evaluate(
         tokenizer = checkpoint.tokenizer()
         bar.step("loading the model")
         result = perplexity(
-            _load(checkpoint, device, dtype),
+            _load(stored, checkpoint, device, dtype),
             tokenizer,
             text=text,
             bos=bos,
@@ -480,10 +489,14 @@ def evaluate(
     _show({"model": model, **asdict(result)}, as_json, table, result.protocol)
 
 
-def _load(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> PreTrainedModel:
+def _load(
+    stored: StoredCheckpoint, checkpoint: Checkpoint, device: str | None, dtype: str | None
+) -> PreTrainedModel:
     import torch
 
     from pyprune.config import DTYPES
+    from pyprune.sparse.load import load
+    from pyprune.sparse.stored import DENSE
 
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -492,7 +505,9 @@ def _load(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> PreT
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif str(device).startswith("cuda") and not torch.cuda.is_available():
         raise UserError(f"--device: expected one that is here, got {device}: no CUDA device")
-    return checkpoint.load_model(str(device), compute)
+    if stored.kind == DENSE:
+        return checkpoint.load_model(str(device), compute)
+    return load(stored.path, compute, None if device == "cpu" else device)
 
 
 @app.command(
@@ -502,14 +517,14 @@ def _load(checkpoint: Checkpoint, device: str | None, dtype: str | None) -> PreT
 def inspect(
     model: Model, trust_remote_code: TrustRemoteCode = False, as_json: AsJson = False
 ) -> None:
-    """Shapes, sparsity, patterns and bytes of every pruned or prunable matrix."""
+    """Shapes, sparsity, patterns, formats and bytes of every pruned or prunable matrix."""
     _quiet()
-    from pyprune.checkpoint import Checkpoint
     from pyprune.inspection import inspect_checkpoint
+    from pyprune.sparse.stored import StoredCheckpoint
 
     with ProgressBar(_stderr(), "reading") as bar:
-        checkpoint = Checkpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
-        found = inspect_checkpoint(checkpoint, bar.step)
+        stored = StoredCheckpoint.open(_resolve(model, bar))
+        found = inspect_checkpoint(stored, bar.step, trust_remote_code=trust_remote_code)
     _show(found.to_dict(), as_json, found.table(), *filter(None, [found.note]))
 
 
@@ -543,7 +558,7 @@ def doctor(as_json: AsJson = False) -> None:
     _show(diagnosis.to_dict(), as_json, diagnosis.render())
 
 
-for _commands in ("cli_sparse", "cli_heal"):
+for _commands in ("cli_sparse", "cli_heal", "cli_eigendamage"):
     import_module(f"pyprune.{_commands}")  # registers its commands on `app`
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from pyprune.sparse.bench import BenchResult
+    from pyprune.sparse.choice import LayerConversion
     from pyprune.sparse.convert import ConversionReport
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="A new directory.")]
@@ -25,15 +26,30 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="A new directory.")]
 
 @app.command(
     epilog="[b]Examples[/b]\n\npyprune compress pruned --out small\n\n"
-    "pyprune compress pruned --out small --format bitmap --json"
+    "pyprune compress pruned --out small --values int8\n\n"
+    "pyprune compress pruned --out small --choose measured --rows 1 --json"
 )
 def compress(
     model: Model,
     out: Out,
     format: Annotated[
         str,
-        typer.Option(help="auto (the smallest for each layer), sparse24 or bitmap."),
+        typer.Option(help="auto (--choose decides for each layer), sparse24 or bitmap."),
     ] = "auto",
+    choose: Annotated[
+        str,
+        typer.Option(
+            help="bytes (the smallest; the same files on every machine) or measured (what "
+            "multiplies fastest here, dense included, among what saves a tenth of the bytes)."
+        ),
+    ] = "bytes",
+    rows: Annotated[
+        int, typer.Option(help="Of the activations, for --choose measured; 1: decoding.")
+    ] = 1,
+    values: Annotated[
+        str,
+        typer.Option(help="same (the checkpoint's dtype, bit for bit) or int8, a scale a row."),
+    ] = "same",
     as_json: AsJson = False,
 ) -> None:
     """Leave the zeros of a pruned checkpoint out. Layers that would not shrink stay dense."""
@@ -43,10 +59,21 @@ def compress(
 
     if format not in ("auto", *FORMATS):
         raise UserError(f"--format: expected auto, {', '.join(FORMATS)}, got {format!r}")
+    if choose not in ("bytes", "measured"):
+        raise UserError(f"--choose: expected bytes or measured, got {choose!r}")
+    if values not in ("same", "int8"):
+        raise UserError(f"--values: expected same or int8, got {values!r}")
     allowed = FORMATS if format == "auto" else (format,)
     with ProgressBar(cli._stderr(), "compressing") as bar:
         source = cli._resolve(model, bar)
-        report = compress_checkpoint(source, out, allowed=allowed, progress=bar.step)
+        report = compress_checkpoint(
+            source,
+            out,
+            allowed=allowed,
+            int8=values == "int8",
+            measured_rows=rows if choose == "measured" else None,
+            progress=bar.step,
+        )
     cli._show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
 
 
@@ -128,7 +155,8 @@ def bench(
 ) -> None:
     """Dense and compressed side by side: bytes, load time, prefill and decode tokens/s.
 
-    Both run in float32 and bfloat16; the dense yardstick is the faster of the two.
+    Both run in float32 and bfloat16; the dense yardstick is the fastest of these two and of
+    bfloat16 with our own dense kernel.
     """
     cli._quiet()
     from pyprune.pictures import require_matplotlib
@@ -157,11 +185,16 @@ def bench(
 
 def bench_tables(result: BenchResult) -> list[Table]:
     """What is in memory and on disk, and the rates, as tables."""
-    sizes = Table("model", "file MB", "weights MB", "load s", title="size")
+    from pyprune.sparse.bench import label
+
+    columns = ("model", "file MB", "weights MB", "of 16-bit dense", "load s")
+    sizes, shares = Table(*columns, title="size"), result.memory()
     for m in result.models:
+        name = label(m["name"], m["dtype"], m["kernels"])
         seconds = "-" if m["load_seconds"] is None else f"{m['load_seconds']:.2f}"
         file, weights = (f"{m[key] / 1e6:,.1f}" for key in ("file_bytes", "weight_bytes"))
-        sizes.add_row(f"{m['name']} {m['dtype']}", file, weights, seconds)
+        share = f"{shares[name]:.1%}" if name in shares else ""
+        sizes.add_row(name, file, weights, share, seconds)
     title = f"tokens/s, median (least - greatest); {result.device}, {result.threads} threads"
     rates = Table("phase", "batch", "model", "tokens/s", "", "of fastest dense", title=title)
     for rate in sorted(result.rates, key=lambda r: (r.phase, r.batch)):
@@ -169,7 +202,7 @@ def bench_tables(result: BenchResult) -> list[Table]:
         rates.add_row(
             rate.phase,
             str(rate.batch),
-            f"{rate.name} {rate.dtype}",
+            rate.label,
             f"{rate.median:,.1f}",
             f"({rate.least:,.1f} - {rate.greatest:,.1f})",
             f"{rate.median / dense:.2f}x",
@@ -198,12 +231,34 @@ def _device(name: str | None) -> str | None:
 
 
 def _table(report: ConversionReport) -> Table:
-    table = Table("format", "layers")
-    for kind in sorted(set(report.formats.values())):
-        table.add_row(kind, str(list(report.formats.values()).count(kind)))
+    """One line for layers of one shape that are stored alike; every layer is in the JSON."""
+    measured = report.rows is not None
+    table = Table("layers", "shape", "format", "values", "density", "MB dense", "MB", "error")
+    if measured:
+        table.add_column(f"microseconds a product of {report.rows} rows")
+    groups: dict[tuple[Any, ...], list[LayerConversion]] = {}
+    for layer in report.layers.values():
+        groups.setdefault((layer.shape, layer.format, layer.values), []).append(layer)
+    for (shape, format, values), layers in groups.items():
+        density = [layer.density for layer in layers]
+        dense = sum(layer.nbytes_dense for layer in layers)
+        nbytes = sum(layer.nbytes for layer in layers)
+        errors = [layer.error for layer in layers if layer.error is not None]
+        row = [str(len(layers)), "x".join(map(str, shape)), format, values, _range(density, ".1%")]
+        row += [f"{dense / 1e6:,.2f}", f"{nbytes / 1e6:,.2f}"]
+        row.append(_range(errors, ".2%") if errors else "")
+        if measured:
+            seconds = layers[0].seconds or {}
+            row.append(", ".join(f"{kind} {1e6 * s:,.0f}" for kind, s in seconds.items()))
+        table.add_row(*row)
     share = report.nbytes_after / max(1, report.nbytes_dense)
     table.title = (
         f"{report.nbytes_before / 1e6:,.2f} MB to {report.nbytes_after / 1e6:,.2f} MB "
         f"({share:.1%} of dense)"
     )
     return table
+
+
+def _range(values: list[float], spec: str) -> str:
+    low, high = f"{min(values):{spec}}", f"{max(values):{spec}}"
+    return low if low == high else f"{low} - {high}"

@@ -216,7 +216,7 @@ def _losses(model: Any, input_ids: Tensor) -> Tensor:
     decoder = _decoder(model)
     output = decoder(input_ids=input_ids, use_cache=False)
     hidden = output.last_hidden_state[:, :-1]
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = model.get_output_embeddings().out_features
     chunk = max(1, LOGITS_BYTES // (4 * vocabulary * len(input_ids)))
     losses = []
     for start in range(0, hidden.shape[1], chunk):

@@ -36,7 +36,7 @@ class Outcome(Protocol):
 class Run:
     """One call of the command. out: a new directory for the model. pictures: where they go, a
     directory or a .png file; None: nowhere. state: a directory for what an interrupted run needs to
-    go on; None: nowhere."""
+    go on; None: nowhere. preserve_mask: a file of masks that an earlier pruning left."""
 
     source: str
     out: Path
@@ -45,6 +45,13 @@ class Run:
     trust_remote_code: bool = False
     pictures: Path | None = None
     state: Path | None = None
+    preserve_mask: Path | None = None
+
+    def needs_none(self, *names: str) -> None:
+        """Raises UserError if one of these fields is given: the method has no use for it."""
+        for name in names:
+            if (value := getattr(self, name)) is not None:
+                raise UserError(f"{name}: {self.config.method} has no use for it, got {value}")
 
 
 @dataclass(frozen=True)

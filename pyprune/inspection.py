@@ -6,16 +6,17 @@ Tensors are read one at a time, so a checkpoint of any size can be inspected.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from pyprune.checkpoint import Checkpoint, read_tensor
+from pyprune.checkpoint import Checkpoint
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
+from pyprune.sparse.stored import DENSE, StoredCheckpoint
 
 # The patterns looked for, most restrictive first, as N kept of every M inputs.
 PATTERNS = ((1, 4), (2, 4), (4, 8))
@@ -28,8 +29,9 @@ class LayerInspection:
     """One matrix. shape: outputs x inputs (with a leading expert count where experts are stored in
     one tensor). zeros, elements: counts. patterns: all that hold, most restrictive first; "dense",
     "row-uniform" (the same number of zeros in each row) or "unstructured" where no N:M does.
-    nbytes: as stored. nbytes_24: as 2:4, half of the values and two bits for each of them, None if
-    it is not 2:4. nbytes_bitmap: the non-zero values and one bit for every weight.
+    format: how it is stored, "dense" or a compressed format. nbytes: as stored; nbytes_dense: with
+    its zeros. nbytes_24: as 2:4, half of the values and two bits for each of them, None if it is
+    not 2:4. nbytes_bitmap: the non-zero values and one bit for every weight.
     """
 
     name: str
@@ -38,7 +40,9 @@ class LayerInspection:
     zeros: int
     elements: int
     patterns: tuple[str, ...]
+    format: str
     nbytes: int
+    nbytes_dense: int
     nbytes_24: int | None
     nbytes_bitmap: int
 
@@ -48,8 +52,8 @@ class LayerInspection:
 
     @property
     def smallest(self) -> int:
-        """Bytes in the smallest of the three formats."""
-        return min(self.nbytes, self.nbytes_bitmap, self.nbytes_24 or self.nbytes)
+        """Bytes in the smallest of the three formats, at the precision it has."""
+        return min(self.nbytes_dense, self.nbytes_bitmap, self.nbytes_24 or self.nbytes_dense)
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,11 @@ class Inspection:
         return sum(layer.nbytes for layer in self.layers) + self.other_bytes
 
     @property
+    def nbytes_dense(self) -> int:
+        """Bytes of the checkpoint with every zero stored."""
+        return sum(layer.nbytes_dense for layer in self.layers) + self.other_bytes
+
+    @property
     def smallest(self) -> int:
         """Bytes of the whole checkpoint with every matrix in its smallest format."""
         return sum(layer.smallest for layer in self.layers) + self.other_bytes
@@ -81,6 +90,7 @@ class Inspection:
         totals = {
             "sparsity": self.sparsity,
             "nbytes": self.nbytes,
+            "nbytes_dense": self.nbytes_dense,
             "nbytes_smallest": self.smallest,
         }
         layers = [
@@ -91,8 +101,9 @@ class Inspection:
 
     def table(self) -> Table:
         table = Table(title=f"{self.path}: {self.model_type}", title_justify="left")
-        for name in ("layer", "shape", "dtype", "sparsity", "pattern", "MB", "as 2:4", "as bitmap"):
-            right = name in ("shape", "sparsity", "MB", "as 2:4", "as bitmap")
+        texts, numbers = ("layer", "dtype", "pattern", "stored as"), ("MB", "as 2:4", "as bitmap")
+        for name in ("layer", "shape", "dtype", "sparsity", "pattern", "stored as", *numbers):
+            right = name not in texts
             table.add_column(name, justify="right" if right else "left", no_wrap=name != "layer")
         for layer in self.layers:
             table.add_row(
@@ -101,14 +112,19 @@ class Inspection:
                 layer.dtype,
                 f"{layer.sparsity:.2%}",
                 layer.patterns[0],
+                layer.format,
                 _megabytes(layer.nbytes),
                 "-" if layer.nbytes_24 is None else _megabytes(layer.nbytes_24),
                 _megabytes(layer.nbytes_bitmap),
             )
         table.add_section()
-        table.add_row("everything else", "", "", "", "", _megabytes(self.other_bytes))
-        table.add_row("total", "", "", f"{self.sparsity:.2%}", "", _megabytes(self.nbytes))
-        table.add_row("total, each in its smallest form", *[""] * 4, _megabytes(self.smallest))
+        blank = [""] * 5
+        table.add_row("everything else", *blank, _megabytes(self.other_bytes))
+        sparsity = ["", "", f"{self.sparsity:.2%}", "", ""]
+        table.add_row("total", *sparsity, _megabytes(self.nbytes))
+        if self.nbytes != self.nbytes_dense:
+            table.add_row("total, dense", *blank, _megabytes(self.nbytes_dense))
+        table.add_row("total, each in its smallest form", *blank, _megabytes(self.smallest))
         return table
 
 
@@ -117,26 +133,39 @@ def _megabytes(nbytes: int) -> str:
 
 
 def inspect_checkpoint(
-    checkpoint: Checkpoint, progress: Callable[[str, float, float | None], None] | None = None
+    source: Checkpoint | StoredCheckpoint,
+    progress: Callable[[str, float, float | None], None] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> Inspection:
     """Reads every matrix of the decoder blocks and looks for zeros.
 
-    progress: called with a tensor's name, how many are through, and their number.
+    source: a dense checkpoint, or one that may be compressed: its matrices are expanded one at a
+    time. progress: called with a tensor's name, how many are through, and their number.
+    trust_remote_code: for a `StoredCheckpoint`; a `Checkpoint` was opened with or without.
     """
+    if isinstance(source, Checkpoint):
+        checkpoint, stored = source, StoredCheckpoint.of_dense(source.path, {}, source.tensors)
+    else:
+        checkpoint, stored = source.checkpoint(trust_remote_code), source
     matrices, note = _matrices(checkpoint)
     layers: list[LayerInspection] = []
     for name, transposed in matrices.items():
         if progress is not None:
             progress(name, len(layers), len(matrices))
-        w = read_tensor(checkpoint.tensors[name])
-        layers.append(inspect_matrix(name, w, transposed=transposed))
-    other = checkpoint.nbytes - sum(layer.nbytes for layer in layers)
+        layer = inspect_matrix(name, stored.read(name), transposed=transposed)
+        format, nbytes = stored.format_of(name), stored.stored_nbytes(name)
+        layers.append(replace(layer, format=format, nbytes=nbytes))
+    other = stored.nbytes - sum(layer.nbytes for layer in layers)
     kind = str(checkpoint.config.model_type)
     return Inspection(str(checkpoint.path), kind, tuple(layers), other, note)
 
 
 def inspect_matrix(name: str, w: Tensor, *, transposed: bool = False) -> LayerInspection:
-    """w: `[R, C]`, or `[E, R, C]` for experts in one tensor. transposed: it is stored `[C, R]`."""
+    """A matrix that is stored densely.
+
+    w: `[R, C]`, or `[E, R, C]` for experts in one tensor. transposed: it is stored `[C, R]`.
+    """
     if transposed:
         w = w.mT
     kept = w != 0
@@ -151,7 +180,9 @@ def inspect_matrix(name: str, w: Tensor, *, transposed: bool = False) -> LayerIn
         zeros=elements - nonzero,
         elements=elements,
         patterns=patterns,
+        format=DENSE,
         nbytes=elements * w.element_size(),
+        nbytes_dense=elements * w.element_size(),
         # Two bits tell which of the four places a kept value has.
         nbytes_24=elements // 2 * w.element_size() + mask_bytes if "2:4" in patterns else None,
         nbytes_bitmap=nonzero * w.element_size() + mask_bytes,

@@ -4,8 +4,8 @@ read the same input and reports on each."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -48,13 +48,20 @@ def select_linears(adapter: Adapter, include: Iterable[str], exclude: Iterable[s
     return left
 
 
-def check_shapes(refs: Iterable[LinearRef], pattern: Pattern) -> None:
-    """Raises LayerError for the first linear whose rows N:M does not divide."""
-    if not isinstance(pattern, NM):
-        return
+def check_shapes(
+    refs: Iterable[LinearRef], pattern: Pattern, most_columns: int | None = None
+) -> None:
+    """Raises LayerError for the first linear whose rows N:M does not divide, or that has more
+    inputs than the method takes."""
     for ref in refs:
         columns = ref.weight().shape[1]
-        if columns % pattern.m:
+        if most_columns is not None and columns > most_columns:
+            raise LayerError(
+                ref.name,
+                f"expected at most {most_columns} inputs for this method, got {columns} "
+                f"(raise its option max_columns, or leave it out with --exclude {ref.name!r})",
+            )
+        if isinstance(pattern, NM) and columns % pattern.m:
             raise LayerError(
                 ref.name,
                 f"expected a number of inputs that {pattern.m} divides for {pattern}, "
@@ -85,6 +92,25 @@ def minimum_tokens(columns: int, pattern: Pattern) -> float:
     return max(4 * m, columns / 4)
 
 
+# What solving several matrices at once may hold beyond what one needs.
+STACK_BYTES = 512 * 2**20
+
+
+def stack_limit(rows: int, columns: int) -> int:
+    """How many matrices `[rows, columns]` with a Gram matrix each are solved at once: their
+    weights, masks, errors and results, and the Gram matrices and factors, within STACK_BYTES."""
+    return max(1, STACK_BYTES // (4 * (6 * rows * columns + 3 * columns * columns)))
+
+
+@dataclass(frozen=True, eq=False)
+class _Solved:
+    """What was found for a matrix along with its peers. seconds: its share of the time."""
+
+    inputs: LayerInputs
+    solution: Solution
+    seconds: float
+
+
 class LayerPruner:
     """Prunes groups of linears as `config` says; `reports` has one entry for each, in order.
 
@@ -94,12 +120,17 @@ class LayerPruner:
     needs gradients, a layer whose gradients were all zero.
 
     gradients: what the backward pass accumulated, by layer; let go of once used.
+    masks: bool `[R, C]` by layer, False = must go, and counts among the pruned.
     """
 
     def __init__(
-        self, config: PruneConfig, gradients: Mapping[str, GradientStatistic] | None = None
+        self,
+        config: PruneConfig,
+        gradients: Mapping[str, GradientStatistic] | None = None,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._gradients = dict(gradients or {})
+        self._masks = masks or {}
         self.method = config.find_method()
         self.pattern = config.target()
         self.options = config.options()
@@ -108,6 +139,7 @@ class LayerPruner:
         self.targets: dict[str, Pattern] = {}
         self.reports: list[LayerReport] = []
         self.selection: GlobalSelection | None = None
+        self._solved: dict[str, _Solved] = {}
         if isinstance(self.pattern, Unstructured) and self.pattern.scope == "global":
             self.selection = GlobalSelection(self.pattern.sparsity)
 
@@ -133,11 +165,49 @@ class LayerPruner:
     def prune_group(self, group: Group) -> None:
         inputs = layer_inputs(group.statistic, group.linears[0].name)
         for ref in group.linears:
+            if ref.name not in self._solved:
+                self._solve_together(_same_kind(group, ref, inputs))
             start = time.perf_counter()
-            report = self.prune_linear(ref, inputs)
-            self.reports.append(replace(report, seconds=time.perf_counter() - start))
+            solved = self._solved.pop(ref.name, None)
+            report = self.prune_linear(ref, solved.inputs if solved else inputs, solved)
+            seconds = time.perf_counter() - start + (solved.seconds if solved else 0.0)
+            self.reports.append(replace(report, seconds=seconds))
 
-    def prune_linear(self, ref: LinearRef, inputs: LayerInputs | None) -> LayerReport:
+    def _solve_together(self, same: Iterator[tuple[LinearRef, LayerInputs | None]]) -> None:
+        """Solves the first of `same` with as many of the others as fit in memory, if the method
+        can; `prune_linear` then finds the answers."""
+        stack = self.method.solve_stack
+        if stack is None or self.selection is not None:
+            return
+        start = time.perf_counter()
+        chunk: list[tuple[LinearRef, LayerInputs]] = []
+        pattern = self.pattern
+        for ref, inputs in same:
+            target = self.targets.get(ref.name, self.pattern)
+            known = inputs is not None and self._unknown(ref, inputs) is None
+            if not chunk and not known:  # the first one is another method's
+                return
+            if inputs is not None and known and (not chunk or target == pattern):
+                chunk.append((ref, inputs))
+                pattern = target
+            if len(chunk) == stack_limit(*ref.weight().shape):
+                break
+        if len(chunk) < 2:
+            return
+        weights, preserve = zip(*(self._read(ref) for ref, _ in chunk), strict=True)
+        forced = torch.stack(preserve) if self.preserve_zeros else None
+        given = [inputs for _, inputs in chunk]
+        try:
+            solutions = stack(torch.stack(weights), given, pattern, self.options, forced)
+        except NotPositiveDefiniteError:
+            return  # solved one by one, the layer at fault raises it again and is named
+        seconds = (time.perf_counter() - start) / len(chunk)
+        for (ref, inputs), solution in zip(chunk, solutions, strict=True):
+            self._solved[ref.name] = _Solved(inputs, solution, seconds)
+
+    def prune_linear(
+        self, ref: LinearRef, inputs: LayerInputs | None, solved: _Solved | None = None
+    ) -> LayerReport:
         w, preserve = self._read(ref)
         method, options = self.method, self.options
         pattern = self.targets.get(ref.name, self.pattern)
@@ -152,8 +222,11 @@ class LayerPruner:
         elif self.selection is not None:
             mask = self.selection.mask(ref.name, w, preserve)
         try:
-            given = self._with_gradient(ref, inputs)
-            solution = method.solve(w, given, pattern, options, preserve, mask)
+            if solved is not None:
+                solution = solved.solution
+            else:
+                given = self._with_gradient(ref, inputs)
+                solution = method.solve(w, given, pattern, options, preserve, mask)
             if options.reconstruct and inputs is not None:
                 solution = reconstructed(w, solution, inputs, options)
         except NotPositiveDefiniteError as error:
@@ -190,12 +263,17 @@ class LayerPruner:
         return ref.index is not None and few
 
     def _read(self, ref: LinearRef) -> tuple[Tensor, Tensor | None]:
-        """The weight in fp32 (or fp64) and, if existing zeros are to stay, where there are none."""
+        """The weight in fp32 (or fp64) and, if existing zeros are to stay or a mask is to be
+        respected, where weights may stay."""
         stored = ref.weight()
         w = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True).contiguous()
         if not bool(w.isfinite().all()):
             raise LayerError(ref.name, "expected finite weights, got NaN or infinity")
-        return w, (w != 0) if self.preserve_zeros else None
+        preserve = (w != 0) if self.preserve_zeros else None
+        if ref.name in self._masks:
+            mask = self._masks[ref.name].to(w.device)
+            preserve = mask if preserve is None else preserve & mask
+        return w, preserve
 
     def _report(
         self,
@@ -231,6 +309,22 @@ class LayerPruner:
             error_basis="column norms" if inputs.gram is None else "gram",
             dead_inputs=int(inputs.dead.sum()),
         )
+
+
+def _same_kind(
+    group: Group, ref: LinearRef, inputs: LayerInputs | None
+) -> Iterator[tuple[LinearRef, LayerInputs | None]]:
+    """`ref`, then what can be solved along with it: the experts that follow it, or the linears of
+    its shape that read the same inputs."""
+    yield ref, inputs
+    if group.peers:
+        for peer in group.peers[group.peers.index(group) + 1 :]:
+            yield peer.linears[0], layer_inputs(peer.statistic, peer.linears[0].name)
+        return
+    for other in group.linears[group.linears.index(ref) + 1 :]:
+        weight = other.weight()
+        if (weight.shape, weight.dtype) == (ref.weight().shape, ref.weight().dtype):
+            yield other, inputs
 
 
 def _output_energy(d: Tensor, inputs: LayerInputs) -> float:

@@ -1,7 +1,8 @@
-"""Seconds by phase and peak memory of a run."""
+"""Seconds by phase and peak memory of a run, and what the machine has."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,8 +11,37 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_MEMINFO = Path("/proc/meminfo")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): resets the high-water mark of the resident set
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def last_level_cache() -> int:
+    """Bytes of the largest cache of the first processor, 0 if the system does not say."""
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    sizes = [0]
+    for file in _CACHES.glob("index*/size"):
+        found = re.fullmatch(r"(\d+)([KMG])", file.read_text().strip())
+        sizes += [int(found[1]) * units[found[2]]] if found else []
+    return max(sizes)
+
+
+def _status_bytes(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_STATUS} has no {field}")
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that can still be allocated on `device` without swapping, now."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    for line in _MEMINFO.read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{_MEMINFO} has no MemAvailable")
 
 
 class Measure:
@@ -46,10 +76,12 @@ class Measure:
     @staticmethod
     def peak_rss_bytes() -> int:
         """High-water mark of the resident set (VmHWM)."""
-        for line in _STATUS.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError(f"{_STATUS} has no VmHWM")
+        return _status_bytes("VmHWM:")
+
+    @staticmethod
+    def rss_bytes() -> int:
+        """The resident set (VmRSS)."""
+        return _status_bytes("VmRSS:")
 
     @staticmethod
     def peak_cuda_bytes() -> int | None:

@@ -31,6 +31,7 @@ from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.families import Family, Run
 from pyprune.layers import LayerPruner, check_shapes, layer_inputs, select_linears
+from pyprune.masks import Masks, describe_masks, read_masks
 from pyprune.measure import Measure
 from pyprune.methods import METHODS, SHOT_METHODS
 from pyprune.methods.base import StatisticKind
@@ -68,6 +69,7 @@ def prune(
     config: PruneConfig | None = None,
     progress: Progress | None = None,
     state: str | Path | None = None,
+    preserve_mask: Masks | None = None,
     **options: Any,
 ) -> Report:
     """Prunes the decoder blocks of a transformers model in memory, in place.
@@ -84,6 +86,8 @@ def prune(
         state: for a method in shots, a directory for what an interrupted run needs to go on after
             its last shot. Given again, with the model as it was before pruning, the run ends with
             the same bytes.
+        preserve_mask: bool tensors by layer name, or a safetensors file of them, True = may stay:
+            what is False goes, and counts among the pruned; see `masks.read_masks`.
         options: other fields of `PruneConfig`, `calibration` as a mapping or CalibrationConfig.
 
     Returns:
@@ -98,10 +102,12 @@ def prune(
         raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
     measure = Measure()
     adapter = _adapter(model, config)
+    masks = read_masks(preserve_mask, adapter)
     with measure.phase("tokens"):
         tokens = _tokens(tokenizer_or_batches, model, config)
     device = find_device(config.device)
     if config.in_shots():
+        _no_masks(config, preserve_mask)
         surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
         layers = surgeon.run()
         return _report(model_name(model), config, tokens, layers, measure, surgeon.notes())
@@ -109,9 +115,11 @@ def prune(
     gradients = _gradients(config, adapter, tokens, device, measure, progress)
     with InMemoryStore(adapter, device) as store:
         pruner = _Session(
-            config, adapter, tokens, store, store.flush, device, measure, progress, gradients
+            config, adapter, tokens, store, store.flush, device, measure, progress, gradients, masks
         ).run()
-    return _report(model_name(model), config, tokens, pruner.reports, measure)
+    return _report(
+        model_name(model), config, tokens, pruner.reports, measure, describe_masks(masks)
+    )
 
 
 def prune_checkpoint(
@@ -122,6 +130,7 @@ def prune_checkpoint(
     *,
     batches: object = None,
     state: str | Path | None = None,
+    preserve_mask: Masks | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
     """Prunes a checkpoint into a new directory, one block in memory at a time.
@@ -136,6 +145,7 @@ def prune_checkpoint(
         config, progress, state: see `prune`.
         batches: token ids to calibrate on; None reads `config.calibration` with the checkpoint's
             own tokenizer.
+        preserve_mask: see `prune`.
         trust_remote_code: run the model code that comes with the checkpoint, if any; it is copied
             into `out` then.
 
@@ -152,6 +162,7 @@ def prune_checkpoint(
         checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
     name = source_name(source)
     if config.in_shots():
+        _no_masks(config, preserve_mask)
         return _shots(name, checkpoint, out, config, batches, state, measure, progress)
     _no_state(config, state)
     with measure.phase("open"):
@@ -160,6 +171,7 @@ def prune_checkpoint(
         dtype, device = _dtype(config), find_device(config.device)
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
         adapter = _adapter(model, config)
+        masks = read_masks(preserve_mask, adapter)
     with measure.phase("tokens"):
         if batches is None and _is_shown(config):
             batches = checkpoint.tokenizer()
@@ -172,17 +184,21 @@ def prune_checkpoint(
             with measure.phase("copy"):
                 store = StreamingStore(checkpoint, adapter, folder, device, dtype)
             pruner = _Session(
-                config, adapter, tokens, store, store.release, device, measure, progress, gradients
-            ).run()
+                config, adapter, tokens, store, store.release, device, measure, progress, gradients,
+                masks,
+            ).run()  # fmt: skip
         else:
             with InMemoryStore(adapter, device) as memory:
                 flush = memory.flush
                 pruner = _Session(
-                    config, adapter, tokens, memory, flush, device, measure, progress, gradients
-                ).run()
+                    config, adapter, tokens, memory, flush, device, measure, progress, gradients,
+                    masks,
+                ).run()  # fmt: skip
             with measure.phase("write"):
                 model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        notes = () if streamed else (f"loaded whole, not streamed block by block: {problem}",)
+        notes = describe_masks(masks)
+        if not streamed:
+            notes = (f"loaded whole, not streamed block by block: {problem}", *notes)
         report = _report(name, config, tokens, pruner.reports, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
     return report
@@ -245,6 +261,11 @@ def _no_state(config: PruneConfig, state: str | Path | None) -> None:
         raise UserError(f"state: {config.method} is not pruned in shots, expected none")
 
 
+def _no_masks(config: PruneConfig, masks: Masks | None) -> None:
+    if masks is not None:
+        raise UserError(f"preserve_mask: {config.method} takes none; it has preserve_zeros")
+
+
 def _config(
     method: str | None,
     pattern: Pattern | str | float | None,
@@ -275,8 +296,10 @@ def _adapter(model: nn.Module, config: PruneConfig) -> Adapter:
     adapter = Adapter.of(model)
     chosen = select_linears(adapter, config.include, config.exclude)
     adapter = adapter.restricted(chosen)
+    most = config.find_method().most_columns
+    limit = None if most is None else most(config.options())
     for i in range(len(adapter.blocks)):
-        check_shapes(adapter.linears(i), config.target())
+        check_shapes(adapter.linears(i), config.target(), limit)
     return adapter
 
 
@@ -366,11 +389,12 @@ class _Session:
     measure: Measure
     progress: Progress | None
     gradients: Mapping[str, GradientStatistic]
+    masks: Mapping[str, Tensor]
 
     def run(self) -> LayerPruner:
         """Prunes every block; for a global scope, and for an allocation, after passes that only
         look."""
-        pruner = LayerPruner(self.config, self.gradients)
+        pruner = LayerPruner(self.config, self.gradients, self.masks)
         if self.config.allocation != "uniform":
             pruner.targets = self._allocate()
         if pruner.selection is not None:
@@ -478,6 +502,7 @@ def _run(run: Run) -> Report:
         run.config,
         run.bar.walked,
         state=run.state,
+        preserve_mask=run.preserve_mask,
         trust_remote_code=run.trust_remote_code,
     )
 

@@ -25,7 +25,8 @@ def same(a, b):
 @pytest.mark.parametrize("method", GRADIENT)
 def test_a_streamed_checkpoint_is_the_model_pruned_in_memory(method, family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path / "in")
-    config = PruneConfig(method=method, pattern="2:4", update="sequential")
+    update = METHODS[method].updates[-1]
+    config = PruneConfig(method=method, pattern="2:4", update=update)
     report = prune_checkpoint(tmp_path / "in", tmp_path / "out", config, batches=tokens())
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
     prune(model, tokens(), config=config)

@@ -17,8 +17,10 @@ from pyprune.sparse.bench import (
     contestants,
     densified,
     weight_bytes,
+    with_own_kernels,
 )
 from pyprune.sparse.convert import compress_checkpoint
+from pyprune.sparse.dense import DenseLinear
 from pyprune.sparse.load import load
 
 
@@ -36,9 +38,15 @@ def test_command(pair, tmp_path, capsys):
     assert cli.main([*arguments, "--against", str(pair[0]), "--plot", str(picture), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert len(result["rates"]) == 2 * 2 * 2 * 2 and len(result["ratios"]) == 8
+    # Dense in both dtypes and in bf16 with our kernel, sparse in both.
+    assert len(result["rates"]) == 5 * 2 * 2 and len(result["ratios"]) == 8
+    kernels = {(r["name"], r["dtype"], r["kernels"]) for r in result["rates"]}
+    assert ("dense", "bfloat16", "torch") in kernels and ("dense", "bfloat16", "pyprune") in kernels
+    assert result["memory"].keys() == {"sparse bfloat16"}
     assert all(0 < r["least"] <= r["median"] <= r["greatest"] for r in result["rates"])
     sizes = {(m["name"], m["dtype"]): m for m in result["models"]}
+    share = sizes["sparse", "bfloat16"]["weight_bytes"] / sizes["dense", "bfloat16"]["weight_bytes"]
+    assert result["memory"]["sparse bfloat16"] == pytest.approx(share) and 0.5 < share < 1
     assert sizes["sparse", "bfloat16"]["file_bytes"] < sizes["dense", "bfloat16"]["file_bytes"]
     assert sizes["sparse", "bfloat16"]["weight_bytes"] < sizes["dense", "bfloat16"]["weight_bytes"]
     assert sizes["dense", "float32"]["weight_bytes"] == 2 * sizes["dense", "bfloat16"]["file_bytes"]
@@ -49,11 +57,25 @@ def test_command(pair, tmp_path, capsys):
 def test_the_dense_model_is_the_same_one(pair):
     sparse = load(pair[1], torch.float32)
     dense = densified(sparse)
-    assert not any(isinstance(m, SparseLinear) for m in dense.modules())
+    assert not any(isinstance(m, SparseLinear | DenseLinear) for m in dense.modules())
+    assert any(isinstance(m, SparseLinear) for m in sparse.modules())
+    assert any(isinstance(m, DenseLinear) for m in sparse.modules())
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         torch.testing.assert_close(sparse(ids).logits, dense(ids).logits, rtol=1e-4, atol=1e-4)
     assert weight_bytes(dense) == weight_bytes(load(pair[0], torch.float32))
+
+
+def test_our_kernel_multiplies_the_same_weights(pair):
+    dense = load(pair[0], torch.bfloat16)
+    own = with_own_kernels(dense)
+    assert {type(m) for m in dense.modules()} & {torch.nn.Linear, DenseLinear} == {torch.nn.Linear}
+    assert {type(m) for m in own.modules()} & {torch.nn.Linear, DenseLinear} == {DenseLinear}
+    shared = {t.data_ptr() for t in dense.state_dict().values()}
+    assert {t.data_ptr() for t in own.state_dict().values()} == shared
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(own(ids).logits, dense(ids).logits, rtol=0.05, atol=0.05)
 
 
 def test_embeddings_that_are_tied_count_once():
@@ -88,6 +110,11 @@ def test_models_take_turns(pair):
     bench(models, Protocol((2,), 4, 1, 2), lambda words, done, total: seen.append((words, done)))
     labels = ["batch 2, dense float32", "batch 2, sparse float32"]
     assert seen == list(zip(labels * 3, range(6), strict=True))
+    models = contestants({"sparse": pair[1]}, pair[0], dtypes=[torch.bfloat16])
+    assert [m.label for m in models] == [
+        "dense bfloat16", "dense bfloat16, own kernel", "sparse bfloat16",
+    ]  # fmt: skip
+    assert [m.seconds is None for m in models] == [False, True, False]
 
 
 def test_mistakes(pair, capsys):

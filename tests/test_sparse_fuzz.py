@@ -17,7 +17,8 @@ from pyprune.sparse import SparseLinear
 from pyprune.sparse.convert import compress_checkpoint
 from pyprune.sparse.stored import StoredCheckpoint
 
-KINDS = ("2:4", "random", "sparse-24-bitmask", "sparse-bitmask")
+OWN = ("2:4", "random", "2:4 int8", "random int8")
+KINDS = (*OWN, "sparse-24-bitmask", "sparse-bitmask")
 WEIGHTS = "model.safetensors"
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 SIZES = st.one_of(st.integers(-2, 70), st.sampled_from([2**31, 2**62, 2**63, 10**30]))
@@ -29,12 +30,12 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
     made = {}
     for kind in KINDS:
         dense = pruned_checkpoint(
-            folder / f"dense {kind}", pattern="random" if kind == "random" else "2:4",
+            folder / f"dense {kind}", pattern="random" if "random" in kind else "2:4",
             num_hidden_layers=1,
         )  # fmt: skip
         made[kind] = folder / kind.replace(":", "of")
-        if kind in ("2:4", "random"):
-            compress_checkpoint(dense, made[kind])
+        if kind in OWN:
+            compress_checkpoint(dense, made[kind], int8="int8" in kind)
         else:
             write_legacy(dense, made[kind], kind)
     return made
@@ -53,10 +54,12 @@ def survives(folder: Path) -> None:
             key = name.removesuffix(".weight")
             layer = stored.layers[key]
             rows, cols = layer.shape
-            linear = SparseLinear(cols, rows, layer.format, bias=False, device="meta")
+            linear = SparseLinear(
+                cols, rows, layer.format, int8=layer.int8, bias=False, device="meta"
+            )
             state = {part: read_tensor(e) for part, e in stored.parts[name].items()}
             linear.load_state_dict(state, assign=True)
-            assert bits_equal(linear.decompress(), dense)
+            assert bits_equal(linear.decompress(), dense.T if layer.transposed else dense)
             assert linear(torch.zeros(2, cols)).shape == (2, rows)
     except UserError as error:
         assert str(folder) in str(error)
@@ -121,7 +124,7 @@ def test_altered_header(kind, checkpoints, data):
     damaged(checkpoints[kind], len(text).to_bytes(8, "little") + text + content[8 + length :])
 
 
-@pytest.mark.parametrize("kind", ["2:4", "random"])
+@pytest.mark.parametrize("kind", OWN)
 @FUZZ
 @given(data=st.data())
 def test_altered_configuration(kind, checkpoints, data):
@@ -130,11 +133,15 @@ def test_altered_configuration(kind, checkpoints, data):
     name = data.draw(st.sampled_from(sorted(config["layers"])))
     layer = config["layers"][name]
     junk = st.sampled_from([None, True, 0, -1, 1.5, "x", [], {}, [[8], 8], {"format": []}])
-    what = data.draw(st.sampled_from(["shape", "format", "layer", "version", "name", "layers"]))
+    fields = ["shape", "format", "values", "transposed", "layer", "version", "name", "layers"]
+    what = data.draw(st.sampled_from(fields))
     if what == "shape":
         layer["shape"][data.draw(st.integers(0, 1))] = data.draw(SIZES)
     elif what == "format":
         layer["format"] = data.draw(st.one_of(junk, st.sampled_from(["bitmap", "sparse24"])))
+    elif what in ("values", "transposed"):
+        layer[what] = data.draw(st.one_of(junk, st.sampled_from(["int8", True])))
+        config["format_version"] = data.draw(st.sampled_from([1, 2]))
     elif what == "layer":
         config["layers"][name] = data.draw(junk)
     elif what == "version":

@@ -5,6 +5,16 @@
 namespace pyprune {
 namespace {
 
+// An optional contiguous f32 tensor of the given shape.
+void view_floats(const OptionalCapsule& capsule, std::initializer_list<int64_t> shape,
+                 const char* name, TensorView& out) {
+  if (!capsule) return;
+  out = view(*capsule);
+  require_dtype(out, DType::f32, name);
+  require_shape(out, shape, name);
+  require(out.contiguous(), std::string(name) + ": expected a contiguous tensor");
+}
+
 // An optional bool [B, R, C] like `w`.
 void view_flags(const OptionalCapsule& capsule, const TensorView& w, const char* name,
                 TensorView& out) {
@@ -17,8 +27,8 @@ void view_flags(const OptionalCapsule& capsule, const TensorView& w, const char*
 
 void obs_sweep_checked(py::capsule weight, py::capsule mask, py::capsule loss, py::capsule w,
                        py::capsule u, OptionalCapsule counts, OptionalCapsule given,
-                       OptionalCapsule preserve, int64_t n, int64_t m, int64_t block, bool all_ties,
-                       int threads) {
+                       OptionalCapsule preserve, OptionalCapsule scale, OptionalCapsule grid,
+                       int64_t n, int64_t m, int64_t block, bool all_ties, int threads) {
   ObsSweepArgs a{};
   a.w = view(w);
   require(a.w.ndim == 3 && (a.w.shape[2] <= 1 || a.w.stride[2] == 1),
@@ -35,7 +45,10 @@ void obs_sweep_checked(py::capsule weight, py::capsule mask, py::capsule loss, p
   require_shape(a.mask, {batch, rows, cols}, "mask");
   require_shape(a.loss, {batch, rows}, "loss");
   require(block >= 1, "block: expected at least 1 column");
-  TensorView vc, vg, vp;
+  TensorView vc, vg, vp, vs, vr;
+  const bool shared = scale && view(*scale).shape[0] == 1;
+  view_floats(scale, {shared ? 1 : batch, cols}, "scale", vs);
+  view_floats(grid, {batch, 3, rows}, "grid", vr);
   view_flags(given, a.w, "given", vg);
   view_flags(preserve, a.w, "preserve", vp);
   if (counts) {
@@ -51,6 +64,8 @@ void obs_sweep_checked(py::capsule weight, py::capsule mask, py::capsule loss, p
   a.counts = counts ? &vc : nullptr;
   a.given = given ? &vg : nullptr;
   a.preserve = preserve ? &vp : nullptr;
+  a.scale = scale ? &vs : nullptr;
+  a.grid = grid ? &vr : nullptr;
   a.n = n, a.m = m, a.block = block, a.all_ties = all_ties, a.threads = threads;
   py::gil_scoped_release release;
   obs_sweep(a);

@@ -11,11 +11,13 @@ struct ObsReconstructArgs {
   TensorView residual;    // f32 [R, C]: ((w - x) H) where kept
   TensorView mask;        // bool [R, C], true = kept
   TensorView h;           // f32 [C, C], symmetric positive definite
-  TensorView inverse;     // f32 [C, C], about h's inverse: it preconditions
+  TensorView low;         // f32 [K, C], K a multiple of 8: diag(diagonal) + low^T low is about h
+  TensorView diagonal;    // f32 [C], positive
   TensorView loss;        // f64 [R]: (x - w) H (x - w)^T, in for the start, out for the solution
   TensorView noise;       // f64 [R]: the loss below which fp32 cannot tell apart
   TensorView gap;         // f64 [R], out: bound on how far the loss is above the least one
   TensorView iterations;  // i32 [R], out
+  double least;           // no more than the least eigenvalue of h over diag(diagonal) + low^T low
   double tolerance;       // a row is done when gap <= tolerance * (loss + noise)
   int64_t max_iterations;
   int threads;

@@ -24,14 +24,13 @@ inline const UnalignedKeys& keys_at(const int32_t* p) {
 }
 inline UnalignedKeys& keys_at(int32_t* p) { return *reinterpret_cast<UnalignedKeys*>(p); }
 
-// keys[c][lane] of the scores |w / U_cc|, w as [cols][lanes].
-inline void score_keys(const float* w, const float* inv_diag, int64_t cols, int lanes,
-                       int32_t* keys) {
+// keys[c][lane] of the scores |w scale_c|, w as [cols][lanes].
+inline void score_keys(const float* w, const float* scale, int64_t cols, int lanes, int32_t* keys) {
   for (int64_t c = 0; c < cols; ++c) {
-    const Vec inv = Vec::set1(inv_diag[c]);
+    const Vec factor = Vec::set1(scale[c]);
     for (int l = 0; l < lanes; l += Vec::kLanes) {
       alignas(64) float score[Vec::kLanes];
-      Vec::abs(Vec::load(w + c * lanes + l) * inv).store(score);
+      Vec::abs(Vec::load(w + c * lanes + l) * factor).store(score);
       std::memcpy(keys + c * lanes + l, score, sizeof score);
     }
   }

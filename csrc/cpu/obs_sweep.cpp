@@ -47,6 +47,7 @@ class Sweep {
         errors_(strips_ * kLanes * cols_),
         panel_((block_ + kCols) * cols_),
         inv_diag_(cols_),
+        grid_(args.grid ? 3 * strips_ * kLanes : 0),
         loss_(strips_ * kLanes),
         scratch_f_(args.threads * block_ * kLanes),
         scratch_i_(3 * args.threads * block_ * kLanes),
@@ -67,6 +68,7 @@ class Sweep {
   Buffer<float> errors_;    // [strips][cols][lanes]
   Buffer<float> panel_;     // U[:i2, i1:i2], see Panel
   Buffer<float> inv_diag_;  // 1 / U_jj
+  Buffer<float> grid_;      // [strips][step, low, high][lanes]
   Buffer<double> loss_;
   Buffer<float> scratch_f_;
   Buffer<int32_t> scratch_i_;
@@ -78,6 +80,7 @@ class Sweep {
   // The current matrix of the batch and the current block of columns.
   int64_t b_ = 0;
   const float* u_ = nullptr;
+  const float* scale_ = nullptr;  // the factor of |w_j| in its score
   int64_t i1_ = 0, i2_ = 0;
 
   Panel panel() const { return {panel_, i1_, i2_}; }
@@ -96,6 +99,9 @@ class Sweep {
   void matrix(int64_t b) {
     b_ = b;
     u_ = a_.u.ptr<float>() + (a_.u.shape[0] == 1 ? 0 : b * cols_ * cols_);
+    scale_ = inv_diag_;
+    if (a_.scale) scale_ = a_.scale->ptr<float>() + (a_.scale->shape[0] == 1 ? 0 : b * cols_);
+    if (a_.grid) load_grid(a_.grid->ptr<float>() + b * 3 * rows_);
     std::fill_n(static_cast<double*>(loss_), strips_ * kLanes, 0.0);
 #pragma omp parallel num_threads(a_.threads)
     {
@@ -118,6 +124,15 @@ class Sweep {
     }
     float* loss = a_.loss.ptr<float>() + b * rows_;
     for (int64_t r = 0; r < rows_; ++r) loss[r] = static_cast<float>(loss_[r]);
+  }
+
+  // `grid` is [3][rows]. Lanes past the last row get {1, 0, 0}.
+  void load_grid(const float* grid) const {
+    for (int64_t s = 0; s < strips_; ++s)
+      for (int part = 0; part < 3; ++part)
+        for (int l = 0; l < kLanes; ++l)
+          grid_[(3 * s + part) * kLanes + l] =
+              l < strip_rows(s) ? grid[part * rows_ + s * kLanes + l] : part == 0;
   }
 
   void pack_panel() {
@@ -155,8 +170,12 @@ class Sweep {
       if (rule_ == Rule::nm) choose(s, g, mine);
       panel().for_tiles(g, end, [&](int64_t c, auto width) {
         const int64_t at = (c - i1_) * kLanes;
-        solve_tile<V, width>(strip(s) + c * kLanes, strip(s) + g * kLanes, panel().at(g, c), c - g,
-                             inv_diag_ + c, mine.pruned + at, mine.kept + at, loss_ + s * kLanes);
+        const auto visit = [&](auto quantise) {
+          solve_tile<V, width, quantise>(
+              strip(s) + c * kLanes, strip(s) + g * kLanes, panel().at(g, c), c - g, inv_diag_ + c,
+              mine.pruned + at, mine.kept + at, loss_ + s * kLanes, grid_ + 3 * s * kLanes);
+        };
+        a_.grid ? visit(std::true_type()) : visit(std::false_type());
       });
     }
   }
@@ -187,7 +206,7 @@ class Sweep {
   }
 
   void keys_of(int64_t s, int64_t g, int64_t width, const int32_t* preserved, int32_t* keys) const {
-    score_keys(strip(s) + g * kLanes, inv_diag_ + g, width, kLanes, keys);
+    score_keys(strip(s) + g * kLanes, scale_ + g, width, kLanes, keys);
     static_assert(kPreservedKey == -1, "set by or-ing the lane mask in");
     if (a_.preserve)
       for (int64_t i = 0; i < width * kLanes; ++i) keys[i] |= preserved[i];

@@ -16,6 +16,9 @@ struct ObsSweepArgs {
                                // group (rows x block, or row x block) prunes; or null
   const TensorView* given;     // bool [B, R, C], contiguous: the mask to sweep with; or null
   const TensorView* preserve;  // bool [B, R, C], contiguous, false = stays pruned; or null
+  const TensorView* scale;     // f32 [1 | B, C], contiguous: scores are |w| scale; null: |w| / U_jj
+  const TensorView* grid;      // f32 [B, 3, R], contiguous: step, low and high of the values that
+                               // kept weights are rounded to; or null
   int64_t n, m;                // keep n of every m when there is neither counts nor given
   int64_t block;               // columns per block, a multiple of m
   bool all_ties;               // prune everything equal to the last pruned score as well

@@ -55,11 +55,22 @@ void update_tile(float* tile, const float* e, const float* u, int64_t depth) {
     for (int v = 0; v < V; ++v) acc[w][v].store(tile + (w * V + v) * L);
 }
 
+// A strip's quantisation grids as [step, low, high][lanes]: the values step * k, low <= k <= high.
+// Rounds lane by lane to the nearest of them; zeros are positive.
+template <int V>
+inline Vec round_to_grid(Vec x, const float* grid, int v) {
+  constexpr int L = Vec::kLanes;
+  const Vec step = Vec::load(grid + v * L);
+  const Vec low = Vec::load(grid + (V + v) * L), high = Vec::load(grid + (2 * V + v) * L);
+  return step * (Vec::round(Vec::clamp(x / step, low, high)) + Vec::zero());
+}
+
 // Brings the tile up to date like update_tile, then visits its columns: `kept` gets the new
 // weights, `tile` the errors, `loss` their halved squares. `diag` is the panel at the tile's rows.
-template <int V, int W>
+// kQuantise: what is kept is rounded to the strip's `grid`, and its error is passed on as well.
+template <int V, int W, bool kQuantise = false>
 void solve_tile(float* tile, const float* e, const float* u, int64_t depth, const float* inv_diag,
-                const int32_t* pruned, float* kept, double* loss) {
+                const int32_t* pruned, float* kept, double* loss, const float* grid = nullptr) {
   constexpr int L = Vec::kLanes;
   Vec acc[W][V], squares[V];
 #pragma GCC unroll 8
@@ -76,8 +87,14 @@ void solve_tile(float* tile, const float* e, const float* u, int64_t depth, cons
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) {
       const int32_t* mask = pruned + (w * V + v) * L;
-      where_not(mask, acc[w][v]).store(kept + (w * V + v) * L);
-      const Vec err = where(mask, acc[w][v] * inv);
+      Vec value = where_not(mask, acc[w][v]), err;
+      if constexpr (kQuantise) {
+        value = round_to_grid<V>(value, grid, v);
+        err = (acc[w][v] - value) * inv;
+      } else {
+        err = where(mask, acc[w][v] * inv);
+      }
+      value.store(kept + (w * V + v) * L);
       err.store(tile + (w * V + v) * L);
       squares[v] = Vec::fma(err, err, squares[v]);
 #pragma GCC unroll 8

@@ -74,6 +74,14 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec fnma(Vec a, Vec b, Vec c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }
   static Vec abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+  static Vec clamp(Vec a, Vec low, Vec high) {
+    return {_mm512_min_ps(_mm512_max_ps(a.v, low.v), high.v)};
+  }
+  // To the nearest whole number, ties to even.
+  static Vec round(Vec a) {
+    return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
   float sum() const { return _mm512_reduce_add_ps(v); }
 };
 
@@ -99,6 +107,13 @@ struct Vec {
   static Vec fma(Vec a, Vec b, Vec c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
   static Vec fnma(Vec a, Vec b, Vec c) { return {_mm256_fnmadd_ps(a.v, b.v, c.v)}; }
   static Vec abs(Vec a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+  friend Vec operator/(Vec a, Vec b) { return {_mm256_div_ps(a.v, b.v)}; }
+  static Vec clamp(Vec a, Vec low, Vec high) {
+    return {_mm256_min_ps(_mm256_max_ps(a.v, low.v), high.v)};
+  }
+  static Vec round(Vec a) {
+    return {_mm256_round_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
   float sum() const {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
@@ -149,6 +164,21 @@ struct Vec {
   }
   static Vec abs(Vec a) {
     for (int i = 0; i < 8; ++i) a.v[i] = __builtin_fabsf(a.v[i]);
+    return a;
+  }
+  friend Vec operator/(Vec a, Vec b) {
+    for (int i = 0; i < 8; ++i) a.v[i] /= b.v[i];
+    return a;
+  }
+  static Vec clamp(Vec a, Vec low, Vec high) {
+    for (int i = 0; i < 8; ++i) {
+      a.v[i] = a.v[i] > low.v[i] ? a.v[i] : low.v[i];
+      a.v[i] = a.v[i] < high.v[i] ? a.v[i] : high.v[i];
+    }
+    return a;
+  }
+  static Vec round(Vec a) {
+    for (int i = 0; i < 8; ++i) a.v[i] = __builtin_nearbyintf(a.v[i]);
     return a;
   }
   float sum() const {

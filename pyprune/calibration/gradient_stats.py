@@ -101,6 +101,44 @@ class DiagonalFactors:
         self.a, self.g = self.a.to(device), self.g.to(device)
 
 
+class GradientSamples:
+    """`samples[k] = sum over sequences n with n mod K = k of g_n`, `[K, R, C]`: the gradients of
+    the summed losses themselves, from which any block of the empirical Fisher information
+    `sum_k samples[k] samples[k]^T / targets` can be made.
+
+    With no more sequences than K it has one sample each. Sums of the log-likelihood gradients of
+    several sequences are samples of the same Fisher matrix, only fewer.
+    """
+
+    def __init__(
+        self, rows: int, columns: int, device: torch.device, dtype: torch.dtype, *, samples: int
+    ) -> None:
+        self.samples = torch.zeros(samples, rows, columns, device=device, dtype=dtype)
+        self.sequences = self.targets = self.tokens = 0
+        self._visits = 0
+
+    def update(self, sample: Sample) -> None:
+        for g, x in zip(sample.g, sample.x, strict=True):
+            into = self.samples[self._visits % len(self.samples)]
+            into.addmm_(g.T.to(into.dtype), x.to(into.dtype))
+            self._visits += 1
+        self.tokens += sample.x.shape[0] * sample.x.shape[1]
+
+    def finite(self) -> bool:
+        return bool(self.samples.isfinite().all())
+
+    def dead(self) -> bool:
+        return not bool(self.samples.any())
+
+    def to(self, device: torch.device | str) -> None:
+        self.samples = self.samples.to(device)
+
+    def per_token(self) -> Tensor:
+        """`[K, R, C]`: scaled so that the sum of their outer products is the empirical Fisher
+        information per predicted token."""
+        return self.samples.div(max(self.targets, 1) ** 0.5)
+
+
 class KroneckerFactors:
     """What one matrix `[R, C]` has of them: `a = sum_t x_t x_t^T` and `g = sum_t g_t g_t^T` over
     tokens, `[C', C']` and `[R, R]`, fp32 (fp64 for fp64 models).
@@ -160,3 +198,34 @@ class KroneckerFactors:
 
     def to(self, device: torch.device | str) -> None:
         self.a, self.g = self.a.to(device), self.g.to(device)
+
+
+class EigenDiagonal:
+    """`total[i, j] = sum_t (Q_G^T g_t)_i^2 (Q_A^T x_t)_j^2`, `[R, C]`: the diagonal of the
+    empirical Fisher matrix in the basis `Q_G (x) Q_A` (EK-FAC, George et al. 2018, eq. 9), tokens
+    taken as independent.
+
+    left: Q_G `[R, R]`; right: Q_A `[C, C]`; on the device and in the dtype of the sums.
+    """
+
+    def __init__(self, left: Tensor, right: Tensor) -> None:
+        self.left, self.right = left, right
+        self.total = left.new_zeros(len(left), len(right))
+        self.sequences = self.targets = self.tokens = 0
+
+    def update(self, sample: Sample) -> None:
+        dtype = self.total.dtype
+        g = (sample.g.flatten(0, 1).to(dtype) @ self.left).square_()
+        x = (sample.x.flatten(0, 1).to(dtype) @ self.right).square_()
+        self.total.addmm_(g.T, x)
+        self.tokens += len(x)
+
+    def finite(self) -> bool:
+        return bool(self.total.isfinite().all())
+
+    def dead(self) -> bool:
+        return not bool(self.total.any())
+
+    def to(self, device: torch.device | str) -> None:
+        self.left, self.right = self.left.to(device), self.right.to(device)
+        self.total = self.total.to(device)

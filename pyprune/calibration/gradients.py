@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch import Tensor
 
 from pyprune.calibration.backward import backward_pass, sequence_lengths
 from pyprune.calibration.gradient_stats import GradientFactory, GradientStatistic
 from pyprune.calibration.tokens import Batch, TokenSet
-from pyprune.errors import LayerError
+from pyprune.errors import LayerError, UserError
+from pyprune.measure import available_bytes
 from pyprune.models.adapter import Adapter
 
 
@@ -29,18 +31,43 @@ def collect_gradients(
     (4 bytes a weight for `MagnitudeStatistic`), which stay on `device` until the pass is over.
 
     Raises:
-        LayerError, UserError: see `backward_pass`; also a sum that overflowed.
+        LayerError, UserError: see `backward_pass`; also a sum that overflowed, and statistics that
+            are larger than the memory that is free.
     """
+    device, dtype = torch.device(device), sums_dtype(adapter)
+
+    def make(place: torch.device) -> dict[str, GradientStatistic]:
+        refs = [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
+        shapes = {ref.name: ref.weight().shape for ref in refs}
+        return {name: factory(r, c, place, dtype) for name, (r, c) in shapes.items()}
+
+    _check_fits(make(torch.device("meta")), device)
+    made = make(device)
+    fill_statistics(
+        adapter, tokens, made, checkpointing=checkpointing, device=device, progress=progress
+    )
+    return made
+
+
+def sums_dtype(adapter: Adapter) -> torch.dtype:
+    """What statistics of this model are summed in: fp64 if it is, else fp32."""
+    double = next(adapter.model.parameters()).dtype == torch.float64
+    return torch.float64 if double else torch.float32
+
+
+def fill_statistics(
+    adapter: Adapter,
+    tokens: TokenSet,
+    statistics: Mapping[str, GradientStatistic],
+    *,
+    checkpointing: bool = False,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """`collect_gradients` into statistics that are there, on `device`, by the name of the matrix;
+    afterwards they are on the CPU."""
     for i, batch in enumerate(tokens.batches):
         sequence_lengths(i, batch)
-    device = torch.device(device)
-    single = next(adapter.model.parameters()).dtype != torch.float64
-    dtype = torch.float32 if single else torch.float64
-    statistics = {}
-    for i in range(len(adapter.blocks)):
-        for ref in adapter.linears(i):
-            rows, columns = ref.weight().shape
-            statistics[ref.name] = factory(rows, columns, device, dtype)
     visitors = {name: statistic.update for name, statistic in statistics.items()}
     report = backward_pass(
         adapter,
@@ -56,7 +83,18 @@ def collect_gradients(
         statistic.sequences = report.sequences
         statistic.targets = report.tokens - report.sequences
         statistic.to("cpu")
-    return statistics
+
+
+def _check_fits(statistics: Mapping[str, GradientStatistic], device: torch.device) -> None:
+    """UserError now rather than a killed process in the middle of the pass."""
+    tensors = (t for s in statistics.values() for t in vars(s).values() if isinstance(t, Tensor))
+    needed = sum(t.nbytes for t in tensors)
+    free = available_bytes(device)
+    if needed > free:
+        raise UserError(
+            f"gradient statistics: need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on "
+            f"{device} (--include fewer layers, or fewer samples where the method has them)"
+        )
 
 
 def one_by_one(tokens: TokenSet) -> Iterator[Batch]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -50,12 +50,15 @@ class Group:
             no token was routed to.
         block: index of their block.
         seconds: spent on the statistic (an expert's share is equal).
+        peers: of an expert, the groups of all experts in turn, itself included: their statistics
+            are complete by then, so that several can be solved at once.
     """
 
     linears: list[LinearRef]
     statistic: Statistic | None
     block: int
     seconds: float = 0.0
+    peers: list[Group] = field(default_factory=list, repr=False)
 
 
 def walk(
@@ -123,15 +126,19 @@ class _Collected:
     statistics: list[Statistic]
     seconds: float = 0.0
 
-    def groups(self, block: int) -> Iterator[Group]:
+    def groups(self, block: int) -> list[Group]:
         leader = self.stage.leader
-        if leader.fused:
-            share = self.seconds / len(leader.linears)
-            for ref, statistic in zip(leader.linears, self.statistics, strict=True):
-                yield Group([ref], statistic, block, share)
-        else:
+        if not leader.fused:
             linears = [site.linears[0] for site in self.stage.sites]
-            yield Group(linears, self.statistics[0], block, self.seconds)
+            return [Group(linears, self.statistics[0], block, self.seconds)]
+        share = self.seconds / len(leader.linears)
+        experts = [
+            Group([ref], statistic, block, share)
+            for ref, statistic in zip(leader.linears, self.statistics, strict=True)
+        ]
+        for expert in experts:
+            expert.peers = experts
+        return experts
 
 
 class _Walk:

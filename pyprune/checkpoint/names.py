@@ -90,7 +90,8 @@ def map_names(entries: Mapping[str, TensorEntry], model: PreTrainedModel) -> Nam
     return names
 
 
-def _candidates(tensor: str, prefix: str) -> Iterator[str]:
+def candidate_names(tensor: str, prefix: str) -> Iterator[str]:
+    """What a checkpoint's tensor may be called in a model with the base model prefix `prefix`."""
     renamed = tensor
     for old, new in RENAMES:
         renamed = old.sub(new, renamed)
@@ -103,7 +104,7 @@ def _candidates(tensor: str, prefix: str) -> Iterator[str]:
 
 
 def _place(tensor: str, state: Mapping[str, Tensor], prefix: str) -> tuple[str, Piece] | None:
-    for name in _candidates(tensor, prefix):
+    for name in candidate_names(tensor, prefix):
         if name in state:
             return name, Piece(tensor)
         match = EXPERT.match(name)

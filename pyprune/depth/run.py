@@ -245,8 +245,7 @@ def _perplexities(
 
 
 def _run(run: Run) -> StructureReport:
-    if run.state is not None:
-        raise UserError(f"state: {run.config.method} does not go on from one, got {run.state}")
+    run.needs_none("state", "preserve_mask")
     if run.pictures is not None:
         check_pictures(run.pictures)
     report = prune_structure_checkpoint(

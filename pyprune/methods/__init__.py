@@ -4,7 +4,17 @@ not models; `METHODS` and `SHOT_METHODS` are the tables of them."""
 from difflib import get_close_matches
 
 from pyprune.errors import UserError
-from pyprune.methods import gblm, magnitude, obd, sparsegpt, surgeon, wanda
+from pyprune.methods import (
+    exactobs,
+    gblm,
+    magnitude,
+    obd,
+    obs,
+    sparsegpt,
+    surgeon,
+    wanda,
+    woodfisher,
+)
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
 
 # Matrix by matrix, on a walk through the blocks.
@@ -18,6 +28,9 @@ METHODS: dict[str, Method] = {
         obd.METHOD,
         obd.KRONECKER_OBD,
         gblm.METHOD,
+        exactobs.METHOD,
+        obs.METHOD,
+        woodfisher.METHOD,
     )
 }
 # All matrices at once, in shots, with the whole model in memory: see `pyprune.surgeon`.

@@ -3,11 +3,12 @@ answers, and the row it has in the table of methods."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+import torch
 from torch import Tensor
 
 from pyprune import ops
@@ -58,11 +59,6 @@ class MethodOptions:
         if self.update not in UPDATES:
             raise UserError(f"update: expected one of {', '.join(UPDATES)}, got {self.update!r}")
 
-    def aligned_block_size(self, m: int) -> int:
-        """`block_size` rounded down to whole N:M groups (at least one): a group never straddles two
-        blocks. Block sizes change rounding, not the result."""
-        return max(self.block_size - self.block_size % m, m)
-
 
 class LayerInputs:
     """What calibration saw of the inputs of the linears that read one tensor.
@@ -99,6 +95,14 @@ class LayerInputs:
         """`[C]` bool: inputs that were zero for every token."""
         return self.squared_norms == 0
 
+    @property
+    def factored(self) -> bool:
+        return self._factor is not None
+
+    def keep_factor(self, factor: ObsFactor) -> None:
+        """Takes what `factor` would have made."""
+        self._factor = factor
+
     def factor(self, options: MethodOptions) -> ObsFactor:
         """Damped inverse factor of the Gram matrix; see `ops.obs_factor` for what it raises."""
         if self.gram is None:
@@ -110,6 +114,23 @@ class LayerInputs:
                 self.gram, damping=options.damping, max_damping=options.max_damping
             )
         return self._factor
+
+
+def factors_of(inputs: Sequence[LayerInputs], options: MethodOptions) -> ObsFactor:
+    """The factors of several layers' inputs as a stack, of one if all are the same inputs. If there
+    is none yet they are made in one call."""
+    if all(given is inputs[0] for given in inputs):
+        return ObsFactor(*(t[None] for t in inputs[0].factor(options)))
+    grams = [given.gram for given in inputs if given.gram is not None and not given.factored]
+    if len(grams) < len(inputs):
+        factors = [given.factor(options) for given in inputs]
+        return ObsFactor(*(torch.stack(parts) for parts in zip(*factors, strict=True)))
+    made = ops.obs_factor(
+        torch.stack(grams), damping=options.damping, max_damping=options.max_damping
+    )
+    for given, u, dead, damping in zip(inputs, *made, strict=True):
+        given.keep_factor(ObsFactor(u, dead, damping))
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,6 +156,12 @@ Solver = Callable[
     [Tensor, LayerInputs | None, Pattern, MethodOptions, Tensor | None, Tensor | None], Solution
 ]
 
+# The same for several matrices: weights [B, R, C], the inputs of each, pattern, options and
+# preserve [B, R, C] or None. No mask is given.
+StackSolver = Callable[
+    [Tensor, Sequence[LayerInputs], Pattern, MethodOptions, Tensor | None], list[Solution]
+]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -147,7 +174,9 @@ class Method:
     gradient: makes the statistic that one backward pass over the dense model fills for each matrix
         before the walk; None: no gradient is needed.
     options_type: frozen dataclass of the options that only this method has.
-    also: raises UserError for a pattern that does not go with these.
+    check_own: raises UserError for what these cannot be combined with.
+    solve_stack: solves matrices of one shape in one go, each as `solve` would alone.
+    most_columns: inputs of the widest layer that it takes; None: any.
     """
 
     name: str
@@ -165,7 +194,9 @@ class Method:
     reconstructs: bool = False
     gradient: Callable[[MethodOptions], GradientFactory] | None = None
     options_type: type | None = None
-    also: Callable[[Pattern, MethodOptions], None] | None = None
+    check_own: Callable[[Pattern, MethodOptions], None] | None = None
+    solve_stack: StackSolver | None = None
+    most_columns: Callable[[MethodOptions], int] | None = None
 
     @property
     def default_scope(self) -> str:
@@ -200,8 +231,8 @@ class Method:
         explicit = None if isinstance(pattern, NM) else pattern.scope
         if options.update == "iterative" and explicit not in (None, "row"):
             raise UserError(f"update: iterative compares within rows, got scope {explicit!r}")
-        if self.also is not None:
-            self.also(pattern, options)
+        if self.check_own is not None:
+            self.check_own(pattern, options)
 
     def _check_score_mass(self, scope: str, options: MethodOptions) -> None:
         if not self.score_mass:

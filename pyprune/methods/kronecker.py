@@ -69,25 +69,14 @@ def column_costs(w: Tensor, g: Tensor, a_inverse: Tensor) -> Tensor:
 def remove_structures(
     w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
 ) -> Tensor:
-    """The exact minimiser of `1/2 tr(D^T G D A)` with `rows` and `columns` zero: `(I-P) W (I-Q)`.
-
-    P = G^-1[:, p] (G^-1[p, p])^-1 E_p^T and Q = E_q (A^-1[q, q])^-1 A^-1[q, :]. The paper adds the
-    two corrections made on the original W and lacks their cross term.
+    """The exact minimiser of `1/2 tr(D^T G D A)` with `rows` and `columns` zero: `(I-P) W (I-Q)`;
+    see `ops.kron_remove`.
 
     Args:
         w: `[R, C]`. rows, columns: index vectors, either may be empty.
         a_inverse, g_inverse: `[C, C]` and `[R, R]`, of the damped factors.
     """
-    w = w.clone()
-    if len(rows):
-        pivot = g_inverse[rows][:, rows]
-        w -= g_inverse[:, rows] @ torch.linalg.solve(pivot, w[rows])
-        w[rows] = 0
-    if len(columns):
-        pivot = a_inverse[columns][:, columns]
-        w -= w[:, columns] @ torch.linalg.solve(pivot, a_inverse[columns])
-        w[:, columns] = 0
-    return w
+    return ops.kron_remove(w, rows, columns, a_inverse, g_inverse)
 
 
 def sum_of_removals(

@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
+from pyprune.errors import UserError
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, factors_of
 from pyprune.methods.update import sequential, swept_solution, without_dead
+from pyprune.ops.obs_factor import ObsFactor
 from pyprune.patterns import NM, Pattern
+
+
+@dataclass(frozen=True)
+class SparseGptOptions:
+    """quantise_bits: round the kept weights in the same sweep to 2^bits values per output row (a
+    min-max grid of the dense row), 2 to 8 bits; 0: do not. The checkpoint holds the rounded values
+    in its own dtype, not the codes."""
+
+    quantise_bits: int = 0
+
+    def __post_init__(self) -> None:
+        if self.quantise_bits and not 2 <= self.quantise_bits <= 8:
+            raise UserError(
+                "method_options: sparsegpt quantise_bits: expected 0 (off) or 2 to 8, "
+                f"got {self.quantise_bits}"
+            )
+
+
+def quantise_bits(options: MethodOptions) -> int:
+    return options.own.quantise_bits if isinstance(options.own, SparseGptOptions) else 0
+
+
+def check(pattern: Pattern, options: MethodOptions) -> None:
+    if quantise_bits(options) and options.reconstruct:
+        raise UserError(
+            "reconstruct: expected off with quantise_bits, the reconstructed weights would leave "
+            "the grid"
+        )
 
 
 def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
@@ -36,35 +70,54 @@ def sparsegpt(
     """Columns from left to right: the lowest w^2 / U_jj^2 of a block of columns over all rows (or
     of an N:M group, row or layer) go, and their error moves to the columns on the right
     (Frantar & Alistarh 2023, algorithm 1), with H^-1 = U^T U of the damped Gram matrix.
-    See `Solver`; `ops.obs_sweep` for each scope's rule.
+    See `Solver`; `ops.obs_sweep` for each scope's rule, and for the kept weights on a grid.
     """
     inputs = _given(inputs)
     if mask is not None:
-        return sequential(w, mask, inputs, options)
-    factor = inputs.factor(options)
-    alive = without_dead(w, factor)
-    if isinstance(pattern, NM):
-        swept = ops.obs_sweep(
-            alive,
-            factor.u,
-            nm=(pattern.n, pattern.m),
-            preserve=preserve,
-            block_size=options.block_size,
-        )
-    else:
-        scope = pattern.scope or "block"
-        if scope == "global":
+        return sequential(w, mask, inputs, options, _grid(w, options))
+    forced = None if preserve is None else preserve[None]
+    return solve_stack(w[None], [inputs], pattern, options, forced)[0]
+
+
+def _grid(w: Tensor, options: MethodOptions) -> ops.RowGrid | None:
+    bits = quantise_bits(options)
+    return ops.row_grid(w, bits) if bits else None
+
+
+def solve_stack(
+    w: Tensor,
+    inputs: Sequence[LayerInputs],
+    pattern: Pattern,
+    options: MethodOptions,
+    preserve: Tensor | None,
+) -> list[Solution]:
+    """Experts, or linears of one shape that read the same inputs, in one sweep. See
+    `StackSolver`."""
+    factor, grid = factors_of(inputs, options), _grid(w, options)
+    rule: dict[str, Any] = {"nm": (pattern.n, pattern.m)} if isinstance(pattern, NM) else {}
+    if not isinstance(pattern, NM):
+        if pattern.scope == "global":
             raise ValueError("sparsegpt: scope global expects the mask that was selected, got none")
-        swept = ops.obs_sweep(
-            alive,
-            factor.u,
-            sparsity=pattern.sparsity,
-            scope=scope,
-            preserve=preserve,
-            block_size=options.block_size,
-            reference_count=options.reference_count,
+        rule = {"sparsity": pattern.sparsity, "scope": pattern.scope or "block"}
+        rule["reference_count"] = options.reference_count
+    swept = ops.obs_sweep(
+        without_dead(w, factor),
+        factor.u,
+        **rule,
+        preserve=preserve,
+        block_size=options.block_size,
+        grid=grid,
+    )
+    return [
+        swept_solution(
+            w[b],
+            ops.ObsSweep(*(t[b] for t in swept)),
+            ObsFactor(*(t[b % len(t)] for t in factor)),
+            given,
+            None if grid is None else ops.RowGrid(*(t[b] for t in grid)),
         )
-    return swept_solution(w, swept, factor, inputs)
+        for b, given in enumerate(inputs)
+    ]
 
 
 METHOD = Method(
@@ -77,4 +130,7 @@ METHOD = Method(
     solve=sparsegpt,
     column_scale=column_scale,
     reference_scope="block",
+    options_type=SparseGptOptions,
+    check_own=check,
+    solve_stack=solve_stack,
 )

@@ -180,5 +180,5 @@ METHOD = Method(
     column_scale=column_scale,
     gradient=gradient,
     options_type=SurgeonOptions,
-    also=check,
+    check_own=check,
 )

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyprune import ops
 from pyprune.methods.base import LayerInputs, MethodOptions, Solution
-from pyprune.methods.selection import mask_rows, select_mask
 from pyprune.ops.obs_factor import ObsFactor
-from pyprune.patterns import NM, Pattern, pruned_count
+from pyprune.patterns import NM, Pattern
 
 
 def masked(w: Tensor, mask: Tensor) -> Solution:
@@ -20,35 +20,49 @@ def masked(w: Tensor, mask: Tensor) -> Solution:
 
 
 def without_dead(w: Tensor, factor: ObsFactor) -> Tensor:
-    """`w` with zeros for the weights of inputs that were zero for every token. They lose nothing,
-    so they rank first; the factor knows nothing of them, so they must not spread any error."""
-    return torch.where(factor.dead, 0, w)
+    """`w` `[..., R, C]` with zeros for the weights of inputs that were zero for every token. They
+    lose nothing, so they rank first; the factor knows nothing of them, so they must not spread any
+    error."""
+    return torch.where(factor.dead.unsqueeze(-2), 0, w)
 
 
 def swept_solution(
-    w: Tensor, swept: ops.ObsSweep, factor: ObsFactor, inputs: LayerInputs
+    w: Tensor,
+    swept: ops.ObsSweep,
+    factor: ObsFactor,
+    inputs: LayerInputs,
+    grid: ops.RowGrid | None = None,
 ) -> Solution:
     """The answer of a sweep over `without_dead(w, factor)`.
 
-    Of the dead inputs' weights those that the mask keeps have their value back. SparseGPT's code
-    zeroes them all, which is more than was asked for, and another text may need them.
+    Of the dead inputs' weights those that the mask keeps have their value back, on the `grid` of
+    the others. SparseGPT's code zeroes them all, which is more than was asked for, and another
+    text may need them.
     """
+    values = w if grid is None else ops.round_to_grid(w, grid)
     return Solution(
-        weight=torch.where(factor.dead & swept.mask, w, swept.weight),
+        weight=torch.where(factor.dead & swept.mask, values, swept.weight),
         mask=swept.mask,
         damping=float(factor.damping),
         loss=float(swept.loss.sum(dtype=torch.float64)) / inputs.tokens,
     )
 
 
-def sequential(w: Tensor, mask: Tensor, inputs: LayerInputs, options: MethodOptions) -> Solution:
-    """One OBS sweep from left to right with a finished mask: each pruned weight's error is spread
-    over the columns to its right (Frantar & Alistarh 2023, eq. 3 and 4)."""
+def sequential(
+    w: Tensor,
+    mask: Tensor,
+    inputs: LayerInputs,
+    options: MethodOptions,
+    grid: ops.RowGrid | None = None,
+) -> Solution:
+    """One OBS sweep from left to right with a finished mask: each pruned weight's error (on a
+    `grid` each weight's) is spread over the columns to its right (Frantar & Alistarh 2023, eq. 3
+    and 4)."""
     factor = inputs.factor(options)
     swept = ops.obs_sweep(
-        without_dead(w, factor), factor.u, mask=mask, block_size=options.block_size
+        without_dead(w, factor), factor.u, mask=mask, block_size=options.block_size, grid=grid
     )
-    return swept_solution(w, swept, factor, inputs)
+    return swept_solution(w, swept, factor, inputs, grid)
 
 
 def iterative(
@@ -65,51 +79,22 @@ def iterative(
     A panel is one N:M group, or `block_size` columns, in each of which every row loses its share
     (the shares add up to the exact count of the row). Wanda's ablation code compares all rows of a
     panel with each other instead; rows have their own scale, so here each competes with itself.
-    With `preserve`, a row's panel is the group that may hold more forced zeros than its share.
     """
     factor = inputs.factor(options)
-    original, w = w, without_dead(w, factor)
-    mask = torch.ones_like(w, dtype=torch.bool)
-    columns, loss = w.shape[1], w.new_zeros(len(w))
-    m = pattern.m if isinstance(pattern, NM) else 1
-    block = options.aligned_block_size(m)
-    for a in range(0, columns, block):
-        b = min(a + block, columns)
-        errors = torch.zeros_like(w[:, a:b])
-        panel = m if isinstance(pattern, NM) else b - a
-        for c in range(a, b, panel):
-            d = c + panel
-            mask[:, c:d] = _panel_mask(w, c, d, pattern, scale, preserve)
-            u = factor.u[c:d, c:d]
-            swept = ops.obs_sweep(w[:, c:d], u, mask=mask[:, c:d], block_size=panel)
-            # Within a panel new = old - errors @ u, which gives back the errors to pass on.
-            errors[:, c - a : d - a] = torch.linalg.solve_triangular(
-                u, w[:, c:d] - swept.weight, upper=True, left=False
-            )
-            w[:, c:d] = swept.weight
-            w[:, d:b] -= errors[:, c - a : d - a] @ factor.u[c:d, d:b]
-            loss += swept.loss
-        w[:, b:] -= errors @ factor.u[a:b, b:]
-    return swept_solution(original, ops.ObsSweep(w, mask, loss), factor, inputs)
-
-
-def _panel_mask(
-    w: Tensor,
-    start: int,
-    stop: int,
-    pattern: Pattern,
-    scale: Tensor | None,
-    preserve: Tensor | None,
-) -> Tensor:
-    """The kept weights of columns `start` to `stop`. An unstructured row's count is shared out so
-    that the running total never strays from `sparsity` by more than half a weight."""
-    panel = w[:, start:stop]
-    scale = None if scale is None else scale[start:stop]
-    preserve = None if preserve is None else preserve[:, start:stop]
-    if isinstance(pattern, NM):
-        return select_mask(panel, pattern, scale=scale, preserve=preserve)
-    share = pruned_count(stop, pattern.sparsity) - pruned_count(start, pattern.sparsity)
-    return mask_rows(panel, share, scale=scale, preserve=preserve)
+    rule: dict[str, Any] = (
+        {"nm": (pattern.n, pattern.m)}
+        if isinstance(pattern, NM)
+        else {"sparsity": pattern.sparsity, "scope": "row"}
+    )
+    swept = ops.obs_sweep(
+        without_dead(w, factor),
+        factor.u,
+        **rule,
+        preserve=preserve,
+        block_size=options.block_size,
+        column_scale=w.new_ones(w.shape[1]) if scale is None else scale,
+    )
+    return swept_solution(w, swept, factor, inputs)
 
 
 # A row is done when its squared output error is within this fraction of the least possible one:

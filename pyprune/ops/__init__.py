@@ -4,8 +4,9 @@ see `pyprune.ops._registry` for how one is chosen."""
 from pyprune.ops.column_norms import column_norms
 from pyprune.ops.fisher_accumulate import fisher_accumulate
 from pyprune.ops.gram import gram
-from pyprune.ops.kron import kron_pcg, kron_quadratic
+from pyprune.ops.kron import kron_pcg, kron_quadratic, kron_remove
 from pyprune.ops.obs_factor import NotPositiveDefiniteError, ObsFactor, inverse_diagonal, obs_factor
+from pyprune.ops.obs_greedy import ObsGreedy, obs_greedy
 from pyprune.ops.obs_reconstruct import ObsReconstruct, obs_reconstruct
 from pyprune.ops.obs_sweep import ObsSweep, obs_sweep
 from pyprune.ops.pack import (
@@ -17,31 +18,48 @@ from pyprune.ops.pack import (
     validate_24,
     validate_bitmap,
 )
+from pyprune.ops.row_grid import RowGrid, round_to_grid, row_grid
 from pyprune.ops.select import mask_global, mask_nm, mask_topk
+from pyprune.ops.sparse_int8 import (
+    dequantize_rows,
+    linear_24_int8,
+    linear_bitmap_int8,
+    quantize_rows,
+)
 from pyprune.ops.sparse_linear import linear_24, linear_bitmap, linear_dense
 
 __all__ = [
     "NotPositiveDefiniteError",
     "ObsFactor",
+    "ObsGreedy",
     "ObsReconstruct",
     "ObsSweep",
+    "RowGrid",
     "column_norms",
+    "dequantize_rows",
     "fisher_accumulate",
     "gram",
     "inverse_diagonal",
     "kron_pcg",
     "kron_quadratic",
+    "kron_remove",
     "linear_24",
+    "linear_24_int8",
     "linear_bitmap",
+    "linear_bitmap_int8",
     "linear_dense",
     "mask_global",
     "mask_nm",
     "mask_topk",
     "obs_factor",
+    "obs_greedy",
     "obs_reconstruct",
     "obs_sweep",
     "pack_24",
     "pack_bitmap",
+    "quantize_rows",
+    "round_to_grid",
+    "row_grid",
     "to_torch_sparse_24",
     "unpack_24",
     "unpack_bitmap",

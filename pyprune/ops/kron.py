@@ -1,11 +1,14 @@
-"""Kronecker helpers for LLM Surgeon: quadratic forms of rows and columns, and the joint update of a
-layer's kept weights under a curvature G (x) A."""
+"""Kronecker helpers for LLM Surgeon: quadratic forms of rows and columns, the update for removed
+rows and columns, and the joint update of a layer's kept weights under a curvature G (x) A."""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_rows, check_same_device, check_shape
 
@@ -13,16 +16,27 @@ FACTOR_DTYPES = (torch.float32, torch.float64)
 # Rows whose product with the factor exists at a time.
 PANEL = 256
 
+
+def _check_factors(w: Tensor, factors: dict[str, tuple[Tensor | None, int]]) -> None:
+    """`w` is an fp32 or fp64 matrix, and the factors given are square, of their side, alike it."""
+    check_rows("w", w)
+    if w.dtype not in FACTOR_DTYPES:
+        raise ValueError(f"w: expected fp32 or fp64, got {w.dtype}")
+    for name, (t, side) in factors.items():
+        if t is None:
+            continue
+        check_shape(name, t, (side, side))
+        if t.dtype != w.dtype:
+            raise ValueError(f"{name}: expected {w.dtype} as w, got {t.dtype}")
+    check_same_device(w, *(t for t, _ in factors.values()))
+
+
 # --- kron_quadratic ------------------------------------------------------------------------------
 
 
 def _check_kron_quadratic(w: Tensor, h: Tensor) -> None:
     check_rows("w", w)
-    check_shape("h", h, (w.shape[1], w.shape[1]))
-    for name, t in (("w", w), ("h", h)):
-        if t.dtype not in FACTOR_DTYPES or t.dtype != w.dtype:
-            raise ValueError(f"{name}: expected fp32 or fp64, alike in w and h, got {t.dtype}")
-    check_same_device(w, h)
+    _check_factors(w, {"h": (h, w.shape[1])})
 
 
 def kron_quadratic_reference(w: Tensor, h: Tensor) -> Tensor:
@@ -46,10 +60,22 @@ def _kron_quadratic_fake(w: Tensor, h: Tensor) -> Tensor:
     return w.new_empty(w.shape[0])
 
 
+def _kron_quadratic_native(w: Tensor, h: Tensor) -> Tensor:
+    out = torch.empty(len(w), dtype=w.dtype)
+    along_rows_or_columns = w if 1 in w.stride() else w.contiguous()
+    unit_columns = h if h.stride(1) == 1 or len(h) <= 1 else h.contiguous()
+    _native.call("kron_quadratic", out, along_rows_or_columns, unit_columns)
+    return out
+
+
 _registry.register(
     "kron_quadratic(Tensor w, Tensor h) -> Tensor",
     fake=_kron_quadratic_fake,
-    impls={"reference": _registry.Impl(kron_quadratic_reference, FACTOR_DTYPES)},
+    impls={
+        "reference": _registry.Impl(kron_quadratic_reference, FACTOR_DTYPES),
+        "native": _registry.Impl(_kron_quadratic_native, (torch.float32,)),
+        "triton": _registry.Impl("pyprune.kernels.kron:kron_quadratic_triton", (torch.float32,)),
+    },
 )
 
 
@@ -75,53 +101,131 @@ def kron_quadratic(w: Tensor, h: Tensor) -> Tensor:
     return out
 
 
+# --- kron_remove ---------------------------------------------------------------------------------
+
+
+def _check_kron_remove(
+    w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
+) -> None:
+    check_rows("w", w)
+    _check_factors(w, {"a_inverse": (a_inverse, w.shape[1]), "g_inverse": (g_inverse, w.shape[0])})
+    for name, t in (("rows", rows), ("columns", columns)):
+        if t.dim() != 1 or t.dtype != torch.int64:
+            raise ValueError(f"{name}: expected int64 [n], got {t.dtype} {tuple(t.shape)}")
+    check_same_device(w, rows, columns)
+
+
+def kron_remove_reference(
+    w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
+) -> Tensor:
+    """First the rows, then the columns of what that leaves."""
+    w = w.clone(memory_format=torch.contiguous_format)
+    w -= g_inverse[:, rows] @ torch.linalg.solve(g_inverse[rows][:, rows], w[rows])
+    w[rows] = 0
+    w -= w[:, columns] @ torch.linalg.solve(a_inverse[columns][:, columns], a_inverse[columns])
+    w[:, columns] = 0
+    return w
+
+
+def _remove_at_once(
+    w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
+) -> Tensor:
+    """One product of rank p + q, so that W is read and written once: what the second step needs of
+    the first is the q columns that it removes."""
+    left, right = g_inverse[:, rows], torch.linalg.solve(g_inverse[rows][:, rows], w[rows])
+    removed = torch.addmm(w[:, columns], left, right[:, columns], alpha=-1)
+    spread = torch.linalg.solve(a_inverse[columns][:, columns], a_inverse[columns])
+    panel, coefficients = torch.cat([left, removed], dim=1), torch.cat([right, spread])
+    w = torch.addmm(w, panel, coefficients, alpha=-1)
+    w[rows] = 0
+    w[:, columns] = 0
+    return w
+
+
+def _kron_remove_fake(
+    w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
+) -> Tensor:
+    _check_kron_remove(w, rows, columns, a_inverse, g_inverse)
+    return w.new_empty(w.shape)
+
+
+_registry.register(
+    "kron_remove(Tensor w, Tensor rows, Tensor columns, Tensor a_inverse, Tensor g_inverse) "
+    "-> Tensor",
+    fake=_kron_remove_fake,
+    impls={
+        "reference": _registry.Impl(kron_remove_reference, FACTOR_DTYPES),
+        # A panel of some hundred columns: one library product, bound by reading and writing W.
+        "native": _registry.Impl(_remove_at_once, FACTOR_DTYPES),
+        "triton": _registry.Impl(_remove_at_once, FACTOR_DTYPES),
+    },
+)
+
+
+def kron_remove(
+    w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
+) -> Tensor:
+    """The exact minimiser of `1/2 tr(D^T G D A)`, D the change of `w`, with `rows` and `columns`
+    zero: `(I - P) W (I - Q)`.
+
+    P = G^-1[:, p] (G^-1[p, p])^-1 E_p^T and Q = E_q (A^-1[q, q])^-1 A^-1[q, :]. LLM Surgeon (van
+    der Ouderaa et al. 2024, arXiv 2312.17244, section 3.3) adds the two corrections made on the
+    original W and lacks their cross term.
+
+    Args:
+        w: weights `[R, C]`, fp32 or fp64, any strides. Not modified.
+        rows, columns: int64 `[p]` and `[q]`, distinct indices of what goes; either may be empty.
+        a_inverse, g_inverse: `[C, C]` and `[R, R]`, inverses of the damped factors, dtype of `w`.
+
+    Returns:
+        The new weights `[R, C]`, exactly zero in `rows` and `columns`.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match.
+        torch.linalg.LinAlgError: a block of an inverse is singular (an index given twice, say).
+    """
+    _check_kron_remove(w, rows, columns, a_inverse, g_inverse)
+    out: Tensor = torch.ops.pyprune.kron_remove(w, rows, columns, a_inverse, g_inverse)
+    return out
+
+
 # --- kron_pcg ------------------------------------------------------------------------------------
 
 
-def _check_kron_pcg(
-    w: Tensor,
-    mask: Tensor,
-    a: Tensor,
-    g: Tensor,
-    a_inverse: Tensor | None,
-    g_inverse: Tensor | None,
-    iterations: int,
-    tolerance: float,
-) -> None:
-    check_rows("w", w)
-    rows, cols = w.shape
-    check_shape("mask", mask, (rows, cols))
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
-    factors = {"a": (a, cols), "a_inverse": (a_inverse, cols)}
-    factors |= {"g": (g, rows), "g_inverse": (g_inverse, rows)}
-    for name, (t, side) in factors.items():
-        if t is None:
-            continue
-        check_shape(name, t, (side, side))
-        if t.dtype != w.dtype:
-            raise ValueError(f"{name}: expected {w.dtype} as w, got {t.dtype}")
-    if w.dtype not in FACTOR_DTYPES:
-        raise ValueError(f"w: expected fp32 or fp64, got {w.dtype}")
-    if (a_inverse is None) != (g_inverse is None):
-        raise ValueError("a_inverse, g_inverse: expected both or neither, got one")
-    if iterations < 0:
-        raise ValueError(f"iterations: expected 0 or more, got {iterations}")
-    if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance: expected a number in [0, 1), got {tolerance}")
-    check_same_device(w, mask, a, g, a_inverse, g_inverse)
+class _Pcg(NamedTuple):
+    """The op's arguments, in the order of its schema."""
+
+    w: Tensor
+    mask: Tensor
+    a: Tensor
+    g: Tensor
+    a_inverse: Tensor | None
+    g_inverse: Tensor | None
+    iterations: int
+    tolerance: float
+
+    def check(self) -> None:
+        w, mask = self.w, self.mask
+        check_rows("w", w)
+        rows, cols = w.shape
+        check_shape("mask", mask, (rows, cols))
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+        factors = {"a": (self.a, cols), "a_inverse": (self.a_inverse, cols)}
+        factors |= {"g": (self.g, rows), "g_inverse": (self.g_inverse, rows)}
+        _check_factors(w, factors)
+        if (self.a_inverse is None) != (self.g_inverse is None):
+            raise ValueError("a_inverse, g_inverse: expected both or neither, got one")
+        if self.iterations < 0:
+            raise ValueError(f"iterations: expected 0 or more, got {self.iterations}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance: expected a number in [0, 1), got {self.tolerance}")
+        check_same_device(w, mask)
 
 
-def kron_pcg_reference(
-    w: Tensor,
-    mask: Tensor,
-    a: Tensor,
-    g: Tensor,
-    a_inverse: Tensor | None,
-    g_inverse: Tensor | None,
-    iterations: int,
-    tolerance: float,
-) -> Tensor:
+def kron_pcg_reference(*args: Any) -> Tensor:
+    """On library products: two of them an iteration are nearly all of its cost."""
+    w, mask, a, g, a_inverse, g_inverse, iterations, tolerance = _Pcg(*args)
     d = torch.where(mask, 0.0, -w)
     scale = torch.outer(g.diagonal(), a.diagonal())
 
@@ -155,17 +259,9 @@ def kron_pcg_reference(
     return torch.where(mask, w + d, 0.0)
 
 
-def _kron_pcg_fake(
-    w: Tensor,
-    mask: Tensor,
-    a: Tensor,
-    g: Tensor,
-    a_inverse: Tensor | None,
-    g_inverse: Tensor | None,
-    iterations: int,
-    tolerance: float,
-) -> Tensor:
-    _check_kron_pcg(w, mask, a, g, a_inverse, g_inverse, iterations, tolerance)
+def _kron_pcg_fake(*args: Any) -> Tensor:
+    _Pcg(*args).check()
+    w: Tensor = args[0]
     return w.new_empty(w.shape)
 
 
@@ -212,10 +308,9 @@ def kron_pcg(
     Raises:
         ValueError: a shape, dtype, device or range rule is broken.
     """
-    _check_kron_pcg(w, mask, a, g, a_inverse, g_inverse, iterations, tolerance)
+    args = _Pcg(w, mask, a, g, a_inverse, g_inverse, iterations, tolerance)
+    args.check()
     if w.numel() == 0:
         return torch.zeros_like(w)
-    out: Tensor = torch.ops.pyprune.kron_pcg(
-        w, mask, a, g, a_inverse, g_inverse, iterations, tolerance
-    )
+    out: Tensor = torch.ops.pyprune.kron_pcg(*args)
     return out

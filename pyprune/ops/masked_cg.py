@@ -1,5 +1,5 @@
-"""Conjugate gradients on many masked rows that share one matrix: two dense products an iteration
-serve all rows."""
+"""Conjugate gradients on many masked rows that share one matrix: one dense product an iteration
+serves all rows."""
 
 from __future__ import annotations
 
@@ -15,18 +15,62 @@ LOOK = 4
 COMPACT = 0.25
 
 
+# Rank of the preconditioner (a multiple of 8, as the native kernel wants it) and the least share of
+# its diagonal that it leaves unexplained: fp32 loses log10 of the one over the other in digits.
+RANK = 32
+LEAST_LEFT = 0.03
+
+
+class NearHessian(NamedTuple):
+    """diag(`diagonal` `[C]`) + `low`^T `low`, `low` `[K, C]`: about H, and cheap to invert on any
+    set of columns. `least`: no eigenvalue of H over it, on any set, is smaller."""
+
+    low: Tensor
+    diagonal: Tensor
+    least: float
+
+
+def near_hessian(h: Tensor, inverse: Tensor) -> NearHessian:
+    """The Nystroem approximation of H `[C, C]` scaled to a unit diagonal, in the directions of its
+    largest eigenvalues (one power step from a fixed random start), and the diagonal it leaves.
+
+    It is at most H, so for x with unit diagonal scaling x H x / x (D + A A^T) x is at least
+    h / (1 + h) with h the least eigenvalue of the scaled H, which the inverse bounds from below.
+    """
+    size = h.diagonal().sqrt()
+    columns = len(h)
+    rank = min(RANK, columns // 4 // 8 * 8)
+    row_sums = (inverse.abs() @ size) * size
+    # A tenth off for the rounding of the inverse.
+    lowest = 0.9 / max(float(row_sums.max()), 1e-30) if columns else 1.0
+    least = min(lowest, 1.0) / (1 + min(lowest, 1.0))
+    if not rank:
+        return NearHessian(h.new_zeros(0, columns), size.square(), least)
+    generator = torch.Generator(device=h.device).manual_seed(0)
+    start = torch.randn(columns, rank, generator=generator, device=h.device, dtype=h.dtype)
+    inner = size[:, None]
+    basis = torch.linalg.qr((h @ (start / inner)) / inner).Q
+    image = (h @ (basis / inner)) / inner
+    core = basis.mT @ image
+    # What rounding takes from the smallest eigenvalues is put back: the core may only be too large.
+    core.diagonal().add_(core.diagonal().sum() * 4 * torch.finfo(h.dtype).eps)
+    low = torch.linalg.solve_triangular(torch.linalg.cholesky(core), image.mT, upper=False)
+    left = (1 - low.square().sum(0)).clamp_min(LEAST_LEFT)
+    return NearHessian((low * size).contiguous(), left * size.square(), least)
+
+
 class Problem(NamedTuple):
     """Minimise (x - w) H (x - w)^T per row over x that is zero outside the mask.
 
-    x `[R, C]`; residual `[R, C]`, ((w - x) H) on the mask; mask `[R, C]` bool; h `[C, C]`;
-    inverse `[C, C]`, about H^-1; loss, noise `[R]` fp64: see `ops.obs_reconstruct`.
+    x `[R, C]`; residual `[R, C]`, ((w - x) H) on the mask; mask `[R, C]` bool; h `[C, C]`; near:
+    what preconditions; loss, noise `[R]` fp64: see `ops.obs_reconstruct`.
     """
 
     x: Tensor
     residual: Tensor
     mask: Tensor
     h: Tensor
-    inverse: Tensor
+    near: NearHessian
     loss: Tensor
     noise: Tensor
 
@@ -34,19 +78,30 @@ class Problem(NamedTuple):
 class Steps(Protocol):
     """What happens between the products, for one set of rows; everything is updated in place.
 
-    `active` `[R]` bool: rows that still move; `rz` `[R]` fp64: r (H^-1)_SS r.
+    `active` `[R]` bool: rows that still move; `rz` `[R]` fp64: r M r, M the preconditioner; `radau`
+    `[R]` fp64: times `rz` it bounds what there is to gain, the Gauss-Radau coefficient for
+    eigenvalues from `near.least` up (`next_radau`).
     """
 
     active: Tensor
     rz: Tensor
+    radau: Tensor
 
     def __init__(self, problem: Problem, tolerance: float) -> None: ...
 
     def turn(self, p: Tensor, z: Tensor, first: bool) -> None:
-        """`z` = r H^-1: masks it, sets `rz`, settles `active` and makes the next direction `p`."""
+        """`z` = r M: masks it, sets `rz`, settles `active` and makes the next direction `p`."""
 
     def advance(self, p: Tensor, hp: Tensor) -> None:
         """`hp` = p H: moves x along p as far as the loss falls, in the active rows."""
+
+
+def next_radau(radau: Tensor, step: Tensor, ratio: Tensor, least: float) -> Tensor:
+    """Meurant & Tichy 2013 (Numer. Algorithms 62): `step` is alpha of the last iteration, `ratio`
+    rz after it over rz before, `least` a bound on the least eigenvalue. Rounding can take the
+    difference below zero; the first bound, 1 / least, always holds."""
+    left = radau - step
+    return torch.where(left > 0, left / (least * left + ratio), 1 / least)
 
 
 class TorchSteps:
@@ -54,17 +109,21 @@ class TorchSteps:
 
     def __init__(self, problem: Problem, tolerance: float) -> None:
         self.problem, self.tolerance = problem, tolerance
-        self.rz = torch.zeros_like(problem.loss)
+        self.rz, self.step = torch.zeros_like(problem.loss), torch.zeros_like(problem.loss)
+        self.radau = torch.full_like(problem.loss, 1 / problem.near.least)
         self.active = torch.ones_like(problem.loss, dtype=torch.bool)
 
     def turn(self, p: Tensor, z: Tensor, first: bool) -> None:
         z.masked_fill_(~self.problem.mask, 0)
         next_rz = (z * self.problem.residual).sum(1, dtype=torch.float64)
         ratio = torch.zeros_like(next_rz) if first else next_rz / self.rz
+        if not first:
+            radau = next_radau(self.radau, self.step, ratio, self.problem.near.least)
+            self.radau = torch.where(self.active, radau, self.radau)
         ratio = torch.where(self.active, ratio, 0).to(p.dtype)
         self.rz = torch.where(self.active, next_rz, self.rz)
         bound = self.tolerance * (self.problem.loss.clamp_min(0) + self.problem.noise)
-        self.active &= ~(self.rz <= bound)
+        self.active &= ~(self.radau * self.rz <= bound)
         p.mul_(ratio[:, None]).add_(z)
 
     def advance(self, p: Tensor, hp: Tensor) -> None:
@@ -72,11 +131,33 @@ class TorchSteps:
         hp.masked_fill_(~mask, 0)
         curvature = (p * hp).sum(1, dtype=torch.float64)
         self.active &= curvature > 0
-        step = torch.where(self.active, self.rz / curvature, 0)
-        loss -= step * self.rz
-        along = step.to(p.dtype)[:, None]
+        self.step = torch.where(self.active, self.rz / curvature, 0)
+        loss -= self.step * self.rz
+        along = self.step.to(p.dtype)[:, None]
         x.addcmul_(along, p)
         residual.addcmul_(along, hp, value=-1)
+
+
+class Preconditioner:
+    """(D + A A^T)^-1 on the kept columns of each row, by Woodbury: D^-1 - F G^-1 F^T with
+    F = D^-1 A and G = I + A^T F over them, `[R, K, K]`."""
+
+    def __init__(self, near: NearHessian, mask: Tensor) -> None:
+        low, rank = near.low, len(near.low)
+        self.diagonal, self.f = near.diagonal, low / near.diagonal
+        products = (low[:, None] * self.f).flatten(0, 1)
+        g = (mask.to(low.dtype) @ products.mT).view(len(mask), rank, rank)
+        g.diagonal(dim1=1, dim2=2).add_(1)
+        eye = torch.eye(rank, dtype=low.dtype, device=low.device)
+        self.inverse = torch.cholesky_solve(eye.expand_as(g), torch.linalg.cholesky(g))
+
+    def apply(self, residual: Tensor, out: Tensor | None = None) -> Tensor:
+        """Of residuals that are zero outside the mask; the result is not masked."""
+        inner = torch.bmm(self.inverse, (residual @ self.f.mT)[..., None])[..., 0]
+        return torch.addmm(residual / self.diagonal, inner, self.f, alpha=-1, out=out)
+
+    def keep(self, rows: Tensor) -> None:
+        self.inverse = self.inverse[rows]
 
 
 def solve_by_products(
@@ -91,7 +172,8 @@ def solve_by_products(
     count = torch.zeros(len(problem.x), dtype=torch.int32, device=problem.x.device)
     rows = torch.arange(len(problem.x), device=problem.x.device)
     part, state = problem, steps(problem, tolerance)
-    p, z = torch.zeros_like(part.x), part.residual @ part.inverse
+    preconditioner = Preconditioner(problem.near, problem.mask)
+    p, z = torch.zeros_like(part.x), preconditioner.apply(part.residual)
     state.turn(p, z, first=True)
     for done in range(max_iterations):
         if done % LOOK == 0:
@@ -102,23 +184,25 @@ def solve_by_products(
                 _store(problem, part, gap, state, rows)
                 keep = state.active
                 part, p, z, rows = _rows_of(part, keep), p[keep], z[keep], rows[keep]
-                rz, state = state.rz[keep], steps(part, tolerance)
+                preconditioner.keep(keep)
+                rz, radau, state = state.rz[keep], state.radau[keep], steps(part, tolerance)
                 state.rz.copy_(rz)
+                state.radau.copy_(radau)
         state.advance(p, torch.mm(p, part.h, out=z))
         count[rows] += state.active.to(torch.int32)
-        state.turn(p, torch.mm(part.residual, part.inverse, out=z), first=False)
+        state.turn(p, preconditioner.apply(part.residual, out=z), first=False)
     _store(problem, part, gap, state, rows)
     problem.loss.clamp_min_(0)
     return problem, gap, count
 
 
 def _rows_of(problem: Problem, rows: Tensor) -> Problem:
-    x, residual, mask, h, inverse, loss, noise = problem
-    return Problem(x[rows], residual[rows], mask[rows], h, inverse, loss[rows], noise[rows])
+    x, residual, mask, h, near, loss, noise = problem
+    return Problem(x[rows], residual[rows], mask[rows], h, near, loss[rows], noise[rows])
 
 
 def _store(problem: Problem, part: Problem, gap: Tensor, state: Steps, rows: Tensor) -> None:
     """Writes what a part of the rows has come to into the whole."""
-    gap[rows] = state.rz
+    gap[rows] = state.radau * state.rz
     if part is not problem:
         problem.x[rows], problem.loss[rows] = part.x, part.loss

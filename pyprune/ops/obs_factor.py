@@ -18,8 +18,9 @@ LEAF = {"cpu": 128, "cuda": 512}
 
 FACTOR_DTYPES = (torch.float32, torch.float64)
 
-# U `[C, C]` with `(h + diag(shift))^-1 = U^T U`, or None if that matrix is not positive definite.
-Factorise = Callable[[Tensor, Tensor], Tensor | None]
+# Of h `[B, C, C]` and shift `[B, C]`: U with `(h + diag(shift))^-1 = U^T U`, and bool `[B]`, False
+# where that matrix is not positive definite (its U is then unspecified).
+Factorise = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # A damping is multiplied by this until the Cholesky factorisation succeeds.
 DAMPING_STEP = 10.0
@@ -68,18 +69,19 @@ def _split(n: int) -> int:
 
 def _subtract_lower_product(a: Tensor, p: Tensor, leaf: int) -> None:
     """`a -= p @ p^T` on the lower triangle (blocks of `leaf` on the diagonal whole), in place."""
-    n = len(a)
+    n = a.shape[-1]
     if n <= 4 * leaf:
-        a.addmm_(p, p.T, alpha=-1)
+        a.baddbmm_(p, p.mT, alpha=-1)
         return
     half = _split(n)
-    _subtract_lower_product(a[:half, :half], p[:half], leaf)
-    a[half:, :half].addmm_(p[half:], p[:half].T, alpha=-1)
-    _subtract_lower_product(a[half:, half:], p[half:], leaf)
+    _subtract_lower_product(a[:, :half, :half], p[:, :half], leaf)
+    a[:, half:, :half].baddbmm_(p[:, half:], p[:, :half].mT, alpha=-1)
+    _subtract_lower_product(a[:, half:, half:], p[:, half:], leaf)
 
 
 def _invert_cholesky(a: Tensor, out: Tensor, leaf: int) -> None:
-    """`out = L^-1` for `a = L L^T`, both `[n, n]`; reads the lower triangle of `a`, overwrites it.
+    """`out = L^-1` for `a = L L^T`, both `[B, n, n]`; reads the lower triangles of `a`, overwrites
+    them.
 
     Cholesky and triangular inverse in one recursion: with
 
@@ -89,20 +91,17 @@ def _invert_cholesky(a: Tensor, out: Tensor, leaf: int) -> None:
     reach: about half the time of those two at n = 2048 on two cores. Where `a` is not positive
     definite the diagonal of `out` gets a NaN.
     """
-    n = len(a)
+    n = a.shape[-1]
     if n <= leaf:
-        lower, info = torch.linalg.cholesky_ex(a)
-        eye = torch.eye(n, dtype=a.dtype, device=a.device)
-        out.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
-        out.diagonal().masked_fill_(info != 0, math.nan)
+        out.copy_(_by_lapack(a))
         return
     half = _split(n)
-    first, second = out[:half, :half], out[half:, half:]
-    _invert_cholesky(a[:half, :half], first, leaf)
-    panel = a[half:, :half] @ first.T
-    _subtract_lower_product(a[half:, half:], panel, leaf)
-    _invert_cholesky(a[half:, half:], second, leaf)
-    torch.mm(second, (panel @ first).neg_(), out=out[half:, :half])
+    first, second = out[:, :half, :half], out[:, half:, half:]
+    _invert_cholesky(a[:, :half, :half], first, leaf)
+    panel = a[:, half:, :half] @ first.mT
+    _subtract_lower_product(a[:, half:, half:], panel, leaf)
+    _invert_cholesky(a[:, half:, half:], second, leaf)
+    out[:, half:, :half] = second @ (panel @ first).neg_()
 
 
 def _by_products(a: Tensor) -> Tensor:
@@ -113,78 +112,108 @@ def _by_products(a: Tensor) -> Tensor:
 
 def _by_lapack(a: Tensor) -> Tensor:
     lower, info = torch.linalg.cholesky_ex(a)
-    eye = torch.eye(len(a), dtype=a.dtype, device=a.device)
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
     out: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return out.masked_fill(info != 0, math.nan)
+    return out.masked_fill((info != 0)[:, None, None], math.nan)
 
 
 def _reversed_factor(
     h: Tensor, shift: Tensor, inverse: Callable[[Tensor], Tensor]
-) -> Tensor | None:
+) -> tuple[Tensor, Tensor]:
     """With J the reversal, `J (h + diag(shift)) J = L L^T` gives `U = J L^-1 J`. `inverse` makes
-    `L^-1` from the reversed matrix, with a NaN on its diagonal where that is not definite."""
-    flipped = h.flip(0, 1)
-    flipped.diagonal().add_(shift.flip(0))
+    `L^-1` from the reversed matrices, with a NaN on its diagonal where one is not definite."""
+    flipped = h.flip(1, 2)
+    flipped.diagonal(dim1=1, dim2=2).add_(shift.flip(1))
     lower = inverse(flipped)
-    diagonal = lower.diagonal()
-    return lower.flip(0, 1) if bool((diagonal.isfinite() & (diagonal > 0)).all()) else None
+    diagonal = lower.diagonal(dim1=1, dim2=2)
+    return lower.flip(1, 2), (diagonal.isfinite() & (diagonal > 0)).all(1)
 
 
-def _factor_reference(h: Tensor, shift: Tensor) -> Tensor | None:
+def _factor_reference(h: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     return _reversed_factor(h, shift, _by_lapack)
 
 
-def _factor_blocked(h: Tensor, shift: Tensor) -> Tensor | None:
+def _factor_blocked(h: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     return _reversed_factor(h, shift, _by_products)
 
 
-def _factor_native(h: Tensor, shift: Tensor) -> Tensor | None:
+def _factor_native(h: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     if h.dtype != torch.float32:  # fp64 is the retry of an ill-conditioned H, not the usual case
         return _factor_blocked(h, shift)
-    rows = h if h.stride(1) == 1 or len(h) <= 1 else h.contiguous()
+    rows = h if h.stride(2) == 1 or h.shape[2] <= 1 else h.contiguous()
     u = torch.zeros(h.shape, dtype=h.dtype)
-    return u if _native.call("obs_factor", u, rows, shift) else None
+    definite = [_native.call("obs_factor", *each) for each in zip(u, rows, shift, strict=True)]
+    return u, torch.tensor(definite, dtype=torch.bool)
 
 
-def _factor_matrix(
-    h: Tensor, dead: Tensor, ladder: list[float], factorise: Factorise
-) -> tuple[Tensor | None, float]:
-    """The factor of one matrix at the first damping of `ladder` that works, and that damping."""
-    # The sum finds nearly all matrices that are not finite in one pass without a temporary.
-    if not (bool(h.sum().isfinite()) or bool(h.isfinite().all())):
-        return None, math.nan
-    mean = h.diagonal().masked_fill(dead, 1).double().mean()
-    for damping in ladder:
-        # A rank-deficient H with next to no damping can be definite in fp64 though not in fp32:
-        # that is tried before the problem is changed by more damping.
-        for dtype in dict.fromkeys((h.dtype, torch.float64)):
-            shift = (dead + damping * mean).to(dtype)
-            u = factorise(h.to(dtype), shift)
-            if u is not None and (dtype == torch.float64 or _pivots_are_accurate(u, h, shift)):
-                return u.to(h.dtype), damping
-    return None, math.nan
+def _finite(h: Tensor) -> Tensor:
+    """Bool `[B]`. The sum finds nearly all matrices that are not finite in one pass without a
+    temporary."""
+    finite = h.sum((1, 2)).isfinite()
+    return finite if bool(finite.all()) else h.isfinite().flatten(1).all(1)
 
 
-def _pivots_are_accurate(u: Tensor, h: Tensor, shift: Tensor) -> bool:
-    """Whether every pivot `1 / U_jj^2` stands clear of the rounding error of the subtractions
-    it is left over from, about sqrt(n) eps H_jj. One that does not has its sign by luck."""
-    noise = math.sqrt(len(h)) * torch.finfo(u.dtype).eps * (h.diagonal() + shift)
-    return bool((u.diagonal().square() * noise < 1).all())
+def _pivots_are_accurate(u: Tensor, h: Tensor, shift: Tensor) -> Tensor:
+    """Bool `[B]`: whether every pivot `1 / U_jj^2` stands clear of the rounding error of the
+    subtractions it is left over from, about sqrt(n) eps H_jj. One that does not has its sign by
+    luck."""
+    eps = math.sqrt(h.shape[-1]) * torch.finfo(u.dtype).eps
+    noise = eps * (h.diagonal(dim1=1, dim2=2) + shift)
+    return (u.diagonal(dim1=1, dim2=2).square() * noise < 1).all(1)
+
+
+class _Stack:
+    """The matrices of one call: what is found out about each. `damping` is NaN until `u` is
+    there."""
+
+    def __init__(self, h: Tensor) -> None:
+        self.h = h
+        self.dead = h.diagonal(dim1=1, dim2=2) == 0
+        self.mean = h.diagonal(dim1=1, dim2=2).double().masked_fill(self.dead, 1).mean(1)
+        self.damping = torch.full_like(self.mean, math.nan)
+        self.u = h.new_empty(0)
+        finite = _finite(h)
+        self.waiting: Tensor | None = None if bool(finite.all()) else finite.nonzero()[:, 0]
+
+    def climb(self, ladder: list[float], factorise: Factorise) -> None:
+        """Factors each matrix with the first damping of the ladder that will do."""
+        if self.waiting is not None and not len(self.waiting):
+            return
+        for damping in ladder:
+            # A rank-deficient H with next to no damping can be definite in fp64 though not in fp32:
+            # that is tried before the problem is changed by more damping.
+            for dtype in dict.fromkeys((self.h.dtype, torch.float64)):
+                if self._try(damping, dtype, factorise):
+                    return
+
+    def _try(self, damping: float, dtype: torch.dtype, factorise: Factorise) -> bool:
+        """Factors those that wait for it; whether none waits any more."""
+        at = self.waiting
+        h, dead, mean = (t if at is None else t[at] for t in (self.h, self.dead, self.mean))
+        shift = (dead + damping * mean[:, None]).to(dtype)
+        u, good = factorise(h.to(dtype), shift)
+        if dtype != torch.float64:
+            good &= _pivots_are_accurate(u, h, shift)
+        if at is None and bool(good.all()):
+            self.u, self.damping[:] = u.to(self.h.dtype), damping
+            return True
+        if at is None:
+            at = torch.arange(len(self.h), device=self.h.device)
+        if not self.u.numel():
+            self.u = torch.full(self.h.shape, math.nan, dtype=self.h.dtype, device=self.h.device)
+        self.u[at[good]], self.damping[at[good]] = u[good].to(self.h.dtype), damping
+        self.waiting = at[~good]
+        return not len(self.waiting)
 
 
 def _obs_factor(
     h: Tensor, damping: float, max_damping: float, factorise: Factorise
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stack = h if h.dim() == 3 else h[None]
-    dead = stack.diagonal(dim1=-2, dim2=-1) == 0
-    ladder = damping_ladder(damping, max_damping)
-    factors = [_factor_matrix(m, d, ladder, factorise) for m, d in zip(stack, dead, strict=True)]
-    used = torch.tensor([damping for _, damping in factors], dtype=torch.float64, device=h.device)
-    us = [torch.full_like(stack[0], math.nan) if u is None else u for u, _ in factors]
-    if h.dim() == 2:
-        return us[0], dead[0], used[0]
-    u = torch.stack(us) if us else torch.empty_like(h, memory_format=torch.contiguous_format)
-    return u, dead, used
+    stack = _Stack(h if h.dim() == 3 else h[None])
+    stack.climb(damping_ladder(damping, max_damping), factorise)
+    u = stack.u if stack.u.numel() else torch.full_like(stack.h, math.nan)
+    result = (u, stack.dead, stack.damping)
+    return result if h.dim() == 3 else (u[0], stack.dead[0], stack.damping[0])
 
 
 def obs_factor_reference(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_float, check_same_device, check_shape
 from pyprune.ops.gram import gram
-from pyprune.ops.masked_cg import Problem, solve_by_products
+from pyprune.ops.masked_cg import Problem, near_hessian, solve_by_products
 from pyprune.ops.obs_factor import ObsFactor, obs_factor
 
 # Columns from which the native solver's packed triangles no longer stay in any cache and two dense
@@ -35,42 +35,60 @@ class ObsReconstruct(NamedTuple):
         return self.gap <= tolerance
 
 
-def _check_obs_reconstruct(
-    w: Tensor,
-    h: Tensor,
-    shift: Tensor,
-    u: Tensor,
-    mask: Tensor,
-    start: Tensor | None,
-    tolerance: float,
-    max_iterations: int,
-) -> None:
-    if w.dim() != 3 or h.dim() != 3 or h.shape[0] not in (1, w.shape[0]):
-        raise ValueError(
-            f"w, h: expected [B, R, C] and [1 or B, C, C], got {tuple(w.shape)}, {tuple(h.shape)}"
-        )
-    shared, cols = h.shape[0], w.shape[2]
-    for name, t, shape in (
-        ("h", h, (shared, cols, cols)),
-        ("shift", shift, (shared, cols)),
-        ("u", u, (shared, cols, cols)),
-        ("mask", mask, tuple(w.shape)),
-        ("start", start, tuple(w.shape)),
-    ):
-        if t is not None:
-            check_shape(name, t, shape)
-    if w.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"w: expected fp32 or fp64, got {w.dtype}")
-    for name, t in (("h", h), ("shift", shift), ("u", u), ("start", start)):
-        if t is not None and t.dtype != w.dtype:
-            raise ValueError(f"{name}: expected {w.dtype} like w, got {t.dtype}")
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected bool, got {mask.dtype}")
-    if not (math.isfinite(tolerance) and tolerance > 0):
-        raise ValueError(f"tolerance: expected a number above 0, got {tolerance}")
-    if max_iterations < 0:
-        raise ValueError(f"max_iterations: expected at least 0, got {max_iterations}")
-    check_same_device(w, h, shift, u, mask, start)
+class _Args(NamedTuple):
+    """The op's arguments, in the order of its schema. Everything is batched: w, mask, start
+    `[B, R, C]`, h and u `[1 or B, C, C]`, shift `[1 or B, C]`."""
+
+    w: Tensor
+    h: Tensor
+    shift: Tensor
+    u: Tensor
+    mask: Tensor
+    start: Tensor | None
+    tolerance: float
+    max_iterations: int
+
+    def check(self) -> None:
+        w, h = self.w, self.h
+        if w.dim() != 3 or h.dim() != 3 or h.shape[0] not in (1, w.shape[0]):
+            raise ValueError(
+                f"w, h: expected [B, R, C] and [1 or B, C, C], got {tuple(w.shape)}, "
+                f"{tuple(h.shape)}"
+            )
+        shared, cols = h.shape[0], w.shape[2]
+        for name, t, shape in (
+            ("h", h, (shared, cols, cols)),
+            ("shift", self.shift, (shared, cols)),
+            ("u", self.u, (shared, cols, cols)),
+            ("mask", self.mask, tuple(w.shape)),
+            ("start", self.start, tuple(w.shape)),
+        ):
+            if t is not None:
+                check_shape(name, t, shape)
+        if w.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"w: expected fp32 or fp64, got {w.dtype}")
+        for name, t in (("h", h), ("shift", self.shift), ("u", self.u), ("start", self.start)):
+            if t is not None and t.dtype != w.dtype:
+                raise ValueError(f"{name}: expected {w.dtype} like w, got {t.dtype}")
+        if self.mask.dtype != torch.bool:
+            raise ValueError(f"mask: expected bool, got {self.mask.dtype}")
+        if not (math.isfinite(self.tolerance) and self.tolerance > 0):
+            raise ValueError(f"tolerance: expected a number above 0, got {self.tolerance}")
+        if self.max_iterations < 0:
+            raise ValueError(f"max_iterations: expected at least 0, got {self.max_iterations}")
+        check_same_device(w, h, self.shift, self.u, self.mask, self.start)
+
+    def problems(self) -> list[Problem]:
+        """One of each matrix, at its start."""
+        w, h, shift, u, mask, start, _, _ = self
+        shared = len(h)
+        return [
+            _problem(
+                w[b], h[b % shared], shift[b % shared], u[b % shared], mask[b],
+                None if start is None else start[b],
+            )
+            for b in range(len(w))
+        ]  # fmt: skip
 
 
 def _damped(h: Tensor, shift: Tensor) -> Tensor:
@@ -78,6 +96,14 @@ def _damped(h: Tensor, shift: Tensor) -> Tensor:
     damped = h.clone(memory_format=torch.contiguous_format)
     damped.diagonal().add_(shift)
     return damped
+
+
+def _inverse(u: Tensor) -> Tensor:
+    """U^T U. The rows of the lower half have nothing in the columns of the upper one."""
+    half = len(u) // 2
+    inverse = gram(u[:half])
+    inverse[half:, half:] += gram(u[half:, half:])
+    return inverse
 
 
 def _problem(
@@ -94,7 +120,8 @@ def _problem(
     eps = torch.finfo(w.dtype).eps
     noise = eps * (w.square() * damped.diagonal()).sum(1, dtype=torch.float64)
     residual = torch.where(mask, pull, 0).contiguous()
-    return Problem(x, residual, mask.contiguous(), damped, gram(u), loss, noise)
+    near = near_hessian(damped, _inverse(u))
+    return Problem(x, residual, mask.contiguous(), damped, near, loss, noise)
 
 
 def _collect(solved: list[tuple[Problem, Tensor, Tensor]], w: Tensor) -> ReconstructTensors:
@@ -113,105 +140,62 @@ def _collect(solved: list[tuple[Problem, Tensor, Tensor]], w: Tensor) -> Reconst
 
 def _solve_rows(problem: Problem) -> tuple[Problem, Tensor, Tensor]:
     """Cholesky of every row's kept part; the gap is computed from what that leaves."""
-    x, r, mask, h, inverse, _, _ = problem
-    solved = x.clone()
+    x, r, mask, h = problem[:4]
+    solved, loss, gap = x.clone(), problem.loss.clone(), torch.zeros_like(problem.loss)
     for i in range(len(x)):
         kept = mask[i].nonzero()[:, 0]
-        if len(kept):
-            lower = torch.linalg.cholesky(h[kept][:, kept])
-            solved[i, kept] += torch.cholesky_solve(r[i, kept, None], lower)[:, 0]
-    # What x was changed by leaves this residual, and lowered the loss by r dx + (r - H dx) dx / 2.
-    change = solved - x
-    left = torch.where(mask, r - change @ h, 0)
-    gain = ((r + left) * change).sum(1, dtype=torch.float64)
-    gap = ((left @ inverse) * left).sum(1, dtype=torch.float64)
-    loss = (problem.loss - gain).clamp_min(0)
+        if not len(kept):
+            continue
+        part, before = h[kept][:, kept], r[i, kept]
+        lower = torch.linalg.cholesky(part)
+        change = torch.cholesky_solve(before[:, None], lower)[:, 0]
+        left = before - part @ change
+        solved[i, kept] += change
+        loss[i] -= ((before + left) * change).sum(dtype=torch.float64)
+        again = torch.cholesky_solve(left[:, None], lower)[:, 0]
+        gap[i] = (again * left).sum(dtype=torch.float64)
     count = torch.zeros(len(x), dtype=torch.int32, device=x.device)
-    return problem._replace(x=solved, residual=left, loss=loss), gap, count
+    return problem._replace(x=solved, loss=loss.clamp_min_(0)), gap, count
 
 
-def _each(
-    w: Tensor, h: Tensor, shift: Tensor, u: Tensor, mask: Tensor, start: Tensor | None
-) -> list[Problem]:
-    shared = len(h)
-    return [
-        _problem(
-            w[b], h[b % shared], shift[b % shared], u[b % shared], mask[b],
-            None if start is None else start[b],
-        )
-        for b in range(len(w))
-    ]  # fmt: skip
-
-
-def obs_reconstruct_reference(
-    w: Tensor,
-    h: Tensor,
-    shift: Tensor,
-    u: Tensor,
-    mask: Tensor,
-    start: Tensor | None,
-    tolerance: float,
-    max_iterations: int,
-) -> ReconstructTensors:
-    return _collect([_solve_rows(p) for p in _each(w, h, shift, u, mask, start)], w)
+def obs_reconstruct_reference(*values: Any) -> ReconstructTensors:
+    args = _Args(*values)
+    return _collect([_solve_rows(p) for p in args.problems()], args.w)
 
 
 def _solve_native(
     problem: Problem, tolerance: float, max_iterations: int
 ) -> tuple[Problem, Tensor, Tensor]:
-    x, residual, mask, h, inverse, loss, noise = problem
+    x, residual, mask, h, near, loss, noise = problem
     gap = torch.zeros(len(x), dtype=torch.float64)
     count = torch.zeros(len(x), dtype=torch.int32)
-    tensors = (x, residual, mask, h, inverse, loss, noise, gap, count)
-    _native.call("obs_reconstruct", *tensors, tolerance, max_iterations)
+    tensors = (x, residual, mask, h, near.low, near.diagonal, loss, noise, gap, count)
+    _native.call("obs_reconstruct", *tensors, near.least, tolerance, max_iterations)
     return problem, gap, count
 
 
-def _obs_reconstruct_native(
-    w: Tensor,
-    h: Tensor,
-    shift: Tensor,
-    u: Tensor,
-    mask: Tensor,
-    start: Tensor | None,
-    tolerance: float,
-    max_iterations: int,
-) -> ReconstructTensors:
-    solve = _solve_native if w.shape[2] < NATIVE_COLUMNS else solve_by_products
-    solved = [solve(p, tolerance, max_iterations) for p in _each(w, h, shift, u, mask, start)]
-    return _collect(solved, w)
+def _obs_reconstruct_native(*values: Any) -> ReconstructTensors:
+    args = _Args(*values)
+    solve = _solve_native if args.w.shape[2] < NATIVE_COLUMNS else solve_by_products
+    solved = [solve(p, args.tolerance, args.max_iterations) for p in args.problems()]
+    return _collect(solved, args.w)
 
 
-def _obs_reconstruct_triton(
-    w: Tensor,
-    h: Tensor,
-    shift: Tensor,
-    u: Tensor,
-    mask: Tensor,
-    start: Tensor | None,
-    tolerance: float,
-    max_iterations: int,
-) -> ReconstructTensors:
+def _obs_reconstruct_triton(*values: Any) -> ReconstructTensors:
     from pyprune.kernels.obs_reconstruct import TritonSteps
 
+    args = _Args(*values)
     solved = [
-        solve_by_products(p, tolerance, max_iterations, TritonSteps)
-        for p in _each(w, h, shift, u, mask, start)
+        solve_by_products(p, args.tolerance, args.max_iterations, TritonSteps)
+        for p in args.problems()
     ]
-    return _collect(solved, w)
+    return _collect(solved, args.w)
 
 
-def _obs_reconstruct_fake(
-    w: Tensor,
-    h: Tensor,
-    shift: Tensor,
-    u: Tensor,
-    mask: Tensor,
-    start: Tensor | None,
-    tolerance: float,
-    max_iterations: int,
-) -> ReconstructTensors:
-    _check_obs_reconstruct(w, h, shift, u, mask, start, tolerance, max_iterations)
+def _obs_reconstruct_fake(*values: Any) -> ReconstructTensors:
+    args = _Args(*values)
+    args.check()
+    w = args.w
     rows = w.new_empty(w.shape[:2], dtype=torch.float64)
     return w.new_empty(w.shape), rows, torch.empty_like(rows), rows.to(torch.int32)
 
@@ -251,13 +235,11 @@ def obs_reconstruct(
     (Frantar & Alistarh 2023).
 
     Cholesky of every row's H_SS costs R k^3 / 3 for k kept columns; that is the reference. The
-    others run conjugate gradients preconditioned by (H^-1)_SS. From SparseGPT's weights at 50 % a
-    row took 5 to 18 iterations to the default tolerance and 11 to 31 to 1e-4 of the weights, means
-    of eight layers of SmolLM2-135M; with the diagonal as preconditioner up to more than 48. The
-    native backend
-    gathers H_SS and (H^-1)_SS of a row as packed triangles that stay in cache (k^2 multiply-adds
-    each an iteration, where a product shared by all rows takes C^2); above `NATIVE_COLUMNS` and
-    on a GPU two dense products an iteration serve all rows at once.
+    others run conjugate gradients preconditioned by the inverse of a diagonal plus 32 directions,
+    those in which H is largest (`masked_cg.near_hessian`): made once, cut to a row's columns by
+    Woodbury. The native backend gathers H_SS of a row as a packed triangle that stays in cache (k^2
+    multiply-adds an iteration, where a product shared by all rows takes C^2); above
+    `NATIVE_COLUMNS` and on a GPU one dense product an iteration serves all rows at once.
 
     Args:
         w: `[R, C]` or `[B, R, C]`, the weights before pruning, fp32 or fp64 (16 bits are widened).
@@ -275,7 +257,8 @@ def obs_reconstruct(
         `loss`: `(x - w) H (x - w)^T`, the damped squared error.
         `gap`: an upper bound on how far the loss is above the least possible one, relative to the
             loss (plus 1e-7 of the row's output, below which fp32 resolves nothing; 2e-16 for
-            fp64): r (H^-1)_SS r with r the residual, since (H^-1)_SS exceeds H_SS^-1. A row that
+            fp64): the Gauss-Radau bound of conjugate gradients (Meurant & Tichy 2013, Numer.
+            Algorithms 62) with a proven bound on the least eigenvalue of their operator. A row that
             ran into `max_iterations` has `gap > tolerance`: see `ObsReconstruct.converged`.
         `iterations`: per row; 0 from the reference, which solves directly.
 
@@ -300,7 +283,7 @@ def obs_reconstruct(
                       ((h, 3), (factor.u, 3), (factor.dead, 2)))  # fmt: skip
     mean = stack.diagonal(dim1=1, dim2=2).double().masked_fill(dead, 1).mean(1, keepdim=True)
     shift = dead + factor.damping.reshape(-1, 1) * mean
-    args = (
+    args = _Args(
         weights.to(dtype),
         stack.to(dtype),
         shift.to(dtype),
@@ -310,9 +293,9 @@ def obs_reconstruct(
         float(tolerance),
         max_iterations,
     )
-    _check_obs_reconstruct(*args)
+    args.check()
     if weights.numel():
         result = ObsReconstruct(*torch.ops.pyprune.obs_reconstruct(*args))
     else:
-        result = ObsReconstruct(*_collect([], args[0]))
+        result = ObsReconstruct(*_collect([], args.w))
     return result if batched else ObsReconstruct(*(t[0] for t in result))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_float, check_same_device, check_shape
+from pyprune.ops.row_grid import RowGrid, round_to_grid
 
 Scope = Literal["row", "block", "layer"]
 
@@ -25,45 +26,92 @@ class ObsSweep(NamedTuple):
     loss: Tensor
 
 
-def _check_obs_sweep(
-    w: Tensor,
-    u: Tensor,
-    counts: Tensor | None,
-    mask: Tensor | None,
-    preserve: Tensor | None,
-    n: int,
-    m: int,
-    block_size: int,
-    all_ties: bool,
-) -> None:
-    """The op's rules: everything is batched, and exactly one of counts, mask and n:m is given."""
-    if w.dim() != 3 or u.dim() != 3 or u.shape[0] not in (1, w.shape[0]):
-        raise ValueError(
-            f"w, u: expected [B, R, C] and [1 or B, C, C], got {tuple(w.shape)}, {tuple(u.shape)}"
+class SweepArgs(NamedTuple):
+    """The op's arguments, in the order of its schema. Everything is batched: w `[B, R, C]`, u
+    `[1 or B, C, C]`, counts int32 `[B, 1 or R, blocks]`, mask and preserve bool like w,
+    column_scale `[1 or B, C]`, grid `[B, 3, R]` (step, low, high)."""
+
+    w: Tensor
+    u: Tensor
+    counts: Tensor | None
+    mask: Tensor | None
+    preserve: Tensor | None
+    n: int
+    m: int
+    block_size: int
+    all_ties: bool
+    column_scale: Tensor | None = None
+    grid: Tensor | None = None
+
+    def check(self) -> None:
+        """The op's rules; exactly one of counts, mask and n:m is given."""
+        w, u = self.w, self.u
+        if w.dim() != 3 or u.dim() != 3 or u.shape[0] not in (1, w.shape[0]):
+            raise ValueError(
+                f"w, u: expected [B, R, C] and [1 or B, C, C], got {tuple(w.shape)}, "
+                f"{tuple(u.shape)}"
+            )
+        batch, rows, cols = w.shape
+        if w.dtype not in (torch.float32, torch.float64) or u.dtype != w.dtype:
+            raise ValueError(f"w, u: expected both fp32 or both fp64, got {w.dtype} and {u.dtype}")
+        check_shape("u", u, (u.shape[0], cols, cols))
+        if (self.counts is not None) + (self.mask is not None) + (self.m > 0) != 1:
+            raise ValueError("expected exactly one of sparsity, nm and mask")
+        if self.block_size < 1:
+            raise ValueError(f"block_size: expected at least 1, got {self.block_size}")
+        if self.counts is not None:
+            per_row = self.counts.dim() == 3 and self.counts.shape[1] == rows
+            blocks = math.ceil(cols / self.block_size)
+            check_shape("counts", self.counts, (batch, rows if per_row else 1, blocks))
+            if self.counts.dtype != torch.int32:
+                raise ValueError(f"counts: expected int32, got {self.counts.dtype}")
+        for name, flags in (("mask", self.mask), ("preserve", self.preserve)):
+            if flags is not None:
+                check_shape(name, flags, tuple(w.shape))
+                if flags.dtype != torch.bool:
+                    raise ValueError(f"{name}: expected bool, got {flags.dtype}")
+        n, m = self.n, self.m
+        if m > 0 and not (1 <= n <= m and cols % m == 0 and self.block_size % m == 0):
+            raise ValueError(
+                f"nm: expected 1 <= n <= m with m dividing the columns, got {n}:{m} for "
+                f"{cols} columns"
+            )
+        self._check_terms(batch, rows, cols)
+        check_same_device(*(t for t in self if isinstance(t, Tensor)))
+
+    def _check_terms(self, batch: int, rows: int, cols: int) -> None:
+        if self.column_scale is not None:
+            shared = self.column_scale.dim() == 2 and self.column_scale.shape[0] == 1
+            check_shape("column_scale", self.column_scale, (1 if shared else batch, cols))
+            if self.mask is not None:
+                raise ValueError("column_scale: expected none with a mask, nothing is scored")
+        if self.grid is not None:
+            check_shape("grid", self.grid, (batch, 3, rows))
+        for name, t in (("column_scale", self.column_scale), ("grid", self.grid)):
+            if t is not None and t.dtype != self.w.dtype:
+                raise ValueError(f"{name}: expected {self.w.dtype} as w, got {t.dtype}")
+
+    def matrix(self, b: int) -> SweepArgs:
+        """The arguments of one matrix of the batch, without the batch dimension."""
+
+        def pick(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[b % len(t)]
+
+        return self._replace(
+            w=self.w[b],
+            u=self.u[b % len(self.u)],
+            counts=pick(self.counts),
+            mask=pick(self.mask),
+            preserve=pick(self.preserve),
+            column_scale=pick(self.column_scale),
+            grid=pick(self.grid),
         )
-    batch, rows, cols = w.shape
-    if w.dtype not in (torch.float32, torch.float64) or u.dtype != w.dtype:
-        raise ValueError(f"w, u: expected both fp32 or both fp64, got {w.dtype} and {u.dtype}")
-    check_shape("u", u, (u.shape[0], cols, cols))
-    if (counts is not None) + (mask is not None) + (m > 0) != 1:
-        raise ValueError("expected exactly one of sparsity, nm and mask")
-    if block_size < 1:
-        raise ValueError(f"block_size: expected at least 1, got {block_size}")
-    if counts is not None:
-        groups = counts.shape[1] if counts.dim() == 3 and counts.shape[1] == rows else 1
-        check_shape("counts", counts, (batch, groups, math.ceil(cols / block_size)))
-        if counts.dtype != torch.int32:
-            raise ValueError(f"counts: expected int32, got {counts.dtype}")
-    for name, flags in (("mask", mask), ("preserve", preserve)):
-        if flags is not None:
-            check_shape(name, flags, tuple(w.shape))
-            if flags.dtype != torch.bool:
-                raise ValueError(f"{name}: expected bool, got {flags.dtype}")
-    if m > 0 and not (1 <= n <= m and cols % m == 0 and block_size % m == 0):
-        raise ValueError(
-            f"nm: expected 1 <= n <= m with m dividing the columns, got {n}:{m} for {cols} columns"
-        )
-    check_same_device(w, u, counts, mask, preserve)
+
+
+def scored(w: Tensor, diag: Tensor, column_scale: Tensor | None, span: slice) -> Tensor:
+    """Scores, up to their sign, of the columns `span`: their weights `w` `[..., N]` over the
+    diagonal of U, or times the given scales `[..., C]`."""
+    return w / diag if column_scale is None else w * column_scale[..., span]
 
 
 def keys_of_scores(scores: Tensor, preserve: Tensor | None) -> Tensor:
@@ -85,29 +133,22 @@ def smallest_in_groups(keys: Tensor, count: Tensor, all_ties: bool) -> Tensor:
     return torch.zeros_like(chosen).scatter(1, index, chosen)
 
 
-def _prune(w: Tensor, diag: Tensor, count: Tensor, preserve: Tensor | None, ties: bool) -> Tensor:
-    """The pruned positions of `w[R, N]`: `count[R]` of each row or `count[1]` of all of it."""
-    keys = keys_of_scores(w / diag, preserve).reshape(len(count), -1)
-    return smallest_in_groups(keys, count, ties).view_as(w)
+def _prune(scores: Tensor, count: Tensor, preserve: Tensor | None, ties: bool) -> Tensor:
+    """The pruned positions of a block `[R, N]`: `count[R]` of each row or `count[1]` of all."""
+    keys = keys_of_scores(scores, preserve).reshape(len(count), -1)
+    return smallest_in_groups(keys, count, ties).view_as(scores)
 
 
-def _sweep_matrix(
-    w: Tensor,
-    u: Tensor,
-    counts: Tensor | None,
-    mask: Tensor | None,
-    preserve: Tensor | None,
-    n: int,
-    m: int,
-    block_size: int,
-    all_ties: bool,
-) -> SweepTensors:
-    """One matrix `[R, C]`: SparseGPT's algorithm 1 as written. `w` is overwritten."""
+def _sweep_matrix(w: Tensor, args: SweepArgs) -> tuple[Tensor, Tensor]:
+    """One matrix `[R, C]`: SparseGPT's algorithm 1 as written. `w` is overwritten by the result;
+    returns the kept positions and the loss."""
     rows, cols = w.shape
+    u, m, block_size = args.u, args.m, args.block_size
     diag = u.diagonal()
-    pruned = torch.zeros_like(w, dtype=torch.bool) if mask is None else ~mask
-    if preserve is not None:
-        pruned |= ~preserve
+    grid = None if args.grid is None else RowGrid(*args.grid)
+    pruned = torch.zeros_like(w, dtype=torch.bool) if args.mask is None else ~args.mask
+    if args.preserve is not None:
+        pruned |= ~args.preserve
     loss = torch.zeros(rows, dtype=torch.float64, device=w.device)
     for start in range(0, cols, block_size):
         end = min(cols, start + block_size)
@@ -115,88 +156,64 @@ def _sweep_matrix(
         for j in range(start, end):
             stop = j
             if m and j % m == 0:
-                stop, count = j + m, torch.full((rows,), m - n, device=w.device)
-            elif counts is not None and j == start:
-                stop, count = end, counts[:, start // block_size]
+                stop, count = j + m, torch.full((rows,), m - args.n, device=w.device)
+            elif args.counts is not None and j == start:
+                stop, count = end, args.counts[:, start // block_size]
             if stop > j:
                 span = slice(j, stop)
-                stay = None if preserve is None else preserve[:, span]
-                pruned[:, span] |= _prune(w[:, span], diag[span], count, stay, all_ties)
-            error = torch.where(pruned[:, j], w[:, j] / diag[j], 0)
+                stay = None if args.preserve is None else args.preserve[:, span]
+                scores = scored(w[:, span], diag[span], args.column_scale, span)
+                pruned[:, span] |= _prune(scores, count, stay, args.all_ties)
+            column = w[:, j].clone()
+            new = column if grid is None else round_to_grid(column[:, None], grid)[:, 0]
+            w[:, j] = torch.where(pruned[:, j], 0, new)
+            moved = pruned[:, j] if grid is None else torch.ones_like(pruned[:, j])
+            error = torch.where(moved, (column - w[:, j]) / diag[j], 0)
             loss += error.double().square() / 2
-            w[:, j] = torch.where(pruned[:, j], 0, w[:, j])
             w[:, j + 1 : end] -= error[:, None] * u[j, j + 1 : end]
             errors[:, j - start] = error
         w[:, end:] -= errors @ u[start:end, end:]
-    return w, ~pruned, loss.to(w.dtype)
+    return ~pruned, loss.to(w.dtype)
 
 
-def obs_sweep_reference(
-    w: Tensor,
-    u: Tensor,
-    counts: Tensor | None,
-    mask: Tensor | None,
-    preserve: Tensor | None,
-    n: int,
-    m: int,
-    block_size: int,
-    all_ties: bool,
-) -> SweepTensors:
-    weight = w.clone(memory_format=torch.contiguous_format)
+def obs_sweep_reference(*values: Any) -> SweepTensors:
+    args = SweepArgs(*values)
+    weight = args.w.clone(memory_format=torch.contiguous_format)
     kept = torch.zeros_like(weight, dtype=torch.bool)
-    loss = weight.new_zeros(w.shape[:2])
-    for b in range(len(w)):
-        c, given, stay = (None if t is None else t[b] for t in (counts, mask, preserve))
-        _, kept[b], loss[b] = _sweep_matrix(
-            weight[b], u[b % len(u)], c, given, stay, n, m, block_size, all_ties
-        )
+    loss = weight.new_zeros(weight.shape[:2])
+    for b in range(len(weight)):
+        kept[b], loss[b] = _sweep_matrix(weight[b], args.matrix(b))
     return weight, kept, loss
 
 
-def _obs_sweep_native(
-    w: Tensor,
-    u: Tensor,
-    counts: Tensor | None,
-    mask: Tensor | None,
-    preserve: Tensor | None,
-    n: int,
-    m: int,
-    block_size: int,
-    all_ties: bool,
-) -> SweepTensors:
+def _obs_sweep_native(*values: Any) -> SweepTensors:
+    args = SweepArgs(*values)
+    w = args.w
     rows = w if w.stride(2) == 1 or w.shape[2] <= 1 else w.contiguous()
     weight = torch.empty(w.shape, dtype=w.dtype)
     kept = torch.empty(w.shape, dtype=torch.bool)
     loss = torch.zeros(w.shape[:2], dtype=w.dtype)
     optional = (
         _native.optional_capsule(None if t is None else t.contiguous())
-        for t in (counts, mask, preserve)
+        for t in (args.counts, args.mask, args.preserve, args.column_scale, args.grid)
     )
-    _native.call(
-        "obs_sweep", weight, kept, loss, rows, u.contiguous(), *optional, n, m, block_size, all_ties
-    )
+    rule = (args.n, args.m, args.block_size, args.all_ties)
+    _native.call("obs_sweep", weight, kept, loss, rows, args.u.contiguous(), *optional, *rule)
     return weight, kept, loss
 
 
-def _obs_sweep_fake(
-    w: Tensor,
-    u: Tensor,
-    counts: Tensor | None,
-    mask: Tensor | None,
-    preserve: Tensor | None,
-    n: int,
-    m: int,
-    block_size: int,
-    all_ties: bool,
-) -> SweepTensors:
-    _check_obs_sweep(w, u, counts, mask, preserve, n, m, block_size, all_ties)
+def _obs_sweep_fake(*values: Any) -> SweepTensors:
+    args = SweepArgs(*values)
+    args.check()
+    w = args.w
     kept = w.new_empty(w.shape, dtype=torch.bool)
     return w.new_empty(w.shape), kept, w.new_empty(w.shape[:2])
 
 
 _registry.register(
     "obs_sweep(Tensor w, Tensor u, Tensor? counts, Tensor? mask, Tensor? preserve, int n, int m, "
-    "int block_size, bool all_ties) -> (Tensor, Tensor, Tensor)",
+    "int block_size, bool all_ties, Tensor? column_scale=None, Tensor? grid=None) "
+    "-> (Tensor, Tensor, Tensor)",
     fake=_obs_sweep_fake,
     impls={
         "reference": _registry.Impl(obs_sweep_reference, (torch.float32, torch.float64)),
@@ -285,6 +302,8 @@ def obs_sweep(
     preserve: Tensor | None = None,
     block_size: int = 128,
     reference_count: bool = False,
+    column_scale: Tensor | None = None,
+    grid: RowGrid | None = None,
 ) -> ObsSweep:
     """Prunes `w` and adjusts what is kept so that the layer's output changes least.
 
@@ -319,10 +338,18 @@ def obs_sweep(
             rounding; with the scopes "row" and "block" it is part of the comparison group.
         reference_count: prune `score <= sort(scores)[int(n * sparsity)]` of every block as the
             SparseGPT code does: one more than asked for, and all ties. Scope "block" only.
+        column_scale: `[C]` (shared by the batch) or `[B, C]`: the score is `|w_j| * column_scale_j`
+            instead of SparseGPT's, on the weights as the columns before left them (Wanda's score
+            with updates, Sun et al. 2023, section 4.4). Not with `mask`.
+        grid: `row_grid(w, bits)`: every kept weight is rounded to its row's grid when its column is
+            visited, and its rounding error spread like a pruned weight's, q its new value (joint
+            sparsification and quantisation, section 3.5):
+
+                err = (w_j - q) / U_jj
 
     Returns:
         `weight` and the per-row `loss`, fp32 (fp64 for fp64), and the `mask` (True = kept).
-        Pruned weights are exactly 0.
+        Pruned weights are exactly 0; on a grid kept ones may be, too.
 
     Ties go to the lower index (row-major for "block" and "layer"): it is pruned first. NaN scores
     rank above infinity, so NaN weights are kept; check for them before.
@@ -356,8 +383,18 @@ def obs_sweep(
             block_size = max(1, w.shape[2])
         counts = _pruned_counts(w.shape, sparsity, scope, stay, block_size, reference_count)
         counts = counts.to(w.device)
-    args = (w, u, counts, given, stay, n, m, block_size, reference_count)
-    _check_obs_sweep(*args)
+    if column_scale is not None:
+        shared = column_scale.dim() == 1
+        column_scale = (column_scale[None] if shared else column_scale).to(w.dtype)
+    levels = None
+    if grid is not None:
+        for name, t in zip(RowGrid._fields, grid, strict=True):
+            check_shape(f"grid.{name}", t, tuple(w.shape[0 if batched else 1 : -1]))
+        levels = torch.stack([t.reshape(w.shape[:-1]) for t in grid], dim=1).to(w.dtype)
+    args = SweepArgs(
+        w, u, counts, given, stay, n, m, block_size, reference_count, column_scale, levels
+    )
+    args.check()
     if w.numel():
         result = ObsSweep(*torch.ops.pyprune.obs_sweep(*args))
     else:

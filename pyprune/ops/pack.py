@@ -11,6 +11,8 @@ Elements move as bit patterns: negative zeros, infinities and NaN payloads survi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_float, check_rows, check_same_device, check_shape
 
+_BLOCK_BYTES = 1 << 18
 _PATTERN = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Order in which a group that keeps fewer than two is filled up. It is the choice that PyTorch's
 # converter makes, so that both encode a matrix alike.
@@ -40,6 +43,14 @@ def _bits(t: Tensor) -> Tensor:
 
 def _unit_columns(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def _row_blocks(t: Tensor) -> Iterator[slice]:
+    """Rows of a matrix of bytes, few enough at a time that temporaries of their size do not count:
+    it may be checked while a model is loaded that barely fits."""
+    step = max(1, _BLOCK_BYTES // max(1, t.shape[1]))
+    for start in range(0, t.shape[0], step):
+        yield slice(start, start + step)
 
 
 def _native_mask(mask: Tensor | None) -> object:
@@ -149,15 +160,17 @@ def validate_24(values: Tensor, meta: Tensor) -> None:
     """Raises ValueError unless `values` and `meta` are what `pack_24` may return: shapes and dtypes
     agree, and each group's two indices ascend."""
     _check_unpack_24(values, meta)
-    low, high = meta & 0b0011_0011, (meta >> 2) & 0b0011_0011
-    ascending = ((low & 15) < (high & 15)) & ((low >> 4) < (high >> 4))
-    broken = (~ascending).nonzero()
-    if len(broken):
-        row, byte = broken[0].tolist()
-        raise ValueError(
-            f"meta: expected two ascending indices in every nibble, got {int(meta[row, byte])} in "
-            f"row {row}, byte {byte}"
-        )
+    for rows in _row_blocks(meta):
+        block = meta[rows]
+        low, high = block & 0b0011_0011, (block >> 2) & 0b0011_0011
+        ascending = ((low & 15) < (high & 15)) & ((low >> 4) < (high >> 4))
+        broken = (~ascending).nonzero()
+        if len(broken):
+            row, byte = broken[0].tolist()
+            raise ValueError(
+                f"meta: expected two ascending indices in every nibble, got {int(block[row, byte])}"
+                f" in row {rows.start + row}, byte {byte}"
+            )
 
 
 def unpack_24_reference(values: Tensor, meta: Tensor) -> Tensor:
@@ -355,7 +368,8 @@ def validate_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: i
     if (counts < 0).any():
         row = int((counts < 0).nonzero()[0])
         raise ValueError(f"row_offsets: expected to be monotone, fall after row {row}")
-    bits = _popcount(bitmap).sum(1, dtype=torch.int64)
+    blocks = [_popcount(bitmap[rows]).sum(1, dtype=torch.int64) for rows in _row_blocks(bitmap)]
+    bits = torch.cat(blocks) if blocks else torch.zeros_like(counts)
     if not torch.equal(bits, counts):
         row = int((bits != counts).nonzero()[0])
         raise ValueError(

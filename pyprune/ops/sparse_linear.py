@@ -146,7 +146,7 @@ def linear_bitmap_reference(
     return linear_dense_reference(x, weight, bias)
 
 
-def _native_linear(name: str, x: Tensor, rows: int, bias: Tensor | None, *weight: Tensor) -> Tensor:
+def native_linear(name: str, x: Tensor, rows: int, bias: Tensor | None, *weight: Tensor) -> Tensor:
     # The kernels multiply fp32 and bf16 activations; fp16 ones are widened on the way in.
     source = x.float() if x.dtype == torch.float16 else x
     flat = source.reshape(-1, x.shape[-1])
@@ -160,17 +160,17 @@ def _native_linear(name: str, x: Tensor, rows: int, bias: Tensor | None, *weight
 
 
 def _linear_24_native(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
-    return _native_linear("linear_24", x, values.shape[0], bias, values, meta)
+    return native_linear("linear_24", x, values.shape[0], bias, values, meta)
 
 
 def _linear_bitmap_native(
     x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
 ) -> Tensor:
-    return _native_linear("linear_bitmap", x, bitmap.shape[0], bias, values, bitmap, row_offsets)
+    return native_linear("linear_bitmap", x, bitmap.shape[0], bias, values, bitmap, row_offsets)
 
 
 def _linear_dense_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return _native_linear("linear_dense", x, weight.shape[0], bias, weight)
+    return native_linear("linear_dense", x, weight.shape[0], bias, weight)
 
 
 def _native_limits(x: Tensor, values: Tensor, *rest: Tensor | None) -> str:
@@ -178,7 +178,7 @@ def _native_limits(x: Tensor, values: Tensor, *rest: Tensor | None) -> str:
     return "" if ok else f"the native kernels do not take {values.dtype} values"
 
 
-def _triton_limits(x: Tensor, *rest: Tensor | None) -> str:
+def triton_limits(x: Tensor, *rest: Tensor | None) -> str:
     rows = x.numel() // x.shape[-1]
     ok = rows <= TRITON_ROWS
     return "" if ok else f"the Triton kernels take at most {TRITON_ROWS} rows, got {rows}"
@@ -193,7 +193,7 @@ _registry.register(
         "triton": _registry.Impl(
             "pyprune.kernels.sparse_linear:linear_24_triton",
             _registry.HALF_OR_SINGLE,
-            _triton_limits,
+            triton_limits,
         ),
     },
 )
@@ -207,7 +207,7 @@ _registry.register(
         "triton": _registry.Impl(
             "pyprune.kernels.sparse_linear:linear_bitmap_triton",
             _registry.HALF_OR_SINGLE,
-            _triton_limits,
+            triton_limits,
         ),
     },
 )

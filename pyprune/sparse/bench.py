@@ -2,7 +2,7 @@
 
 All models are in memory at once and take turns, so that whatever else the machine does meets them
 alike; every figure is a median with its least and greatest. Ratios are against the fastest dense
-model of that line, whatever its dtype.
+model of that line: PyTorch's kernels in each dtype, or our own dense bf16 kernel.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyprune.errors import UserError
+from pyprune.sparse.dense import DenseLinear, use_own_kernels
 from pyprune.sparse.linear import SparseLinear
 from pyprune.sparse.load import load
-from pyprune.sparse.stored import StoredCheckpoint
+from pyprune.sparse.stored import DENSE, StoredCheckpoint
 
-DENSE = "dense"
+TORCH, OWN = "torch", "pyprune"  # whose kernels multiply the linear layers
 DTYPES = (torch.float32, torch.bfloat16)
 PHASES = ("prefill", "decode")
 Progress = Callable[[str, float, float | None], None]
@@ -51,7 +52,8 @@ class Protocol:
 @dataclass(frozen=True)
 class Contestant:
     """One model in one dtype. name: DENSE or what the compressed one is called. seconds: to load.
-    file_bytes: of the tensors on disk. weight_bytes: of the model's weights in memory."""
+    file_bytes: of the tensors on disk. weight_bytes: of the model's weights in memory. kernels: of
+    its linear layers."""
 
     name: str
     dtype: str
@@ -59,10 +61,11 @@ class Contestant:
     file_bytes: int
     weight_bytes: int
     model: PreTrainedModel = field(repr=False, compare=False)
+    kernels: str = OWN
 
     @property
     def label(self) -> str:
-        return f"{self.name} {self.dtype}"
+        return label(self.name, self.dtype, self.kernels)
 
     def facts(self) -> dict[str, Any]:
         return {
@@ -71,7 +74,12 @@ class Contestant:
             "load_seconds": self.seconds,
             "file_bytes": self.file_bytes,
             "weight_bytes": self.weight_bytes,
+            "kernels": self.kernels,
         }
+
+
+def label(name: str, dtype: str, kernels: str) -> str:
+    return f"{name} {dtype}, own kernel" if (name, kernels) == (DENSE, OWN) else f"{name} {dtype}"
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,11 @@ class Rate:
     median: float
     least: float
     greatest: float
+    kernels: str = OWN
+
+    @property
+    def label(self) -> str:
+        return label(self.name, self.dtype, self.kernels)
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class BenchResult:
     torch_version: str
 
     def fastest(self, name: str, phase: str, batch: int) -> Rate:
-        """The model's fastest dtype on that line."""
+        """The model's fastest dtype and kernels on that line."""
         line = (r for r in self.rates if (r.name, r.phase, r.batch) == (name, phase, batch))
         return max(line, key=lambda rate: rate.median)
 
@@ -113,8 +126,19 @@ class BenchResult:
                 dense = self.fastest(DENSE, rate.phase, rate.batch)
                 row = {"name": rate.name, "dtype": rate.dtype, "phase": rate.phase}
                 ratio = {"batch": rate.batch, "ratio": rate.median / dense.median}
-                rows.append({**row, **ratio, "dense_dtype": dense.dtype})
+                fastest = {"dense_dtype": dense.dtype, "dense_kernels": dense.kernels}
+                rows.append({**row, **ratio, **fastest})
         return rows
+
+    def memory(self) -> dict[str, float]:
+        """Of every compressed model in a 16-bit dtype, by label, its weights' bytes over those of
+        the dense model in that dtype."""
+        dense = {m["dtype"]: m["weight_bytes"] for m in self.models if m["name"] == DENSE}
+        return {
+            label(m["name"], m["dtype"], OWN): m["weight_bytes"] / dense[m["dtype"]]
+            for m in self.models
+            if m["name"] != DENSE and m["dtype"] in ("bfloat16", "float16") and m["dtype"] in dense
+        }
 
     def verdict(self) -> list[str]:
         """One sentence for each compressed model in each dtype: where it loses to dense."""
@@ -131,7 +155,8 @@ class BenchResult:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "ratios": self.ratios(), "verdict": self.verdict()}
+        derived = {"ratios": self.ratios(), "memory": self.memory(), "verdict": self.verdict()}
+        return {**asdict(self), **derived}
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -141,12 +166,27 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def densified(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` with `nn.Linear` in the place of every `SparseLinear`."""
-    dense = deepcopy(model)
+    """A copy of `model` with plain `nn.Linear` everywhere; weights that are dense are shared."""
+    dense = _sharing_copy(model)
     for name, module in list(dense.named_modules()):
         if isinstance(module, SparseLinear):
             dense.set_submodule(name, module.to_dense())
+        elif isinstance(module, DenseLinear):
+            dense.set_submodule(name, module.plain())
     return dense
+
+
+def with_own_kernels(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of a dense `model`, with the same weights in memory, whose linear layers use our dense
+    kernel."""
+    own = _sharing_copy(model)
+    use_own_kernels(own)
+    return own
+
+
+def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    return deepcopy(model, memo)
 
 
 def contestants(
@@ -157,7 +197,8 @@ def contestants(
 ) -> list[Contestant]:
     """Loads the dense model and the compressed `sources` (by name), each in every dtype.
 
-    against: the dense directory; None: the first source, decompressed in memory.
+    against: the dense directory; None: the first source, decompressed in memory. On the CPU the
+    dense model takes part in bfloat16 once more, with our dense kernel in its linear layers.
     """
     opened = {name: StoredCheckpoint.open(source) for name, source in sources.items()}
     for name, stored in opened.items():
@@ -175,10 +216,14 @@ def contestants(
             first = first or found.model
             loaded.append(found)
         if base is not None:
-            made.append(_load(DENSE, base, dtype, device))
+            made.append(replace(_load(DENSE, base, dtype, device), kernels=TORCH))
         elif first is not None:
             model, size = densified(first), next(iter(opened.values())).dense_nbytes
-            made.append(Contestant(DENSE, _name(dtype), None, size, weight_bytes(model), model))
+            facts = (None, size, weight_bytes(model), model, TORCH)
+            made.append(Contestant(DENSE, _name(dtype), *facts))
+        if made and dtype is torch.bfloat16 and made[-1].model.device.type == "cpu":
+            own = with_own_kernels(made[-1].model)
+            made.append(replace(made[-1], seconds=None, model=own, kernels=OWN))
         made += loaded
     return made
 
@@ -192,18 +237,23 @@ def _load(
 ) -> Contestant:
     started = time.perf_counter()
     model = load(stored.path, dtype, device)
-    # transformers maps the file: weights that keep their dtype are read on first use. Use them.
-    for t in model.state_dict().values():
-        t.view(torch.uint8).sum() if t.dim() else t.item()
+    touch(model)
     seconds = time.perf_counter() - started
     return Contestant(name, _name(dtype), seconds, stored.nbytes, weight_bytes(model), model)
+
+
+def touch(model: nn.Module) -> None:
+    """Reads every weight: transformers maps the file, and what keeps its dtype is read on first
+    use only."""
+    for t in model.state_dict().values():
+        t.view(torch.uint8).amax() if t.dim() else t.item()
 
 
 def bench(
     models: list[Contestant], protocol: Protocol, progress: Progress | None = None
 ) -> BenchResult:
     """Times every model's prefill and greedy decoding with a key-value cache."""
-    samples: dict[tuple[str, str, str, int], list[float]] = {}
+    samples: dict[tuple[str, str, str, int, str], list[float]] = {}
     vocabulary = min(int(c.model.config.get_text_config().vocab_size) for c in models)
     gen = torch.Generator().manual_seed(protocol.seed)
     total, done = len(protocol.batches) * (protocol.rounds + 1) * len(models), 0
@@ -217,10 +267,11 @@ def bench(
                 prefill, decode = _time(c.model, ids, protocol.steps)
                 if turn:
                     for phase, rate in (("prefill", prefill), ("decode", decode)):
-                        samples.setdefault((c.name, c.dtype, phase, batch), []).append(rate)
+                        key = (c.name, c.dtype, phase, batch, c.kernels)
+                        samples.setdefault(key, []).append(rate)
     rates = [
-        Rate(*key, statistics.median(found), min(found), max(found))
-        for key, found in samples.items()
+        Rate(*line[:4], statistics.median(found), min(found), max(found), kernels=line[4])
+        for line, found in samples.items()
     ]
     facts = [c.facts() for c in models]
     return BenchResult(

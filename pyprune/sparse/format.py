@@ -1,4 +1,4 @@
-"""The compressed checkpoint format, version 1; `docs/format.md` describes it.
+"""The compressed checkpoint format, versions 1 and 2; `docs/format.md` describes it.
 
 Here are the rules: what config.json says of a compressed checkpoint, which tensors a compressed
 weight consists of, and what must hold of them before they are used.
@@ -6,6 +6,7 @@ weight consists of, and what must hold of them before they are used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,20 +17,17 @@ from torch import Tensor
 
 from pyprune.checkpoint.shards import TensorEntry
 from pyprune.errors import UserError
-from pyprune.ops.pack import (
-    pack_24,
-    pack_bitmap,
-    unpack_24,
-    unpack_bitmap,
-    validate_24,
-    validate_bitmap,
-)
+from pyprune.ops.pack import pack_24, pack_bitmap
+from pyprune.ops.sparse_int8 import dequantize_rows, quantize_rows
+from pyprune.sparse import linear
 from pyprune.sparse.linear import FORMATS, WORTHWHILE
 
 METHOD = "pyprune"
-VERSION = 1
+# What a checkpoint says is the least that describes it: older releases read all that they can.
+VERSIONS = (1, 2)
 WEIGHT = ".weight"
 PARTS = {"sparse24": ("values", "metadata"), "bitmap": ("values", "bitmap", "row_offsets")}
+INT8 = "int8"
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 HOW_TO_LOAD = (
     "this checkpoint is compressed by pyprune: `import pyprune` before loading it, or turn it into "
@@ -40,18 +38,60 @@ _PATTERN = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @dataclass(frozen=True)
 class LayerFormat:
-    """How one weight is stored. shape: `(R, C)`, outputs by inputs, of the dense weight."""
+    """How one weight is stored. shape: `(R, C)`, outputs by inputs. int8: values are int8 with a
+    scale a row. transposed: the dense tensor is `[C, R]` (Conv1D)."""
 
     format: str
     shape: tuple[int, int]
+    int8: bool = False
+    transposed: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.format} {INT8}" if self.int8 else self.format
+
+    @property
+    def version(self) -> int:
+        return 2 if self.int8 or self.transposed else 1
+
+    @property
+    def dense_shape(self) -> tuple[int, int]:
+        """The shape of the dense tensor."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (*PARTS[self.format], "scales") if self.int8 else PARTS[self.format]
 
     def part_shapes(self, nnz: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the weight; `nnz` counts for a bitmap only."""
         rows, cols = self.shape
+        shapes: dict[str, tuple[int, ...]]
         if self.format == "sparse24":
-            return {"values": (rows, cols // 2), "metadata": (rows, cols // 8)}
-        bitmap = (rows, -(-cols // 8))
-        return {"values": (nnz,), "bitmap": bitmap, "row_offsets": (rows + 1,)}
+            shapes = {"values": (rows, cols // 2), "metadata": (rows, cols // 8)}
+        else:
+            bitmap = (rows, -(-cols // 8))
+            shapes = {"values": (nnz,), "bitmap": bitmap, "row_offsets": (rows + 1,)}
+        return {**shapes, "scales": (rows,)} if self.int8 else shapes
+
+    def part_dtype(self, part: str, dense: torch.dtype) -> torch.dtype:
+        """The dtype of a tensor of the weight, whose dense dtype is `dense`."""
+        if part == "values":
+            return torch.int8 if self.int8 else dense
+        return PART_DTYPES.get(part, dense)
+
+    def nbytes(self, nnz: int, dense: torch.dtype) -> int:
+        """Bytes of all tensors of the weight."""
+        shapes = self.part_shapes(nnz).items()
+        return sum(math.prod(s) * self.part_dtype(p, dense).itemsize for p, s in shapes)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {"format": self.format, "shape": list(self.shape)}
+        if self.int8:
+            fields["values"] = INT8
+        if self.transposed:
+            fields["transposed"] = True
+        return fields
 
 
 PART_DTYPES = {"metadata": torch.uint8, "bitmap": torch.uint8, "row_offsets": torch.int64}
@@ -61,12 +101,9 @@ def quantization_config(layers: Mapping[str, LayerFormat]) -> dict[str, Any]:
     """The `quantization_config` of config.json."""
     return {
         "quant_method": METHOD,
-        "format_version": VERSION,
+        "format_version": max((layer.version for layer in layers.values()), default=1),
         "how_to_load": HOW_TO_LOAD,
-        "layers": {
-            name: {"format": layer.format, "shape": list(layer.shape)}
-            for name, layer in layers.items()
-        },
+        "layers": {name: layer.to_dict() for name, layer in layers.items()},
     }
 
 
@@ -76,15 +113,23 @@ def parse_quantization_config(value: Any, where: str) -> dict[str, LayerFormat]:
     if not isinstance(value, Mapping) or value.get("quant_method") != METHOD:
         raise UserError(f"{where}: expected a quantization_config with quant_method {METHOD!r}")
     version = value.get("format_version")
-    if type(version) is not int or version != VERSION:
+    if type(version) is not int or version not in VERSIONS:
+        known = " or ".join(map(str, VERSIONS))
         raise UserError(
-            f"{where}: expected format_version {VERSION}, got {version!r}; "
+            f"{where}: expected format_version {known}, got {version!r}; "
             "a newer pyprune may read it"
         )
     layers = value.get("layers")
     if not isinstance(layers, Mapping):
         raise UserError(f"{where}: quantization_config: expected an object named layers")
-    return {str(name): _layer(layer, f"{where}: layer {name}") for name, layer in layers.items()}
+    found = {str(name): _layer(layer, f"{where}: layer {name}") for name, layer in layers.items()}
+    for name, layer in found.items():
+        if layer.version > version:
+            raise UserError(
+                f"{where}: layer {name}: {layer.to_dict()} needs format_version {layer.version}, "
+                f"got {version}"
+            )
+    return found
 
 
 def _layer(value: Any, where: str) -> LayerFormat:
@@ -99,7 +144,12 @@ def _layer(value: Any, where: str) -> LayerFormat:
     rows, cols = shape  # type: ignore[misc]
     if kind == "sparse24" and cols % 8:
         raise UserError(f"{where}: sparse24: expected a multiple of 8 columns, got {cols}")
-    return LayerFormat(kind, (rows, cols))
+    values, transposed = value.get("values"), value.get("transposed", False)
+    if values not in (None, INT8):
+        raise UserError(f"{where}: values: expected {INT8} or nothing, got {values!r}")
+    if type(transposed) is not bool:
+        raise UserError(f"{where}: transposed: expected true or false, got {transposed!r}")
+    return LayerFormat(kind, (rows, cols), values == INT8, transposed)
 
 
 def check_entries(
@@ -110,17 +160,17 @@ def check_entries(
     Raises UserError that names the file (or `where`) and the tensor.
     """
     parts: dict[str, TensorEntry] = {}
-    for part in PARTS[layer.format]:
+    for part in layer.parts:
         tensor = f"{name}.{part}"
         if tensor not in entries:
-            raise UserError(f"{where}: tensor {tensor} is missing ({layer.format})")
+            raise UserError(f"{where}: tensor {tensor} is missing ({layer.label})")
         parts[part] = entries[tensor]
     if name + WEIGHT in entries:
         raise UserError(f"{entries[name + WEIGHT].file}: tensor {name}{WEIGHT} is there twice")
     values = parts["values"]
     shapes = layer.part_shapes(values.shape[0] if len(values.shape) == 1 else -1)
     for part, entry in parts.items():
-        wanted = VALUE_DTYPES if part == "values" else (PART_DTYPES[part],)
+        wanted = dict.fromkeys(layer.part_dtype(part, dtype) for dtype in VALUE_DTYPES)
         if entry.dtype not in wanted:
             expected = " or ".join(str(dtype) for dtype in wanted)
             raise UserError(
@@ -141,12 +191,9 @@ def check_entries(
 
 def check_tensors(name: str, layer: LayerFormat, parts: Mapping[str, Tensor], where: str) -> None:
     """Raises UserError, naming `where` and the tensor, unless the metadata describes a weight."""
+    arrays = [parts[part] for part in layer.parts]
     try:
-        if layer.format == "sparse24":
-            validate_24(parts["values"], parts["metadata"])
-        else:
-            arrays = (parts["values"], parts["bitmap"], parts["row_offsets"])
-            validate_bitmap(*arrays, layer.shape[1])
+        linear.validate(layer.format, layer.int8, arrays, layer.shape[1])
     except ValueError as error:
         part, _, what = str(error).partition(": ")
         part = {"meta": "metadata"}.get(part, part)
@@ -154,25 +201,44 @@ def check_tensors(name: str, layer: LayerFormat, parts: Mapping[str, Tensor], wh
 
 
 def unpack(layer: LayerFormat, parts: Mapping[str, Tensor]) -> Tensor:
-    """The dense weight `[R, C]` of tensors that `check_tensors` let pass, bit for bit."""
-    if layer.format == "sparse24":
-        return unpack_24(parts["values"], parts["metadata"])
-    return unpack_bitmap(parts["values"], parts["bitmap"], parts["row_offsets"], layer.shape[1])
+    """The dense tensor (`layer.dense_shape`) of tensors that `check_tensors` let pass: bit for bit,
+    or with int8 values each multiplied by its row's scale and rounded to the scales' dtype."""
+    arrays = [parts[part] for part in layer.parts]
+    weight = linear.unpack(layer.format, layer.int8, arrays, layer.shape[1])
+    return weight.T.contiguous() if layer.transposed else weight
 
 
-def pack(weight: Tensor, format: str) -> dict[str, Tensor]:
-    """The tensors of `weight [R, C]` by part. Every element whose bits are not all zero is kept
-    (negative zeros too), so that `unpack` restores the weight bit for bit.
+def pack(dense: Tensor, layer: LayerFormat) -> dict[str, Tensor]:
+    """The tensors of a dense one (`layer.dense_shape`) by part.
 
-    Raises UserError if more than two of four are to be kept in "sparse24".
+    Every element whose bits are not all zero is kept (negative zeros too), so that `unpack`
+    restores it bit for bit; with int8 values every element that does not round to zero.
+
+    Raises UserError if more than two of four are to be kept in "sparse24", or for int8 values if a
+    weight is not finite.
     """
-    if format == "sparse24":
-        if stored_bytes(weight, format) is None:
-            raise UserError("sparse24: expected 8n columns and at most 2 non-zero of every 4")
-        packed: tuple[Tensor, ...] = pack_24(weight)
+    weight = dense.T if layer.transposed else dense
+    if layer.format == "sparse24" and not _count(weight)[1]:
+        raise UserError("sparse24: expected 8n columns and at most 2 non-zero of every 4")
+    if layer.int8:
+        packed = linear.pack(weight, layer.format, True)
     else:
-        packed = pack_bitmap(weight)
-    return dict(zip(PARTS[format], packed, strict=True))
+        packed = pack_24(weight) if layer.format == "sparse24" else pack_bitmap(weight)
+    return dict(zip(layer.parts, packed, strict=True))
+
+
+def quantization_error(dense: Tensor, layer: LayerFormat) -> tuple[int, float]:
+    """What int8 values make of a dense tensor: elements that do not become zero, and
+    `|W - scales * q| / |W|` (Frobenius; 0 for a matrix of zeros)."""
+    weight = dense.T if layer.transposed else dense
+    try:
+        q, scales = quantize_rows(weight)
+    except ValueError as error:
+        raise UserError(f"int8: {error}") from error
+    wide = weight.double()
+    norm = float(wide.norm())
+    off = float((wide - dequantize_rows(q, scales.double())).norm())
+    return int(q.count_nonzero()), off / norm if norm else 0.0
 
 
 def _count(weight: Tensor) -> tuple[int, bool]:
@@ -182,26 +248,23 @@ def _count(weight: Tensor) -> tuple[int, bool]:
     return int(kept.sum()), fits
 
 
-def stored_bytes(weight: Tensor, format: str) -> int | None:
-    """Bytes of `weight [R, C]` in `format`, without packing it; None if it does not fit."""
+def candidates(weight: Tensor, allowed: tuple[str, ...] = FORMATS) -> tuple[dict[str, int], int]:
+    """The allowed formats that save at least a tenth of the bytes of `weight [R, C]`, with their
+    bytes, smallest first (2:4 where equal); and how many elements a bitmap would keep."""
+    if not weight.numel():
+        return {}, 0
     nnz, fits = _count(weight)
-    return _bytes(weight, format, nnz) if fits or format == "bitmap" else None
-
-
-def _bytes(weight: Tensor, format: str, nnz: int) -> int:
-    rows, cols = weight.shape
-    if format == "sparse24":
-        return weight.nbytes // 2 + rows * cols // 8
-    return nnz * weight.itemsize + rows * -(-cols // 8) + 8 * (rows + 1)
+    shape = (weight.shape[0], weight.shape[1])
+    sizes = {
+        f: LayerFormat(f, shape).nbytes(nnz, weight.dtype) for f in allowed if f == "bitmap" or fits
+    }
+    ordered = sorted(sizes, key=lambda f: (sizes[f], f != "sparse24"))
+    worthwhile = (1 - WORTHWHILE) * weight.nbytes
+    return {f: sizes[f] for f in ordered if sizes[f] <= worthwhile}, nnz
 
 
 def choose(weight: Tensor, allowed: tuple[str, ...] = FORMATS) -> tuple[str, int]:
-    """The smallest of the allowed formats (2:4 where equal), or "dense" where none saves a tenth of
-    the bytes, and how many elements a bitmap would keep."""
-    if not weight.numel():
-        return "dense", 0
-    nnz, fits = _count(weight)
-    sizes = {f: _bytes(weight, f, nnz) for f in allowed if f == "bitmap" or fits}
-    best = min(sizes, key=lambda f: (sizes[f], f != "sparse24"), default="dense")
-    worthwhile = best in sizes and sizes[best] <= (1 - WORTHWHILE) * weight.nbytes
-    return (best if worthwhile else "dense"), nnz
+    """The smallest of the allowed formats, or "dense" where none saves a tenth of the bytes, and
+    how many elements a bitmap would keep."""
+    found, nnz = candidates(weight, allowed)
+    return next(iter(found), "dense"), nnz

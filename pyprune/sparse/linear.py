@@ -4,12 +4,15 @@ format     | buffers (layouts in `pyprune.ops.pack`)
 -----------|------------------------------------------------------
 sparse24   | values `[R, C/2]`, metadata uint8 `[R, C/8]`
 bitmap     | values `[nnz]`, bitmap uint8 `[R, ceil(C/8)]`, row_offsets int64 `[R + 1]`
+
+Values are floating point numbers, or int8 with one more buffer, scales `[R]`, that each row's
+values are multiplied with (`pyprune.ops.sparse_int8`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -25,12 +28,38 @@ from pyprune.ops.pack import (
     validate_24,
     validate_bitmap,
 )
+from pyprune.ops.sparse_int8 import (
+    quantize_rows,
+    unpack_24_int8,
+    unpack_bitmap_int8,
+    validate_24_int8,
+    validate_bitmap_int8,
+)
 
 Format = Literal["sparse24", "bitmap"]
 FORMATS: tuple[str, ...] = get_args(Format)
 
 # Compressing a layer must save at least this share of its bytes to be worth a format of its own.
 WORTHWHILE = 0.1
+
+# What computes x @ W^T + bias and nothing else. Conv1D holds W transposed.
+LINEAR, CONV1D = "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"
+FALCON = "transformers.models.falcon.modeling_falcon.FalconLinear"
+
+
+def weight_of(module: nn.Module) -> Tensor | None:
+    """The weight `[R, C]`, a detached view, of a module that a `SparseLinear` can stand for; None
+    for any other. Exact classes: a subclass may compute something else."""
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if kind not in (LINEAR, CONV1D, FALCON):
+        return None
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    return weight.T if kind == CONV1D else weight
+
+
+def stored_transposed(module: nn.Module) -> bool:
+    """Whether the module holds its weight as `[C, R]`."""
+    return f"{type(module).__module__}.{type(module).__qualname__}" == CONV1D
 
 
 def compressed_bytes(weight: Tensor, format: str) -> int | None:
@@ -55,13 +84,16 @@ class SparseLinear(nn.Module):
 
     Made by `from_dense`, or by `SparseLinear(...)` followed by `load_state_dict`. There is no
     gradient with respect to the weights: they are buffers. `decompress()` returns the dense weight,
-    equal to the original but for negative zeros, which become +0.
+    equal to the original but for negative zeros, which become +0, and for int8 values, which are
+    off by up to half of their row's scale.
 
     Args:
         in_features, out_features: C and R.
         format: "sparse24" (C a multiple of 8) or "bitmap".
+        int8: whether values are int8 with a scale a row.
         nnz: stored values of a bitmap; `load_state_dict` adopts the number it finds.
-        bias, dtype, device: as for `nn.Linear`; dtype is that of the values and the bias.
+        bias, dtype, device: as for `nn.Linear`; dtype is that of the values (with int8 of the
+            scales) and the bias.
 
     Raises:
         UserError: unknown format, or a width that 2:4 cannot hold.
@@ -71,6 +103,7 @@ class SparseLinear(nn.Module):
     metadata: Tensor
     bitmap: Tensor
     row_offsets: Tensor
+    scales: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -79,6 +112,7 @@ class SparseLinear(nn.Module):
         out_features: int,
         format: str,
         *,
+        int8: bool = False,
         bias: bool = True,
         nnz: int = 0,
         dtype: torch.dtype | None = None,
@@ -90,15 +124,19 @@ class SparseLinear(nn.Module):
         if format == "sparse24" and in_features % 8:
             raise UserError(f"sparse24: expected a multiple of 8 inputs, got {in_features}")
         self.in_features, self.out_features, self.format = in_features, out_features, format
+        self.int8 = int8
         rows, cols = out_features, in_features
         empty: dict[str, Tensor] = {}
+        value_dtype = torch.int8 if int8 else dtype
         if format == "sparse24":
-            empty["values"] = torch.empty(rows, cols // 2, dtype=dtype, device=device)
+            empty["values"] = torch.empty(rows, cols // 2, dtype=value_dtype, device=device)
             empty["metadata"] = torch.empty(rows, cols // 8, dtype=torch.uint8, device=device)
         else:
-            empty["values"] = torch.empty(nnz, dtype=dtype, device=device)
+            empty["values"] = torch.empty(nnz, dtype=value_dtype, device=device)
             empty["bitmap"] = torch.empty(rows, -(-cols // 8), dtype=torch.uint8, device=device)
             empty["row_offsets"] = torch.empty(rows + 1, dtype=torch.int64, device=device)
+        if int8:
+            empty["scales"] = torch.empty(rows, dtype=dtype, device=device)
         for name, t in empty.items():
             self.register_buffer(name, t)
         self.weight_buffers = tuple(empty)
@@ -108,33 +146,34 @@ class SparseLinear(nn.Module):
         self._prepared: tuple[tuple[Tensor | None, ...], tuple[Any, ...]] | None = None
 
     @classmethod
-    def from_dense(cls, linear: nn.Linear, format: str) -> SparseLinear:
-        """`linear` with its zeros left out. Raises UserError if the weight does not fit."""
-        weight = linear.weight.detach()
+    def from_dense(cls, linear: nn.Module, format: str, int8: bool = False) -> SparseLinear:
+        """`linear` (see `weight_of`) with its zeros left out. Raises UserError if it is no linear
+        layer, or its weight does not fit or is not finite (int8)."""
+        weight = weight_of(linear)
+        if weight is None:
+            raise UserError(f"expected a linear layer, got {type(linear).__name__}")
         if format == "sparse24" and compressed_bytes(weight, format) is None:
             raise UserError(
                 "sparse24: expected a multiple of 8 inputs and at most 2 non-zero of every 4"
             )
+        rows, cols = weight.shape
+        bias: Tensor | None = linear.bias  # type: ignore[assignment]
         new = cls(
-            linear.in_features,
-            linear.out_features,
-            format,
-            bias=linear.bias is not None,
-            dtype=weight.dtype,
-            device="meta",
+            cols, rows, format, int8=int8, bias=bias is not None, dtype=weight.dtype, device="meta"
         )
-        pack = pack_24 if format == "sparse24" else pack_bitmap
-        for name, t in zip(new.weight_buffers, pack(weight, weight != 0), strict=True):
+        for name, t in zip(new.weight_buffers, pack(weight, format, int8), strict=True):
             setattr(new, name, t)
-        if linear.bias is not None:
-            new.bias = linear.bias.detach().clone()
+        if bias is not None:
+            new.bias = bias.detach().clone()
         return new.train(linear.training)
 
+    @property
+    def _weight(self) -> tuple[Tensor, ...]:
+        return tuple(getattr(self, name) for name in self.weight_buffers)
+
     def decompress(self) -> Tensor:
-        """The dense weight `[out_features, in_features]` in the dtype of the values."""
-        if self.format == "sparse24":
-            return unpack_24(self.values, self.metadata)
-        return unpack_bitmap(self.values, self.bitmap, self.row_offsets, self.in_features)
+        """The dense weight `[out_features, in_features]` in the dtype of the values (or scales)."""
+        return unpack(self.format, self.int8, self._weight, self.in_features)
 
     def to_dense(self) -> nn.Linear:
         """The `nn.Linear` this stands for."""
@@ -147,10 +186,7 @@ class SparseLinear(nn.Module):
     def validate(self) -> None:
         """Raises ValueError unless the metadata describes a weight of this layer's shape. Called
         once when weights arrive (`load_state_dict`), not per product."""
-        if self.format == "sparse24":
-            validate_24(self.values, self.metadata)
-        else:
-            validate_bitmap(self.values, self.bitmap, self.row_offsets, self.in_features)
+        validate(self.format, self.int8, self._weight, self.in_features)
 
     @property
     def memory_bytes(self) -> int:
@@ -160,9 +196,13 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._direct(x):
             return self._forward_native(x)
-        if self.format == "sparse24":
-            return ops.linear_24(x, self.values, self.metadata, bias=self.bias)
-        return ops.linear_bitmap(x, self.values, self.bitmap, self.row_offsets, bias=self.bias)
+        product: Callable[..., Tensor] = getattr(ops, self._op)
+        return product(x, *self._weight, bias=self.bias)
+
+    @property
+    def _op(self) -> str:
+        name = "linear_24" if self.format == "sparse24" else "linear_bitmap"
+        return f"{name}_int8" if self.int8 else name
 
     def _direct(self, x: Tensor) -> bool:
         # A decode step of a small model is hundreds of these calls, each of some microseconds of
@@ -187,18 +227,19 @@ class SparseLinear(nn.Module):
             flat = flat.contiguous()
         y = torch.empty((flat.shape[0], self.out_features), dtype=x.dtype)
         if y.numel():
-            name = "linear_24" if self.format == "sparse24" else "linear_bitmap"
-            _native.call(name, y, flat, *self._capsules())
+            _native.call(self._op, y, flat, *self._capsules())
         return y.view(*x.shape[:-1], self.out_features)
 
     def _capsules(self) -> tuple[Any, ...]:
-        """The weight and the bias (as fp32) ready for the native call; made anew whenever a buffer
-        was replaced. Each capsule keeps the memory it describes alive."""
+        """The weight and the bias ready for the native call (scales and bias as fp32); made anew
+        whenever a buffer was replaced. Each capsule keeps the memory it describes alive."""
         buffers = tuple(self._buffers[name] for name in (*self.weight_buffers, "bias"))
         if self._prepared is None or any(
             a is not b for a, b in zip(buffers, self._prepared[0], strict=True)
         ):
             *weight, bias = buffers
+            if self.int8:
+                weight[-1] = self.scales.float()
             ready = [_native.capsule(t.contiguous()) for t in weight if t is not None]
             wide = None if bias is None else _native.capsule(bias.float().contiguous())
             self._prepared = (buffers, (*ready, wide))
@@ -242,6 +283,50 @@ class SparseLinear(nn.Module):
         )
 
 
+def pack(weight: Tensor, format: str, int8: bool) -> tuple[Tensor, ...]:
+    """The weight buffers of `weight [R, C]` without its zeros, in `SparseLinear`'s order. Rounded
+    to int8, small weights may become zero too.
+
+    Raises UserError for an infinity or a NaN with int8; the format is taken to fit.
+    """
+    make = pack_24 if format == "sparse24" else pack_bitmap
+    if not int8:
+        return make(weight, weight != 0)
+    try:
+        q, scales = quantize_rows(weight)
+    except ValueError as error:
+        raise UserError(f"int8: {error}") from error
+    values, *meta = make(q.bfloat16(), q != 0)
+    return values.to(torch.int8), *meta, scales
+
+
+_UNPACK: dict[tuple[str, bool], Callable[..., Tensor]] = {
+    ("sparse24", False): unpack_24,
+    ("sparse24", True): unpack_24_int8,
+    ("bitmap", False): unpack_bitmap,
+    ("bitmap", True): unpack_bitmap_int8,
+}
+_VALIDATE: dict[tuple[str, bool], Callable[..., None]] = {
+    ("sparse24", False): validate_24,
+    ("sparse24", True): validate_24_int8,
+    ("bitmap", False): validate_bitmap,
+    ("bitmap", True): validate_bitmap_int8,
+}
+
+
+def unpack(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> Tensor:
+    """The dense `[R, cols]` weight of weight buffers in `SparseLinear`'s order. Raises ValueError
+    as `validate` does."""
+    width = () if format == "sparse24" else (cols,)
+    return _UNPACK[format, int8](*parts, *width)
+
+
+def validate(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> None:
+    """Raises ValueError unless weight buffers in `SparseLinear`'s order describe a matrix."""
+    width = () if format == "sparse24" else (cols,)
+    _VALIDATE[format, int8](*parts, *width)
+
+
 def _choose(weight: Tensor, allowed: tuple[str, ...]) -> str:
     """The smallest format, dense if none saves enough; 2:4 before bitmap at equal size."""
     sizes = {f: n for f in allowed if (n := compressed_bytes(weight, f)) is not None}
@@ -250,24 +335,28 @@ def _choose(weight: Tensor, allowed: tuple[str, ...]) -> str:
 
 
 def compress_model(
-    model: nn.Module, formats: tuple[str, ...] | Mapping[str, str] = FORMATS
+    model: nn.Module,
+    formats: tuple[str, ...] | Mapping[str, str] = FORMATS,
+    *,
+    int8: bool = False,
 ) -> dict[str, str]:
-    """Replaces pruned `nn.Linear` modules of `model` by `SparseLinear`, in place.
+    """Replaces pruned linear modules of `model` (see `weight_of`) by `SparseLinear`, in place.
 
     Args:
         model: any module. Weights shared with another module (tied embeddings) stay dense.
         formats: those to choose from (per layer the smallest that saves a tenth of the bytes), or a
             mapping from module names to "sparse24", "bitmap" or "dense" for full control.
+        int8: whether the layers that are replaced get int8 values.
 
     Returns:
-        The format of every `nn.Linear`, "dense" for those left alone.
+        The format of every linear module, "dense" for those left alone.
 
     Raises:
         UserError: unknown format or module name. LayerError: a layer does not fit its format.
     """
-    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
+    weights = {n: w for n, m in model.named_modules() if (w := weight_of(m)) is not None}
     if isinstance(formats, Mapping):
-        unknown = sorted(set(formats) - set(linears))
+        unknown = sorted(set(formats) - set(weights))
         if unknown:
             raise UserError(f"formats: {unknown[0]!r} is not a linear layer of this model")
     owners: dict[int, int] = {}
@@ -275,16 +364,17 @@ def compress_model(
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     chosen: dict[str, str] = {}
-    for name, linear in linears.items():
+    for name, weight in weights.items():
+        linear = model.get_submodule(name)
         if isinstance(formats, Mapping):
             chosen[name] = formats.get(name, "dense")
         elif owners[id(linear.weight)] > 1:
             chosen[name] = "dense"
         else:
-            chosen[name] = _choose(linear.weight.detach(), tuple(formats))
+            chosen[name] = _choose(weight, tuple(formats))
         if chosen[name] != "dense":
             try:
-                sparse = SparseLinear.from_dense(linear, chosen[name])
+                sparse = SparseLinear.from_dense(linear, chosen[name], int8)
             except UserError as error:
                 raise LayerError(name, str(error)) from error
             model.set_submodule(name, sparse)

@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pyprune.checkpoint.source import main_dtype
 from pyprune.errors import UserError
-from pyprune.sparse.stored import StoredCheckpoint
+from pyprune.sparse import format as formats
+from pyprune.sparse.stored import DENSE, StoredCheckpoint
 
-KINDS = ("dense", "pyprune")
+KINDS = (DENSE, formats.METHOD)
 
 
 def load(

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.pictures import require_matplotlib
-from pyprune.sparse.bench import DENSE, PHASES, BenchResult
+from pyprune.sparse.bench import OWN, PHASES, BenchResult
+from pyprune.sparse.stored import DENSE
 
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 COLOURS = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")
@@ -51,7 +52,8 @@ def _rates(axis: Any, result: BenchResult, phase: str) -> None:
                 label=name if j == 0 else None, yerr=spread, capsize=2,
                 error_kw={"elinewidth": 0.8},
             )  # fmt: skip
-            words = f" {rate.median:,.4g} tok/s, {SHORT[rate.dtype]}"
+            own = ", own kernel" if (rate.name, rate.kernels) == (DENSE, OWN) else ""
+            words = f" {rate.median:,.4g} tok/s, {SHORT[rate.dtype]}{own}"
             axis.text(
                 x, 0.02, words, rotation=90, ha="center", va="bottom", fontsize=7, color="white"
             )  # fmt: skip
@@ -65,6 +67,8 @@ def _rates(axis: Any, result: BenchResult, phase: str) -> None:
 def _sizes(axis: Any, result: BenchResult) -> None:
     labels, megabytes, colours = [], [], []
     for model in result.models:
+        if (model["name"], model["kernels"]) == (DENSE, OWN):
+            continue  # the same weights once more
         labels.append(f"{model['name']} {model['dtype']}")
         megabytes.append(model["weight_bytes"] / 1e6)
         colours.append(COLOURS[result.names.index(model["name"]) % len(COLOURS)])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import nn
@@ -42,6 +42,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         super().__init__(quantization_config, **kwargs)
         self._layers: dict[str, LayerFormat] = {}
         self._entries: dict[str, TensorEntry] = {}
+        self._parts: dict[str, dict[str, TensorEntry]] = {}
         self._placed: dict[str, str] = {}
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -58,7 +59,10 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         from pyprune.checkpoint import read_header
+        from pyprune.checkpoint.names import EXPERT
+        from pyprune.models.experts import FUSED_EXPERTS
         from pyprune.sparse import format as formats
+        from pyprune.sparse.dense import use_own_kernels
 
         if not checkpoint_files:
             raise UserError("expected the safetensors files of a compressed checkpoint, got none")
@@ -68,39 +72,88 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         self._entries = {}
         for file in checkpoint_files:
             self._entries |= read_header(Path(file))
+        mixtures: dict[str, dict[str, str]] = {}
         for name, layer in self._layers.items():
-            parts = formats.check_entries(name, layer, self._entries, folder)
-            self._placed[name] = self._place(model, name, layer, parts)
+            self._parts[name] = formats.check_entries(name, layer, self._entries, folder)
+            match = EXPERT.match(name + formats.WEIGHT)
+            fused = self._find(model, match["experts"]) if match else None
+            if match and fused and type(fused[1]).__name__ in FUSED_EXPERTS:
+                place = f"{match['expert']}.{match['projection']}"
+                mixtures.setdefault(match["experts"], {})[place] = name
+            else:
+                self._place(model, name)
+        for experts, names in mixtures.items():
+            self._place_experts(model, experts, names)
+        use_own_kernels(model)  # for the layers that are left dense
 
-    def _place(
-        self, model: Any, name: str, layer: LayerFormat, parts: Mapping[str, TensorEntry]
-    ) -> str:
-        from pyprune.sparse.linear import SparseLinear
+    def _find(self, model: Any, name: str) -> tuple[str, nn.Module] | None:
+        """The module that the checkpoint calls `name`, after its path in the model."""
+        from pyprune.checkpoint.names import candidate_names
 
-        where = parts["values"].file
-        prefix = model.base_model_prefix
-        for path in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")):
+        for tensor in candidate_names(f"{name}.weight", model.base_model_prefix):
+            path = tensor.removesuffix(".weight")
             try:
-                old = model.get_submodule(path)
+                return path, model.get_submodule(path)
             except AttributeError:
                 continue
-            if type(old) is not nn.Linear or tuple(old.weight.shape) != layer.shape:
-                raise UserError(
-                    f"{where}: tensor {name}.values: expected an nn.Linear of {list(layer.shape)} "
-                    f"in the model, got {old}"
-                )
-            new = SparseLinear(
-                old.in_features,
-                old.out_features,
-                layer.format,
-                bias=old.bias is not None,
-                nnz=parts["values"].shape[0],
-                dtype=old.weight.dtype,
-                device="meta",
-            )
-            model.set_submodule(path, new)
-            return path
-        raise UserError(f"{where}: tensor {name}.values: the model has no layer {name}")
+        return None
+
+    def _place(self, model: Any, name: str) -> None:
+        """An empty `SparseLinear` in the place of one linear layer."""
+        from pyprune.sparse.linear import stored_transposed, weight_of
+
+        path, old = self._find(model, name) or ("", None)
+        layer, weight = self._layers[name], None if old is None else weight_of(old)
+        fits = weight is not None and tuple(weight.shape) == layer.shape
+        if old is None or not fits or stored_transposed(old) != layer.transposed:
+            self._refuse(name, f"a linear layer {name} of {list(layer.shape)}", old)
+        model.set_submodule(path, self._empty(name, old.weight.dtype, old.bias is not None))  # type: ignore[arg-type]
+        # GPT-2 initialises projections from the module around them, by their weight.
+        parent = model.get_submodule(path.rpartition(".")[0])
+        if not (parent._parameters or parent._buffers):
+            parent._is_hf_initialized = True
+        self._placed[name] = path
+
+    def _place_experts(self, model: Any, experts: str, names: Mapping[str, str]) -> None:
+        """Empty `SparseExperts` in the place of a fused experts module.
+
+        names: the layers by `<expert>.<projection>`.
+        """
+        from pyprune.models.experts import expert_count
+        from pyprune.sparse.experts import PROJECTIONS, SparseExperts
+
+        path, old = cast("tuple[str, nn.Module]", self._find(model, experts))
+        count, fused = expert_count(old), cast(nn.Parameter, old.gate_up_proj)
+        wide, hidden = fused.shape[1] // 2, fused.shape[2]
+        kind = next((kind for kind in PROJECTIONS if f"0.{kind[0]}" in names), PROJECTIONS[0])
+        places = [f"{number}.{projection}" for number in range(count) for projection in kind]
+        if sorted(places) != sorted(names):
+            first = next(iter(names.values()))
+            self._refuse(first, f"{', '.join(kind)} of {count} experts", old)
+        shapes = dict(zip(kind, [(wide, hidden), (wide, hidden), (hidden, wide)], strict=True))
+        made: list[dict[str, nn.Module]] = [{} for _ in range(count)]
+        for place, name in names.items():
+            number, _, projection = place.partition(".")
+            if self._layers[name].shape != shapes[projection] or self._layers[name].transposed:
+                self._refuse(name, f"the shape {list(shapes[projection])}", old)
+            made[int(number)][projection] = self._empty(name, fused.dtype, False)
+            self._placed[name] = f"{path}.{place}"
+        model.set_submodule(path, SparseExperts(made, old.act_fn))  # type: ignore[arg-type]
+
+    def _empty(self, name: str, dtype: torch.dtype, bias: bool) -> nn.Module:
+        from pyprune.sparse.linear import SparseLinear
+
+        layer = self._layers[name]
+        rows, cols = layer.shape
+        nnz = self._parts[name]["values"].shape[0]
+        return SparseLinear(
+            cols, rows, layer.format,
+            int8=layer.int8, bias=bias, nnz=nnz, dtype=dtype, device="meta",
+        )  # fmt: skip
+
+    def _refuse(self, name: str, expected: str, model_has: nn.Module | None) -> NoReturn:
+        file, got = self._parts[name]["values"].file, str(model_has or "none").splitlines()[0]
+        raise UserError(f"{file}: tensor {name}.values: the model lacks {expected}: got {got}")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from pyprune.sparse import format as formats

@@ -18,6 +18,7 @@ from pyprune.sparse import format as formats
 from pyprune.sparse import legacy
 
 CONFIG = "config.json"
+DENSE = "dense"
 # Fields of config.json that say how weights are stored.
 STORAGE_FIELDS = ("quantization_config", "compression_config", "transformers_weights")
 
@@ -61,7 +62,13 @@ class StoredCheckpoint:
                 f"{path}: expected floating point weights or a sparse layout, got a checkpoint "
                 f"quantized by {method or 'an unknown method'}"
             )
-        return cls(path, raw, "dense", stored, dict(stored), {}, {})
+        return cls.of_dense(path, raw, stored)
+
+    @classmethod
+    def of_dense(
+        cls, path: Path, raw: dict[str, Any], stored: dict[str, TensorEntry]
+    ) -> StoredCheckpoint:
+        return cls(path, raw, DENSE, stored, dict(stored), {}, {})
 
     @classmethod
     def _of_pyprune(
@@ -75,7 +82,8 @@ class StoredCheckpoint:
             parts[name + formats.WEIGHT] = found
             for part in found:
                 del dense[f"{name}.{part}"]
-            dense[name + formats.WEIGHT] = _dense_entry(found["values"], layer.shape)
+            typed = found["scales" if layer.int8 else "values"]
+            dense[name + formats.WEIGHT] = _dense_entry(typed, layer.dense_shape)
         return cls(path, raw, formats.METHOD, stored, dense, layers, parts)
 
     @classmethod
@@ -108,14 +116,29 @@ class StoredCheckpoint:
     def dense_nbytes(self) -> int:
         return sum(entry.nbytes for entry in self.entries.values())
 
-    def checkpoint(self) -> Checkpoint:
+    def format_of(self, name: str) -> str:
+        """How the dense tensor `name` is stored: "dense", a compressed format, or a legacy layout.
+
+        Of an int8 format the name ends in " int8"."""
+        if name not in self.parts:
+            return DENSE
+        return self.layers[name.removesuffix(formats.WEIGHT)].label if self.layers else self.kind
+
+    def stored_nbytes(self, name: str) -> int:
+        """Bytes of the tensors that hold the dense tensor `name`."""
+        parts = self.parts.get(name)
+        found = [self.stored[name]] if parts is None else parts.values()
+        return sum(entry.nbytes for entry in found)
+
+    def checkpoint(self, trust_remote_code: bool = False) -> Checkpoint:
         """The dense checkpoint that this stands for, for building an empty model and mapping names;
         tensors are read by `read`, not through it."""
-        config = read_config(self.path, self.dense_raw, False)
+        config = read_config(self.path, self.dense_raw, trust_remote_code)
         for field in STORAGE_FIELDS:
             if hasattr(config, field):
                 delattr(config, field)
-        return Checkpoint(self.path, config, main_dtype(self.path, self.entries), self.entries)
+        dtype = main_dtype(self.path, self.entries)
+        return Checkpoint(self.path, config, dtype, self.entries, trust_remote_code)
 
     def read(self, name: str) -> Tensor:
         """The dense tensor `name`, in a tensor of its own. Raises UserError, naming file and
@@ -125,13 +148,18 @@ class StoredCheckpoint:
             return read_tensor(self.stored[name])
         if self.kind != formats.METHOD:
             return legacy.unpack_legacy(name, parts, read_tensor)
-        layer = self.layers[name.removesuffix(formats.WEIGHT)]
+        layer = name.removesuffix(formats.WEIGHT)
+        return formats.unpack(self.layers[layer], self.read_parts(layer))
+
+    def read_parts(self, layer: str) -> dict[str, Tensor]:
+        """The tensors that a layer of pyprune's is stored in, checked. Raises as `read`."""
+        parts = self.parts[layer + formats.WEIGHT]
         tensors = {part: read_tensor(entry) for part, entry in parts.items()}
-        where = str(parts["values"].file)
-        formats.check_tensors(name.removesuffix(formats.WEIGHT), layer, tensors, where)
-        return formats.unpack(layer, tensors)
+        formats.check_tensors(layer, self.layers[layer], tensors, str(parts["values"].file))
+        return tensors
 
 
-def _dense_entry(values: TensorEntry, shape: tuple[int, int]) -> TensorEntry:
-    nbytes = shape[0] * shape[1] * values.dtype.itemsize
-    return replace(values, offset=0, nbytes=nbytes, shape=shape)
+def _dense_entry(typed: TensorEntry, shape: tuple[int, int]) -> TensorEntry:
+    """The entry of a dense tensor of the dtype and in the file of `typed`."""
+    nbytes = shape[0] * shape[1] * typed.dtype.itemsize
+    return replace(typed, offset=0, nbytes=nbytes, shape=shape)

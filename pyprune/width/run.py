@@ -231,8 +231,7 @@ def _earlier(source: Path) -> dict[str, Any]:
 
 
 def _run(run: Run) -> WidthReport:
-    if run.state is not None:
-        raise UserError(f"state: {run.config.method} does not go on from one, got {run.state}")
+    run.needs_none("state", "preserve_mask")
     if run.pictures is not None:
         raise UserError("report: expected none, pictures are drawn of removed branches and layers")
     return prune_width_checkpoint(

@@ -79,7 +79,11 @@ def test_iterative_rows_lose_their_exact_count(sparsity):
         assert (~mask).sum(1).unique().tolist() == [pruned_count(50, sparsity)]
 
 
-@pytest.mark.parametrize(("method", "scope"), [s for s in LAYER_SCOPES if s[0] != "sparsegpt"])
+# Their later choices depend on the updates after the earlier ones, and on how many those were.
+STEPWISE = ("sparsegpt", "obs")
+
+
+@pytest.mark.parametrize(("method", "scope"), [s for s in LAYER_SCOPES if s[0] not in STEPWISE])
 def test_masks_are_nested(method, scope):
     w, x = example()
     masks = [solve(method, Unstructured(s, scope), w, x).mask for s in (0.2, 0.4, 0.6, 0.8)]
@@ -193,7 +197,9 @@ def iterative_oracle(w, x, pattern, scale, block):
         if isinstance(pattern, NM):
             count = pattern.m - pattern.n
         else:
-            count = pruned_count(b, pattern.sparsity) - pruned_count(a, pattern.sparsity)
+            # The row's count, shared out by rounding the running total.
+            whole = pruned_count(columns, pattern.sparsity)
+            count = pruned_count(b, whole / columns) - pruned_count(a, whole / columns)
         order = (w[:, a:b].abs() * scale[a:b]).sort(dim=1, stable=True).indices[:, :count]
         mask[:, a:b].scatter_(1, order, False)
         for c in range(a, b):

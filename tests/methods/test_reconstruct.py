@@ -68,6 +68,9 @@ def test_every_method_and_pattern_ends_with_less_error(method, target):
     for before, after in zip(plain.layers[:3], report.layers[:3], strict=True):
         # q, k and v of the first block see the same inputs and lose the same weights.
         assert after.zeros == before.zeros and after.error_basis == "gram"
+        if method == "exactobs":  # ends there by itself
+            assert after.relative_error_after == before.relative_error_after
+            continue
         assert after.relative_error_after < (
             before.relative_error_after
             if before.error_basis == "gram"

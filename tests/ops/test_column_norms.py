@@ -1,5 +1,8 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops.isa import AVAILABLE, restricted
 
 from pyprune import ops
 
@@ -119,3 +122,23 @@ def test_compiles_without_graph_breaks():
     x = torch.randn(9, 11)
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(got, f(x))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 400),
+    columns=st.integers(1, 130),
+    dtype=st.sampled_from([d for d in TOLERANCE if d != torch.float64]),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    kept=st.sampled_from([None, 0.0, 0.5, 1.0]),
+    step=st.integers(1, 3),
+    isa=st.sampled_from(AVAILABLE),
+    seed=st.integers(0, 999),
+)
+def test_fuzz_native_against_float64(tokens, columns, dtype, scale, kept, step, isa, seed):
+    gen = torch.Generator().manual_seed(seed)
+    x = (torch.randn(tokens, columns * step, generator=gen) * scale).to(dtype)[:, ::step]
+    weight = None if kept is None else (torch.rand(tokens, generator=gen) < kept).float()
+    with restricted(isa):
+        got = ops.column_norms(x, weight=weight)
+    torch.testing.assert_close(got.double(), expected(x, weight), rtol=2e-6, atol=1e-30)

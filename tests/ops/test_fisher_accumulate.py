@@ -1,5 +1,8 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops.isa import AVAILABLE, restricted
 
 from pyprune import ops
 
@@ -215,3 +218,28 @@ def test_compiles_without_graph_breaks():
     g, x = randn(5, 7), randn(5, 4, seed=1)
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(g, x)
     torch.testing.assert_close(got, f(g, x))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sequences=st.integers(1, 3),
+    tokens=st.integers(1, 600),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 70),
+    dtype=st.sampled_from([d for d in TOLERANCE if d != torch.float64]),
+    power=st.sampled_from([1, 2]),
+    scale=st.sampled_from([1e-4, 1.0, 100.0]),
+    isa=st.sampled_from(AVAILABLE),
+    seed=st.integers(0, 999),
+)
+def test_fuzz_native_against_float64(
+    sequences, tokens, rows, columns, dtype, power, scale, isa, seed
+):
+    g = randn(sequences, tokens, rows, seed=seed).to(dtype)
+    x = randn(sequences, tokens, columns, seed=seed + 1).to(dtype)
+    with restricted(isa):
+        got = ops.fisher_accumulate(zeros(g, x), g, x, power=power, scale=scale)
+    want = expected(g, x, power, scale)
+    # A sum near zero is rounded as the large terms that cancel in it are.
+    size = (scale * (g.double().abs().mT @ x.double().abs())) ** power
+    assert bool(((got.double() - want).abs() <= 1e-5 * size.sum(0)).all())

@@ -1,5 +1,8 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops.isa import AVAILABLE, restricted
 
 from pyprune import ops
 
@@ -236,3 +239,31 @@ def test_compiles_without_graph_breaks():
     x = randn(9, 11)
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(got, f(x))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 700),
+    columns=st.integers(1, 130),
+    dtype=st.sampled_from([d for d in TOLERANCE if d != torch.float64]),
+    scale=st.sampled_from([1e-3, 1.0, 1e3]),
+    weights=st.sampled_from(["none", "mask", "any"]),
+    ones_column=st.booleans(),
+    isa=st.sampled_from(AVAILABLE),
+    seed=st.integers(0, 999),
+)
+def test_fuzz_native_against_float64(
+    tokens, columns, dtype, scale, weights, ones_column, isa, seed
+):
+    x = (randn(tokens, columns, seed=seed) * scale).to(dtype)
+    weight = None if weights == "none" else randn(tokens, seed=seed + 1).abs()
+    if weight is not None and weights == "mask":
+        weight = (weight > 0.5).float()
+    whole = torch.cat([x, torch.ones(tokens, 1, dtype=dtype)], dim=1) if ones_column else x
+    want = expected(whole, weight)
+    with restricted(isa):
+        got = ops.gram(x, weight=weight, ones_column=ones_column)
+    assert torch.equal(got, got.mT)
+    # Relative to the columns' norms, which rounding is proportional to.
+    norms = want.diagonal().sqrt()
+    assert bool(((got.double() - want).abs() <= 1e-5 * torch.outer(norms, norms)).all())

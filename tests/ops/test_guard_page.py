@@ -40,6 +40,8 @@ for shape in ((3, 72), (5, 136), (18, 1096)):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         w = torch.randn(shape, generator=gen).to(dtype)
         mask = random_24_mask(*shape, gen)
+        q = (32 * w).clamp(-128, 127).to(torch.int8)
+        scales = torch.full((shape[0],), 1 / 64)
         for m in (1, 3, 8, 12, 40):
             for x_dtype in (torch.float32, torch.bfloat16):
                 x = guarded(torch.randn(m, shape[1], generator=gen).to(x_dtype))
@@ -48,6 +50,11 @@ for shape in ((3, 72), (5, 136), (18, 1096)):
                 by24 = ops.linear_24(x, *map(guarded, pack_24(w, mask)))
                 bitmap = ops.linear_bitmap(x, *map(guarded, pack_bitmap(w, mask)))
                 for got in (dense, by24, bitmap):
+                    torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-1)
+                want = x.double() @ (q * mask).double().T / 64
+                by24 = ops.linear_24_int8(x, *map(guarded, (*pack_24(q, mask), scales)))
+                bitmap = ops.linear_bitmap_int8(x, *map(guarded, (*pack_bitmap(q, mask), scales)))
+                for got in (by24, bitmap):
                     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-1)
 if reach:
     values, bitmap, offsets = pack_bitmap(w, mask)

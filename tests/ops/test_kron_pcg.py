@@ -2,6 +2,8 @@ import itertools
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pyprune import ops
 
@@ -109,3 +111,30 @@ def test_wrong_arguments(change, message):
     w, mask, a, g = problem()
     with pytest.raises(ValueError, match=message):
         ops.kron_pcg(**{"w": w, "mask": mask, "a": a, "g": g, **change})
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 6),
+    cols=st.integers(1, 8),
+    sparsity=st.floats(0, 1),
+    inverse=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_fuzz_against_brute_force(rows, cols, sparsity, inverse, seed):
+    gen = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, cols, generator=gen, dtype=torch.float64)
+    mask = torch.rand(rows, cols, generator=gen) >= sparsity
+    a, g = definite(cols, seed), definite(rows, seed + 1)
+    want = brute_force(w, mask, a, g)
+    inverses = {}
+    if inverse:
+        inverses = {"a_inverse": torch.linalg.inv(a), "g_inverse": torch.linalg.inv(g)}
+    got = ops.kron_pcg(w, mask, a, g, iterations=500, tolerance=0, **inverses)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-7)
+    single = {name: t.float() for name, t in inverses.items()}
+    got = ops.kron_pcg(
+        w.float(), mask, a.float(), g.float(), iterations=500, tolerance=1e-6, **single
+    )
+    best = loss(want, w, a, g)
+    assert loss(got, w, a, g) <= best * (1 + 1e-3) + 1e-5 * loss(0 * w, w, a, g)

@@ -1,9 +1,9 @@
-import math
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ops.isa import AVAILABLE, restricted
+from ops.layers import damped, quadratic, random_layer, random_mask
 
 from pyprune import ops
 from pyprune.patterns import pruned_count
@@ -15,32 +15,9 @@ ISAS = ["portable", "avx2", "avx512"]
 SHAPES = [(1, 1), (1, 40), (3, 7), (5, 128), (17, 130), (50, 300)]
 
 
-def random_layer(rows: int, cols: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and the Hessian of correlated inputs, fp64."""
-    gen = torch.Generator().manual_seed(seed)
-    mix = torch.randn(cols, cols, generator=gen, dtype=torch.float64) / math.sqrt(cols)
-    x = torch.randn(2 * cols, cols, generator=gen, dtype=torch.float64) @ (
-        mix + torch.eye(cols, dtype=torch.float64)
-    )
-    return torch.randn(rows, cols, generator=gen, dtype=torch.float64), x.T @ x
-
-
 def fewer(backend: str, cols: int, triton_cols: int) -> int:
     """Triton's interpreter takes milliseconds a column, and has narrower blocks to make up."""
     return triton_cols if backend == "triton" else cols
-
-
-def damped(h: torch.Tensor) -> torch.Tensor:
-    return h + 0.01 * h.diagonal().mean() * torch.eye(len(h), dtype=h.dtype)
-
-
-def quadratic(delta: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
-    """Per row 1/2 d H d^T."""
-    return 0.5 * (delta @ h * delta).sum(1)
-
-
-def random_mask(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
-    return torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)) > 0.5
 
 
 def float64_sweep(w: torch.Tensor, u: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -630,20 +607,16 @@ def test_compiles_without_graph_breaks():
     cols=st.integers(1, 290),
     block_size=st.sampled_from([1, 5, 8, 64, 128, 500]),
     density=st.sampled_from([0.0, 0.1, 0.5, 0.95]),
-    isa=st.sampled_from(ISAS),
+    isa=st.sampled_from(AVAILABLE),
     seed=st.integers(0, 10_000),
 )
 def test_fuzz_native_against_float64(rows, cols, block_size, density, isa, seed):
-    native = ops._registry._native.MODULE
     w, h = random_layer(rows, cols, seed)
     mask = torch.rand(rows, cols, generator=torch.Generator().manual_seed(seed)) < density
     u = ops.obs_factor(h).u
     want = ops.obs_sweep(w, u, mask=mask)
-    try:
-        native.set_isa(isa)
+    with restricted(isa):
         got = ops.obs_sweep(w.float(), u.float(), mask=mask, block_size=block_size)
-    finally:
-        native.set_isa("best")
     torch.testing.assert_close(got.weight.double(), want.weight, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-3, atol=1e-6)
 

@@ -1,6 +1,9 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ops.compressed import pack_24, pack_bitmap, random_24_mask
+from ops.isa import AVAILABLE, restricted
 
 from pyprune import ops
 from pyprune.ops import _registry
@@ -322,3 +325,23 @@ def test_compiles_without_graph_breaks(fmt):
     x = activations(3, 16)
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(got, f(x))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    fmt=st.sampled_from(FORMATS),
+    m=st.integers(1, 40),
+    rows=st.integers(1, 40),
+    groups=st.integers(1, 60),
+    dtype=st.sampled_from(DTYPES),
+    x_dtype=st.sampled_from(DTYPES),
+    density=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+    isa=st.sampled_from(AVAILABLE),
+    seed=st.integers(0, 999),
+)
+def test_fuzz_native_against_float64(fmt, m, rows, groups, dtype, x_dtype, density, isa, seed):
+    tensors, dense = weight(fmt, (rows, 8 * groups), dtype, density, seed)
+    x = activations(m, 8 * groups, x_dtype, seed + 1)
+    with restricted(isa):
+        got = getattr(ops, fmt)(x, *tensors)
+    assert_product(got, x, dense)

@@ -1,0 +1,473 @@
+#include "cpu/sparse_int8.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/sparse_bf16.h"
+#include "cpu/sparse_rows.h"
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+namespace {
+
+inline void store_as(float* y, float value) { *y = value; }
+inline void store_as(bf16* y, float value) {
+  uint32_t u;
+  std::memcpy(&u, &value, 4);
+  // Round to nearest even; a NaN stays one.
+  u = value != value ? (u | 0x400000u) : u + 0x7fffu + ((u >> 16) & 1);
+  y->bits = static_cast<uint16_t>(u >> 16);
+}
+
+// Where a kernel stands in one row: the next value, and the row's mask words (or, where a kernel
+// reads that itself, its 2:4 metadata).
+struct ByteCursor {
+  const int8_t* v;
+  const uint8_t* meta;
+};
+
+// Rows of W that one turn of a kernel multiplies side by side: independent streams and sums.
+constexpr int int8_side(int m) { return m <= 4 ? 4 : 2; }
+constexpr int kInt8BlockRows = 16;
+constexpr int int8_block(int m) { return m <= 2 ? int8_side(m) : kInt8BlockRows; }
+// A piece of x for the first-level cache; for one or two rows of x all of it is one.
+constexpr int64_t kInt8PieceBytes = 24 * 1024;
+
+// Each Kernel has: T, the type x is packed to; place(c), where column c of a word of 64 goes;
+// kMeta, whether it reads 2:4 metadata; and rows<M, R>(), which adds R rows of W, words [i0, i1),
+// times M rows of x to the R x M vectors in `sums`. Packed x is [C / 64][M][64], zeros past C.
+
+#if defined(__AVX512F__)
+
+#pragma GCC push_options
+#pragma GCC target("avx512vbmi,avx512vbmi2")
+
+// The 64 columns of one word as fp32, zeros where nothing is kept. Each byte is widened where it
+// lies in its 32-bit lane, so that column 4 l + b is lane l of vector b.
+struct Columns64 {
+  __m512 v[4];
+  Columns64(uint64_t keep, const int8_t* p) {
+    const __m512i q = _mm512_maskz_expandloadu_epi8(keep, p);
+    v[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24));
+    v[1] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(q, 16), 24));
+    v[2] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(q, 8), 24));
+    v[3] = _mm512_cvtepi32_ps(_mm512_srai_epi32(q, 24));
+  }
+};
+inline int64_t columns64_place(int64_t c) { return 16 * (c & 3) + (c >> 2); }
+
+template <int M, int R>
+void spread_rows(const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1, const float* x,
+                 int64_t ahead, float* sums) {
+  __m512 acc[R][M];
+  const int8_t* v[R];
+  for (int r = 0; r < R; ++r) {
+    v[r] = cursors[r].v;
+    for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
+  }
+  for (int64_t i = i0; i < i1; ++i) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      uint64_t keep;
+      std::memcpy(&keep, cursors[r].meta + 8 * i, 8);
+      const Columns64 w(keep, v[r]);
+      v[r] += popcount(keep);
+      _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const float* xm = x + (i * M + m) * kMaskColumns;
+#pragma GCC unroll 4
+        for (int b = 0; b < 4; ++b)
+          acc[r][m] = _mm512_fmadd_ps(w.v[b], _mm512_load_ps(xm + 16 * b), acc[r][m]);
+      }
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    cursors[r].v = v[r];
+    for (int m = 0; m < M; ++m) _mm512_store_ps(sums + (r * M + m) * 16, acc[r][m]);
+  }
+}
+
+#pragma GCC pop_options
+
+#else
+
+inline int64_t columns64_place(int64_t c) { return c; }
+
+// The values at `v` over the kept columns of one word, zeros elsewhere; where they went on to.
+inline const int8_t* spread_word(const int8_t* v, const int8_t* end, uint64_t keep, float* out) {
+#if defined(__AVX2__)
+  for (int i = 0; i < 8; ++i, keep >>= 8) {
+    int64_t bytes = 0;
+    if (end - v >= 8)
+      std::memcpy(&bytes, v, 8);
+    else  // the matrix ends here: no load may reach past it
+      std::memcpy(&bytes, v, static_cast<size_t>(end - v));
+    const __m256i q = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes));
+    const unsigned kept = keep & 0xff;
+    _mm256_storeu_ps(out + 8 * i, expand8({_mm256_cvtepi32_ps(q)}, kept));
+    v += popcount(kept);
+  }
+#else
+  (void)end;
+  for (int c = 0; c < kMaskColumns; ++c) out[c] = (keep >> c) & 1 ? static_cast<float>(*v++) : 0.0f;
+#endif
+  return v;
+}
+
+template <int M, int R>
+void spread_rows(const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1, const float* x,
+                 int64_t, float* sums) {
+  for (int r = 0; r < R; ++r) {
+    Vec acc[M];
+    for (int m = 0; m < M; ++m) acc[m] = Vec::load(sums + (r * M + m) * Vec::kLanes);
+    const int8_t* v = cursors[r].v;
+    for (int64_t i = i0; i < i1; ++i) {
+      uint64_t keep;
+      std::memcpy(&keep, cursors[r].meta + 8 * i, 8);
+      float row[kMaskColumns];
+      v = spread_word(v, end, keep, row);
+      for (int64_t c = 0; c < kMaskColumns; c += Vec::kLanes) {
+        const Vec w = Vec::load(row + c);
+        for (int m = 0; m < M; ++m)
+          acc[m] = Vec::fma(w, Vec::load(x + (i * M + m) * kMaskColumns + c), acc[m]);
+      }
+    }
+    cursors[r].v = v;
+    for (int m = 0; m < M; ++m) acc[m].store(sums + (r * M + m) * Vec::kLanes);
+  }
+}
+
+#endif
+
+// fp32: spreads the values over their columns and multiplies.
+struct Spread {
+  using T = float;
+  static constexpr bool kMeta = false;
+  static int64_t place(int64_t c) { return columns64_place(c); }
+  template <int M, int R>
+  static void rows(int64_t, const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1,
+                   const float* x, int64_t ahead, float* sums) {
+    spread_rows<M, R>(end, cursors, i0, i1, x, ahead, sums);
+  }
+};
+
+#if defined(__AVX512F__)
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq")
+
+inline __m512 widen16(__m128i q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)); }
+
+// bf16 x: pairs of products, summed in fp32. A bitmap spreads its values over their columns, 2:4
+// gathers the activations instead.
+template <WeightFormat kFormat>
+struct Dot {
+  using T = bf16;
+  static constexpr bool kMeta = kFormat == WeightFormat::sparse24;
+  static int64_t place(int64_t c) { return kMeta ? c : columns64_place(c); }
+
+  template <int M, int R>
+  static void rows(int64_t cols, const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1,
+                   const bf16* x, int64_t ahead, float* sums) {
+    __m512 acc[R][M];
+    const int8_t* v[R];
+    for (int r = 0; r < R; ++r) {
+      v[r] = cursors[r].v;
+      for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
+    }
+    // kTail: the word that the matrix ends in, `left` of its columns (2:4 alone has to know).
+    const auto step = [&](int64_t i, auto tail, int64_t left) __attribute__((always_inline)) {
+      constexpr bool kTail = decltype(tail)::value && kMeta;
+      __m512bh w[R][2];
+      __m512i picks[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        uint64_t word = 0;
+        if (kTail)
+          std::memcpy(&word, cursors[r].meta + 8 * i, static_cast<size_t>(left / 8));
+        else
+          std::memcpy(&word, cursors[r].meta + 8 * i, 8);
+        if (kMeta) {
+          const uint32_t k = kTail ? (uint32_t{1} << (left / 2)) - 1 : ~0u;
+          const __m128i lo = _mm_maskz_loadu_epi8(static_cast<__mmask16>(k), v[r]);
+          const __m128i hi = _mm_maskz_loadu_epi8(static_cast<__mmask16>(k >> 16), v[r] + 16);
+          w[r][0] = _mm512_cvtne2ps_pbh(widen16(hi), widen16(lo));
+          picks[r] = kept_of(word);
+          v[r] += 32;
+        } else {
+          const Columns64 c(word, v[r]);
+          w[r][0] = _mm512_cvtne2ps_pbh(c.v[1], c.v[0]);
+          w[r][1] = _mm512_cvtne2ps_pbh(c.v[3], c.v[2]);
+          v[r] += popcount(word);
+        }
+        _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const bf16* xm = x + (i * M + m) * kMaskColumns;
+        const __m512i x0 = _mm512_load_si512(xm), x1 = _mm512_load_si512(xm + 32);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          if (kMeta) {
+            acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], words_of(pick(x0, x1, picks[r])));
+          } else {
+            acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], words_of(x0));
+            acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][1], words_of(x1));
+          }
+        }
+      }
+    };
+    const int64_t whole = kMeta ? std::min(i1, cols / kMaskColumns) : i1;
+    for (int64_t i = i0; i < whole; ++i) step(i, std::false_type(), 0);
+    if (whole < i1) step(whole, std::true_type(), cols % kMaskColumns);
+    for (int r = 0; r < R; ++r) {
+      cursors[r].v = v[r];
+      for (int m = 0; m < M; ++m) _mm512_store_ps(sums + (r * M + m) * 16, acc[r][m]);
+    }
+  }
+};
+
+#pragma GCC pop_options
+
+#endif
+
+inline void convert(float x, float* out) { *out = x; }
+inline void convert(bf16 x, float* out) { *out = to_float(x); }
+inline void convert(bf16 x, bf16* out) { *out = x; }
+
+// `m` rows of x as Kernel reads them.
+template <class Kernel, class X>
+void pack_words(const X* x, int64_t stride, int64_t m, int64_t cols, typename Kernel::T* out) {
+  for (int64_t c = 0; c < cols; c += kMaskColumns)
+    for (int64_t i = 0; i < m; ++i, out += kMaskColumns) {
+      const int64_t width = std::min(kMaskColumns, cols - c);
+      if (width < kMaskColumns) std::memset(out, 0, kMaskColumns * sizeof(*out));
+      const X* row = x + i * stride + c;
+      for (int64_t j = 0; j < width; ++j) convert(row[j], out + Kernel::place(j));
+    }
+}
+
+struct AlignedFree {
+  void operator()(void* p) const { std::free(p); }
+};
+using Aligned = std::unique_ptr<void, AlignedFree>;
+inline Aligned aligned_bytes(int64_t bytes) {
+  Aligned p(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64)));
+  if (!p) throw std::bad_alloc();
+  return p;
+}
+
+// One thread's buffers: mask words of a block of rows, and their sums.
+struct FewScratch {
+  uint64_t* words;
+  float* sums;
+};
+
+// Rows [r0, r0 + count) of W times all M rows of x into `s.sums`; false, and the row noted, when
+// one is inconsistent.
+template <class Kernel, int M>
+bool few_block(const Weights& w, int64_t r0, int64_t count, const typename Kernel::T* x,
+               const FewScratch& s, std::atomic<int64_t>* broken) {
+  constexpr int kSide = int8_side(M);
+  const int64_t n = mask_words(w.cols);
+  const auto* values = static_cast<const int8_t*>(w.values);
+  ByteCursor cursors[kInt8BlockRows];
+  for (int64_t r = 0; r < count; ++r) {
+    uint64_t* words = s.words + r * n;
+    if (!Kernel::kMeta && !row_mask(w, r0 + r, words)) {
+      broken->store(r0 + r, std::memory_order_relaxed);
+      return false;
+    }
+    const uint8_t* meta =
+        Kernel::kMeta ? w.meta + (r0 + r) * w.meta_stride : reinterpret_cast<const uint8_t*>(words);
+    cursors[r] = {values + w.begin(r0 + r), meta};
+  }
+  const int64_t ahead = w.begin(std::min(r0 + count, w.rows - 1)) - w.begin(r0);
+  const int64_t word_bytes = kMaskColumns * static_cast<int64_t>(sizeof(typename Kernel::T)) * M;
+  const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, kInt8PieceBytes / word_bytes);
+  std::fill(s.sums, s.sums + count * M * Vec::kLanes, 0.0f);
+  for (int64_t i0 = 0; i0 < n; i0 += piece) {
+    const int64_t i1 = std::min(n, i0 + piece);
+    int64_t r = 0;
+    for (; r + kSide <= count; r += kSide)
+      Kernel::template rows<M, kSide>(w.cols, values + w.nnz, cursors + r, i0, i1, x, ahead,
+                                      s.sums + r * M * Vec::kLanes);
+    for (; r < count; ++r)
+      Kernel::template rows<M, 1>(w.cols, values + w.nnz, cursors + r, i0, i1, x, ahead,
+                                  s.sums + r * M * Vec::kLanes);
+  }
+  return true;
+}
+
+template <class Kernel, class X, int M>
+void few_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
+  constexpr int64_t kBlock = int8_block(M);
+  const int64_t n = mask_words(w.cols), blocks = (w.rows + kBlock - 1) / kBlock;
+  const int64_t sum_floats = kBlock * M * Vec::kLanes;
+  const int threads = a.linear.threads;
+  const Aligned packed = aligned_bytes(n * M * kMaskColumns * 4);
+  const Aligned sums = aligned_bytes(threads * sum_floats * 4);
+  const Aligned words = aligned_bytes(threads * kBlock * n * 8);
+  auto* x = static_cast<typename Kernel::T*>(packed.get());
+  pack_words<Kernel>(a.linear.x.ptr<const X>(), a.linear.x.stride[0], M, w.cols, x);
+  const float* scales = a.scales.ptr<const float>();
+  const float* bias = a.linear.bias ? a.linear.bias->ptr<const float>() : nullptr;
+  X* y = a.linear.y.ptr<X>();
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t g = 0; g < blocks; ++g) {
+    const int64_t r0 = g * kBlock, count = std::min(kBlock, w.rows - r0);
+    const int64_t me = omp_get_thread_num();
+    const FewScratch s{static_cast<uint64_t*>(words.get()) + me * kBlock * n,
+                       static_cast<float*>(sums.get()) + me * sum_floats};
+    prefetch_meta(w, r0 + kBlock, kBlock);
+    if (!few_block<Kernel, M>(w, r0, count, x, s, broken)) continue;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t m = 0; m < M; ++m) {
+        const float sum = Vec::load(s.sums + (r * M + m) * Vec::kLanes).sum();
+        store_as(y + m * w.rows + r0 + r, sum * scales[r0 + r] + (bias ? bias[r0 + r] : 0.0f));
+      }
+  }
+}
+
+template <class Kernel, class X, int M = kInt8FewRows>
+void few_rows(const SparseInt8Args& a, const Weights& w, int64_t m, std::atomic<int64_t>* broken) {
+  if (m == M)
+    few_rows<Kernel, X, M>(a, w, broken);
+  else if constexpr (M > 1)
+    few_rows<Kernel, X, M - 1>(a, w, m, broken);
+}
+
+// Rows of W that are widened at a time: enough that packing x anew for each costs about one
+// per cent, and few enough that the widened values stay in the last-level cache.
+constexpr int64_t kWideRows = 1024;
+
+TensorView view_of(void* data, DType dtype, int64_t rows, int64_t cols) {
+  TensorView v;
+  v.data = data;
+  v.dtype = dtype;
+  v.ndim = 2;
+  v.shape[0] = rows;
+  v.shape[1] = v.stride[0] = cols;
+  v.stride[1] = 1;
+  return v;
+}
+
+TensorView view_of(void* data, DType dtype, int64_t n) {
+  TensorView v = view_of(data, dtype, 1, n);
+  v.ndim = 1;
+  v.shape[0] = n;
+  v.stride[0] = 1;
+  return v;
+}
+
+// Rows [r0, r0 + count): values as bf16, offsets counted from the first; false, and the row noted,
+// when one is inconsistent.
+bool widen_rows(const Weights& w, int64_t r0, int64_t count, int threads, std::vector<bf16>* values,
+                std::vector<int64_t>* offsets, std::atomic<int64_t>* broken) {
+  const bool bitmap = w.format == WeightFormat::bitmap;
+  const int64_t first = w.begin(r0);
+  for (int64_t r = 0; bitmap && r < count; ++r) {
+    const int64_t begin = w.offsets[r0 + r], end = w.offsets[r0 + r + 1];
+    if (begin < 0 || begin > end || end > w.nnz) {
+      broken->store(r0 + r, std::memory_order_relaxed);
+      return false;
+    }
+    (*offsets)[static_cast<size_t>(r)] = begin - first;
+  }
+  const int64_t n = (bitmap ? w.offsets[r0 + count] : w.begin(r0 + count)) - first;
+  (*offsets)[static_cast<size_t>(count)] = n;
+  values->resize(static_cast<size_t>(n));
+  const int8_t* q = static_cast<const int8_t*>(w.values) + first;
+  bf16* out = values->data();
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < n; ++i) {
+    const float f = static_cast<float>(q[i]);
+    uint32_t u;
+    std::memcpy(&u, &f, 4);
+    out[i] = {static_cast<uint16_t>(u >> 16)};
+  }
+  std::vector<uint64_t> words(static_cast<size_t>(mask_words(w.cols)));
+  for (int64_t r = 0; bitmap && r < count; ++r)
+    if (!row_mask(w, r0 + r, words.data())) {
+      broken->store(r0 + r, std::memory_order_relaxed);
+      return false;
+    }
+  return true;
+}
+
+// bf16 x: a sum is rounded to bf16 before it is scaled, and rounded once more then.
+template <class X>
+void many_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
+  const SparseLinearArgs& args = a.linear;
+  const int64_t tokens = args.x.shape[0], most = std::min(kWideRows, w.rows);
+  std::vector<bf16> values;
+  std::vector<int64_t> offsets(static_cast<size_t>(most + 1));
+  std::vector<X> block(static_cast<size_t>(tokens * most));
+  const float* scales = a.scales.ptr<const float>();
+  const float* bias = args.bias ? args.bias->ptr<const float>() : nullptr;
+  X* y = args.y.ptr<X>();
+  for (int64_t r0 = 0; r0 < w.rows; r0 += kWideRows) {
+    const int64_t count = std::min(kWideRows, w.rows - r0);
+    if (!widen_rows(w, r0, count, args.threads, &values, &offsets, broken)) return;
+    TensorView meta =
+        view_of(const_cast<uint8_t*>(w.meta) + r0 * w.meta_stride, DType::u8, count, w.meta_stride);
+    TensorView begins = view_of(offsets.data(), DType::i64, count + 1);
+    SparseLinearArgs part = args;
+    part.y = view_of(block.data(), args.y.dtype, tokens, count);
+    part.rows = count;
+    part.values = view_of(values.data(), DType::bf16, static_cast<int64_t>(values.size()));
+    part.meta = &meta;
+    part.offsets = args.offsets ? &begins : nullptr;
+    part.bias = nullptr;
+    PYPRUNE_ISA::sparse_linear(part);
+#pragma omp parallel for schedule(static) num_threads(args.threads)
+    for (int64_t t = 0; t < tokens; ++t)
+      for (int64_t r = 0; r < count; ++r)
+        store_as(y + t * w.rows + r0 + r,
+                 to_float(block[static_cast<size_t>(t * count + r)]) * scales[r0 + r] +
+                     (bias ? bias[r0 + r] : 0.0f));
+  }
+}
+
+template <class X>
+void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
+  const int64_t m = a.linear.x.shape[0];
+  if (m > kInt8FewRows) return many_rows<X>(a, w, broken);
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<X, bf16>) {
+    if (current_isa() >= Isa::avx512_bf16) {
+      if (w.format == WeightFormat::sparse24)
+        return few_rows<Dot<WeightFormat::sparse24>, X>(a, w, m, broken);
+      return few_rows<Dot<WeightFormat::bitmap>, X>(a, w, m, broken);
+    }
+  }
+#endif
+  few_rows<Spread, X>(a, w, m, broken);
+}
+
+}  // namespace
+
+void sparse_int8(const SparseInt8Args& args) {
+#if defined(__AVX512F__)
+  if (!__builtin_cpu_supports("avx512vbmi2")) return avx2::sparse_int8(args);
+#endif
+  const Weights w(args.linear);
+  std::atomic<int64_t> broken{-1};
+  if (args.linear.x.dtype == DType::f32)
+    run_int8<float>(args, w, &broken);
+  else
+    run_int8<bf16>(args, w, &broken);
+  if (broken.load() >= 0)
+    throw std::invalid_argument("bitmap: row " + std::to_string(broken.load()) +
+                                " has bits that do not match its row_offsets");
+}
+
+}  // namespace PYPRUNE_ISA
+}  // namespace pyprune

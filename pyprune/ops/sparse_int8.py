@@ -1,0 +1,312 @@
+"""Compressed weights with int8 values and one scale a row, and products with them.
+
+`W[r, c] = scales[r] * q[r, c]`, q from -128 to 127, stored as 2:4 or bitmap like any other matrix
+(see `pyprune.ops.sparse_linear`), with q as the values. At 50 % that is 5 bits a weight. An int8
+number is a bf16 number exactly, so products lose nothing to it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyprune.ops import _registry
+from pyprune.ops._checks import check_float, check_rows, check_same_device, check_shape
+from pyprune.ops.pack import unpack_24, unpack_bitmap, validate_24, validate_bitmap
+from pyprune.ops.sparse_linear import (
+    META_COLUMNS,
+    decompress_24,
+    decompress_bitmap,
+    linear_dense_reference,
+    native_linear,
+    triton_limits,
+)
+
+LARGEST = 127
+_PATTERN = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 numbers and scales with `w ~ scales[:, None] * q`, symmetric, each row by itself.
+
+        scales[r] = max_c |w[r, c]| / 127, rounded up to w's dtype
+        q[r, c]   = w[r, c] / scales[r], rounded to nearest, ties to even
+
+    No element is off by more than half of its row's scale. The scales have the precision of the
+    weights, so that both can be cast alike.
+
+    Args:
+        w: `[R, C]`, bf16, fp16, fp32 or fp64; finite.
+
+    Returns:
+        q int8 `[R, C]`, and scales `[R]` in w's dtype; a row of zeros has the scale 0.
+
+    Raises:
+        ValueError: w is no floating point matrix, or has an infinity or a NaN (the row is named).
+    """
+    check_rows("w", w)
+    if w.numel() == 0:
+        return torch.zeros_like(w, dtype=torch.int8), w.new_zeros(w.shape[0])
+    wide = w.double() if w.dtype == torch.float64 else w.float()
+    largest = wide.abs().amax(1)
+    bad = (~largest.isfinite()).nonzero()
+    if len(bad):
+        raise ValueError(f"w: expected finite weights to quantize, got others in row {int(bad[0])}")
+    scales = (largest / LARGEST).to(w.dtype)
+    # The next larger number of the dtype: positive floats are ordered like their bit patterns.
+    bits = scales.view(_PATTERN[scales.element_size()])
+    bits += scales.double() * LARGEST < largest.double()
+    q = (wide / scales.to(wide.dtype)[:, None]).round_()
+    return q.nan_to_num_(0.0).clamp_(-LARGEST, LARGEST).to(torch.int8), scales
+
+
+def dequantize_rows(q: Tensor, scales: Tensor) -> Tensor:
+    """`scales[:, None] * q` in the dtype of the scales: `[R, C]` of any dtype that holds int8."""
+    wide = torch.float64 if scales.dtype == torch.float64 else torch.float32
+    return (q.to(wide) * scales.to(wide)[:, None]).to(scales.dtype)
+
+
+def _check_values(values: Tensor, scales: Tensor, rows: int) -> None:
+    if values.dtype != torch.int8:
+        raise ValueError(f"values: expected torch.int8, got {values.dtype}")
+    check_float("scales", scales)
+    check_shape("scales", scales, (rows,))
+    check_same_device(values, scales)
+
+
+def _as_float(values: Tensor) -> Tensor:
+    """A float tensor of the same shape, with no memory of its own: its elements mean nothing."""
+    return values.new_empty((1,) * values.dim(), dtype=torch.bfloat16).expand(values.shape)
+
+
+def _check_scales(scales: Tensor) -> None:
+    bad = (~((scales >= 0) & scales.isfinite())).nonzero()
+    if len(bad):
+        row = int(bad[0])
+        raise ValueError(
+            f"scales: expected finite numbers of at least 0, got {float(scales[row])} in row {row}"
+        )
+
+
+def validate_24_int8(values: Tensor, meta: Tensor, scales: Tensor) -> None:
+    """Raises ValueError unless these describe a matrix; see `validate_24`."""
+    _check_values(values, scales, values.shape[0] if values.dim() else 0)
+    validate_24(_as_float(values), meta)
+    _check_scales(scales)
+
+
+def validate_bitmap_int8(
+    values: Tensor, bitmap: Tensor, row_offsets: Tensor, scales: Tensor, cols: int
+) -> None:
+    """Raises ValueError unless these describe a matrix; see `validate_bitmap`."""
+    _check_values(values, scales, bitmap.shape[0] if bitmap.dim() else 0)
+    validate_bitmap(_as_float(values), bitmap, row_offsets, cols)
+    _check_scales(scales)
+
+
+def unpack_24_int8(values: Tensor, meta: Tensor, scales: Tensor) -> Tensor:
+    """The dense matrix `[R, C]` in the dtype of the scales. Raises as `validate_24_int8`."""
+    validate_24_int8(values, meta, scales)
+    return dequantize_rows(unpack_24(values.bfloat16(), meta), scales)
+
+
+def unpack_bitmap_int8(
+    values: Tensor, bitmap: Tensor, row_offsets: Tensor, scales: Tensor, cols: int
+) -> Tensor:
+    """The dense matrix `[R, C]` in the dtype of the scales. Raises as `validate_bitmap_int8`."""
+    validate_bitmap_int8(values, bitmap, row_offsets, scales, cols)
+    return dequantize_rows(unpack_bitmap(values.bfloat16(), bitmap, row_offsets, cols), scales)
+
+
+def _check_x(x: Tensor, bias: Tensor | None, rows: int) -> None:
+    if x.dim() < 1 or x.shape[-1] == 0:
+        raise ValueError(f"x: expected [..., C] with C > 0, got shape {tuple(x.shape)}")
+    check_float("x", x)
+    if bias is not None:
+        check_float("bias", bias)
+        check_shape("bias", bias, (rows,))
+
+
+def _check_bytes(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if t.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {t.dtype}")
+    check_shape(name, t, shape)
+
+
+def _check_linear_24_int8(
+    x: Tensor, values: Tensor, meta: Tensor, scales: Tensor, bias: Tensor | None
+) -> None:
+    if values.dim() != 2:
+        raise ValueError(f"values: expected 2 dimensions, got shape {tuple(values.shape)}")
+    rows = values.shape[0]
+    _check_x(x, bias, rows)
+    cols = x.shape[-1]
+    if cols % META_COLUMNS:
+        raise ValueError(f"x: 2:4 needs a multiple of {META_COLUMNS} columns, got {cols}")
+    _check_values(values, scales, rows)
+    check_shape("values", values, (rows, cols // 2))
+    _check_bytes("meta", meta, (rows, cols // META_COLUMNS), torch.uint8)
+    check_same_device(x, values, meta, bias)
+
+
+def _check_linear_bitmap_int8(
+    x: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    row_offsets: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+) -> None:
+    if values.dim() != 1:
+        raise ValueError(f"values: expected 1 dimension, got shape {tuple(values.shape)}")
+    if bitmap.dim() != 2:
+        raise ValueError(f"bitmap: expected 2 dimensions, got shape {tuple(bitmap.shape)}")
+    rows = bitmap.shape[0]
+    _check_x(x, bias, rows)
+    _check_values(values, scales, rows)
+    _check_bytes("bitmap", bitmap, (rows, -(-x.shape[-1] // META_COLUMNS)), torch.uint8)
+    _check_bytes("row_offsets", row_offsets, (rows + 1,), torch.int64)
+    check_same_device(x, values, bitmap, row_offsets, bias)
+
+
+def _scaled(x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weight = q.to(wide) * scales.to(wide)[:, None]
+    return linear_dense_reference(x, weight, bias)
+
+
+def linear_24_int8_reference(
+    x: Tensor, values: Tensor, meta: Tensor, scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    return _scaled(x, decompress_24(values, meta), scales, bias)
+
+
+def linear_bitmap_int8_reference(
+    x: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    row_offsets: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    return _scaled(x, decompress_bitmap(values, bitmap, x.shape[-1]), scales, bias)
+
+
+def _linear_24_int8_fake(
+    x: Tensor, values: Tensor, meta: Tensor, scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    _check_linear_24_int8(x, values, meta, scales, bias)
+    return x.new_empty((*x.shape[:-1], values.shape[0]))
+
+
+def _linear_bitmap_int8_fake(
+    x: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    row_offsets: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    _check_linear_bitmap_int8(x, values, bitmap, row_offsets, scales, bias)
+    return x.new_empty((*x.shape[:-1], bitmap.shape[0]))
+
+
+def _linear_24_int8_native(
+    x: Tensor, values: Tensor, meta: Tensor, scales: Tensor, bias: Tensor | None
+) -> Tensor:
+    return native_linear("linear_24_int8", x, values.shape[0], bias, values, meta, scales.float())
+
+
+def _linear_bitmap_int8_native(
+    x: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    row_offsets: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    weight = (values, bitmap, row_offsets, scales.float())
+    return native_linear("linear_bitmap_int8", x, bitmap.shape[0], bias, *weight)
+
+
+_registry.register(
+    "linear_24_int8(Tensor x, Tensor values, Tensor meta, Tensor scales, Tensor? bias) -> Tensor",
+    fake=_linear_24_int8_fake,
+    impls={
+        "reference": _registry.Impl(linear_24_int8_reference),
+        "native": _registry.Impl(_linear_24_int8_native, _registry.HALF_OR_SINGLE),
+        "triton": _registry.Impl(
+            "pyprune.kernels.sparse_int8:linear_24_int8_triton",
+            _registry.HALF_OR_SINGLE,
+            triton_limits,
+        ),
+    },
+)
+_registry.register(
+    "linear_bitmap_int8(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor scales,"
+    " Tensor? bias) -> Tensor",
+    fake=_linear_bitmap_int8_fake,
+    impls={
+        "reference": _registry.Impl(linear_bitmap_int8_reference),
+        "native": _registry.Impl(_linear_bitmap_int8_native, _registry.HALF_OR_SINGLE),
+        "triton": _registry.Impl(
+            "pyprune.kernels.sparse_int8:linear_bitmap_int8_triton",
+            _registry.HALF_OR_SINGLE,
+            triton_limits,
+        ),
+    },
+)
+
+
+def linear_24_int8(
+    x: Tensor, values: Tensor, meta: Tensor, scales: Tensor, *, bias: Tensor | None = None
+) -> Tensor:
+    """`y = x @ W^T + bias` for a 2:4 compressed `W = scales[:, None] * q` `[R, C]`.
+
+    Args:
+        x: activations `[..., C]`, bf16, fp16, fp32 or fp64; any strides. C is a multiple of 8.
+        values: int8 `[R, C/2]`, the two kept q of every four, in column order.
+        meta: uint8 `[R, C/8]`, as in `linear_24`.
+        scales: `[R]`, any float dtype.
+        bias: `[R]` or None.
+
+    Returns:
+        `[..., R]` in x's dtype. Products x * q are summed in fp32 and scaled once, so sums beyond
+        3.4e38 overflow even where the scale would bring them back (fp64 x: computed in fp64). With
+        more than 8 rows of bf16 x the sums are rounded to bf16 before they are scaled.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match.
+    """
+    _check_linear_24_int8(x, values, meta, scales, bias)
+    y: Tensor = torch.ops.pyprune.linear_24_int8(x, values, meta, scales, bias)
+    return y
+
+
+def linear_bitmap_int8(
+    x: Tensor,
+    values: Tensor,
+    bitmap: Tensor,
+    row_offsets: Tensor,
+    scales: Tensor,
+    *,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`y = x @ W^T + bias` for a bitmap compressed `W = scales[:, None] * q` `[R, C]`.
+
+    Args:
+        x: activations `[..., C]`, bf16, fp16, fp32 or fp64; any strides.
+        values: int8 `[nnz]`, the stored q row after row, in column order.
+        bitmap, row_offsets: as in `linear_bitmap`.
+        scales: `[R]`, any float dtype.
+        bias: `[R]` or None.
+
+    Returns:
+        `[..., R]` in x's dtype, computed as in `linear_24_int8`.
+
+    Raises:
+        ValueError: a shape, dtype or device does not match, or a row's bits and offsets disagree.
+    """
+    _check_linear_bitmap_int8(x, values, bitmap, row_offsets, scales, bias)
+    y: Tensor = torch.ops.pyprune.linear_bitmap_int8(x, values, bitmap, row_offsets, scales, bias)
+    return y

@@ -1,0 +1,167 @@
+"""How each layer of a checkpoint is to be stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from pyprune.checkpoint import Checkpoint
+from pyprune.checkpoint.names import EXPERT, owners
+from pyprune.errors import UserError
+from pyprune.models.experts import FUSED_EXPERTS, PROJECTIONS
+from pyprune.sparse import format as formats
+from pyprune.sparse.format import LayerFormat
+from pyprune.sparse.linear import stored_transposed, weight_of
+from pyprune.sparse.measured import MeasuredChoice
+from pyprune.sparse.stored import DENSE, StoredCheckpoint
+
+
+@dataclass(frozen=True)
+class LayerConversion:
+    """What became of one linear layer. format: "dense", "sparse24" or "bitmap". values: their
+    dtype as stored; dtype: that of the dense weight. shape: outputs by inputs. density: the share
+    of elements that are stored. error: `|W - stored W| / |W|` where values are int8, else None.
+    seconds: of a product, by format, where that was measured."""
+
+    format: str
+    values: str
+    dtype: str
+    shape: tuple[int, int]
+    density: float
+    nbytes_dense: int
+    nbytes: int
+    error: float | None = None
+    seconds: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Decision:
+    """layer: how the weight is stored, None for dense. nnz: elements that a bitmap stores."""
+
+    layer: LayerFormat | None
+    nnz: int
+    report: LayerConversion
+
+
+class Chooser:
+    """Decides layer by layer; arguments as for `compress_checkpoint`.
+
+    candidates: the tensors to decide about, and whether they hold their weight transposed.
+    """
+
+    def __init__(
+        self,
+        stored: StoredCheckpoint,
+        candidates: Mapping[str, bool],
+        allowed: tuple[str, ...],
+        int8: bool,
+        measured_rows: int | None,
+    ) -> None:
+        self._stored, self._transposed, self._allowed = stored, candidates, allowed
+        self._int8 = int8
+        total = sum(stored.entries[tensor].nbytes for tensor in candidates)
+        self._measured = None if measured_rows is None else MeasuredChoice(measured_rows, total)
+
+    def choose(self, tensor: str) -> Decision:
+        dense, transposed = self._stored.read(tensor), self._transposed[tensor]
+        weight = dense.T if transposed else dense
+        sizes, nnz = formats.candidates(weight, self._allowed)
+        kind, seconds = next(iter(sizes), DENSE), None
+        if self._measured is not None and sizes:
+            kind, seconds = self._measured(weight, sizes, nnz, self._int8)
+        report = LayerConversion(
+            format=DENSE,
+            values=str(dense.dtype).removeprefix("torch."),
+            dtype=str(dense.dtype).removeprefix("torch."),
+            shape=(weight.shape[0], weight.shape[1]),
+            density=nnz / weight.numel() if weight.numel() else 1.0,
+            nbytes_dense=dense.nbytes,
+            nbytes=dense.nbytes,
+            seconds=seconds,
+        )
+        if kind == DENSE:
+            return Decision(None, nnz, report)
+        layer = LayerFormat(kind, report.shape, self._int8, transposed)
+        nnz, error = self._stored_values(tensor, dense, layer, nnz)
+        report = replace(
+            report,
+            format=kind,
+            values=formats.INT8 if self._int8 else report.dtype,
+            density=nnz / weight.numel(),
+            nbytes=layer.nbytes(nnz, dense.dtype),
+            error=error,
+        )
+        return Decision(layer, nnz, report)
+
+    def _stored_values(
+        self, tensor: str, dense: Tensor, layer: LayerFormat, nnz: int
+    ) -> tuple[int, float | None]:
+        """How many values `layer` stores, and their relative error with int8."""
+        if self._stored.layers.get(tensor.removesuffix(formats.WEIGHT)) == layer:
+            parts = self._stored.parts[tensor]  # taken over as they are
+            return math.prod(parts["values"].shape), 0.0 if layer.int8 else None
+        if not layer.int8:
+            return nnz, None
+        try:
+            return formats.quantization_error(dense, layer)
+        except UserError as error:
+            file = self._stored.entries[tensor].file
+            raise UserError(f"{file}: tensor {tensor}: {error}") from error
+
+
+def whole_mixtures(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
+    """The decisions, by tensor, with a mixture's experts compressed all, or none: they are one
+    module of the model."""
+    mixtures: dict[str, list[str]] = {}
+    for tensor in decisions:
+        if match := EXPERT.match(tensor):
+            mixtures.setdefault(match["experts"], []).append(tensor)
+    made = dict(decisions)
+    for tensors in mixtures.values():
+        if any(decisions[tensor].layer is None for tensor in tensors):
+            made |= {tensor: _dense(decisions[tensor]) for tensor in tensors}
+    return made
+
+
+def _dense(decision: Decision) -> Decision:
+    old = decision.report
+    report = replace(old, format=DENSE, values=old.dtype, nbytes=old.nbytes_dense, error=None)
+    return Decision(None, decision.nnz, report)
+
+
+def compressible(checkpoint: Checkpoint) -> dict[str, bool]:
+    """The tensors that are, each on its own, the weight of one linear layer of the model (see
+    `weight_of`) or of one projection of one expert, and whether they hold it transposed."""
+    reason = checkpoint.streamable()
+    if reason:
+        raise UserError(f"{checkpoint.path}: cannot be compressed tensor by tensor: {reason}")
+    model = checkpoint.build_model()
+    places = owners(model)
+    found = {}
+    for name, module in model.named_modules():
+        if weight_of(module) is None or len(places[id(module.weight)]) > 1:
+            continue
+        pieces = checkpoint.names.pieces[name + formats.WEIGHT]
+        tensor = pieces[0].tensor
+        entry = checkpoint.tensors[tensor]
+        whole = len(pieces) == 1 and pieces[0].expert is None
+        named = tensor.endswith(formats.WEIGHT)
+        if whole and named and entry.dtype in formats.VALUE_DTYPES:
+            found[tensor] = stored_transposed(module)
+    for name, module in model.named_modules():
+        if type(module).__name__ in FUSED_EXPERTS:
+            tensors = _expert_tensors(checkpoint, name)
+            found |= dict.fromkeys(tensors, False)
+    return found
+
+
+def _expert_tensors(checkpoint: Checkpoint, name: str) -> list[str]:
+    """The tensors of a fused experts module, if each is one projection of one expert; else none."""
+    pieces = [p for which in PROJECTIONS for p in checkpoint.names.pieces[f"{name}.{which}"]]
+    single = all(EXPERT.match(piece.tensor) for piece in pieces)
+    entries = [checkpoint.tensors[piece.tensor] for piece in pieces]
+    fits = all(entry.dtype in formats.VALUE_DTYPES for entry in entries)
+    return [piece.tensor for piece in pieces] if single and fits else []

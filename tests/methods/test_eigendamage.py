@@ -1,0 +1,308 @@
+"""EigenDamage: what must hold in the eigenbasis, and whole tiny models."""
+
+import json
+
+import pytest
+import torch
+from methods.gradients import output_gradients
+from methods.test_properties import example
+from tiny_models import VOCAB, tiny_model, tiny_tokens
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from pyprune import cli
+from pyprune.calibration.backward import backward_pass
+from pyprune.calibration.batches import as_token_set
+from pyprune.config import CalibrationConfig
+from pyprune.eigendamage import EigenDamageConfig, eigendamage, eigendamage_checkpoint
+from pyprune.errors import LayerError, UserError
+from pyprune.methods import eigendamage as maths
+from pyprune.models.adapter import Adapter
+
+
+def layer(rows=5, columns=7, tokens=60):
+    """Weights, tokens' inputs and output gradients, their factors per token."""
+    w, x = example(rows, columns, tokens)
+    g = output_gradients(rows, x)
+    return w, x, g, x.T @ x / tokens, g.T @ g / tokens
+
+
+def loss(change, g, a):
+    return 0.5 * float(((g @ change @ a) * change).sum())
+
+
+def index(mask):
+    return mask.nonzero()[:, 0]
+
+
+def test_rotation_keeps_the_norm_and_comes_back():
+    w, _, _, a, g = layer()
+    basis = maths.eigenbasis(a, g)
+    rotated = basis.rotate(w)
+    assert float(rotated.norm()) == pytest.approx(float(w.norm()))
+    torch.testing.assert_close(basis.restore(rotated), w)
+    everything = torch.arange(5), torch.arange(7)
+    factors = maths.thin_factors(basis, rotated, *everything)
+    torch.testing.assert_close(factors.up @ factors.down, w)
+
+
+def test_costs_add_up_to_the_quadratic_form():
+    w, _, _, a, g = layer()
+    basis = maths.eigenbasis(a, g)
+    costs = maths.element_costs(basis.rotate(w), basis.curvature())
+    assert float(costs.sum()) == pytest.approx(0.5 * float((g @ w @ a * w).sum()))
+
+
+def test_in_the_basis_damage_is_surgery():
+    """For a Kronecker Fisher matrix the best of all updates in the basis is none at all."""
+    w, _, _, a, g = layer()
+    basis = maths.eigenbasis(a, g)
+    rotated, f = basis.rotate(w), torch.kron(g, a)
+    q = torch.kron(basis.left, basis.right)
+    diagonal = q.T @ f @ q
+    off = diagonal - torch.diag(diagonal.diagonal())
+    assert float(off.abs().max()) < 1e-10 * float(diagonal.max())
+    costs = maths.element_costs(rotated, basis.curvature()).flatten()
+    inverse = torch.linalg.inv(diagonal).diagonal()
+    torch.testing.assert_close(costs, 0.5 * rotated.flatten().square() / inverse, rtol=1e-6, atol=0)
+    kept = torch.rand(35, generator=torch.Generator().manual_seed(1)) > 0.4
+    d = torch.where(kept, 0, -rotated.flatten())
+    d[kept] = torch.linalg.solve(diagonal[kept][:, kept], -(diagonal @ d)[kept])
+    assert float(d[kept].abs().max()) < 1e-9
+    change = basis.restore(d.view(5, 7))
+    assert loss(change, g, a) == pytest.approx(float(costs[~kept].sum()))
+
+
+def test_directions_cost_what_removing_them_costs_and_no_less_than_the_best_of_their_rank():
+    w, _, _, a, g = layer()
+    basis = maths.eigenbasis(a, g)
+    rotated = basis.rotate(w)
+    costs = maths.element_costs(rotated, basis.curvature())
+    rows, columns = torch.tensor([0, 2, 4]), torch.tensor([1, 2, 3, 5, 6])
+    factors = maths.thin_factors(basis, rotated, rows, columns)
+    left = torch.zeros_like(costs, dtype=torch.bool)
+    left[rows[:, None], columns] = True
+    achieved = loss(factors.up @ factors.down - w, g, a)
+    assert achieved == pytest.approx(float(costs[~left].sum()))
+    # The best matrix of rank 3 under the same curvature, by the SVD of G^1/2 W A^1/2.
+    root_g = basis.left @ torch.diag(basis.left_values.sqrt())
+    root_a = basis.right @ torch.diag(basis.right_values.sqrt())
+    values = torch.linalg.svdvals(root_g.T @ w @ root_a)
+    assert achieved >= 0.5 * float(values[3:].square().sum())
+
+
+@pytest.mark.parametrize(("r", "c"), [(2, 6), (6, 2), (3, 3), (0, 4)])
+def test_two_factors_are_the_three_of_the_paper_and_never_more_parameters(r, c):
+    w, _, _, a, g = layer(8, 9)
+    basis = maths.eigenbasis(a, g)
+    rotated = basis.rotate(w)
+    rows, columns = torch.arange(r), torch.arange(c)
+    factors = maths.thin_factors(basis, rotated, rows, columns)
+    three = basis.left[:, rows], rotated[rows][:, columns], basis.right[:, columns].T
+    torch.testing.assert_close(factors.up @ factors.down, three[0] @ three[1] @ three[2])
+    assert factors.parameters == min(r, c) * (8 + 9) <= sum(t.numel() for t in three)
+
+
+def test_degenerate_factors():
+    a, g = torch.eye(4, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
+    basis = maths.eigenbasis(a, g)
+    assert not basis.curvature().any()
+    w = torch.ones(3, 4, dtype=torch.float64)
+    torch.testing.assert_close(basis.restore(basis.rotate(w)), w)
+    # Rank-deficient: what rounding leaves of an eigenvalue of zero is not negative.
+    v = torch.arange(1.0, 5.0)[:, None].double()
+    assert bool((maths.eigenbasis(v @ v.T, g).right_values >= 0).all())
+
+
+# Whole models.
+
+
+def setup(family="llama", double=True):
+    model = tiny_model(family)
+    model = model.double() if double else model
+    adapter = Adapter.of(model)
+    return model, adapter, as_token_set([tiny_tokens(6, 24)], vocabulary=64, positions=None)
+
+
+def weights(adapter):
+    return {
+        ref.name: ref.weight().clone()
+        for i in range(len(adapter.blocks))
+        for ref in adapter.linears(i)
+    }
+
+
+@pytest.mark.parametrize("unit", ["directions", "elements"])
+@pytest.mark.parametrize("reestimate", [False, True])
+def test_removes_the_cheapest_of_all_layers_and_says_what_it_costs(reestimate, unit):
+    _, adapter, tokens = setup()
+    dense = weights(adapter)
+    moments = {name: [0.0, 0.0, 0.0] for name in dense}
+
+    def visitor(name):
+        def visit(sample):
+            x, g = sample.x.flatten(0, 1), sample.g.flatten(0, 1)
+            outer = (g[:, :, None] * x[:, None, :]).flatten(1)
+            for k, new in enumerate((x.T @ x, g.T @ g, outer.T @ outer)):
+                moments[name][k] = moments[name][k] + new
+
+        return visit
+
+    small = "model.layers.0.self_attn.k_proj"  # [16, 32]: its whole Fisher matrix fits
+    report = backward_pass(adapter, tokens.batches, {small: visitor(small)})
+    config = EigenDamageConfig(0.3, unit, reestimate)
+    layers = eigendamage(adapter, tokens, config)
+    after = weights(adapter)
+    a, g, f = (t / n for t, n in zip(moments[small], (144, 138, 138), strict=True))
+    assert report.tokens == 144 and report.sequences == 6
+    basis = maths.eigenbasis(a, g)
+    change = basis.rotate(after[small] - dense[small])
+    curvature = basis.curvature()
+    if reestimate:  # the diagonal of the Fisher matrix itself, tokens as samples
+        q = torch.kron(basis.left, basis.right)
+        curvature = (q.T @ f @ q).diagonal().view(16, 32)
+    got = next(layer for layer in layers if layer.name == small)
+    assert got.loss == pytest.approx(float(maths.element_costs(change, curvature).sum()), rel=1e-6)
+    assert got.form == "dense" and got.parameters == 512
+    removed = sum(lay.removed for lay in layers)
+    total = sum(w.numel() for w in dense.values())
+    if unit == "directions":
+        assert 0.25 * total < removed <= 0.3 * total
+        assert all(lay.removed == lay.shape[0] * lay.shape[1] - lay.rows * lay.columns
+                   for lay in layers)  # fmt: skip
+        assert int(torch.linalg.matrix_rank(after[small], rtol=1e-9)) <= min(got.rows, got.columns)
+    else:
+        assert removed == int(0.3 * total + 0.5) and (got.rows, got.columns) == (16, 32)
+
+
+def test_reestimation_is_nearer_to_the_fisher_matrix():
+    """Both are diagonal in the basis; EK-FAC's diagonal is the best one (George et al. 2018)."""
+    _, x, g, a, b = layer()
+    basis = maths.eigenbasis(a, b)
+    outer = (g[:, :, None] * x[:, None, :]).flatten(1)
+    q = torch.kron(basis.left, basis.right)
+    f = q.T @ (outer.T @ outer / len(x)) @ q
+    again = (g @ basis.left).square().T @ (x @ basis.right).square() / len(x)
+    errors = [float((f - torch.diag(d.flatten())).norm()) for d in (basis.curvature(), again)]
+    assert errors[1] < errors[0]
+
+
+def test_nothing_removed_is_the_model_to_rounding():
+    _, adapter, tokens = setup()
+    dense = weights(adapter)
+    eigendamage(adapter, tokens, EigenDamageConfig(0.0))
+    for name, w in weights(adapter).items():
+        torch.testing.assert_close(w, dense[name], rtol=0, atol=1e-12)
+
+
+def test_thin_factors_go_in_only_where_they_are_smaller_and_compute_the_same():
+    model, adapter, tokens = setup()
+    dense_model, dense_adapter, _ = setup()
+    config = EigenDamageConfig(0.7, factored=True)
+    layers = eigendamage(adapter, tokens, config)
+    dense = eigendamage(dense_adapter, tokens, EigenDamageConfig(0.7))
+    forms = {layer.form for layer in layers}
+    assert forms == {"dense", "factored"}
+    for layer, other in zip(layers, dense, strict=True):
+        module = model.get_submodule(layer.name)
+        size = layer.shape[0] * layer.shape[1]
+        assert other.form == "dense" and other.factored_parameters == layer.factored_parameters
+        if layer.form == "factored":
+            assert isinstance(module, nn.Sequential) and len(module) == 2
+            assert sum(m.weight.numel() for m in module) == layer.parameters < size
+        else:
+            assert isinstance(module, nn.Linear) and layer.factored_parameters >= size
+    ids = tiny_tokens(2, 16)
+    torch.testing.assert_close(model(ids).logits, dense_model(ids).logits, rtol=1e-8, atol=1e-8)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny Llama with a tokenizer of words, and a text of them beside it."""
+    folder = tmp_path / "in"
+    tiny_model("llama").save_pretrained(folder)
+    words = [f"w{i}" for i in range(VOCAB)]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    drawn = torch.randint(VOCAB, (800,), generator=torch.Generator().manual_seed(0))
+    (tmp_path / "text.txt").write_text(" ".join(words[i] for i in drawn))
+    return folder
+
+
+def test_the_dense_result_is_a_stock_checkpoint(checkpoint, tmp_path):
+    text = str(tmp_path / "text.txt")
+    calibration = CalibrationConfig(source=text, nsamples=4, seqlen=16)
+    config = EigenDamageConfig(
+        0.3, include=("model.layers.0.*",), exclude=("*.q_proj",), calibration=calibration
+    )
+    report = eigendamage_checkpoint(tmp_path / "in", tmp_path / "out", config)
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    names = {layer["name"] for layer in report["layers"]}
+    assert len(names) == 6 and 0.25 < report["sparsity"] <= 0.3
+    for name, w in pruned.state_dict().items():
+        assert torch.equal(w, dense.state_dict()[name]) == (name.removesuffix(".weight") not in
+                                                            names)  # fmt: skip
+    assert bool(pruned(tiny_tokens(2, 16)).logits.isfinite().all())
+    stored = json.loads((tmp_path / "out" / "pyprune.json").read_text())["eigendamage"]
+    assert stored["calibration"]["tokens"] == 64 and stored["run"]["peak_rss_bytes"] > 0
+    arguments = ["eigendamage", checkpoint, "-s", "0.3", "--out", tmp_path / "cli",
+                 "--calibration", text, "--nsamples", "4", "--seqlen", "16", "--json",
+                 "--include", "model.layers.0.*", "--exclude", "*.q_proj"]  # fmt: skip
+    assert cli.main([str(a) for a in arguments]) == 0
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "cli")
+    for name, w in pruned.state_dict().items():
+        assert torch.equal(again.state_dict()[name], w)
+    with pytest.raises(UserError, match="factored: a checkpoint of stock layers holds dense"):
+        eigendamage_checkpoint(
+            tmp_path / "in", tmp_path / "no", EigenDamageConfig(0.3, factored=True)
+        )
+
+
+def test_what_is_not_known_is_kept_and_named():
+    model, adapter, tokens = setup("mixtral", double=False)
+    tokens = as_token_set([tiny_tokens(1, 3)], vocabulary=64, positions=None)
+    dense = weights(adapter)
+    layers = {lay.name: lay for lay in eigendamage(adapter, tokens, EigenDamageConfig(0.5))}
+    after = weights(adapter)
+    experts = [lay for name, lay in layers.items() if "experts" in name]
+    assert experts
+    for lay in experts:
+        assert lay.form == "kept" and "tokens that it takes: kept" in lay.note
+        assert torch.equal(after[lay.name], dense[lay.name])
+    model, adapter, tokens = setup()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    layers = {lay.name: lay for lay in eigendamage(adapter, tokens, EigenDamageConfig(0.5))}
+    for name in ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"):
+        assert layers[name].note == "no gradient but zero: kept" and layers[name].rows == 64
+
+
+def test_bad_input_changes_nothing():
+    model, adapter, tokens = setup()
+    with torch.no_grad():
+        model.lm_head.weight[3] = float("nan")
+    dense = weights(adapter)
+    with pytest.raises(LayerError, match=r"model\.layers\.\S+: expected finite gradients"):
+        eigendamage(adapter, tokens, EigenDamageConfig(0.5))
+    assert all(torch.equal(w, dense[name]) for name, w in weights(adapter).items())
+    _, adapter, tokens = setup("gpt2")
+    with pytest.raises(LayerError, match=r"factored: expected the weight of an nn\.Linear"):
+        eigendamage(adapter, tokens, EigenDamageConfig(0.5, factored=True))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"sparsity": 1.0}, r"sparsity: expected a fraction in \[0, 1\), got 1.0"),
+        ({"sparsity": 0.5, "unit": "rows"}, "unit: expected one of directions, elements"),
+        ({"sparsity": 0.5, "cap": 1.0}, "cap: expected a fraction between 0 and 1, got 1.0"),
+        ({"sparsity": 0.5, "unit": "elements", "factored": True}, "factored: expected unit"),
+    ],
+)
+def test_options_are_checked(values, message):
+    with pytest.raises(UserError, match=message):
+        EigenDamageConfig(**values)

@@ -1,0 +1,63 @@
+"""Loading a compressed checkpoint never holds its dense weights."""
+
+import json
+import subprocess
+import sys
+
+import torch
+from sparse_checkpoints import pruned_checkpoint
+from tiny_models import tiny_model
+
+from pyprune.sparse.convert import compress_checkpoint
+
+MB = 2**20
+# One process: a small load brings in what loading imports, then peaks are taken of a compressed
+# load, and, to see that the measure would notice, of a dense one.
+CHILD = """
+import json, sys, torch
+from pyprune.measure import Measure
+from pyprune.sparse.bench import touch
+from pyprune.sparse.load import load
+
+torch.set_num_threads(1)
+load(sys.argv[1])
+peaks = []
+for folder in sys.argv[2:]:
+    before = Measure.rss_bytes()
+    Measure()
+    model = load(folder)
+    touch(model)
+    peaks.append(Measure.peak_rss_bytes() - before)
+    del model
+print(json.dumps(peaks))
+"""
+
+
+def big_checkpoint(folder, sparsity=0.9):
+    """128 MB of matrices in one block, of which all but a tenth of the elements are zeros."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 20480, "num_hidden_layers": 1}
+    model = tiny_model("mistral", **sizes).bfloat16()
+    gen = torch.Generator().manual_seed(0)
+    for name, p in model.named_parameters():
+        if ".mlp." in name:
+            p.data *= torch.rand(p.shape, generator=gen) >= sparsity
+            p.data += 0.0  # no negative zeros
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_peak_is_the_compressed_size(tmp_path):
+    tiny = pruned_checkpoint(tmp_path / "tiny", "mistral")
+    small = compress_checkpoint(tiny, tmp_path / "warm").path
+    dense = big_checkpoint(tmp_path / "dense")
+    report = compress_checkpoint(dense, tmp_path / "small")
+    assert report.nbytes_dense > 120 * MB and report.nbytes_after < 32 * MB
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, small, str(tmp_path / "small"), str(dense)],
+        capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    compressed, whole = json.loads(done.stdout)
+    # Expanded, one of the three matrices alone would add 40 MB.
+    assert compressed < report.nbytes_after + 16 * MB
+    assert whole > report.nbytes_dense
