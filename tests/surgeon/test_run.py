@@ -189,6 +189,14 @@ def test_the_cap_holds_for_every_matrix():
     assert max(layer.sparsity for layer in rows.layers) <= 0.5
 
 
+@pytest.mark.parametrize("own", [{}, {"structure": "rows"}], ids=["element", "rows"])
+def test_less_than_was_asked_for_is_said(own):
+    report = surgeon(tiny_model("llama"), 0.4, shots=1, cap=0.2, **own)
+    assert report.sparsity == pytest.approx(0.2, abs=0.02)
+    assert any("40.0% were asked for: the cap" in note for note in report.notes)
+    assert not surgeon(tiny_model("llama"), 0.4, shots=1).notes
+
+
 def test_existing_zeros_stay_if_asked_to():
     model = tiny_model("llama")
     prune(model, None, "magnitude", 0.3)
