@@ -58,6 +58,7 @@ setup(
         "pyprune.models",
         "pyprune.ops",
         "pyprune.sparse",
+        "pyprune.surgeon",
     ],
     package_data={"pyprune.data": ["sotu.jsonl.xz", "SOTU.md"]},
     ext_modules=[Extension("pyprune._C", sources=[])] if WITH_NATIVE else [],

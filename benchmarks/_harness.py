@@ -115,6 +115,7 @@ class Bench:
         )
         rows = [self._row(case, name, samples) for name in case.providers]
         self.rows += rows
+        self.finish()  # after every case: an interrupted run keeps what it has measured
         self._print(case, rows)
         return rows
 
@@ -276,14 +277,37 @@ class PeakResident:
         return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-@cache
 def environment(device: str) -> dict[str, Any]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device == "cpu" else None,
         "torch": torch.__version__,
         "commit": _commit(),
+        "others_share": others_share(),
     }
+
+
+def _busy_and_own() -> tuple[float, float]:
+    """CPU seconds spent so far: by the whole machine (time stolen by its host included), and by
+    this process with its finished children."""
+    ticks = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    idle = ticks[3] + ticks[4]
+    own = os.times()
+    return (sum(ticks) - idle) / os.sysconf("SC_CLK_TCK"), sum(own[:4])
+
+
+_STARTED = (time.perf_counter(), *_busy_and_own()) if Path("/proc/stat").exists() else None
+
+
+def others_share() -> float | None:
+    """The share of this machine's CPU time that others took since this module was imported, 0 to 1:
+    what a row's times are worth. None where /proc/stat is missing."""
+    if _STARTED is None:
+        return None
+    busy, own = _busy_and_own()
+    seconds = max(time.perf_counter() - _STARTED[0], 1e-3)
+    others = (busy - _STARTED[1]) - (own - _STARTED[2])
+    return round(max(others, 0.0) / (seconds * (os.cpu_count() or 1)), 3)
 
 
 def device_name(device: str) -> str:
@@ -295,6 +319,7 @@ def device_name(device: str) -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
+@cache
 def _commit() -> str:
     """Short hash of the checkout, `+` appended when it has changes; empty outside a checkout."""
     root = Path(__file__).resolve().parent

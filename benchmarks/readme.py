@@ -1,7 +1,7 @@
-"""Writes README's "Measured" section from the rows in benchmarks/results/.
+"""Writes README's "Measured" section and docs/measurements.md from the rows in benchmarks/results/.
 
-python benchmarks/readme.py            # rewrite the section
-python benchmarks/readme.py --check    # exit 1 if it is not what the rows say
+python benchmarks/readme.py            # rewrite them
+python benchmarks/readme.py --check    # exit 1 if they are not what the rows say
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from statistics import median
@@ -80,13 +81,44 @@ def demo(result: dict[str, Any]) -> list[str]:
          f"{r['peak_memory_bytes'] / 2**30:.2f}"]
         for r in result["rows"] if "seconds" in r
     ]  # fmt: skip
+    bench = result["bench"]
     return [
         "### `make demo` by phase",
         "",
-        f"{result['device']}. SparseGPT, 64 x 512 calibration tokens.",
+        f"{device_of([bench | {'torch': bench['torch_version']}])}; new clone and cache, without "
+        "the set-up. SparseGPT, 64 x 512 calibration tokens.",
         "",
-        *table(["phase", "seconds"], [*phases, ["in all", f"{total:.0f}"]]),
+        *table([*result["seconds"], "in all"], [[*(p[1] for p in phases), f"{total:.0f}"]]),
         *table(["pattern", "perplexity", "pruning, seconds", "peak GiB"], runs),
+        *comparison(bench),
+    ]
+
+
+def comparison(bench: dict[str, Any]) -> list[str]:
+    """Whole models, dense beside compressed, as `pyprune bench` measures them."""
+    rates = {(r["name"], r["dtype"], r["phase"], r["batch"]): r["median"] for r in bench["rates"]}
+    lines = [(p, b) for p in ("decode", "prefill") for b in bench["protocol"]["batches"]]
+    fastest = {
+        line: max(
+            rate for (name, _, *of), rate in rates.items() if name == "dense" and (*of,) == line
+        )
+        for line in lines
+    }
+    body = []
+    for model in bench["models"]:
+        name, dtype = model["name"], model["dtype"]
+        cells = []
+        for phase, batch in lines:
+            rate = rates[name, dtype, phase, batch]
+            cells.append(f"{rate:.0f} ({rate / fastest[phase, batch]:.2f}x)")
+        body.append([f"{name} {dtype}", f"{model['weight_bytes'] / 1e6:.0f}", *cells])
+    protocol = bench["protocol"]
+    return [
+        f"The same models side by side, tokens/s (over the fastest dense one's); prompts of "
+        f"{protocol['prompt']} tokens, {protocol['steps']} decoded, medians of "
+        f"{protocol['rounds']} rounds:",
+        "",
+        *table(["model", "weights MB", *(f"{p}, batch {b}" for p, b in lines)], body),
     ]
 
 
@@ -94,7 +126,8 @@ def case_of(row: Row) -> tuple[str, ...]:
     known = {"op", "provider", "shape", "dtype", "seconds_median", "seconds_min", "seconds_max",
              "repetitions", "flops", "flops_rate", "bytes", "bytes_rate", "share_of_limit", "limit",
              "baseline", "ratio_to_baseline", "device", "threads", "torch", "commit",
-             "ratio_to_reference", "share_of_floor", "mask_agreement", "max_error"}  # fmt: skip
+             "ratio_to_reference", "share_of_floor", "mask_agreement", "max_error",
+             "others_share"}  # fmt: skip
     note = " ".join(f"{k} {v}" for k, v in row.items() if k not in known)
     return row["op"], note, "x".join(map(str, row["shape"])), row["dtype"]
 
@@ -231,42 +264,56 @@ SPECIAL = {
     "exactobs": exactobs,
     "sparse_linear": sparse_linear,
 }
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def section() -> str:
     lines = [BEGIN, ""]
-    results = ROOT / "benchmarks" / "results"
-    for path in sorted(results.glob("**/quality.json")):
+    for path in sorted(RESULTS.glob("**/quality.json")):
         lines += quality(json.loads(path.read_text()))
-    for path in sorted(results.glob("**/demo.json")):
+    for path in sorted(RESULTS.glob("**/demo.json")):
         lines += demo(json.loads(path.read_text()))
-    for folder in sorted({p.parent for p in results.glob("*/*.json")}):
-        for name, lines_of in SPECIAL.items():
-            path = folder / f"{name}.json"
-            if path.exists() and (rows := json.loads(path.read_text())):
-                lines += lines_of(rows)
-        for name in KERNELS:
-            path = folder / f"{name}.json"
-            if path.exists() and (rows := json.loads(path.read_text())):
-                lines += kernels(name, rows)
+    for name, rows in rows_of(SPECIAL):
+        lines += SPECIAL[name](rows)
     return "\n".join([*lines, END])
+
+
+def measurements() -> str:
+    lines = [
+        "# Kernel measurements",
+        "",
+        "Generated from `benchmarks/results/` by `benchmarks/readme.py`. Providers of one line ran",
+        "side by side in one process; their results were checked before they were timed.",
+        "",
+    ]
+    for name, rows in rows_of(KERNELS):
+        lines += kernels(name, rows)
+    return "\n".join(lines)
+
+
+def rows_of(names: Iterable[str]) -> Iterator[tuple[str, list[Row]]]:
+    """The rows of each of these benchmarks, device by device."""
+    for folder in sorted({p.parent for p in RESULTS.glob("*/*.json")}):
+        for name in names:
+            path = folder / f"{name}.json"
+            if path.exists() and (rows := json.loads(path.read_text())):
+                yield name, rows
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    path = ROOT / "README.md"
-    text = path.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    new = before + section() + after
-    if args.check:
-        if new != text:
-            print("README.md is not what benchmarks/results/ says: run benchmarks/readme.py")
-        return int(new != text)
-    path.write_text(new)
-    return 0
+    readme, detail = ROOT / "README.md", ROOT / "docs" / "measurements.md"
+    before, rest = readme.read_text().split(BEGIN)
+    new = {readme: before + section() + rest.split(END)[1], detail: measurements()}
+    stale = [p for p, text in new.items() if not p.exists() or p.read_text() != text]
+    for path in stale:
+        if args.check:
+            print(f"{path.name} is not what benchmarks/results/ says: run benchmarks/readme.py")
+        else:
+            path.write_text(new[path])
+    return int(args.check and bool(stale))
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, help="folder for the rows")
+    parser.add_argument("--repetitions", type=int, help="timed samples of each provider")
     args = parser.parse_args()
 
     scripts = {p.stem.removeprefix("bench_"): p for p in sorted(HERE.glob("bench_*.py"))}
@@ -55,7 +56,9 @@ def main() -> int:
             started = time.perf_counter()
             command = [sys.executable, str(scripts[name]), "--device", args.device,
                        "--json", str(out / f"{name}.json")]  # fmt: skip
-            code = subprocess.call(command + (["--smoke"] if args.smoke else []))
+            command += ["--smoke"] if args.smoke else []
+            command += ["--repetitions", str(args.repetitions)] if args.repetitions else []
+            code = subprocess.call(command)
             print(f"{scripts[name].name}: exit {code}, {time.perf_counter() - started:.1f} s")
             if code != 0:
                 failed.append(name)

@@ -278,6 +278,13 @@ def prune(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="llm-surgeon: a directory for what an interrupted run needs to go on after its "
+            "last shot. Run the same command again."
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
@@ -328,20 +335,21 @@ def prune(
             full,
             bar.walked,
             preserve_mask=preserve_mask,
+            state=state,
             trust_remote_code=trust_remote_code,
         )
     _show(report.to_dict(), as_json, report.table(), f"Saved in {out}")
 
 
 def _method_options(given: list[str]) -> dict[str, Any]:
-    """`name=value` pairs, values by YAML's rules for scalars."""
+    """`name=value` pairs, values by YAML's rules for scalars; but 2:4 is no number in base 60."""
     import yaml
 
     options = {}
     for pair in given:
         name, equals, value = pair.partition("=")
         try:
-            parsed = yaml.safe_load(value)
+            parsed = value if ":" in value else yaml.safe_load(value)
         except yaml.YAMLError:
             parsed = None
         if not equals or not name or not isinstance(parsed, bool | int | float | str):
@@ -481,14 +489,14 @@ def inspect(
 @app.command()
 def methods(as_json: AsJson = False) -> None:
     """The table of what can be combined."""
-    from pyprune.methods import METHODS
+    from pyprune.methods import METHODS, SHOT_METHODS
     from pyprune.methods.options import describe_options
 
     table = Table("method", "what", "scopes", "N:M", "calibration", "--update")
     table.columns[0].no_wrap = True
     table.show_lines = True
     rows, notes = [], ["The first scope is the method's default."]
-    for method in METHODS.values():
+    for method in (*METHODS.values(), *SHOT_METHODS.values()):
         own = describe_options(method.options_type)
         row = {
             "name": method.name,
@@ -509,7 +517,8 @@ def methods(as_json: AsJson = False) -> None:
             f"{method.title} ({method.paper})",
             ", ".join(method.scopes),
             "any" if method.nm else "no",
-            (method.statistic or "none") + (", gradients" if method.gradient else ""),
+            ", ".join(filter(None, [method.statistic, "gradients" if method.gradient else None]))
+            or "none",
             "by itself" if method.updates_weights else ", ".join(method.updates),
         )
     _show(rows, as_json, table, *notes)

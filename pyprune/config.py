@@ -15,7 +15,7 @@ import yaml
 
 from pyprune.allocation import ALLOCATIONS
 from pyprune.errors import UserError
-from pyprune.methods import Method, MethodOptions, find_method
+from pyprune.methods import SHOT_METHODS, Method, MethodOptions, find_method
 from pyprune.methods.base import Update
 from pyprune.methods.options import Scalar, build_options
 from pyprune.patterns import Pattern, Scope, Unstructured, parse_nm
@@ -64,7 +64,7 @@ class CalibrationConfig:
 class PruneConfig:
     """Everything that decides the outcome of a run.
 
-    method: a name in `pyprune.methods.METHODS`.
+    method: a name in `pyprune.methods.METHODS` or `SHOT_METHODS`.
     sparsity / pattern: exactly one; a fraction removed, or "N:M" with N kept of every M.
     scope: comparison group of `sparsity`; None is the method's own.
     allocation: how `sparsity` is shared among the blocks: the same for all ("uniform"), by the
@@ -129,7 +129,18 @@ class PruneConfig:
         kind, _, index = self.device.partition(":")
         if self.device not in ("auto", "cpu", "cuda") and not (kind == "cuda" and index.isdigit()):
             raise UserError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+        if self.in_shots():
+            self._check_shots()
         self.find_method().check(self.target(), self.options())
+
+    def _check_shots(self) -> None:
+        """There is no walk: what concerns it alone has no meaning."""
+        for name, default in (("allocation", "uniform"), ("walk", "single"), ("spill", "none")):
+            if getattr(self, name) != default:
+                raise UserError(
+                    f"{name}: {self.method} takes all matrices at once, expected {default}, "
+                    f"got {getattr(self, name)!r}"
+                )
 
     def _check_allocation(self) -> None:
         _check_choice("allocation", self.allocation, ALLOCATIONS)
@@ -148,6 +159,10 @@ class PruneConfig:
 
     def find_method(self) -> Method:
         return find_method(self.method)
+
+    def in_shots(self) -> bool:
+        """Whether the method takes all matrices at once, instead of a walk."""
+        return self.method in SHOT_METHODS
 
     def target(self) -> Pattern:
         """The pattern as a value."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,17 +99,25 @@ class HealReport:
 
 
 def heal_model(
-    model: Any, tokens: TokenSet, config: HealConfig, progress: Progress | None = None
+    model: Any,
+    tokens: TokenSet,
+    config: HealConfig,
+    progress: Progress | None = None,
+    *,
+    only: Collection[str] | None = None,
 ) -> HealReport:
     """Trains and merges LoRA on all matrices that pruning could touch, in place.
 
-    Fused experts, embeddings and the head stay as they are. Dropout is seeded (`training.seed`).
+    only: names of the matrices to train; None: all. Fused experts, embeddings and the head stay as
+    they are. Dropout is seeded (`training.seed`).
     Raises UserError: peft is not installed, too few batches, or a loss that is not finite (the
     model has its old weights then).
     """
-    lora = _peft()
+    lora = require_peft()
     train, held_out = _split(tokens.batches, config)
-    names = _targets(model)
+    names = [name for name in _targets(model) if only is None or name in only]
+    if not names:
+        raise UserError(f"{type(model).__name__}: it has no plain linear maps to train")
     modules = dict(model.named_modules())
     zeros = sum(int((modules[name].weight == 0).sum()) for name in names)
     before = _loss(model, held_out)
@@ -168,7 +176,7 @@ def heal_checkpoint(
     "heal". Raises UserError as `heal_model` does, and if `out` exists.
     """
     check_output(out)
-    _peft()
+    require_peft()
     checkpoint = Checkpoint.open(source)
     tokenizer = checkpoint.tokenizer()
     device = config.device
@@ -218,7 +226,8 @@ def _card(report: HealReport) -> str:
     )
 
 
-def _peft() -> Any:
+def require_peft() -> Any:
+    """The module; UserError if it is not installed."""
     try:
         import peft
     except ImportError as error:
@@ -241,10 +250,7 @@ def _targets(model: Any) -> list[str]:
     """Full names of the layers' linear maps. A module that is tied to another is left out."""
     adapter = Adapter.of(model)
     refs = [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
-    names = [ref.name for ref in refs if ref.index is None]
-    if not names:
-        raise UserError(f"{type(model).__name__}: it has no plain linear maps to train")
-    return names
+    return [ref.name for ref in refs if ref.index is None]
 
 
 def _mask_times(layer: Any) -> Tensor:

@@ -170,7 +170,7 @@ class LayerPruner:
                 solution = reconstructed(w, solution, inputs, options)
         except NotPositiveDefiniteError as error:
             raise LayerError(ref.name, str(error)) from error
-        _write(ref, solution)
+        write_weight(ref, solution.weight)
         self._gradients.pop(ref.name, None)
         report = self._report(ref, w, inputs, solution, pattern)
         return replace(report, method=method.name, notes=notes + solution.notes)
@@ -259,14 +259,14 @@ def _output_energy(d: Tensor, inputs: LayerInputs) -> float:
     return max(0.0, float(product.sum(dtype=torch.float64)))
 
 
-def _write(ref: LinearRef, solution: Solution) -> None:
-    """LayerError rather than a weight that the parameter's dtype cannot hold."""
+def write_weight(ref: LinearRef, weight: Tensor) -> None:
+    """LayerError rather than a `weight [R, C]` that the parameter's dtype cannot hold."""
     dtype = ref.weight().dtype
-    if not bool(solution.weight.to(dtype).isfinite().all()):
-        largest = float(solution.weight.abs().max())
+    if not bool(weight.to(dtype).isfinite().all()):
+        largest = float(weight.abs().max())
         raise LayerError(
             ref.name,
             f"expected updated weights within {dtype}, got up to {largest:g} "
             "(more --damping keeps them closer to the original)",
         )
-    ref.write(solution.weight)
+    ref.write(weight)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,7 +38,9 @@ from pyprune.measure import Measure
 from pyprune.methods.base import StatisticKind
 from pyprune.models.adapter import Adapter
 from pyprune.patterns import NM, Pattern, Unstructured
-from pyprune.report import CalibrationReport, Report, RunReport, model_card
+from pyprune.report import CalibrationReport, LayerReport, Report, RunReport, model_card
+from pyprune.surgeon.run import Surgeon
+from pyprune.surgeon.state import State
 
 Progress = Callable[[WalkEvent], None]
 
@@ -58,6 +60,7 @@ def prune(
     config: PruneConfig | None = None,
     progress: Progress | None = None,
     preserve_mask: Masks | None = None,
+    state: str | Path | None = None,
     **options: Any,
 ) -> Report:
     """Prunes the decoder blocks of a transformers model in memory, in place.
@@ -67,12 +70,15 @@ def prune(
             `config.device` one at a time and come back.
         tokenizer_or_batches: a tokenizer, with which `config.calibration` is read; or the batches
             themselves, see `calibration.batches.as_token_set`. Magnitude needs neither.
-        method: a name in `pyprune.methods.METHODS`.
+        method: a name in `pyprune.methods.METHODS` or `SHOT_METHODS`.
         pattern: "2:4" or NM(2, 4); a sparsity, 0.5 or Unstructured(0.5, "row").
         config: all of it as one value, instead of method, pattern and options.
         progress: called with what the walk does.
         preserve_mask: bool tensors by layer name, or a safetensors file of them, True = may stay:
             what is False goes, and counts among the pruned; see `masks.read_masks`.
+        state: for a method in shots, a directory for what an interrupted run needs to go on after
+            its last shot. Given again, with the model as it was before pruning, the run ends with
+            the same bytes.
         options: other fields of `PruneConfig`, `calibration` as a mapping or CalibrationConfig.
 
     Returns:
@@ -85,18 +91,25 @@ def prune(
     config = _config(method, pattern, config, options)
     if config.dtype != "auto":
         raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
+    _check_mask(config, preserve_mask)
     measure = Measure()
     adapter = _adapter(model, config)
     masks = read_masks(preserve_mask, adapter)
     with measure.phase("tokens"):
         tokens = _tokens(tokenizer_or_batches, model, config)
     device = _device(config)
+    if config.in_shots():
+        surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
+        layers = surgeon.run()
+        return _report(_model_name(model), config, tokens, layers, measure, surgeon.notes())
+    _no_state(config, state)
     gradients = _gradients(config, adapter, tokens, device, measure, progress)
     with InMemoryStore(adapter, device) as store:
         pruner = _Session(
             config, adapter, tokens, store, store.flush, device, measure, progress, gradients, masks
         ).run()
-    return _report(_model_name(model), config, tokens, pruner, measure, describe_masks(masks))
+    notes = describe_masks(masks)
+    return _report(_model_name(model), config, tokens, pruner.reports, measure, notes)
 
 
 def prune_checkpoint(
@@ -107,17 +120,19 @@ def prune_checkpoint(
     *,
     batches: object = None,
     preserve_mask: Masks | None = None,
+    state: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> Report:
     """Prunes a checkpoint into a new directory, one block in memory at a time.
 
     A method that needs gradients takes them first, with the whole model in memory; the walk that
-    prunes then streams as ever, with the gradients' statistics beside it.
+    prunes then streams as ever, with the gradients' statistics beside it. A method in shots has the
+    whole model in memory all the time.
 
     Args:
         source: a Hugging Face directory with safetensors, or a hub id.
         out: a directory that does not exist or is empty. It appears when everything is written.
-        config, progress: see `prune`.
+        config, progress, state: see `prune`.
         batches: token ids to calibrate on; None reads `config.calibration` with the checkpoint's
             own tokenizer.
         preserve_mask: see `prune`.
@@ -131,19 +146,25 @@ def prune_checkpoint(
     Raises:
         UserError: see `prune`, `Checkpoint.open` and `output_directory`. Nothing is left at `out`.
     """
+    _check_mask(config, preserve_mask)
     measure = Measure()
     check_output(out)
     with measure.phase("open"):
         checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
+    name = str(source) if not Path(source).is_dir() else Path(source).resolve().name
+    if config.in_shots():
+        return _shots(name, checkpoint, out, config, batches, state, measure, progress)
+    _no_state(config, state)
+    with measure.phase("open"):
         problem = checkpoint.streamable()
         streamed = not problem
-        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        dtype = _dtype(config)
         device = _device(config)
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
         adapter = _adapter(model, config)
         masks = read_masks(preserve_mask, adapter)
     with measure.phase("tokens"):
-        if batches is None and _shown(config) is not None:
+        if batches is None and _is_shown(config):
             batches = checkpoint.tokenizer()
         tokens = _tokens(batches, model, config)
     gradients = _checkpoint_gradients(config, checkpoint, dtype, tokens, device, measure, progress)
@@ -166,13 +187,74 @@ def prune_checkpoint(
                 ).run()  # fmt: skip
             with measure.phase("write"):
                 model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        name = str(source) if not Path(source).is_dir() else Path(source).resolve().name
         notes = describe_masks(masks)
         if not streamed:
             notes = (f"loaded whole, not streamed block by block: {problem}", *notes)
-        report = _report(name, config, tokens, pruner, measure, notes)
+        report = _report(name, config, tokens, pruner.reports, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
     return report
+
+
+def _shots(
+    name: str,
+    checkpoint: Checkpoint,
+    out: str | Path,
+    config: PruneConfig,
+    batches: object,
+    state: str | Path | None,
+    measure: Measure,
+    progress: Progress | None,
+) -> Report:
+    """`prune_checkpoint` for a method in shots."""
+    dtype, device = _dtype(config), _device(config)
+    with measure.phase("open"):
+        model: Any = checkpoint.load_model("cpu", dtype)
+        adapter = _adapter(model, config)
+    with measure.phase("tokens"):
+        tokens = _tokens(checkpoint.tokenizer() if batches is None else batches, model, config)
+    surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
+    with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
+        layers = surgeon.run()
+        streamed = not checkpoint.streamable()
+        copy_auxiliary(checkpoint, folder, index=streamed)
+        with measure.phase("write"):
+            if streamed:
+                empty = _adapter(checkpoint.build_model("meta", dtype), config)
+                store = StreamingStore(checkpoint, empty, folder, "cpu", dtype)
+                for parameter, value in surgeon.parameters().items():
+                    store.write(parameter, value)
+            else:
+                model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+        report = _report(name, config, tokens, layers, measure, surgeon.notes())
+        write_report(folder, report.to_dict(), model_card(report))
+    return report
+
+
+def _surgeon(
+    config: PruneConfig,
+    adapter: Adapter,
+    tokens: TokenSet | None,
+    device: torch.device,
+    measure: Measure,
+    progress: Progress | None,
+    state: str | Path | None,
+) -> Surgeon:
+    assert tokens is not None
+    with measure.phase("state"):
+        saved = None if state is None else State(state, adapter.model, config, tokens)
+    return Surgeon(
+        config, adapter, tokens, device=device, measure=measure, progress=progress, state=saved
+    )
+
+
+def _check_mask(config: PruneConfig, preserve_mask: Masks | None) -> None:
+    if config.in_shots() and preserve_mask is not None:
+        raise UserError(f"preserve_mask: expected none for {config.method}, got one")
+
+
+def _no_state(config: PruneConfig, state: str | Path | None) -> None:
+    if state is not None:
+        raise UserError(f"state: {config.method} is not pruned in shots, expected none")
 
 
 def _config(
@@ -228,6 +310,10 @@ def chosen_device(name: str) -> torch.device:
     return device
 
 
+def _dtype(config: PruneConfig) -> torch.dtype | None:
+    return None if config.dtype == "auto" else getattr(torch, config.dtype)
+
+
 def _needs(config: PruneConfig) -> StatisticKind | None:
     return config.find_method().needs(config.options())
 
@@ -238,9 +324,13 @@ def _shown(config: PruneConfig) -> StatisticKind | None:
     return "norms" if needs is None and config.allocation == "owl" else needs
 
 
+def _is_shown(config: PruneConfig) -> bool:
+    return config.in_shots() or _shown(config) is not None
+
+
 def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | None:
     """What the model is shown; None if nothing needs it."""
-    if _shown(config) is None:
+    if not _is_shown(config):
         return None
     text_config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     positions = getattr(text_config, "max_position_embeddings", None)
@@ -410,7 +500,7 @@ def _report(
     name: str,
     config: PruneConfig,
     tokens: TokenSet | None,
-    pruner: LayerPruner,
+    layers: Sequence[LayerReport],
     measure: Measure,
     notes: tuple[str, ...] = (),
 ) -> Report:
@@ -428,7 +518,7 @@ def _report(
             "transformers": version("transformers"),
             "python": platform.python_version(),
         },
-        layers=tuple(pruner.reports),
+        layers=tuple(layers),
         calibration=calibration,
         notes=notes,
         run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),

@@ -213,6 +213,12 @@ def _summary(report: Report) -> str:
     return f"{words}: {report.sparsity:.2%} of {len(report.layers)} matrices is zero"
 
 
+def _untouched(config: PruneConfig) -> str:
+    if config.in_shots():  # it corrects the biases of the matrices with their weights
+        return "Embeddings, head, norms and routers"
+    return "Embeddings, head, norms, biases and routers"
+
+
 def model_card(report: Report) -> str:
     """The README.md of a pruned checkpoint (Markdown with the hub's YAML header)."""
     config, calibration = report.config, report.calibration
@@ -232,9 +238,9 @@ def model_card(report: Report) -> str:
         f"# {report.model}, pruned: {config.method} {config.target()}",
         "",
         f"{report.sparsity:.2%} of the {elements:,} weights in {len(report.layers)} matrices of "
-        "the decoder blocks are zero. Embeddings, head, norms, biases and routers are those of the "
-        "original. The weights are stored dense, zeros included: any loader reads them, and "
-        "nothing is smaller or faster by itself.",
+        f"the decoder blocks are zero. {_untouched(config)} are those of the original. The "
+        "weights are stored dense, zeros included: any loader reads them, and nothing is smaller "
+        "or faster by itself.",
         "",
         f"- Method: {config.method}, {method.title} ({method.paper})",
         f"- Pattern: {config.target()}"

@@ -140,22 +140,58 @@ class GradientSamples:
 
 
 class KroneckerFactors:
-    """Second moments over all tokens: `a = sum_t x[t] x[t]^T` of the inputs, `[C, C]`, and
-    `g = sum_t g[t] g[t]^T` of the outputs' gradients, `[R, R]` (K-FAC, Martens & Grosse 2015)."""
+    """What one matrix `[R, C]` has of them: `a = sum_t x_t x_t^T` and `g = sum_t g_t g_t^T` over
+    tokens, `[C', C']` and `[R, R]`, fp32 (fp64 for fp64 models).
 
-    def __init__(self, rows: int, columns: int, device: torch.device, dtype: torch.dtype) -> None:
-        self.a = torch.zeros(columns, columns, device=device, dtype=dtype)
+    With a bias C' = C + 1: the bias is a last column of the weight whose input is one.
+    tokens: that reached this matrix. targets: predicted tokens of the whole calibration. sequences:
+    of the whole calibration. Inputs and gradients, and different tokens, are taken as independent
+    (Martens and Grosse 2015, arXiv 1503.05671) unless `weighted` says otherwise.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        bias: bool = False,
+    ) -> None:
+        side = columns + int(bias)
+        self.bias = bias
+        self.a = torch.zeros(side, side, device=device, dtype=dtype)
         self.g = torch.zeros(rows, rows, device=device, dtype=dtype)
         self.sequences = self.targets = self.tokens = 0
+        # Whether `refine` made them: a is then a sum over tokens for a g of norm one.
+        self.weighted = False
 
     def update(self, sample: Sample) -> None:
-        ops.gram(sample.x.flatten(0, 1), out=self.a)
+        """Adds the sequences of one visit."""
+        self.add_inputs(sample)
+        self.add_outputs(sample)
+
+    def add_inputs(self, sample: Sample) -> None:
+        ops.gram(sample.x.flatten(0, 1), out=self.a, ones_column=self.bias)
+
+    def add_outputs(self, sample: Sample) -> None:
         ops.gram(sample.g.flatten(0, 1), out=self.g)
         self.tokens += sample.x.shape[0] * sample.x.shape[1]
 
+    def normalised(self) -> tuple[Tensor, Tensor]:
+        """A and G such that G (x) A estimates the Fisher information per predicted token.
+
+        Of an expert one factor is a mean over its own tokens and the other a sum over them divided
+        by all targets: how often it is used then counts once.
+        """
+        if self.weighted:
+            return self.a / max(self.targets, 1), self.g
+        return self.a / max(self.tokens, 1), self.g / max(self.targets, 1)
+
     def finite(self) -> bool:
-        # A NaN or an infinity of an input reaches its diagonal entry.
-        return bool(self.a.diagonal().isfinite().all() and self.g.diagonal().isfinite().all())
+        # |h_ij| <= (h_ii + h_jj) / 2, and what is not finite reaches its diagonal entry.
+        diagonals = self.a.diagonal(), self.g.diagonal()
+        return all(bool(d.isfinite().all()) for d in diagonals)
 
     def dead(self) -> bool:
         return not bool(self.g.diagonal().any())

@@ -71,7 +71,7 @@ def fill_statistics(
     visitors = {name: statistic.update for name, statistic in statistics.items()}
     report = backward_pass(
         adapter,
-        list(_one_by_one(tokens)),
+        list(one_by_one(tokens)),
         visitors,
         checkpointing=checkpointing,
         device=device,
@@ -97,7 +97,8 @@ def _check_fits(statistics: Mapping[str, GradientStatistic], device: torch.devic
         )
 
 
-def _one_by_one(tokens: TokenSet) -> Iterator[Batch]:
+def one_by_one(tokens: TokenSet) -> Iterator[Batch]:
+    """Its sequences as batches of one."""
     for batch in tokens.batches:
         for n in range(len(batch.input_ids)):
             mask = batch.attention_mask

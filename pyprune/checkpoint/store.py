@@ -109,7 +109,7 @@ class StreamingStore:
         """Writes the weights of block `i`'s linears into the output and makes the block meta."""
         live = self._live(i)
         for name in dict.fromkeys(linear.parameter_name for linear in self.adapter.linears(i)):
-            self._write(name, live[name])
+            self.write(name, live[name])
         self.release(i)
 
     def release(self, i: int) -> None:
@@ -157,7 +157,9 @@ class StreamingStore:
     def _read_entry(self, entry: TensorEntry) -> Tensor:
         return read_tensor(entry, self.out_dir / entry.file.name)
 
-    def _write(self, name: str, value: Tensor) -> None:
+    def write(self, name: str, value: Tensor) -> None:
+        """Writes the model's parameter `name` into the output, in the dtype it is stored in;
+        LayerError if that cannot hold it."""
         for piece in self._pieces[name]:
             entry = self.checkpoint.tensors[piece.tensor]
             part = piece.view(value.detach())

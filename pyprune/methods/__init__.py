@@ -1,12 +1,23 @@
 """Pruning methods, one file each: which statistic, which score, which update. They know tensors,
-not models; `METHODS` is the table of them."""
+not models; `METHODS` and `SHOT_METHODS` are the tables of them."""
 
 from difflib import get_close_matches
 
 from pyprune.errors import UserError
-from pyprune.methods import exactobs, gblm, magnitude, obd, obs, sparsegpt, wanda, woodfisher
+from pyprune.methods import (
+    exactobs,
+    gblm,
+    magnitude,
+    obd,
+    obs,
+    sparsegpt,
+    surgeon,
+    wanda,
+    woodfisher,
+)
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
 
+# Matrix by matrix, on a walk through the blocks.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -22,15 +33,26 @@ METHODS: dict[str, Method] = {
         woodfisher.METHOD,
     )
 }
+# All matrices at once, in shots, with the whole model in memory: see `pyprune.surgeon`.
+SHOT_METHODS: dict[str, Method] = {surgeon.METHOD.name: surgeon.METHOD}
 
 
 def find_method(name: str) -> Method:
-    """The row of `METHODS` called `name`; UserError with the closest name otherwise."""
-    if name in METHODS:
-        return METHODS[name]
-    close = get_close_matches(str(name), METHODS, n=1)
+    """The row of the tables called `name`; UserError with the closest name otherwise."""
+    known = {**METHODS, **SHOT_METHODS}
+    if name in known:
+        return known[name]
+    close = get_close_matches(str(name), known, n=1)
     hint = f" (did you mean {close[0]}?)" if close else ""
-    raise UserError(f"method: expected one of {', '.join(METHODS)}, got {name!r}{hint}")
+    raise UserError(f"method: expected one of {', '.join(known)}, got {name!r}{hint}")
 
 
-__all__ = ["METHODS", "LayerInputs", "Method", "MethodOptions", "Solution", "find_method"]
+__all__ = [
+    "METHODS",
+    "SHOT_METHODS",
+    "LayerInputs",
+    "Method",
+    "MethodOptions",
+    "Solution",
+    "find_method",
+]

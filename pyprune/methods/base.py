@@ -148,6 +148,7 @@ class Method:
         before the walk; None: no gradient is needed.
     options_type: frozen dataclass of the options that only this method has.
     most_columns: inputs of the widest layer that it takes; None: any.
+    also: raises UserError for a pattern that does not go with these.
     """
 
     name: str
@@ -166,6 +167,7 @@ class Method:
     gradient: Callable[[MethodOptions], GradientFactory] | None = None
     options_type: type | None = None
     most_columns: Callable[[MethodOptions], int] | None = None
+    also: Callable[[Pattern, MethodOptions], None] | None = None
 
     @property
     def default_scope(self) -> str:
@@ -200,6 +202,8 @@ class Method:
         explicit = None if isinstance(pattern, NM) else pattern.scope
         if options.update == "iterative" and explicit not in (None, "row"):
             raise UserError(f"update: iterative compares within rows, got scope {explicit!r}")
+        if self.also is not None:
+            self.also(pattern, options)
 
     def _check_score_mass(self, scope: str, options: MethodOptions) -> None:
         if not self.score_mass:

@@ -1,12 +1,27 @@
 """LLM Surgeon's arithmetic (van der Ouderaa et al. 2024, arXiv 2312.17244) on one layer's tensors:
-OBS costs under a curvature G (x) A, and the exact joint update for removed rows and columns."""
+OBS costs under a curvature G (x) A, and the joint updates for removed rows, columns and weights."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pyprune import ops
+from pyprune.ops.obs_factor import ObsFactor, inverse_diagonal
+
+Update = Literal["joint", "grouped", "none"]
+# Pruned weights that the paper's code solves for at once.
+GROUP = 2000
+# The joint update of elements stops when the preconditioned residual has fallen by TOLERANCE.
+ITERATIONS, TOLERANCE = 50, 1e-3
+# Up to this share of pruned weights the inverses are the better preconditioner, at twice the
+# products of an iteration; above it the diagonal is as good.
+FEW_PRUNED = 0.3
 
 
 def balanced(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,3 +85,214 @@ def remove_structures(
         w -= w[:, columns] @ torch.linalg.solve(pivot, a_inverse[columns])
         w[:, columns] = 0
     return w
+
+
+def sum_of_removals(
+    w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
+) -> Tensor:
+    """The paper's update: the corrections for `rows` and for `columns`, each made on the original
+    W, added up and cut. Arguments as in `remove_structures`, which it is compared with."""
+    none = rows[:0]
+    out = remove_structures(w, rows, none, a_inverse, g_inverse)
+    out += remove_structures(w, none, columns, a_inverse, g_inverse) - w
+    out[rows] = 0
+    out[:, columns] = 0
+    return out
+
+
+def remove_in_groups(
+    w: Tensor, mask: Tensor, a_inverse: Tensor, g_inverse: Tensor, size: int = GROUP
+) -> Tensor:
+    """The paper's update for elements (its appendix, with accumulated updates): groups of whole
+    consecutive rows with up to `size` pruned weights (a row with more is a group of its own) are
+    solved one after the other, `-G^-1 M A^-1` with M from the group's dense system.
+
+    Later groups disturb the zeros of earlier ones, which are cut at the end: unlike
+    `ops.kron_pcg` this minimises nothing. `mask [R, C]` bool, True = kept.
+    """
+    new = w.clone()
+    for rows in _row_groups((~mask).sum(1).tolist(), size):
+        i, j = (~mask[rows]).nonzero().unbind(1)
+        g, a = g_inverse[rows, rows][i][:, i], a_inverse[j][:, j]
+        m = torch.zeros_like(w[rows])
+        m[i, j] = torch.linalg.solve(g * a, new[rows][i, j])
+        new -= g_inverse[:, rows] @ (m @ a_inverse)
+    return torch.where(mask, new, 0)
+
+
+def _row_groups(counts: list[int], size: int) -> Iterator[slice]:
+    start = total = 0
+    for row, count in enumerate(counts):
+        if total and total + count > size:
+            yield slice(start, row)
+            start, total = row, 0
+        total += count
+    if total:
+        yield slice(start, len(counts))
+
+
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """G (x) A of a matrix `[R, C]` without what is dead in it.
+
+    shape: (R, C). rows, columns: ascending indices of the r and c that are alive: neither all their
+    weights nor their entry on the diagonal of G or A is zero. a, g: undamped, `[c, c]` and
+    `[r, r]`. a_damping, g_damping: fractions of the mean diagonal to be added.
+
+    Factors and inverses are made on first use, and raise NotPositiveDefiniteError as
+    `ops.obs_factor` does. It may take more damping than asked for: `used` says how much.
+    """
+
+    shape: tuple[int, int]
+    rows: Tensor
+    columns: Tensor
+    a: Tensor
+    g: Tensor
+    a_damping: float
+    g_damping: float
+
+    @classmethod
+    def of(
+        cls,
+        w: Tensor,
+        a: Tensor,
+        g: Tensor,
+        *,
+        a_damping: float = 0.01,
+        g_damping: float = 0.01,
+        bias: bool = False,
+    ) -> Curvature:
+        """Of the weights `w [R, C]` and the factors `[C, C]` and `[R, R]`.
+
+        bias: the last column is one, and alive even where all biases are zero.
+        """
+        used = w != 0
+        in_use = used.any(0)
+        if bias:
+            in_use[-1] = True
+        rows = (used.any(1) & (g.diagonal() > 0)).nonzero()[:, 0]
+        columns = (in_use & (a.diagonal() > 0)).nonzero()[:, 0]
+        a, g = a[columns][:, columns].to(w.dtype), g[rows][:, rows].to(w.dtype)
+        return cls((w.shape[0], w.shape[1]), rows, columns, a, g, a_damping, g_damping)
+
+    @cached_property
+    def a_factor(self) -> ObsFactor:
+        return _factor(self.a, self.a_damping)
+
+    @cached_property
+    def g_factor(self) -> ObsFactor:
+        return _factor(self.g, self.g_damping)
+
+    @property
+    def used(self) -> tuple[float, float]:
+        """The dampings of A and G that made them positive definite."""
+        return float(self.a_factor.damping), float(self.g_factor.damping)
+
+    def settled(self) -> Curvature:
+        """The same with the dampings that are `used`."""
+        a_used, g_used = self.used
+        if (a_used, g_used) == (self.a_damping, self.g_damping):
+            return self
+        return replace(self, a_damping=a_used, g_damping=g_used)
+
+    @cached_property
+    def a_inverse(self) -> Tensor:
+        return self.a_factor.u.mT @ self.a_factor.u
+
+    @cached_property
+    def g_inverse(self) -> Tensor:
+        return self.g_factor.u.mT @ self.g_factor.u
+
+    def alive(self, w: Tensor) -> Tensor:
+        """`[r, c]` of `w [R, C]`."""
+        return w[self.rows][:, self.columns]
+
+    def into(self, w: Tensor, part: Tensor) -> Tensor:
+        """A copy of `w [R, C]` with `part [r, c]` where it is alive."""
+        out = w.clone()
+        out[self.rows[:, None], self.columns] = part
+        return out
+
+    def damped(self) -> tuple[Tensor, Tensor]:
+        """A and G with the dampings asked for."""
+        return damped(self.a, self.a_damping), damped(self.g, self.g_damping)
+
+    def loss(self, d: Tensor) -> float:
+        """`1/2 tr(D^T G D A)` with the `damped` factors for a change `d [R, C]`: the rise of the
+        loss in nats per predicted token, as this model has it."""
+        a, g = self.damped()
+        d = self.alive(d)
+        return 0.5 * float(((g @ d @ a) * d).sum(dtype=torch.float64))
+
+    def element_scales(self) -> tuple[Tensor, Tensor]:
+        """Row scale `[R]` and column scale `[C]`: |w_ij| times both is the root of twice the cost
+        of removing w_ij (`element_costs`). Zero where dead."""
+        rows, columns = self.g.new_zeros(self.shape[0]), self.a.new_zeros(self.shape[1])
+        rows[self.rows] = inverse_diagonal(self.g_factor.u).rsqrt()
+        columns[self.columns] = inverse_diagonal(self.a_factor.u).rsqrt()
+        return rows, columns
+
+    def structure_costs(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """`row_costs` `[R]` and `column_costs` `[C]` with the paper's undamped numerators; zero
+        where dead."""
+        part = self.alive(w)
+        rows, columns = self.g.new_zeros(self.shape[0]), self.a.new_zeros(self.shape[1])
+        of_rows, of_columns = ops.kron_quadratic(part, self.a), ops.kron_quadratic(part.T, self.g)
+        rows[self.rows] = 0.5 * of_rows / inverse_diagonal(self.g_factor.u)
+        columns[self.columns] = 0.5 * of_columns / inverse_diagonal(self.a_factor.u)
+        return rows, columns
+
+    def without_elements(self, w: Tensor, mask: Tensor, update: Update = "joint") -> Tensor:
+        """`w [R, C]` without the weights that `mask` (bool, True = kept) prunes, the others
+        corrected: `joint` by `ops.kron_pcg`, `grouped` as the paper does, or not at all."""
+        zeroed = torch.where(mask, w, 0)
+        kept = self.alive(mask)
+        if update == "none" or bool(kept.all()):
+            return zeroed
+        part = self.alive(w)
+        if update == "grouped":
+            return self.into(zeroed, remove_in_groups(part, kept, self.a_inverse, self.g_inverse))
+        a, g = self.damped()
+        few = float((~kept).double().mean()) <= FEW_PRUNED
+        solved = ops.kron_pcg(
+            part,
+            kept,
+            a,
+            g,
+            a_inverse=self.a_inverse if few else None,
+            g_inverse=self.g_inverse if few else None,
+            iterations=ITERATIONS,
+            tolerance=TOLERANCE,
+        )
+        return self.into(zeroed, solved)
+
+    def without_structures(
+        self, w: Tensor, rows: Tensor, columns: Tensor, update: Update = "joint"
+    ) -> Tensor:
+        """`w [R, C]` without `rows` and `columns` (indices), the others corrected: `joint` by
+        `remove_structures`, `grouped` by `sum_of_removals`, or not at all."""
+        zeroed = w.clone()
+        zeroed[rows] = 0
+        zeroed[:, columns] = 0
+        if update == "none":
+            return zeroed
+        remove = remove_structures if update == "joint" else sum_of_removals
+        p = torch.isin(self.rows, rows).nonzero()[:, 0]
+        q = torch.isin(self.columns, columns).nonzero()[:, 0]
+        if not len(p) + len(q):
+            return zeroed
+        solved = remove(self.alive(w), p, q, self.a_inverse, self.g_inverse)
+        return self.into(zeroed, solved)
+
+
+def _factor(h: Tensor, damping: float) -> ObsFactor:
+    if not len(h):  # all of it is dead
+        return ObsFactor(h, h.new_zeros(0, dtype=torch.bool), torch.tensor(damping))
+    return ops.obs_factor(h, damping=damping)
+
+
+def damped(h: Tensor, damping: float) -> Tensor:
+    """`H + damping * mean(diag H) * I`."""
+    out = h.clone()
+    out.diagonal().add_(damping * h.diagonal().double().mean().to(h.dtype))
+    return out

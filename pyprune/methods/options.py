@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -47,16 +48,28 @@ def describe_options(kind: type | None) -> dict[str, str]:
 
 
 def _takes(hint: Any) -> str:
+    hint = _given(hint)
     if get_origin(hint) is Literal:
         return " or ".join(map(_shown, get_args(hint)))
     return _WORDS.get(hint, "text")
 
 
+def _given(hint: Any) -> Any:
+    """What `T | None` takes when it is given."""
+    if get_origin(hint) is not types.UnionType:
+        return hint
+    (kind,) = (kind for kind in get_args(hint) if kind is not type(None))
+    return kind
+
+
 def _shown(value: Any) -> str:
+    if value is None:
+        return "the method's own"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _check(name: str, hint: Any, value: Any) -> None:
+    hint = _given(hint)
     if get_origin(hint) is Literal:
         right = value in get_args(hint)
     elif hint is float:

@@ -19,6 +19,7 @@ def select_structures(
 
     A row of a layer with c columns gone removes C - c parameters, a column R - r: sums are exact
     for any order. Equal costs go by layer, rows before columns, then by index. NaN costs go last.
+    What costs infinity never goes: parts of a layer that are to be kept.
 
     Args:
         row_costs, column_costs: `[R_l]` and `[C_l]` of each layer; zero for dead ones, which count.
@@ -43,12 +44,14 @@ def select_structures(
         for index in range(size[kind])
     ]
     pairs = zip(row_costs, column_costs, strict=True)
-    costs = [t.detach().double().cpu() for pair in pairs for t in pair]
-    order = torch.cat(costs).sort(stable=True).indices.tolist() if costs else []
+    given = [t.detach().double().cpu() for pair in pairs for t in pair]
+    costs = torch.cat(given) if given else torch.ones(0)
+    order = costs.sort(stable=True).indices
+    finite = order[costs[order] != float("inf")]
     budget = int(sparsity * sum(r * c for r, c in sizes) + 1e-9)
     gone: list[tuple[list[int], list[int]]] = [([], []) for _ in sizes]
     removed = 0
-    for at in order:
+    for at in finite.tolist():
         layer, kind, index = places[at]
         mine = gone[layer]
         if len(mine[kind]) + 1 > cap * sizes[layer][kind] + 1e-9:

@@ -40,6 +40,11 @@ class LinearRef:
             w = w[self.index]
         return w.T if self.transposed else w
 
+    def bias(self) -> Tensor | None:
+        """The live bias `[R]`, detached; None without one."""
+        bias = None if self.index is not None else getattr(self.module, "bias", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
     def write(self, w: Tensor) -> None:
         """Overwrites the weight in place with `w` `[R, C]`, rounded to the parameter's dtype."""
         target = self.weight()

@@ -220,7 +220,11 @@ def test_some_matrices_only(mode):
     assert sorted(found[1]) == sorted(chosen)
     for name, statistic in found[1].items():
         assert statistic.tokens == found[0][name].tokens > 0
-        assert torch.equal(statistic.sum_squares, found[0][name].sum_squares)
+        # Not bit for bit: experts of which none is chosen run as transformers runs them (grouped
+        # products), the others one by one.
+        torch.testing.assert_close(
+            statistic.sum_squares, found[0][name].sum_squares, rtol=1e-5, atol=0
+        )
 
 
 def test_padding_needs_experts_that_see_every_token():

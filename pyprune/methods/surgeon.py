@@ -1,0 +1,179 @@
+"""LLM Surgeon: the weights, N:M groups, rows or columns whose removal costs the loss least by a
+Kronecker-factored Fisher information, with the optimal correction of all others, in shots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyprune.calibration.gradient_stats import GradientFactory, KroneckerFactors
+from pyprune.errors import UserError
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
+from pyprune.methods.kronecker import Curvature, Update
+from pyprune.methods.selection import select_mask
+from pyprune.patterns import NM, Pattern
+
+Structure = Literal["element", "2:4", "rows", "columns", "rows-columns"]
+# Damping of G that the paper uses for weights and N:M groups, and for rows and columns.
+ELEMENT_DAMPING, STRUCTURE_DAMPING = 0.1, 0.01
+
+
+@dataclass(frozen=True)
+class SurgeonOptions:
+    """structure: what goes. With a pattern N:M it is groups of it, and `element` may stay. `2:4`
+    with a sparsity turns that share (at most a half) of the weights into 2:4 groups, the cheapest
+    groups first.
+    shots: after each one the curvature is taken anew, on the model as it is then; shot t of T
+        removes t / T of the sparsity.
+    update: of what is kept: `joint`, the optimum; `grouped`, the paper's approximation of it, to
+        compare with; or none.
+    gradient_damping: as `damping`, of the gradients' factor; None: 0.1 for weights and N:M, 0.01
+        for rows and columns, as in the paper.
+    cap: most of one matrix that may go: of its weights or N:M groups, of its rows and its columns.
+    kronecker: `independent` factors, or those `nearest` to the Fisher information.
+    refinements: steps towards the nearest, each two more passes over the text.
+    factor_memory: GiB that factors may take at once. If those of all layers need more, they are
+        made in several passes over the text and wait on disk.
+    corrections: steps of low-rank training after each shot, on the calibration text; what is
+        pruned stays so. correction_rank, correction_rate: rank and learning rate of it.
+    """
+
+    structure: Structure = "element"
+    shots: int = 5
+    update: Update = "joint"
+    gradient_damping: float | None = None
+    cap: float = 1.0
+    kronecker: Literal["independent", "nearest"] = "independent"
+    refinements: int = 2
+    factor_memory: float = 8.0
+    corrections: int = 0
+    correction_rank: int = 8
+    correction_rate: float = 1e-4
+
+    def __post_init__(self) -> None:
+        for name, least in (("shots", 1), ("refinements", 1), ("corrections", 0)):
+            if getattr(self, name) < least:
+                raise _wrong(name, f"a whole number from {least}", getattr(self, name))
+        if self.correction_rank < 1:
+            raise _wrong("correction_rank", "a whole number from 1", self.correction_rank)
+        for name in ("factor_memory", "correction_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise _wrong(name, "a positive number", getattr(self, name))
+        if not 0 < self.cap <= 1:
+            raise _wrong("cap", "a share in (0, 1]", self.cap)
+        if self.gradient_damping is not None and not 0 <= self.gradient_damping <= 1:
+            raise _wrong("gradient_damping", "a number in [0, 1]", self.gradient_damping)
+
+    @property
+    def of_structures(self) -> bool:
+        """Whether whole rows or columns go."""
+        return self.structure in ("rows", "columns", "rows-columns")
+
+    @property
+    def g_damping(self) -> float:
+        if self.gradient_damping is not None:
+            return self.gradient_damping
+        return STRUCTURE_DAMPING if self.of_structures else ELEMENT_DAMPING
+
+    def groups(self, pattern: Pattern) -> NM | None:
+        """The N:M that groups of weights take, if any."""
+        if isinstance(pattern, NM):
+            return pattern
+        return NM(2, 4) if self.structure == "2:4" else None
+
+
+def _wrong(name: str, expected: str, got: object) -> UserError:
+    return UserError(f"method_options: llm-surgeon {name}: expected {expected}, got {got}")
+
+
+def own_options(options: MethodOptions) -> SurgeonOptions:
+    return options.own if isinstance(options.own, SurgeonOptions) else SurgeonOptions()
+
+
+def check(pattern: Pattern, options: MethodOptions) -> None:
+    """Raises UserError for a structure that does not go with the pattern."""
+    own = own_options(options)
+    if isinstance(pattern, NM):
+        if own.structure not in ("element", str(pattern)):
+            raise UserError(
+                f"pattern: structure {own.structure} takes a sparsity, got pattern {pattern}"
+            )
+    elif own.structure == "2:4" and pattern.sparsity > 0.5:
+        raise UserError(f"sparsity: structure 2:4 expected at most 0.5, got {pattern.sparsity:g}")
+    if options.reconstruct:
+        raise UserError("reconstruct: llm-surgeon has an update of its own, expected none")
+
+
+def curvature(w: Tensor, factors: KroneckerFactors, options: MethodOptions) -> Curvature:
+    """Of the weights `w [R, C]`, the bias as last column if `factors` have it."""
+    a, g = factors.normalised()
+    return Curvature.of(
+        w,
+        a,
+        g,
+        a_damping=options.damping,
+        g_damping=own_options(options).g_damping,
+        bias=factors.bias,
+    )
+
+
+def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
+    """`[R, C]`: ([G^-1]_ii [A^-1]_jj)^-1/2. |w| times it orders the weights as their costs do
+    (eq. 5)."""
+    factors = _factors(inputs)
+    rows, columns = factors.g.shape[0], factors.a.shape[0]
+    whole = factors.g.new_ones(rows, columns)
+    row_scale, scale = curvature(whole, factors, options).element_scales()
+    return torch.outer(row_scale, scale)
+
+
+def surgeon(
+    w: Tensor,
+    inputs: LayerInputs | None,
+    pattern: Pattern,
+    options: MethodOptions,
+    preserve: Tensor | None,
+    mask: Tensor | None,
+) -> Solution:
+    """One shot on one matrix: its cheapest weights go and all others are corrected. See `Solver`.
+
+    A `mask` comes with dampings that are known to do. The loss is that of `Curvature.loss`.
+    """
+    factors, own = _factors(inputs), own_options(options)
+    there = curvature(w, factors, options)
+    if mask is None:
+        there = there.settled()
+        rows, columns = there.element_scales()
+        scores = w.abs() * rows[:, None] * columns
+        scope = "layer" if isinstance(pattern, NM) else pattern.scope or "layer"
+        mask = select_mask(scores, pattern, scope=scope, preserve=preserve)
+    new = there.without_elements(w, mask, own.update)
+    return Solution(new, mask, damping=there.a_damping, loss=there.loss(new - w))
+
+
+def _factors(inputs: LayerInputs | None) -> KroneckerFactors:
+    if inputs is None or not isinstance(inputs.gradient, KroneckerFactors):
+        raise ValueError("llm-surgeon: expected Kronecker factors, got none")
+    return inputs.gradient
+
+
+def gradient(options: MethodOptions) -> GradientFactory:
+    return KroneckerFactors
+
+
+METHOD = Method(
+    name="llm-surgeon",
+    title="least cost by Kronecker-factored Fisher information, all layers together, in shots",
+    paper="van der Ouderaa et al. 2024, arXiv 2312.17244",
+    statistic=None,
+    scopes=("global",),
+    updates_weights=True,
+    solve=surgeon,
+    column_scale=column_scale,
+    gradient=gradient,
+    options_type=SurgeonOptions,
+    also=check,
+)

@@ -1,0 +1,159 @@
+"""What a run needs to go on after its last shot: a directory of weights and a manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pyprune.calibration.tokens import TokenSet
+from pyprune.config import PruneConfig
+from pyprune.errors import UserError
+
+SCHEMA = 1
+MANIFEST = "state.json"
+
+
+@dataclass
+class Record:
+    """Of one matrix, over the shots so far.
+
+    loss: rise of the loss that the curvature predicts, nats per token, summed over the shots.
+    damping, tokens, dead_inputs: of the last shot. kept: why it keeps what it has, if it does.
+    """
+
+    loss: float = 0.0
+    damping: float | None = None
+    tokens: float = 0.0
+    dead_inputs: int = 0
+    kept: str = ""
+
+
+@dataclass
+class Progress:
+    """shots: done. records: by matrix. notes: of the run so far."""
+
+    shots: int = 0
+    records: dict[str, Record] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the names, dtypes, shapes and bytes of all parameters and buffers."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+class State:
+    """A directory that holds the weights after the last shot and says whose they are.
+
+    The manifest is replaced last and in one step: whenever a run is interrupted, it names weights
+    that are complete.
+    """
+
+    def __init__(
+        self, folder: str | Path, model: nn.Module, config: PruneConfig, tokens: TokenSet
+    ) -> None:
+        self.folder = Path(folder)
+        # As JSON gives it back, so that it can be compared.
+        self._identity: dict[str, Any] = json.loads(
+            json.dumps(
+                {
+                    "schema": SCHEMA,
+                    "model": fingerprint(model),
+                    "calibration": tokens.sha256,
+                    "config": config.to_dict(),
+                }
+            )
+        )
+
+    def load(self, parameters: Mapping[str, Tensor]) -> Progress:
+        """What is done; `parameters` get the weights they had then.
+
+        Raises UserError if the directory holds something else, or the state of another model, text
+        or configuration.
+        """
+        if not self.folder.exists():
+            return Progress()
+        manifest = self.folder / MANIFEST
+        if not self.folder.is_dir() or (not manifest.exists() and any(self.folder.iterdir())):
+            raise UserError(
+                f"state: expected an empty directory or that of an interrupted run, "
+                f"got {self.folder}"
+            )
+        if not manifest.exists():
+            return Progress()
+        try:
+            values = json.loads(manifest.read_text(encoding="utf-8"))
+            self._check(values)
+            records = {name: Record(**record) for name, record in values["records"].items()}
+            weights = load_file(self.folder / values["weights"])
+            progress = Progress(values["shots"], records, values["notes"])
+        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"state: {manifest} cannot be read: {error!r}") from error
+        if weights.keys() != parameters.keys():
+            raise UserError(f"state: {self.folder} holds other matrices than the model's")
+        for name, value in parameters.items():
+            value.copy_(weights[name])
+        return progress
+
+    def _check(self, values: Mapping[str, Any]) -> None:
+        words = {"schema": "version of pyprune", "model": "model", "calibration": "text"}
+        for key, word in words.items():
+            if values[key] != self._identity[key]:
+                raise UserError(
+                    f"state: {self.folder} belongs to another {word}: expected {key} "
+                    f"{self._identity[key]}, got {values[key]}"
+                )
+        mine, others = self._identity["config"], values["config"]
+        if mine != others:
+            changed = [key for key in mine if others.get(key) != mine[key]]
+            raise UserError(
+                f"state: {self.folder} belongs to another configuration: "
+                + ", ".join(f"{k} is {mine[k]} here and {others.get(k)} there" for k in changed)
+            )
+
+    def save(self, progress: Progress, parameters: Mapping[str, Tensor]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"shot-{progress.shots}.safetensors"
+        weights = {key: value.cpu().contiguous() for key, value in parameters.items()}
+        _replace(self.folder / name, lambda path: save_file(weights, path))
+        manifest = {
+            **self._identity,
+            "shots": progress.shots,
+            "weights": name,
+            "records": {key: asdict(record) for key, record in progress.records.items()},
+            "notes": progress.notes,
+        }
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        _replace(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+        for old in self.folder.glob("shot-*.safetensors"):
+            if old.name != name:
+                old.unlink()
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """The file is the old one or the new one, whatever happens."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write(temporary)
+    descriptor = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    temporary.replace(path)

@@ -1,0 +1,494 @@
+"""LLM Surgeon on whole models: counts, optimality, resumption, and what it refuses or keeps."""
+
+import json
+
+import pytest
+import torch
+from methods.test_surgeon import brute_force, exact
+from safetensors.torch import load_file, save_file
+from tiny_models import FAMILIES, tiny_model, tiny_tokens
+from transformers import AutoModelForCausalLM
+
+from pyprune.calibration.batches import as_token_set
+from pyprune.calibration.factors import collect_factors
+from pyprune.calibration.tokens import Batch
+from pyprune.config import PruneConfig
+from pyprune.errors import LayerError, UserError
+from pyprune.methods import kronecker
+from pyprune.methods.kronecker import Curvature
+from pyprune.models.adapter import Adapter
+from pyprune.patterns import pruned_count
+from pyprune.prune import prune, prune_checkpoint
+from pyprune.report import Report, model_card
+from pyprune.surgeon import run as run_module
+from pyprune.surgeon.run import STORED_AS_ZEROS
+
+
+def tokens(rows=4, length=16):
+    return [tiny_tokens(rows, length, seed) for seed in range(2)]
+
+
+def surgeon(model, target=0.5, batches=None, config=None, state=None, **own):
+    options = {"method_options": own, **(config or {})}
+    return prune(model, batches or tokens(), "llm-surgeon", target, state=state, **options)
+
+
+def refs_of(model):
+    adapter = Adapter.of(model)
+    return [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
+
+
+def same(a, b):
+    state = b.state_dict()
+    return all(torch.equal(state[name], value) for name, value in a.state_dict().items())
+
+
+def loss(model, batches):
+    with torch.no_grad():
+        return sum(float(model(input_ids=ids, labels=ids).loss) for ids in batches)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_elements_of_every_family(family):
+    model = tiny_model(family)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = surgeon(model, shots=2)
+    refs = refs_of(model)
+    elements = sum(ref.weight().numel() for ref in refs)
+    zeros = sum(int((ref.weight() == 0).sum()) for ref in refs)
+    assert zeros == pruned_count(elements, 0.5) and report.sparsity == zeros / elements
+    assert [layer.name for layer in report.layers] == [ref.name for ref in refs]
+    changed = {ref.parameter_name for ref in refs}
+    changed |= {f"{ref.name}.bias" for ref in refs if ref.bias() is not None}
+    for name, value in model.state_dict().items():
+        assert (name in changed) or torch.equal(value, before[name]), name
+    for ref in refs:  # a bias is corrected with its weights
+        if ref.bias() is not None:
+            assert not torch.equal(ref.bias(), before[f"{ref.name}.bias"])
+    assert bool(model(tiny_tokens()).logits.isfinite().all())
+    assert all(layer.loss > 0 and layer.damping == 0.01 for layer in report.layers)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+def test_two_of_four_everywhere(family):
+    for target, own in (("2:4", {}), (0.5, {"structure": "2:4"})):
+        model = tiny_model(family)
+        surgeon(model, target, shots=2, **own)
+        for ref in refs_of(model):
+            groups = (ref.weight() == 0).reshape(-1, 4).sum(1)
+            assert groups.unique().tolist() == [2], ref.name
+
+
+def test_part_of_the_groups():
+    model = tiny_model("llama")
+    report = surgeon(model, 0.25, structure="2:4", shots=2)
+    zeros = torch.cat([(ref.weight() == 0).reshape(-1, 4).sum(1) for ref in refs_of(model)])
+    assert zeros.unique().tolist() == [0, 2] and report.sparsity == pytest.approx(0.25, abs=1e-4)
+
+
+@pytest.mark.parametrize("structure", ["rows", "columns", "rows-columns"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_rows_and_columns_within_the_budget(family, structure):
+    model = tiny_model(family)
+    report = surgeon(model, 0.3, structure=structure, shots=3)
+    refs = refs_of(model)
+    elements, removed, smallest = 0, 0, []
+    for ref in refs:
+        alive = ref.weight() != 0
+        rows, columns = alive.any(1), alive.any(0)
+        if structure == "rows":
+            assert bool(columns.all()) or not bool(rows.any())
+        if structure == "columns":
+            assert bool(rows.all()) or not bool(columns.any())
+        # Nothing but whole rows and columns is gone.
+        assert torch.equal(alive, rows[:, None] & columns)
+        if ref.bias() is not None:
+            assert not ref.bias()[~rows].any() and bool((ref.bias()[rows] != 0).all())
+        elements += alive.numel()
+        removed += int((~alive).sum())
+        smallest.append(max(int(rows.sum()), int(columns.sum())))
+    budget = int(0.3 * elements)
+    assert budget - max(smallest) < removed <= budget
+    assert report.notes[-1] == STORED_AS_ZEROS
+    assert report.layers[0].pattern == f"30% {structure}"
+
+
+@pytest.mark.parametrize("structure", ["element", "2:4", "rows-columns"])
+def test_one_shot_is_constrained_least_squares(structure, monkeypatch):
+    """The whole way, on one matrix with a bias, against the Kronecker product itself."""
+    exact(monkeypatch)
+    model = tiny_model("llama").double()
+    name = "model.layers.0.self_attn.k_proj"
+    (ref,) = (ref for ref in refs_of(model) if ref.name == name)
+    adapter = Adapter.of(model)
+    given = as_token_set(tokens(), vocabulary=64, positions=None)
+    a, g = collect_factors(adapter, given, [ref], biases={name})[name].normalised()
+    w = torch.cat([ref.weight(), ref.bias()[:, None]], dim=1)
+    own = {"shots": 1, "structure": structure, "gradient_damping": 0.05}
+    report = surgeon(model, 0.4, config={"include": [name], "damping": 0.02}, **own)
+    new = torch.cat([ref.weight(), ref.bias()[:, None]], dim=1)
+    mask = new != 0
+    there = Curvature.of(w, a, g, a_damping=0.02, g_damping=0.05, bias=True)
+    want = brute_force(w, mask, *there.damped())
+    torch.testing.assert_close(new, want, rtol=1e-5, atol=1e-6)
+    assert report.layers[0].loss == pytest.approx(there.loss(want - w), rel=1e-5)
+    if structure == "element":
+        rows, columns = there.element_scales()
+        costs = (w * rows[:, None] * columns)[:, :-1]
+        order = costs.abs().flatten().sort().indices[: pruned_count(costs.numel(), 0.4)]
+        assert sorted(order.tolist()) == (~mask[:, :-1]).flatten().nonzero()[:, 0].tolist()
+
+
+def test_the_joint_update_costs_less_than_the_papers_and_that_less_than_none(monkeypatch):
+    losses = {}
+    monkeypatch.setattr(kronecker.remove_in_groups, "__defaults__", (64,))  # a few groups a matrix
+    for structure in ("element", "rows-columns"):
+        for update in ("joint", "grouped", "none"):
+            own = {"structure": structure, "update": update, "shots": 1}
+            report = surgeon(tiny_model("llama"), 0.3, **own)
+            losses[structure, update] = sum(layer.loss for layer in report.layers)
+        assert losses[structure, "joint"] < losses[structure, "grouped"]
+        assert losses[structure, "joint"] < losses[structure, "none"]
+
+
+def test_more_shots_are_not_one_shot_and_masks_grow():
+    one, many = tiny_model("llama"), tiny_model("llama")
+    surgeon(one, shots=1)
+    surgeon(many, shots=4)
+    assert not same(one, many)
+    assert sum(int((ref.weight() == 0).sum()) for ref in refs_of(one)) == sum(
+        int((ref.weight() == 0).sum()) for ref in refs_of(many)
+    )
+
+
+def test_linear_schedule(monkeypatch):
+    seen = []
+    real = run_module.Weights.masks
+
+    def masks(self, pruned, cap):
+        seen.append(pruned)
+        return real(self, pruned, cap)
+
+    monkeypatch.setattr(run_module.Weights, "masks", masks)
+    model = tiny_model("llama")
+    surgeon(model, 0.6, shots=3)
+    elements = sum(ref.weight().numel() for ref in refs_of(model))
+    assert seen == [pruned_count(elements, share) for share in (0.2, 0.4, 0.6)]
+
+
+def test_the_cap_holds_for_every_matrix():
+    free, capped = tiny_model("llama"), tiny_model("llama")
+    for model in (free, capped):  # one matrix that would lose most of its weights
+        refs_of(model)[0].weight().mul_(0.02)
+    surgeon(free, 0.4, shots=1)
+    report = surgeon(capped, 0.4, shots=1, cap=0.5)
+    assert max(layer.sparsity for layer in report.layers) <= 0.5
+    assert (refs_of(free)[0].weight() == 0).double().mean() > 0.9
+    assert report.sparsity == pytest.approx(0.4, abs=1e-4)
+    rows = surgeon(tiny_model("llama"), 0.4, shots=2, structure="rows", cap=0.5)
+    assert max(layer.sparsity for layer in rows.layers) <= 0.5
+
+
+def test_existing_zeros_stay_if_asked_to():
+    model = tiny_model("llama")
+    prune(model, None, "magnitude", 0.3)
+    zeros = {ref.name: ref.weight() == 0 for ref in refs_of(model)}
+    surgeon(model, 0.2, shots=2, config={"preserve_zeros": True})
+    for ref in refs_of(model):
+        assert torch.equal(ref.weight() == 0, zeros[ref.name])
+    report = surgeon(model, 0.5, shots=2, config={"preserve_zeros": True})
+    assert report.sparsity == pytest.approx(0.5, abs=1e-4)
+    assert not any(bool((ref.weight()[zeros[ref.name]] != 0).any()) for ref in refs_of(model))
+
+
+def test_factors_on_disk_change_nothing():
+    memory, disk = tiny_model("llama"), tiny_model("llama")
+    surgeon(memory, shots=2)
+    surgeon(disk, shots=2, factor_memory=1e-9)  # one block at a time
+    assert same(memory, disk)
+    near, again = tiny_model("llama"), tiny_model("llama")
+    surgeon(near, shots=1, kronecker="nearest")
+    surgeon(again, shots=1, kronecker="nearest", factor_memory=1e-9)
+    assert same(near, again) and not same(near, memory)
+
+
+def test_recomputed_activations_change_nothing():
+    plain, again = tiny_model("llama"), tiny_model("llama")
+    surgeon(plain, shots=1)
+    surgeon(again, shots=1, config={"gradient_checkpointing": True})
+    assert same(plain, again)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
+def test_a_checkpoint_is_the_model_pruned_in_memory(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path / "in")
+    own = {"structure": "rows-columns", "shots": 2}
+    config = PruneConfig(method="llm-surgeon", sparsity=0.3, method_options=own)
+    report = prune_checkpoint(tmp_path / "in", tmp_path / "out", config, batches=tokens())
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    prune(model, tokens(), config=config)
+    assert same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    old, new = (load_file(tmp_path / at / "model.safetensors") for at in ("in", "out"))
+    assert old.keys() == new.keys()
+    assert Report.from_json((tmp_path / "out" / "pyprune.json").read_text()).layers
+    assert "norms and routers are those of the original" in model_card(report)
+    assert STORED_AS_ZEROS in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_bf16_checkpoints_are_pruned_in_fp32_or_bf16(tmp_path):
+    tiny_model("llama").bfloat16().save_pretrained(tmp_path / "in")
+    for dtype in ("auto", "float32"):
+        config = PruneConfig(
+            method="llm-surgeon", pattern="2:4", dtype=dtype, method_options={"shots": 2}
+        )
+        out = tmp_path / dtype
+        prune_checkpoint(tmp_path / "in", out, config, batches=tokens())
+        for name, value in load_file(out / "model.safetensors").items():
+            assert value.dtype == torch.bfloat16
+            if "proj.weight" in name:
+                assert (value == 0).view(-1, 4).sum(1).unique().tolist() == [2]
+
+
+# Resumption.
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupted_in(shot, monkeypatch):
+    """The run breaks in the middle of the update of `shot`, counted from 1."""
+    real, seen = run_module.Surgeon._cut, []
+
+    def cut(self, matrix, *rest):
+        seen.append(matrix)
+        if len(seen) == (shot - 1) * len(self.matrices) + 3:
+            raise Interrupted
+        return real(self, matrix, *rest)
+
+    monkeypatch.setattr(run_module.Surgeon, "_cut", cut)
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"structure": "rows-columns"}, {"corrections": 2}], ids=["element", "rows", "lora"]
+)
+def test_an_interrupted_run_ends_with_the_same_bytes(own, tmp_path, monkeypatch):
+    tiny_model("llama").save_pretrained(tmp_path / "in")
+    config = PruneConfig(method="llm-surgeon", sparsity=0.4, method_options={"shots": 4, **own})
+
+    def run(out, state=None):
+        return prune_checkpoint(
+            tmp_path / "in", tmp_path / out, config, batches=tokens(), state=state
+        )
+
+    whole = run("whole")
+    with monkeypatch.context() as patch:
+        interrupted_in(3, patch)
+        with pytest.raises(Interrupted):
+            run("broken", tmp_path / "state")
+    assert not (tmp_path / "broken").exists()
+    saved = json.loads((tmp_path / "state" / "state.json").read_text())
+    assert saved["shots"] == 2
+    assert [p.name for p in (tmp_path / "state").glob("*.safetensors")] == ["shot-2.safetensors"]
+    counted = []
+    real = run_module.Surgeon._shot
+    monkeypatch.setattr(
+        run_module.Surgeon, "_shot", lambda self, t: counted.append(t) or real(self, t)
+    )
+    resumed = run("resumed", tmp_path / "state")
+    assert counted == [3, 4]
+    a, b = ((tmp_path / at / "model.safetensors").read_bytes() for at in ("whole", "resumed"))
+    assert a == b
+    first, second = (report.to_dict() for report in (whole, resumed))
+    assert {**first, "run": None} == {**second, "run": None}
+    counted.clear()
+    run("finished", tmp_path / "state")  # nothing is left to do
+    assert counted == []
+    assert (tmp_path / "finished" / "model.safetensors").read_bytes() == a
+
+
+def test_the_state_of_something_else_is_refused(tmp_path):
+    state = tmp_path / "state"
+    surgeon(tiny_model("llama"), state=state, shots=2)
+    with pytest.raises(UserError, match=r"belongs to another model: expected model [0-9a-f]+, got"):
+        surgeon(tiny_model("llama", seed=1), state=state, shots=2)
+    with pytest.raises(UserError, match="another configuration: method_options is"):
+        surgeon(tiny_model("llama"), state=state, shots=3)
+    with pytest.raises(UserError, match="belongs to another text"):
+        surgeon(tiny_model("llama"), batches=[tiny_tokens(2, 8)], state=state, shots=2)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("")
+    with pytest.raises(UserError, match="expected an empty directory or that of an interrupted"):
+        surgeon(tiny_model("llama"), state=tmp_path / "full")
+    (state / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state\.json cannot be read"):
+        surgeon(tiny_model("llama"), state=state, shots=2)
+
+
+def test_weights_that_are_missing_from_the_state_are_an_error(tmp_path):
+    state = tmp_path / "state"
+    surgeon(tiny_model("llama"), state=state, shots=1)
+    (file,) = state.glob("*.safetensors")
+    save_file({"a": torch.zeros(1)}, file)
+    with pytest.raises(UserError, match="holds other matrices"):
+        surgeon(tiny_model("llama"), state=state, shots=1)
+    file.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        surgeon(tiny_model("llama"), state=state, shots=1)
+
+
+def test_a_method_on_a_walk_has_no_state(tmp_path):
+    with pytest.raises(UserError, match="state: wanda is not pruned in shots, expected none"):
+        prune(tiny_model("llama"), tokens(), "wanda", 0.5, state=tmp_path)
+
+
+# Corrections.
+
+
+def test_corrections_train_and_respect_the_masks():
+    plain, corrected = tiny_model("llama"), tiny_model("llama")
+    surgeon(plain, shots=2)
+    own = {"shots": 2, "corrections": 20, "correction_rate": 1e-3}
+    excluded = "model.layers.1.mlp.down_proj"
+    before = corrected.get_submodule(excluded).weight.clone()
+    report = surgeon(corrected, config={"exclude": [excluded]}, **own)
+    assert torch.equal(corrected.get_submodule(excluded).weight, before)
+    elements = sum(layer.elements for layer in report.layers)
+    assert sum(layer.zeros for layer in report.layers) == pruned_count(elements, 0.5)
+    notes = [note for note in report.notes if note.startswith("corrections after shot")]
+    assert len(notes) == 2
+    corrected = tiny_model("llama")
+    surgeon(corrected, **own)
+    assert loss(corrected, tokens()) < loss(plain, tokens())
+
+
+def test_corrections_keep_rows_and_groups():
+    model = tiny_model("llama")
+    surgeon(model, "2:4", shots=1, corrections=3)
+    for ref in refs_of(model):
+        assert (ref.weight() == 0).reshape(-1, 4).sum(1).unique().tolist() == [2]
+    model = tiny_model("llama")
+    surgeon(model, 0.3, structure="rows", shots=1, corrections=3)
+    for ref in refs_of(model):
+        alive = ref.weight() != 0
+        assert torch.equal(alive, alive.any(1)[:, None].expand_as(alive))
+
+
+def test_corrections_need_a_batch_to_hold_out():
+    with pytest.raises(UserError, match="corrections: expected two batches"):
+        surgeon(tiny_model("llama"), batches=[tiny_tokens(4, 16)], corrections=2)
+
+
+# What it cannot judge, and refuses.
+
+
+@pytest.mark.parametrize("own", [{}, {"structure": "rows-columns"}], ids=["element", "rows"])
+def test_a_dead_layer_is_kept_and_named(own):
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+        model.model.layers[1].mlp.down_proj.bias.zero_()
+    dead = {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up")}
+    before = {name: model.get_submodule(name).weight.clone() for name in dead}
+    report = surgeon(model, 0.3, shots=2, **own)
+    noted = {layer.name: layer for layer in report.layers if layer.notes}
+    assert set(noted) == dead
+    for name, layer in noted.items():
+        assert "no gradient but zero: kept as it was" in layer.notes[0]
+        assert layer.loss is None and layer.zeros == 0
+        assert torch.equal(model.get_submodule(name).weight, before[name])
+    # The others make up for it.
+    assert report.sparsity == pytest.approx(0.3, abs=5e-3)
+
+
+@pytest.mark.parametrize("target", [0.05, "2:4"])
+def test_an_idle_expert_is_kept_and_named(target):
+    model = tiny_model("mixtral")
+    before = {ref.name: ref.weight().clone() for ref in refs_of(model)}
+    report = surgeon(model, target, batches=[tiny_tokens(1, 4)], shots=2)
+    idle = {layer.name for layer in report.layers if layer.notes}
+    assert idle and all("experts" in name for name in idle)
+    for ref in refs_of(model):
+        if ref.name in idle:
+            assert torch.equal(ref.weight(), before[ref.name])
+        elif target == "2:4":
+            assert (ref.weight() == 0).reshape(-1, 4).sum(1).unique().tolist() == [2]
+    if target != "2:4":
+        assert report.sparsity == pytest.approx(target, abs=1e-4)
+
+
+def test_a_matrix_whose_readers_are_gone_goes_for_nothing():
+    """All of down_proj goes in the first shot, so that up_proj has no gradient in the second."""
+    model = tiny_model("llama", mlp_bias=False)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(1e-4)
+    report = surgeon(model, 0.6, structure="rows", shots=3)
+    gone = {layer.name for layer in report.layers if layer.sparsity == 1}
+    assert {f"model.layers.1.mlp.{n}_proj" for n in ("down", "up", "gate")} <= gone
+    assert not report.noted
+
+
+def test_a_sequence_of_one_token_is_refused():
+    batch = Batch(tiny_tokens(2, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]))
+    with pytest.raises(UserError, match="batch 1, sequence 1: expected at least two tokens"):
+        surgeon(tiny_model("llama"), batches=[tiny_tokens(2, 4), batch])
+
+
+def test_nan_gradients_name_the_layer():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight[0] = float("nan")
+    with pytest.raises(LayerError, match=r"model\.layers\.1\.\S+: expected finite"):
+        surgeon(model)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"pattern": "2:4", "method_options": {"structure": "rows"}}, "structure rows takes a sp"),
+        ({"sparsity": 0.6, "method_options": {"structure": "2:4"}}, "2:4 expected at most 0.5"),
+        ({"sparsity": 0.5, "scope": "row"}, "scope: llm-surgeon takes global, got 'row'"),
+        ({"sparsity": 0.5, "allocation": "owl"}, "allocation: llm-surgeon takes all matrices at"),
+        ({"sparsity": 0.5, "walk": "naive"}, "walk: llm-surgeon takes all matrices at once"),
+        ({"sparsity": 0.5, "spill": "disk"}, "spill: llm-surgeon takes all matrices at once"),
+        ({"sparsity": 0.5, "update": "sequential"}, "update: llm-surgeon takes none"),
+        ({"sparsity": 0.5, "reconstruct": True}, "reconstruct: llm-surgeon has an update of its"),
+        ({"sparsity": 0.5, "method_options": {"strucure": "rows"}}, "did you mean structure"),
+        ({"sparsity": 0.5, "method_options": {"shots": 2.5}}, "shots: expected a whole number"),
+        (
+            {"sparsity": 0.5, "method_options": {"gradient_damping": "x"}},
+            "gradient_damping: expected a number, got 'x'",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(values, message):
+    with pytest.raises(UserError, match=message):
+        PruneConfig(method="llm-surgeon", **values)
+
+
+def test_preserved_zeros_and_structures_do_not_go_together():
+    with pytest.raises(UserError, match="preserve_zeros: expected structure element or 2:4"):
+        surgeon(tiny_model("llama"), structure="rows", config={"preserve_zeros": True})
+
+
+def test_rows_that_groups_do_not_divide_name_the_layer():
+    model = tiny_model("llama", intermediate_size=66)
+    with pytest.raises(LayerError, match=r"down_proj: expected a number of inputs that 4 divides"):
+        surgeon(model, 0.3, structure="2:4")
+
+
+def test_the_config_round_trips():
+    own = {"structure": "2:4", "shots": 3, "gradient_damping": 0.2, "cap": 1}
+    config = PruneConfig(method="llm-surgeon", sparsity=0.5, method_options=own)
+    assert PruneConfig.from_yaml(config.to_yaml()) == config
+    assert PruneConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_tells_how_far_it_is():
+    events = []
+    prune(
+        tiny_model("llama"), tokens(2, 8), "llm-surgeon", 0.5, progress=events.append,
+        method_options={"shots": 2, "factor_memory": 1e-9},
+    )  # fmt: skip
+    told = [(e.name, e.done, e.total) for e in events]
+    assert told == [(f"factors of shot {shot}/2", n, 8) for shot in (1, 2) for n in range(1, 9)]
