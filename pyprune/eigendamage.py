@@ -300,7 +300,7 @@ def _remove(
         count = pruned_count(sum(c.numel() for c in flat), config.sparsity)
         masks = ops.mask_global(flat, count) if flat else []
         kept = dict(zip(costs, masks, strict=True))
-        everything = {name: (_left(c, [], 0), _left(c, [], 1)) for name, c in costs.items()}
+        left = {name: (_left(c, [], 0), _left(c, [], 1)) for name, c in costs.items()}
     else:
         gone = select_structures(
             [c.sum(1) for c in costs.values()],
@@ -308,16 +308,16 @@ def _remove(
             config.sparsity,
             config.cap,
         )
-        everything, kept = {}, {}
+        left, kept = {}, {}
         for (name, cost), (rows, columns) in zip(costs.items(), gone, strict=True):
-            everything[name] = (_left(cost, rows, 0), _left(cost, columns, 1))
+            left[name] = (_left(cost, rows, 0), _left(cost, columns, 1))
             kept[name] = torch.ones_like(cost, dtype=torch.bool)
             kept[name][rows] = kept[name][:, columns] = False
     return {
         name: _Removal(
             bases[name],
             torch.where(kept[name], rotated[name], 0),
-            *everything[name],
+            *left[name],
             int((~kept[name]).sum()),
             float(costs[name][~kept[name]].sum()),
         )
@@ -336,23 +336,25 @@ def _write(
     adapter: Adapter, ref: LinearRef, removal: _Removal, config: EigenDamageConfig
 ) -> EigenLayer:
     rows, columns = ref.weight().shape
-    factors = thin_factors(removal.basis, removal.rotated, removal.rows, removal.columns)
+    left = len(removal.rows), len(removal.columns)
+    thin = min(left) * (rows + columns)
     form: Literal["dense", "factored"] = "dense"
-    if config.factored and factors.parameters < rows * columns:
+    if config.factored and thin < rows * columns:
         form = "factored"
+        factors = thin_factors(removal.basis, removal.rotated, removal.rows, removal.columns)
         _install(adapter.model, ref, factors)
     else:
         ref.write(removal.basis.restore(removal.rotated).to(ref.weight().device))
     return EigenLayer(
         name=ref.name,
         shape=(rows, columns),
-        rows=len(removal.rows),
-        columns=len(removal.columns),
+        rows=left[0],
+        columns=left[1],
         removed=removal.removed,
         loss=removal.loss,
         form=form,
-        parameters=factors.parameters if form == "factored" else rows * columns,
-        factored_parameters=factors.parameters,
+        parameters=thin if form == "factored" else rows * columns,
+        factored_parameters=thin,
     )
 
 
