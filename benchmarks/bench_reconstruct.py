@@ -29,7 +29,7 @@ SHAPES = {
 }
 # Proven fractions of the loss, which is far more than what is left: the first gives 1e-4 of the
 # weights, the second is what pruning uses.
-TIGHT, DEFAULT = 1e-5, TOLERANCE
+TIGHT, DEFAULT = 3e-6, TOLERANCE
 WEIGHT_ERROR = 1e-4
 CHECKED_ROWS = 16
 NATIVE = importlib.import_module("pyprune.ops.obs_reconstruct")

@@ -243,7 +243,7 @@ def obs_reconstruct(
     those in which H is largest (`masked_cg.near_hessian`): made once, cut to a row's columns by
     Woodbury. From SparseGPT's weights at 50 % a row took 10 to 19 iterations to the default
     tolerance, means of twelve matrices of SmolLM2-135M, and was then within 2e-5 of the least loss
-    and 8e-4 of the weights; 13 to 25 at 1e-5, within 1e-4 of the weights. The native backend
+    and 8e-4 of the weights; 14 to 27 at 3e-6, within 4e-5 of the weights. The native backend
     gathers H_SS of a row as a packed triangle that stays in cache (k^2 multiply-adds an iteration,
     where a product shared by all rows takes C^2); above `NATIVE_COLUMNS` and on a GPU one dense
     product an iteration serves all rows at once.

@@ -68,8 +68,10 @@ def test_every_method_and_pattern_ends_with_less_error(method, target):
     for before, after in zip(plain.layers[:3], report.layers[:3], strict=True):
         # q, k and v of the first block see the same inputs and lose the same weights.
         assert after.zeros == before.zeros and after.error_basis == "gram"
-        if method == "exactobs":  # ends there by itself
-            assert after.relative_error_after == before.relative_error_after
+        if method == "exactobs":  # ends there by itself, up to single precision
+            assert after.relative_error_after == pytest.approx(
+                before.relative_error_after, rel=1e-3
+            )
             continue
         assert after.relative_error_after < (
             before.relative_error_after
