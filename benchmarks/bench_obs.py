@@ -5,8 +5,8 @@ published mathematics: Cholesky, inverse, Cholesky of the inverse, then a Python
 columns; `llmcompressor`, where that package is installed (0.14 asks for an older transformers than
 ours: install it without its dependencies, and those that it imports); `floor`, the least dense work
 there is: one Cholesky factorisation, one triangular inverse and one [R, C] x [C, C/2] product.
-`share_of_limit` is the floor's time over a provider's: above 100 % where fusing Cholesky and inverse
-into products pays.
+`share_of_limit` is the floor's time over a provider's: above 100 % where fusing Cholesky and
+inverse into products pays.
 
 `ceiling`, with our rows, is how many times faster than `algorithm` the same work would be at the
 measured GEMM rate (2/3 C^3 + R C^2 flops): no fp32 solve on this device can be further ahead.

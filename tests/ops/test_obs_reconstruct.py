@@ -248,6 +248,17 @@ def test_rank_deficient(backend, use_backend, tokens):
     assert bool((reached <= best * (1 + 1e-3) + 1e-5 * losses(0 * w, w, h)).all())
 
 
+@pytest.mark.parametrize("tokens", [1, 9, 31])
+@pytest.mark.parametrize("damping", [0.0, 1e-6])
+def test_rank_deficient_with_hardly_any_damping(use_backend, tokens, damping):
+    use_backend("native", OP, "cpu")
+    w, h, mask = problem(4, 200, tokens=tokens)
+    got = ops.obs_reconstruct(w.float(), h.float(), mask, damping=damping, max_iterations=500)
+    assert bool(got.weight.isfinite().all())
+    scale = (w @ h * w).sum(1)
+    assert bool((((got.weight.double() - w) @ h * (got.weight - w)).sum(1) <= 1e-4 * scale).all())
+
+
 def test_badly_scaled(backend, use_backend):
     use_backend(backend, OP, "cpu")
     w, h, mask = problem(3, 48)
