@@ -21,15 +21,43 @@ SHAPES = [(1, 8), (5, 72), (37, 200), (18, 1096)]
 OUTPUT = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float64: 1e-14}
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_int8_number(isa, dtype, use_isa):
+    """One value a row, so that each product is one multiplication by an exact power of two."""
+    use_isa(isa)
+    q = torch.arange(-127, 128, dtype=torch.int8)
+    for column in (0, 9, 63, 70):
+        mask = torch.zeros(255, 72, dtype=torch.bool)
+        mask[:, column] = True
+        x = torch.zeros(1, 72, dtype=dtype)
+        x[0, column] = 0.25
+        for m in (1, 4):
+            got = ops.linear_bitmap_int8(x.expand(m, 72), *pack_bitmap(q[:, None] * mask, mask),
+                                         torch.ones(255))  # fmt: skip
+            assert torch.equal(got, (q * 0.25).to(dtype).expand(m, 255))
+        mask[:, column ^ 1] = True
+        values, meta = pack_24(q[:, None] * mask, full_24(mask))
+        got = ops.linear_24_int8(x, values, meta, torch.ones(255))
+        assert torch.equal(got[0], (q * 0.25).to(dtype))
+
+
+def full_24(mask):
+    """`mask`, where a group of four keeps none made to keep its first two."""
+    groups = mask.view(len(mask), -1, 4).clone()
+    groups[..., :2] |= ~groups.any(-1, keepdim=True)
+    return groups.view(mask.shape)
+
+
 def rows_of(provider):
-    return [m for m in ROWS if provider != "triton" or m <= TRITON_ROWS]
+    return ROWS if provider != "triton" else [1, 5, TRITON_ROWS]
 
 
 def weight(fmt, shape, density=0.5, seed=0):
-    """The op's weight tensors and the dense fp64 matrix they stand for. All of int8's range."""
+    """The op's weight tensors and the dense fp64 matrix they stand for."""
     gen = torch.Generator().manual_seed(seed)
     rows = shape[0]
-    q = torch.randint(-128, 128, shape, generator=gen, dtype=torch.int64).to(torch.int8)
+    q = torch.randint(-127, 128, shape, generator=gen, dtype=torch.int64).to(torch.int8)
     scales = torch.rand(rows, generator=gen) / 100
     scales[rows // 2] = 0.0
     if fmt == "linear_24_int8":
@@ -260,6 +288,10 @@ def test_validation():
         bad[4] = value
         with pytest.raises(ValueError, match=r"scales: expected finite .* got .* in row 4"):
             validate_24_int8(values, meta, bad)
+    lowest = values.clone()
+    lowest[2, 5] = -128
+    with pytest.raises(ValueError, match="values: expected numbers from -127 to 127, got -128"):
+        validate_24_int8(lowest, meta, scales)
     (values, bitmap, offsets, scales), _ = weight("linear_bitmap_int8", (6, 61))
     validate_bitmap_int8(values, bitmap, offsets, scales, 61)
     nothing = torch.zeros(0, dtype=torch.int8)
