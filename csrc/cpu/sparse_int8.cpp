@@ -27,6 +27,9 @@ inline void store_as(bf16* y, float value) {
   y->bits = static_cast<uint16_t>(u >> 16);
 }
 
+// Rows of x that one pass over W serves.
+constexpr int kInt8ChunkRows = 8;
+
 // Where a kernel stands in one row: the next value, and the row's mask words (or, where a kernel
 // reads that itself, its 2:4 metadata).
 struct ByteCursor {
@@ -150,7 +153,7 @@ void spread_rows(const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1,
 // fp32: spreads the values over their columns and multiplies.
 struct Spread {
   using T = float;
-  static constexpr int kParts = 1, kMost = kInt8FewRows;
+  static constexpr int kParts = 1, kMost = kInt8ChunkRows;
   static constexpr bool kMeta = false;
   static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
   static int64_t place(int64_t c) { return columns64_place(c); }
@@ -214,7 +217,7 @@ inline int64_t widen64_place(int64_t c) { return ((c & 8) << 2) + ((c >> 4) << 3
 template <WeightFormat kFormat, int P>
 struct Dot {
   using T = bf16;
-  static constexpr int kParts = P, kMost = P == 1 ? kInt8FewRows : kSplitRows;
+  static constexpr int kParts = P, kMost = P == 1 ? kInt8ChunkRows : kSplitRows;
   static constexpr bool kMeta = kFormat == WeightFormat::sparse24;
   static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
   static int64_t place(int64_t c) { return kMeta ? c : widen64_place(c); }
@@ -420,31 +423,29 @@ TensorView view_of(void* data, DType dtype, int64_t n) {
   return v;
 }
 
-// Rows [r0, r0 + count): values as bf16, offsets counted from the first; false, and the row noted,
-// when one is inconsistent.
-bool widen_rows(const Weights& w, int64_t r0, int64_t count, int threads, std::vector<bf16>* values,
-                std::vector<int64_t>* offsets, std::atomic<int64_t>* broken) {
+// Rows [r0, r0 + count): values as bf16 (at most as many as they have columns), offsets counted
+// from the first; false, and the row noted, when one is inconsistent.
+bool widen_rows(const Weights& w, int64_t r0, int64_t count, int threads, bf16* values,
+                int64_t* offsets, std::atomic<int64_t>* broken) {
   const bool bitmap = w.format == WeightFormat::bitmap;
   const int64_t first = w.begin(r0);
   for (int64_t r = 0; bitmap && r < count; ++r) {
     const int64_t begin = w.offsets[r0 + r], end = w.offsets[r0 + r + 1];
-    if (begin < 0 || begin > end || end > w.nnz) {
+    if (begin < 0 || begin > end || end > w.nnz || end - begin > w.cols) {
       broken->store(r0 + r, std::memory_order_relaxed);
       return false;
     }
-    (*offsets)[static_cast<size_t>(r)] = begin - first;
+    offsets[r] = begin - first;
   }
   const int64_t n = (bitmap ? w.offsets[r0 + count] : w.begin(r0 + count)) - first;
-  (*offsets)[static_cast<size_t>(count)] = n;
-  values->resize(static_cast<size_t>(n));
+  offsets[count] = n;
   const int8_t* q = static_cast<const int8_t*>(w.values) + first;
-  bf16* out = values->data();
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < n; ++i) {
     const float f = static_cast<float>(q[i]);
     uint32_t u;
     std::memcpy(&u, &f, 4);
-    out[i] = {static_cast<uint16_t>(u >> 16)};
+    values[i] = {static_cast<uint16_t>(u >> 16)};
   }
   std::vector<uint64_t> words(static_cast<size_t>(mask_words(w.cols)));
   for (int64_t r = 0; bitmap && r < count; ++r)
@@ -459,40 +460,43 @@ bool widen_rows(const Weights& w, int64_t r0, int64_t count, int threads, std::v
 template <class X>
 void many_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
   const SparseLinearArgs& args = a.linear;
+  const bool bitmap = w.format == WeightFormat::bitmap;
   const int64_t tokens = args.x.shape[0], most = std::min(kWideRows, w.rows);
-  std::vector<bf16> values;
-  std::vector<int64_t> offsets(static_cast<size_t>(most + 1));
-  std::vector<X> block(static_cast<size_t>(tokens * most));
+  const Aligned values = aligned_bytes(std::min(most * w.cols, w.nnz) * 2);
+  const Aligned offsets = aligned_bytes((most + 1) * 8);
+  const Aligned block = aligned_bytes(tokens * most * static_cast<int64_t>(sizeof(X)));
+  auto* wide = static_cast<bf16*>(values.get());
+  auto* begins = static_cast<int64_t*>(offsets.get());
+  const auto* sums = static_cast<const X*>(block.get());
   const float* scales = a.scales.ptr<const float>();
   const float* bias = args.bias ? args.bias->ptr<const float>() : nullptr;
   X* y = args.y.ptr<X>();
   for (int64_t r0 = 0; r0 < w.rows; r0 += kWideRows) {
     const int64_t count = std::min(kWideRows, w.rows - r0);
-    if (!widen_rows(w, r0, count, args.threads, &values, &offsets, broken)) return;
+    if (!widen_rows(w, r0, count, args.threads, wide, begins, broken)) return;
     TensorView meta =
         view_of(const_cast<uint8_t*>(w.meta) + r0 * w.meta_stride, DType::u8, count, w.meta_stride);
-    TensorView begins = view_of(offsets.data(), DType::i64, count + 1);
+    TensorView starts = view_of(begins, DType::i64, count + 1);
     SparseLinearArgs part = args;
-    part.y = view_of(block.data(), args.y.dtype, tokens, count);
+    part.y = view_of(block.get(), args.y.dtype, tokens, count);
     part.rows = count;
-    part.values = view_of(values.data(), DType::bf16, static_cast<int64_t>(values.size()));
+    part.values = view_of(wide, DType::bf16, bitmap ? begins[count] : count * w.cols / 2);
     part.meta = &meta;
-    part.offsets = args.offsets ? &begins : nullptr;
+    part.offsets = bitmap ? &starts : nullptr;
     part.bias = nullptr;
     PYPRUNE_ISA::sparse_linear(part);
 #pragma omp parallel for schedule(static) num_threads(args.threads)
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t r = 0; r < count; ++r)
         store_as(y + t * w.rows + r0 + r,
-                 to_float(block[static_cast<size_t>(t * count + r)]) * scales[r0 + r] +
-                     (bias ? bias[r0 + r] : 0.0f));
+                 to_float(sums[t * count + r]) * scales[r0 + r] + (bias ? bias[r0 + r] : 0.0f));
   }
 }
 
+// At most kInt8ChunkRows rows of x.
 template <class X>
-void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
+void run_chunk(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
   const int64_t m = a.linear.x.shape[0];
-  if (m > kInt8FewRows) return many_rows<X>(a, w, broken);
 #if defined(__AVX512F__)
   constexpr int P = kParts<X>;
   if (current_isa() >= Isa::avx512_bf16 && (P == 1 || m <= kSplitRows)) {
@@ -502,6 +506,19 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
   }
 #endif
   few_rows<Spread, X>(a, w, m, broken);
+}
+
+template <class X>
+void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
+  const int64_t m = a.linear.x.shape[0];
+  if (m > kInt8FewRows) return many_rows<X>(a, w, broken);
+  for (int64_t m0 = 0; m0 < m; m0 += kInt8ChunkRows) {
+    SparseInt8Args part = a;
+    part.linear.x.data = a.linear.x.ptr<X>() + m0 * a.linear.x.stride[0];
+    part.linear.x.shape[0] = std::min<int64_t>(kInt8ChunkRows, m - m0);
+    part.linear.y.data = a.linear.y.ptr<X>() + m0 * w.rows;
+    run_chunk<X>(part, w, broken);
+  }
 }
 
 }  // namespace

@@ -16,7 +16,7 @@ FORMATS = ["linear_24_int8", "linear_bitmap_int8"]
 BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f]]
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 # Both sides of the switch from widening in registers to widening blocks of rows.
-ROWS = [1, 2, 3, 4, 5, 8, 9, 17, 64]
+ROWS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 64]
 SHAPES = [(1, 8), (5, 72), (37, 200), (18, 1096)]
 OUTPUT = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float64: 1e-14}
 
@@ -50,7 +50,7 @@ def full_24(mask):
 
 
 def rows_of(provider):
-    return ROWS if provider != "triton" else [1, 5, TRITON_ROWS]
+    return ROWS if provider != "triton" else [1, TRITON_ROWS]
 
 
 def weight(fmt, shape, density=0.5, seed=0):
@@ -79,8 +79,8 @@ def assert_product(got, x, dense, bias=None):
     if bias is not None:
         want, scale = want + bias.double(), scale + bias.double().abs()
     assert got.dtype == x.dtype and got.shape == want.shape
-    # Sums of more than 8 rows of bf16 are rounded twice.
-    roundings = 2 if x.dtype == torch.bfloat16 and x.numel() > 8 * x.shape[-1] else 1
+    # Sums of more than 16 rows of bf16 are rounded twice.
+    roundings = 2 if x.dtype == torch.bfloat16 and x.numel() > 16 * x.shape[-1] else 1
     tolerance = roundings * OUTPUT[x.dtype] * scale + 1e-30
     worst = ((got.double() - want).abs() / tolerance).max() if got.numel() else 0.0
     assert worst <= 1, f"{worst:.1f} times the tolerance"
@@ -92,7 +92,8 @@ def test_matches_float64(fmt, provider, use_backend, shape):
     tensors, dense = weight(fmt, shape)
     for dtype in _registry.IMPLS[fmt][provider].dtypes:
         use_backend(provider, fmt, "cpu", dtype)
-        for m in rows_of(provider) if dtype == torch.float32 else (1, 9):
+        # Triton's interpreter is slow, and its kernels see fp32 whatever x is.
+        for m in rows_of(provider) if dtype == torch.float32 else (2,):
             x = activations(m, shape[1], dtype)
             assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
@@ -114,7 +115,7 @@ def test_more_rows_than_are_widened_at_once(isa, use_isa):
     use_isa(isa)
     for fmt in FORMATS:
         tensors, dense = weight(fmt, (2051, 40))
-        x = activations(9, 40)
+        x = activations(17, 40)
         assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
@@ -124,7 +125,7 @@ def test_bitmap_of_any_width(isa, use_isa, cols):
     use_isa(isa)
     tensors, dense = weight("linear_bitmap_int8", (11, cols))
     for dtype in (torch.float32, torch.bfloat16):
-        for m in (1, 3, 12):
+        for m in (1, 3, 12, 17):
             x = activations(m, cols, dtype)
             assert_product(ops.linear_bitmap_int8(x, *tensors), x, dense)
 
@@ -136,7 +137,7 @@ def test_any_density(isa, density, use_isa):
     tensors, dense = weight("linear_bitmap_int8", (9, 150), density)
     bias = torch.randn(9, generator=torch.Generator().manual_seed(2))
     for dtype in (torch.float32, torch.bfloat16):
-        for m in (1, 8, 12):
+        for m in (1, 8, 12, 17):
             x = activations(m, 150, dtype)
             assert_product(ops.linear_bitmap_int8(x, *tensors, bias=bias), x, dense, bias)
 
@@ -167,7 +168,7 @@ def test_independent_of_thread_count(fmt):
     tensors, _ = weight(fmt, (77, 328))
     threads = torch.get_num_threads()
     for dtype in (torch.float32, torch.bfloat16):
-        for m in (1, 5, 12):
+        for m in (1, 5, 12, 17):
             x = activations(m, 328, dtype)
             want = getattr(ops, fmt)(x, *tensors)
             try:
@@ -190,6 +191,9 @@ def _tampered(name):
         offsets[0] = -3
     elif name == "a huge offset":
         offsets[2] = 1 << 62
+    elif name == "a row longer than the matrix is wide":
+        values = values.repeat(20)
+        offsets[3:] = len(values)
     elif name == "falling offsets":
         offsets[1], offsets[2] = offsets[2].clone(), offsets[1].clone()
     else:
@@ -201,12 +205,13 @@ def _tampered(name):
 @pytest.mark.parametrize(
     "name",
     ["more bits than values", "bits past the last column", "offsets past the end",
-     "negative offset", "a huge offset", "falling offsets", "a value is missing"],
+     "negative offset", "a huge offset", "a row longer than the matrix is wide", "falling offsets",
+     "a value is missing"],
 )  # fmt: skip
 def test_inconsistent_bitmaps_are_refused_by_the_kernel(name, isa, use_isa):
     use_isa(isa)
     for dtype in (torch.float32, torch.bfloat16):
-        for m in (1, 8, 12):
+        for m in (1, 8, 12, 17):
             with pytest.raises(ValueError, match=r"row [0-3] has bits that do not match"):
                 ops.linear_bitmap_int8(torch.ones(m, 20, dtype=dtype), *_tampered(name))
 
@@ -218,7 +223,7 @@ def test_any_24_metadata_stays_inside_its_buffers(use_isa):
     for isa in ISAS:
         use_isa(isa)
         for dtype in (torch.float32, torch.bfloat16):
-            for m in (1, 8, 12):
+            for m in (1, 8, 12, 17):
                 x = torch.ones(m, 72, dtype=dtype)
                 assert ops.linear_24_int8(x, values, meta, torch.ones(6)).isfinite().all()
 
