@@ -29,8 +29,8 @@ from pyprune import ops
 
 SHAPES = [(8192, 4096), (4096, 14336)]
 SMOKE_SHAPES = [(64, 128)]
-TOKENS = [1, 4, 16, 512]
-SMOKE_TOKENS = [1, 16, 64]
+TOKENS = [1, 4, 8, 16, 64, 512]
+SMOKE_TOKENS = [1, 8, 16, 64]
 WIDE = "_fp32x"  # suffix of our kernels' names when the activations are fp32
 DENSE = ("dense", "dense" + WIDE, "torch_bf16", "torch_fp32")
 # A product with hundreds of rows takes up to a second and varies little.
