@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that are not there and reads what came of it.
+"""Compiles every Triton and CUDA C++ kernel for GPUs that are not there and reads what came of it.
 
     python benchmarks/aot.py            # table; exit 1 if a kernel spills or does not compile
     python benchmarks/aot.py --json benchmarks/results/aot.json --markdown docs/aot.md
@@ -8,7 +8,8 @@ Each `pyprune/kernels/<family>.py` lists the configurations it launches in `AOT`
 `aligned` (integer arguments that are multiples of 16 in practice; pointers always are). Strides
 that are 1 in practice belong in `constexprs`, as Triton specialises them when it launches.
 Registers, spills and shared
-memory come from `ptxas -v`; the instruction mix is counted in the PTX.
+memory come from `ptxas -v`; the instruction mix is counted in the PTX. `csrc/cuda/<file>.cu` is the
+family `cuda/<file>`; where there is no nvcc those are left out, and said to be.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -38,11 +40,24 @@ TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
 INSTRUCTIONS = {
     "wgmma": r"\bwgmma\.mma_async",
     "tcgen05": r"\btcgen05\.mma",
-    "mma": r"\bmma\.sync",
+    "mma": r"\bmma\.(?:sp[\w:]*\.)?sync",  # dense or sparse
     "cp.async": r"\bcp\.async\.c[ag]",
     "bulk": r"\bcp\.async\.bulk",
     "ld.v4": r"\bld\.global[\w.:]*\.v4",
 }
+
+
+def usage(log: str) -> dict[str, int]:
+    """Registers and spills (bytes) from what ptxas printed of one kernel."""
+    registers = re.search(r"Used (\d+) registers", log)
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    if not registers or not spills:
+        raise RuntimeError(f"ptxas printed no usage:\n{log}")
+    return {"registers": int(registers[1]), "spill_bytes": int(spills[1]) + int(spills[2])}
+
+
+def instructions(ptx: str) -> dict[str, int]:
+    return {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()}
 
 
 def ptxas(ptx: str, capability: int) -> dict[str, int]:
@@ -58,11 +73,7 @@ def ptxas(ptx: str, capability: int) -> dict[str, int]:
     log = done.stdout + done.stderr
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{log}")
-    registers = re.search(r"Used (\d+) registers", log)
-    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
-    if not registers or not spills:
-        raise RuntimeError(f"ptxas printed no usage:\n{log}")
-    return {"registers": int(registers[1]), "spill_bytes": int(spills[1]) + int(spills[2])}
+    return usage(log)
 
 
 def compile_one(family: str, spec: dict, target: str) -> dict:
@@ -88,8 +99,64 @@ def compile_one(family: str, spec: dict, target: str) -> dict:
         **options,
         **ptxas(ptx, capability),
         "shared_bytes": compiled.metadata.shared,
-        **{name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()},
+        **instructions(ptx),
     }
+
+
+def nvcc(source: Path, target: str) -> tuple[str, str]:
+    """The PTX of a CUDA C++ file and what ptxas printed of it."""
+    # Hopper and later have instructions that only the target with an `a` knows; CMake builds those.
+    arch = target if TARGETS[target] < 90 else f"{target}a"
+    with tempfile.TemporaryDirectory() as tmp:
+        command = ["nvcc", "-std=c++17", f"-arch={arch}", "--cubin", "--expt-relaxed-constexpr",
+                   "-Xptxas=-v", "--keep", f"--keep-dir={tmp}", f"-I{ROOT / 'csrc'}", str(source),
+                   "-o", str(Path(tmp) / "kernels.cubin")]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        log = done.stdout + done.stderr
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)} failed:\n{log}")
+        return (Path(tmp) / f"{source.stem}.ptx").read_text(), log
+
+
+def compile_cuda(source: Path, target: str) -> list[dict]:
+    """A row for every kernel in a CUDA C++ file."""
+    ptx, log = nvcc(source, target)
+    bodies = dict(re.findall(r"\.entry (\w+)(.*?)(?=\.entry |\Z)", ptx, re.DOTALL))
+    entries = re.findall(
+        r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", log, re.DOTALL
+    )
+    names = subprocess.run(
+        ["c++filt", *(mangled for mangled, _ in entries)],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    names = names.replace("(anonymous namespace)::", "").replace("pyprune::", "")
+    rows = []
+    for (mangled, entry), name in zip(entries, names.splitlines(), strict=True):
+        parts = re.match(r"(?:void )?(\w+)(?:<(.*)>)?\(", name)
+        shared = re.search(r"(\d+) bytes smem", entry)
+        rows.append(
+            {
+                "family": f"cuda/{source.stem}",
+                "kernel": parts[1] if parts else name,
+                "label": parts[2] or "" if parts else "",
+                "target": target,
+                "num_warps": "",
+                "num_stages": "",
+                **usage(entry),
+                "shared_bytes": int(shared[1]) if shared else 0,
+                **instructions(bodies[mangled]),
+            }
+        )
+    return rows
+
+
+def cuda_sources(families: list[str]) -> list[Path]:
+    found = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    found = [path for path in found if not families or f"cuda/{path.stem}" in families]
+    if found and shutil.which("nvcc") is None:
+        print("no nvcc: left out", *(path.name for path in found), file=sys.stderr)
+        return []
+    return found
 
 
 def specs(families: list[str]) -> list[tuple[str, dict]]:
@@ -108,10 +175,11 @@ COLUMNS = ("kernel", "label", "target", "num_warps", "num_stages", "registers", 
 
 def markdown(rows: list[dict]) -> str:
     lines = [
-        "# What the compiler makes of the Triton kernels",
+        "# What the compiler makes of the GPU kernels",
         "",
         f"Written by `make aot` with Triton {triton.__version__}, no GPU needed. Registers are per "
-        "thread; spills and shared memory are bytes; the other columns count PTX instructions.",
+        "thread; spills and shared memory are bytes; the other columns count PTX instructions. "
+        "Rows without warps are CUDA C++.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),
@@ -132,6 +200,12 @@ def main() -> int:
         compile_one(family, spec, target)
         for family, spec in specs(args.families)
         for target in args.target or TARGETS
+    ]
+    rows += [
+        row
+        for source in cuda_sources(args.families)
+        for target in args.target or TARGETS
+        for row in compile_cuda(source, target)
     ]
     if not rows:
         parser.error(f"no kernel configurations found for {args.families}")

@@ -7,8 +7,8 @@ bare: one forward and backward a sequence with the weight gradients of the block
 away. That is the time to beat: the products of a weight gradient are those of a statistic.
 reference: as GBLM-Pruner's code runs it: every weight gradient stored, then copied to the CPU,
 scaled by 100 and its magnitude added to a sum there (its l2 sum is left out).
-gblm, obd, k-obd, factors: ours (factors are the full Kronecker factors of EigenDamage); gblm+ckpt
-runs every block again instead of keeping its activations.
+gblm, obd, k-obd, factors: ours, factors being the full Kronecker ones of EigenDamage and LLM
+Surgeon; gblm+ckpt runs every block again instead of keeping its activations.
 
 All run on the packaged model in turns, one sequence at a time; first the sums of `reference` and
 `gblm` are compared. Memory is measured in a process per provider: the highest resident size (on a
@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pyprune.calibration.batches import as_token_set
-from pyprune.calibration.gradient_stats import KroneckerFactors, MagnitudeStatistic
+from pyprune.calibration.factors import collect_factors
+from pyprune.calibration.gradient_stats import MagnitudeStatistic
 from pyprune.calibration.gradients import collect_gradients
 from pyprune.calibration.tokens import TokenSet
 from pyprune.methods import METHODS, MethodOptions
@@ -105,18 +106,25 @@ def reference(model: nn.Module, tokens: TokenSet) -> dict[str, Tensor]:
 
 
 def ours(name: str, checkpointing: bool = False) -> Callable[[nn.Module, TokenSet], Any]:
+    make = METHODS[name].gradient
+    assert make is not None
+
     def run(model: nn.Module, tokens: TokenSet) -> Any:
-        make = METHODS[name].gradient if name in METHODS else None
-        factory = KroneckerFactors if make is None else make(MethodOptions())
         return collect_gradients(
             Adapter.of(model),
             tokens,
-            factory,
+            make(MethodOptions()),
             checkpointing=checkpointing,
             device=next(model.parameters()).device,
         )
 
     return run
+
+
+def factors(model: nn.Module, tokens: TokenSet) -> Any:
+    adapter = Adapter.of(model)
+    refs = [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
+    return collect_factors(adapter, tokens, refs, device=next(model.parameters()).device)
 
 
 PROVIDERS: dict[str, Callable[[nn.Module, TokenSet], Any]] = {
@@ -126,7 +134,7 @@ PROVIDERS: dict[str, Callable[[nn.Module, TokenSet], Any]] = {
     "gblm+ckpt": ours("gblm", checkpointing=True),
     "obd": ours("obd"),
     "k-obd": ours("k-obd"),
-    "factors": ours("factors"),
+    "factors": factors,
 }
 
 

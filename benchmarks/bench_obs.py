@@ -2,9 +2,11 @@
 
 Providers: ours, per backend; `algorithm`, what the original code runs, written down here from the
 published mathematics: Cholesky, inverse, Cholesky of the inverse, then a Python loop over the
-columns; `floor`, the least dense work there is: one Cholesky factorisation, one triangular inverse
-and one [R, C] x [C, C/2] product. `share_of_limit` is the floor's time over a provider's: above
-100 % where fusing Cholesky and inverse into products pays.
+columns; `llmcompressor`, where that package is installed (0.14 asks for an older transformers than
+ours: install it without its dependencies, and those that it imports); `floor`, the least dense work
+there is: one Cholesky factorisation, one triangular inverse and one [R, C] x [C, C/2] product.
+`share_of_limit` is the floor's time over a provider's: above 100 % where fusing Cholesky and
+inverse into products pays.
 
 `ceiling`, with our rows, is how many times faster than `algorithm` the same work would be at the
 measured GEMM rate (2/3 C^3 + R C^2 flops): no fp32 solve on this device can be further ahead.
@@ -13,6 +15,8 @@ Two extra columns anchor correctness against `algorithm`: `mask_agreement`, the 
 bits (its unstructured rule prunes one weight more a block), and `max_error`, the largest difference
 of a weight when ours is given its mask.
 """
+
+from importlib.util import find_spec
 
 import torch
 from _harness import Bench, Case, copies, forced_backend, gemm_rate, our_backends, parse
@@ -69,6 +73,18 @@ def algorithm(w, h, rule):
     return w, kept
 
 
+def llm_compressor(w, h, rule):
+    """llm-compressor's function for one layer. Its N:M counts the pruned weights."""
+    from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import sparsify_weight
+
+    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
+    layer.weight = torch.nn.Parameter(w, requires_grad=False)
+    n, m = rule.get("nm", (0, 0))
+    return sparsify_weight(
+        layer, {layer: h.clone()}, rule.get("sparsity", 0.5), m - n, m, BLOCK, 0.01, False
+    )
+
+
 def triangular_inverse(lower):
     """The faster way that PyTorch offers at each size, so that the floor is one."""
     n = len(lower)
@@ -114,12 +130,14 @@ def solve_case(rows, cols, label, device):
     def check(name, got):
         if name == "algorithm":
             reference["weight"], reference["mask"] = got
-        elif name != "floor":
+        elif name in backends:
             reference[name] = got
 
-    providers = {"algorithm": lambda i: algorithm(*inputs[i % count], rule)}
-    providers |= {name: ours(name) for name in our_backends("obs_sweep", device, torch.float32)
-                  if name != "reference"}  # fmt: skip
+    backends = {name: ours(name) for name in our_backends("obs_sweep", device, torch.float32)
+              if name != "reference"}  # fmt: skip
+    providers = {"algorithm": lambda i: algorithm(*inputs[i % count], rule), **backends}
+    if find_spec("llmcompressor") is not None:
+        providers["llmcompressor"] = lambda i: llm_compressor(*inputs[i % count], rule)
     case = Case(
         shape=(rows, cols),
         dtype=torch.float32,

@@ -42,9 +42,11 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "baselines": (("magnitude", "wanda", "sparsegpt"), ("0.5", "2:4", "4:8")),
     "gradients": (
         ("gblm", "gblm-l2", "gblm+update", "wanda+update", "obd", "l-obd", "k-obd", "obs",
-         "woodfisher", "woodfisher-paper", "exactobs", "llm-surgeon"),
+         "woodfisher", "woodfisher-paper", "exactobs", "llm-surgeon", "llm-surgeon-1shot",
+         "llm-surgeon-grouped"),
         ("0.5", "2:4"),
     ),
+    "structures": (("llm-surgeon-structures",), ("0.1", "0.2", "0.3")),
     "eigendamage": (("eigendamage", "eigendamage-ekfac"), ("0.1", "0.2", "0.3", "0.5")),
     "eigendamage-elements": (("eigendamage-elements", "eigendamage-elements-ekfac"), ("0.5",)),
 }  # fmt: skip
@@ -55,6 +57,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "woodfisher-paper": {
         "method": "woodfisher",
         "method_options": {"joint": False, "shrinkage": 0.0},
+    },
+    "llm-surgeon-1shot": {"method": "llm-surgeon", "method_options": {"shots": 1}},
+    "llm-surgeon-grouped": {
+        "method": "llm-surgeon",
+        "method_options": {"shots": 1, "update": "grouped"},
+    },
+    "llm-surgeon-structures": {
+        "method": "llm-surgeon",
+        "method_options": {"structure": "rows-columns"},
     },
 }
 # EigenDamage is no row of the table of methods: what it prunes is not a sparse matrix.
@@ -73,12 +84,12 @@ def wanted(methods: list[str], patterns: list[str] | None) -> list[tuple[str, st
     known = {*METHODS, *SHOT_METHODS, *VARIANTS, *EIGENDAMAGE}
     pairs = []
     for name in methods:
-        members, theirs = GROUPS.get(name, ((name,), patterns or ()))
-        if name not in GROUPS and patterns is None:
-            theirs = next((p for m, p in GROUPS.values() if name in m), ("0.5", "2:4"))
-        if unknown := set(members) - known:
-            raise SystemExit(f"no method {unknown.pop()}; there are {sorted({*GROUPS, *known})}")
+        if name not in GROUPS and name not in known:
+            raise SystemExit(f"no method {name}; there are {sorted({*GROUPS, *known})}")
+        home = next((g for g in GROUPS.values() if name in g[0]), ((), ("0.5", "2:4")))
+        members, theirs = GROUPS[name] if name in GROUPS else ((name,), home[1])
         pairs += [(m, p) for m in members for p in patterns or theirs]
+    # No N:M of what is not a sparse matrix.
     pairs = [(m, p) for m, p in pairs if m not in EIGENDAMAGE or ":" not in p]
     order = list(dict.fromkeys(p for _, p in pairs))
     return sorted(dict.fromkeys(pairs), key=lambda pair: order.index(pair[1]))

@@ -29,8 +29,8 @@ from pyprune.measure import last_level_cache
 
 SHAPES = [(8192, 4096), (4096, 14336)]
 SMOKE_SHAPES = [(64, 128)]
-TOKENS = [1, 4, 16, 512]
-SMOKE_TOKENS = [1, 16, 64]
+TOKENS = [1, 4, 8, 16, 64, 512]
+SMOKE_TOKENS = [1, 8, 16, 64]
 INT8 = "_int8"  # suffix of names and ops with int8 values
 WIDE = "_fp32x"  # suffix of our kernels' names when the activations are fp32
 DENSE = ("dense", "dense" + WIDE, "torch_bf16", "torch_fp32")

@@ -47,7 +47,7 @@ def reconstruct(p):
     """To 1e-4 of the weights. Few rows: the reference factors a matrix for each."""
     few = slice(RECONSTRUCTED)
     return ops.obs_reconstruct(
-        p.w[few], p.gram, p.mask[few], factor=p.factor, tolerance=3e-7
+        p.w[few], p.gram, p.mask[few], factor=p.factor, tolerance=3e-6
     ).weight
 
 

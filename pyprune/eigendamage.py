@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.calibration.factors import collect_factors
 from pyprune.calibration.gradient_stats import EigenDiagonal, KroneckerFactors
-from pyprune.calibration.gradients import collect_gradients, fill_statistics, sums_dtype
+from pyprune.calibration.gradients import fill_statistics, sums_dtype
 from pyprune.calibration.tokens import TokenSet, calibration_tokens
 from pyprune.checkpoint import (
     Checkpoint,
@@ -38,7 +39,7 @@ from pyprune.measure import Measure
 from pyprune.methods.eigendamage import (
     EigenBasis,
     Factors,
-    eigenbasis,
+    eigenvectors,
     element_costs,
     thin_factors,
 )
@@ -118,7 +119,7 @@ def eigendamage(
     stay as they are and are named.
 
     Raises:
-        LayerError, UserError: see `collect_gradients`; nothing has changed then. `factored` and
+        LayerError, UserError: see `collect_factors`; nothing has changed then. `factored` and
             a matrix is not the weight of an `nn.Linear`.
     """
     adapter = adapter.restricted(select_linears(adapter, config.include, config.exclude))
@@ -129,21 +130,17 @@ def eigendamage(
     def told(phase: str) -> Callable[[int, int], None] | None:
         return None if progress is None else lambda done, total: progress(phase, done, total)
 
-    gradients = collect_gradients(
+    factors = collect_factors(
         adapter,
         tokens,
-        KroneckerFactors,
+        refs.values(),
         checkpointing=checkpointing,
         device=device,
         progress=told("factors"),
     )
-    notes = {name: _unknown(ref, gradients[name]) for name, ref in refs.items()}
-    bases = {}
-    for name in refs:
-        statistic = gradients.pop(name)
-        if not notes[name] and isinstance(statistic, KroneckerFactors):
-            a, g = statistic.a / statistic.tokens, statistic.g / statistic.targets
-            bases[name] = eigenbasis(a, g)
+    notes = {name: _unknown(ref, factors[name]) for name, ref in refs.items()}
+    bases = _bases({name: f for name, f in factors.items() if not notes[name]})
+    del factors
     curvatures = {name: basis.curvature() for name, basis in bases.items()}
     if config.reestimate and bases:
         dtype = sums_dtype(adapter)
@@ -252,10 +249,21 @@ def _card(report: dict[str, Any]) -> str:
     )
 
 
-def _unknown(ref: LinearRef, statistic: object) -> str:
+def _bases(factors: dict[str, KroneckerFactors]) -> dict[str, EigenBasis]:
+    """On the CPU. Matrices that read one tensor share its factor in memory: one decomposition."""
+    inputs: dict[int, tuple[Tensor, Tensor]] = {}
+    bases = {}
+    for name, statistic in factors.items():
+        a, g = (t.cpu() for t in statistic.normalised())
+        right = inputs.get(id(statistic.a)) or eigenvectors(a)
+        inputs[id(statistic.a)] = right
+        left = eigenvectors(g)
+        bases[name] = EigenBasis(left[1], right[1], left[0], right[0])
+    return bases
+
+
+def _unknown(ref: LinearRef, statistic: KroneckerFactors) -> str:
     """Why nothing can be said of this matrix, if so."""
-    if not isinstance(statistic, KroneckerFactors):
-        raise TypeError(f"expected Kronecker factors, got {type(statistic).__name__}")
     needed = 1.0
     if ref.index is not None:
         needed = minimum_tokens(ref.weight().shape[1], Unstructured(0.5))
@@ -292,7 +300,7 @@ def _remove(
         count = pruned_count(sum(c.numel() for c in flat), config.sparsity)
         masks = ops.mask_global(flat, count) if flat else []
         kept = dict(zip(costs, masks, strict=True))
-        everything = {name: (_left(c, [], 0), _left(c, [], 1)) for name, c in costs.items()}
+        left = {name: (_left(c, [], 0), _left(c, [], 1)) for name, c in costs.items()}
     else:
         gone = select_structures(
             [c.sum(1) for c in costs.values()],
@@ -300,16 +308,16 @@ def _remove(
             config.sparsity,
             config.cap,
         )
-        everything, kept = {}, {}
+        left, kept = {}, {}
         for (name, cost), (rows, columns) in zip(costs.items(), gone, strict=True):
-            everything[name] = (_left(cost, rows, 0), _left(cost, columns, 1))
+            left[name] = (_left(cost, rows, 0), _left(cost, columns, 1))
             kept[name] = torch.ones_like(cost, dtype=torch.bool)
             kept[name][rows] = kept[name][:, columns] = False
     return {
         name: _Removal(
             bases[name],
             torch.where(kept[name], rotated[name], 0),
-            *everything[name],
+            *left[name],
             int((~kept[name]).sum()),
             float(costs[name][~kept[name]].sum()),
         )
@@ -328,23 +336,25 @@ def _write(
     adapter: Adapter, ref: LinearRef, removal: _Removal, config: EigenDamageConfig
 ) -> EigenLayer:
     rows, columns = ref.weight().shape
-    factors = thin_factors(removal.basis, removal.rotated, removal.rows, removal.columns)
+    left = len(removal.rows), len(removal.columns)
+    thin = min(left) * (rows + columns)
     form: Literal["dense", "factored"] = "dense"
-    if config.factored and factors.parameters < rows * columns:
+    if config.factored and thin < rows * columns:
         form = "factored"
+        factors = thin_factors(removal.basis, removal.rotated, removal.rows, removal.columns)
         _install(adapter.model, ref, factors)
     else:
         ref.write(removal.basis.restore(removal.rotated).to(ref.weight().device))
     return EigenLayer(
         name=ref.name,
         shape=(rows, columns),
-        rows=len(removal.rows),
-        columns=len(removal.columns),
+        rows=left[0],
+        columns=left[1],
         removed=removal.removed,
         loss=removal.loss,
         form=form,
-        parameters=factors.parameters if form == "factored" else rows * columns,
-        factored_parameters=factors.parameters,
+        parameters=thin if form == "factored" else rows * columns,
+        factored_parameters=thin,
     )
 
 

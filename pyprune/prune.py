@@ -100,6 +100,7 @@ def prune(
     config = _config(method, pattern, config, options)
     if config.dtype != "auto":
         raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
+    _check_mask(config, preserve_mask)
     measure = Measure()
     adapter = _adapter(model, config)
     masks = read_masks(preserve_mask, adapter)
@@ -107,7 +108,6 @@ def prune(
         tokens = _tokens(tokenizer_or_batches, model, config)
     device = find_device(config.device)
     if config.in_shots():
-        _no_masks(config, preserve_mask)
         surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
         layers = surgeon.run()
         return _report(model_name(model), config, tokens, layers, measure, surgeon.notes())
@@ -156,13 +156,13 @@ def prune_checkpoint(
     Raises:
         UserError: see `prune`, `Checkpoint.open` and `output_directory`. Nothing is left at `out`.
     """
+    _check_mask(config, preserve_mask)
     measure = Measure()
     check_output(out)
     with measure.phase("open"):
         checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
     name = source_name(source)
     if config.in_shots():
-        _no_masks(config, preserve_mask)
         return _shots(name, checkpoint, out, config, batches, state, measure, progress)
     _no_state(config, state)
     with measure.phase("open"):
@@ -256,14 +256,14 @@ def _surgeon(
     )
 
 
+def _check_mask(config: PruneConfig, preserve_mask: Masks | None) -> None:
+    if config.in_shots() and preserve_mask is not None:
+        raise UserError(f"preserve_mask: expected none for {config.method}, got one")
+
+
 def _no_state(config: PruneConfig, state: str | Path | None) -> None:
     if state is not None:
         raise UserError(f"state: {config.method} is not pruned in shots, expected none")
-
-
-def _no_masks(config: PruneConfig, masks: Masks | None) -> None:
-    if masks is not None:
-        raise UserError(f"preserve_mask: {config.method} takes none; it has preserve_zeros")
 
 
 def _config(

@@ -232,9 +232,15 @@ def _summary(report: Report) -> str:
         "score mass" if config.score_mass else "",
         _reconstruction(config),
         "reference count" if config.reference_count else "",
+        _own_options(config),
     ]
     words = ", ".join([config.method, str(config.target()), *filter(None, variant)])
     return f"{words}: {report.sparsity:.2%} of {len(report.layers)} matrices is zero"
+
+
+def _own_options(config: PruneConfig) -> str:
+    """What was asked for of the method's own options."""
+    return ", ".join(f"{name} {value}" for name, value in config.method_options.items())
 
 
 def _untouched(config: PruneConfig) -> str:
@@ -270,6 +276,8 @@ def model_card(report: Report) -> str:
         f"- Pattern: {config.target()}"
         + (" (N kept of every M consecutive inputs)" if config.pattern else ""),
     ]
+    if config.method_options:
+        lines.append(f"- Options: {_own_options(config)}")
     if calibration is not None:
         lines.append(
             f"- Calibration: {calibration.source}, {calibration.tokens:,} tokens in "

@@ -104,3 +104,9 @@ def test_says_what_is_wrong(tmp_path):
         with pytest.raises(kind, match=message):
             prune(model, tokens(), "magnitude", 0.5, preserve_mask=masks)
     assert torch.equal(refs_of(model)[0].weight(), before)
+
+
+def test_a_method_in_shots_refuses_a_mask():
+    model = tiny_model("llama")
+    with pytest.raises(UserError, match="preserve_mask: expected none for llm-surgeon, got one"):
+        prune(model, tokens(), "llm-surgeon", 0.5, preserve_mask=masks_of(model))

@@ -22,7 +22,8 @@ void obs_reconstruct_checked(py::capsule x, py::capsule residual, py::capsule ma
   for (const auto* t : {&a.x, &a.residual, &a.mask}) require_shape(*t, {rows, cols}, "rows");
   require_shape(a.h, {cols, cols}, "h");
   require_shape(a.low, {a.low.shape[0], cols}, "low");
-  require(a.low.shape[0] % 8 == 0, "low: expected a multiple of 8 rows");
+  require(a.low.shape[0] % 8 == 0 && a.low.shape[0] <= kReconstructRank,
+          "low: expected a multiple of 8 rows, at most " + std::to_string(kReconstructRank));
   require_shape(a.diagonal, {cols}, "diagonal");
   for (const auto* t : {&a.loss, &a.noise, &a.gap, &a.iterations})
     require_shape(*t, {rows}, "per row");

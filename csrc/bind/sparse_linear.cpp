@@ -1,6 +1,9 @@
 #include "cpu/sparse_linear.h"
 
 #include "bind/capsule.h"
+#ifdef PYPRUNE_WITH_CUDA
+#include "cuda/linear_24.h"
+#endif
 
 namespace pyprune {
 namespace {
@@ -38,6 +41,65 @@ void finish(SparseLinearArgs a, OptionalCapsule& bias) {
   sparse_linear(a);
 }
 
+#ifdef PYPRUNE_WITH_CUDA
+TensorView require_on_cuda(const py::capsule& capsule, const char* name) {
+  const TensorView t = view(capsule);
+  require(t.on_cuda, std::string(name) + ": expected a CUDA tensor");
+  return t;
+}
+
+Linear24 linear_24_args(const py::capsule& y, const py::capsule& x, const py::capsule& values,
+                        const py::capsule& meta, const OptionalCapsule& bias,
+                        const OptionalCapsule& workspace, int64_t splits) {
+  Linear24 a{require_on_cuda(y, "y"),
+             require_on_cuda(x, "x"),
+             require_on_cuda(values, "values"),
+             require_on_cuda(meta, "meta"),
+             {},
+             {}};
+  require(a.x.ndim == 2 && a.values.ndim == 2, "expected x [M, C] and values [R, C/2]");
+  const int64_t m = a.x.shape[0], cols = a.x.shape[1], rows = a.values.shape[0];
+  require(1 <= m && m <= 64, "x: expected 1 to 64 rows");
+  require(cols > 0 && cols % 64 == 0 && rows > 0, "x: expected a multiple of 64 columns");
+  require(a.x.dtype == DType::bf16 || a.x.dtype == DType::f16, "x: expected a 16-bit float");
+  require_matrix(a.x, a.x.dtype, m, cols, "x");
+  require_matrix(a.y, a.x.dtype, m, rows, "y");
+  require_matrix(a.values, a.x.dtype, rows, cols / 2, "values");
+  require_matrix(a.meta, DType::u8, rows, cols / 8, "meta");
+  for (const TensorView* t : {&a.x, &a.values, &a.meta})
+    require(reinterpret_cast<uintptr_t>(t->data) % 16 == 0, "expected 16-byte aligned tensors");
+  if (bias) {
+    a.bias = require_on_cuda(*bias, "bias");
+    require_dtype(a.bias, DType::f32, "bias");
+    require_shape(a.bias, {rows}, "bias");
+    require(a.bias.contiguous(), "bias: expected a contiguous tensor");
+  }
+  require(splits >= 1 && (splits > 1) == workspace.has_value(), "workspace: one if split");
+  if (workspace) {
+    a.workspace = require_on_cuda(*workspace, "workspace");
+    require_dtype(a.workspace, DType::f32, "workspace");
+    require_shape(a.workspace, {splits, m, rows}, "workspace");
+    require(a.workspace.contiguous(), "workspace: expected a contiguous tensor");
+  }
+  return a;
+}
+
+void bind_linear_24_cuda(py::module_& m) {
+  m.def("linear_24_splits",
+        [](int64_t m, int64_t rows, int64_t cols, int processors, int /*threads*/) {
+          return linear_24_splits(m, rows, cols, processors);
+        });
+  m.def("linear_24_cuda",
+        [](py::capsule y, py::capsule x, py::capsule values, py::capsule meta, OptionalCapsule bias,
+           OptionalCapsule workspace, int64_t splits, uintptr_t stream, int /*threads*/) {
+          const cudaError_t status =
+              launch_linear_24(linear_24_args(y, x, values, meta, bias, workspace, splits), splits,
+                               reinterpret_cast<cudaStream_t>(stream));
+          if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+        });
+}
+#endif
+
 }  // namespace
 
 void bind_sparse_linear(py::module_& m) {
@@ -72,6 +134,9 @@ void bind_sparse_linear(py::module_& m) {
             threads},
            bias);
   });
+#ifdef PYPRUNE_WITH_CUDA
+  bind_linear_24_cuda(m);
+#endif
 }
 
 }  // namespace pyprune

@@ -32,53 +32,111 @@ static_assert(L % kGroup == 0, "groups end inside a vector's padding");
 
 inline int64_t padded(int64_t n) { return (n + L - 1) / L * L; }
 
-// The kept columns of a row.
-struct Kept {
-  explicit Kept(int64_t columns) : index(columns), bits(columns / L + 1), offset(columns / L + 2) {}
+// The kept columns of a row, and how to cut other rows to them.
+//
+// A vector of kept entries comes from 2 L consecutive columns by one permutation, or, where it
+// spans more of them, from several such pieces. That is laid out once and serves every row of H:
+// half the time of compressing each, whose results begin anywhere in a cache line.
+class Kept {
+ public:
+  explicit Kept(int64_t columns)
+      : index(padded(columns) + L),
+        columns_(columns),
+        first_(columns / L + 2),
+        pieces_(columns + columns / L + 2) {}
 
-  Buffer<int32_t> index;   // ascending
-  Buffer<uint16_t> bits;   // of each vector of columns, the kept ones
-  Buffer<int32_t> offset;  // how many are kept before it
+  Buffer<int32_t> index;  // ascending
   int64_t count = 0;
 
-  void read(const uint8_t* mask, int64_t columns) {
+  void read(const uint8_t* mask) {
     count = 0;
-    int64_t v = 0;
-    for (int64_t c = 0; c < columns; ++v) {
-      offset[v] = static_cast<int32_t>(count);
-      uint16_t set = 0;
-      for (int l = 0; l < L && c < columns; ++l, ++c)
-        if (mask[c]) set |= uint16_t(1u << l), index[count++] = static_cast<int32_t>(c);
-      bits[v] = set;
+    for (int64_t c = 0; c < columns_; ++c)
+      if (mask[c]) index[count++] = static_cast<int32_t>(c);
+    if (permutes()) lay_out();
+  }
+
+  // Entries [L * block, L * block + L) of a row cut to the kept columns, of which the first `limit`
+  // are wanted. The others, and lanes past the last kept column, are zero.
+  Vec take(const float* row, int64_t block, int64_t limit = L) const {
+#if defined(__AVX512F__)
+    if (permutes()) {
+      const auto wanted = static_cast<__mmask16>(limit >= L ? 0xffff : (1 << limit) - 1);
+      const auto cut = [&](const Piece& piece) {
+        return _mm512_maskz_permutex2var_ps(piece.lanes & wanted, _mm512_loadu_ps(row + piece.base),
+                                            _mm512_load_si512(piece.source),
+                                            _mm512_loadu_ps(row + piece.base + L));
+      };
+      // Two always (the second may be empty): at 50 % kept either number is as likely.
+      const Piece* piece = pieces_ + first_[block];
+      __m512 out = _mm512_or_ps(cut(piece[0]), cut(piece[1]));
+      for (piece += 2; piece < pieces_ + first_[block + 1]; ++piece)
+        out = _mm512_or_ps(out, cut(*piece));
+      return {out};
     }
-    offset[v] = static_cast<int32_t>(count);
+#endif
+    float out[L] = {};
+    const int64_t end = std::min(count - block * L, std::min<int64_t>(limit, L));
+    for (int64_t l = 0; l < end; ++l) out[l] = row[index[block * L + l]];
+    return Vec::load(out);
+  }
+
+  // Asks for the columns of a block of a row that is needed soon.
+  void prefetch(const float* row, int64_t block) const {
+    const float* p = row + index[block * L];
+    __builtin_prefetch(p, 0, 2);
+    __builtin_prefetch(p + 16, 0, 2);
+  }
+
+ private:
+  struct alignas(64) Piece {
+    int32_t source[L];  // of each lane among the 2 L columns from `base` on
+    int32_t base;
+    uint16_t lanes;
+  };
+
+  const int64_t columns_;
+  Buffer<int32_t> first_;  // piece of each block
+  Buffer<Piece> pieces_;
+
+  // Rows shorter than a piece cannot be read two vectors at a time.
+  bool permutes() const {
+#if defined(__AVX512F__)
+    return columns_ >= 2 * L;
+#else
+    return false;
+#endif
+  }
+
+  void lay_out() {
+    int32_t used = 0;
+    for (int64_t i = 0; i < count; i += L) {
+      first_[i / L] = used;
+      const int64_t end = std::min<int64_t>(count, i + L);
+      for (int64_t j = i; j < end;) {
+        Piece& piece = pieces_[used++];
+        piece = Piece{};
+        piece.base = std::min<int32_t>(index[j], static_cast<int32_t>(columns_ - 2 * L));
+        for (; j < end && index[j] - piece.base < 2 * L; ++j) {
+          piece.source[j - i] = index[j] - piece.base;
+          piece.lanes |= static_cast<uint16_t>(1u << (j - i));
+        }
+      }
+      if (used == first_[i / L] + 1) {
+        pieces_[used] = Piece{};
+        pieces_[used].base = pieces_[used - 1].base;
+        ++used;
+      }
+    }
+    first_[(count + L - 1) / L] = used;
   }
 };
-
-// The first n kept entries of a row; up to L floats after them are overwritten. `next` is the row
-// that follows: rows lie too far apart for the prefetchers.
-inline void compress(const float* row, const float* next, const Kept& kept, int64_t n, float* out) {
-#if defined(__AVX512F__)
-  for (int64_t v = 0; kept.offset[v] < n; ++v) {
-    __builtin_prefetch(next + v * L);
-    const __m512 x = _mm512_maskz_loadu_ps(kept.bits[v], row + v * L);
-    _mm512_storeu_ps(out + kept.offset[v], _mm512_maskz_compress_ps(kept.bits[v], x));
-  }
-#else
-  for (int64_t j = 0; j < n; ++j) {
-    __builtin_prefetch(next + kept.index[j]);
-    out[j] = row[kept.index[j]];
-  }
-#endif
-}
 
 // A symmetric k x k matrix: its diagonal, and below it groups of rows as
 // [padded(last column) / L vectors][kGroup rows][L], zero where there is nothing. The products run
 // through that in one stream, the only pattern that short rows leave to the prefetchers.
 class Triangle {
  public:
-  explicit Triangle(int64_t most)
-      : panel_(panel_floats(most)), diagonal_(padded(most)), rows_(kGroup * padded(most) + L) {}
+  explicit Triangle(int64_t most) : panel_(panel_floats(most)), diagonal_(padded(most)) {}
 
   // The kept rows and columns of m.
   void gather(const float* m, int64_t ld, const Kept& kept) {
@@ -87,19 +145,19 @@ class Triangle {
     std::fill_n(static_cast<float*>(diagonal_), padded(k), 0.0f);
     float* out = panel_;
     for (int64_t i = 0; i < k; i += kGroup) {
-      const int64_t width = padded(std::min(i + kGroup, k) - 1);
+      const float *row[kGroup], *soon[kGroup];
       for (int r = 0; r < kGroup; ++r) {
-        float* row = rows_ + r * width;
-        const int64_t filled = i + r < k ? i + r : 0;
-        if (i + r < k) {
-          const float* source = m + kept.index[i + r] * ld;
-          diagonal_[i + r] = source[kept.index[i + r]];
-          compress(source, m + kept.index[std::min(i + r + 1, k - 1)] * ld, kept, filled, row);
-        }
-        std::fill(row + filled, row + width, 0.0f);
+        row[r] = m + kept.index[std::min(i + r, k - 1)] * ld;
+        soon[r] = m + kept.index[std::min(i + kGroup + r, k - 1)] * ld;
+        if (i + r < k) diagonal_[i + r] = row[r][kept.index[i + r]];
       }
+      const int64_t width = padded(std::min(i + kGroup, k) - 1);
       for (int64_t j = 0; j < width; j += L)
-        for (int r = 0; r < kGroup; ++r, out += L) Vec::load(rows_ + r * width + j).store(out);
+        for (int r = 0; r < kGroup; ++r, out += L) {
+          const int64_t limit = i + r < k ? std::max<int64_t>(i + r - j, 0) : 0;
+          kept.take(row[r], j / L, limit).store(out);
+          kept.prefetch(soon[r], j / L);
+        }
     }
   }
 
@@ -135,7 +193,7 @@ class Triangle {
   }
 
   int64_t k_ = 0;
-  Buffer<float> panel_, diagonal_, rows_;
+  Buffer<float> panel_, diagonal_;
 };
 
 inline double dot(const float* a, const float* b, int64_t n) {
@@ -151,7 +209,8 @@ inline void add_multiple(float* y, float factor, const float* x, int64_t n) {
 }
 
 // The preconditioner: (D + A A^T)^-1 = D^-1 - F G^-1 F^T for the kept columns, F = D^-1 A and
-// G = I + A^T F. A^T and F^T are stored as rows of padded(k).
+// G = I + A^T F. A^T and F^T are stored as rows of padded(k). Inverting takes double precision: the
+// inverse is later subtracted from numbers nearly as large as it is.
 class LowRank {
  public:
   LowRank(int64_t rank, int64_t most)
@@ -160,9 +219,9 @@ class LowRank {
         a_(rank * stride_),
         f_(rank * stride_),
         inverse_(padded(most)),
-        g_(rank * rank),
-        t_(rank),
-        s_(rank) {}
+        g_(kMost * kMost),
+        t_(kMost),
+        s_(kMost) {}
 
   void gather(const float* low, const float* diagonal, int64_t ld, const Kept& kept) {
     const int64_t k = kept.count, n = padded(k);
@@ -171,10 +230,13 @@ class LowRank {
     std::fill(inverse_ + k, inverse_ + n, 0.0f);
     for (int64_t r = 0; r < rank_; ++r) {
       float *a = a_ + r * stride_, *f = f_ + r * stride_;
-      compress(low + r * ld, low + (r + 1 < rank_ ? r + 1 : r) * ld, kept, k, a);
-      std::fill(a + k, a + n, 0.0f);
-      for (int64_t j = 0; j < n; j += L) (Vec::load(a + j) * Vec::load(inverse_ + j)).store(f + j);
+      for (int64_t j = 0; j < n; j += L) {
+        const Vec value = kept.take(low + r * ld, j / L);
+        value.store(a + j);
+        (value * Vec::load(inverse_ + j)).store(f + j);
+      }
     }
+    std::fill_n(static_cast<double*>(g_), kMost * kMost, 0.0);
     for (int64_t i = 0; i < rank_; i += kSide)
       for (int64_t j = 0; j <= i; j += kSide) gram_block(i, j);
     invert();
@@ -195,23 +257,22 @@ class LowRank {
       }
       for (int g = 0; g < kGroup; ++g) t_[i + g] = dot[g].sum();
     }
-    for (int64_t i = 0; i < rank_; ++i) {
-      double sum = 0.0;
-      for (int64_t q = 0; q < rank_; ++q) sum += g_[q * rank_ + i] * t_[q];
-      s_[i] = static_cast<float>(sum);
-    }
+    alignas(64) double sum[kMost] = {};
+    for (int64_t i = 0; i < rank_; ++i)
+      for (int j = 0; j < kMost; ++j) sum[j] += t_[i] * g_[i * kMost + j];
+    for (int j = 0; j < kMost; ++j) s_[j] = static_cast<float>(sum[j]);
     int64_t j = 0;
     for (; j + 4 * L <= n_; j += 4 * L) combine<4>(r + j, z + j, j);
     for (; j < n_; j += L) combine<1>(r + j, z + j, j);
   }
 
  private:
-  static constexpr int kSide = 4;
+  static constexpr int kSide = 4, kMost = kReconstructRank;
 
   const int64_t rank_, stride_;
   int64_t n_ = 0;
   Buffer<float> a_, f_, inverse_;
-  Buffer<double> g_;     // G, then its inverse
+  Buffer<double> g_;     // [kMost][kMost]: G, then its inverse; zero past the rank
   Buffer<float> t_, s_;  // F^T r and G^-1 times it
 
   // A 4 x 4 block of G and its mirror image.
@@ -236,24 +297,25 @@ class LowRank {
     for (int r = 0; r < kSide; ++r)
       for (int c = 0; c < kSide; ++c) {
         const double value = sum[r][c].sum() + (i + r == j + c ? 1.0 : 0.0);
-        g_[(i + r) * rank_ + j + c] = g_[(j + c) * rank_ + i + r] = value;
+        g_[(i + r) * kMost + j + c] = g_[(j + c) * kMost + i + r] = value;
       }
   }
 
   // G^-1 in place, by Gauss-Jordan steps: G is definite, its eigenvalues one or more.
   void invert() {
     for (int64_t p = 0; p < rank_; ++p) {
-      double* pivot_row = g_ + p * rank_;
-      const double pivot = 1.0 / pivot_row[p];
-      pivot_row[p] = 1.0;
-      for (int64_t j = 0; j < rank_; ++j) pivot_row[j] *= pivot;
+      alignas(64) double pivot[kMost];
+      const double scale = 1.0 / g_[p * kMost + p];
+      for (int j = 0; j < kMost; ++j) pivot[j] = g_[p * kMost + j] * scale;
+      // Column p: row[p] = factor becomes -factor * scale without being written by itself.
+      pivot[p] = 1.0 + scale;
       for (int64_t i = 0; i < rank_; ++i) {
-        if (i == p) continue;
-        double* row = g_ + i * rank_;
+        double* row = g_ + i * kMost;
         const double factor = row[p];
-        row[p] = 0.0;
-        for (int64_t j = 0; j < rank_; ++j) row[j] -= factor * pivot_row[j];
+        for (int j = 0; j < kMost; ++j) row[j] -= factor * pivot[j];
       }
+      pivot[p] = scale;
+      std::copy_n(pivot, kMost, g_ + p * kMost);
     }
   }
 
@@ -341,7 +403,7 @@ class RowSolver {
 
   // The kept columns of a row, their number returned.
   int64_t load(int64_t row) {
-    kept_.read(a_.mask.ptr<uint8_t>() + row * cols_, cols_);
+    kept_.read(a_.mask.ptr<uint8_t>() + row * cols_);
     const int64_t k = kept_.count;
     const float* x = a_.x.ptr<float>() + row * cols_;
     const float* r = a_.residual.ptr<float>() + row * cols_;

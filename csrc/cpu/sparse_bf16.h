@@ -2,18 +2,23 @@
 //
 // 2:4 gathers x instead of spreading W: 64 columns of x are two registers, the metadata of those
 // columns is one machine word, and one two-register permute picks the 32 activations that meet the
-// 32 stored weights. A bitmap row is spread over its columns (vpexpandw) as bf16.
+// 32 stored weights (for fp32 activations; bf16 ones have sparse_gather.h). A bitmap row is spread
+// over its columns (vpexpandw) as bf16.
 //
 // fp32 activations are split into three bf16 parts of eight bits each, which together are the fp32
 // number exactly; each part is multiplied and all are summed in one fp32 accumulator. The
 // instruction takes subnormal bf16 numbers for zero, which is the only difference in range.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 
 #include "cpu/sparse_rows.h"
+#include "cpu/sparse_run.h"
 
 #if defined(__AVX512F__)
 
@@ -111,12 +116,14 @@ inline __m512i pick(__m512i x0, __m512i x1, __m512i columns) {
   return columns;
 }
 
-// R rows of W, mask words [i0, i1), times M rows of x in P parts; `sums` holds R x M vectors. What
-// lies `ahead` bytes further is fetched into the second level meanwhile.
+// R rows of a dense or 2:4 matrix, words of columns [i0, i1), times M rows of x in P parts; `sums`
+// holds R x M vectors.
 template <WeightFormat kFormat, int P, int M, int R>
 inline void dot_rows(const Weights& w, DotCursor* cursors, int64_t i0, int64_t i1, const bf16* x,
-                     int64_t ahead, float* sums) {
-  constexpr bool k24 = kFormat == WeightFormat::sparse24, kDense = kFormat == WeightFormat::dense;
+                     FetchAhead& fetch, float* sums) {
+  constexpr bool k24 = kFormat == WeightFormat::sparse24;
+  static_assert(k24 || kFormat == WeightFormat::dense, "bitmaps have bitmap_rows()");
+  const int64_t ahead = fetch.distance();
   __m512 acc[R][M];
   const bf16* v[R];
   for (int r = 0; r < R; ++r) {
@@ -126,34 +133,27 @@ inline void dot_rows(const Weights& w, DotCursor* cursors, int64_t i0, int64_t i
   // kTail: the word that the matrix ends in, `left` of its columns.
   const auto step = [&](int64_t i, auto tail, int64_t left) __attribute__((always_inline)) {
     constexpr bool kTail = decltype(tail)::value;
-    __m512i a[R], b[R];  // 2:4: values and their columns; else the columns' two halves
+    __m512i a[R], b[R];  // 2:4: values and their columns; dense: the columns' two halves
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      uint64_t word = 0;
-      if (kTail && k24)
-        std::memcpy(&word, cursors[r].meta + 8 * i, static_cast<size_t>(left / 8));
-      else if (!kDense)
-        std::memcpy(&word, cursors[r].meta + 8 * i, 8);
       const uint64_t valid = kTail ? (uint64_t{1} << left) - 1 : ~uint64_t{0};
       if (k24) {
+        uint64_t word = 0;
+        std::memcpy(&word, cursors[r].meta + 8 * i, kTail ? static_cast<size_t>(left / 8) : 8);
         const __mmask32 k = kTail ? static_cast<__mmask32>((uint64_t{1} << (left / 2)) - 1) : ~0u;
         a[r] = kTail ? _mm512_maskz_loadu_epi16(k, v[r]) : _mm512_loadu_si512(v[r]);
         b[r] = kept_of(word);
         v[r] += 32;
-      } else if (kDense) {
+      } else {
         a[r] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(valid), v[r]);
         b[r] = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(valid >> 32), v[r] + 32);
         v[r] += 64;
-      } else {
-        const uint32_t low = static_cast<uint32_t>(word);
-        a[r] = _mm512_maskz_expandloadu_epi16(low, v[r]);
-        b[r] =
-            _mm512_maskz_expandloadu_epi16(static_cast<uint32_t>(word >> 32), v[r] + popcount(low));
-        v[r] += popcount(word);
+        // A dense row is long enough for the hardware to help: a stream a row is faster here.
+        _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
+        _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead + 64, _MM_HINT_T1);
       }
-      _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
-      if (kDense) _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead + 64, _MM_HINT_T1);
     }
+    if (k24) fetch.step();
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
 #pragma GCC unroll 3
@@ -181,11 +181,70 @@ inline void dot_rows(const Weights& w, DotCursor* cursors, int64_t i0, int64_t i
   }
 }
 
+// R rows of a bitmap, spread over their columns one step before they are used: a core issues its
+// oldest instructions first, so a spreading that follows the products of the step before would wait
+// for all of them.
+template <int P, int M, int R>
+inline void bitmap_rows(DotCursor* cursors, int64_t i0, int64_t i1, const bf16* x,
+                        FetchAhead& fetch, float* sums) {
+  __m512 acc[R][M];
+  const bf16* v[R];
+  for (int r = 0; r < R; ++r) {
+    v[r] = cursors[r].v;
+    for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
+  }
+  __m512i low[R], high[R];  // the two halves of a word of columns
+  const auto spread = [&](int64_t i, __m512i* to_low,
+                          __m512i* to_high) __attribute__((always_inline)) {
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      uint64_t word;
+      std::memcpy(&word, cursors[r].meta + 8 * std::min(i, i1 - 1), 8);
+      if (i == i1) word = 0;  // nothing more to spread, nothing read
+      const uint32_t first = static_cast<uint32_t>(word);
+      to_low[r] = _mm512_maskz_expandloadu_epi16(first, v[r]);
+      to_high[r] =
+          _mm512_maskz_expandloadu_epi16(static_cast<uint32_t>(word >> 32), v[r] + popcount(first));
+      v[r] += popcount(word);
+    }
+  };
+  spread(i0, low, high);
+#pragma GCC unroll 1
+  for (int64_t i = i0; i < i1; ++i) {
+    __m512i next_low[R], next_high[R];
+    spread(i + 1, next_low, next_high);
+    fetch.step();
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+      for (int p = 0; p < P; ++p) {
+        const bf16* xp = x + ((i * M + m) * P + p) * kMaskColumns;
+        const __m512i x0 = _mm512_load_si512(xp), x1 = _mm512_load_si512(xp + 32);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], words_of(low[r]), words_of(x0));
+          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], words_of(high[r]), words_of(x1));
+        }
+      }
+    for (int r = 0; r < R; ++r) low[r] = next_low[r], high[r] = next_high[r];
+  }
+  for (int r = 0; r < R; ++r) {
+    cursors[r].v = v[r];
+    for (int m = 0; m < M; ++m) _mm512_store_ps(sums + (r * M + m) * 16, acc[r][m]);
+  }
+}
+
+// Rows of W that one step multiplies with M rows of x: as many as their sums leave registers for.
+constexpr int dot_side(WeightFormat format, int64_t m) {
+  // A bitmap also holds the next step's values.
+  return m <= (format == WeightFormat::bitmap ? 2 : 4) ? 4 : 2;
+}
+
 // `count` rows of W from their cursors (left as they are) times one chunk of M rows of x.
 template <WeightFormat kFormat, int P, int M>
-void dot_block(const Weights& w, const DotCursor* rows, int64_t count, const bf16* x, int64_t ahead,
-               float* sums) {
-  constexpr int kSide = M <= 4 ? 4 : 2;
+void dot_block(const Weights& w, const DotCursor* rows, int64_t count, const bf16* x,
+               FetchAhead& fetch, float* sums) {
+  constexpr int kSide = dot_side(kFormat, M);
   const int64_t n = mask_words(w.cols);
   // A piece of x for the first-level cache; for one or two rows of x all of it is.
   const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, 16 * 1024 / (kMaskColumns * 2 * P * M));
@@ -194,15 +253,117 @@ void dot_block(const Weights& w, const DotCursor* rows, int64_t count, const bf1
   std::fill(sums, sums + count * M * Vec::kLanes, 0.0f);
   for (int64_t i0 = 0; i0 < n; i0 += piece) {
     const int64_t i1 = std::min(n, i0 + piece);
+    const auto multiply = [&](auto side, int64_t r) {
+      float* to = sums + r * M * Vec::kLanes;
+      if constexpr (kFormat == WeightFormat::bitmap)
+        bitmap_rows<P, M, decltype(side)::value>(cursors + r, i0, i1, x, fetch, to);
+      else
+        dot_rows<kFormat, P, M, decltype(side)::value>(w, cursors + r, i0, i1, x, fetch, to);
+    };
     int64_t r = 0;
-    for (; r + kSide <= count; r += kSide)
-      dot_rows<kFormat, P, M, kSide>(w, cursors + r, i0, i1, x, ahead, sums + r * M * Vec::kLanes);
-    for (; r < count; ++r)
-      dot_rows<kFormat, P, M, 1>(w, cursors + r, i0, i1, x, ahead, sums + r * M * Vec::kLanes);
+    for (; r + kSide <= count; r += kSide) multiply(std::integral_constant<int, kSide>(), r);
+    for (; r < count; ++r) multiply(std::integral_constant<int, 1>(), r);
   }
 }
 
 #pragma GCC pop_options
+
+// Cursors at rows [r0, r0 + count) of W; false, and the row noted, when one is inconsistent.
+template <WeightFormat kFormat>
+bool dot_cursors(const Weights& w, int64_t r0, int64_t count, uint64_t* words, DotCursor* cursors,
+                 std::atomic<int64_t>* broken) {
+  const int64_t n = mask_words(w.cols);
+  for (int64_t r = 0; r < count; ++r) {
+    const bf16* v = static_cast<const bf16*>(w.values) + w.begin(r0 + r);
+    if (kFormat != WeightFormat::bitmap) {
+      cursors[r] = {v, w.meta + (r0 + r) * w.meta_stride};
+    } else if (bitmap_row(w, r0 + r, words + r * n)) {
+      cursors[r] = {v, reinterpret_cast<const uint8_t*>(words + r * n)};
+    } else {
+      broken->store(r0 + r, std::memory_order_relaxed);
+      return false;
+    }
+  }
+  return true;
+}
+
+// Rows [r0, r0 + count) of the output.
+template <WeightFormat kFormat, class X>
+void dot_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_t count,
+                 const DotCursor* cursors, const bf16* packed, FetchAhead* fetch, float* sums) {
+  const int64_t total = a.x.shape[0], width = mask_words(w.cols) * kMaskColumns * kParts<X>;
+  const int64_t chunks = (total + kChunkRows - 1) / kChunkRows;
+  const int64_t side = dot_side(kFormat, std::min<int64_t>(total, kChunkRows));
+  const int64_t steps = count / side + count % side;
+  // Offsets of rows to come are not checked yet: no more than the matrix may follow from them.
+  const auto row_at = [&](int64_t r) {
+    const int64_t at = std::clamp<int64_t>(w.begin(std::min(r, w.rows)), 0, w.nnz);
+    return static_cast<const char*>(w.values) + 2 * at;
+  };
+  fetch->plan(row_at(r0 + count), row_at(r0 + 2 * count), steps * mask_words(w.cols) * chunks);
+  const float* bias = a.bias ? a.bias->ptr<const float>() : nullptr;
+  for (int64_t m0 = 0; m0 < total; m0 += kChunkRows) {
+    const int64_t chunk = std::min<int64_t>(kChunkRows, total - m0);
+    with_rows<kParts<X> == 1 ? kChunkRows : static_cast<int>(kSplitRows)>(chunk, [&](auto rows) {
+      constexpr int M = decltype(rows)::value;
+      dot_block<kFormat, kParts<X>, M>(w, cursors, count, packed + m0 * width, *fetch, sums);
+    });
+    X* y = a.y.ptr<X>() + m0 * w.rows + r0;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t m = 0; m < chunk; ++m)
+        store(y + m * w.rows + r,
+              Vec::load(sums + (r * chunk + m) * Vec::kLanes).sum() + (bias ? bias[r0 + r] : 0.0f));
+  }
+}
+
+template <WeightFormat kFormat, class X>
+void run_dot(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+  const int64_t m = a.x.shape[0], n = mask_words(w.cols),
+                chunks = (m + kChunkRows - 1) / kChunkRows;
+  const int64_t block = m <= 2    ? 4
+                        : m <= 16 ? 16
+                                  : kDotBlockRows,
+                width = n * kMaskColumns * kParts<X>;
+  const int64_t blocks = (w.rows + block - 1) / block;
+  const int64_t sum_floats = kDotBlockRows * kChunkRows * Vec::kLanes;
+  Scratch scratch(a.threads * (sum_floats * 4 + kDotBlockRows * n * 8) + m * width * 2);
+  float* sums = scratch.as<float>();
+  bf16* packed = reinterpret_cast<bf16*>(sums + a.threads * sum_floats);
+  uint64_t* words = reinterpret_cast<uint64_t*>(packed + m * width);
+  const X* x = a.x.ptr<const X>();
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < chunks; ++c)
+      pack_dot(x + c * kChunkRows * a.x.stride[0], a.x.stride[0],
+               std::min<int64_t>(kChunkRows, m - c * kChunkRows), w.cols,
+               packed + c * kChunkRows * width);
+    float* mine = sums + omp_get_thread_num() * sum_floats;
+    uint64_t* masks = words + omp_get_thread_num() * kDotBlockRows * n;
+    FetchAhead fetch;
+#pragma omp for schedule(static)
+    for (int64_t g = 0; g < blocks; ++g) {
+      const int64_t r0 = g * block, count = std::min(block, w.rows - r0);
+      DotCursor cursors[kDotBlockRows];
+      if (kFormat != WeightFormat::dense) prefetch_meta(w, r0 + block, block);
+      if (dot_cursors<kFormat>(w, r0, count, masks, cursors, broken))
+        dot_outputs<kFormat, X>(a, w, r0, count, cursors, packed, &fetch, mine);
+    }
+  }
+}
+
+template <class X>
+void run_dot(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+  switch (a.format) {
+    case WeightFormat::dense:
+      return run_dot<WeightFormat::dense, X>(a, w, broken);
+    case WeightFormat::sparse24:  // bf16 activations are gathered
+      if constexpr (kParts<X> > 1) run_dot<WeightFormat::sparse24, X>(a, w, broken);
+      return;
+    case WeightFormat::bitmap:
+      return run_dot<WeightFormat::bitmap, X>(a, w, broken);
+  }
+}
 
 }  // namespace PYPRUNE_ISA
 }  // namespace pyprune

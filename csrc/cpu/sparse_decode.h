@@ -1,9 +1,13 @@
 // Few rows of x: every row of W is read once, decoded in registers and multiplied with all of them.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/sparse_rows.h"
+#include "cpu/sparse_run.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -109,6 +113,90 @@ inline void decode_rows(const Weights& w, Cursor<T>* cursors, int64_t i0, int64_
 }
 
 #endif
+
+// Rows of W that one turn of the kernel decodes side by side: as many as their M sums each leave
+// registers for.
+constexpr int side_by_side(int m) { return m <= 4 ? 4 : 2; }
+
+// Rows of W that share a piece of x small enough for the first-level cache. For one or two rows of
+// x all of it is.
+constexpr int block_rows(int m) { return m <= 2 ? side_by_side(m) : 16; }
+constexpr int kMaxBlockRows = 16;
+constexpr int64_t kPieceBytes = 24 * 1024;
+
+struct DecodeScratch {
+  const float* x;
+  uint64_t* words;  // [threads][kMaxBlockRows][mask_words]
+  float* sums;      // [threads][kMaxBlockRows][kMaxDecodeRows][Vec::kLanes]
+  std::atomic<int64_t>* broken;
+};
+
+// Rows [r0, r0 + count) times all M rows of x; the sums are left as vectors.
+template <class T, bool kDense, int M>
+void decode_block(const Weights& w, int64_t r0, int64_t count, const float* x, uint64_t* words,
+                  float* sums) {
+  constexpr int kSide = side_by_side(M), kBlock = block_rows(M);
+  const int64_t n = mask_words(w.cols);
+  Cursor<T> cursors[kBlock];
+  for (int64_t r = 0; r < count; ++r)
+    cursors[r] = {static_cast<const T*>(w.values) + w.begin(r0 + r), words + r * n};
+  std::fill(sums, sums + count * M * Vec::kLanes, 0.0f);
+  const int64_t ahead =
+      (w.begin(std::min(r0 + kBlock, w.rows - 1)) - w.begin(r0)) * static_cast<int64_t>(sizeof(T));
+  const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, kPieceBytes / (kMaskColumns * 4 * M));
+  for (int64_t i0 = 0; i0 < n; i0 += piece) {
+    const int64_t i1 = std::min(n, i0 + piece);
+    int64_t r = 0;
+    for (; r + kSide <= count; r += kSide)
+      decode_rows<T, kDense, M, kSide>(w, cursors + r, i0, i1, x, ahead,
+                                       sums + r * M * Vec::kLanes);
+    for (; r < count; ++r)
+      decode_rows<T, kDense, M, 1>(w, cursors + r, i0, i1, x, ahead, sums + r * M * Vec::kLanes);
+  }
+}
+
+template <class T, bool kDense, int M, class X>
+void decode(const SparseLinearArgs& a, const Weights& w, const DecodeScratch& scratch) {
+  constexpr int kBlock = block_rows(M);
+  const int64_t n = mask_words(w.cols), blocks = (w.rows + kBlock - 1) / kBlock;
+  const float* bias = a.bias ? a.bias->ptr<const float>() : nullptr;
+  X* y = a.y.ptr<X>();
+#pragma omp parallel for num_threads(a.threads) schedule(static)
+  for (int64_t g = 0; g < blocks; ++g) {
+    const int64_t r0 = g * kBlock, count = std::min<int64_t>(kBlock, w.rows - r0);
+    const int thread = omp_get_thread_num();
+    uint64_t* words = scratch.words + thread * kMaxBlockRows * n;
+    float* sums = scratch.sums + thread * kMaxBlockRows * kMaxDecodeRows * Vec::kLanes;
+    if (!kDense) {
+      prefetch_meta(w, r0 + kBlock, kBlock);
+      if (!block_masks(w, r0, count, words, scratch.broken)) continue;
+    }
+    decode_block<T, kDense, M>(w, r0, count, scratch.x, words, sums);
+    for (int64_t r = 0; r < count; ++r)
+      for (int m = 0; m < M; ++m)
+        store(y + m * w.rows + r0 + r,
+              Vec::load(sums + (r * M + m) * Vec::kLanes).sum() + (bias ? bias[r0 + r] : 0.0f));
+  }
+}
+
+template <class T, class X>
+void run_decode(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+  const int64_t m = a.x.shape[0], n = mask_words(w.cols);
+  const int64_t x_floats = m * n * kMaskColumns;
+  const int64_t sum_floats = a.threads * kMaxBlockRows * kMaxDecodeRows * Vec::kLanes;
+  Scratch scratch((x_floats + sum_floats) * 4 + a.threads * kMaxBlockRows * n * 8);
+  float* x = scratch.as<float>();
+  const DecodeScratch s{x, reinterpret_cast<uint64_t*>(x + x_floats + sum_floats), x + x_floats,
+                        broken};
+  pack_decode<T>(a.x.ptr<const X>(), a.x.stride[0], m, w.cols, x);
+  with_rows<kMaxDecodeRows>(m, [&](auto rows) {
+    constexpr int M = decltype(rows)::value;
+    if (w.format == WeightFormat::dense)
+      decode<T, true, M, X>(a, w, s);
+    else
+      decode<T, false, M, X>(a, w, s);
+  });
+}
 
 }  // namespace PYPRUNE_ISA
 }  // namespace pyprune

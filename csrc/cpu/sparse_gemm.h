@@ -1,15 +1,21 @@
-// Many rows of x: W is decoded a tile at a time into a first-level cache's worth of floats and
-// multiplied there as a matrix.
+// Many rows of x: W is decoded a tile at a time into a first-level cache's worth of floats, or of
+// pairs of bf16, and multiplied there as a matrix.
 //
-// x is packed once: [C / kDepth][panels][kDepth][kPanelTokens], tokens side by side, so that one
-// broadcast weight meets whole vectors of tokens. A tile of kTileRows x kDepth weights stays row
-// major, as the decoder writes it. Accumulators are vectors of tokens; every output is one chain of
-// fused multiply-adds over the columns, whatever the number of threads.
+// Both are words of 32 bits: one column in fp32, or two neighbouring columns in bf16, which one
+// vdpbf16ps multiplies and adds. x is packed once: [words / kDepth][panels][kDepth][kPanelTokens],
+// tokens side by side, so that one broadcast word of W meets whole vectors of tokens. A tile of
+// kTileRows x kDepth words stays row major, as the decoder writes it. Accumulators are vectors of
+// tokens; every output is one chain of fused multiply-adds over the words, whatever the number of
+// threads.
 #pragma once
 
+#include <omp.h>
+
 #include <algorithm>
+#include <atomic>
 
 #include "cpu/sparse_rows.h"
+#include "cpu/sparse_run.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -26,9 +32,9 @@ constexpr int kSums = 6;
 constexpr int kPanelVectors = 3;
 constexpr int kPanelTokens = kPanelVectors * Vec::kLanes;
 
-// Columns of a tile: a panel of x is then 24 KB (AVX-512), half of the first-level cache.
+// Words of a tile's row: a panel of x is then 24 KB (AVX-512), three quarters of the smallest
+// first-level cache.
 constexpr int64_t kDepth = 128;
-constexpr int64_t kDepthWords = kDepth / kMaskColumns;
 constexpr int64_t kTileRows = 48;
 static_assert(kTileRows % kSums == 0, "whole strips, whatever the number of token vectors");
 // Rows of a tile would otherwise start in the same few cache sets.
@@ -39,22 +45,85 @@ constexpr int64_t kMaxTokens = 480;
 static_assert(kMaxTokens % kPanelTokens == 0, "whole panels");
 
 inline int64_t panels_of(int64_t tokens) { return (tokens + kPanelTokens - 1) / kPanelTokens; }
-inline int64_t depths_of(int64_t cols) { return (cols + kDepth - 1) / kDepth; }
 
-// Panel p of columns [k0, k0 + kDepth), zeros outside x.
-template <class T, class X>
+// Weights and activations as floats, a column a word.
+template <class T>
+struct AsFloats {
+  using Value = T;
+  static constexpr int64_t kColumns = kDepth;  // of a tile
+  static Vec product(Vec w, Vec x, Vec sum) { return Vec::fma(w, x, sum); }
+  static Vec product(const float* w, Vec x, Vec sum) { return Vec::fma(Vec::set1(*w), x, sum); }
+  // Columns [c0, c1) of token t.
+  template <class X>
+  static void pack(const X* x, int64_t c0, int64_t c1, int64_t t, float* panel) {
+    for (int64_t c = c0; c < c1; ++c) panel[column_place<T>(c) * kPanelTokens + t] = to_float(x[c]);
+  }
+  static void widen(const T* v, int64_t columns, float* row) { widen_columns(v, columns, row); }
+  static const T* expand(const T* v, const T* end, const uint64_t* words, int64_t n, float* row) {
+    return expand_columns(v, end, words, n, row);
+  }
+};
+
+#if defined(__AVX512F__)
+
+// bf16 weights and activations, two columns a word, for processors with AVX512_BF16 (assembly
+// because this file is compiled for the common subset).
+struct AsPairs {
+  using Value = bf16;
+  static constexpr int64_t kColumns = 2 * kDepth;
+  static Vec product(Vec w, Vec x, Vec sum) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(w.v), "v"(x.v));
+    return sum;
+  }
+  // Broadcast by the product itself: a broadcast of its own takes another pipe, 1.34 cycles instead
+  // of 1.0 a product on Zen 4.
+  static Vec product(const float* w, Vec x, Vec sum) {
+    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(x.v), "m"(*w));
+    return sum;
+  }
+  static void pack(const bf16* x, int64_t c0, int64_t c1, int64_t t, float* panel) {
+    for (int64_t c = c0; c < c1; c += 2)
+      std::memcpy(panel + c / 2 * kPanelTokens + t, x + c, (c + 1 < c1 ? 2 : 1) * sizeof(bf16));
+  }
+  static void widen(const bf16* v, int64_t columns, float* row) {
+    for (int64_t c = 0; c < mask_words(columns) * kMaskColumns; c += 32) {
+      const int64_t left = columns - c;
+      const uint32_t valid = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
+      _mm512_storeu_si512(row + c / 2, _mm512_maskz_loadu_epi16(valid, v + c));
+    }
+  }
+  static const bf16* expand(const bf16* v, const bf16*, const uint64_t* words, int64_t n,
+                            float* row) {
+    for (int64_t i = 0; i < 2 * n; ++i) {
+      const uint32_t keep = static_cast<uint32_t>(words[i / 2] >> (32 * (i & 1)));
+      _mm512_storeu_si512(row + 16 * i, expand_words(keep, v));
+      v += popcount(keep);
+    }
+    return v;
+  }
+};
+
+#endif
+
+template <class As>
+int64_t depths_of(int64_t cols) {
+  return (cols + As::kColumns - 1) / As::kColumns;
+}
+
+// Panel p of columns [k0, k0 + As::kColumns), zeros outside x.
+template <class As, class X>
 void pack_tokens(const X* x, int64_t stride, int64_t tokens, int64_t cols, int64_t k0, int64_t p,
                  float* panel) {
   const int64_t t0 = p * kPanelTokens, width = std::min<int64_t>(kPanelTokens, tokens - t0);
-  const int64_t depth = std::min(kDepth, cols - k0);
-  if (depth < kDepth || width < kPanelTokens) std::fill(panel, panel + kDepth * kPanelTokens, 0.0f);
+  const int64_t depth = std::min(As::kColumns, cols - k0);
+  if (depth < As::kColumns || width < kPanelTokens)
+    std::fill(panel, panel + kDepth * kPanelTokens, 0.0f);
   // Sixteen columns of every token in turn: both sides then stay within few cache lines.
   for (int64_t c0 = 0; c0 < depth; c0 += 16) {
     const int64_t c1 = std::min<int64_t>(depth, c0 + 16);
     for (int64_t t = 0; t < width; ++t) {
       const X* row = x + (t0 + t) * stride + k0;
-      for (int64_t c = c0; c < c1; ++c)
-        panel[column_place<T>(c) * kPanelTokens + t] = to_float(row[c]);
+      As::pack(row, c0, c1, t, panel);
     }
   }
 }
@@ -64,9 +133,17 @@ void pack_tokens(const X* x, int64_t stride, int64_t tokens, int64_t cols, int64
 constexpr int64_t kAhead = 8;
 constexpr int64_t kLineFloats = 16;
 
+// Where the rows of the next tile are stored, and how many lines of each to fetch. The products of
+// one tile leave the time to fetch the next: all at once, while it is decoded, they would queue.
+struct NextTile {
+  const char* row[kTileRows];
+  int64_t lines;
+};
+
 // sums[strip rows][kVectors] += tile rows times one panel's first kVectors vectors of tokens.
-template <int kVectors>
-inline void strip(const float* tile, const float* panel, float* sums, int64_t sums_stride) {
+template <class As, int kVectors>
+inline void strip(const float* tile, const float* panel, const char* const* next, int64_t lines,
+                  float* sums, int64_t sums_stride) {
   constexpr int kRows = kSums / kVectors;
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 24
@@ -76,6 +153,8 @@ inline void strip(const float* tile, const float* panel, float* sums, int64_t su
       acc[r][v] = Vec::load(sums + r * sums_stride + v * Vec::kLanes);
   for (int64_t k0 = 0; k0 < kDepth; k0 += kLineFloats) {
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(tile + (kRows + r) * kTileStride + k0);
+    if (k0 < lines * kLineFloats)
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + k0 * sizeof(float), 0, 2);
     for (int64_t k = k0; k < k0 + kLineFloats; ++k) {
       const float* tokens = panel + k * kPanelTokens;
       Vec t[kVectors];
@@ -86,9 +165,14 @@ inline void strip(const float* tile, const float* panel, float* sums, int64_t su
       }
 #pragma GCC unroll 24
       for (int r = 0; r < kRows; ++r) {
-        const Vec w = Vec::set1(tile[r * kTileStride + k]);
+        const float* w = tile + r * kTileStride + k;
+        if constexpr (kVectors == 1) {
+          acc[r][0] = As::product(w, t[0], acc[r][0]);
+        } else {
+          const Vec all = Vec::set1(*w);
 #pragma GCC unroll 3
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = Vec::fma(w, t[v], acc[r][v]);
+          for (int v = 0; v < kVectors; ++v) acc[r][v] = As::product(all, t[v], acc[r][v]);
+        }
       }
     }
   }
@@ -98,52 +182,149 @@ inline void strip(const float* tile, const float* panel, float* sums, int64_t su
     for (int v = 0; v < kVectors; ++v) acc[r][v].store(sums + r * sums_stride + v * Vec::kLanes);
 }
 
-template <int kVectors>
-void strips(const float* tile, const float* panel, float* sums, int64_t sums_stride) {
+template <class As, int kVectors>
+void strips(const float* tile, const float* panel, const NextTile& next, int64_t lines, float* sums,
+            int64_t sums_stride) {
   constexpr int kRows = kSums / kVectors;
   for (int64_t r = 0; r < kTileRows; r += kRows)
-    strip<kVectors>(tile + r * kTileStride, panel, sums + r * sums_stride, sums_stride);
+    strip<As, kVectors>(tile + r * kTileStride, panel, next.row + r, lines, sums + r * sums_stride,
+                        sums_stride);
 }
 
 // One tile of decoded weights times every token.
-inline void multiply_tile(const float* tile, const float* packed, int64_t tokens, float* sums) {
+template <class As>
+void multiply_tile(const float* tile, const float* packed, int64_t tokens, const NextTile& next,
+                   float* sums) {
   const int64_t panels = panels_of(tokens), stride = panels * kPanelTokens;
   for (int64_t p = 0; p < panels; ++p) {
     const float* panel = packed + p * kDepth * kPanelTokens;
     float* out = sums + p * kPanelTokens;
-    const int64_t left = tokens - p * kPanelTokens;
+    const int64_t left = tokens - p * kPanelTokens, lines = p == 0 ? next.lines : 0;
     if (left > 2 * Vec::kLanes)
-      strips<3>(tile, panel, out, stride);
+      strips<As, 3>(tile, panel, next, lines, out, stride);
     else if (left > Vec::kLanes)
-      strips<2>(tile, panel, out, stride);
+      strips<As, 2>(tile, panel, next, lines, out, stride);
     else
-      strips<1>(tile, panel, out, stride);
+      strips<As, 1>(tile, panel, next, lines, out, stride);
   }
 }
 
 // Columns [i0, i1) (in words) of `count` rows from their cursors into a tile; rows past `count` and
 // columns past i1 are zero. What lies `ahead` bytes further, the same columns of the next tile of
 // rows, is fetched into the second level: the pieces are too short for the hardware to foresee.
-template <class T, bool kDense>
-void decode_tile(const Weights& w, Cursor<T>* cursors, int64_t count, int64_t i0, int64_t i1,
-                 int64_t ahead, float* tile) {
+template <class As, bool kDense>
+void decode_tile(const Weights& w, Cursor<typename As::Value>* cursors, int64_t count, int64_t i0,
+                 int64_t i1, float* tile) {
+  using T = typename As::Value;
+  constexpr int64_t kPerWord = As::kColumns / kDepth;
   const T* end = static_cast<const T*>(w.values) + w.nnz;
   for (int64_t r = 0; r < kTileRows; ++r) {
     float* row = tile + r * kTileStride;
     int64_t filled = 0;
     if (r < count) {
-      const char* before = reinterpret_cast<const char*>(cursors[r].v);
       filled = (i1 - i0) * kMaskColumns;
       if (kDense) {
-        widen_columns(cursors[r].v, std::min(filled, w.cols - i0 * kMaskColumns), row);
+        As::widen(cursors[r].v, std::min(filled, w.cols - i0 * kMaskColumns), row);
         cursors[r].v += filled;
       } else {
-        cursors[r].v = expand_columns(cursors[r].v, end, cursors[r].words + i0, i1 - i0, row);
+        cursors[r].v = As::expand(cursors[r].v, end, cursors[r].words + i0, i1 - i0, row);
       }
-      for (; before < reinterpret_cast<const char*>(cursors[r].v); before += 64)
-        __builtin_prefetch(before + ahead, 0, 2);
     }
-    std::fill(row + filled, row + kDepth, 0.0f);
+    std::fill(row + filled / kPerWord, row + kDepth, 0.0f);
+  }
+}
+
+struct TileScratch {
+  float* tile;      // [kTileRows][kTileStride]
+  float* sums;      // [kTileRows][tokens, rounded up to panels]
+  uint64_t* words;  // [kTileRows][mask_words]
+};
+
+// Rows [r0, r0 + count) of W times all tokens of the packed x; false when a row is inconsistent.
+template <class As, bool kDense>
+bool multiply_rows(const Weights& w, int64_t r0, int64_t count, const float* packed, int64_t tokens,
+                   const TileScratch& s, std::atomic<int64_t>* broken) {
+  using T = typename As::Value;
+  constexpr int64_t kWords = As::kColumns / kMaskColumns;
+  const int64_t n = mask_words(w.cols), stride = panels_of(tokens) * kPanelTokens;
+  if (!kDense && !block_masks(w, r0, count, s.words, broken)) return false;
+  Cursor<T> cursors[kTileRows];
+  for (int64_t r = 0; r < count; ++r)
+    cursors[r] = {static_cast<const T*>(w.values) + w.begin(r0 + r), s.words + r * n};
+  prefetch_meta(w, r0 + kTileRows, kTileRows);
+  std::fill(s.sums, s.sums + kTileRows * stride, 0.0f);
+  const int64_t depths = depths_of<As>(w.cols);
+  NextTile next;
+  // Rows of a bitmap differ in length: the mean and a line more.
+  next.lines = w.nnz * static_cast<int64_t>(sizeof(T)) / (w.rows * depths * 64) + 2;
+  for (int64_t d = 0; d < depths; ++d) {
+    const int64_t i0 = d * kWords, i1 = std::min(n, i0 + kWords);
+    decode_tile<As, kDense>(w, cursors, count, i0, i1, s.tile);
+    // The same rows further on, or the first columns of the next ones.
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const T* first =
+          static_cast<const T*>(w.values) + w.begin(std::min(r0 + kTileRows + r, w.rows - 1));
+      next.row[r] =
+          reinterpret_cast<const char*>(d + 1 < depths && r < count ? cursors[r].v : first);
+    }
+    multiply_tile<As>(s.tile, packed + d * kDepth * stride, tokens, next, s.sums);
+  }
+  return true;
+}
+
+// Rows [r0, r0 + count) of the output from a tile's sums, which have the tokens side by side.
+template <class X>
+void store_rows(const SparseLinearArgs& a, int64_t r0, int64_t count, int64_t tokens,
+                const float* sums, X* y) {
+  const int64_t stride = panels_of(tokens) * kPanelTokens;
+  const float* bias = a.bias ? a.bias->ptr<const float>() + r0 : nullptr;
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < count; ++r)
+      store(y + t * a.rows + r0 + r, sums[r * stride + t] + (bias ? bias[r] : 0.0f));
+}
+
+template <class As, bool kDense, class X>
+void multiply(const SparseLinearArgs& a, const Weights& w, int64_t t0, int64_t tokens,
+              float* packed, float* scratch, std::atomic<int64_t>* broken) {
+  const int64_t panels = panels_of(tokens), depths = depths_of<As>(w.cols);
+  const int64_t n = mask_words(w.cols);
+  const int64_t tile_floats = kTileRows * kTileStride;
+  const int64_t sum_floats = kTileRows * panels * kPanelTokens;
+  const int64_t floats = tile_floats + sum_floats + kTileRows * n * 2;
+  const int64_t tiles = (w.rows + kTileRows - 1) / kTileRows;
+  const X* x = a.x.ptr<const X>() + t0 * a.x.stride[0];
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < depths * panels; ++i)
+      pack_tokens<As>(x, a.x.stride[0], tokens, w.cols, i / panels * As::kColumns, i % panels,
+                      packed + i * kDepth * kPanelTokens);
+    float* mine = scratch + omp_get_thread_num() * floats;
+    const TileScratch s{mine, mine + tile_floats,
+                        reinterpret_cast<uint64_t*>(mine + tile_floats + sum_floats)};
+#pragma omp for schedule(static)
+    for (int64_t g = 0; g < tiles; ++g) {
+      const int64_t r0 = g * kTileRows, count = std::min(kTileRows, w.rows - r0);
+      if (multiply_rows<As, kDense>(w, r0, count, packed, tokens, s, broken))
+        store_rows(a, r0, count, tokens, s.sums, a.y.ptr<X>() + t0 * w.rows);
+    }
+  }
+}
+
+template <class As, class X>
+void run_multiply(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+  const int64_t m = a.x.shape[0], most = std::min(m, kMaxTokens);
+  const int64_t wide = panels_of(most) * kPanelTokens;
+  const int64_t packed_floats = depths_of<As>(w.cols) * kDepth * wide;
+  const int64_t thread_floats = kTileRows * (kTileStride + wide + 2 * mask_words(w.cols));
+  Scratch scratch((packed_floats + a.threads * thread_floats) * 4);
+  float* packed = scratch.as<float>();
+  for (int64_t t0 = 0; t0 < m; t0 += kMaxTokens) {
+    const int64_t tokens = std::min(kMaxTokens, m - t0);
+    if (w.format == WeightFormat::dense)
+      multiply<As, true, X>(a, w, t0, tokens, packed, packed + packed_floats, broken);
+    else
+      multiply<As, false, X>(a, w, t0, tokens, packed, packed + packed_floats, broken);
   }
 }
 

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdlib>
 #include <memory>
+#include <new>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -25,6 +27,9 @@ inline void store_as(bf16* y, float value) {
   y->bits = static_cast<uint16_t>(u >> 16);
 }
 
+// Rows of x that one pass over W serves.
+constexpr int kInt8ChunkRows = 8;
+
 // Where a kernel stands in one row: the next value, and the row's mask words (or, where a kernel
 // reads that itself, its 2:4 metadata).
 struct ByteCursor {
@@ -32,16 +37,15 @@ struct ByteCursor {
   const uint8_t* meta;
 };
 
-// Rows of W that one turn of a kernel multiplies side by side: independent streams and sums.
-constexpr int int8_side(int m) { return m <= 4 ? 4 : 2; }
 constexpr int kInt8BlockRows = 16;
-constexpr int int8_block(int m) { return m <= 2 ? int8_side(m) : kInt8BlockRows; }
 // A piece of x for the first-level cache; for one or two rows of x all of it is one.
 constexpr int64_t kInt8PieceBytes = 24 * 1024;
 
-// Each Kernel has: T, the type x is packed to; place(c), where column c of a word of 64 goes;
-// kMeta, whether it reads 2:4 metadata; and rows<M, R>(), which adds R rows of W, words [i0, i1),
-// times M rows of x to the R x M vectors in `sums`. Packed x is [C / 64][M][64], zeros past C.
+// Each Kernel has: T, what x is packed to, in kParts parts; place(c), where column c of a word of
+// 64 goes; kMost, the most rows of x; kMeta, whether it reads 2:4 metadata; side(m), the rows of W
+// that one turn multiplies side by side (independent streams and sums); and rows<M, R>(), which
+// adds R rows of W, words [i0, i1), times M rows of x to the R x M vectors in `sums`. Packed x is
+// [C / 64][M][kParts][64], zeros past C.
 
 #if defined(__AVX512F__)
 
@@ -149,8 +153,14 @@ void spread_rows(const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1,
 // fp32: spreads the values over their columns and multiplies.
 struct Spread {
   using T = float;
+  static constexpr int kParts = 1, kMost = kInt8ChunkRows;
   static constexpr bool kMeta = false;
+  static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
   static int64_t place(int64_t c) { return columns64_place(c); }
+  template <class X>
+  static void part(X x, float* parts) {
+    parts[0] = to_float(x);
+  }
   template <int M, int R>
   static void rows(int64_t, const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1,
                    const float* x, int64_t ahead, float* sums) {
@@ -165,17 +175,61 @@ struct Spread {
 
 inline __m512 widen16(__m128i q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)); }
 
-// bf16 x: pairs of products, summed in fp32. A bitmap spreads its values over their columns, 2:4
-// gathers the activations instead.
-template <WeightFormat kFormat>
+// The two bytes of every magnitude as a bf16 number.
+struct MagnitudeBytes {
+  uint8_t low[128], high[128];
+  constexpr MagnitudeBytes() : low(), high() {
+    for (int a = 1; a < 128; ++a) {
+      int e = 0;
+      while (a >> (e + 1)) ++e;
+      const int bits = ((127 + e) << 7) | ((a << (7 - e)) & 127);
+      low[a] = static_cast<uint8_t>(bits & 255);
+      high[a] = static_cast<uint8_t>(bits >> 8);
+    }
+  }
+};
+alignas(64) constexpr MagnitudeBytes kMagnitudes;
+
+// Bytes -127 to 127 as bf16, by looking both bytes of the magnitude up: half the instructions of
+// the way through fp32. Word 8 l + j of w[h] is byte 16 l + 8 h + j.
+struct Widen64 {
+  __m512i low[2], high[2];
+  Widen64() {
+    for (int h = 0; h < 2; ++h) {
+      low[h] = _mm512_load_si512(kMagnitudes.low + 64 * h);
+      high[h] = _mm512_load_si512(kMagnitudes.high + 64 * h);
+    }
+  }
+  void operator()(__m512i q, __m512bh* w) const {
+    const __m512i a = _mm512_abs_epi8(q);
+    const __m512i lo = _mm512_permutex2var_epi8(low[0], a, low[1]);
+    const __m512i hi = _mm512_permutex2var_epi8(high[0], a, high[1]);
+    // hi | (q & 0x80)
+    const __m512i up = _mm512_ternarylogic_epi32(hi, q, _mm512_set1_epi8(-128), 0xf8);
+    w[0] = words_of(_mm512_unpacklo_epi8(lo, up));
+    w[1] = words_of(_mm512_unpackhi_epi8(lo, up));
+  }
+};
+inline int64_t widen64_place(int64_t c) { return ((c & 8) << 2) + ((c >> 4) << 3) + (c & 7); }
+
+// Pairs of bf16 products, summed in fp32; fp32 x comes as three bf16 parts (see sparse_bf16.h). A
+// bitmap spreads its values over their columns, 2:4 gathers the activations instead.
+template <WeightFormat kFormat, int P>
 struct Dot {
   using T = bf16;
+  static constexpr int kParts = P, kMost = P == 1 ? kInt8ChunkRows : kSplitRows;
   static constexpr bool kMeta = kFormat == WeightFormat::sparse24;
-  static int64_t place(int64_t c) { return kMeta ? c : columns64_place(c); }
+  static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
+  static int64_t place(int64_t c) { return kMeta ? c : widen64_place(c); }
+  template <class X>
+  static void part(X x, bf16* parts) {
+    split(x, parts);
+  }
 
   template <int M, int R>
   static void rows(int64_t cols, const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1,
                    const bf16* x, int64_t ahead, float* sums) {
+    const Widen64 widen;
     __m512 acc[R][M];
     const int8_t* v[R];
     for (int r = 0; r < R; ++r) {
@@ -202,27 +256,27 @@ struct Dot {
           picks[r] = kept_of(word);
           v[r] += 32;
         } else {
-          const Columns64 c(word, v[r]);
-          w[r][0] = _mm512_cvtne2ps_pbh(c.v[1], c.v[0]);
-          w[r][1] = _mm512_cvtne2ps_pbh(c.v[3], c.v[2]);
+          widen(_mm512_maskz_expandloadu_epi8(word, v[r]), w[r]);
           v[r] += popcount(word);
         }
         _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
       }
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const bf16* xm = x + (i * M + m) * kMaskColumns;
-        const __m512i x0 = _mm512_load_si512(xm), x1 = _mm512_load_si512(xm + 32);
+      for (int m = 0; m < M; ++m)
+#pragma GCC unroll 3
+        for (int p = 0; p < P; ++p) {
+          const bf16* xp = x + ((i * M + m) * P + p) * kMaskColumns;
+          const __m512i x0 = _mm512_load_si512(xp), x1 = _mm512_load_si512(xp + 32);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          if (kMeta) {
-            acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], words_of(pick(x0, x1, picks[r])));
-          } else {
-            acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], words_of(x0));
-            acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][1], words_of(x1));
+          for (int r = 0; r < R; ++r) {
+            if (kMeta) {
+              acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], words_of(pick(x0, x1, picks[r])));
+            } else {
+              acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], words_of(x0));
+              acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][1], words_of(x1));
+            }
           }
         }
-      }
     };
     const int64_t whole = kMeta ? std::min(i1, cols / kMaskColumns) : i1;
     for (int64_t i = i0; i < whole; ++i) step(i, std::false_type(), 0);
@@ -238,19 +292,20 @@ struct Dot {
 
 #endif
 
-inline void convert(float x, float* out) { *out = x; }
-inline void convert(bf16 x, float* out) { *out = to_float(x); }
-inline void convert(bf16 x, bf16* out) { *out = x; }
-
 // `m` rows of x as Kernel reads them.
 template <class Kernel, class X>
 void pack_words(const X* x, int64_t stride, int64_t m, int64_t cols, typename Kernel::T* out) {
+  constexpr int P = Kernel::kParts;
   for (int64_t c = 0; c < cols; c += kMaskColumns)
-    for (int64_t i = 0; i < m; ++i, out += kMaskColumns) {
+    for (int64_t i = 0; i < m; ++i, out += P * kMaskColumns) {
       const int64_t width = std::min(kMaskColumns, cols - c);
-      if (width < kMaskColumns) std::memset(out, 0, kMaskColumns * sizeof(*out));
+      if (width < kMaskColumns) std::memset(out, 0, P * kMaskColumns * sizeof(*out));
       const X* row = x + i * stride + c;
-      for (int64_t j = 0; j < width; ++j) convert(row[j], out + Kernel::place(j));
+      for (int64_t j = 0; j < width; ++j) {
+        typename Kernel::T parts[P];
+        Kernel::part(row[j], parts);
+        for (int p = 0; p < P; ++p) out[p * kMaskColumns + Kernel::place(j)] = parts[p];
+      }
     }
 }
 
@@ -275,7 +330,7 @@ struct FewScratch {
 template <class Kernel, int M>
 bool few_block(const Weights& w, int64_t r0, int64_t count, const typename Kernel::T* x,
                const FewScratch& s, std::atomic<int64_t>* broken) {
-  constexpr int kSide = int8_side(M);
+  constexpr int kSide = Kernel::side(M);
   const int64_t n = mask_words(w.cols);
   const auto* values = static_cast<const int8_t*>(w.values);
   ByteCursor cursors[kInt8BlockRows];
@@ -290,7 +345,7 @@ bool few_block(const Weights& w, int64_t r0, int64_t count, const typename Kerne
     cursors[r] = {values + w.begin(r0 + r), meta};
   }
   const int64_t ahead = w.begin(std::min(r0 + count, w.rows - 1)) - w.begin(r0);
-  const int64_t word_bytes = kMaskColumns * static_cast<int64_t>(sizeof(typename Kernel::T)) * M;
+  constexpr int64_t word_bytes = kMaskColumns * sizeof(typename Kernel::T) * Kernel::kParts * M;
   const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, kInt8PieceBytes / word_bytes);
   std::fill(s.sums, s.sums + count * M * Vec::kLanes, 0.0f);
   for (int64_t i0 = 0; i0 < n; i0 += piece) {
@@ -308,11 +363,12 @@ bool few_block(const Weights& w, int64_t r0, int64_t count, const typename Kerne
 
 template <class Kernel, class X, int M>
 void few_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
-  constexpr int64_t kBlock = int8_block(M);
+  constexpr int64_t kBlock = M <= 2 ? Kernel::side(M) : kInt8BlockRows;
   const int64_t n = mask_words(w.cols), blocks = (w.rows + kBlock - 1) / kBlock;
   const int64_t sum_floats = kBlock * M * Vec::kLanes;
   const int threads = a.linear.threads;
-  const Aligned packed = aligned_bytes(n * M * kMaskColumns * 4);
+  const Aligned packed =
+      aligned_bytes(n * M * kMaskColumns * Kernel::kParts * sizeof(typename Kernel::T));
   const Aligned sums = aligned_bytes(threads * sum_floats * 4);
   const Aligned words = aligned_bytes(threads * kBlock * n * 8);
   auto* x = static_cast<typename Kernel::T*>(packed.get());
@@ -336,7 +392,7 @@ void few_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
   }
 }
 
-template <class Kernel, class X, int M = kInt8FewRows>
+template <class Kernel, class X, int M = Kernel::kMost>
 void few_rows(const SparseInt8Args& a, const Weights& w, int64_t m, std::atomic<int64_t>* broken) {
   if (m == M)
     few_rows<Kernel, X, M>(a, w, broken);
@@ -367,31 +423,29 @@ TensorView view_of(void* data, DType dtype, int64_t n) {
   return v;
 }
 
-// Rows [r0, r0 + count): values as bf16, offsets counted from the first; false, and the row noted,
-// when one is inconsistent.
-bool widen_rows(const Weights& w, int64_t r0, int64_t count, int threads, std::vector<bf16>* values,
-                std::vector<int64_t>* offsets, std::atomic<int64_t>* broken) {
+// Rows [r0, r0 + count): values as bf16 (at most as many as they have columns), offsets counted
+// from the first; false, and the row noted, when one is inconsistent.
+bool widen_rows(const Weights& w, int64_t r0, int64_t count, int threads, bf16* values,
+                int64_t* offsets, std::atomic<int64_t>* broken) {
   const bool bitmap = w.format == WeightFormat::bitmap;
   const int64_t first = w.begin(r0);
   for (int64_t r = 0; bitmap && r < count; ++r) {
     const int64_t begin = w.offsets[r0 + r], end = w.offsets[r0 + r + 1];
-    if (begin < 0 || begin > end || end > w.nnz) {
+    if (begin < 0 || begin > end || end > w.nnz || end - begin > w.cols) {
       broken->store(r0 + r, std::memory_order_relaxed);
       return false;
     }
-    (*offsets)[static_cast<size_t>(r)] = begin - first;
+    offsets[r] = begin - first;
   }
   const int64_t n = (bitmap ? w.offsets[r0 + count] : w.begin(r0 + count)) - first;
-  (*offsets)[static_cast<size_t>(count)] = n;
-  values->resize(static_cast<size_t>(n));
+  offsets[count] = n;
   const int8_t* q = static_cast<const int8_t*>(w.values) + first;
-  bf16* out = values->data();
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t i = 0; i < n; ++i) {
     const float f = static_cast<float>(q[i]);
     uint32_t u;
     std::memcpy(&u, &f, 4);
-    out[i] = {static_cast<uint16_t>(u >> 16)};
+    values[i] = {static_cast<uint16_t>(u >> 16)};
   }
   std::vector<uint64_t> words(static_cast<size_t>(mask_words(w.cols)));
   for (int64_t r = 0; bitmap && r < count; ++r)
@@ -406,50 +460,65 @@ bool widen_rows(const Weights& w, int64_t r0, int64_t count, int threads, std::v
 template <class X>
 void many_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
   const SparseLinearArgs& args = a.linear;
+  const bool bitmap = w.format == WeightFormat::bitmap;
   const int64_t tokens = args.x.shape[0], most = std::min(kWideRows, w.rows);
-  std::vector<bf16> values;
-  std::vector<int64_t> offsets(static_cast<size_t>(most + 1));
-  std::vector<X> block(static_cast<size_t>(tokens * most));
+  const Aligned values = aligned_bytes(std::min(most * w.cols, w.nnz) * 2);
+  const Aligned offsets = aligned_bytes((most + 1) * 8);
+  const Aligned block = aligned_bytes(tokens * most * static_cast<int64_t>(sizeof(X)));
+  auto* wide = static_cast<bf16*>(values.get());
+  auto* begins = static_cast<int64_t*>(offsets.get());
+  const auto* sums = static_cast<const X*>(block.get());
   const float* scales = a.scales.ptr<const float>();
   const float* bias = args.bias ? args.bias->ptr<const float>() : nullptr;
   X* y = args.y.ptr<X>();
   for (int64_t r0 = 0; r0 < w.rows; r0 += kWideRows) {
     const int64_t count = std::min(kWideRows, w.rows - r0);
-    if (!widen_rows(w, r0, count, args.threads, &values, &offsets, broken)) return;
+    if (!widen_rows(w, r0, count, args.threads, wide, begins, broken)) return;
     TensorView meta =
         view_of(const_cast<uint8_t*>(w.meta) + r0 * w.meta_stride, DType::u8, count, w.meta_stride);
-    TensorView begins = view_of(offsets.data(), DType::i64, count + 1);
+    TensorView starts = view_of(begins, DType::i64, count + 1);
     SparseLinearArgs part = args;
-    part.y = view_of(block.data(), args.y.dtype, tokens, count);
+    part.y = view_of(block.get(), args.y.dtype, tokens, count);
     part.rows = count;
-    part.values = view_of(values.data(), DType::bf16, static_cast<int64_t>(values.size()));
+    part.values = view_of(wide, DType::bf16, bitmap ? begins[count] : count * w.cols / 2);
     part.meta = &meta;
-    part.offsets = args.offsets ? &begins : nullptr;
+    part.offsets = bitmap ? &starts : nullptr;
     part.bias = nullptr;
     PYPRUNE_ISA::sparse_linear(part);
 #pragma omp parallel for schedule(static) num_threads(args.threads)
     for (int64_t t = 0; t < tokens; ++t)
       for (int64_t r = 0; r < count; ++r)
         store_as(y + t * w.rows + r0 + r,
-                 to_float(block[static_cast<size_t>(t * count + r)]) * scales[r0 + r] +
-                     (bias ? bias[r0 + r] : 0.0f));
+                 to_float(sums[t * count + r]) * scales[r0 + r] + (bias ? bias[r0 + r] : 0.0f));
   }
+}
+
+// At most kInt8ChunkRows rows of x.
+template <class X>
+void run_chunk(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
+  const int64_t m = a.linear.x.shape[0];
+#if defined(__AVX512F__)
+  constexpr int P = kParts<X>;
+  if (current_isa() >= Isa::avx512_bf16 && (P == 1 || m <= kSplitRows)) {
+    if (w.format == WeightFormat::sparse24)
+      return few_rows<Dot<WeightFormat::sparse24, P>, X>(a, w, m, broken);
+    return few_rows<Dot<WeightFormat::bitmap, P>, X>(a, w, m, broken);
+  }
+#endif
+  few_rows<Spread, X>(a, w, m, broken);
 }
 
 template <class X>
 void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
   const int64_t m = a.linear.x.shape[0];
   if (m > kInt8FewRows) return many_rows<X>(a, w, broken);
-#if defined(__AVX512F__)
-  if constexpr (std::is_same_v<X, bf16>) {
-    if (current_isa() >= Isa::avx512_bf16) {
-      if (w.format == WeightFormat::sparse24)
-        return few_rows<Dot<WeightFormat::sparse24>, X>(a, w, m, broken);
-      return few_rows<Dot<WeightFormat::bitmap>, X>(a, w, m, broken);
-    }
+  for (int64_t m0 = 0; m0 < m; m0 += kInt8ChunkRows) {
+    SparseInt8Args part = a;
+    part.linear.x.data = a.linear.x.ptr<X>() + m0 * a.linear.x.stride[0];
+    part.linear.x.shape[0] = std::min<int64_t>(kInt8ChunkRows, m - m0);
+    part.linear.y.data = a.linear.y.ptr<X>() + m0 * w.rows;
+    run_chunk<X>(part, w, broken);
   }
-#endif
-  few_rows<Spread, X>(a, w, m, broken);
 }
 
 }  // namespace

@@ -17,6 +17,6 @@ PYPRUNE_CPU_KERNEL(sparse_int8, SparseInt8Args)
 
 // x rows up to which int8 values are widened in registers; above, some rows of W at a time are
 // widened to bf16 in memory and given to sparse_linear().
-constexpr int64_t kInt8FewRows = 8;
+constexpr int64_t kInt8FewRows = 16;
 
 }  // namespace pyprune

@@ -39,4 +39,8 @@ constexpr int64_t kMaxDecodeRows = 8;
 // those natively.
 constexpr int64_t kSplitRows = 2;
 
+// bf16 x rows up to which bf16 weights are multiplied row by row with such products; above, they
+// are decoded into tiles. Dense rows need no decoding, so tiles pay later.
+constexpr int64_t kDotRows = 32, kDotRowsDense = 128;
+
 }  // namespace pyprune

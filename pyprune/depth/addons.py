@@ -3,6 +3,7 @@ architecture."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +13,20 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from pyprune.calibration.tokens import Batch
-from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.graph import Branch, ResidualGraph, State
 from pyprune.depth.hidden import real_tokens
 from pyprune.errors import UserError
 
 # Last linear maps of a branch, by name, in every supported family.
 WRITERS = ("o_proj", "out_proj", "dense", "c_proj", "dense_4h_to_h", "down_proj", "fc2")
 AFTER = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
-TOLERANCE = 1e4  # times eps: how far scaled states may be from the multiples they should be
+# How far the output may be from what scaling the stream itself gives: norms have an epsilon.
+TOLERANCE = 2e-3
 
 
 @dataclass(frozen=True)
 class AddOns:
-    """compensate: scale what comes before a gap to the size after it (Prune&Comp). refit: fit the
+    """compensate: make up for the size that a gap leaves missing (Prune&Comp). refit: fit the
     branch before a gap to the stream after it by least squares (ReplaceMe), with a ridge of `ridge`
     times the mean squared output, towards no change. With both, gaps are refitted, and compensation
     is left to one that has no branch before it."""
@@ -124,38 +126,48 @@ def _norm_after(graph: ResidualGraph, branch: Branch) -> nn.Module | None:
 def compensate(
     graph: ResidualGraph, removed: Collection[Branch], batches: Sequence[Batch]
 ) -> list[float]:
-    """Prune&Comp (arXiv 2507.18212): before each gap, everything that was written to the stream is
-    multiplied by E[|x_after| / |x_before|], in place; returns these factors, gap by gap.
+    """Prune&Comp (arXiv 2507.18212): makes up for the size that each gap leaves missing, in place;
+    returns the factors E[|x_after| / |x_before|], gap by gap.
 
-    Embeddings (untied from the head first), the last linear maps of all branches before the gap,
-    or the norms after them where there are some. Norms make the branches' own input independent of
-    the scale. The branches to remove are still there, and must be removed afterwards. Raises
-    UserError if the hidden states do not scale by this; the model must not be used after it.
+    The paper multiplies everything before a gap by its factor, embeddings included. Divided instead
+    is everything after it (the last linear maps of those branches, or the norms after them where
+    there are some): the stream differs by a scale, which every norm that reads it takes away, and
+    tied embeddings stay tied. The branches to remove are still there, and must be removed
+    afterwards. Raises UserError if the output depends on the scale; the model must not be used
+    after it.
     """
     found = gaps(removed, len(graph.layouts))
     if not found:
         return []
     factors = size_ratios(graph, found, batches)
-    first = batches[0]
-    for (start, _), factor in zip(found, factors, strict=True):
-        # Of the model as it is now: the branches of an earlier gap are still in it, and not scaled
-        # by that gap's factor.
-        before = list(streams(graph, first))
-        _scale_embeddings(graph, factor)
-        for branch in graph.branches[:start]:
-            _scale_branch(graph, branch, factor)
-        after = streams(graph, first)
-        tolerance = TOLERANCE * torch.finfo(next(graph.model.parameters()).dtype).eps
-        for position in range(start + 1):
-            expected = before[position] * factor
-            off = (next(after) - expected).norm() / expected.norm()
-            if not off <= tolerance:
-                raise UserError(
-                    f"{type(graph.model).__name__}: its hidden states do not scale with the "
-                    f"embeddings and the branches' outputs (position {position}, off by "
-                    f"{float(off):.1e}): compensation is not possible"
-                )
+    at = dict(zip((first for first, _ in found), factors, strict=True))
+    expected = _output(graph, removed, batches[0], at)
+    for branch in graph.branches:
+        before = zip(found, factors, strict=True)
+        factor = math.prod(f for (_, end), f in before if end <= branch.position)
+        if factor != 1 and branch not in removed:
+            _scale_branch(graph, branch, 1 / factor)
+    off = (_output(graph, removed, batches[0], {}) - expected).norm() / expected.norm()
+    if not off <= max(TOLERANCE, 10 * torch.finfo(next(graph.model.parameters()).dtype).eps):
+        raise UserError(
+            f"{type(graph.model).__name__}: its output depends on the scale of the residual stream "
+            f"(off by {float(off):.1e}): compensation is not possible"
+        )
     return factors
+
+
+def _output(
+    graph: ResidualGraph, removed: Collection[Branch], batch: Batch, factors: Mapping[int, float]
+) -> Tensor:
+    """The decoder's output [n, d] without `removed`, the stream multiplied at these positions."""
+    state, context = graph.start(batch)
+    for branch in graph.branches:
+        factor = factors.get(branch.position, 1.0)
+        if factor != 1:
+            state = State(state.read * factor, state.total * factor)
+        gone = branch in removed
+        state = graph.skip(branch, state) if gone else graph.run(branch, state, context)
+    return real_tokens(graph.finish(state.total, batch), batch)
 
 
 def _scale_branch(graph: ResidualGraph, branch: Branch, factor: float) -> None:
@@ -180,27 +192,6 @@ def _scale_norm(norm: nn.Module, factor: float) -> None:
     for name, parameter in norm.named_parameters(recurse=False):
         if name == "bias":
             parameter.mul_(factor)
-
-
-def _scale_embeddings(graph: ResidualGraph, factor: float) -> None:
-    """Multiplies the first layer's input: the last thing before it that can be scaled."""
-    decoder = graph.adapter.decoder
-    children = dict(decoder.named_children())
-    if "word_embeddings_layernorm" in children:  # BLOOM
-        for parameter in children["word_embeddings_layernorm"].parameters():
-            parameter.mul_(factor)
-        return
-    tables = [m for m in children.values() if isinstance(m, nn.Embedding)]
-    project = children.get("project_in")  # OPT: positions are added after it
-    if project is not None:
-        entry = graph.model.get_input_embeddings()
-        for parameter in project.parameters():
-            parameter.mul_(factor)
-        tables = [m for m in tables if m is not entry]
-    else:
-        untie(graph.model)
-    for table in tables:
-        table.weight.mul_(factor)
 
 
 def untie(model: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
@@ -24,17 +24,16 @@ from pyprune.errors import UserError
 from pyprune.models.fingerprint import fingerprint
 
 Mode = Literal["exact", "fast", "naive"]
-Tick = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class GreedyOptions(AddOns):
     """mode: exact (every candidate in every round), fast (lazy greedy with audits), naive (a full
     forward per candidate: the reference). objective: perplexity, or kl to the dense model. every:
-    score each n-th token (1: all). memory_mb: for cached hidden states and live streams. width:
-    streams that run at once. audit_every: fast looks at everything in every n-th round (0: never).
-    looks: candidates that fast scores at a time. state: a file that the search continues from after
-    an interruption. And the add-ons `compensate`, `refit`, `ridge`.
+    score each n-th token (1: all). memory_mb: for cached hidden states and live streams; more of it
+    saves time. width: streams that run at once. audit_every: fast looks at everything in every n-th
+    round (0: never). looks: candidates that fast scores at a time. state: a file that the search
+    continues from after an interruption. And the add-ons `compensate`, `refit`, `ridge`.
     """
 
     mode: Mode = "exact"
@@ -94,6 +93,7 @@ class Greedy:
         )
         memory = self.options.memory_mb << 20
         self.walk = WalkDown(self.graph, self.scorer, memory, self.options.width)
+        self.walk.tick = self._tick
         self._stale: dict[str, float] = {}  # mean loss above its reference, when last looked at
         self._notes: list[str] = []
 
@@ -167,10 +167,11 @@ class Greedy:
     def _naive(self, left: Sequence[Unit]) -> list[float]:
         """A full forward for every candidate."""
         scores = []
-        for unit in left:
+        for k, unit in enumerate(left):
             gone = self._branches | set(unit)
             rows = [self.scorer.rows_naive(i, gone) for i in range(len(self.scorer.batches))]
             scores += self.scorer.total(rows)
+            self._tick(k + 1, len(left))
         return scores
 
     def _best(self, left: Sequence[Unit], scores: Sequence[float]) -> _Found:
@@ -262,10 +263,16 @@ class Greedy:
             raise UserError(f"calibration: {what} scores {score}; expected a finite number")
 
     def _say(self, steps: int) -> None:
+        removed = name_of(self.removed[-1])
+        self._tell(f"removed {removed} ({steps}), score {self.score:.4g}")
+
+    def _tick(self, done: int, total: int) -> None:
+        self._tell(f"removal {len(self.removed) + 1}: {done}/{total}")
+
+    def _tell(self, words: str) -> None:
         if self.progress is not None:
             share = min(1.0, self.budget.spent(self.removed) / self.budget.target)
-            removed = name_of(self.removed[-1])
-            self.progress(f"removed {removed} ({steps}), score {self.score:.4g}", share, 1.0)
+            self.progress(words, share, 1.0)
 
     @cached_property
     def _identity(self) -> dict[str, Any]:

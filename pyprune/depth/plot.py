@@ -171,8 +171,9 @@ def _curve(axis: Any, decision: Decision, curve: Points) -> None:
         )  # fmt: skip
     if max(scores) > LOGARITHMIC * min(scores):
         axis.set_yscale("log")
-    axis.margins(x=0.06, y=0.14)
+    axis.margins(x=0.06, y=0.2)
     axis.set_xlabel(f"parameters, {unit}", fontsize=8)
     axis.set_ylabel("perplexity")
     axis.tick_params(labelsize=8)
-    axis.set_title("perplexity on the calibration text after every removal", fontsize=9)
+    when = "after every removal" if whole else "before and after"
+    axis.set_title(f"perplexity on the calibration text {when}", fontsize=9)

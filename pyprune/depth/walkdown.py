@@ -4,11 +4,14 @@ All candidates agree with the reference (what is left of the model) up to the br
 out. So the reference goes down the model once, and at each candidate's branch a stream splits off
 that skips it; every branch then runs on all live streams together. The scores are those of a full
 forward per candidate, for half the work, and every weight is read once per sweep.
+
+Once a branch is removed, the streams of candidates before it are what they were up to that branch:
+the next sweep goes on with them from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,14 +20,21 @@ from pyprune.depth.budget import Unit
 from pyprune.depth.graph import Branch, Context, ResidualGraph, State
 from pyprune.depth.score import Scorer
 
+# Positions at which a sweep keeps its streams for the next one, at most.
+CHECKPOINTS = 16
+Tick = Callable[[int, int], None]
+REFERENCE: Unit = ()  # the stream that skips nothing
+
 
 class WalkDown:
-    """Sweeps over the batches of `scorer`, with the reference's states cached between sweeps.
+    """Sweeps over the batches of `scorer`, with states cached between sweeps.
 
-    memory: bytes for hidden states, half for the cache and half for live streams. Where the cache
-    is too small only every s-th position is kept; where streams do not fit, the candidates go in
+    memory: bytes for hidden states, half for the cache and half for live streams. In the cache the
+    reference comes first; if it does not fit, only every s-th position is kept. What is left of it
+    says at how many positions streams are kept. Where live streams do not fit, the candidates go in
     groups, each from the reference's state where the last one ended: the same work, weights read
-    more often. width: streams that run through a branch at once.
+    more often. width: streams that run through a branch at once. tick: told how
+    many batches of how many a sweep is through with.
     """
 
     def __init__(self, graph: ResidualGraph, scorer: Scorer, memory: int, width: int) -> None:
@@ -33,17 +43,27 @@ class WalkDown:
         self.width = width
         parameter = next(iter(graph.model.parameters()))
         config = graph.model.config.get_text_config()
+        # A state is two tensors before the MLP of a parallel layer.
         size = config.hidden_size * parameter.element_size()
+        size *= 1 + any(layout.parallel for layout in graph.layouts)
         tokens = [batch.input_ids.numel() for batch in scorer.batches]
-        self._streams = [max(1, memory // 2 // (2 * n * size)) for n in tokens]
-        whole = 2 * len(graph.branches) * sum(tokens) * size
-        self.stride = max(1, -(-whole // max(1, memory // 2)))
+        branches, cache = len(graph.branches), max(1, memory // 2)
+        whole = branches * sum(tokens) * size  # a state of all batches at every position
+        self._room = [max(1, memory // 2 // (n * size)) for n in tokens]
+        self.stride = -(-whole // cache)
+        # At a position there is a stream of each branch before it: half of them on average.
+        self.checkpoints = max(0, min(CHECKPOINTS, branches - 1, 2 * (cache - whole) // whole))
+        step = branches / (self.checkpoints + 1)
+        self._kept_at = {round(k * step) for k in range(1, self.checkpoints + 1)}
         self._cache: list[dict[int, State]] = [{} for _ in tokens]
+        self._streams: list[dict[Unit, dict[int, State]]] = [{} for _ in tokens]
         self._contexts: tuple[int, dict[int, Context]] = (-1, {})
+        self.tick: Tick = lambda done, total: None
 
     def forget_after(self, position: int) -> None:
-        """The branch at `position` has been removed: cached states behind it are no longer true."""
-        for states in self._cache:
+        """The branch at `position` has been removed: cached states behind it are no longer true,
+        and its own streams no longer needed."""
+        for states in [*self._cache, *(s for unit in self._streams for s in unit.values())]:
             for at in [at for at in states if at > position]:
                 del states[at]
 
@@ -63,6 +83,7 @@ class WalkDown:
             back = torch.empty_like(found)
             back[order] = found
             rows.append(back)
+            self.tick(i + 1, count)
         return self.scorer.total(rows)
 
     @torch.no_grad()
@@ -71,48 +92,47 @@ class WalkDown:
         count = len(self.scorer.batches) if batches is None else batches
         rows = []
         for i in range(count):
-            position, state = self._nearest(i, len(self.graph.branches))
-            state = self._advance(i, state, position, len(self.graph.branches), removed)
+            state = self._reach(i, len(self.graph.branches), removed)
             rows.append(self.scorer.rows(i, state.total))
         return self.scorer.total(rows)[0]
 
     def _batch(self, i: int, units: Sequence[Unit], removed: Collection[Branch]) -> Tensor:
         """Row means [len(units), B] for one batch; units by position."""
         found = []
-        for at in range(0, len(units), self._streams[i]):
-            group = units[at : at + self._streams[i]]
-            position, state = self._nearest(i, group[0][0].position)
-            state = self._advance(i, state, position, group[0][0].position, removed)
-            found.append(self.scorer.rows(i, self._group(i, group, state, removed)))
+        for at in range(0, len(units), self._room[i]):
+            group = units[at : at + self._room[i]]
+            found.append(self.scorer.rows(i, self._group(i, group, removed)))
         return torch.cat(found)
 
-    def _group(
-        self, i: int, units: Sequence[Unit], reference: State, removed: Collection[Branch]
-    ) -> Tensor:
-        """Last layer's outputs [len(units) * B, T, d]; `reference` is at the first unit."""
-        joining: dict[int, State] = {}
-        leaving = {unit[0].position: unit for unit in units}
-        last = units[-1][0].position
-        streams: list[State] = []
-        for branch in self.graph.branches[units[0][0].position :]:
+    def _group(self, i: int, units: Sequence[Unit], removed: Collection[Branch]) -> Tensor:
+        """Last layer's outputs [len(units) * B, T, d], in the order of `units`."""
+        joining: dict[int, dict[Unit, State]] = {}
+        for unit in units:
+            states = self._streams[i].get(unit)
+            if states:
+                joining.setdefault(max(states), {})[unit] = states[max(states)]
+        held = {unit for streams in joining.values() for unit in streams}
+        leaving = {unit[0].position: unit for unit in units if unit not in held}
+        if leaving:
+            joining.setdefault(min(leaving), {})[REFERENCE] = self._reach(i, min(leaving), removed)
+        last = max(leaving, default=-1)
+        live: dict[Unit, State] = {}
+        for branch in self.graph.branches[min(joining) :]:
             position = branch.position
-            if position in joining:
-                streams.append(joining.pop(position))
+            live |= joining.pop(position, {})
             if position in leaving:
-                unit = leaving[position]
-                split = reference
+                unit, split = leaving[position], live[REFERENCE]
                 for skipped in unit:
                     split = self.graph.skip(skipped, split)
-                joining[unit[-1].position + 1] = split
-            goes_on = position < last
-            if goes_on:
-                streams.append(reference)
-            streams = self._step(i, branch, streams, removed)
-            if goes_on:
-                reference = streams.pop()
-                self._keep(i, position + 1, reference)
-        streams += [joining[p] for p in sorted(joining)]
-        return torch.cat([state.total for state in streams])
+                joining.setdefault(unit[-1].position + 1, {})[unit] = split
+            if position == last:
+                del live[REFERENCE]
+            after = self._step(i, branch, list(live.values()), removed)
+            live = dict(zip(live, after, strict=True))
+            self._keep(i, position + 1, live)
+        for streams in joining.values():
+            live |= streams  # those that skip the last branch
+        return torch.cat([live[unit].total for unit in units])
 
     def _step(
         self, i: int, branch: Branch, streams: list[State], removed: Collection[Branch]
@@ -134,29 +154,26 @@ class WalkDown:
                 after.append(State(read, total))
         return after
 
-    def _advance(
-        self, i: int, state: State, position: int, target: int, removed: Collection[Branch]
-    ) -> State:
-        """The reference's state before the branch at `target`."""
-        for branch in self.graph.branches[position:target]:
-            (state,) = self._step(i, branch, [state], removed)
-            self._keep(i, branch.position + 1, state)
-        return state
-
-    def _nearest(self, i: int, position: int) -> tuple[int, State]:
-        """The cached state at or before `position`."""
+    def _reach(self, i: int, position: int, removed: Collection[Branch]) -> State:
+        """The reference's state before the branch at `position`, from the nearest cached one."""
         states = self._cache[i]
         if 0 not in states:
             states[0], _ = self.graph.start(self.scorer.batches[i])
         at = max(p for p in states if p <= position)
-        return at, states[at]
+        state = states[at]
+        for branch in self.graph.branches[at:position]:
+            (state,) = self._step(i, branch, [state], removed)
+            self._keep(i, branch.position + 1, {REFERENCE: state})
+        return state
 
-    def _keep(self, i: int, position: int, state: State) -> None:
-        # Cloned: a stream is a view into the tensor of all of them.
-        if position % self.stride == 0 and position not in self._cache[i]:
-            total = state.total.clone()
-            read = total if state.read is state.total else state.read.clone()
-            self._cache[i][position] = State(read, total)
+    def _keep(self, i: int, position: int, streams: Mapping[Unit, State]) -> None:
+        """Caches what is wanted of the states before the branch at `position`."""
+        for unit, state in streams.items():
+            if unit == REFERENCE:
+                if position % self.stride == 0 and position not in self._cache[i]:
+                    self._cache[i][position] = _cloned(state)
+            elif position in self._kept_at:
+                self._streams[i].setdefault(unit, {})[position] = _cloned(state)
 
     def _context(self, i: int, copies: int) -> Context:
         if self._contexts[0] != i:
@@ -165,3 +182,9 @@ class WalkDown:
         if copies not in contexts:
             _, contexts[copies] = self.graph.start(self.scorer.batches[i], copies)
         return contexts[copies]
+
+
+def _cloned(state: State) -> State:
+    """Its own memory: a stream is a view into the tensor of all of them."""
+    total = state.total.clone()
+    return State(total if state.read is state.total else state.read.clone(), total)

@@ -41,9 +41,15 @@ class EigenBasis(NamedTuple):
 def eigenbasis(a: Tensor, g: Tensor) -> EigenBasis:
     """Of the factors `[C, C]` and `[R, R]`, symmetric positive semidefinite. What rounding leaves
     below zero of an eigenvalue is zero."""
-    left_values, left = torch.linalg.eigh(g.double())
-    right_values, right = torch.linalg.eigh(a.double())
-    return EigenBasis(left, right, left_values.clamp_min(0), right_values.clamp_min(0))
+    left_values, left = eigenvectors(g)
+    right_values, right = eigenvectors(a)
+    return EigenBasis(left, right, left_values, right_values)
+
+
+def eigenvectors(h: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `[n]` of one factor, none below 0, and its eigenvectors as columns `[n, n]`."""
+    values, vectors = torch.linalg.eigh(h.double())
+    return values.clamp_min(0), vectors
 
 
 def element_costs(rotated: Tensor, curvature: Tensor) -> Tensor:

@@ -17,8 +17,11 @@ from pyprune.ops.obs_factor import ObsFactor, inverse_diagonal
 Update = Literal["joint", "grouped", "none"]
 # Pruned weights that the paper's code solves for at once.
 GROUP = 2000
-# The joint update of elements stops when the preconditioned residual has fallen by TOLERANCE.
-ITERATIONS, TOLERANCE = 50, 1e-3
+# The joint update of elements stops when the preconditioned residual has fallen by TOLERANCE. On
+# matrices of SmolLM2-135M that leaves 0 to 7 % above the least loss, where zeroing has 3 to 20
+# times it.
+TOLERANCE = 1e-2
+ITERATIONS = 80
 # Up to this share of pruned weights the inverses are the better preconditioner, at twice the
 # products of an iteration; above it the diagonal is as good.
 FEW_PRUNED = 0.3
@@ -231,9 +234,28 @@ class Curvature:
         columns[self.columns] = 0.5 * of_columns / inverse_diagonal(self.a_factor.u)
         return rows, columns
 
-    def without_elements(self, w: Tensor, mask: Tensor, update: Update = "joint") -> Tensor:
+    def unit_costs(self, w: Tensor, columns: Tensor) -> Tensor:
+        """`[units]`: the cost of removing the k columns of each unit together, `columns
+        [units, k]`: `1/2 tr((A^-1_qq)^-1 W_q^T G W_q)`, of which `column_costs` is the case k = 1.
+        Zero where dead."""
+        if columns.shape[1] == 1:
+            return self.structure_costs(w)[1][columns[:, 0]]
+        place = torch.full((self.shape[1],), -1, device=w.device)
+        place[self.columns] = torch.arange(len(self.columns), device=w.device)
+        part, costs = self.alive(w), self.g.new_zeros(len(columns))
+        for unit, places in enumerate(place[columns.to(w.device)]):
+            q = places[places >= 0]
+            energy = part[:, q].T @ self.g @ part[:, q]
+            solved = torch.linalg.solve(self.a_inverse[q][:, q], energy)
+            costs[unit] = 0.5 * solved.diagonal().sum()
+        return costs
+
+    def without_elements(
+        self, w: Tensor, mask: Tensor, update: Update = "joint", iterations: int = ITERATIONS
+    ) -> Tensor:
         """`w [R, C]` without the weights that `mask` (bool, True = kept) prunes, the others
-        corrected: `joint` by `ops.kron_pcg`, `grouped` as the paper does, or not at all."""
+        corrected: `joint` by up to so many iterations of `ops.kron_pcg`, `grouped` as the paper
+        does, or not at all."""
         zeroed = torch.where(mask, w, 0)
         kept = self.alive(mask)
         if update == "none" or bool(kept.all()):
@@ -250,7 +272,7 @@ class Curvature:
             g,
             a_inverse=self.a_inverse if few else None,
             g_inverse=self.g_inverse if few else None,
-            iterations=ITERATIONS,
+            iterations=iterations,
             tolerance=TOLERANCE,
         )
         return self.into(zeroed, solved)

@@ -38,7 +38,7 @@ class ObsOptions(SampleOptions):
             raise UserError(f"method_options: obs rounds: expected at least 1, got {self.rounds}")
 
 
-class Surgeon:
+class Survivors:
     """The weights of a layer under `F = diag(d) + s^T s` while some of them are taken away.
 
     x: `[R, C]`, the best weights so far; kept: bool `[R, C]`.
@@ -92,7 +92,7 @@ def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
     """`[R, C]`: 1 / sqrt(diag(F^-1)) of the dense layer; 0 for inputs that were always zero."""
     inputs = _given(inputs)
     fisher = LowRankFisher.of("obs", inputs, options, _own(options))
-    diagonal = Surgeon(torch.zeros_like(fisher.d), fisher).inverse_diagonal()
+    diagonal = Survivors(torch.zeros_like(fisher.d), fisher).inverse_diagonal()
     return torch.where(inputs.dead, 0.0, diagonal.rsqrt())
 
 
@@ -109,18 +109,18 @@ def obs(
     See `Solver`."""
     inputs, own = _given(inputs), _own(options)
     fisher = LowRankFisher.of("obs", inputs, options, own)
-    surgeon = Surgeon(live_weight(w, inputs), fisher)
+    survivors = Survivors(live_weight(w, inputs), fisher)
     if mask is not None:
-        surgeon.keep(mask)
+        survivors.keep(mask)
     else:
         if preserve is not None:
-            surgeon.keep(preserve)
+            survivors.keep(preserve)
         scope = "" if isinstance(pattern, NM) else pattern.scope or METHOD.default_scope
         for step in _rounds(pattern, own.rounds):
-            scores = surgeon.scores().to(w.dtype)
-            surgeon.keep(select_mask(scores, step, scope=scope, preserve=surgeon.kept))
-    weight = with_dead(w, surgeon.x, surgeon.kept, inputs)
-    return Solution(weight=weight, mask=surgeon.kept, damping=fisher.damping)
+            scores = survivors.scores().to(w.dtype)
+            survivors.keep(select_mask(scores, step, scope=scope, preserve=survivors.kept))
+    weight = with_dead(w, survivors.x, survivors.kept, inputs)
+    return Solution(weight=weight, mask=survivors.kept, damping=fisher.damping)
 
 
 def _rounds(pattern: Pattern, rounds: int) -> Iterator[Pattern]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyprune.calibration.gradient_stats import GradientFactory, KroneckerFactors
 from pyprune.errors import UserError
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
-from pyprune.methods.kronecker import Curvature, Update
+from pyprune.methods.kronecker import ITERATIONS, Curvature, Update
 from pyprune.methods.selection import select_mask
 from pyprune.patterns import NM, Pattern
 
@@ -29,7 +29,7 @@ class SurgeonOptions:
     shots: after each one the curvature is taken anew, on the model as it is then; shot t of T
         removes t / T of the sparsity.
     update: of what is kept: `joint`, the optimum; `grouped`, the paper's approximation of it, to
-        compare with; or none.
+        compare with; or none. iterations: most conjugate gradient steps towards the optimum.
     gradient_damping: as `damping`, of the gradients' factor; None: 0.1 for weights and N:M, 0.01
         for rows and columns, as in the paper.
     cap: most of one matrix that may go: of its weights or N:M groups, of its rows and its columns.
@@ -44,6 +44,7 @@ class SurgeonOptions:
     structure: Structure = "element"
     shots: int = 5
     update: Update = "joint"
+    iterations: int = ITERATIONS
     gradient_damping: float | None = None
     cap: float = 1.0
     kronecker: Literal["independent", "nearest"] = "independent"
@@ -54,11 +55,15 @@ class SurgeonOptions:
     correction_rate: float = 1e-4
 
     def __post_init__(self) -> None:
-        for name, least in (("shots", 1), ("refinements", 1), ("corrections", 0)):
+        for name, least in (
+            ("shots", 1),
+            ("iterations", 1),
+            ("refinements", 1),
+            ("corrections", 0),
+            ("correction_rank", 1),
+        ):
             if getattr(self, name) < least:
                 raise _wrong(name, f"a whole number from {least}", getattr(self, name))
-        if self.correction_rank < 1:
-            raise _wrong("correction_rank", "a whole number from 1", self.correction_rank)
         for name in ("factor_memory", "correction_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise _wrong(name, "a positive number", getattr(self, name))
@@ -150,7 +155,7 @@ def surgeon(
         scores = w.abs() * rows[:, None] * columns
         scope = "layer" if isinstance(pattern, NM) else pattern.scope or "layer"
         mask = select_mask(scores, pattern, scope=scope, preserve=preserve)
-    new = there.without_elements(w, mask, own.update)
+    new = there.without_elements(w, mask, own.update, own.iterations)
     return Solution(new, mask, damping=there.a_damping, loss=there.loss(new - w))
 
 

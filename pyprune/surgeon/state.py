@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -10,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from pyprune.calibration.tokens import TokenSet
 from pyprune.config import PruneConfig
 from pyprune.errors import UserError
+from pyprune.models.fingerprint import fingerprint
 
 SCHEMA = 1
 MANIFEST = "state.json"
@@ -45,16 +44,6 @@ class Progress:
     shots: int = 0
     records: dict[str, Record] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """sha256 over the names, dtypes, shapes and bytes of all parameters and buffers."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.state_dict().items()):
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 class State:

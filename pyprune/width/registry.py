@@ -26,6 +26,7 @@ MODULES = (
     "multipruner",
     "slicegpt",
     "disp",
+    "surgeon",
 )
 
 

@@ -91,11 +91,35 @@ def test_little_memory_changes_nothing(width, monkeypatch):
 
     class Tight(greedy.WalkDown):
         def __init__(self, graph, scorer, memory, width):
-            super().__init__(graph, scorer, 40_000, width)
-            assert self.stride > 2 and self._streams[0] == 3
+            super().__init__(graph, scorer, 20_000, width)
+            assert self.stride > 2 and self._room[0] == 3 and self.checkpoints == 0
 
     monkeypatch.setattr(greedy, "WalkDown", Tight)
     close(search(model, config(count=4, width=width)), roomy)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("method, mode", [("blockpruner", "exact"), ("sleb", "exact"),
+                                          ("blockpruner", "fast")])  # fmt: skip
+def test_streams_go_on_where_they_were(family, method, mode, monkeypatch):
+    """The same scores for less work: sweeps after the first do not begin at the candidates."""
+    from pyprune.depth import walkdown
+
+    model, ran = model_of(family, 8), []
+    step = walkdown.WalkDown._step
+
+    def counted(self, i, branch, streams, removed):
+        ran[-1] += len(streams) * (branch not in removed)
+        return step(self, i, branch, streams, removed)
+
+    monkeypatch.setattr(walkdown.WalkDown, "_step", counted)
+    found = []
+    for checkpoints in (0, 5):
+        monkeypatch.setattr(walkdown, "CHECKPOINTS", checkpoints)
+        ran.append(0)
+        found.append(search(model, config(method, count=5, mode=mode)))
+    close(*found)
+    assert ran[1] < 0.95 * ran[0]
 
 
 def test_perplexity_is_the_mean_of_row_means():
@@ -253,6 +277,23 @@ def test_add_ons_leave_the_search_alone(method):
     more = search(model_of("llama", 4), config(method, count=2, compensate=True, refit=True))
     assert more.steps == plain.steps and plain.transforms == ()
     assert {t["kind"] for t in more.transforms} <= {"compensate", "refit"} and more.transforms
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast", "naive"])
+def test_progress_is_told(mode):
+    told = []
+    model = model_of("llama")
+    run_search(
+        model,
+        Adapter.of(model),
+        tokens(),
+        config(mode=mode, count=2),
+        lambda words, done, total: told.append((words, done, total)),
+    )
+    assert any(words.startswith("removal 1: ") for words, _, _ in told)
+    assert [words.startswith("removed") for words, _, _ in told].count(True) == 2
+    shares = [done for _, done, _ in told]
+    assert shares == sorted(shares) and shares[-1] == 1.0 and {t for _, _, t in told} == {1.0}
 
 
 def test_decision_round_trip(tmp_path):

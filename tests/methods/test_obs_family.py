@@ -13,7 +13,7 @@ from pyprune.errors import LayerError, UserError
 from pyprune.methods import METHODS, LayerInputs, MethodOptions
 from pyprune.methods.exactobs import ExactObsOptions
 from pyprune.methods.fisher import LowRankFisher, SampleOptions
-from pyprune.methods.obs import ObsOptions, Surgeon
+from pyprune.methods.obs import ObsOptions, Survivors
 from pyprune.methods.oracle import gap_to_exact
 from pyprune.methods.woodfisher import WoodFisherOptions
 from pyprune.ops import NotPositiveDefiniteError
@@ -98,15 +98,15 @@ def test_woodfisher_of_a_mask_is_least_squares_in_its_blocks(size):
 
 def test_the_inverse_diagonal_is_that_of_the_weights_still_there():
     w, inputs, f = layer()
-    surgeon = Surgeon(w, LowRankFisher.of("obs", inputs, MethodOptions(), SampleOptions()))
+    survivors = Survivors(w, LowRankFisher.of("obs", inputs, MethodOptions(), SampleOptions()))
     f = shrunk(f)
     want = torch.linalg.inv(f).diagonal()
-    torch.testing.assert_close(surgeon.inverse_diagonal().flatten(), want)
+    torch.testing.assert_close(survivors.inverse_diagonal().flatten(), want)
     kept = torch.rand(w.shape, generator=torch.Generator().manual_seed(2)) > 0.4
-    surgeon.keep(kept)
+    survivors.keep(kept)
     flat = kept.flatten()
     want = torch.linalg.inv(f[flat][:, flat]).diagonal()
-    torch.testing.assert_close(surgeon.inverse_diagonal()[kept], want)
+    torch.testing.assert_close(survivors.inverse_diagonal()[kept], want)
 
 
 def test_joint_is_sequential_in_any_order():
@@ -115,12 +115,12 @@ def test_joint_is_sequential_in_any_order():
     gone = [3, 17, 8, 25]
     results = []
     for order in (gone, gone[::-1], [gone]):
-        surgeon = Surgeon(w, made)
+        survivors = Survivors(w, made)
         for q in order:
-            mask = surgeon.kept.flatten().clone()
+            mask = survivors.kept.flatten().clone()
             mask[q] = False
-            surgeon.keep(mask.view_as(w))
-        results.append(surgeon.x)
+            survivors.keep(mask.view_as(w))
+        results.append(survivors.x)
     torch.testing.assert_close(results[1], results[0])
     torch.testing.assert_close(results[2], results[0])
 
@@ -128,7 +128,7 @@ def test_joint_is_sequential_in_any_order():
 def test_losses_single_joint_and_without_compensation():
     w, inputs, f = layer()
     made = LowRankFisher.of("obs", inputs, MethodOptions(), SampleOptions())
-    f, scores = shrunk(f), Surgeon(w, made).scores().flatten()
+    f, scores = shrunk(f), Survivors(w, made).scores().flatten()
     gone = [3, 17, 8, 25]
     for q in gone:  # the score is what removing one weight achieves
         mask = torch.ones(32, dtype=torch.bool)

@@ -68,8 +68,10 @@ def test_every_method_and_pattern_ends_with_less_error(method, target):
     for before, after in zip(plain.layers[:3], report.layers[:3], strict=True):
         # q, k and v of the first block see the same inputs and lose the same weights.
         assert after.zeros == before.zeros and after.error_basis == "gram"
-        if method == "exactobs":  # ends there by itself
-            assert after.relative_error_after == before.relative_error_after
+        if method == "exactobs":  # ends there by itself, up to single precision
+            assert after.relative_error_after == pytest.approx(
+                before.relative_error_after, rel=1e-3
+            )
             continue
         assert after.relative_error_after < (
             before.relative_error_after
@@ -85,13 +87,13 @@ def test_every_method_and_pattern_ends_with_less_error(method, target):
 
 
 def test_with_a_sweep_for_a_score():
-    """What it starts from does not decide where it ends."""
+    """What it starts from does not decide where it ends, up to the tolerance."""
     target = {"method": "wanda", "pattern": "2:4", "reconstruct": True}
     _, none = run(target)
     _, sweep = run({**target, "update": "sequential"})
     for a, b in zip(none.layers[:3], sweep.layers[:3], strict=True):
         assert a.zeros == b.zeros
-        assert a.relative_error_after == pytest.approx(b.relative_error_after, rel=2e-3)
+        assert a.relative_error_after == pytest.approx(b.relative_error_after, rel=UPDATE.TOLERANCE)
 
 
 def test_preserved_zeros_stay():

@@ -67,6 +67,15 @@ def test_nan_goes_last():
     assert gone.tolist() == [1]
 
 
+def test_infinite_costs_never_go_and_negative_ones_go_first():
+    rows, columns = torch.tensor([float("inf"), 1.0, -1.0]), torch.full((2,), float("inf"))
+    for sparsity in (0.7, 1.0):
+        ((gone, none),) = select_structures([rows], [columns], sparsity)
+        assert gone.tolist() == [1, 2] and none.tolist() == []
+    ((gone, _),) = select_structures([rows], [columns], 0.34)
+    assert gone.tolist() == [2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -46,7 +46,7 @@ def quadratic(d, a, g):
 
 
 def exact(monkeypatch):
-    monkeypatch.setattr(kronecker, "ITERATIONS", 400)
+    """The joint update of elements runs until it has converged."""
     monkeypatch.setattr(kronecker, "TOLERANCE", 0.0)
 
 
@@ -61,7 +61,7 @@ def test_joint_elements_are_constrained_least_squares(share, monkeypatch):
     exact(monkeypatch)
     w, a, g = random_problem()
     there, mask = Curvature.of(w, a, g), random_mask(w, share)
-    new = there.without_elements(w, mask)
+    new = there.without_elements(w, mask, iterations=400)
     torch.testing.assert_close(new, brute_force(w, mask, *there.damped()), rtol=1e-7, atol=1e-8)
     assert torch.equal(new == 0, ~mask)
     assert there.loss(new - w) == pytest.approx(quadratic(new - w, *there.damped()))
@@ -107,7 +107,7 @@ def test_grouped_elements_are_the_sequence_of_groups_and_not_the_joint_update(mo
     torch.testing.assert_close(got, torch.where(mask, new, 0.0))
     assert bool(new[~mask].abs().max() > 1e-3)  # what is cut at the end
     exact(monkeypatch)
-    joint = there.without_elements(w, mask)
+    joint = there.without_elements(w, mask, iterations=400)
     assert there.loss(joint - w) < 0.95 * there.loss(got - w)
     assert there.loss(joint - w) < there.loss(there.without_elements(w, mask, "none") - w)
 
@@ -169,6 +169,42 @@ def test_single_costs_with_damped_and_undamped_numerators():
     assert loss == pytest.approx(float(costs[2, 3]), rel=1e-5)
 
 
+def test_one_after_the_other_is_the_joint_update_if_what_is_gone_is_left_out():
+    """Of a curvature that stays: later shots do not undo the optimum of earlier ones."""
+    w, a, g = random_problem()
+    none = torch.tensor([], dtype=torch.long)
+    dampings = {"a_damping": 0.0, "g_damping": 0.0}
+    joint = Curvature.of(w, a, g, **dampings)
+    rows, columns = torch.tensor([1, 4]), torch.tensor([0, 3, 7])
+    want = joint.without_structures(w, rows, columns)
+    step, alone = w, w.clone()
+    for kind, k in (("row", 1), ("column", 7), ("row", 4), ("column", 0), ("column", 3)):
+        one = torch.tensor([k])
+        p, q = (one, none) if kind == "row" else (none, one)
+        step = Curvature.of(step, a, g, **dampings).without_structures(step, p, q)
+        alone += joint.without_structures(w, p, q) - w
+    torch.testing.assert_close(step, want, rtol=1e-8, atol=1e-9)
+    mask = structure_mask(w, rows, columns)
+    assert joint.loss(alone * mask - w) > 1.01 * joint.loss(want - w)
+
+
+def test_a_unit_of_columns_costs_the_loss_of_removing_them_together():
+    w, a, g = random_problem(6, 12)
+    a[2], a[:, 2], w[:, 7] = 0, 0, 0  # a dead input, and a column that is gone
+    there = Curvature.of(w, a, g, g_damping=0.0)
+    none = torch.tensor([], dtype=torch.long)
+    for columns in (
+        torch.arange(12).view(4, 3),
+        torch.arange(12).view(2, 6).T,
+        torch.arange(12)[:, None],
+    ):
+        costs = there.unit_costs(w, columns)
+        for cost, unit in zip(costs, columns, strict=True):
+            new = there.without_structures(w, none, unit)
+            assert float(cost) == pytest.approx(there.loss(new - w), abs=1e-12)
+    assert float(costs[2]) == float(costs[7]) == 0
+
+
 def dead_problem():
     """A row without gradient, a column without input, one row and one column removed before."""
     w, a, g = random_problem()
@@ -196,7 +232,7 @@ def test_what_is_dead_costs_nothing_and_stays_out_of_the_update(monkeypatch):
     want = brute_force(part, structure_mask(part, [0], [2]), damped_a, damped_g)
     torch.testing.assert_close(there.alive(new), want)
     mask = random_mask(w, 0.4)
-    new = there.without_elements(w, mask)
+    new = there.without_elements(w, mask, iterations=400)
     want = brute_force(part, there.alive(mask), damped_a, damped_g)
     torch.testing.assert_close(there.alive(new), want, rtol=1e-7, atol=1e-8)
     # Dead weights that are kept have their values.
@@ -233,7 +269,7 @@ def test_with_white_gradients_rows_are_independent(monkeypatch):
     inverse = torch.linalg.inv(damped_a)
     torch.testing.assert_close(columns, inverse.diagonal().rsqrt())
     mask = random_mask(w, 0.5)
-    new = there.without_elements(w, mask)
+    new = there.without_elements(w, mask, iterations=400)
     for row, old, kept in zip(new, w, mask, strict=True):
         q = (~kept).nonzero()[:, 0]
         want = old - inverse[:, q] @ torch.linalg.solve(inverse[q][:, q], old[q])
@@ -272,7 +308,7 @@ def test_golden_costs_do_not_depend_on_how_factors_are_balanced():
 def test_one_shot_on_one_matrix(pattern, monkeypatch):
     exact(monkeypatch)
     w, inputs = golden_inputs()
-    options = MethodOptions(own=SurgeonOptions())
+    options = MethodOptions(own=SurgeonOptions(iterations=400))
     solution = METHOD.solve(w, inputs, pattern, options, None, None)
     a, g = inputs.gradient.normalised()
     there = Curvature.of(w, a, g, a_damping=0.01, g_damping=0.1)
@@ -302,6 +338,7 @@ def test_expects_factors():
         ({"correction_rank": 0}, "correction_rank: expected a whole number from 1"),
         ({"factor_memory": 0.0}, "factor_memory: expected a positive number"),
         ({"gradient_damping": 2.0}, r"gradient_damping: expected a number in \[0, 1\]"),
+        ({"iterations": 0}, "iterations: expected a whole number from 1, got 0"),
         ({"refinements": 0}, "refinements: expected a whole number from 1"),
     ],
 )

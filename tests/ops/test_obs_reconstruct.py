@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyprune import ops
-from pyprune.ops.masked_cg import TorchSteps
+from pyprune.ops.masked_cg import Preconditioner, TorchSteps, near_hessian
 
 OP = "obs_reconstruct"
 MODULE = sys.modules["pyprune.ops.obs_reconstruct"]
@@ -71,6 +71,40 @@ def test_is_the_least_squares_solution(backend, device, use_backend, dtype, rows
     assert got.iterations.dtype == torch.int32 and got.iterations.shape == (rows,)
     assert_solution(got, w, h, mask, 2e-4 if dtype == torch.float32 else 1e-9)
     assert bool(got.converged(1e-6).all())
+
+
+@pytest.mark.parametrize("damping", [1e-4, 0.01])
+@pytest.mark.parametrize("cols", [5, 31, 32, 100, 200])
+def test_near_hessian_bounds_the_least_eigenvalue_on_any_columns(cols, damping):
+    _, h, mask = problem(12, cols, tokens=cols // 2 + 1)
+    h = damped(h * torch.outer(*[torch.logspace(-1, 1, cols, dtype=h.dtype)] * 2), damping)
+    near = near_hessian(h.float(), torch.linalg.inv(h).float())
+    assert near.low.shape == (min(32, cols // 4 // 8 * 8), cols) and 0 < near.least <= 0.5
+    low = near.low.double()
+    about = torch.diag(near.diagonal.double()) + low.mT @ low
+    preconditioner = Preconditioner(near, mask)
+    for i, kept in enumerate(mask):
+        s = kept.nonzero()[:, 0]
+        inverse = torch.linalg.inv(about[s][:, s])
+        assert float(torch.linalg.eigvals(inverse @ h[s][:, s]).real.min()) >= near.least
+        residual = torch.where(kept, torch.randn(cols), 0)
+        got = preconditioner.apply(residual.expand(12, -1))[i, s]
+        want = inverse @ residual[s].double()
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-3 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.85, 0.97])
+def test_kept_columns_near_and_far_apart(use_isa, use_backend, isa, sparsity):
+    """Rows cut by one permutation a vector, by several, and rows too short for any."""
+    use_backend("native", OP, "cpu")
+    use_isa(isa)
+    for cols in (31, 32, 300):
+        w, h, mask = problem(5, cols, sparsity=sparsity, seed=cols)
+        mask[0, : cols // 2] = False
+        mask[1, cols // 3 :] = False
+        got = ops.obs_reconstruct(w.float(), h.float(), mask, tolerance=TIGHT)
+        assert_solution(got, w, h, mask)
 
 
 @pytest.mark.parametrize("sparsity", [0.02, 0.9])
@@ -212,6 +246,17 @@ def test_rank_deficient(backend, use_backend, tokens):
     best = losses(least_squares(w, h, mask), w, h)
     reached = losses(got.weight.double(), w, h)
     assert bool((reached <= best * (1 + 1e-3) + 1e-5 * losses(0 * w, w, h)).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 31])
+@pytest.mark.parametrize("damping", [0.0, 1e-6])
+def test_rank_deficient_with_hardly_any_damping(use_backend, tokens, damping):
+    use_backend("native", OP, "cpu")
+    w, h, mask = problem(4, 200, tokens=tokens)
+    got = ops.obs_reconstruct(w.float(), h.float(), mask, damping=damping, max_iterations=500)
+    assert bool(got.weight.isfinite().all())
+    scale = (w @ h * w).sum(1)
+    assert bool((((got.weight.double() - w) @ h * (got.weight - w)).sum(1) <= 1e-4 * scale).all())
 
 
 def test_badly_scaled(backend, use_backend):

@@ -16,20 +16,48 @@ FORMATS = ["linear_24_int8", "linear_bitmap_int8"]
 BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f]]
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 # Both sides of the switch from widening in registers to widening blocks of rows.
-ROWS = [1, 2, 3, 4, 5, 8, 9, 17, 64]
+ROWS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 64]
 SHAPES = [(1, 8), (5, 72), (37, 200), (18, 1096)]
 OUTPUT = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float64: 1e-14}
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_int8_number(isa, dtype, use_isa):
+    """One value a row, so that each product is one multiplication by an exact power of two."""
+    use_isa(isa)
+    q = torch.arange(-127, 128, dtype=torch.int8)
+    for column in (0, 9, 63, 70):
+        mask = torch.zeros(255, 72, dtype=torch.bool)
+        mask[:, column] = True
+        x = torch.zeros(1, 72, dtype=dtype)
+        x[0, column] = 0.25
+        for m in (1, 4):
+            got = ops.linear_bitmap_int8(x.expand(m, 72), *pack_bitmap(q[:, None] * mask, mask),
+                                         torch.ones(255))  # fmt: skip
+            assert torch.equal(got, (q * 0.25).to(dtype).expand(m, 255))
+        mask[:, column ^ 1] = True
+        values, meta = pack_24(q[:, None] * mask, full_24(mask))
+        got = ops.linear_24_int8(x, values, meta, torch.ones(255))
+        assert torch.equal(got[0], (q * 0.25).to(dtype))
+
+
+def full_24(mask):
+    """`mask`, where a group of four keeps none made to keep its first two."""
+    groups = mask.view(len(mask), -1, 4).clone()
+    groups[..., :2] |= ~groups.any(-1, keepdim=True)
+    return groups.view(mask.shape)
+
+
 def rows_of(provider):
-    return [m for m in ROWS if provider != "triton" or m <= TRITON_ROWS]
+    return ROWS if provider != "triton" else [1, TRITON_ROWS]
 
 
 def weight(fmt, shape, density=0.5, seed=0):
-    """The op's weight tensors and the dense fp64 matrix they stand for. All of int8's range."""
+    """The op's weight tensors and the dense fp64 matrix they stand for."""
     gen = torch.Generator().manual_seed(seed)
     rows = shape[0]
-    q = torch.randint(-128, 128, shape, generator=gen, dtype=torch.int64).to(torch.int8)
+    q = torch.randint(-127, 128, shape, generator=gen, dtype=torch.int64).to(torch.int8)
     scales = torch.rand(rows, generator=gen) / 100
     scales[rows // 2] = 0.0
     if fmt == "linear_24_int8":
@@ -51,8 +79,8 @@ def assert_product(got, x, dense, bias=None):
     if bias is not None:
         want, scale = want + bias.double(), scale + bias.double().abs()
     assert got.dtype == x.dtype and got.shape == want.shape
-    # Sums of more than 8 rows of bf16 are rounded twice.
-    roundings = 2 if x.dtype == torch.bfloat16 and x.numel() > 8 * x.shape[-1] else 1
+    # Sums of more than 16 rows of bf16 are rounded twice.
+    roundings = 2 if x.dtype == torch.bfloat16 and x.numel() > 16 * x.shape[-1] else 1
     tolerance = roundings * OUTPUT[x.dtype] * scale + 1e-30
     worst = ((got.double() - want).abs() / tolerance).max() if got.numel() else 0.0
     assert worst <= 1, f"{worst:.1f} times the tolerance"
@@ -64,7 +92,8 @@ def test_matches_float64(fmt, provider, use_backend, shape):
     tensors, dense = weight(fmt, shape)
     for dtype in _registry.IMPLS[fmt][provider].dtypes:
         use_backend(provider, fmt, "cpu", dtype)
-        for m in rows_of(provider) if dtype == torch.float32 else (1, 9):
+        # Triton's interpreter is slow, and its kernels see fp32 whatever x is.
+        for m in rows_of(provider) if dtype == torch.float32 else (2,):
             x = activations(m, shape[1], dtype)
             assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
@@ -86,7 +115,7 @@ def test_more_rows_than_are_widened_at_once(isa, use_isa):
     use_isa(isa)
     for fmt in FORMATS:
         tensors, dense = weight(fmt, (2051, 40))
-        x = activations(9, 40)
+        x = activations(17, 40)
         assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
@@ -96,7 +125,7 @@ def test_bitmap_of_any_width(isa, use_isa, cols):
     use_isa(isa)
     tensors, dense = weight("linear_bitmap_int8", (11, cols))
     for dtype in (torch.float32, torch.bfloat16):
-        for m in (1, 3, 12):
+        for m in (1, 3, 12, 17):
             x = activations(m, cols, dtype)
             assert_product(ops.linear_bitmap_int8(x, *tensors), x, dense)
 
@@ -108,7 +137,7 @@ def test_any_density(isa, density, use_isa):
     tensors, dense = weight("linear_bitmap_int8", (9, 150), density)
     bias = torch.randn(9, generator=torch.Generator().manual_seed(2))
     for dtype in (torch.float32, torch.bfloat16):
-        for m in (1, 8, 12):
+        for m in (1, 8, 12, 17):
             x = activations(m, 150, dtype)
             assert_product(ops.linear_bitmap_int8(x, *tensors, bias=bias), x, dense, bias)
 
@@ -139,7 +168,7 @@ def test_independent_of_thread_count(fmt):
     tensors, _ = weight(fmt, (77, 328))
     threads = torch.get_num_threads()
     for dtype in (torch.float32, torch.bfloat16):
-        for m in (1, 5, 12):
+        for m in (1, 5, 12, 17):
             x = activations(m, 328, dtype)
             want = getattr(ops, fmt)(x, *tensors)
             try:
@@ -162,6 +191,9 @@ def _tampered(name):
         offsets[0] = -3
     elif name == "a huge offset":
         offsets[2] = 1 << 62
+    elif name == "a row longer than the matrix is wide":
+        values = values.repeat(20)
+        offsets[3:] = len(values)
     elif name == "falling offsets":
         offsets[1], offsets[2] = offsets[2].clone(), offsets[1].clone()
     else:
@@ -173,12 +205,13 @@ def _tampered(name):
 @pytest.mark.parametrize(
     "name",
     ["more bits than values", "bits past the last column", "offsets past the end",
-     "negative offset", "a huge offset", "falling offsets", "a value is missing"],
+     "negative offset", "a huge offset", "a row longer than the matrix is wide", "falling offsets",
+     "a value is missing"],
 )  # fmt: skip
 def test_inconsistent_bitmaps_are_refused_by_the_kernel(name, isa, use_isa):
     use_isa(isa)
     for dtype in (torch.float32, torch.bfloat16):
-        for m in (1, 8, 12):
+        for m in (1, 8, 12, 17):
             with pytest.raises(ValueError, match=r"row [0-3] has bits that do not match"):
                 ops.linear_bitmap_int8(torch.ones(m, 20, dtype=dtype), *_tampered(name))
 
@@ -190,7 +223,7 @@ def test_any_24_metadata_stays_inside_its_buffers(use_isa):
     for isa in ISAS:
         use_isa(isa)
         for dtype in (torch.float32, torch.bfloat16):
-            for m in (1, 8, 12):
+            for m in (1, 8, 12, 17):
                 x = torch.ones(m, 72, dtype=dtype)
                 assert ops.linear_24_int8(x, values, meta, torch.ones(6)).isfinite().all()
 
@@ -260,6 +293,10 @@ def test_validation():
         bad[4] = value
         with pytest.raises(ValueError, match=r"scales: expected finite .* got .* in row 4"):
             validate_24_int8(values, meta, bad)
+    lowest = values.clone()
+    lowest[2, 5] = -128
+    with pytest.raises(ValueError, match="values: expected numbers from -127 to 127, got -128"):
+        validate_24_int8(lowest, meta, scales)
     (values, bitmap, offsets, scales), _ = weight("linear_bitmap_int8", (6, 61))
     validate_bitmap_int8(values, bitmap, offsets, scales, 61)
     nothing = torch.zeros(0, dtype=torch.int8)

@@ -10,9 +10,11 @@ from pyprune.ops import _registry
 from pyprune.ops.sparse_linear import TRITON_ROWS
 
 FORMATS = ["linear_24", "linear_bitmap", "linear_dense"]
-BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f]]
+# Those of the CPU; the CUDA ones are in test_linear_24_cuda.py.
+BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f] if b != "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-ROWS = [1, 2, 3, 5, 8, 16, 17, 64]
+# Every number of rows that a 2:4 chunk may hold comes up to rounding; then one and several chunks.
+ROWS = [1, 2, 3, 5, 8, 12, 13, 16, 17, 64]
 # One group; sizes that divide neither a word of mask nor a block of rows; several words.
 SHAPES = [(1, 8), (5, 72), (37, 200), (18, 1096)]
 # Rounding of the output, on top of fp32 sums.
@@ -93,9 +95,10 @@ def test_every_instruction_set(isa, fmt, dtype, use_isa):
 def test_widths_beyond_the_cached_piece_of_x(fmt, isa, use_isa):
     use_isa(isa)
     tensors, dense = weight(fmt, (19, 4168), torch.bfloat16)
-    for m in (1, 4, 8, 13, 50):
-        x = activations(m, 4168)
-        assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
+    for dtype, rows in ((torch.float32, (1, 4, 8, 13, 50)), (torch.bfloat16, (2, 13, 50, 130))):
+        for m in rows:
+            x = activations(m, 4168, dtype)
+            assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
 @pytest.mark.parametrize("provider", ["reference", "native", "triton"])
@@ -235,6 +238,8 @@ def _tampered(name):
         bitmap[1, 2] |= 128
     elif name == "offsets past the end":
         offsets[4] += 5
+    elif name == "offsets far past the end":
+        offsets[3:] = 2**60
     elif name == "negative offset":
         offsets[0] = -3
     elif name == "falling offsets":
@@ -248,13 +253,14 @@ def _tampered(name):
 @pytest.mark.parametrize(
     "name",
     ["more bits than values", "bits past the last column", "offsets past the end",
-     "negative offset", "falling offsets", "a value is missing"],
+     "offsets far past the end", "negative offset", "falling offsets", "a value is missing"],
 )  # fmt: skip
 def test_inconsistent_bitmaps_are_refused_by_the_kernel(name, isa, use_isa):
     use_isa(isa)
     for m in (1, 8, 12, 64):
-        with pytest.raises(ValueError, match=r"row \d+ has bits that do not match"):
-            ops.linear_bitmap(torch.ones(m, 20), *_tampered(name))
+        for dtype in (torch.float32, torch.bfloat16):
+            with pytest.raises(ValueError, match=r"row \d+ has bits that do not match"):
+                ops.linear_bitmap(torch.ones(m, 20, dtype=dtype), *_tampered(name))
 
 
 def test_any_24_metadata_stays_inside_its_buffers(use_isa):

@@ -124,7 +124,7 @@ def test_one_shot_is_constrained_least_squares(structure, monkeypatch):
     given = as_token_set(tokens(), vocabulary=64, positions=None)
     a, g = collect_factors(adapter, given, [ref], biases={name})[name].normalised()
     w = torch.cat([ref.weight(), ref.bias()[:, None]], dim=1)
-    own = {"shots": 1, "structure": structure, "gradient_damping": 0.05}
+    own = {"shots": 1, "structure": structure, "gradient_damping": 0.05, "iterations": 400}
     report = surgeon(model, 0.4, config={"include": [name], "damping": 0.02}, **own)
     new = torch.cat([ref.weight(), ref.bias()[:, None]], dim=1)
     mask = new != 0
@@ -189,6 +189,14 @@ def test_the_cap_holds_for_every_matrix():
     assert max(layer.sparsity for layer in rows.layers) <= 0.5
 
 
+@pytest.mark.parametrize("own", [{}, {"structure": "rows"}], ids=["element", "rows"])
+def test_less_than_was_asked_for_is_said(own):
+    report = surgeon(tiny_model("llama"), 0.4, shots=1, cap=0.2, **own)
+    assert report.sparsity == pytest.approx(0.2, abs=0.02)
+    assert any("40.0% were asked for: the cap" in note for note in report.notes)
+    assert not surgeon(tiny_model("llama"), 0.4, shots=1).notes
+
+
 def test_existing_zeros_stay_if_asked_to():
     model = tiny_model("llama")
     prune(model, None, "magnitude", 0.3)
@@ -231,7 +239,10 @@ def test_a_checkpoint_is_the_model_pruned_in_memory(family, tmp_path):
     old, new = (load_file(tmp_path / at / "model.safetensors") for at in ("in", "out"))
     assert old.keys() == new.keys()
     assert Report.from_json((tmp_path / "out" / "pyprune.json").read_text()).layers
-    assert "norms and routers are those of the original" in model_card(report)
+    card = model_card(report)
+    assert "norms and routers are those of the original" in card
+    assert "- Options: structure rows-columns, shots 2" in card
+    assert "structure rows-columns, shots 2: 2" in str(report.table().title)
     assert STORED_AS_ZEROS in (tmp_path / "out" / "README.md").read_text()
 
 

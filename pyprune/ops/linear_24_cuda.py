@@ -1,0 +1,112 @@
+"""2:4 products on CUDA devices: which kernel serves how many rows of x.
+
+rows of x     | kernel
+--------------|----------------------------------------------------------------------------
+up to 64      | `csrc/cuda/linear_24.cu`: sparse tensor cores on W as it is stored
+above         | cuSPARSELt through PyTorch, its algorithm searched once a shape; where PyTorch
+              | was built without it, the expanded matrix and a dense product
+
+Up to 64 rows the product is a matter of reading W. Above, arithmetic decides, and the library is
+the better tool; its compressed copy of W is made at the first such product and kept while `values`
+lives, which costs another 9/16 of the dense bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from pyprune import _native
+from pyprune.ops.pack import unpack_24
+
+ROWS = 64  # of x that the kernel takes
+WORD = 64  # columns that a warp reads at once: C must be a multiple
+
+# What cuSPARSELt asks of 16-bit operands: the rows of x are padded to the first, R and C must be
+# multiples of the second.
+LIBRARY_TOKENS = 8
+LIBRARY_ALIGNMENT = 16
+
+
+@dataclass
+class _LibraryWeight:
+    """W in cuSPARSELt's layout, for one state of `values` and `meta`, and the algorithm by rows."""
+
+    packed: Tensor
+    state: tuple[int, int, int]
+    algorithms: dict[int, int] = field(default_factory=dict)
+
+
+_library_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def limits(x: Tensor, values: Tensor, *rest: Tensor | None) -> str:
+    """Why the CUDA implementation cannot serve these arguments; empty if it can."""
+    if x.dtype not in (torch.bfloat16, torch.float16) or values.dtype != x.dtype:
+        return f"it takes x and values both bf16 or both fp16, got {x.dtype} and {values.dtype}"
+    if x.shape[-1] % WORD:
+        return f"it takes a multiple of {WORD} columns, got {x.shape[-1]}"
+    return ""
+
+
+def library_serves(rows: int, cols: int) -> bool:
+    """Whether cuSPARSELt takes a W of this shape here."""
+    fits = rows % LIBRARY_ALIGNMENT == 0 and cols % LIBRARY_ALIGNMENT == 0
+    return fits and torch.backends.cusparselt.is_available()
+
+
+def linear_24_cuda(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    rows = values.shape[0]
+    if flat.shape[0] <= ROWS:
+        y = _few_rows(flat, values.contiguous(), meta.contiguous(), bias)
+    elif library_serves(rows, flat.shape[1]):
+        y = _library(flat, values, meta, bias)
+    else:
+        weight = unpack_24(values, meta)
+        y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
+    return y.reshape(*x.shape[:-1], rows)
+
+
+def _few_rows(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    (m, cols), rows = x.shape, values.shape[0]
+    y = x.new_empty(m, rows)
+    if y.numel() == 0:
+        return y
+    if bias is not None:
+        bias = bias.float().contiguous()
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    splits = _native.call("linear_24_splits", m, rows, cols, processors)
+    workspace = x.new_empty(splits, m, rows, dtype=torch.float32) if splits > 1 else None
+    extra = map(_native.optional_capsule, (bias, workspace))
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    with torch.cuda.device(x.device):
+        _native.call("linear_24_cuda", y, x, values, meta, *extra, splits, stream)
+    return y
+
+
+def _library(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    state = (values._version, id(meta), meta._version)
+    weight: _LibraryWeight | None = _library_weights.get(values)  # type: ignore[no-untyped-call]
+    if weight is None or weight.state != state:
+        weight = _LibraryWeight(torch._cslt_compress(unpack_24(values, meta)), state)
+        _library_weights[values] = weight
+    m = x.shape[0]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -m % LIBRARY_TOKENS))
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
+    tokens = padded.shape[0]
+    if tokens not in weight.algorithms:
+        weight.algorithms[tokens] = torch._cslt_sparse_mm_search(
+            weight.packed, padded.T, bias=bias, transpose_result=True
+        )
+    y = torch._cslt_sparse_mm(
+        weight.packed,
+        padded.T,
+        bias=bias,
+        transpose_result=True,
+        alg_id=weight.algorithms[tokens],
+    )
+    return y[:m]

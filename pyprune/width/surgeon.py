@@ -1,0 +1,235 @@
+"""LLM Surgeon (van der Ouderaa et al. 2024, arXiv 2312.17244) for what a stock model can be rid of:
+channels and KV groups.
+
+A unit hands its activations to the residual stream through columns of one matrix, its writer. To
+remove it is to remove these columns, so its cost is theirs, and the writer's other columns take
+over what they can: exactly the paper's update for columns. What else the unit owns then does
+nothing and goes for nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyprune.calibration.factors import collect_factors
+from pyprune.calibration.gradient_stats import KroneckerFactors
+from pyprune.calibration.tokens import TokenSet
+from pyprune.depth.registry import Progress
+from pyprune.errors import LayerError, UserError
+from pyprune.layers import minimum_tokens
+from pyprune.methods.kronecker import Curvature
+from pyprune.models.adapter import Adapter
+from pyprune.ops.obs_factor import NotPositiveDefiniteError
+from pyprune.patterns import Unstructured
+from pyprune.surgeon.matrix import Matrix
+from pyprune.surgeon.store import GIB, FactorStore, grouped
+from pyprune.width.apply import remove
+from pyprune.width.config import WidthConfig
+from pyprune.width.decision import WidthDecision
+from pyprune.width.registry import width_method
+from pyprune.width.select import Units, best, globally, prunable, uniform_sizes
+from pyprune.width.structure import Group, Widths
+from pyprune.width.wanda_sp import check_multiple
+
+# Score of units that went in an earlier shot: below all costs.
+GONE = -1.0
+
+
+@dataclass(frozen=True)
+class SurgeonWidthOptions:
+    """structure: uniform (equally many units per layer, so that the stock model is smaller by all
+    that is removed) or adaptive (one threshold for the cost per parameter of all units; a stock
+    model is cut to its widest layer only).
+    shots: the curvature is taken anew before each; shot t of T goes to t / T of the ratio.
+    update: of the writers: joint, the optimum, or none. damping, gradient_damping: fractions of the
+    mean diagonal added to the factors of the inputs and of the gradients.
+    factor_memory: GiB that factors may take at once, as in llm-surgeon. units, multiple: as in
+    wanda-sp; multiple applies to uniform.
+    """
+
+    structure: Literal["uniform", "adaptive"] = "uniform"
+    shots: int = 5
+    update: Literal["joint", "none"] = "joint"
+    damping: float = 0.01
+    gradient_damping: float = 0.01
+    factor_memory: float = 8.0
+    units: Units = "stock"
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        check_multiple(self.multiple)
+        if self.shots < 1:
+            raise UserError(f"options.shots: expected at least 1, got {self.shots}")
+        for name in ("damping", "gradient_damping"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(
+                    f"options.{name}: expected a number in [0, 1], got {getattr(self, name)}"
+                )
+        if not 0 < self.factor_memory < math.inf:
+            raise UserError(
+                f"options.factor_memory: expected a positive number, got {self.factor_memory}"
+            )
+
+
+@width_method(
+    "llm-surgeon-width",
+    title="LLM Surgeon: channels and heads by Kronecker-factored Fisher information, in shots",
+    paper="arXiv 2312.17244",
+    options=SurgeonWidthOptions,
+    removes="channels and heads",
+)
+@torch.no_grad()
+def surgeon_width(
+    model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
+) -> WidthDecision:
+    """Removed units stay as zeros between the shots and are cut at the end."""
+    options: SurgeonWidthOptions = config.own_options()
+    dense = sum(p.numel() for p in model.parameters())
+    widths = Widths.of(model)
+    run = _Shots(widths, prunable(widths, options.units), tokens, options, progress)
+    target = math.ceil(config.ratio * dense)
+    kept: dict[str, Tensor] = {}
+    for shot in range(1, options.shots + 1):
+        kept = run.shot(shot, math.ceil(target * shot / options.shots))
+    return remove(
+        widths,
+        kept,
+        tokens=tokens,
+        config=config,
+        dense_parameters=dense,
+        notes=[f"{name}: {why}" for name, why in run.unknown.items()],
+        transforms=[{"columns of writers corrected": run.losses}] if run.losses else [],
+    )
+
+
+class _Shots:
+    """unknown: groups that cannot be judged, and why. losses: writer -> rise of the loss that the
+    curvature predicts, nats per token, over all shots."""
+
+    def __init__(
+        self,
+        widths: Widths,
+        groups: Sequence[Group],
+        tokens: TokenSet,
+        options: SurgeonWidthOptions,
+        progress: Progress | None,
+    ) -> None:
+        self.widths, self.groups, self.tokens = widths, groups, tokens
+        self.options, self.progress = options, progress
+        self.adapter: Adapter = widths.adapter
+        self.device = next(widths.model.parameters()).device
+        self.unknown: dict[str, str] = {}
+        self.losses: dict[str, float] = {}
+        self.gone: dict[str, Tensor] = {
+            group.name: torch.zeros(group.units, dtype=torch.bool) for group in groups
+        }
+
+    def shot(self, number: int, target: int) -> dict[str, Tensor]:
+        """Removes units until `target` parameters are gone in all; returns those that stay."""
+        matrices = [[Matrix(group.writer)] for group in self.groups]
+        parts = grouped(matrices, self.options.factor_memory * GIB, refined=False)
+        by_name = {group.name: group for group in self.groups}
+        scores: dict[str, Tensor] = {}
+        with FactorStore(len(parts) > 1, self.device) as store:
+            for index, part in enumerate(parts):
+                factors = self._collect(part, number, index, len(parts))
+                for matrix in part:
+                    group = by_name[matrix.name]
+                    scores[group.name] = self._scores(group, matrix, factors[matrix.name], number)
+                store.put(factors)
+                del factors
+            kept = self._choose(scores, target)
+            for group, units in self.widths.removed(kept):
+                if group.name in by_name:
+                    factors_of = store.take(group.name)
+                    self._remove(group, units, factors_of)
+        self.widths.mask(kept)
+        return kept
+
+    def _collect(
+        self, part: list[Matrix], number: int, index: int, parts: int
+    ) -> dict[str, KroneckerFactors]:
+        say = self.progress
+
+        def told(done: int, total: int) -> None:
+            if say is not None:
+                words = f"factors of shot {number}/{self.options.shots}"
+                say(words, index * total + done, parts * total)
+
+        return collect_factors(
+            self.adapter,
+            self.tokens,
+            [matrix.ref for matrix in part],
+            biases={matrix.name for matrix in part if matrix.biased},
+            device=self.device,
+            progress=told,
+        )
+
+    def _curvature(self, w: Tensor, matrix: Matrix, factors: KroneckerFactors) -> Curvature:
+        a, g = factors.normalised()
+        there = Curvature.of(
+            w,
+            a,
+            g,
+            a_damping=self.options.damping,
+            g_damping=self.options.gradient_damping,
+            bias=factors.bias,
+        )
+        try:
+            return there.settled()
+        except NotPositiveDefiniteError as error:
+            raise LayerError(matrix.name, str(error)) from error
+
+    def _scores(
+        self, group: Group, matrix: Matrix, factors: KroneckerFactors, number: int
+    ) -> Tensor:
+        """`[units]`: their costs; larger = stays."""
+        w = matrix.read(self.device)
+        why = self._why_unknown(group, factors, number)
+        if why:
+            self.unknown[group.name] = why
+            scores = group.per_unit(w[:, : group.columns.numel()].square().sum(0)).sum(1)
+            if self.options.structure == "adaptive":  # not to be compared with costs
+                scores = torch.full_like(scores, math.inf)
+        else:
+            columns = group.columns.to(self.device)
+            scores = self._curvature(w, matrix, factors).unit_costs(w, columns)
+        return torch.where(self.gone[group.name], GONE, scores.double().cpu())
+
+    def _why_unknown(self, group: Group, factors: KroneckerFactors, number: int) -> str:
+        if group.name in self.unknown:
+            return self.unknown[group.name]
+        needed = 1.0
+        if group.writer.index is not None:
+            needed = minimum_tokens(group.columns.numel(), Unstructured(0.0))
+        if factors.tokens < needed:
+            return "too few tokens, judged by its weights alone and not corrected"
+        if factors.dead() and number == 1:
+            return "no gradient but zero, judged by its weights alone and not corrected"
+        return ""
+
+    def _choose(self, scores: Mapping[str, Tensor], target: int) -> dict[str, Tensor]:
+        if self.options.structure == "uniform":
+            sizes = uniform_sizes(self.widths, self.groups, target, self.options.multiple)
+            return best(scores, sizes)
+        per_parameter = {g.name: scores[g.name] / g.unit_parameters for g in self.groups}
+        return globally(self.widths, self.groups, per_parameter, target)
+
+    def _remove(self, group: Group, units: Tensor, factors: KroneckerFactors) -> None:
+        """Corrects the writer for the columns of `units`, in place."""
+        self.gone[group.name][units] = True
+        if not len(units) or group.name in self.unknown or self.options.update == "none":
+            return
+        matrix = Matrix(group.writer)
+        w = matrix.read(self.device)
+        there = self._curvature(w, matrix, factors)
+        columns = group.columns[units].flatten().to(self.device)
+        new = there.without_structures(w, columns[:0], columns)
+        self.losses[group.name] = self.losses.get(group.name, 0.0) + there.loss(new - w)
+        matrix.write(new)

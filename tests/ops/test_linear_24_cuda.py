@@ -1,0 +1,170 @@
+"""The CUDA kernel of `linear_24`. No test machine has had a GPU yet: what a lane reads and feeds to
+the tensor cores is tested by emulation (see fragments_24_emulation.cpp), the rest carries the
+marker `gpu` and has never been executed."""
+
+import ctypes
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from ops.compressed import pack_24, random_24_mask
+
+from pyprune import ops
+from pyprune.ops import _registry, linear_24_cuda
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def warp(tmp_path_factory):
+    """The emulated warp as a library."""
+    library = tmp_path_factory.mktemp("fragments") / "fragments_24.so"
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-shared", "-fPIC"]
+    source = ROOT / "tests" / "ops" / "fragments_24_emulation.cpp"
+    subprocess.run([*command, f"-I{ROOT / 'csrc'}", source, "-o", library], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def weight(rows, cols, dtype=torch.bfloat16, seed=0):
+    gen = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, cols, generator=gen).to(dtype)
+    mask = random_24_mask(rows, cols, gen)
+    return pack_24(w, mask), w * mask
+
+
+def pointer(t):
+    return ctypes.c_void_p(t.data_ptr())
+
+
+@pytest.mark.parametrize("cols", [64, 256])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_warp_multiplies_what_it_reads(warp, cols, seed):
+    (values, meta), dense = weight(16, cols, seed=seed)
+    x = torch.randn(8, cols, generator=torch.Generator().manual_seed(9 + seed)).bfloat16()
+    y = torch.full((16, 8), float("nan"))
+    warp.emulate_tile(pointer(values), pointer(meta), pointer(x), cols, pointer(y))
+    want = dense.double() @ x.double().T
+    scale = dense.double().abs() @ x.double().abs().T
+    assert ((y.double() - want).abs() <= 2e-6 * scale).all()
+
+
+def test_every_column_meets_its_own_weight(warp):
+    # One weight and one activation at a time: a product that goes astray shows as a zero.
+    for column in range(64):
+        w = torch.zeros(16, 64, dtype=torch.bfloat16)
+        w[:, column] = torch.arange(1, 17, dtype=torch.bfloat16)
+        values, meta = ops.pack_24(w)
+        x = torch.zeros(8, 64, dtype=torch.bfloat16)
+        x[:, column] = torch.arange(1, 9, dtype=torch.bfloat16)
+        y = torch.empty(16, 8)
+        warp.emulate_tile(pointer(values), pointer(meta), pointer(x), 64, pointer(y))
+        assert torch.equal(y, torch.outer(torch.arange(1.0, 17.0), torch.arange(1.0, 9.0)))
+
+
+def test_staging_fills_every_word_once_without_bank_conflicts(warp):
+    count = (ctypes.c_int * warp.tile_words())()
+    warp.staged_words(count)
+    # The last word of each step is the gap that spreads the banks.
+    assert [n for i, n in enumerate(count) if i % warp.step_words() == 128] == [0, 0]
+    assert [n for i, n in enumerate(count) if i % warp.step_words() != 128] == [1] * 256
+    assert warp.worst_bank_conflict() == 1
+
+
+def test_documented_metadata_agrees_with_pytorch(warp):
+    """PyTorch reorders 2:4 metadata so that lane i of a warp loads word i of a 32 x 32 tile: an
+    independent account of which lane supplies which indices."""
+    (values, meta), _ = weight(32, 64)
+    _, reordered = ops.to_torch_sparse_24(values, meta)
+    words = reordered.flatten().view(torch.int32).reshape(2, 32)  # per 32 columns, lane by lane
+    nibbles = torch.stack((meta & 15, meta >> 4), dim=2).reshape(32, 16)
+    place = (ctypes.c_int * 2)()
+    for tile in range(2):
+        for row in range(32):
+            for chunk in range(8):
+                warp.documented_metadata(row % 16, chunk, row // 16, place)
+                lane, shift = place
+                got = (int(words[tile, lane]) >> shift) & 15
+                assert got == int(nibbles[row, 8 * tile + chunk])
+
+
+@pytest.mark.parametrize(
+    ("x", "values", "reason"),
+    [
+        ((4, 128, torch.bfloat16), torch.bfloat16, ""),
+        ((300, 64, torch.float16), torch.float16, ""),
+        ((4, 96, torch.bfloat16), torch.bfloat16, "multiple of 64 columns, got 96"),
+        ((4, 128, torch.float32), torch.bfloat16, "both bf16 or both fp16"),
+        ((4, 128, torch.bfloat16), torch.float16, "both bf16 or both fp16"),
+    ],
+)
+def test_limits(x, values, reason):
+    rows, cols, dtype = x
+    got = linear_24_cuda.limits(
+        torch.zeros(rows, cols, dtype=dtype), torch.zeros(8, cols // 2, dtype=values)
+    )
+    assert reason in got and bool(got) == bool(reason)
+
+
+# --- never executed: no test machine has had a GPU yet ------------------------------------------
+
+
+def assert_product(got, x, dense, bias=None):
+    want = x.double() @ dense.double().T
+    scale = x.double().abs() @ dense.double().abs().T
+    if bias is not None:
+        want, scale = want + bias.double(), scale + bias.double().abs()
+    limit = {torch.bfloat16: 2**-8, torch.float16: 2**-10}[x.dtype]
+    assert got.dtype == x.dtype and got.shape == want.shape
+    assert ((got.double() - want).abs() <= limit * scale + 1e-30).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+# One block; rows that fill no block; columns that fill no turn; enough of both to be split.
+@pytest.mark.parametrize("shape", [(64, 64), (37, 192), (1, 1024), (130, 4160), (4096, 4096)])
+def test_matches_float64_on_a_gpu(use_backend, dtype, shape):
+    use_backend("cuda", "linear_24", "cuda", dtype)
+    tensors, dense = weight(*shape, dtype)
+    on_gpu = [t.cuda() for t in tensors]
+    bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(3))
+    # 65 and 512 rows: cuSPARSELt, or the expanded matrix where it does not serve.
+    for m in (1, 7, 8, 9, 16, 31, 33, 64, 65, 512):
+        x = torch.randn(m, shape[1], generator=torch.Generator().manual_seed(m)).to(dtype)
+        for b in (None, bias):
+            got = ops.linear_24(x.cuda(), *on_gpu, bias=None if b is None else b.cuda())
+            assert_product(got.cpu(), x, dense, b)
+
+
+@pytest.mark.gpu
+def test_same_result_every_time_on_a_gpu(use_backend):
+    use_backend("cuda", "linear_24", "cuda", torch.bfloat16)
+    tensors, _ = weight(256, 8192)
+    on_gpu = [t.cuda() for t in tensors]
+    x = torch.randn(5, 8192, dtype=torch.bfloat16, device="cuda")
+    want = ops.linear_24(x, *on_gpu)
+    for _ in range(20):
+        assert torch.equal(ops.linear_24(x, *on_gpu), want)
+
+
+@pytest.mark.gpu
+def test_changed_weights_are_compressed_anew_on_a_gpu(use_backend):
+    use_backend("cuda", "linear_24", "cuda", torch.bfloat16)
+    tensors, dense = weight(64, 128)
+    values, meta = (t.cuda() for t in tensors)
+    x = torch.randn(128, 128, generator=torch.Generator().manual_seed(4)).bfloat16()
+    assert_product(ops.linear_24(x.cuda(), values, meta).cpu(), x, dense)
+    values.mul_(2)
+    assert_product(ops.linear_24(x.cuda(), values, meta).cpu(), x, 2 * dense)
+
+
+@pytest.mark.gpu
+def test_other_dtypes_and_widths_go_to_triton_on_a_gpu():
+    for cols, dtype in ((96, torch.bfloat16), (128, torch.float32)):
+        tensors, dense = weight(40, cols, dtype)
+        x = torch.randn(4, cols, generator=torch.Generator().manual_seed(5)).to(dtype).cuda()
+        args = (x, *(t.cuda() for t in tensors), None)
+        assert _registry.select("linear_24", args) == "triton"
+        got = torch.ops.pyprune.linear_24(*args).cpu().double()
+        torch.testing.assert_close(got, x.cpu().double() @ dense.double().T, rtol=1e-2, atol=1e-1)
