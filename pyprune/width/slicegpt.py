@@ -20,7 +20,7 @@ from pyprune.width.wanda_sp import check_multiple
 
 NOTE = (
     "one basis for all layers: the published method has one per block and a matrix on every "
-    "residual connection between them, which no stock model has; it is better at the same width"
+    "residual connection between them, which no stock model has"
 )
 
 
