@@ -17,12 +17,25 @@ constexpr int32_t kLargestKey = 0x7fffffff;
 
 // A vector of keys; comparisons give -1 and 0 per lane.
 typedef int32_t Keys __attribute__((vector_size(4 * Vec::kLanes)));
+typedef uint32_t UnsignedKeys __attribute__((vector_size(4 * Vec::kLanes)));
 typedef int32_t UnalignedKeys __attribute__((vector_size(4 * Vec::kLanes), aligned(4), may_alias));
 
 inline const UnalignedKeys& keys_at(const int32_t* p) {
   return *reinterpret_cast<const UnalignedKeys*>(p);
 }
 inline UnalignedKeys& keys_at(int32_t* p) { return *reinterpret_cast<UnalignedKeys*>(p); }
+
+inline bool any(const Keys& mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t bits = 0;
+  for (int i = 0; i < Vec::kLanes; ++i) bits |= mask[i];
+  return bits != 0;
+#endif
+}
 
 // keys[c][lane] of the scores |w scale_c|, w as [cols][lanes].
 inline void score_keys(const float* w, const float* scale, int64_t cols, int lanes, int32_t* keys) {
@@ -80,9 +93,7 @@ inline void row_thresholds(const int32_t* keys, int64_t cols, int lanes, const K
   ties = all & kLargestKey;
   Keys open = ~(none | all);
   for (int bit = 30; bit >= 0; --bit) {
-    int32_t any = 0;
-    for (int i = 0; i < Vec::kLanes; ++i) any |= open[i];
-    if (!any) return;
+    if (!any(open)) return;
     const Keys trial = threshold | (open & (1 << bit));
     Keys below = {};
     for (int64_t c = 0; c < cols; ++c) below -= keys_at(keys + c * lanes) < trial;
@@ -162,10 +173,7 @@ class DigitSelect {
     const int above = kShift[digit - 1], here = kShift[digit];
     const uint32_t low = (prefix_ << above) - 1;
     for (int l0 = 0; l0 < rows; l0 += Vec::kLanes) {
-      int32_t any = 0;
-      for (int i = 0; i < Vec::kLanes; ++i)
-        any |= (static_cast<uint32_t>(keys[l0 + i]) - low) >> above == 0;
-      if (!any) continue;
+      if (!any((((UnsignedKeys)keys_at(keys + l0) - low) >> above) == 0)) continue;
       for (int l = l0; l < rows && l < l0 + Vec::kLanes; ++l) {
         const uint32_t offset = static_cast<uint32_t>(keys[l]) - low;
         if (offset >> above == 0) ++counters[(offset >> here) * kTables];

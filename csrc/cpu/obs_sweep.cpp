@@ -143,7 +143,13 @@ class Sweep {
       if (k >= i1_) inv_diag_[k] = 1.0f / row[k - i1_];
       for (int64_t c = 0; c < width; c += kCols) {
         float* out = panel_ + (c * i2_ + k * kCols);
-        for (int64_t j = 0; j < kCols; ++j) out[j] = c + j < width ? row[c + j] : 0.0f;
+        const int64_t inside = std::min<int64_t>(kCols, width - c);
+        if (inside == kCols) {
+          std::copy_n(row + c, kCols, out);
+        } else {
+          std::copy_n(row + c, inside, out);
+          std::fill(out + inside, out + kCols, 0.0f);
+        }
       }
     }
   }

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #include "cpu/strip.h"
 
@@ -154,21 +155,65 @@ inline void update(float* strip, const Panel& u, int64_t a, int64_t b, int64_t k
     });
 }
 
-// Uninitialised memory at a cache line, for the length of a kernel.
+// Memory that one call gave back, for the next one: fresh pages fault when they are first touched,
+// which took as long as the rest of a 576 x 576 sweep's bookkeeping. At most kMost bytes a thread.
+class Spare {
+ public:
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+
+  Spare() { blocks_.reserve(kBlocks); }
+  ~Spare() {
+    for (const Block& block : blocks_) std::free(block.data);
+  }
+
+  Block take(size_t bytes) {
+    for (Block& block : blocks_)
+      if (block.bytes >= bytes && block.bytes / 2 <= bytes) {
+        const Block found = block;
+        block = blocks_.back();
+        blocks_.pop_back();
+        held_ -= found.bytes;
+        return found;
+      }
+    return {std::aligned_alloc(64, bytes), bytes};
+  }
+
+  void give(Block block) {
+    if (blocks_.size() == kBlocks || held_ + block.bytes > kMost) return std::free(block.data);
+    held_ += block.bytes;
+    blocks_.push_back(block);
+  }
+
+  static Spare& of_this_thread() {
+    thread_local Spare spare;
+    return spare;
+  }
+
+ private:
+  static constexpr size_t kBlocks = 64, kMost = size_t{32} << 20;
+  std::vector<Block> blocks_;
+  size_t held_ = 0;
+};
+
+// Uninitialised memory at a cache line, for the length of a kernel. Given back by the thread that
+// took it.
 template <class T>
 class Buffer {
  public:
   explicit Buffer(int64_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 64) / 64 * 64))) {
-    if (!data_) throw std::bad_alloc();
+      : block_(Spare::of_this_thread().take((count * sizeof(T) + 64) / 64 * 64)) {
+    if (!block_.data) throw std::bad_alloc();
   }
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { Spare::of_this_thread().give(block_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
-  operator T*() const { return data_; }
+  operator T*() const { return static_cast<T*>(block_.data); }
 
  private:
-  T* data_;
+  Spare::Block block_;
 };
 
 }  // namespace PYPRUNE_ISA

@@ -12,7 +12,7 @@ from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_float, check_same_device, check_shape
 from pyprune.ops.gram import gram
-from pyprune.ops.masked_cg import Problem, near_hessian, solve_by_products
+from pyprune.ops.masked_cg import NearHessian, Problem, near_hessian, solve_by_products
 from pyprune.ops.obs_factor import ObsFactor, obs_factor
 
 # Columns from which the native solver's packed triangles no longer stay in any cache and two dense
@@ -82,23 +82,15 @@ class _Args(NamedTuple):
         check_same_device(w, h, self.shift, self.u, self.mask, self.start)
 
     def problems(self) -> list[Problem]:
-        """One of each matrix, at its start."""
-        w, h, shift, u, mask, start, _, _ = self
-        shared = len(h)
+        """One of each matrix, at its start. Those that share H share what is made of it."""
+        w, mask, start = self.w, self.mask, self.start
+        hessians = [_prepared(*each) for each in zip(self.h, self.shift, self.u, strict=True)]
         return [
             _problem(
-                w[b], h[b % shared], shift[b % shared], u[b % shared], mask[b],
-                None if start is None else start[b],
+                w[b], *hessians[b % len(hessians)], mask[b], None if start is None else start[b]
             )
             for b in range(len(w))
-        ]  # fmt: skip
-
-
-def _damped(h: Tensor, shift: Tensor) -> Tensor:
-    """`h + diag(shift)` of one matrix."""
-    damped = h.clone(memory_format=torch.contiguous_format)
-    damped.diagonal().add_(shift)
-    return damped
+        ]
 
 
 def _inverse(u: Tensor) -> Tensor:
@@ -109,11 +101,17 @@ def _inverse(u: Tensor) -> Tensor:
     return inverse
 
 
+def _prepared(h: Tensor, shift: Tensor, u: Tensor) -> tuple[Tensor, NearHessian]:
+    """`h + diag(shift)` of one matrix, and what preconditions it."""
+    damped = h.clone(memory_format=torch.contiguous_format)
+    damped.diagonal().add_(shift)
+    return damped, near_hessian(damped, _inverse(u))
+
+
 def _problem(
-    w: Tensor, h: Tensor, shift: Tensor, u: Tensor, mask: Tensor, start: Tensor | None
+    w: Tensor, damped: Tensor, near: NearHessian, mask: Tensor, start: Tensor | None
 ) -> Problem:
     """One matrix's problem at its start: the given weights, or the old ones, on the mask."""
-    damped = _damped(h, shift)
     # Products with the mask take a fifth of the time of torch.where.
     x = w * mask if start is None else torch.where(mask, start, 0)
     untouched = mask.all(1)
@@ -124,7 +122,6 @@ def _problem(
     loss = (pull * change).sum(1, dtype=torch.float64)
     eps = torch.finfo(w.dtype).eps
     noise = eps * (w.square() * damped.diagonal()).sum(1, dtype=torch.float64)
-    near = near_hessian(damped, _inverse(u))
     return Problem(x.contiguous(), pull * mask, mask.contiguous(), damped, near, loss, noise)
 
 

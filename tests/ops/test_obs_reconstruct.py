@@ -382,3 +382,16 @@ def test_fuzz(rows, cols, tokens, sparsity, seed):
     assert bool(got.converged(1e-3).all()) and bool((got.weight[~mask] == 0).all())
     reached = losses(got.weight.double(), w, h)
     assert bool((reached <= best * 1.002 + 1e-5 * energy).all())
+
+
+def test_a_shared_hessian_is_prepared_once(monkeypatch, use_backend):
+    use_backend("native", OP, "cpu")
+    calls = []
+    real = MODULE.near_hessian
+    monkeypatch.setattr(MODULE, "near_hessian", lambda *args: calls.append(1) or real(*args))
+    w, h, mask = problem(2, 40)
+    stack, masks = torch.stack([w, -w, 2 * w]).float(), torch.stack([mask, ~mask, mask])
+    got = ops.obs_reconstruct(stack, h.float(), masks, tolerance=TIGHT)
+    assert calls == [1]
+    for b, each in enumerate(masks):
+        assert_solution(ops.ObsReconstruct(*(t[b] for t in got)), stack[b].double(), h, each)
