@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cpu/cut.h"
 #include "cpu/score.h"
 
 namespace pyprune {
@@ -16,6 +17,9 @@ constexpr int64_t kBins = 4096, kFine = 64;
 // Sample that brackets the wanted key: it puts some 5 % of the elements inside.
 constexpr int64_t kSampleBlock = 16, kSampleBlocks = 1024;
 constexpr int64_t kMinSampled = 1 << 18;
+
+// Keys are made in pieces this long: 16 KiB of them stay in the first-level cache.
+constexpr int64_t kPiece = 4096;
 
 // A run of elements in flat order: whole rows of one tensor, or a part of one row.
 struct Chunk {
@@ -70,7 +74,7 @@ int dropped_bits(const MaskGlobalArgs& args) {
 
 // Drops the low bits of the patterns, rounded up: NaN's stays above infinity's.
 constexpr int32_t shortened(int32_t key, int drop) {
-  return key == kForbiddenKey ? kForbiddenKey : ((key - 1 + (1 << drop) - 1) >> drop) + 1;
+  return key == kForbiddenKey ? kForbiddenKey : (key + (1 << drop) - 1) >> drop;
 }
 inline void shorten(int32_t* keys, int64_t n, int drop) {
   if (drop == 0) return;
@@ -228,7 +232,8 @@ class Search {
       each_piece<T>(args_, chunking_.at(i), drop_, keys_of(thread_index()),
                     [&](const int32_t* k, int64_t n, uint8_t* mask) {
                       // Away from the one chunk that the quota splits, a piece's ties go together.
-                      write_mask(k, n, {cut.key, !partial && ties > 0 ? kAllTies : ties}, mask);
+                      write_mask(k, n, {cut.key, !partial && ties > 0 ? kAllTies : ties}, mask,
+                                 true);
                       if (partial)
                         for (int64_t j = 0; j < n && ties > 0; ++j) ties -= k[j] == cut.key;
                     });

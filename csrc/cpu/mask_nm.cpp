@@ -2,11 +2,19 @@
 
 #include <algorithm>
 
+#include "cpu/cut.h"
 #include "cpu/score.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
 namespace {
+
+// What all groups of a call share.
+struct Rule {
+  int64_t n, m;
+  bool forbidden;  // some keys may be kForbiddenKey
+  bool stream;     // see streamed()
+};
 
 // Groups of M lie inside one vector of keys. An element's rank is the number of group members that
 // outrank it: a higher key, or the same key at a higher index. The r-th rotation of every group
@@ -37,9 +45,9 @@ inline int64_t rank_in_vector(const int32_t* keys, int64_t count, int n, uint8_t
       const __m512i bar = _mm512_mask_sub_epi32(key, higher[r], key, one);
       rank = _mm512_mask_add_epi32(rank, _mm512_cmpgt_epi32_mask(other, bar), rank, one);
     }
-    // A key that must stay pruned is 0 and drops out of the test mask.
+    // A key that must stay pruned is negative.
     const __mmask16 kept =
-        _mm512_mask_cmplt_epi32_mask(_mm512_test_epi32_mask(key, key), rank, quota);
+        _mm512_mask_cmplt_epi32_mask(_knot_mask16(_mm512_movepi32_mask(key)), rank, quota);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(keep + i), _mm_maskz_set1_epi8(kept, 1));
   }
 #elif defined(__AVX2__)
@@ -61,8 +69,8 @@ inline int64_t rank_in_vector(const int32_t* keys, int64_t count, int n, uint8_t
       const __m256i bar = _mm256_add_epi32(key, higher[r]);
       rank = _mm256_sub_epi32(rank, _mm256_cmpgt_epi32(other, bar));
     }
-    const __m256i kept = _mm256_and_si256(_mm256_cmpgt_epi32(quota, rank),
-                                          _mm256_cmpgt_epi32(key, _mm256_setzero_si256()));
+    const __m256i kept = _mm256_and_si256(
+        _mm256_cmpgt_epi32(quota, rank), _mm256_cmpgt_epi32(key, _mm256_set1_epi32(kForbiddenKey)));
     const uint32_t bits = _mm256_movemask_ps(_mm256_castsi256_ps(kept));
     const uint64_t bytes = _pdep_u64(bits, 0x0101010101010101ull);
     std::memcpy(keep + i, &bytes, 8);
@@ -74,35 +82,144 @@ inline int64_t rank_in_vector(const int32_t* keys, int64_t count, int n, uint8_t
 }
 
 #if defined(__AVX512F__)
-// Groups of four, 64 keys at a time. Of the three rotations two are compared; the third is the
-// first seen from the other side: member i - 1 outranks i exactly where i does not outrank it. The
-// ranks are never counted: of the three outcome bits of a member, none (keep 1), fewer than two
-// (keep 2) or not all (keep 3) may be set.
-inline int64_t rank_fours(const int32_t* keys, int64_t count, int n, bool forbidden,
-                          uint8_t* keep) {
-  const __m512i first = _mm512_set4_epi32(0, 1, 1, 1);  // members whose next one has a higher index
-  const __m512i second = _mm512_set4_epi32(0, 0, 1, 1);  // and the next but one
+// 16 groups of four or eight at a time, member i of every group in vector i: ranks then need no
+// shuffles. Outcomes of comparisons are the signs of differences, which cost half of a comparison
+// into a mask register, and bitwise operations count them: a sign is a bit of a binary number that
+// is spread over vectors.
+
+// Of two vectors, the 32-bit lanes with even or odd numbers, 128 bits at a time.
+inline __m512i even_lanes(__m512i a, __m512i b) {
+  return _mm512_castps_si512(
+      _mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), 0x88));
+}
+inline __m512i odd_lanes(__m512i a, __m512i b) {
+  return _mm512_castps_si512(
+      _mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), 0xdd));
+}
+
+// Splits 64 keys: out[i] has those whose index is i mod 4. Key 4 * (4 * d + q) + i comes to lane
+// 4 * q + d.
+inline void split_fours(const int32_t* keys, __m512i* out) {
+  __m512i v[4];
+  for (int i = 0; i < 4; ++i) v[i] = _mm512_loadu_si512(keys + 16 * i);
+  const __m512i even[2] = {even_lanes(v[0], v[1]), even_lanes(v[2], v[3])};
+  const __m512i odd[2] = {odd_lanes(v[0], v[1]), odd_lanes(v[2], v[3])};
+  out[0] = even_lanes(even[0], even[1]);
+  out[1] = even_lanes(odd[0], odd[1]);
+  out[2] = odd_lanes(even[0], even[1]);
+  out[3] = odd_lanes(odd[0], odd[1]);
+}
+
+// The signs of four members as bytes 0 or 1 of a lane.
+inline __m512i bytes_of_signs(const __m512i* sign) {
+  const auto or_masked = [](__m512i a, __m512i b, int mask) {  // a | (b & mask)
+    return _mm512_ternarylogic_epi32(a, b, _mm512_set1_epi32(mask), 0xf8);
+  };
+  __m512i bytes = _mm512_srli_epi32(sign[0], 31);
+  bytes = or_masked(bytes, _mm512_srli_epi32(sign[1], 23), 0x100);
+  bytes = or_masked(bytes, _mm512_srli_epi32(sign[2], 15), 0x10000);
+  return or_masked(bytes, _mm512_srli_epi32(sign[3], 7), 0x1000000);
+}
+
+// Truth table of "fewer than n of the three others outrank member i". The operands are the signs of
+// key[later] - key[earlier] for the others in order: set where the earlier one outranks. An equal
+// key at a higher index outranks, so for the others after i the outcome is the sign's complement.
+constexpr int table_of_four(int i, int n) {
+  int table = 0;
+  for (int at = 0; at < 8; ++at) {
+    int higher = 0;
+    for (int other = 0; other < 3; ++other) higher += (at >> (2 - other) & 1) ^ (other >= i);
+    table |= (higher < n) << at;
+  }
+  return table;
+}
+
+template <int N>
+inline int64_t rank_fours(const int32_t* keys, int64_t count, Rule to, uint8_t* keep) {
+  const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
-    uint64_t next = 0, opposite = 0, allowed = ~0ull;
-    for (int v = 0; v < 4; ++v) {
-      const __m512i key = _mm512_loadu_si512(keys + i + 16 * v);
-      const __m512i one_on = _mm512_shuffle_epi32(key, _MM_PERM_ADCB);
-      const __m512i two_on = _mm512_shuffle_epi32(key, _MM_PERM_BADC);
-      const auto at = [v](__mmask16 m) { return static_cast<uint64_t>(m) << (16 * v); };
-      next |= at(_mm512_cmpgt_epi32_mask(one_on, _mm512_sub_epi32(key, first)));
-      opposite |= at(_mm512_cmpgt_epi32_mask(two_on, _mm512_sub_epi32(key, second)));
-      if (forbidden) allowed &= ~at(_mm512_testn_epi32_mask(key, key));
-    }
-    const uint64_t last =
-        ~((next << 1 & 0xeeeeeeeeeeeeeeeeull) | (next >> 3 & 0x1111111111111111ull));
-    uint64_t lost = next & opposite & last;
-    if (n == 1) lost = next | opposite | last;
-    if (n == 2) lost = (next & opposite) | (last & (next | opposite));
-    if (n == 4) lost = 0;
-    store_mask(keep + i, ~lost & allowed);
+    __m512i k[4];
+    split_fours(keys + i, k);
+    const __m512i d01 = _mm512_sub_epi32(k[1], k[0]), d02 = _mm512_sub_epi32(k[2], k[0]);
+    const __m512i d03 = _mm512_sub_epi32(k[3], k[0]), d12 = _mm512_sub_epi32(k[2], k[1]);
+    const __m512i d13 = _mm512_sub_epi32(k[3], k[1]), d23 = _mm512_sub_epi32(k[3], k[2]);
+    __m512i kept[4] = {_mm512_ternarylogic_epi32(d01, d02, d03, table_of_four(0, N)),
+                       _mm512_ternarylogic_epi32(d01, d12, d13, table_of_four(1, N)),
+                       _mm512_ternarylogic_epi32(d02, d12, d23, table_of_four(2, N)),
+                       _mm512_ternarylogic_epi32(d03, d13, d23, table_of_four(3, N))};
+    if (to.forbidden)
+      for (int j = 0; j < 4; ++j) kept[j] = _mm512_andnot_si512(k[j], kept[j]);
+    store_bytes(keep + i, _mm512_permutexvar_epi32(in_order, bytes_of_signs(kept)), to.stream);
   }
   return i;
+}
+
+// Three binary digits of equal weight to a sum digit and a carry.
+inline __m512i sum_of(__m512i a, __m512i b, __m512i c) {
+  return _mm512_ternarylogic_epi32(a, b, c, 0x96);
+}
+inline __m512i carry_of(__m512i a, __m512i b, __m512i c) {
+  return _mm512_ternarylogic_epi32(a, b, c, 0xe8);
+}
+
+// Sign set where fewer than N of the seven signs are.
+template <int N>
+inline __m512i fewer_of_seven(const __m512i* x) {
+  const __m512i a = sum_of(x[0], x[1], x[2]), b = sum_of(x[3], x[4], x[5]);
+  const __m512i two[3] = {carry_of(x[0], x[1], x[2]), carry_of(x[3], x[4], x[5]),
+                          carry_of(a, b, x[6])};
+  if constexpr (N == 4) return _mm512_ternarylogic_epi32(two[0], two[1], two[2], 0x17);
+  return _mm512_ternarylogic_epi32(carry_of(two[0], two[1], two[2]), sum_of(two[0], two[1], two[2]),
+                                   sum_of(a, b, x[6]), (1 << N) - 1);
+}
+
+template <int N>
+inline int64_t rank_eights(const int32_t* keys, int64_t count, Rule to, uint8_t* keep) {
+  // After the split by four and that of even and odd quarters, group 2 * d + 8 * (q / 2) + q % 2
+  // is in lane 4 * q + d; these pick the first and the last eight groups from two halves.
+  const __m512i first = _mm512_setr_epi32(0, 16, 4, 20, 1, 17, 5, 21, 2, 18, 6, 22, 3, 19, 7, 23);
+  const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+  const __m512i ones = _mm512_set1_epi32(-1);
+  int64_t i = 0;
+  for (; i + 128 <= count; i += 128) {
+    __m512i a[4], b[4], k[8], inverse[8], kept[8];
+    split_fours(keys + i, a);
+    split_fours(keys + i + 64, b);
+    for (int j = 0; j < 4; ++j) {
+      k[j] = _mm512_shuffle_i32x4(a[j], b[j], 0x88);
+      k[j + 4] = _mm512_shuffle_i32x4(a[j], b[j], 0xdd);
+    }
+    for (int j = 0; j < 8; ++j) inverse[j] = _mm512_xor_si512(k[j], ones);
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) {
+      // Sign set where the other outranks j: key - other < 0, or <= 0 if the other comes later,
+      // where key + ~other = key - other - 1.
+      __m512i higher[7];
+#pragma GCC unroll 8
+      for (int o = 0; o < j; ++o) higher[o] = _mm512_sub_epi32(k[j], k[o]);
+#pragma GCC unroll 8
+      for (int o = j + 1; o < 8; ++o) higher[o - 1] = _mm512_add_epi32(k[j], inverse[o]);
+      kept[j] = fewer_of_seven<N>(higher);
+      if (to.forbidden) kept[j] = _mm512_and_si512(inverse[j], kept[j]);
+    }
+    const __m512i low = bytes_of_signs(kept), high = bytes_of_signs(kept + 4);
+    store_bytes(keep + i, _mm512_permutex2var_epi32(low, first, high), to.stream);
+    store_bytes(keep + i + 64, _mm512_permutex2var_epi32(low, last, high), to.stream);
+  }
+  return i;
+}
+
+// The patterns in use have their own code. Returns how many elements it did.
+inline int64_t rank_transposed(const int32_t* keys, int64_t count, Rule to, uint8_t* keep) {
+  const int64_t n = to.n, m = to.m;
+  if (m == 4 && n == 1) return rank_fours<1>(keys, count, to, keep);
+  if (m == 4 && n == 2) return rank_fours<2>(keys, count, to, keep);
+  if (m == 4 && n == 3) return rank_fours<3>(keys, count, to, keep);
+  if (m == 8 && n == 2) return rank_eights<2>(keys, count, to, keep);
+  if (m == 8 && n == 4) return rank_eights<4>(keys, count, to, keep);
+  if (m == 8 && n == 6) return rank_eights<6>(keys, count, to, keep);
+  return 0;
 }
 #endif
 
@@ -116,30 +233,36 @@ inline void rank_in_group(const int32_t* key, int m, int n, uint8_t* keep) {
   }
 }
 
+// Keys are made in pieces this long. Short ones keep loads of weights and the work on their keys
+// close together: the hardware's prefetcher then never pauses.
+constexpr int64_t kPiece = 512, kPiecesPerPart = 8;
+
 // Selects by rank counting up to this group size; its cost grows with the square.
 constexpr int64_t kMaxRanked = 32;
 
-inline void keep_groups(const int32_t* keys, int64_t count, int64_t n, int64_t m, bool forbidden,
-                        uint8_t* keep, int32_t* scratch) {
-  const int quota = static_cast<int>(n);
+inline void keep_groups(const int32_t* keys, int64_t count, Rule to, uint8_t* keep,
+                        int32_t* scratch) {
+  const int quota = static_cast<int>(to.n);
+  const int64_t m = to.m;
   int64_t i = 0;
-  (void)forbidden;
 #if defined(__AVX512F__)
-  if (m == 4) i = rank_fours(keys, count, quota, forbidden, keep);
+  i = rank_transposed(keys, count, to, keep);
 #endif
   if (m == 4)
     i += rank_in_vector<4>(keys + i, count - i, quota, keep + i);
   else if (m == 8)
-    i = rank_in_vector<8>(keys, count, quota, keep);
+    i += rank_in_vector<8>(keys + i, count - i, quota, keep + i);
 #if defined(__AVX512F__)
   else if (m == 16)
     i = rank_in_vector<16>(keys, count, quota, keep);
 #endif
   for (; i < count; i += m) {
+    const int32_t* const key = keys + i;
     if (m <= kMaxRanked)
-      rank_in_group(keys + i, static_cast<int>(m), quota, keep + i);
+      rank_in_group(key, static_cast<int>(m), quota, keep + i);
     else
-      write_mask(keys + i, m, n < m ? find_cut(keys + i, m, m - n, scratch) : Cut{0, 0}, keep + i);
+      write_mask(key, m, to.n < m ? find_cut(key, m, m - to.n, scratch) : Cut{0, 0}, keep + i,
+                 to.stream);
   }
 }
 
@@ -147,24 +270,29 @@ inline void keep_groups(const int32_t* keys, int64_t count, int64_t n, int64_t m
 
 void mask_nm(const MaskNmArgs& args) {
   const int64_t rows = args.w.shape[0], cols = args.w.shape[1];
-  // Pieces of whole groups are the unit of work: a single long row is shared out as well.
+  // Parts of whole groups are the unit of work: a single long row is shared out as well.
   const int64_t piece = std::max(args.m, kPiece / args.m * args.m);
-  const int64_t pieces = (cols + piece - 1) / piece;
+  const int64_t part = piece * kPiecesPerPart, parts = (cols + part - 1) / part;
   const int64_t scratch_size = 3 * (piece + kSlack);
   const Scratch<int32_t> buffers(scratch_size * args.threads);
   const bool forbidden = args.terms.preserve.data != nullptr;
+  const bool stream = streamed(args.mask);
   with_float_type(args.w.dtype, [&](auto* tag) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(tag)>>;
 #pragma omp parallel num_threads(args.threads)
     {
       int32_t* const keys = buffers.get() + scratch_size * thread_index();
 #pragma omp for schedule(static) nowait
-      for (int64_t item = 0; item < rows * pieces; ++item) {
-        const int64_t i = item / pieces, c0 = item % pieces * piece;
-        const int64_t c1 = std::min(cols, c0 + piece);
-        score_keys(score_row<T>(args.w, args.terms, i), c0, c1, keys);
-        keep_groups(keys, c1 - c0, args.n, args.m, forbidden,
-                    args.mask.ptr<uint8_t>() + i * cols + c0, keys + piece + kSlack);
+      for (int64_t item = 0; item < rows * parts; ++item) {
+        const int64_t i = item / parts, c0 = item % parts * part, end = std::min(cols, c0 + part);
+        const ScoreRow<T> row = score_row<T>(args.w, args.terms, i);
+        uint8_t* const mask = args.mask.ptr<uint8_t>() + i * cols;
+        for (int64_t c = c0; c < end; c += piece) {
+          const int64_t count = std::min(piece, end - c);
+          score_keys(row, c, c + count, keys);
+          keep_groups(keys, count, {args.n, args.m, forbidden, stream}, mask + c,
+                      keys + piece + kSlack);
+        }
       }
       finish_stores();
     }

@@ -2,15 +2,15 @@
 
 #include <algorithm>
 
+#include "cpu/digits.h"
 #include "cpu/mask_global.h"
-#include "cpu/score.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
 namespace {
 
-// A row longer than this is selected by all threads together: its keys (1 MiB with the work space
-// of find_cut) would leave the second-level cache.
+// A row longer than this is selected by all threads together: it and its digits would leave the
+// second-level cache.
 constexpr int64_t kLongRow = 1 << 16;
 // With fewer rows than threads, sharing a row pays from here on.
 constexpr int64_t kSharedRow = 1 << 14;
@@ -31,23 +31,111 @@ GlobalTensor one_row(const MaskTopkArgs& args, int64_t i) {
           {t.column_scale, row(t.row_scale), row(t.addend), row(t.preserve)}};
 }
 
+// Work space of one thread for rows of `cols`.
+struct RowBuffers {
+  uint64_t* kept;  // bits of the columns that have the cut's digit and stay
+  int16_t* digits;
+  int32_t *columns, *keys, *scratch;
+
+  static int64_t blocks(int64_t cols) { return (cols + kBlock - 1) / kBlock; }
+  // In units of 8 bytes.
+  static int64_t size(int64_t cols) {
+    return blocks(cols) * (1 + kBlock / 4) + 2 * (cols + kSlack);
+  }
+  RowBuffers(uint64_t* memory, int64_t cols)
+      : kept(memory),
+        digits(reinterpret_cast<int16_t*>(kept + blocks(cols))),
+        columns(reinterpret_cast<int32_t*>(digits + blocks(cols) * kBlock)),
+        keys(columns + cols + kSlack),
+        scratch(keys + cols + kSlack) {}
+};
+
+// Clears the first `count` of the set bits.
+void clear_first(uint64_t* bits, int64_t count) {
+  for (; count > 0; ++bits) {
+    const int64_t set = __builtin_popcountll(*bits);
+    if (set <= count) {
+      *bits = 0;
+    } else {
+      for (int64_t k = 0; k < count; ++k) *bits &= *bits - 1;
+    }
+    count -= set;
+  }
+}
+
+// The columns of the set bits, in order; returns their number.
+int64_t columns_of(const uint64_t* bits, int64_t words, int32_t* columns) {
+  int64_t n = 0;
+  for (int64_t i = 0; i < words; ++i)
+    for (uint64_t rest = bits[i]; rest; rest &= rest - 1)
+      columns[n++] = static_cast<int32_t>(i * kBlock + __builtin_ctzll(rest));
+  return n;
+}
+
+// Of the columns in `kept`, all of one digit, clears those of the `count` lowest scores.
+template <class T>
+void clear_lowest(const ScoreRow<T>& row, int64_t cols, int64_t count, const RowBuffers& at) {
+  int32_t* const keys = at.keys;
+  const int64_t n = columns_of(at.kept, RowBuffers::blocks(cols), at.columns);
+  if (n > cols / 16) {  // many alike, as in a matrix that was pruned before
+    score_keys(row, 0, cols, at.scratch);
+    for (int64_t j = 0; j < n; ++j) keys[j] = at.scratch[at.columns[j]];
+  } else {
+    for (int64_t j = 0; j < n; ++j) keys[j] = key_at(row, at.columns[j]);
+  }
+  const Cut cut = find_cut(keys, n, count, at.scratch);
+  int64_t ties = cut.ties;
+  for (int64_t j = 0; j < n; ++j) {
+    const bool tie = keys[j] == cut.key && ties > 0;
+    ties -= tie;
+    const uint64_t pruned = keys[j] < cut.key || tie;
+    at.kept[at.columns[j] / kBlock] &= ~(pruned << at.columns[j] % kBlock);
+  }
+}
+
+template <class T>
+void prune_row(const ScoreRow<T>& row, int64_t cols, int64_t pruned, const T* next,
+               const RowBuffers& at, DigitGuess& guess, uint8_t* mask, bool stream) {
+  // A bf16 magnitude is its digit: those of one digit are ties, but infinity and NaN share theirs.
+  const bool exact =
+      std::is_same_v<T, bf16> && !row.column_scale && !row.addend && !row.has_row_scale;
+  int16_t* const digits = at.digits;
+  score_digits(row, cols, digits, next);
+  DigitCut cut{kForbiddenDigit, 0, 0};
+  int64_t rest = 0;  // how many of the cut's digit stay
+  if (pruned > 0) {
+    cut = find_digit(digits, cols, pruned, guess);
+    if (cut.digit != kForbiddenDigit) rest = cut.below + cut.equal - pruned;
+  }
+  if (rest > 0) {
+    for (int64_t c = 0; c < cols; c += kBlock)
+      at.kept[c / kBlock] = equal_bits(digits + c, cut.digit);
+    if (exact && cut.digit < kMaxDigit)
+      clear_first(at.kept, cut.equal - rest);
+    else
+      clear_lowest(row, cols, cut.equal - rest, at);
+  }
+  for (int64_t c = 0; c < cols; c += kBlock) {
+    const uint64_t bits = above_bits(digits + c, cut.digit);
+    store_mask(mask + c, rest > 0 ? bits | at.kept[c / kBlock] : bits, cols - c, stream);
+  }
+}
+
 template <class T>
 void short_rows(const MaskTopkArgs& args) {
   const int64_t rows = args.w.shape[0], cols = args.w.shape[1];
-  const int64_t scratch_size = 3 * (cols + kSlack);
-  const Scratch<int32_t> buffers(scratch_size * args.threads);
+  const bool stream = streamed(args.mask);
+  const int64_t size = RowBuffers::size(cols);
+  const Scratch<uint64_t> memory(size * args.threads);
 #pragma omp parallel num_threads(args.threads)
   {
-    int32_t* const keys = buffers.get() + scratch_size * thread_index();
-    int32_t* const scratch = keys + cols + kSlack;
-    Guess guess;
+    const RowBuffers buffers(memory.get() + size * thread_index(), cols);
+    DigitGuess guess;
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < rows; ++i) {
       const ScoreRow<T> row = score_row<T>(args.w, args.terms, i);
-      score_keys(row, 0, cols, keys, i + 1 < rows ? row.w + args.w.stride[0] : nullptr);
-      Cut cut{kForbiddenKey, 0};
-      if (args.pruned) cut = find_cut(keys, cols, args.pruned, scratch, &guess);
-      write_mask(keys, cols, cut, args.mask.ptr<uint8_t>() + i * cols);
+      prune_row(row, cols, args.pruned, i + 1 < rows ? row.w + args.w.stride[0] : nullptr, buffers,
+                guess, args.mask.ptr<uint8_t>() + i * cols, stream);
     }
     finish_stores();
   }

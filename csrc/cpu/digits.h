@@ -1,0 +1,187 @@
+// Selection within a row by the leading digits of its keys: the upper 16 bits, which are the score
+// cut off to bf16. A row of them stays in the first or second level of cache where its keys would
+// not, and counting those below a pivot takes 2 cycles for 64. So the digit of the cut is found by
+// counting, and only the scores that share this digit are looked at in full.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/cut.h"
+#include "cpu/score.h"
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+
+constexpr int kForbiddenDigit = kForbiddenKey >> 16;
+constexpr int kMaxDigit = kMaxKey >> 16;
+// Rows are padded to whole blocks with a digit above all others.
+constexpr int16_t kPadding = INT16_MAX;
+
+// The digits of one block of keys.
+template <TermSet kTerms, class T>
+inline void digits_at(const ScoreRow<T>& row, int64_t c, int16_t* out) {
+#if defined(__AVX512F__)
+  alignas(64) static const uint16_t upper[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21,
+                                                 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43,
+                                                 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+  const __m512i index = _mm512_load_si512(upper);
+  for (int v = 0; v < kBlock; v += 32) {
+    const __m512i a = keys_at<kTerms>(row, c + v), b = keys_at<kTerms>(row, c + v + 16);
+    _mm512_storeu_si512(out + v, _mm512_permutex2var_epi16(a, index, b));
+  }
+#elif defined(__AVX2__)
+  for (int v = 0; v < kBlock; v += 16) {
+    const __m256i a = _mm256_srai_epi32(keys_at<kTerms>(row, c + v), 16);
+    const __m256i b = _mm256_srai_epi32(keys_at<kTerms>(row, c + v + 8), 16);
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + v), both);
+  }
+#else
+  for (int v = 0; v < kBlock; v += Vec::kLanes) {
+    const KeyVec keys = keys_at<kTerms>(row, c + v);
+    for (int i = 0; i < Vec::kLanes; ++i) out[v + i] = static_cast<int16_t>(keys.v[i] >> 16);
+  }
+#endif
+}
+
+// The digits of a row of `cols`, padded. `later`, if given, is fetched meanwhile: as many weights,
+// to be scored next.
+template <class T>
+inline void score_digits(const ScoreRow<T>& row, int64_t cols, int16_t* out, const T* later) {
+  const int64_t blocks_end = cols / kBlock * kBlock;
+  with_term_set(row, [&](auto terms) {
+    for (int64_t c = 0; c < blocks_end; c += kBlock) {
+      if (later) fetch_block(later + c);
+      digits_at<decltype(terms)::value>(row, c, out + c);
+    }
+  });
+  if (blocks_end == cols) return;
+  int32_t rest[kBlock];
+  score_rest(row, blocks_end, cols, rest);
+  for (int64_t i = 0; i < kBlock; ++i)
+    out[blocks_end + i] = blocks_end + i < cols ? static_cast<int16_t>(rest[i] >> 16) : kPadding;
+}
+
+// How many of `n` digits, padded to whole blocks, are below the pivot. A lane counts up to 2^15:
+// n <= 2^21.
+inline int64_t count_below(const int16_t* digits, int64_t n, int pivot) {
+#if defined(__AVX2__)
+  // 256-bit vectors under AVX-512 too: their comparison gives a vector to subtract, where 512 bits
+  // give a mask that has to leave for a general register and be counted there.
+  const __m256i p = _mm256_set1_epi16(static_cast<int16_t>(pivot));
+  __m256i sum[4] = {};
+  for (int64_t i = 0; i < n; i += kBlock)
+    for (int v = 0; v < 4; ++v) {
+      const auto* at = reinterpret_cast<const __m256i*>(digits + i + 16 * v);
+      sum[v] = _mm256_sub_epi16(sum[v], _mm256_cmpgt_epi16(p, _mm256_loadu_si256(at)));
+    }
+  const __m256i one = _mm256_set1_epi16(1);
+  __m256i total = _mm256_setzero_si256();
+  for (const __m256i& s : sum) total = _mm256_add_epi32(total, _mm256_madd_epi16(s, one));
+  __m128i t = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
+  t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+#else
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; i += kBlock) {
+    int16_t below = 0;
+    for (int j = 0; j < kBlock; ++j) below = static_cast<int16_t>(below + (digits[i + j] < pivot));
+    total += below;
+  }
+  return total;
+#endif
+}
+
+// A bit for each of a block's digits: above, or equal to, the given one.
+#if defined(__AVX512F__)
+inline uint64_t bits_of(__mmask32 low, __mmask32 high) {
+  return low | static_cast<uint64_t>(high) << 32;
+}
+inline uint64_t above_bits(const int16_t* digits, int digit) {
+  const __m512i d = _mm512_set1_epi16(static_cast<int16_t>(digit));
+  return bits_of(_mm512_cmpgt_epi16_mask(_mm512_loadu_si512(digits), d),
+                 _mm512_cmpgt_epi16_mask(_mm512_loadu_si512(digits + 32), d));
+}
+inline uint64_t equal_bits(const int16_t* digits, int digit) {
+  const __m512i d = _mm512_set1_epi16(static_cast<int16_t>(digit));
+  return bits_of(_mm512_cmpeq_epi16_mask(_mm512_loadu_si512(digits), d),
+                 _mm512_cmpeq_epi16_mask(_mm512_loadu_si512(digits + 32), d));
+}
+#else
+// Gathers the lowest bits of 64 bytes that are 0 or 1: the product moves byte i's bit to 56 + i.
+inline uint64_t bits_of(const uint8_t* flags) {
+  uint64_t bits = 0;
+  for (int i = 0; i < 8; ++i) {
+    uint64_t eight;
+    std::memcpy(&eight, flags + 8 * i, 8);
+    bits |= (eight * 0x0102040810204080ull >> 56) << (8 * i);
+  }
+  return bits;
+}
+inline uint64_t above_bits(const int16_t* digits, int digit) {
+  uint8_t flags[kBlock];
+  for (int i = 0; i < kBlock; ++i) flags[i] = digits[i] > digit;
+  return bits_of(flags);
+}
+inline uint64_t equal_bits(const int16_t* digits, int digit) {
+  uint8_t flags[kBlock];
+  for (int i = 0; i < kBlock; ++i) flags[i] = digits[i] == digit;
+  return bits_of(flags);
+}
+#endif
+
+// Where the next row's digit may lie, learnt from the rows before it: rows of one matrix are alike.
+// It only decides which pivots are tried first, never what is found.
+struct DigitGuess {
+  int digit = 0;
+  float density = 0;  // keys per digit around the cut; 0: nothing is known yet
+};
+
+// The cut's digit: `below` keys have a lower one and `equal` have this one.
+struct DigitCut {
+  int digit;
+  int64_t below, equal;
+};
+
+// The digit of the rank-th smallest key, 1 <= rank <= n.
+//
+// Pivots close in from both sides. From a guess they step by what the density says is missing,
+// then interpolate; after a few of these the interval is halved, so that no input takes more than
+// kPatience + 15 passes.
+inline DigitCut find_digit(const int16_t* digits, int64_t n, int64_t rank, DigitGuess& guess) {
+  constexpr int kPatience = 8;
+  // counts below lo < rank <= counts below hi
+  int lo = kForbiddenDigit, hi = kMaxDigit + 1;
+  int64_t below_lo = 0, below_hi = n;
+  bool lo_counted = false, hi_counted = false;
+  int pivot = guess.density > 0 ? guess.digit : lo + (hi - lo) / 2;
+  for (int pass = 1; hi - lo > 1; ++pass) {
+    pivot = pivot <= lo ? lo + 1 : pivot >= hi ? hi - 1 : pivot;
+    const int64_t below = count_below(digits, n, pivot);
+    if (below < rank) {
+      lo = pivot, below_lo = below, lo_counted = true;
+    } else {
+      hi = pivot, below_hi = below, hi_counted = true;
+    }
+    if (guess.density <= 0 || pass > kPatience) {
+      pivot = lo + (hi - lo) / 2;
+    } else if (lo_counted && hi_counted) {
+      const float share = (static_cast<float>(rank - below_lo) - 0.5f) / (below_hi - below_lo);
+      pivot = lo + static_cast<int>(share * (hi - lo) + 0.5f);
+    } else {
+      const float missing = (static_cast<float>(rank - below) - 0.5f) / guess.density;
+      const float reach = static_cast<float>(pass) * (missing < 0 ? missing - 1 : missing + 1);
+      pivot += static_cast<int>(reach < -kMaxDigit  ? -kMaxDigit
+                                : reach > kMaxDigit ? kMaxDigit
+                                                    : reach);
+    }
+  }
+  const DigitCut cut{lo, below_lo, below_hi - below_lo};
+  guess.digit = lo;
+  guess.density = guess.density > 0 ? guess.density + (cut.equal - guess.density) / 8 : cut.equal;
+  return cut;
+}
+
+}  // namespace PYPRUNE_ISA
+}  // namespace pyprune
