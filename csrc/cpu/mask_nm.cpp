@@ -233,9 +233,9 @@ inline void rank_in_group(const int32_t* key, int m, int n, uint8_t* keep) {
   }
 }
 
-// Keys are made in pieces this long. Short ones keep loads of weights and the work on their keys
-// close together: the hardware's prefetcher then never pauses.
-constexpr int64_t kPiece = 512, kPiecesPerPart = 8;
+// Keys are made in pieces this long, in the first-level cache. Streamed stores of the mask hold up
+// the stores of keys behind them: much shorter pieces, which mix the two, take half as long again.
+constexpr int64_t kPiece = 2048;
 
 // Selects by rank counting up to this group size; its cost grows with the square.
 constexpr int64_t kMaxRanked = 32;
@@ -270,29 +270,24 @@ inline void keep_groups(const int32_t* keys, int64_t count, Rule to, uint8_t* ke
 
 void mask_nm(const MaskNmArgs& args) {
   const int64_t rows = args.w.shape[0], cols = args.w.shape[1];
-  // Parts of whole groups are the unit of work: a single long row is shared out as well.
+  // Pieces of whole groups are the unit of work: a single long row is shared out as well.
   const int64_t piece = std::max(args.m, kPiece / args.m * args.m);
-  const int64_t part = piece * kPiecesPerPart, parts = (cols + part - 1) / part;
+  const int64_t pieces = (cols + piece - 1) / piece;
   const int64_t scratch_size = 3 * (piece + kSlack);
   const Scratch<int32_t> buffers(scratch_size * args.threads);
-  const bool forbidden = args.terms.preserve.data != nullptr;
-  const bool stream = streamed(args.mask);
+  const Rule rule{args.n, args.m, args.terms.preserve.data != nullptr, streamed(args.mask)};
   with_float_type(args.w.dtype, [&](auto* tag) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(tag)>>;
 #pragma omp parallel num_threads(args.threads)
     {
       int32_t* const keys = buffers.get() + scratch_size * thread_index();
 #pragma omp for schedule(static) nowait
-      for (int64_t item = 0; item < rows * parts; ++item) {
-        const int64_t i = item / parts, c0 = item % parts * part, end = std::min(cols, c0 + part);
-        const ScoreRow<T> row = score_row<T>(args.w, args.terms, i);
-        uint8_t* const mask = args.mask.ptr<uint8_t>() + i * cols;
-        for (int64_t c = c0; c < end; c += piece) {
-          const int64_t count = std::min(piece, end - c);
-          score_keys(row, c, c + count, keys);
-          keep_groups(keys, count, {args.n, args.m, forbidden, stream}, mask + c,
-                      keys + piece + kSlack);
-        }
+      for (int64_t item = 0; item < rows * pieces; ++item) {
+        const int64_t i = item / pieces, c0 = item % pieces * piece;
+        const int64_t c1 = std::min(cols, c0 + piece);
+        score_keys(score_row<T>(args.w, args.terms, i), c0, c1, keys);
+        keep_groups(keys, c1 - c0, rule, args.mask.ptr<uint8_t>() + i * cols + c0,
+                    keys + piece + kSlack);
       }
       finish_stores();
     }
