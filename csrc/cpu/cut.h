@@ -56,6 +56,23 @@ inline int64_t gather_range(const int32_t* keys, int64_t n, int32_t lo, int32_t 
   return taken;
 }
 
+// Calls f(i) for every key within [lo, hi], in order; meant for few.
+template <class F>
+inline void each_within(const int32_t* keys, int64_t n, int32_t lo, int32_t hi, F&& f) {
+  const uint32_t width = static_cast<uint32_t>(hi) - static_cast<uint32_t>(lo);
+  const auto within = [&](int64_t i) {
+    return static_cast<uint32_t>(keys[i]) - static_cast<uint32_t>(lo) <= width;
+  };
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t end = i + kBlock < n ? i + kBlock : n;
+    uint32_t any = 0;
+    for (int64_t j = i; j < end; ++j) any |= within(j);
+    if (!any) continue;
+    for (int64_t j = i; j < end; ++j)
+      if (within(j)) f(j);
+  }
+}
+
 // How many of at most 64 keys are smaller than each of them: their order, without a sort.
 struct SmallOrder {
   static constexpr int kMax = 64;
