@@ -31,7 +31,9 @@ if MODULE is None:
 
 def capsule(t: torch.Tensor) -> Any:
     """`t` as a DLPack capsule that `_C` borrows for the length of one call."""
-    return dlpack.to_dlpack(t.detach())  # type: ignore[attr-defined]
+    if t.requires_grad:
+        t = t.detach()
+    return dlpack.to_dlpack(t)  # type: ignore[attr-defined]
 
 
 def optional_capsule(t: torch.Tensor | None) -> Any:

@@ -56,6 +56,23 @@ inline int64_t gather_range(const int32_t* keys, int64_t n, int32_t lo, int32_t 
   return taken;
 }
 
+// Calls f(i) for every key within [lo, hi], in order; meant for few.
+template <class F>
+inline void each_within(const int32_t* keys, int64_t n, int32_t lo, int32_t hi, F&& f) {
+  const uint32_t width = static_cast<uint32_t>(hi) - static_cast<uint32_t>(lo);
+  const auto within = [&](int64_t i) {
+    return static_cast<uint32_t>(keys[i]) - static_cast<uint32_t>(lo) <= width;
+  };
+  for (int64_t i = 0; i < n; i += kBlock) {
+    const int64_t end = i + kBlock < n ? i + kBlock : n;
+    uint32_t any = 0;
+    for (int64_t j = i; j < end; ++j) any |= within(j);
+    if (!any) continue;
+    for (int64_t j = i; j < end; ++j)
+      if (within(j)) f(j);
+  }
+}
+
 // How many of at most 64 keys are smaller than each of them: their order, without a sort.
 struct SmallOrder {
   static constexpr int kMax = 64;
@@ -190,19 +207,30 @@ inline int64_t after_tie(const int32_t* keys, int64_t n, int32_t key, int64_t ti
   return n;
 }
 
-// Stores a mask byte for each of the lowest `count` bits (64 if there are more). Whole lines go
-// past the caches: a mask is not read again by the kernel that writes it, and fetching its lines
-// first would add a third to the traffic of bf16 weights.
-inline void store_mask(uint8_t* keep, uint64_t bits, int64_t count = 64) {
+// Whether a mask's whole lines go past the caches: it is not read again by the kernel that writes
+// it, and fetching its lines first would add a third to the traffic of bf16 weights. A mask that
+// stays in the second-level cache is written there.
+inline bool streamed(const TensorView& mask) { return mask.numel() > int64_t{1} << 20; }
+
 #if defined(__AVX512F__)
-  const __m512i bytes = _mm512_maskz_set1_epi8(bits, 1);
-  if (count < 64)
-    _mm512_mask_storeu_epi8(keep, _bzhi_u64(~0ull, static_cast<uint32_t>(count)), bytes);
-  else if (reinterpret_cast<uintptr_t>(keep) % 64 == 0)
+inline void store_bytes(uint8_t* keep, __m512i bytes, bool stream) {
+  if (stream && reinterpret_cast<uintptr_t>(keep) % 64 == 0)
     _mm512_stream_si512(reinterpret_cast<__m512i*>(keep), bytes);
   else
     _mm512_storeu_si512(keep, bytes);
+}
+#endif
+
+// Stores a mask byte for each of the lowest `count` bits, 64 if there are more.
+inline void store_mask(uint8_t* keep, uint64_t bits, int64_t count, bool stream) {
+#if defined(__AVX512F__)
+  const __m512i bytes = _mm512_maskz_set1_epi8(bits, 1);
+  if (count >= 64)
+    store_bytes(keep, bytes, stream);
+  else
+    _mm512_mask_storeu_epi8(keep, _bzhi_u64(~0ull, static_cast<uint32_t>(count)), bytes);
 #else
+  (void)stream;
   for (int64_t i = 0; i < (count < 64 ? count : 64); i += 8) {
     // Every byte takes its own bit of eight, then becomes 0 or 1: byte + 0x7f carries into bit 7.
     const uint64_t spread = (bits >> i & 0xff) * 0x0101010101010101ull & 0x8040201008040201ull;
@@ -219,8 +247,9 @@ inline void finish_stores() {
 }
 
 // keep[i] = keys[i] > bound
-inline void keep_above(const int32_t* keys, int64_t n, int32_t bound, uint8_t* keep) {
+inline void keep_above(const int32_t* keys, int64_t n, int32_t bound, uint8_t* keep, bool stream) {
   int64_t i = 0;
+  (void)stream;
 #if defined(__AVX512F__)
   const __m512i b = _mm512_set1_epi32(bound);
   for (; i + 64 <= n; i += 64) {
@@ -229,7 +258,7 @@ inline void keep_above(const int32_t* keys, int64_t n, int32_t bound, uint8_t* k
       bits |=
           static_cast<uint64_t>(_mm512_cmpgt_epi32_mask(_mm512_loadu_si512(keys + i + 16 * v), b))
           << (16 * v);
-    store_mask(keep + i, bits);
+    store_mask(keep + i, bits, 64, stream);
   }
 #endif
   for (; i < n; ++i) keep[i] = keys[i] > bound;
@@ -237,11 +266,11 @@ inline void keep_above(const int32_t* keys, int64_t n, int32_t bound, uint8_t* k
 
 // Writes the mask of a cut, True = kept. A key that must stay pruned never survives, even where the
 // quota is smaller than their number.
-inline void write_mask(const int32_t* keys, int64_t n, Cut cut, uint8_t* keep) {
+inline void write_mask(const int32_t* keys, int64_t n, Cut cut, uint8_t* keep, bool stream) {
   const int64_t split = after_tie(keys, n, cut.key, cut.ties);
-  keep_above(keys, split, cut.key, keep);
+  keep_above(keys, split, cut.key, keep, stream);
   const int32_t least = cut.key > kForbiddenKey ? cut.key : kForbiddenKey + 1;
-  keep_above(keys + split, n - split, least - 1, keep + split);
+  keep_above(keys + split, n - split, least - 1, keep + split, stream);
 }
 
 }  // namespace PYPRUNE_ISA

@@ -27,8 +27,17 @@ inline void digits_at(const ScoreRow<T>& row, int64_t c, int16_t* out) {
                                                  45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
   const __m512i index = _mm512_load_si512(upper);
   for (int v = 0; v < kBlock; v += 32) {
-    const __m512i a = keys_at<kTerms>(row, c + v), b = keys_at<kTerms>(row, c + v + 16);
-    _mm512_storeu_si512(out + v, _mm512_permutex2var_epi16(a, index, b));
+    __m512i digits;
+    if constexpr (kTerms == TermSet::any) {
+      digits = _mm512_permutex2var_epi16(keys_at<kTerms>(row, c + v), index,
+                                         keys_at<kTerms>(row, c + v + 16));
+    } else {  // sign and NaN payload are cheaper to drop afterwards, 32 at a time
+      digits = _mm512_permutex2var_epi16(_mm512_castps_si512(score_at<kTerms>(row, c + v).v), index,
+                                         _mm512_castps_si512(score_at<kTerms>(row, c + v + 16).v));
+      digits = _mm512_and_si512(digits, _mm512_set1_epi16(0x7fff));
+      digits = _mm512_min_epi16(digits, _mm512_set1_epi16(kMaxDigit));
+    }
+    _mm512_storeu_si512(out + v, digits);
   }
 #elif defined(__AVX2__)
   for (int v = 0; v < kBlock; v += 16) {
@@ -45,49 +54,82 @@ inline void digits_at(const ScoreRow<T>& row, int64_t c, int16_t* out) {
 #endif
 }
 
-// The digits of a row of `cols`, padded. `later`: as for score_keys.
-template <class T>
-inline void score_digits(const ScoreRow<T>& row, int64_t cols, int16_t* out, const T* later) {
-  with_term_set(row, [&](auto terms) {
-    int64_t c = 0;
-    for (; c + kBlock <= cols; c += kBlock) {
-      if (later) fetch_block(later + c);
-      digits_at<decltype(terms)::value>(row, c, out + c);
-    }
-    const int64_t padded = (cols + kBlock - 1) / kBlock * kBlock;
-    for (; c < cols; ++c) out[c] = static_cast<int16_t>(key_at(row, c) >> 16);
-    for (; c < padded; ++c) out[c] = kPadding;
-  });
-}
-
-// How many of `n` digits, padded to whole blocks, are below the pivot. A lane counts up to 2^15:
-// n <= 2^21.
-inline int64_t count_below(const int16_t* digits, int64_t n, int pivot) {
+// Counts the digits below a pivot, a block at a time, 2^21 digits at most: a lane counts to 2^15.
+class BelowCounter {
+ public:
 #if defined(__AVX2__)
   // 256-bit vectors under AVX-512 too: their comparison gives a vector to subtract, where 512 bits
   // give a mask that has to leave for a general register and be counted there.
-  const __m256i p = _mm256_set1_epi16(static_cast<int16_t>(pivot));
-  __m256i sum[4] = {};
-  for (int64_t i = 0; i < n; i += kBlock)
+  explicit BelowCounter(int pivot) : pivot_(_mm256_set1_epi16(static_cast<int16_t>(pivot))) {}
+  void add(const int16_t* block) {
+#pragma GCC unroll 4
     for (int v = 0; v < 4; ++v) {
-      const auto* at = reinterpret_cast<const __m256i*>(digits + i + 16 * v);
-      sum[v] = _mm256_sub_epi16(sum[v], _mm256_cmpgt_epi16(p, _mm256_loadu_si256(at)));
+      const __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 16 * v));
+      sum_[v] = _mm256_sub_epi16(sum_[v], _mm256_cmpgt_epi16(pivot_, d));
     }
-  const __m256i one = _mm256_set1_epi16(1);
-  __m256i total = _mm256_setzero_si256();
-  for (const __m256i& s : sum) total = _mm256_add_epi32(total, _mm256_madd_epi16(s, one));
-  __m128i t = _mm_add_epi32(_mm256_castsi256_si128(total), _mm256_extracti128_si256(total, 1));
-  t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
-  return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
-#else
-  int64_t total = 0;
-  for (int64_t i = 0; i < n; i += kBlock) {
-    int16_t below = 0;
-    for (int j = 0; j < kBlock; ++j) below = static_cast<int16_t>(below + (digits[i + j] < pivot));
-    total += below;
   }
-  return total;
+  int64_t total() const {
+    const __m256i one = _mm256_set1_epi16(1);
+    __m256i sum = _mm256_setzero_si256();
+#pragma GCC unroll 4
+    for (int v = 0; v < 4; ++v) sum = _mm256_add_epi32(sum, _mm256_madd_epi16(sum_[v], one));
+    __m128i t = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    t = _mm_add_epi32(t, _mm_shuffle_epi32(t, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(t, _mm_shuffle_epi32(t, 0xb1)));
+  }
+
+ private:
+  __m256i pivot_, sum_[4] = {};
+#else
+  explicit BelowCounter(int pivot) : pivot_(static_cast<int16_t>(pivot)) {}
+  void add(const int16_t* block) {
+    int16_t below = 0;
+    for (int i = 0; i < kBlock; ++i) below = static_cast<int16_t>(below + (block[i] < pivot_));
+    total_ += below;
+  }
+  int64_t total() const { return total_; }
+
+ private:
+  int16_t pivot_;
+  int64_t total_ = 0;
 #endif
+};
+
+// How many of `n` digits, padded to whole blocks, are below the pivot.
+inline int64_t count_below(const int16_t* digits, int64_t n, int pivot) {
+  BelowCounter counter(pivot);
+  for (int64_t i = 0; i < n; i += kBlock) counter.add(digits + i);
+  return counter.total();
+}
+
+// The digits of a row of `cols`, padded. Returns how many are below the pivot. The row `ahead`
+// elements on is fetched meanwhile.
+template <class T>
+inline int64_t score_digits(const ScoreRow<T>& row, int64_t cols, int64_t ahead, int pivot,
+                            int16_t* out) {
+  const int64_t blocks_end = cols / kBlock * kBlock;
+  BelowCounter counter(pivot);
+  // Counted a while after they were stored: loads of stores that are still under way are slow. The
+  // other row is fetched from here, where nothing else is waited for.
+  constexpr int64_t kCounted = 16 * kBlock;
+  for (int64_t c0 = 0; c0 < blocks_end; c0 += kCounted) {
+    const int64_t c1 = c0 + kCounted < blocks_end ? c0 + kCounted : blocks_end;
+    with_term_set(row, [&](auto terms) {
+      for (int64_t c = c0; c < c1; c += kBlock) digits_at<decltype(terms)::value>(row, c, out + c);
+    });
+    for (int64_t c = c0; c < c1; c += kBlock) {
+      fetch_block(row.w + c, ahead);
+      counter.add(out + c);
+    }
+  }
+  if (blocks_end < cols) {
+    int32_t rest[kBlock];
+    score_rest(row, blocks_end, cols, rest);
+    for (int64_t i = 0; i < kBlock; ++i)
+      out[blocks_end + i] = blocks_end + i < cols ? static_cast<int16_t>(rest[i] >> 16) : kPadding;
+    counter.add(out + blocks_end);
+  }
+  return counter.total();
 }
 
 // A bit for each of a block's digits: above, or equal to, the given one.
@@ -131,7 +173,7 @@ inline uint64_t equal_bits(const int16_t* digits, int digit) {
 // Where the next row's digit may lie, learnt from the rows before it: rows of one matrix are alike.
 // It only decides which pivots are tried first, never what is found.
 struct DigitGuess {
-  int digit = 0;
+  int digit = kMaxDigit / 2;
   float density = 0;  // keys per digit around the cut; 0: nothing is known yet
 };
 
@@ -141,26 +183,25 @@ struct DigitCut {
   int64_t below, equal;
 };
 
-// The digit of the rank-th smallest key, 1 <= rank <= n.
+// The digit of the rank-th smallest key, 1 <= rank <= n, given how many digits are below the guess.
 //
 // Pivots close in from both sides. From a guess they step by what the density says is missing,
 // then interpolate; after a few of these the interval is halved, so that no input takes more than
 // kPatience + 15 passes.
-inline DigitCut find_digit(const int16_t* digits, int64_t n, int64_t rank, DigitGuess& guess) {
+inline DigitCut find_digit(const int16_t* digits, int64_t n, int64_t rank, int64_t below,
+                           DigitGuess& guess) {
   constexpr int kPatience = 8;
   // counts below lo < rank <= counts below hi
-  int lo = kForbiddenDigit, hi = kMaxDigit + 1;
+  int lo = kForbiddenDigit, hi = kMaxDigit + 1, pivot = guess.digit;
   int64_t below_lo = 0, below_hi = n;
   bool lo_counted = false, hi_counted = false;
-  int pivot = guess.density > 0 ? guess.digit : lo + (hi - lo) / 2;
-  for (int pass = 1; hi - lo > 1; ++pass) {
-    pivot = pivot <= lo ? lo + 1 : pivot >= hi ? hi - 1 : pivot;
-    const int64_t below = count_below(digits, n, pivot);
+  for (int pass = 1;; ++pass) {
     if (below < rank) {
       lo = pivot, below_lo = below, lo_counted = true;
     } else {
       hi = pivot, below_hi = below, hi_counted = true;
     }
+    if (hi - lo == 1) break;
     if (guess.density <= 0 || pass > kPatience) {
       pivot = lo + (hi - lo) / 2;
     } else if (lo_counted && hi_counted) {
@@ -168,11 +209,14 @@ inline DigitCut find_digit(const int16_t* digits, int64_t n, int64_t rank, Digit
       pivot = lo + static_cast<int>(share * (hi - lo) + 0.5f);
     } else {
       const float missing = (static_cast<float>(rank - below) - 0.5f) / guess.density;
-      const float reach = static_cast<float>(pass) * (missing < 0 ? missing - 1 : missing + 1);
-      pivot += static_cast<int>(reach < -kMaxDigit  ? -kMaxDigit
-                                : reach > kMaxDigit ? kMaxDigit
-                                                    : reach);
+      const float step = static_cast<float>(pass) * (missing < 0 ? missing - 1 : missing + 1);
+      constexpr float kFarthest = kMaxDigit;
+      pivot += static_cast<int>(step < -kFarthest  ? -kFarthest
+                                : step > kFarthest ? kFarthest
+                                                   : step);
     }
+    pivot = pivot <= lo ? lo + 1 : pivot >= hi ? hi - 1 : pivot;
+    below = count_below(digits, n, pivot);
   }
   const DigitCut cut{lo, below_lo, below_hi - below_lo};
   guess.digit = lo;

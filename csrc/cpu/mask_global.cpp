@@ -14,6 +14,8 @@ constexpr int64_t kChunk = 1 << 15;
 // Bins of a narrowing pass (32 KiB of counters a thread), and the number of distinct keys from
 // which on every chunk keeps counters of its own.
 constexpr int64_t kBins = 4096, kFine = 64;
+// With at most this many candidates left the next pass writes the mask of all others.
+constexpr int64_t kFew = 1 << 15;
 // Sample that brackets the wanted key: it puts some 5 % of the elements inside.
 constexpr int64_t kSampleBlock = 16, kSampleBlocks = 1024;
 constexpr int64_t kMinSampled = 1 << 18;
@@ -118,8 +120,8 @@ class Search {
   void run() {
     Cut cut{kForbiddenKey, 0};
     if (args_.pruned > 0) {
-      while (!narrow()) {
-      }
+      while (!narrow())
+        if (0 < inside_ && inside_ <= kFew) return write_all_but_few();
       cut = {lo_, args_.pruned - below_total_};
     }
     write(cut);
@@ -162,6 +164,7 @@ class Search {
     int shift = 0;
     while (!fine && (width - 1) >> shift >= kBins) ++shift;
     count(shift, fine);
+    inside_ = 0;
     int64_t below = 0;
     for (int t = 0; t < args_.threads; ++t) below += below_[t];
     if (args_.pruned <= below) {  // the sample misled
@@ -175,6 +178,7 @@ class Search {
       for (int t = 0; t < args_.threads; ++t) in_bin += counts_[t * kBins + b];
       if (args_.pruned <= below + in_bin) {
         below_total_ = below;
+        inside_ = in_bin;
         fine_bin_ = b;
         hi_ = static_cast<int32_t>(std::min<int64_t>(hi_, lo_ + ((b + 1) << shift) - 1));
         lo_ = static_cast<int32_t>(lo_ + (b << shift));
@@ -216,6 +220,48 @@ class Search {
     }
   }
 
+  struct Candidate {
+    int32_t key;
+    uint8_t* keep;
+  };
+
+  // Writes the mask of all keys outside [lo, hi], then decides among the few inside.
+  void write_all_but_few() {
+    const Scratch<Candidate> found(inside_ * args_.threads);
+    const Scratch<int64_t> taken(args_.threads);
+    std::memset(taken.get(), 0, sizeof(int64_t) * args_.threads);
+    const int64_t total = chunking_.total();
+#pragma omp parallel num_threads(args_.threads)
+    {
+      const int thread = thread_index();
+      Candidate* next = found.get() + inside_ * thread;
+      // A static schedule: the threads' candidates one after another are in flat order.
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < total; ++i)
+        each_piece<T>(args_, chunking_.at(i), drop_, keys_of(thread),
+                      [&](const int32_t* k, int64_t n, uint8_t* mask) {
+                        keep_above(k, n, hi_, mask, true);
+                        each_within(k, n, lo_, hi_, [&](int64_t j) { *next++ = {k[j], mask + j}; });
+                      });
+      taken[thread] = next - (found.get() + inside_ * thread);
+      finish_stores();
+    }
+    const Scratch<int32_t> keys(3 * (inside_ + kSlack));
+    int64_t n = 0;
+    for (int t = 0; t < args_.threads; ++t)
+      for (int64_t j = 0; j < taken[t]; ++j) keys[n++] = found[inside_ * t + j].key;
+    const Cut cut =
+        find_cut(keys.get(), n, args_.pruned - below_total_, keys.get() + inside_ + kSlack);
+    int64_t ties = cut.ties;
+    for (int t = 0; t < args_.threads; ++t)
+      for (int64_t j = 0; j < taken[t]; ++j) {
+        const Candidate& c = found[inside_ * t + j];
+        const bool tie = c.key == cut.key && ties > 0;
+        ties -= tie;
+        *c.keep = c.key >= cut.key && !tie && c.key != kForbiddenKey;
+      }
+  }
+
   // Every chunk prunes its share of the ties: all of them while the quota lasts.
   void write(Cut cut) {
     const int64_t total = chunking_.total();
@@ -232,7 +278,8 @@ class Search {
       each_piece<T>(args_, chunking_.at(i), drop_, keys_of(thread_index()),
                     [&](const int32_t* k, int64_t n, uint8_t* mask) {
                       // Away from the one chunk that the quota splits, a piece's ties go together.
-                      write_mask(k, n, {cut.key, !partial && ties > 0 ? kAllTies : ties}, mask);
+                      write_mask(k, n, {cut.key, !partial && ties > 0 ? kAllTies : ties}, mask,
+                                 true);
                       if (partial)
                         for (int64_t j = 0; j < n && ties > 0; ++j) ties -= k[j] == cut.key;
                     });
@@ -245,7 +292,9 @@ class Search {
   const int drop_;
   const int32_t max_key_;
   int32_t lo_ = kForbiddenKey, hi_;
-  int64_t below_total_ = 0, fine_bin_ = 0;
+  int64_t below_total_ = 0;  // keys below lo_, and
+  int64_t inside_ = 0;       // those in [lo_, hi_], once a pass has found them
+  int64_t fine_bin_ = 0;
   Scratch<int32_t> buffers_;
   Scratch<int64_t> counts_, below_;
   Scratch<int32_t> chunk_counts_;  // [chunks][kFine]

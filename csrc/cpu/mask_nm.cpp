@@ -9,6 +9,13 @@ namespace pyprune {
 namespace PYPRUNE_ISA {
 namespace {
 
+// What all groups of a call share.
+struct Rule {
+  int64_t n, m;
+  bool forbidden;  // some keys may be kForbiddenKey
+  bool stream;     // see streamed()
+};
+
 // Groups of M lie inside one vector of keys. An element's rank is the number of group members that
 // outrank it: a higher key, or the same key at a higher index. The r-th rotation of every group
 // puts member (i + r) mod M over member i; where that index did not wrap, it is the higher one and
@@ -114,13 +121,6 @@ inline __m512i bytes_of_signs(const __m512i* sign) {
   return or_masked(bytes, _mm512_srli_epi32(sign[3], 7), 0x1000000);
 }
 
-inline void stream_or_store(uint8_t* keep, __m512i bytes) {
-  if (reinterpret_cast<uintptr_t>(keep) % 64 == 0)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(keep), bytes);
-  else
-    _mm512_storeu_si512(keep, bytes);
-}
-
 // Truth table of "fewer than n of the three others outrank member i". The operands are the signs of
 // key[later] - key[earlier] for the others in order: set where the earlier one outranks. An equal
 // key at a higher index outranks, so for the others after i the outcome is the sign's complement.
@@ -135,7 +135,7 @@ constexpr int table_of_four(int i, int n) {
 }
 
 template <int N>
-inline int64_t rank_fours(const int32_t* keys, int64_t count, bool forbidden, uint8_t* keep) {
+inline int64_t rank_fours(const int32_t* keys, int64_t count, Rule to, uint8_t* keep) {
   const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
@@ -148,9 +148,9 @@ inline int64_t rank_fours(const int32_t* keys, int64_t count, bool forbidden, ui
                        _mm512_ternarylogic_epi32(d01, d12, d13, table_of_four(1, N)),
                        _mm512_ternarylogic_epi32(d02, d12, d23, table_of_four(2, N)),
                        _mm512_ternarylogic_epi32(d03, d13, d23, table_of_four(3, N))};
-    if (forbidden)
+    if (to.forbidden)
       for (int j = 0; j < 4; ++j) kept[j] = _mm512_andnot_si512(k[j], kept[j]);
-    stream_or_store(keep + i, _mm512_permutexvar_epi32(in_order, bytes_of_signs(kept)));
+    store_bytes(keep + i, _mm512_permutexvar_epi32(in_order, bytes_of_signs(kept)), to.stream);
   }
   return i;
 }
@@ -175,7 +175,7 @@ inline __m512i fewer_of_seven(const __m512i* x) {
 }
 
 template <int N>
-inline int64_t rank_eights(const int32_t* keys, int64_t count, bool forbidden, uint8_t* keep) {
+inline int64_t rank_eights(const int32_t* keys, int64_t count, Rule to, uint8_t* keep) {
   // After the split by four and that of even and odd quarters, group 2 * d + 8 * (q / 2) + q % 2
   // is in lane 4 * q + d; these pick the first and the last eight groups from two halves.
   const __m512i first = _mm512_setr_epi32(0, 16, 4, 20, 1, 17, 5, 21, 2, 18, 6, 22, 3, 19, 7, 23);
@@ -201,24 +201,24 @@ inline int64_t rank_eights(const int32_t* keys, int64_t count, bool forbidden, u
 #pragma GCC unroll 8
       for (int o = j + 1; o < 8; ++o) higher[o - 1] = _mm512_add_epi32(k[j], inverse[o]);
       kept[j] = fewer_of_seven<N>(higher);
-      if (forbidden) kept[j] = _mm512_and_si512(inverse[j], kept[j]);
+      if (to.forbidden) kept[j] = _mm512_and_si512(inverse[j], kept[j]);
     }
     const __m512i low = bytes_of_signs(kept), high = bytes_of_signs(kept + 4);
-    stream_or_store(keep + i, _mm512_permutex2var_epi32(low, first, high));
-    stream_or_store(keep + i + 64, _mm512_permutex2var_epi32(low, last, high));
+    store_bytes(keep + i, _mm512_permutex2var_epi32(low, first, high), to.stream);
+    store_bytes(keep + i + 64, _mm512_permutex2var_epi32(low, last, high), to.stream);
   }
   return i;
 }
 
 // The patterns in use have their own code. Returns how many elements it did.
-inline int64_t rank_transposed(const int32_t* keys, int64_t count, int n, int64_t m, bool forbidden,
-                               uint8_t* keep) {
-  if (m == 4 && n == 1) return rank_fours<1>(keys, count, forbidden, keep);
-  if (m == 4 && n == 2) return rank_fours<2>(keys, count, forbidden, keep);
-  if (m == 4 && n == 3) return rank_fours<3>(keys, count, forbidden, keep);
-  if (m == 8 && n == 2) return rank_eights<2>(keys, count, forbidden, keep);
-  if (m == 8 && n == 4) return rank_eights<4>(keys, count, forbidden, keep);
-  if (m == 8 && n == 6) return rank_eights<6>(keys, count, forbidden, keep);
+inline int64_t rank_transposed(const int32_t* keys, int64_t count, Rule to, uint8_t* keep) {
+  const int64_t n = to.n, m = to.m;
+  if (m == 4 && n == 1) return rank_fours<1>(keys, count, to, keep);
+  if (m == 4 && n == 2) return rank_fours<2>(keys, count, to, keep);
+  if (m == 4 && n == 3) return rank_fours<3>(keys, count, to, keep);
+  if (m == 8 && n == 2) return rank_eights<2>(keys, count, to, keep);
+  if (m == 8 && n == 4) return rank_eights<4>(keys, count, to, keep);
+  if (m == 8 && n == 6) return rank_eights<6>(keys, count, to, keep);
   return 0;
 }
 #endif
@@ -233,20 +233,20 @@ inline void rank_in_group(const int32_t* key, int m, int n, uint8_t* keep) {
   }
 }
 
-// Keys are made in pieces this long: with the weights and the mask they stay in the first-level
-// cache.
-constexpr int64_t kPiece = 4096;
+// Keys are made in pieces this long, in the first-level cache. Streamed stores of the mask hold up
+// the stores of keys behind them: much shorter pieces, which mix the two, take half as long again.
+constexpr int64_t kPiece = 2048;
 
 // Selects by rank counting up to this group size; its cost grows with the square.
 constexpr int64_t kMaxRanked = 32;
 
-inline void keep_groups(const int32_t* keys, int64_t count, int64_t n, int64_t m, bool forbidden,
-                        uint8_t* keep, int32_t* scratch) {
-  const int quota = static_cast<int>(n);
+inline void keep_groups(const int32_t* keys, int64_t count, Rule to, uint8_t* keep,
+                        int32_t* scratch) {
+  const int quota = static_cast<int>(to.n);
+  const int64_t m = to.m;
   int64_t i = 0;
-  (void)forbidden;
 #if defined(__AVX512F__)
-  i = rank_transposed(keys, count, quota, m, forbidden, keep);
+  i = rank_transposed(keys, count, to, keep);
 #endif
   if (m == 4)
     i += rank_in_vector<4>(keys + i, count - i, quota, keep + i);
@@ -257,10 +257,12 @@ inline void keep_groups(const int32_t* keys, int64_t count, int64_t n, int64_t m
     i = rank_in_vector<16>(keys, count, quota, keep);
 #endif
   for (; i < count; i += m) {
+    const int32_t* const key = keys + i;
     if (m <= kMaxRanked)
-      rank_in_group(keys + i, static_cast<int>(m), quota, keep + i);
+      rank_in_group(key, static_cast<int>(m), quota, keep + i);
     else
-      write_mask(keys + i, m, n < m ? find_cut(keys + i, m, m - n, scratch) : Cut{0, 0}, keep + i);
+      write_mask(key, m, to.n < m ? find_cut(key, m, m - to.n, scratch) : Cut{0, 0}, keep + i,
+                 to.stream);
   }
 }
 
@@ -273,7 +275,7 @@ void mask_nm(const MaskNmArgs& args) {
   const int64_t pieces = (cols + piece - 1) / piece;
   const int64_t scratch_size = 3 * (piece + kSlack);
   const Scratch<int32_t> buffers(scratch_size * args.threads);
-  const bool forbidden = args.terms.preserve.data != nullptr;
+  const Rule rule{args.n, args.m, args.terms.preserve.data != nullptr, streamed(args.mask)};
   with_float_type(args.w.dtype, [&](auto* tag) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(tag)>>;
 #pragma omp parallel num_threads(args.threads)
@@ -283,10 +285,9 @@ void mask_nm(const MaskNmArgs& args) {
       for (int64_t item = 0; item < rows * pieces; ++item) {
         const int64_t i = item / pieces, c0 = item % pieces * piece;
         const int64_t c1 = std::min(cols, c0 + piece);
-        const ScoreRow<T> row = score_row<T>(args.w, args.terms, i);
-        score_keys(row, c0, c1, keys, c1 + piece <= cols ? row.w + c1 : nullptr);
-        keep_groups(keys, c1 - c0, args.n, args.m, forbidden,
-                    args.mask.ptr<uint8_t>() + i * cols + c0, keys + piece + kSlack);
+        score_keys(score_row<T>(args.w, args.terms, i), c0, c1, keys);
+        keep_groups(keys, c1 - c0, rule, args.mask.ptr<uint8_t>() + i * cols + c0,
+                    keys + piece + kSlack);
       }
       finish_stores();
     }

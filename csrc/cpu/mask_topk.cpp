@@ -94,36 +94,34 @@ void clear_lowest(const ScoreRow<T>& row, int64_t cols, int64_t count, const Row
 }
 
 template <class T>
-void prune_row(const ScoreRow<T>& row, int64_t cols, int64_t pruned, const T* next,
-               const RowBuffers& at, DigitGuess& guess, uint8_t* mask) {
-  // A bf16 magnitude is its digit: those of one digit are ties.
+void prune_row(const ScoreRow<T>& row, int64_t cols, int64_t pruned, int64_t ahead,
+               const RowBuffers& at, DigitGuess& guess, uint8_t* mask, bool stream) {
+  // A bf16 magnitude is its digit: those of one digit are ties, but infinity and NaN share theirs.
   const bool exact =
       std::is_same_v<T, bf16> && !row.column_scale && !row.addend && !row.has_row_scale;
-  int16_t* const digits = at.digits;
-  score_digits(row, cols, digits, next);
+  const int64_t below = score_digits(row, cols, ahead, guess.digit, at.digits);
   DigitCut cut{kForbiddenDigit, 0, 0};
-  int64_t rest = 0;  // how many of the cut's digit stay
-  if (pruned > 0) {
-    cut = find_digit(digits, cols, pruned, guess);
-    if (cut.digit != kForbiddenDigit) rest = cut.below + cut.equal - pruned;
-  }
-  if (rest > 0) {
+  if (pruned > 0) cut = find_digit(at.digits, cols, pruned, below, guess);
+  const int64_t quota = pruned - cut.below;  // of those with the cut's digit
+  const bool split = quota < cut.equal && cut.digit != kForbiddenDigit;
+  if (split) {
     for (int64_t c = 0; c < cols; c += kBlock)
-      at.kept[c / kBlock] = equal_bits(digits + c, cut.digit);
-    if (exact)
-      clear_first(at.kept, cut.equal - rest);
+      at.kept[c / kBlock] = equal_bits(at.digits + c, cut.digit);
+    if (exact && cut.digit < kMaxDigit)
+      clear_first(at.kept, quota);
     else
-      clear_lowest(row, cols, cut.equal - rest, at);
+      clear_lowest(row, cols, quota, at);
   }
   for (int64_t c = 0; c < cols; c += kBlock) {
-    const uint64_t bits = above_bits(digits + c, cut.digit);
-    store_mask(mask + c, rest > 0 ? bits | at.kept[c / kBlock] : bits, cols - c);
+    const uint64_t above = above_bits(at.digits + c, cut.digit);
+    store_mask(mask + c, split ? above | at.kept[c / kBlock] : above, cols - c, stream);
   }
 }
 
 template <class T>
 void short_rows(const MaskTopkArgs& args) {
   const int64_t rows = args.w.shape[0], cols = args.w.shape[1];
+  const bool stream = streamed(args.mask);
   const int64_t size = RowBuffers::size(cols);
   const Scratch<uint64_t> memory(size * args.threads);
 #pragma omp parallel num_threads(args.threads)
@@ -133,8 +131,8 @@ void short_rows(const MaskTopkArgs& args) {
 #pragma omp for schedule(static) nowait
     for (int64_t i = 0; i < rows; ++i) {
       const ScoreRow<T> row = score_row<T>(args.w, args.terms, i);
-      prune_row(row, cols, args.pruned, i + 1 < rows ? row.w + args.w.stride[0] : nullptr, buffers,
-                guess, args.mask.ptr<uint8_t>() + i * cols);
+      prune_row(row, cols, args.pruned, args.w.stride[0], buffers, guess,
+                args.mask.ptr<uint8_t>() + i * cols, stream);
     }
     finish_stores();
   }

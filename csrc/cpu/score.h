@@ -147,9 +147,9 @@ inline void with_term_set(const ScoreRow<T>& row, F&& f) {
     f(std::integral_constant<TermSet, TermSet::none>());
 }
 
-// The keys of the columns from c.
+// The signed scores of the columns from c.
 template <TermSet kTerms, class T>
-inline KeyVec keys_at(const ScoreRow<T>& row, int64_t c) {
+inline Vec score_at(const ScoreRow<T>& row, int64_t c) {
   Vec s = Vec::load(row.w + c);
   if constexpr (kTerms == TermSet::columns) s = s * Vec::load(row.column_scale + c);
   if constexpr (kTerms == TermSet::any) {
@@ -159,37 +159,53 @@ inline KeyVec keys_at(const ScoreRow<T>& row, int64_t c) {
       s = s * f;
     }
     if (row.has_row_scale) s = s * Vec::set1(row.row_scale);
-    if (row.preserve) return forbid(key_vector(s), row.preserve + c);
   }
-  return key_vector(s);
+  return s;
+}
+
+// The keys of the columns from c.
+template <TermSet kTerms, class T>
+inline KeyVec keys_at(const ScoreRow<T>& row, int64_t c) {
+  const KeyVec keys = key_vector(score_at<kTerms>(row, c));
+  if constexpr (kTerms == TermSet::any)
+    if (row.preserve) return forbid(keys, row.preserve + c);
+  return keys;
 }
 
 // Columns that a loop handles at a time.
 constexpr int64_t kBlock = 64;
 
-// Fetches the lines of a block of weights that will be read later, by a caller that computes on
-// these in between: the hardware's own prefetcher has nothing to follow meanwhile.
+// Fetches into the second-level cache the weights `ahead` elements after a block. The address may
+// lie behind the last one: a prefetch of it does nothing.
 template <class T>
-inline void fetch_block(const T* later) {
-  const char* const p = reinterpret_cast<const char*>(later);
-  for (int64_t b = 0; b < kBlock * static_cast<int64_t>(sizeof(T)); b += 64)
-    __builtin_prefetch(p + b, 0, 3);
+inline void fetch_block(const T* block, int64_t ahead) {
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(block) + ahead * sizeof(T);
+  for (size_t b = 0; b < kBlock * sizeof(T); b += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(begin + b), 0, 2);
 }
 
-// Keys of columns [c0, c1) of a row. `later`, if given, is fetched meanwhile: as many weights, to
-// be scored next.
+// The keys that do not fill a block. Out of line: it is not worth a copy in every caller.
 template <class T>
-inline void score_keys(const ScoreRow<T>& row, int64_t c0, int64_t c1, int32_t* out,
-                       const T* later = nullptr) {
+__attribute__((noinline)) void score_rest(const ScoreRow<T>& row, int64_t c, int64_t c1,
+                                          int32_t* out) {
+  for (; c < c1; ++c) *out++ = key_at(row, c);
+}
+
+// Keys of columns [c0, c1) of a row. Callers compute on them before they come back for more, and
+// the hardware's prefetcher has nothing to follow meanwhile: what lies kAhead further is fetched
+// here. In a matrix without gaps that includes the next row.
+constexpr int64_t kAhead = 4096;
+template <class T>
+inline void score_keys(const ScoreRow<T>& row, int64_t c0, int64_t c1, int32_t* out) {
+  const int64_t blocks_end = c1 - (c1 - c0) % kBlock;
   with_term_set(row, [&](auto terms) {
-    int64_t c = c0;
-    for (; c + kBlock <= c1; c += kBlock) {
-      if (later) fetch_block(later + (c - c0));
+    for (int64_t c = c0; c < blocks_end; c += kBlock) {
+      fetch_block(row.w + c, kAhead);
       for (int64_t v = c; v < c + kBlock; v += Vec::kLanes)
         store(out + (v - c0), keys_at<decltype(terms)::value>(row, v));
     }
-    for (; c < c1; ++c) out[c - c0] = key_at(row, c);
   });
+  if (blocks_end < c1) score_rest(row, blocks_end, c1, out + (blocks_end - c0));
 }
 
 }  // namespace PYPRUNE_ISA

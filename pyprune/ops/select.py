@@ -115,7 +115,7 @@ def _mask_nm_fake(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
 
 
 def _mask_nm_native(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
-    mask = w.new_empty(w.shape, dtype=torch.bool)
+    mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     extra = map(_native.optional_capsule, _native_terms(terms))
     _native.call("mask_nm", mask, _unit_columns(w), n, m, *extra)
     return mask
@@ -203,7 +203,7 @@ def _mask_topk_fake(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
 
 
 def _mask_topk_native(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
-    mask = w.new_empty(w.shape, dtype=torch.bool)
+    mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
     extra = map(_native.optional_capsule, _native_terms(terms))
     _native.call("mask_topk", mask, _unit_columns(w), pruned, *extra)
     return mask

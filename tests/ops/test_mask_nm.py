@@ -81,6 +81,42 @@ def test_every_instruction_set(isa, use_isa, pattern):
             assert torch.equal(got, selection.brute_force_groups(w, m, m - n, **given))
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("m", [4, 8])
+def test_every_quota_in_whole_blocks(isa, use_isa, m):
+    """Several hundred columns: the code for 64 or 128 at a time and what is left over; every N."""
+    use_isa(isa)
+    cols = 3 * 128 + 64 + m
+    for kind in selection.KINDS:
+        w = selection.weights(kind, 3, cols, torch.float32)
+        for names in (), selection.TERMS["preserve"], selection.TERMS["all"]:
+            given = selection.terms(names, 3, cols, "cpu")
+            for n in range(1, m + 1):
+                want = selection.brute_force_groups(w, m, m - n, **given)
+                assert torch.equal(ops.mask_nm(w, n, m, **given), want), (kind, n)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+def test_every_order_of_a_group(isa, use_isa):
+    """All orders of four scores, ties included, and of eight that take three values."""
+    use_isa(isa)
+    for m, values in ((4, 4), (8, 3)):
+        w = torch.cartesian_prod(*[torch.arange(float(values))] * m).reshape(1, -1)
+        for n in range(1, m + 1):
+            got = ops.mask_nm(w, n, m)
+            assert torch.equal(got, ops.select.mask_nm_reference(w, n, m, *[None] * 4)), (n, m)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("offset", [0, 4])
+def test_masks_beyond_the_cache(isa, use_isa, offset):
+    """Large enough that whole lines of the mask are streamed, aligned and not."""
+    use_isa(isa)
+    w = selection.weights("normal", 300, 4096 - offset, torch.bfloat16)
+    want = ops.select.mask_nm_reference(w, 2, 4, *[None] * 4)
+    assert torch.equal(ops.mask_nm(w, 2, 4), want)
+
+
 def test_rows_longer_than_a_work_item():
     w = selection.weights("ties", 2, 9000, torch.bfloat16)
     for n, m in ((2, 4), (2, 3)):

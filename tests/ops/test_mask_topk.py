@@ -70,6 +70,46 @@ def test_every_instruction_set(isa, use_isa):
         assert torch.equal(ops.mask_topk(w, pruned), selection.brute_force_groups(w, 5000, pruned))
 
 
+def crowded_rows(cols: int) -> torch.Tensor:
+    """Rows that the leading 16 bits of a score hardly tell apart: one value up to its last bits,
+    all subnormal, mostly zero, infinities beside NaN, two neighbouring leading digits."""
+    gen = torch.Generator().manual_seed(9)
+    last_bits = torch.randint(0, 1 << 14, (cols,), generator=gen)
+    near_one = (last_bits.int() + 0x3F800000).view(torch.float32)
+    signs = torch.where(torch.rand(cols, generator=gen) < 0.5, -1.0, 1.0)
+    high = torch.where(torch.rand(cols, generator=gen) < 0.5, float("inf"), float("nan"))
+    zeros = torch.where(torch.rand(cols, generator=gen) < 0.8, 0.0, near_one)
+    digits = (last_bits.int() % 2 * (1 << 16) + 0x3F800000 + last_bits.int() // 2).view(
+        near_one.dtype
+    )
+    return torch.stack(
+        [near_one * signs, last_bits.int().view(torch.float32), zeros * signs, high, digits]
+    )
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("cols", [63, 64, 65, 1000])
+def test_scores_that_share_their_leading_digits(isa, use_isa, cols):
+    use_isa(isa)
+    w = crowded_rows(cols)
+    scale = torch.rand(cols, generator=torch.Generator().manual_seed(2)) + 0.5
+    for dtype in _registry.HALF_OR_SINGLE:
+        for extra in ({}, {"column_scale": scale}, {"row_scale": torch.linspace(0.5, 2, 5)}):
+            for pruned in (1, cols // 3, cols // 2, cols - 1):
+                want = selection.brute_force_groups(w.to(dtype), cols, pruned, **extra)
+                assert torch.equal(ops.mask_topk(w.to(dtype), pruned, **extra), want)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("cols", [4096, 4095])
+def test_masks_beyond_the_cache(isa, use_isa, cols):
+    """Large enough that whole lines of the mask are streamed; rows of 4095 are never aligned."""
+    use_isa(isa)
+    w = selection.weights("normal", 300, cols, torch.bfloat16)
+    want = ops.select.mask_topk_reference(w, cols // 2, *[None] * 4)
+    assert torch.equal(ops.mask_topk(w, cols // 2), want)
+
+
 def test_rows_like_the_one_before_and_unlike_it():
     # A row starts from the cut of the row before it: shifts of scale must not matter.
     w = torch.randn(12, 2000, generator=torch.Generator().manual_seed(5))
