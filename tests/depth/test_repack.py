@@ -18,7 +18,7 @@ PARALLEL = ("phi", "gpt_neox", "falcon")
 LAYERS = 4
 IDS = tiny_tokens(2, 16)
 # Between them: a pair across layers, an empty layer, and both kinds of halves without a partner.
-REMOVALS = ["M0 A1", "A0 M1 A2", "A2 M2", "M1 A3", "A0", "M3 A1 M1"]
+REMOVALS = ["M0 A1", "A0 M1 A2", "M1 A3", "A0", "M3 A1 M1"]
 
 
 def model_of(family):
