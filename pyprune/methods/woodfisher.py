@@ -83,7 +83,8 @@ def joint_update(x: Tensor, inverse: Tensor, mask: Tensor) -> Tensor:
     pair = gone[:, :, None] & gone[:, None, :]
     eye = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     pivot = torch.where(pair, inverse, eye)
-    multiplier = torch.linalg.solve(pivot, torch.where(gone, x, 0)[:, :, None])
+    lower = torch.linalg.cholesky(pivot)
+    multiplier = torch.cholesky_solve(torch.where(gone, x, 0)[:, :, None], lower)
     return torch.where(mask, x - (inverse @ multiplier)[:, :, 0], 0)
 
 
@@ -124,7 +125,7 @@ def woodfisher(
         size = max(size - size % pattern.m, pattern.m)
     blocks, x = Blocks(fisher, size), live_weight(w, inputs)
     if mask is None and own.joint:
-        mask = _greedy(x, blocks, pattern, preserve)
+        mask = _greedy(x, blocks, pattern, preserve, w.dtype)
     elif mask is None:
         diagonals = [inverse.diagonal(dim1=1, dim2=2) for _, inverse in blocks.inverses()]
         scores = x.square() / (2 * blocks.join(torch.cat(diagonals)))
@@ -136,15 +137,19 @@ def woodfisher(
     return Solution(weight=weight, mask=mask, damping=fisher.damping)
 
 
-def _greedy(x: Tensor, blocks: Blocks, pattern: Pattern, preserve: Tensor | None) -> Tensor:
+def _greedy(
+    x: Tensor, blocks: Blocks, pattern: Pattern, preserve: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Traced in `dtype`: blocks are small and damped, and fp32 has a kernel."""
     scope = _scope(pattern)
     if scope not in ("", "row", "layer"):
         raise ValueError(f"woodfisher: scope {scope} expects the mask that was selected, got none")
-    cut = blocks.cut(x)
+    cut = blocks.cut(x).to(dtype)
     kept = None if preserve is None else blocks.cut(preserve, True)
     groups = blocks.rows if scope == "row" else 1
     plan = GreedyPlan(len(cut), blocks.size, pattern, groups, kept, blocks.absent)
-    traces = [plan.trace(cut[part], inverse, part) for part, inverse in blocks.inverses()]
+    inverses = ((part, inverse.to(dtype)) for part, inverse in blocks.inverses())
+    traces = [plan.trace(cut[part], inverse, part) for part, inverse in inverses]
     order, loss = (torch.cat(parts) for parts in zip(*traces, strict=True))
     return blocks.join(plan.mask(order, loss))
 
