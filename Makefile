@@ -78,7 +78,7 @@ asan: $(INSTALLED)
 asan-sparse:
 	$(MAKE) asan ASAN_DIR=build/asan-sparse ASAN_OPS='pack;sparse_linear;sparse_int8' \
 	  ASAN_TESTS="$(addprefix tests/ops/test_,$(addsuffix .py,pack_24 pack_bitmap sparse_linear \
-	  sparse_int8 guard_page))"
+	  sparse_int8))"
 
 # Every benchmark for real, rows into benchmarks/results/. Half an hour or more on two cores.
 bench: $(BUILT)
