@@ -220,7 +220,7 @@ inline void sum_halves(__m512 v0, __m512 v1, __m512 v2, __m512 v3, float* low, f
 // Rows of x that one pass over a block of W serves, at most; longer x goes over it chunk by chunk.
 constexpr int kGatherRows = 16;
 // A piece of x for the first-level cache.
-constexpr int64_t kGatherPiece = 24 * 1024;
+constexpr int64_t kGatherPiece = 16 * 1024;
 // A block of W waits in the second level for the next chunk of x.
 constexpr int64_t kGatherBlockBytes = 384 * 1024;
 constexpr int64_t kMaxGatherBlock = 64;
