@@ -193,6 +193,8 @@ inline void bitmap_rows(DotCursor* cursors, int64_t i0, int64_t i1, const bf16* 
     v[r] = cursors[r].v;
     for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
   }
+  // Four rows hide more by being four, and with as many of x leave no registers for a step ahead.
+  constexpr bool kAhead = R < 4;
   __m512i low[R], high[R];  // the two halves of a word of columns
   const auto spread = [&](int64_t i, __m512i* to_low,
                           __m512i* to_high) __attribute__((always_inline)) {
@@ -208,11 +210,14 @@ inline void bitmap_rows(DotCursor* cursors, int64_t i0, int64_t i1, const bf16* 
       v[r] += popcount(word);
     }
   };
-  spread(i0, low, high);
+  if (kAhead) spread(i0, low, high);
 #pragma GCC unroll 1
   for (int64_t i = i0; i < i1; ++i) {
     __m512i next_low[R], next_high[R];
-    spread(i + 1, next_low, next_high);
+    if (kAhead)
+      spread(i + 1, next_low, next_high);
+    else
+      spread(i, low, high);
     fetch.step();
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
@@ -226,7 +231,8 @@ inline void bitmap_rows(DotCursor* cursors, int64_t i0, int64_t i1, const bf16* 
           acc[r][m] = _mm512_dpbf16_ps(acc[r][m], words_of(high[r]), words_of(x1));
         }
       }
-    for (int r = 0; r < R; ++r) low[r] = next_low[r], high[r] = next_high[r];
+    if (kAhead)
+      for (int r = 0; r < R; ++r) low[r] = next_low[r], high[r] = next_high[r];
   }
   for (int r = 0; r < R; ++r) {
     cursors[r].v = v[r];
@@ -235,16 +241,13 @@ inline void bitmap_rows(DotCursor* cursors, int64_t i0, int64_t i1, const bf16* 
 }
 
 // Rows of W that one step multiplies with M rows of x: as many as their sums leave registers for.
-constexpr int dot_side(WeightFormat format, int64_t m) {
-  // A bitmap also holds the next step's values.
-  return m <= (format == WeightFormat::bitmap ? 2 : 4) ? 4 : 2;
-}
+constexpr int dot_side(int64_t m) { return m <= 4 ? 4 : 2; }
 
 // `count` rows of W from their cursors (left as they are) times one chunk of M rows of x.
 template <WeightFormat kFormat, int P, int M>
 void dot_block(const Weights& w, const DotCursor* rows, int64_t count, const bf16* x,
                FetchAhead& fetch, float* sums) {
-  constexpr int kSide = dot_side(kFormat, M);
+  constexpr int kSide = dot_side(M);
   const int64_t n = mask_words(w.cols);
   // A piece of x for the first-level cache; for one or two rows of x all of it is.
   const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, 16 * 1024 / (kMaskColumns * 2 * P * M));
@@ -293,7 +296,7 @@ void dot_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_
                  const DotCursor* cursors, const bf16* packed, FetchAhead* fetch, float* sums) {
   const int64_t total = a.x.shape[0], width = mask_words(w.cols) * kMaskColumns * kParts<X>;
   const int64_t chunks = (total + kChunkRows - 1) / kChunkRows;
-  const int64_t side = dot_side(kFormat, std::min<int64_t>(total, kChunkRows));
+  const int64_t side = dot_side(std::min<int64_t>(total, kChunkRows));
   const int64_t steps = count / side + count % side;
   // Offsets of rows to come are not checked yet: no more than the matrix may follow from them.
   const auto row_at = [&](int64_t r) {

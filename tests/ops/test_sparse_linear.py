@@ -95,6 +95,9 @@ def test_every_instruction_set(isa, fmt, dtype, use_isa):
 def test_widths_beyond_the_cached_piece_of_x(fmt, isa, use_isa):
     use_isa(isa)
     tensors, dense = weight(fmt, (19, 4168), torch.bfloat16)
+    wide, wide_dense = weight(fmt, (3, 8264), torch.bfloat16)
+    x = activations(20, 8264, torch.bfloat16)
+    assert_product(getattr(ops, fmt)(x, *wide), x, wide_dense)
     for dtype, rows in ((torch.float32, (1, 4, 8, 13, 50)), (torch.bfloat16, (2, 13, 50, 130))):
         for m in rows:
             x = activations(m, 4168, dtype)
