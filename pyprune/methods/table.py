@@ -29,7 +29,7 @@ def describe(method: Method) -> tuple[tuple[str, ...], dict[str, Any]]:
         f"{method.title} ({method.paper})",
         ", ".join(method.scopes),
         "any" if method.nm else "no",
-        (method.statistic or "none") + (", gradients" if method.gradient else ""),
+        ", ".join(filter(None, [method.statistic, method.gradient and "gradients"])) or "none",
         "by itself" if method.updates_weights else ", ".join(method.updates),
     )
     return cells, row
