@@ -58,6 +58,7 @@ def test_peak_is_the_compressed_size(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     compressed, whole = json.loads(done.stdout)
-    # Expanded, one of the three matrices alone would add 40 MB.
-    assert compressed < report.nbytes_after + 16 * MB
+    # Expanded, one of the three matrices alone would add 40 MB; threads and what is imported late
+    # come to half of that.
+    assert compressed < report.nbytes_after + 28 * MB
     assert whole > report.nbytes_dense
