@@ -35,12 +35,16 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 demo: $(BUILT)
 	$(BIN)/python examples/demo.py --out $(DEMO_DIR)
 
+# One worker and one thread a core: more runnable threads than cores would spin at barriers. The
+# benchmark plugin is off: it has no use for workers.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -p no:benchmark
+
 # All but what is marked slow; test-all runs that too. Markers are explained in pyproject.toml.
 test: $(BUILT)
-	$(BIN)/python -m pytest -q $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-all: $(BUILT)
-	$(BIN)/python -m pytest -q -m "slow or not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
