@@ -35,9 +35,8 @@ $(BUILT): $(INSTALLED) $(SOURCES)
 demo: $(BUILT)
 	$(BIN)/python examples/demo.py --out $(DEMO_DIR)
 
-# One worker and one thread a core: more runnable threads than cores would spin at barriers. The
-# benchmark plugin is off: it has no use for workers.
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -p no:benchmark
+# One worker and one thread a core: more runnable threads than cores would spin at barriers.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 # All but what is marked slow; test-all runs that too. Markers are explained in pyproject.toml.
 test: $(BUILT)
