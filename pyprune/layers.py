@@ -195,7 +195,10 @@ class LayerPruner:
         if len(chunk) < 2:
             return
         weights, preserve = zip(*(self._read(ref) for ref, _ in chunk), strict=True)
-        forced = torch.stack(preserve) if self.preserve_zeros else None
+        forced = None
+        if any(p is not None for p in preserve):  # some may have a mask and others none
+            free = torch.ones_like(weights[0], dtype=torch.bool)
+            forced = torch.stack([free if p is None else p for p in preserve])
         given = [inputs for _, inputs in chunk]
         try:
             solutions = stack(torch.stack(weights), given, pattern, self.options, forced)
