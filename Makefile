@@ -58,7 +58,8 @@ lint: $(INSTALLED)
 # leaks would be its own. Vector loads under a mask are not instrumented, which is why
 # tests/ops/test_guard_page.py checks those against an unreadable page.
 #
-# asan-sparse builds the kernels of the compressed formats alone: a minute instead of five.
+# asan-sparse builds the kernels of the compressed formats (and mask selection, which packing uses)
+# alone: a minute instead of five. --capture=sys lets the report of a dying process through.
 ASAN_DIR ?= build/asan
 ASAN_OPS ?=
 ASAN_SITE = $(ASAN_DIR)/site
@@ -76,10 +77,11 @@ asan: $(INSTALLED)
 	  || { tail -n 40 $(ASAN_DIR)/build.log; exit 1; }
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$(CURDIR)/$(ASAN_SITE)" \
-	  $(BIN)/pytest -q -k "not triton and not compile and not opcheck" $(ASAN_TESTS) $(PYTEST_ARGS)
+	  $(BIN)/pytest -q --capture=sys -k "not triton and not compile and not opcheck" $(ASAN_TESTS) $(PYTEST_ARGS)
 
 asan-sparse:
-	$(MAKE) asan ASAN_DIR=build/asan-sparse ASAN_OPS='pack;sparse_linear;sparse_int8' \
+	$(MAKE) asan ASAN_DIR=build/asan-sparse \
+	  ASAN_OPS='pack;sparse_linear;sparse_int8;select;mask_nm;mask_topk;mask_global' \
 	  ASAN_TESTS="$(addprefix tests/ops/test_,$(addsuffix .py,pack_24 pack_bitmap sparse_linear \
 	  sparse_int8))"
 

@@ -111,7 +111,7 @@ inline const int8_t* spread_word(const int8_t* v, const int8_t* end, uint64_t ke
     int64_t bytes = 0;
     if (end - v >= 8)
       std::memcpy(&bytes, v, 8);
-    else  // the matrix ends here: no load may reach past it
+    else if (v < end)  // the matrix ends here: no load may reach past it
       std::memcpy(&bytes, v, static_cast<size_t>(end - v));
     const __m256i q = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes));
     const unsigned kept = keep & 0xff;
