@@ -136,6 +136,9 @@ constexpr int table_of_four(int i, int n) {
 
 template <int N>
 inline int64_t rank_fours(const int32_t* keys, int64_t count, Rule to, uint8_t* keep) {
+  // Constants by name: unoptimised, a call would not be an immediate.
+  constexpr int t0 = table_of_four(0, N), t1 = table_of_four(1, N);
+  constexpr int t2 = table_of_four(2, N), t3 = table_of_four(3, N);
   const __m512i in_order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
@@ -144,10 +147,9 @@ inline int64_t rank_fours(const int32_t* keys, int64_t count, Rule to, uint8_t* 
     const __m512i d01 = _mm512_sub_epi32(k[1], k[0]), d02 = _mm512_sub_epi32(k[2], k[0]);
     const __m512i d03 = _mm512_sub_epi32(k[3], k[0]), d12 = _mm512_sub_epi32(k[2], k[1]);
     const __m512i d13 = _mm512_sub_epi32(k[3], k[1]), d23 = _mm512_sub_epi32(k[3], k[2]);
-    __m512i kept[4] = {_mm512_ternarylogic_epi32(d01, d02, d03, table_of_four(0, N)),
-                       _mm512_ternarylogic_epi32(d01, d12, d13, table_of_four(1, N)),
-                       _mm512_ternarylogic_epi32(d02, d12, d23, table_of_four(2, N)),
-                       _mm512_ternarylogic_epi32(d03, d13, d23, table_of_four(3, N))};
+    __m512i kept[4] = {
+        _mm512_ternarylogic_epi32(d01, d02, d03, t0), _mm512_ternarylogic_epi32(d01, d12, d13, t1),
+        _mm512_ternarylogic_epi32(d02, d12, d23, t2), _mm512_ternarylogic_epi32(d03, d13, d23, t3)};
     if (to.forbidden)
       for (int j = 0; j < 4; ++j) kept[j] = _mm512_andnot_si512(k[j], kept[j]);
     store_bytes(keep + i, _mm512_permutexvar_epi32(in_order, bytes_of_signs(kept)), to.stream);
