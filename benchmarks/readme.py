@@ -97,7 +97,13 @@ def demo(result: dict[str, Any]) -> list[str]:
 
 def comparison(bench: dict[str, Any]) -> list[str]:
     """Whole models, dense beside compressed, as `pyprune bench` measures them."""
-    rates = {(r["name"], r["dtype"], r["phase"], r["batch"]): r["median"] for r in bench["rates"]}
+
+    def label(row: Row) -> tuple[str, str]:
+        """Dense layers run on PyTorch's kernels or on ours."""
+        own = row["name"] == "dense" and row.get("kernels") == "pyprune"
+        return row["name"], f"{row['dtype']}, own kernel" if own else row["dtype"]
+
+    rates = {(*label(r), r["phase"], r["batch"]): r["median"] for r in bench["rates"]}
     lines = [(p, b) for p in ("decode", "prefill") for b in bench["protocol"]["batches"]]
     fastest = {
         line: max(
@@ -107,12 +113,11 @@ def comparison(bench: dict[str, Any]) -> list[str]:
     }
     body = []
     for model in bench["models"]:
-        name, dtype = model["name"], model["dtype"]
         cells = []
-        for phase, batch in lines:
-            rate = rates[name, dtype, phase, batch]
-            cells.append(f"{rate:.0f} ({rate / fastest[phase, batch]:.2f}x)")
-        body.append([f"{name} {dtype}", f"{model['weight_bytes'] / 1e6:.0f}", *cells])
+        for line in lines:
+            rate = rates[(*label(model), *line)]
+            cells.append(f"{rate:.0f} ({rate / fastest[line]:.2f}x)")
+        body.append([" ".join(label(model)), f"{model['weight_bytes'] / 1e6:.0f}", *cells])
     protocol = bench["protocol"]
     return [
         f"The same models side by side, tokens/s (over the fastest dense one's); prompts of "
