@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from pyprune.sparse.stored import DENSE, StoredCheckpoint
 PATTERNS = ((1, 4), (2, 4), (4, 8))
 # Trained and dequantized weights hold a few zeros that nobody pruned.
 DENSE_BELOW = 0.01
+
+
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 @dataclass(frozen=True)
@@ -100,16 +104,19 @@ class Inspection:
         return {**asdict(self), "layers": layers, **totals}
 
     def table(self) -> Table:
-        table = Table(title=f"{self.path}: {self.model_type}", title_justify="left")
-        texts, numbers = ("layer", "dtype", "pattern", "stored as"), ("MB", "as 2:4", "as bitmap")
+        title = f"{self.path}: {self.model_type}"
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
+        texts, numbers = ("layer", "dtype", "pattern", "stored as"), ("MB", "2:4 MB", "bitmap")
         for name in ("layer", "shape", "dtype", "sparsity", "pattern", "stored as", *numbers):
             right = name not in texts
-            table.add_column(name, justify="right" if right else "left", no_wrap=name != "layer")
+            # Names take what is left, on several lines if they must; they never vanish.
+            whole = {"min_width": 12, "overflow": "fold"} if name == "layer" else {"no_wrap": True}
+            table.add_column(name, justify="right" if right else "left", **whole)
         for layer in self.layers:
             table.add_row(
-                layer.name,
+                layer.name.removesuffix(".weight"),
                 "x".join(str(n) for n in layer.shape),
-                layer.dtype,
+                SHORT.get(layer.dtype, layer.dtype),
                 f"{layer.sparsity:.2%}",
                 layer.patterns[0],
                 layer.format,
