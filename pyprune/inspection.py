@@ -25,7 +25,7 @@ PATTERNS = ((1, 4), (2, 4), (4, 8))
 DENSE_BELOW = 0.01
 
 
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
+SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Inspection:
             table.add_row(
                 layer.name.removesuffix(".weight"),
                 "x".join(str(n) for n in layer.shape),
-                SHORT.get(layer.dtype, layer.dtype),
+                SHORT_DTYPES.get(layer.dtype, layer.dtype),
                 f"{layer.sparsity:.2%}",
                 layer.patterns[0],
                 layer.format,

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pyprune.inspection import SHORT_DTYPES
 from pyprune.pictures import require_matplotlib
 from pyprune.sparse.bench import OWN, PHASES, BenchResult
 from pyprune.sparse.stored import DENSE
 
-SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 COLOURS = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")
 
 
@@ -53,7 +53,7 @@ def _rates(axis: Any, result: BenchResult, phase: str) -> None:
                 error_kw={"elinewidth": 0.8},
             )  # fmt: skip
             own = ", own kernel" if (rate.name, rate.kernels) == (DENSE, OWN) else ""
-            words = f" {rate.median:,.4g} tok/s, {SHORT[rate.dtype]}{own}"
+            words = f" {rate.median:,.4g} tok/s, {SHORT_DTYPES[rate.dtype]}{own}"
             axis.text(
                 x, 0.02, words, rotation=90, ha="center", va="bottom", fontsize=7, color="white"
             )  # fmt: skip
