@@ -4,10 +4,11 @@ method, on the packaged model.
     python benchmarks/bench_depth_quality.py --json benchmarks/results/depth_quality.json
     python benchmarks/bench_depth_quality.py --variants blockpruner shortgpt --ratios 0.2
 
-Every row: perplexity on two texts, parameters, bytes of the weights on disk, and tokens per second
-in prefill and decoding, the dense model taking turns with the pruned one. Calibration is the same
-for all. Rows already in the JSON file are kept, so that an interrupted run goes on where it
-stopped. Searches continue from one ratio to the next: a greedy list is a prefix of a longer one.
+Every row: perplexity on two texts (evaluated in bfloat16 unless --dtype says
+otherwise), parameters, bytes of the weights on disk, and tokens per second in float32 in prefill
+and decoding, the dense model taking turns with the pruned one. Calibration is the same for all.
+Rows already in the JSON file are kept, so that an interrupted run goes on where it stopped.
+Searches continue from one ratio to the next: a greedy list is a prefix of a longer one.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pyprune.sparse.bench import DENSE, Contestant, Protocol, bench, weight_byte
 RATIOS = (0.1, 0.2, 0.3)
 TEXTS = ("wiki", "sotu")
 SEQLEN = 1024
-PROTOCOL = Protocol(batches=(1,), prompt=512, steps=32, rounds=5)
+PROTOCOL = Protocol(batches=(1,), prompt=256, steps=16, rounds=3)
 SMOKE_PROTOCOL = Protocol(batches=(1,), prompt=8, steps=2, rounds=1)
 # Similarities that LaCo accepts a fold at: the highest that reaches the target.
 THRESHOLDS = (0.85, 0.75, 0.65, 0.55, 0.45, 0.3, 0.0, -1.0)
@@ -83,6 +84,14 @@ except UserError as error:
 """
 
 
+def add_protocol(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--nsamples", type=int, default=8)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=8 * 1024, help="evaluated, each text")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
+                        help="of the evaluation")  # fmt: skip
+
+
 def prune(dense: Path, folder: Path, config: StructureConfig) -> dict[str, Any]:
     """The report; RuntimeError with what it says if it cannot be done."""
     done = subprocess.run(
@@ -114,17 +123,19 @@ def configurations(
     ]  # fmt: skip
 
 
-def evaluate(model: PreTrainedModel, folder: Path, tokens: int) -> dict[str, dict[str, Any]]:
+def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    model = load(folder, args.device, args.dtype)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     results = {}
     for text in TEXTS:
-        r = perplexity(model, tokenizer, text=text, seqlen=SEQLEN, max_tokens=tokens)
-        results[text] = {"ppl": r.ppl, "tokens": r.tokens, "seqlen": r.seqlen, "bos": r.bos}
+        r = perplexity(model, tokenizer, text=text, seqlen=SEQLEN, max_tokens=args.tokens)
+        results[text] = {"ppl": r.ppl, "tokens": r.tokens, "seqlen": r.seqlen, "bos": r.bos,
+                         "dtype": args.dtype}  # fmt: skip
     return results
 
 
-def load(folder: Path, device: str) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def load(folder: Path, device: str, dtype: str = "float32") -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     return model.to(device).eval()
 
 
@@ -170,7 +181,7 @@ def measure(
         "seconds": report["run"]["seconds"]["total"],
         "peak_memory_bytes": report["run"]["peak_rss_bytes"],
         "calibration_sha256": report["calibration"]["sha256"],
-        "perplexity": evaluate(pruned, folder, args.tokens),
+        "perplexity": evaluate(folder, args),
         **rates(dense, pruned, SMOKE_PROTOCOL if args.smoke else PROTOCOL),
     }
 
@@ -225,9 +236,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
-    parser.add_argument("--nsamples", type=int, default=16)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=24 * 1024, help="evaluated, each text")
+    add_protocol(parser)
     args = parser.parse_args()
     if args.smoke:
         args.variants, args.ratios = ["shortgpt", "llm-drop"], [0.1]
@@ -247,7 +256,7 @@ def main() -> None:
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
     if (DENSE, 0.0) not in done:
-        keep({"variant": DENSE, "ratio": 0.0, "perplexity": evaluate(dense, folder, args.tokens),
+        keep({"variant": DENSE, "ratio": 0.0, "perplexity": evaluate(folder, args),
               "parameters": sum(p.numel() for p in dense.parameters()),
               "file_bytes": file_bytes(folder)})  # fmt: skip
     with tempfile.TemporaryDirectory() as states:

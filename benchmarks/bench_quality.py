@@ -104,13 +104,14 @@ def configuration(
     return PruneConfig(**values, **target, reconstruct=on, calibration=calibration)
 
 
-def evaluate(folder: Path, tokens: int) -> dict[str, dict]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+def evaluate(folder: Path, tokens: int, dtype: str) -> dict[str, dict]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     results = {}
     for text in TEXTS:
         r = perplexity(model, tokenizer, text=text, seqlen=SEQLEN, max_tokens=tokens)
-        results[text] = {"ppl": r.ppl, "tokens": r.tokens, "seqlen": r.seqlen, "bos": r.bos}
+        results[text] = {"ppl": r.ppl, "tokens": r.tokens, "seqlen": r.seqlen, "bos": r.bos,
+                         "dtype": dtype}  # fmt: skip
     return results
 
 
@@ -167,6 +168,8 @@ def main() -> None:
     parser.add_argument("--nsamples", type=int, nargs="+", default=[64])
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=48 * 1024, help="evaluated, each text")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                        help="of the evaluation")  # fmt: skip
     args = parser.parse_args()
     pairs = wanted(args.methods, args.patterns)
     if args.smoke:
@@ -187,7 +190,7 @@ def main() -> None:
     if not any(r["method"] == "dense" for r in rows):
         keep({"method": "dense", "pattern": "-", "sparsity": 0.0,
               "calibration_tokens": args.nsamples[0] * args.seqlen,
-              "perplexity": evaluate(dense, args.tokens)})  # fmt: skip
+              "perplexity": evaluate(dense, args.tokens, args.dtype)})  # fmt: skip
     for (method, pattern), reconstruct, nsamples in itertools.product(
         pairs, args.reconstruct, args.nsamples
     ):
@@ -202,7 +205,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as tmp:
             folder = Path(tmp) / "pruned"
             report = prune(dense, folder, method, pattern, reconstruct, calibration, args.smoke)
-            keep({**row, **summary(report), "perplexity": evaluate(folder, args.tokens)})
+            keep(
+                {**row, **summary(report), "perplexity": evaluate(folder, args.tokens, args.dtype)}
+            )
     table = Table("method", "pattern", "reconstruct", "calibration", *TEXTS, "seconds", "peak GiB")
     for row in rows:
         table.add_row(row["method"], row["pattern"], row.get("reconstruct", "default"),

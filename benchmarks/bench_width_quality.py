@@ -29,6 +29,7 @@ from bench_depth_quality import (
     SEQLEN,
     SMOKE_PROTOCOL,
     TEXTS,
+    add_protocol,
     evaluate,
     file_bytes,
     load,
@@ -59,6 +60,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "flap, adaptive": ("flap", {"structure": "adaptive"}),
     "slicegpt": ("slicegpt", {"multiple": 1}),
     "disp-llm": ("disp-llm", {"iterations": 200, "rate": 5e-3}),
+    "multipruner": ("multipruner", {}),
 }
 
 # In a process of its own: peak memory is then that of this run alone.
@@ -82,8 +84,8 @@ def prune(folder: Path, config: WidthConfig) -> dict[str, Any]:
     return report
 
 
-def shown(args: argparse.Namespace) -> CalibrationConfig:
-    return CalibrationConfig(nsamples=args.nsamples, seqlen=args.seqlen)
+def shown(args: argparse.Namespace, batch_size: int = 8) -> CalibrationConfig:
+    return CalibrationConfig(nsamples=args.nsamples, seqlen=args.seqlen, batch_size=batch_size)
 
 
 def run(
@@ -94,7 +96,8 @@ def run(
         options = {"iterations": 1}
     config = WidthConfig(
         method, ratio=ratio, method_options=options, device=args.device, dtype="float32",
-        calibration=shown(args),
+        # An iteration of DISP-LLM trains on one batch: one sequence, as published.
+        calibration=shown(args, 1 if method == "disp-llm" else 8),
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as tmp:
         folder = Path(tmp) / "pruned"
@@ -112,7 +115,7 @@ def run(
             "seconds": report["run"]["seconds"]["total"],
             "peak_memory_bytes": report["run"]["peak_rss_bytes"],
             "calibration_sha256": report["calibration"]["sha256"],
-            "perplexity": evaluate(pruned, folder, args.tokens),
+            "perplexity": evaluate(folder, args),
             **rates(dense, pruned, SMOKE_PROTOCOL if args.smoke else PROTOCOL),
         }
 
@@ -135,7 +138,8 @@ def per_branch(ratio: float, dense: PreTrainedModel, args: argparse.Namespace) -
             logits = graph.logits(graph.finish(states, Batch(window)), window)
             losses.append(F.cross_entropy(logits[0, :-1], window[0, 1:]))
         ppl = float(torch.stack(losses).mean().exp())
-        found[text] = {"ppl": ppl, "tokens": len(losses) * (SEQLEN - 1), "seqlen": SEQLEN}
+        found[text] = {"ppl": ppl, "tokens": len(losses) * (SEQLEN - 1), "seqlen": SEQLEN,
+                       "dtype": "float32"}  # fmt: skip
     return {"sizes": {"hidden_size": [stream.width, width]}, "perplexity": found}
 
 
@@ -162,9 +166,7 @@ def main() -> None:
     names = [*VARIANTS, PER_BRANCH]
     parser.add_argument("--variants", nargs="+", choices=names, default=names)
     parser.add_argument("--ratios", nargs="+", type=float, default=list(RATIOS))
-    parser.add_argument("--nsamples", type=int, default=16)
-    parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--tokens", type=int, default=24 * 1024, help="evaluated, each text")
+    add_protocol(parser)
     args = parser.parse_args()
     if args.smoke:
         args.variants, args.ratios = ["wanda-sp", "disp-llm"], [0.1]
@@ -176,7 +178,7 @@ def main() -> None:
     dense = load(packaged_model_dir(), args.device)
     common = {**environment(args.device), "calibration_tokens": args.nsamples * args.seqlen}
     if (DENSE, 0.0) not in done:
-        perplexity = evaluate(dense, packaged_model_dir(), args.tokens)
+        perplexity = evaluate(packaged_model_dir(), args)
         rows.append({"variant": DENSE, "ratio": 0.0, "perplexity": perplexity, **common})
     for ratio in sorted(args.ratios):
         for name in args.variants:
