@@ -112,6 +112,23 @@ def test_padding_is_as_if_it_were_not_there(family):
     assert report.loss == pytest.approx(single.loss, rel=1e-6)
 
 
+def test_a_token_behind_a_hole_is_predicted_by_nothing():
+    """Targets are counted as they are summed over: of five real tokens two follow a real one."""
+    ids, mask = tiny_tokens(1, 8), torch.tensor([[1, 1, 0, 1, 1, 0, 0, 1]])
+    model = model64()
+    targets = []
+    adapter = Adapter.of(model)
+    visitors = {"model.layers.0.mlp.up_proj": lambda sample: targets.append(sample.targets)}
+    report = backward_pass(adapter, [Batch(ids, mask)], visitors)
+    assert (report.tokens, report.targets, targets) == (5, 2, [2])
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+    both = torch.nn.functional.cross_entropy(logits[[0, 3]], ids[0, [1, 4]])
+    assert report.loss == pytest.approx(float(both), rel=1e-5)
+    with pytest.raises(UserError, match="two tokens in a row .*, got 2"):
+        backward_pass(adapter, [Batch(ids, mask * torch.tensor([1, 0, 0, 1, 0, 0, 0, 0]))], visitors)
+
+
 def test_magnitudes_of_a_batch_are_not_those_of_its_sum():
     got, _ = collect(model64(), [Batch(tiny_tokens(2, 12))])
     for sums in got.values():
