@@ -156,6 +156,8 @@ class LayerPruner:
                 except NotPositiveDefiniteError as error:
                     raise LayerError(ref.name, str(error)) from error
                 self.selection.count(ref.name, w, scale, preserve)
+                if ref.name in self._gradients:  # until its turn comes to be pruned
+                    self._gradients[ref.name].to("cpu")
 
     def refine(self, ref: LinearRef) -> None:
         """Second pass of a global selection."""

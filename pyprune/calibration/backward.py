@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyprune.calibration import schedule
 from pyprune.calibration.autograd import (
@@ -28,6 +26,7 @@ from pyprune.calibration.autograd import (
     without_parameter_gradients,
 )
 from pyprune.calibration.coroutine import TokenBatch, evaluation
+from pyprune.calibration.head import IGNORED, Head
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.schedule import TensorId
 from pyprune.errors import LayerError, UserError
@@ -37,14 +36,8 @@ from pyprune.models.linears import LinearRef
 
 __all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass", "sequence_targets"]
 
-# Logits are made for this many numbers at a time: a vocabulary of 49 152 at 2 048 tokens would be
-# 400 MB of fp32 for one sequence, and as much again for its gradient.
-LOGITS_AT_ONCE = 1 << 24
 # fp16 has no exponents for small gradients; bf16, fp32 and fp64 have.
 HALF_LOSS_SCALE = 256.0
-_IGNORED = -100
-
-
 Visitor = Callable[[Sample], None]
 
 
@@ -90,7 +83,7 @@ def backward_pass(
 
     Args:
         adapter: of a causal language model with its head, all of it in memory. Matrices whose
-            parameter is tied to something outside their block are not among `adapter.linears`.
+            parameter another module holds too are not among `adapter.linears`.
         batches: token ids `[B, T]`, each sequence of at least two real tokens in a row.
         visitors: by `LinearRef.name`; matrices without one cost nothing, and no gradient flows
             below the first block that has one. What a visitor is handed is only valid during the
@@ -192,7 +185,7 @@ class _Tokens:
         labels = self.input_ids[:, 1:]
         if self.real is None:
             return labels
-        return labels.masked_fill(~(self.real[:, 1:] & self.real[:, :-1]), _IGNORED)
+        return labels.masked_fill(~(self.real[:, 1:] & self.real[:, :-1]), IGNORED)
 
 
 class _Pass:
@@ -209,8 +202,7 @@ class _Pass:
         self._adapter = adapter
         self._visitors = visitors
         self._scale = loss_scale
-        self._samples, self._draw = fisher_samples, 0
-        self._generator = torch.Generator().manual_seed(seed)
+        self._head, self._draw = Head(adapter, loss_scale, fisher_samples, seed), 0
         self._refs = [
             [ref for ref in adapter.linears(i) if ref.name in visitors]
             for i in range(len(adapter.blocks))
@@ -234,7 +226,10 @@ class _Pass:
             input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
         )
         hidden: Tensor = out[0]
-        gradients = self._head_gradients(out, hidden.detach())
+        gradients, loss = self._head.gradients(
+            out, hidden.detach(), batch.input_ids, batch.labels()
+        )
+        self._loss = self._loss + loss
         for self._draw, gradient in enumerate(gradients):
             self._visited.clear()
             more = self._draw + 1 < len(gradients)
@@ -246,61 +241,6 @@ class _Pass:
         self._report.sequences += len(batch.targets)
         self._report.tokens += batch.tokens
         self._report.targets += sum(batch.targets)
-
-    def _head_gradients(self, out: Any, hidden: Tensor) -> Tensor:
-        """Gradients of the summed loss, times the loss scale, at the decoder's output: one for the
-        text's labels, or of each draw of them over sqrt(draws). `[draws, B, T, d]`.
-
-        The head, with whatever the model does to its logits, runs on a few tokens at a time.
-        """
-        text = self._batch.labels()
-        uniform = self._uniform(text != _IGNORED) if self._samples else None
-        draws = max(self._samples, 1)
-        gradients = hidden.new_zeros(draws, *hidden.shape)
-        vocabulary = self._adapter.model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        step = max(1, LOGITS_AT_ONCE // (vocabulary * len(hidden)))
-        for a in range(0, text.shape[1], step):
-            part = hidden[:, a : min(a + step, text.shape[1])].clone().requires_grad_()
-            logits = self._logits(out, part)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            at = slice(a, a + part.shape[1])
-            labels = text[None, :, at]
-            self._loss = self._loss + _summed(logits.detach(), labels[0]).double()
-            if uniform is not None:
-                drawn = draw_labels(logits.detach(), uniform[:, :, at])
-                labels = drawn.masked_fill(labels == _IGNORED, _IGNORED)
-            for draw in range(draws):
-                loss = _summed(logits, labels[draw]) * (self._scale / draws**0.5)
-                (gradient,) = torch.autograd.grad(loss, part, retain_graph=draw + 1 < draws)
-                gradients[draw, :, at] = gradient
-        return gradients
-
-    def _uniform(self, predicted: Tensor) -> Tensor:
-        """`[draws, B, T - 1]`, in [0, 1) where `predicted [B, T - 1]`: drawn sequence by sequence
-        and on the CPU, so that neither the batch nor the device matters."""
-        uniform = torch.zeros(self._samples, *predicted.shape, dtype=torch.float64)
-        for n, here in enumerate(predicted.cpu()):
-            size = (self._samples, int(here.sum()))
-            drawn = torch.rand(size, generator=self._generator, dtype=torch.float64)
-            uniform[:, n, here] = drawn
-        return uniform.to(predicted.device)
-
-    def _logits(self, out: Any, hidden: Tensor) -> Tensor:
-        """The model's forward with the decoder's answer given: whatever it does after that."""
-        answer = copy(out)
-        answer[next(iter(answer))] = hidden
-        decoder, batch = self._adapter.decoder, self._batch
-        previous = decoder.__dict__.get("forward")
-        decoder.forward = lambda *args, **kwargs: answer
-        try:
-            ids = batch.input_ids[:, : hidden.shape[1]]
-            logits: Tensor = self._adapter.model(input_ids=ids, use_cache=False).logits
-        finally:
-            if previous is None:
-                del decoder.forward
-            else:
-                decoder.forward = previous
-        return logits
 
     def finish(self, dtype: torch.dtype) -> BackwardReport:
         report = self._report
@@ -450,21 +390,6 @@ class _Pass:
             sample = Sample(x, g, targets, leader, self._draw)
             self._seen[ref.name] += sample.new_tokens
             self._visitors[ref.name](sample)
-
-
-def _summed(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED, reduction="sum"
-    )
-
-
-def draw_labels(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Labels `[S, B, T]` from the softmax of `logits [B, T, V]`, one for each number of `uniform
-    [S, B, T]` in [0, 1): where the distribution's running total passes it."""
-    totals = logits.softmax(-1).cumsum(-1, dtype=torch.float64)
-    wanted = uniform.movedim(0, -1) * totals[..., -1:]
-    drawn = torch.searchsorted(totals, wanted.contiguous(), right=True)
-    return drawn.clamp_max_(logits.shape[-1] - 1).movedim(-1, 0)
 
 
 def _raise_peak(peaks: dict[str, Tensor], name: str, x: Tensor) -> None:

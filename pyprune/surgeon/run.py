@@ -27,7 +27,7 @@ from pyprune.measure import Measure
 from pyprune.methods.base import LayerInputs
 from pyprune.methods.kronecker import Curvature
 from pyprune.methods.structure_budget import select_structures
-from pyprune.methods.surgeon import METHOD, SurgeonOptions, curvature, own_options
+from pyprune.methods.surgeon import METHOD, SurgeonOptions, curvature
 from pyprune.models.adapter import Adapter
 from pyprune.ops.obs_factor import NotPositiveDefiniteError
 from pyprune.patterns import NM, pruned_count
@@ -91,7 +91,7 @@ class Surgeon:
         self.config, self.adapter, self.tokens = config, adapter, tokens
         self.device, self.measure, self.told, self.state = device, measure, progress, state
         self.options = config.options()
-        self.own: SurgeonOptions = own_options(self.options)
+        self.own = self.options.own_as(SurgeonOptions)
         self.target = config.target()
         self.groups_of = self.own.groups(self.target)
         self.matrices = Matrix.all(adapter)
@@ -211,6 +211,8 @@ class Surgeon:
                 refinements=self.own.refinements if self.own.kronecker == "nearest" else 0,
                 checkpointing=self.config.gradient_checkpointing,
                 device=self.device,
+                fisher_samples=self.own.fisher_samples,
+                seed=self.config.calibration.seed + shot,
                 progress=tell,
             )
 

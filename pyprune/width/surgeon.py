@@ -49,8 +49,8 @@ class SurgeonWidthOptions:
     shots: the curvature is taken anew before each; shot t of T goes to t / T of the ratio.
     update: of the writers: joint, the optimum, or none. damping, gradient_damping: fractions of the
     mean diagonal added to the factors of the inputs and of the gradients.
-    factor_memory: GiB that factors may take at once, as in llm-surgeon. units, multiple: as in
-    wanda-sp; multiple applies to uniform.
+    factor_memory, fisher_samples: as in llm-surgeon. units, multiple: as in wanda-sp; multiple
+    applies to uniform.
     """
 
     structure: Literal["uniform", "adaptive"] = "uniform"
@@ -59,6 +59,7 @@ class SurgeonWidthOptions:
     damping: float = 0.01
     gradient_damping: float = 0.01
     factor_memory: float = 8.0
+    fisher_samples: int = 0
     units: Units = "stock"
     multiple: int = 8
 
@@ -71,6 +72,10 @@ class SurgeonWidthOptions:
                 raise UserError(
                     f"options.{name}: expected a number in [0, 1], got {getattr(self, name)}"
                 )
+        if self.fisher_samples < 0:
+            raise UserError(
+                f"options.fisher_samples: expected 0 or more, got {self.fisher_samples}"
+            )
         if not 0 < self.factor_memory < math.inf:
             raise UserError(
                 f"options.factor_memory: expected a positive number, got {self.factor_memory}"
@@ -92,7 +97,8 @@ def surgeon_width(
     options: SurgeonWidthOptions = config.own_options()
     dense = sum(p.numel() for p in model.parameters())
     widths = Widths.of(model)
-    run = _Shots(widths, prunable(widths, options.units), tokens, options, progress)
+    groups = prunable(widths, options.units)
+    run = _Shots(widths, groups, tokens, options, config.calibration.seed, progress)
     target = math.ceil(config.ratio * dense)
     kept: dict[str, Tensor] = {}
     for shot in range(1, options.shots + 1):
@@ -118,10 +124,11 @@ class _Shots:
         groups: Sequence[Group],
         tokens: TokenSet,
         options: SurgeonWidthOptions,
+        seed: int,
         progress: Progress | None,
     ) -> None:
         self.widths, self.groups, self.tokens = widths, groups, tokens
-        self.options, self.progress = options, progress
+        self.options, self.seed, self.progress = options, seed, progress
         self.adapter: Adapter = widths.adapter
         self.device = next(widths.model.parameters()).device
         self.unknown: dict[str, str] = {}
@@ -168,6 +175,8 @@ class _Shots:
             [matrix.ref for matrix in part],
             biases={matrix.name for matrix in part if matrix.biased},
             device=self.device,
+            fisher_samples=self.options.fisher_samples,
+            seed=self.seed + number,
             progress=told,
         )
 

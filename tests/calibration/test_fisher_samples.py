@@ -6,8 +6,9 @@ from calibration.test_backward import model64
 from calibration.test_factors import collect
 from tiny_models import tiny_tokens
 
-from pyprune.calibration import backward
-from pyprune.calibration.backward import backward_pass, draw_labels
+from pyprune.calibration import head
+from pyprune.calibration.backward import backward_pass
+from pyprune.calibration.head import draw_labels
 from pyprune.calibration.tokens import Batch
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
@@ -60,7 +61,7 @@ def test_the_mean_over_draws_is_the_fisher_information(monkeypatch):
     assert report.loss == pytest.approx(plain.loss)  # of the text, whatever was drawn
     # One target and evenly spread numbers instead of random ones: no noise is left.
     even = (torch.arange(400, dtype=torch.float64) + 0.5).div(400)[:, None, None]
-    monkeypatch.setattr(backward._Pass, "_uniform", lambda *_: even)
+    monkeypatch.setattr(head.Head, "_uniform", lambda *_: even)
     drawn, _ = weight_gradients(model, ids[:, :2], 400)
     assert distance(drawn, exact_fisher(model, ids[:, :2])) < 0.01
 
@@ -98,7 +99,7 @@ def test_neither_batches_nor_padding_nor_pieces_of_the_head_change_the_draws(mon
 
     batched = sums([Batch(ids, mask)])
     other = sums([Batch(ids, mask)], seed=1)
-    monkeypatch.setattr(backward, "LOGITS_AT_ONCE", 3 * 64)
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 3 * 64)
     alone = [Batch(ids[:1]), Batch(ids[1:2, :7]), Batch(ids[2:])]
     for checkpointing in (False, True):
         again = sums(alone, checkpointing=checkpointing)

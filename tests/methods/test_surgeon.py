@@ -325,7 +325,7 @@ def test_one_shot_on_one_matrix(pattern, monkeypatch):
 
 def test_expects_factors():
     w, _ = golden()
-    with pytest.raises(ValueError, match="llm-surgeon: expected Kronecker factors, got none"):
+    with pytest.raises(ValueError, match="llm-surgeon: expected calibration inputs, got none"):
         METHOD.solve(w, None, NM(2, 4), MethodOptions(), None, None)
 
 
@@ -340,6 +340,7 @@ def test_expects_factors():
         ({"gradient_damping": 2.0}, r"gradient_damping: expected a number in \[0, 1\]"),
         ({"iterations": 0}, "iterations: expected a whole number from 1, got 0"),
         ({"refinements": 0}, "refinements: expected a whole number from 1"),
+        ({"fisher_samples": -1}, "fisher_samples: expected a whole number from 0, got -1"),
     ],
 )
 def test_options_are_checked(values, message):
