@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from pyprune.progress import ProgressBar
 
 # Each has a `FAMILY`.
-FAMILIES = ("pyprune.prune", "pyprune.depth.run", "pyprune.width.run")
+FAMILIES = (
+    "pyprune.prune",
+    "pyprune.eigendamage.run",
+    "pyprune.depth.run",
+    "pyprune.width.run",
+)
 
 
 class Outcome(Protocol):

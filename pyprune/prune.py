@@ -23,6 +23,7 @@ from pyprune.checkpoint import (
     check_output,
     copy_auxiliary,
     output_directory,
+    write_parameters,
     write_report,
 )
 from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE
@@ -227,13 +228,8 @@ def _shots(
         streamed = not checkpoint.streamable()
         copy_auxiliary(checkpoint, folder, index=streamed)
         with measure.phase("write"):
-            if streamed:
-                empty = _adapter(checkpoint.build_model("meta", dtype), config)
-                store = StreamingStore(checkpoint, empty, folder, "cpu", dtype)
-                for parameter, value in surgeon.parameters().items():
-                    store.write(parameter, value)
-            else:
-                model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+            empty = _adapter(checkpoint.build_model("meta", dtype), config) if streamed else None
+            write_parameters(checkpoint, model, empty, surgeon.parameters(), folder)
         report = _report(name, config, tokens, layers, measure, surgeon.notes())
         write_report(folder, report.to_dict(), model_card(report))
     return report

@@ -26,7 +26,7 @@ from pyprune.calibration.autograd import (
     without_parameter_gradients,
 )
 from pyprune.calibration.coroutine import TokenBatch, evaluation
-from pyprune.calibration.head import IGNORED, Head
+from pyprune.calibration.head import IGNORED, Head, check_head
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.schedule import TensorId
 from pyprune.errors import LayerError, UserError
@@ -398,13 +398,7 @@ def _raise_peak(peaks: dict[str, Tensor], name: str, x: Tensor) -> None:
 
 
 def _check_model(adapter: Adapter, visitors: Mapping[str, Visitor]) -> None:
-    model = adapter.model
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        raise UserError(
-            f"{type(model).__name__}: expected a causal language model with its head for a "
-            "gradient, got a model without"
-        )
+    check_head(adapter)
     known = {ref.name for i in range(len(adapter.blocks)) for ref in adapter.linears(i)}
     unknown = sorted(set(visitors) - known)
     if unknown or not visitors:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 
 # Logits are made for this many numbers at a time: a vocabulary of 49 152 at 2 048 tokens would be
@@ -49,7 +50,7 @@ class Head:
         for a in range(0, labels.shape[1], step):
             part = hidden[:, a : min(a + step, labels.shape[1])].clone().requires_grad_()
             at = slice(a, a + part.shape[1])
-            logits = self._logits(out, part, ids)
+            logits = head_logits(self._adapter, out, part, ids)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             targets = labels[None, :, at]
             total += _summed(logits.detach(), targets[0])
@@ -72,22 +73,37 @@ class Head:
             uniform[:, n, here] = drawn
         return uniform.to(predicted.device)
 
-    def _logits(self, out: Any, hidden: Tensor, ids: Tensor) -> Tensor:
-        """The model's forward with the decoder's answer given: whatever it does after that."""
-        answer = copy(out)
-        answer[next(iter(answer))] = hidden
-        decoder = self._adapter.decoder
-        previous = decoder.__dict__.get("forward")
-        decoder.forward = lambda *args, **kwargs: answer
-        try:
-            ids = ids[:, : hidden.shape[1]]
-            logits: Tensor = self._adapter.model(input_ids=ids, use_cache=False).logits
-        finally:
-            if previous is None:
-                del decoder.forward
-            else:
-                decoder.forward = previous
-        return logits
+
+def head_logits(adapter: Adapter, out: Any, hidden: Tensor, input_ids: Tensor) -> Tensor:
+    """The model's forward with the decoder's answer given: whatever it does after that.
+
+    out: what the decoder answered on `input_ids [B, T]`; hidden: `[B, t, d]`, which takes the place
+    of its hidden states (some of the positions, say). Logits `[B, t, V]`.
+    """
+    answer = copy(out)
+    answer[next(iter(answer))] = hidden
+    decoder = adapter.decoder
+    previous = decoder.__dict__.get("forward")
+    decoder.forward = lambda *args, **kwargs: answer
+    try:
+        ids = input_ids[:, : hidden.shape[1]]
+        logits: Tensor = adapter.model(input_ids=ids, use_cache=False).logits
+    finally:
+        if previous is None:
+            del decoder.forward
+        else:
+            decoder.forward = previous
+    return logits
+
+
+def check_head(adapter: Adapter) -> None:
+    """UserError for a model without a head: it has no loss."""
+    model = adapter.model
+    if getattr(model, "get_output_embeddings", lambda: None)() is None:
+        raise UserError(
+            f"{type(model).__name__}: expected a causal language model with its head for a "
+            "gradient, got a model without"
+        )
 
 
 def draw_labels(logits: Tensor, uniform: Tensor) -> Tensor:

@@ -165,7 +165,7 @@ class Surgeon:
         sparsity = self.target.sparsity * shot / self.own.shots
         refined = self.own.kronecker == "nearest"
         blocks = self._blocks()
-        groups = grouped(blocks, self.own.factor_memory * GIB, refined)
+        groups = grouped(blocks, self.own.factor_memory * GIB, copies=2 if refined else 1)
         judged: dict[str, _Judged] = {}
         with FactorStore(len(groups) > 1, self.device) as store:
             for number, group in enumerate(groups):
@@ -176,13 +176,13 @@ class Surgeon:
                         if found is not None:
                             judged[matrix.name] = found
                 with self.measure.phase("factors"):
-                    store.put(factors)
+                    store.put_factors(factors)
                 del factors
             with self.measure.phase("threshold"):
                 plans = self._choose(judged, sparsity)
             with self.measure.phase("update"):
                 for matrix in self.matrices:
-                    factors_of = store.take(matrix.name)
+                    factors_of = store.take_factors(matrix.name)
                     if matrix.name in plans:
                         self._cut(matrix, factors_of, judged[matrix.name], plans[matrix.name])
 

@@ -140,7 +140,7 @@ class _Shots:
     def shot(self, number: int, target: int) -> dict[str, Tensor]:
         """Removes units until `target` parameters are gone in all; returns those that stay."""
         matrices = [[Matrix(group.writer)] for group in self.groups]
-        parts = grouped(matrices, self.options.factor_memory * GIB, refined=False)
+        parts = grouped(matrices, self.options.factor_memory * GIB)
         by_name = {group.name: group for group in self.groups}
         scores: dict[str, Tensor] = {}
         with FactorStore(len(parts) > 1, self.device) as store:
@@ -149,12 +149,12 @@ class _Shots:
                 for matrix in part:
                     group = by_name[matrix.name]
                     scores[group.name] = self._scores(group, matrix, factors[matrix.name], number)
-                store.put(factors)
+                store.put_factors(factors)
                 del factors
             kept = self._choose(scores, target)
             for group, units in self.widths.removed(kept):
                 if group.name in by_name:
-                    factors_of = store.take(group.name)
+                    factors_of = store.take_factors(group.name)
                     self._remove(group, units, factors_of)
         self.widths.mask(kept)
         return kept
