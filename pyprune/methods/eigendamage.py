@@ -49,7 +49,8 @@ def eigenbasis(a: Tensor, g: Tensor) -> EigenBasis:
 def eigenvectors(h: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues `[n]` of one factor, none below 0, and its eigenvectors as columns `[n, n]`."""
     values, vectors = torch.linalg.eigh(h.double())
-    return values.clamp_min(0), vectors
+    # Row by row, as a file gives them back: products of them round the same then.
+    return values.clamp_min(0), vectors.contiguous()
 
 
 def element_costs(rotated: Tensor, curvature: Tensor) -> Tensor:

@@ -305,8 +305,11 @@ def test_is_a_method_of_the_one_command(checkpoint, tmp_path, capsys):
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("own", [{}, {"unit": "elements", "reestimate": True}], ids=str)
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [("mixtral", {}), ("llama", {"unit": "elements", "reestimate": True})],
+    ids=["mixtral", "llama"],
+)
 def test_one_block_at_a_time_on_disk_changes_nothing(family, own):
     results = []
     for memory in (8.0, 1e-9):
