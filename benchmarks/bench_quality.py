@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import environment
+from _harness import cpu_seconds_of_children, environment
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -146,9 +146,10 @@ def prune(
 ) -> dict:
     config = configuration(method, pattern, reconstruct, calibration, smoke)
     command = [sys.executable, "-c", CHILD, str(dense), str(folder)]
+    before = cpu_seconds_of_children()
     subprocess.run(command, input=config.to_yaml(), text=True, check=True)
     report: dict = json.loads((folder / "pyprune.json").read_text())
-    return report
+    return {**report, "cpu_seconds": cpu_seconds_of_children() - before}
 
 
 def main() -> None:
@@ -222,6 +223,7 @@ def summary(report: dict) -> dict:
     return {
         "sparsity": report["sparsity"],
         "seconds": report["run"]["seconds"]["total"],
+        "cpu_seconds": report["cpu_seconds"],
         "peak_memory_bytes": report["run"]["peak_rss_bytes"],
         "calibration_sha256": (report["calibration"] or {}).get("sha256"),
     }
