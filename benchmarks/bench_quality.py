@@ -64,6 +64,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "method": "llm-surgeon",
         "method_options": {"shots": 1, "update": "grouped"},
     },
+    "llm-surgeon-drawn": {"method": "llm-surgeon", "method_options": {"fisher_samples": 1}},
     "llm-surgeon-structures": {
         "method": "llm-surgeon",
         "method_options": {"structure": "rows-columns"},

@@ -52,14 +52,19 @@ class Head:
             at = slice(a, a + part.shape[1])
             logits = head_logits(self._adapter, out, part, ids)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            targets = labels[None, :, at]
-            total += _summed(logits.detach(), targets[0])
+            text = labels[None, :, at]
+            targets = text
             if uniform is not None:
                 drawn = draw_labels(logits.detach(), uniform[:, :, at])
-                targets = drawn.masked_fill(targets == IGNORED, IGNORED)
+                targets = drawn.masked_fill(text == IGNORED, IGNORED)
+                total += _summed(logits.detach(), text)
             for draw in range(draws):
-                loss = _summed(logits, targets[draw]) * (self._scale / draws**0.5)
-                (gradient,) = torch.autograd.grad(loss, part, retain_graph=draw + 1 < draws)
+                loss = _summed(logits, targets[draw])
+                if uniform is None:
+                    total += loss.detach()
+                (gradient,) = torch.autograd.grad(
+                    loss * (self._scale / draws**0.5), part, retain_graph=draw + 1 < draws
+                )
                 gradients[draw, :, at] = gradient
         return gradients, total
 

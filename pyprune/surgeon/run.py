@@ -233,7 +233,7 @@ class Surgeon:
                 row[~(w != 0).any(1)], column[~(w != 0).any(0)] = GONE, GONE
             else:
                 row, column = there.element_scales()
-            record.damping = there.used[0]
+            record.damping, record.gradient_damping = there.used
             return _Judged(row, column[: matrix.shape[1]], there.used)
 
     def _unknown(self, matrix: Matrix, factors: KroneckerFactors, shot: int) -> str:
@@ -364,8 +364,16 @@ class Surgeon:
             damping=record.damping,
             loss=None if record.kept else record.loss,
             dead_inputs=record.dead_inputs,
-            notes=(record.kept,) if record.kept else (),
+            notes=self._noted(record),
         )
+
+    def _noted(self, record: Record) -> tuple[str, ...]:
+        if record.kept:
+            return (record.kept,)
+        used, asked = record.gradient_damping, self.own.g_damping
+        if used is None or used == asked:
+            return ()
+        return (f"the gradients' factor took damping {used:g} instead of {asked:g}",)
 
 
 def _free_groups(matrix: Matrix, pattern: NM) -> int:

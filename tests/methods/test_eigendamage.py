@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from pyprune import cli
 from pyprune.calibration.backward import backward_pass
 from pyprune.calibration.batches import as_token_set
+from pyprune.checkpoint import Checkpoint
 from pyprune.config import CalibrationConfig
 from pyprune.eigendamage import (
     EigenDamageConfig,
@@ -34,6 +35,11 @@ def layer(rows=5, columns=7, tokens=60):
     return w, x, g, x.T @ x / tokens, g.T @ g / tokens
 
 
+def eigenbasis(a, g):
+    left, right = maths.eigenvectors(g), maths.eigenvectors(a)
+    return maths.EigenBasis(left[1], right[1], left[0], right[0])
+
+
 def loss(change, g, a):
     return 0.5 * float(((g @ change @ a) * change).sum())
 
@@ -44,7 +50,7 @@ def index(mask):
 
 def test_rotation_keeps_the_norm_and_comes_back():
     w, _, _, a, g = layer()
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     rotated = basis.rotate(w)
     assert float(rotated.norm()) == pytest.approx(float(w.norm()))
     torch.testing.assert_close(basis.restore(rotated), w)
@@ -55,7 +61,7 @@ def test_rotation_keeps_the_norm_and_comes_back():
 
 def test_costs_add_up_to_the_quadratic_form():
     w, _, _, a, g = layer()
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     costs = maths.element_costs(basis.rotate(w), basis.curvature())
     assert float(costs.sum()) == pytest.approx(0.5 * float((g @ w @ a * w).sum()))
 
@@ -63,7 +69,7 @@ def test_costs_add_up_to_the_quadratic_form():
 def test_in_the_basis_damage_is_surgery():
     """For a Kronecker Fisher matrix the best of all updates in the basis is none at all."""
     w, _, _, a, g = layer()
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     rotated, f = basis.rotate(w), torch.kron(g, a)
     q = torch.kron(basis.left, basis.right)
     diagonal = q.T @ f @ q
@@ -82,7 +88,7 @@ def test_in_the_basis_damage_is_surgery():
 
 def test_directions_cost_what_removing_them_costs_and_no_less_than_the_best_of_their_rank():
     w, _, _, a, g = layer()
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     rotated = basis.rotate(w)
     costs = maths.element_costs(rotated, basis.curvature())
     rows, columns = torch.tensor([0, 2, 4]), torch.tensor([1, 2, 3, 5, 6])
@@ -101,7 +107,7 @@ def test_directions_cost_what_removing_them_costs_and_no_less_than_the_best_of_t
 @pytest.mark.parametrize(("r", "c"), [(2, 6), (6, 2), (3, 3), (0, 4)])
 def test_two_factors_are_the_three_of_the_paper_and_never_more_parameters(r, c):
     w, _, _, a, g = layer(8, 9)
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     rotated = basis.rotate(w)
     rows, columns = torch.arange(r), torch.arange(c)
     factors = maths.thin_factors(basis, rotated, rows, columns)
@@ -112,13 +118,13 @@ def test_two_factors_are_the_three_of_the_paper_and_never_more_parameters(r, c):
 
 def test_degenerate_factors():
     a, g = torch.eye(4, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     assert not basis.curvature().any()
     w = torch.ones(3, 4, dtype=torch.float64)
     torch.testing.assert_close(basis.restore(basis.rotate(w)), w)
     # Rank-deficient: what rounding leaves of an eigenvalue of zero is not negative.
     v = torch.arange(1.0, 5.0)[:, None].double()
-    assert bool((maths.eigenbasis(v @ v.T, g).right_values >= 0).all())
+    assert bool((eigenbasis(v @ v.T, g).right_values >= 0).all())
 
 
 # Whole models.
@@ -166,7 +172,7 @@ def test_removes_the_cheapest_of_all_layers_and_says_what_it_costs(reestimate, u
     after = weights(adapter)
     a, g, f = (t / n for t, n in zip(moments[small], (144, 138, 138), strict=True))
     assert report.tokens == 144 and report.sequences == 6
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     change = basis.rotate(after[small] - dense[small])
     curvature = basis.curvature()
     if reestimate:  # the diagonal of the Fisher matrix itself, tokens as samples
@@ -189,7 +195,7 @@ def test_removes_the_cheapest_of_all_layers_and_says_what_it_costs(reestimate, u
 def test_reestimation_is_nearer_to_the_fisher_matrix():
     """Both are diagonal in the basis; EK-FAC's diagonal is the best one (George et al. 2018)."""
     _, x, g, a, b = layer()
-    basis = maths.eigenbasis(a, b)
+    basis = eigenbasis(a, b)
     outer = (g[:, :, None] * x[:, None, :]).flatten(1)
     q = torch.kron(basis.left, basis.right)
     f = q.T @ (outer.T @ outer / len(x)) @ q
@@ -241,7 +247,7 @@ def checkpoint(tmp_path):
     return folder
 
 
-def test_the_dense_result_is_a_stock_checkpoint(checkpoint, tmp_path):
+def test_the_dense_result_is_a_stock_checkpoint(checkpoint, tmp_path, monkeypatch):
     text = str(tmp_path / "text.txt")
     calibration = CalibrationConfig(source=text, nsamples=4, seqlen=16)
     config = EigenDamageConfig(
@@ -269,6 +275,11 @@ def test_the_dense_result_is_a_stock_checkpoint(checkpoint, tmp_path):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     prune_eigendamage(in_memory, tokenizer, config)
     assert all(map(torch.equal, in_memory.parameters(), pruned.parameters()))
+    # Where shards cannot be written in place they are made anew.
+    monkeypatch.setattr(Checkpoint, "streamable", lambda self: "said the test")
+    prune_eigendamage_checkpoint(checkpoint, tmp_path / "anew", config)
+    anew = AutoModelForCausalLM.from_pretrained(tmp_path / "anew")
+    assert all(map(torch.equal, anew.parameters(), pruned.parameters()))
 
 
 def test_is_a_method_of_the_one_command(checkpoint, tmp_path, capsys):

@@ -430,6 +430,16 @@ def test_a_dead_layer_is_kept_and_named(own):
     assert report.sparsity == pytest.approx(0.3, abs=5e-3)
 
 
+def test_damping_of_the_gradients_that_had_to_rise_is_said():
+    name = "model.layers.1.mlp.down_proj"
+    own = {"shots": 1, "gradient_damping": 0.0}
+    # Two sequences give gradients of rank 2 x 4 < 32: no Cholesky without damping.
+    report = surgeon(
+        tiny_model("llama"), batches=[tiny_tokens(2, 4)], config={"include": [name]}, **own
+    )
+    assert "gradients' factor took damping 1e-06 instead of 0" in report.layers[0].notes[0]
+
+
 @pytest.mark.parametrize("target", [0.05, "2:4"])
 def test_an_idle_expert_is_kept_and_named(target):
     model = tiny_model("mixtral")
