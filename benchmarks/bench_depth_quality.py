@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pyprune.config import CalibrationConfig
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.registry import load_depth_methods
+from pyprune.depth.registry import DEPTH_METHODS
 from pyprune.evaluate import perplexity
 from pyprune.packaged import packaged_model_dir
 from pyprune.sparse.bench import DENSE, Contestant, Protocol, bench, weight_bytes
@@ -57,7 +57,7 @@ class Variant:
 
 FAST = {"mode": "fast"}
 VARIANTS: dict[str, Variant] = {
-    **{name: Variant(name) for name in load_depth_methods()},
+    **{name: Variant(name) for name in DEPTH_METHODS.load()},
     "blockpruner": Variant("blockpruner", FAST, searched=True),
     "blockpruner, zeros": Variant("blockpruner", FAST, fill="zeros", searched=True),
     "sleb": Variant("sleb", FAST, searched=True),

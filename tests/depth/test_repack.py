@@ -193,6 +193,23 @@ def test_what_the_configuration_cannot_say_stays():
     assert packing.reason.startswith("all layers stay: ") and "self_attn:scaling" in packing.reason
 
 
+@pytest.mark.parametrize("removed", ["M1 A2", "A1 M1"])
+def test_a_layer_that_knows_its_place_keeps_it(removed, tmp_path):
+    """DiffLlama weighs its two attentions by the layer's index, which no field of a configuration
+    says: what is saved must still be the masked model."""
+    config = AutoConfig.for_model("diffllama", **CONFIGS["mistral"] | {"num_hidden_layers": LAYERS})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    graph, gone = ResidualGraph.of(model), branches(removed)
+    with graph.skipping(gone):
+        masked = logits(model)
+    packing = repack(graph, gone)
+    assert "self_attn:lambda_init" in packing.reason and len(packing.pairs) == LAYERS
+    save_model(model, None, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert torch.equal(logits(loaded), masked)
+
+
 def test_kinds_of_layers_follow_their_branch():
     model = model_of("gemma3_text")  # sliding, full, sliding, sliding
     repack(ResidualGraph.of(model), branches("A0 M1"))

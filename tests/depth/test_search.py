@@ -14,7 +14,7 @@ from pyprune.config import CalibrationConfig
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, load_decision
 from pyprune.depth.graph import Branch, ResidualGraph
-from pyprune.depth.registry import load_depth_methods, run_search
+from pyprune.depth.registry import DEPTH_METHODS, run_search
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 
@@ -269,6 +269,18 @@ def test_continues_from_its_state_file(tmp_path, monkeypatch):
         search(model, config(count=2, state=file))
 
 
+def test_notes_are_of_rounds_that_were_made(tmp_path):
+    """Also when the state file is of a search that went further."""
+    model, data = model_of("llama", 8), tokens((2, 2, 2, 2))
+    options = {"mode": "fast", "audit_every": 1, "looks": 1, "state": str(tmp_path / "state.json")}
+    long = search(model, config(count=8, **options), data)
+    short = search(model, config(count=2, **options), data)
+    rounds = [int(note.split(":")[0].removeprefix("round ")) for note in long.notes]
+    assert rounds == sorted(rounds) and rounds[-1] > 2
+    assert short.notes == tuple(n for n, r in zip(long.notes, rounds, strict=True) if r <= 2)
+    assert search(model, config(count=8, **options), data).notes == long.notes
+
+
 def test_states_that_were_cached_before_a_resumption_are_not_used(tmp_path):
     """A lazy round may begin deep down, at a state of the model without what a file named."""
     file, model = str(tmp_path / "state.json"), model_of("llama", 6)
@@ -394,4 +406,4 @@ def test_config_round_trips(tmp_path):
     assert StructureConfig.from_dict({"count": 1, "calibration": {"seed": 3}}).calibration == (
         CalibrationConfig(nsamples=32, seqlen=512, seed=3)
     )
-    assert {"blockpruner", "sleb", "llm-drop"} <= set(load_depth_methods())
+    assert {"blockpruner", "sleb", "llm-drop"} <= set(DEPTH_METHODS.load())

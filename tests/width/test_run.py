@@ -12,7 +12,7 @@ from pyprune import cli
 from pyprune.checkpoint.output import save_model
 from pyprune.errors import UserError
 from pyprune.width.config import WidthConfig
-from pyprune.width.registry import load_width_methods
+from pyprune.width.registry import WIDTH_METHODS
 from pyprune.width.run import prune_width, prune_width_checkpoint
 
 OPTIONS = {"disp-llm": ["-O", "iterations=2"]}
@@ -39,7 +39,7 @@ def load(folder):
     return model.eval()
 
 
-@pytest.mark.parametrize("method", load_width_methods())
+@pytest.mark.parametrize("method", WIDTH_METHODS.load())
 def test_each_method(source, capsys, method):
     assert run(source, "-m", method, "--ratio", "0.1", "--json", *OPTIONS.get(method, [])) == 0
     report = json.loads(capsys.readouterr().out)
@@ -108,4 +108,4 @@ def test_what_cannot_be_asked_for(source, capsys):
 def test_methods_lists_them(capsys):
     assert cli.main(["methods"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in load_width_methods())
+    assert all(name in shown for name in WIDTH_METHODS.load())
