@@ -213,9 +213,12 @@ class Greedy:
         use.
         """
         seen: dict[str, float] = {}
+        estimates: dict[str, float] = {}
         evaluations = 0
         if not self._stale:
             evaluations, seen = self._halving(left)
+            mean = self._mean(self.score)
+            estimates = {u: self.scorer.of_mean(mean + rise) for u, rise in self._stale.items()}
         order = sorted(range(len(left)), key=lambda k: (self._stale[name_of(left[k])], k))
         if name_of(left[order[0]]) not in seen and len(seen) < self.options.looks:
             some = [left[k] for k in order if name_of(left[k]) not in seen][: self.options.looks]
@@ -225,7 +228,7 @@ class Greedy:
             evaluations += len(some)
         units = [unit for unit in left if name_of(unit) in seen]
         found = self._best(units, [seen[name_of(unit)] for unit in units])
-        return _Found(found.unit, found.score, evaluations, seen)
+        return _Found(found.unit, found.score, evaluations, estimates | seen)
 
     def _halving(self, left: Sequence[Unit]) -> tuple[int, dict[str, float]]:
         """Costs of all candidates; those that reached the last stage were seen on everything."""

@@ -95,11 +95,11 @@ def _importance(axis: Any, decision: Decision) -> None:
         )  # fmt: skip
         for place, (_, v) in zip(places, found, strict=True):
             if v > top:
-                axis.text(
-                    place, top, f" {v:.3g}", rotation=90, ha="center", va="bottom", fontsize=7
-                )  # fmt: skip
-    if top < math.inf:
-        axis.set_ylim(top=base + 1.3 * (top - base))
+                words = f" {v:,.0f}" if v >= 100 else f" {v:.3g}"
+                axis.text(place, top, words, rotation=90, ha="center", va="bottom", fontsize=7)
+    highest = min(top, max(known))
+    if highest > base:  # room for the legend
+        axis.set_ylim(top=base + 1.3 * (highest - base))
     if decision.dense is not None:
         axis.axhline(base, color="black", linewidth=0.8, linestyle=":", label="dense")
     axis.set_ylabel(decision.objective)

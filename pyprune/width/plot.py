@@ -23,7 +23,10 @@ KINDS = {"heads": ("attention", "KV groups", "A"), "mlp": ("mlp", "MLP channels"
 ZEROS = "#d9d9d9"
 # A logarithmic axis where the largest value is so many times the least.
 LOGARITHMIC = 20.0
-TENTHS = [i / 10 for i in range(11)]
+# Share of what belongs to no unit that is left at least, if only whole units went: norms of whole
+# branches belong to none.
+WHOLE_UNITS = 0.95
+GONE = "#b0b0b0"
 
 
 def draw(model: str, decision: WidthDecision, path: Path) -> list[Path]:
@@ -44,7 +47,7 @@ def draw(model: str, decision: WidthDecision, path: Path) -> list[Path]:
                     lambda axis, kind=kind: _importance(axis, decision, kind, layers),  # type: ignore[misc]
                 )
             )
-    panels.append(Panel("parameters", 1.9, lambda axis: _parameters(axis, decision)))
+    panels.append(Panel("parameters", 2.2, lambda axis: _parameters(axis, decision)))
     return draw_panels(panels, _title(model, decision), layers, path)
 
 
@@ -99,7 +102,7 @@ def _kept(axis: Any, decision: WidthDecision, layers: int) -> None:
     axis.axhline(100, color="black", linewidth=0.8, linestyle=":")
     axis.set_ylim(0, 122)
     axis.set_yticks(range(0, 101, 25))
-    axis.set_ylabel("kept, %")
+    axis.set_ylabel("kept, %", fontsize=8)
     axis.legend(fontsize=8, loc="upper center", ncols=3, frameon=False)
     axis.set_title("units left in every layer", fontsize=9)
     layer_axis(axis, layers)
@@ -107,8 +110,7 @@ def _kept(axis: Any, decision: WidthDecision, layers: int) -> None:
 
 def _importance(axis: Any, decision: WidthDecision, kind: str, layers: int) -> None:
     """Of each layer's units: from the least to the greatest score, the middle 80 % thick, a dot for
-    the median; a dash where the share that went ends."""
-    colour = COLOURS[KINDS[kind][0]]
+    the median; a dash where the share that went ends. Grey: the whole branch went."""
     values: list[float] = []
     for layer in range(layers):
         groups = [g for g in _groups(decision, kind, layer) if decision.importance.get(g)]
@@ -118,11 +120,13 @@ def _importance(axis: Any, decision: WidthDecision, kind: str, layers: int) -> N
         tenths = [fmean(column) for column in zip(*(decision.importance[g] for g in groups),
                                                   strict=True)]  # fmt: skip
         values += tenths
+        whole = f"{KINDS[kind][2]}{layer}" in decision.branches
+        colour = GONE if whole else COLOURS[KINDS[kind][0]]
         axis.vlines(layer, tenths[0], tenths[-1], color=colour, linewidth=1)
         axis.vlines(layer, tenths[1], tenths[-2], color=colour, linewidth=6, alpha=0.45)
         axis.plot(layer, tenths[5], "o", color=colour, markersize=4)
         share = 1 - sum(_left(decision, g) for g in groups) / sum(decision.units[g] for g in groups)
-        if share > 0:
+        if share > 0 and not whole:
             axis.hlines(_at(share, tenths), layer - 0.35, layer + 0.35, color="black", linewidth=1)
     _scale(axis, values)
     axis.set_ylabel(decision.objective, fontsize=8)
@@ -164,8 +168,10 @@ def _parameters(axis: Any, decision: WidthDecision) -> None:
     zeros = after - decision.wanted
     parts["rest"] = (rest, after - zeros - sum(left for _, left in parts.values()))
     words = {"attention": "attention", "mlp": "MLPs", "rest": "embeddings and the rest"}
-    if not decision.groups:
-        parts, words = {"rest": (before, after)}, {"rest": "all"}
+    # More than whole units went (parts of the stream): nobody counted out of which matrices.
+    if not decision.groups or parts["rest"][1] < WHOLE_UNITS * rest:
+        parts, words = {"rest": (before, after - zeros)}, {"rest": "all parameters"}
+    parts = {name: counts for name, counts in parts.items() if any(counts)}
     for row in (0, 1):
         start = 0.0
         for name, counts in parts.items():
@@ -181,8 +187,12 @@ def _parameters(axis: Any, decision: WidthDecision) -> None:
         axis.barh(1, zeros / scale, 0.7, start, color=ZEROS, hatch="////", edgecolor="white",
                   label="zeros that fill shapes")  # fmt: skip
     axis.set_yticks([0, 1], ["dense", "saved"])
-    axis.set_ylim(1.5, -0.5)
+    axis.set_ylim(1.5, -1.05)  # room for the legend
     axis.set_xlabel(f"parameters, {unit}", fontsize=8)
     axis.tick_params(labelsize=8)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
-    axis.set_title(f"{1 - after / before:.1%} of the parameters are gone", fontsize=9)
+    axis.legend(fontsize=8, loc="upper center", ncols=4, frameon=False)
+    axis.set_title(
+        f"{1 - decision.wanted / before:.1%} of the parameters removed; the saved model has "
+        f"{after / before:.1%} of them",
+        fontsize=9,
+    )

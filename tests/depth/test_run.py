@@ -52,6 +52,7 @@ def test_each_method(source, capsys, method):
     assert report == json.loads((source / "out" / "pyprune.json").read_text())
     assert report["earlier"] == {"method": "wanda"} and report["model"] == "in"
     assert report["config"]["count"] == 2 and report["calibration"]["tokens"] == 128
+    assert len(report["calibration"]["sha256"]) == 64
     assert report["versions"]["torch"] == torch.__version__
     decision = load_decision(source / "out")
     assert decision.method == report["decision"]["method"] == method

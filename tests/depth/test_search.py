@@ -175,6 +175,14 @@ def test_fast_audited_every_round_is_exact_and_lazy_looks_at_less():
     lazy = search(model, config(count=5, mode="fast", audit_every=0, looks=2), data)
     assert len(set(lazy.removed)) == 5
     assert sum(s.evaluations for s in lazy.steps[1:]) < sum(s.evaluations for s in exact.steps[1:])
+    # All are drawn: those that halving dropped as what they seemed to cost.
+    assert lazy.importance.keys() == exact.importance.keys()
+    kept = [
+        name
+        for name, score in exact.importance.items()
+        if lazy.importance[name] == pytest.approx(score, rel=1e-5)
+    ]
+    assert str(lazy.removed[0]) in kept and 1 <= len(kept) < len(exact.importance)
     # Every accepted score is a true one: that of the model after the removal.
     graph = ResidualGraph.of(model)
     for k, step in enumerate(lazy.steps):

@@ -93,7 +93,7 @@ def test_what_cannot_be_asked_for(source, capsys):
         (["--ratio", "0"], "ratio: expected a number between 0 and 1"),
         (["--ratio", "0.99"], "ratio: expected at most"),
         (["--ratio", "0.1", "-O", "multiple=0"], "multiple: expected at least 1"),
-        (["--ratio", "0.1", "--report", str(source)], "report: expected none"),
+        (["--ratio", "0.1", "--report", "x.pdf"], "report: expected a directory or a .png file"),
         (["--ratio", "0.1", "--count", "3"], "count"),
     ]
     for more, message in cases:
