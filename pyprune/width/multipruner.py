@@ -97,7 +97,7 @@ def multipruner(
         tokens=tokens,
         config=config,
         dense_parameters=dense,
-        transforms=[{"steps": search.log}],
+        transforms=[{"steps": [list(step) for step in search.log]}],
         scores=norms,
         objective="L1 norm",
     )

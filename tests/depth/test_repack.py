@@ -88,8 +88,10 @@ def test_packing_of_a_released_order(count, layers, zeros):
     assert all(mlp is not None for _, mlp in pairs)
 
 
-@pytest.mark.parametrize("removed, share", [(RELEASED.split()[:17], 0.21989),
-                                            ([f"{k}{i}" for i in range(7) for k in "AM"], 0.2102)])  # fmt: skip
+@pytest.mark.parametrize("removed, share", [
+    (RELEASED.split()[:17], 0.21989),
+    ([f"{kind}{i}" for i in range(7) for kind in "AM"], 0.2102),
+])  # fmt: skip
 def test_shares_of_llama_2_7b(removed, share):
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
     config = AutoConfig.for_model("llama", vocab_size=32000, num_attention_heads=32, **sizes)
