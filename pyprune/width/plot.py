@@ -54,8 +54,8 @@ def draw(model: str, decision: WidthDecision, path: Path) -> list[Path]:
 def _title(model: str, decision: WidthDecision) -> str:
     sizes = ", ".join(f"{name} {old} -> {new}" for name, (old, new) in decision.sizes.items())
     return (
-        f"{model}: {decision.method}, ratio {decision.config.get('ratio', 0):g}"
-        f" ({sizes or 'all shapes as before'}){calibration_words(decision.calibration)}"
+        f"{model}: {decision.method}, ratio {decision.config['ratio']:g}"
+        f"{calibration_words(decision.calibration)}\n{sizes or 'all shapes as before'}"
     )
 
 

@@ -70,7 +70,11 @@ def test_zeros_are_reported(source, capsys):
     zeros = sum(int((p == 0).sum()) for p in loaded.parameters())
     assert zeros >= parameters["zeros"] > 0
     assert parameters["removed_share"] >= 0.1 > parameters["realised_share"]
-    assert run(source, "-m", "flap", "--ratio", "0.1", "-O", "structure=adaptive", out="b") == 0
+    options = ["-O", "structure=adaptive", "--report", str(source / "pictures")]
+    assert run(source, "-m", "flap", "--ratio", "0.1", *options, out="b") == 0
+    names = {file.name for file in (source / "pictures").iterdir()}
+    assert names == {f"{n}.png" for n in ("kept", "importance-heads", "importance-mlp",
+                                          "parameters")}  # fmt: skip
     shown = " ".join(capsys.readouterr().out.split())
     assert "without the zeros" in shown and "a stock model has one size" in shown
 
