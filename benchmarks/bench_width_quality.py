@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.graph import ResidualGraph
+from pyprune.errors import UserError
 from pyprune.evaluate import text_ids
 from pyprune.packaged import packaged_model_dir
 from pyprune.width.config import WidthConfig
@@ -90,7 +91,10 @@ def main() -> None:
 
     def measure(name: str, ratio: float, dense: PreTrainedModel) -> Row:
         if name == PER_BRANCH:
-            return per_branch(ratio, dense, args)
+            try:
+                return per_branch(ratio, dense, args)
+            except UserError as error:  # no stream is narrow enough
+                return {"impossible": str(error)}
         tries = [configuration(name, ratio, args)]
         return prune_and_measure(prune_width_checkpoint, tries, dense, args, own)
 
