@@ -301,36 +301,71 @@ def blockpruner(rows: list[Row]) -> list[str]:
     ]  # fmt: skip
 
 
-def depth_quality(rows: list[Row]) -> list[str]:
-    """A line per method and ratio; what a method cannot reach is left out."""
+def structure(rows: list[Row], title: str, words: str, script: str) -> list[str]:
+    """A line per method, ratios side by side; what a method cannot reach is said below."""
     (dense,) = (r for r in rows if r["variant"] == "dense")
     texts = list(dense["perplexity"])
     protocol = dense["perplexity"][texts[0]]
-
-    def words(row: Row) -> list[str]:
-        return [f"{row['perplexity'][t]['ppl']:.2f}" for t in texts]
-
-    body = [["dense", "-", *words(dense), f"{dense['parameters'] / 1e6:.1f}", "",
-             f"{dense['file_bytes'] / 1e6:,.0f}", "1", "1"]]  # fmt: skip
-    body += [
-        [r["variant"], f"{r['ratio']:.0%}", *words(r), f"{r['parameters'] / 1e6:.1f}",
-         str(r["layers"]), f"{r['file_bytes'] / 1e6:,.0f}",
-         *(f"{r[phase]['over_dense']:.2f}" for phase in ("prefill", "decode"))]
-        for r in sorted(rows, key=lambda r: r["ratio"])
-        if "parameters" in r and r is not dense
-    ]  # fmt: skip
-    header = ["method", "ratio", *texts, "10⁶ parameters", "layers", "MB", "prefill x", "decode x"]
+    ratios = sorted({r["ratio"] for r in rows if r is not dense})
+    middle = 0.2 if 0.2 in ratios else ratios[len(ratios) // 2]
+    body, impossible = [], []
+    for name in dict.fromkeys(r["variant"] for r in rows if r is not dense):
+        own = {r["ratio"]: r for r in rows if r["variant"] == name}
+        refused = {ratio: r["impossible"] for ratio, r in own.items() if "impossible" in r}
+        cells = ["-" if ratio in refused else perplexities(own.get(ratio), texts)
+                 for ratio in ratios]  # fmt: skip
+        at = own.get(middle, {})
+        speed = [f"{at[phase]['over_dense']:.2f}" if phase in at else ""
+                 for phase in ("prefill", "decode")]  # fmt: skip
+        less = f"{at['realised_share']:.1%}" if "realised_share" in at else ""
+        body.append([name, *cells, less, *speed])
+        if refused:
+            these = ", ".join(f"{ratio:.0%}" for ratio in refused)
+            impossible.append(f"- {name} does not reach {these}: {next(iter(refused.values()))}.")
+    header = ["method", *(f"{ratio:.0%}" for ratio in ratios), f"smaller at {middle:.0%}",
+              "prefill x", "decode x"]  # fmt: skip
     return [
-        "### Branches and layers removed",
+        f"### {title}",
         "",
-        f"SmolLM2-135M, fp32; {protocol['tokens']:,} tokens of each text in windows of "
-        f"{protocol['seqlen']}, no BOS. Calibration: {dense['calibration_tokens']:,} tokens of "
-        "other Wikipedia articles, seed 0. Ratios are of all parameters; where a layer keeps one "
-        "branch the other is zero, and counts among the parameters. Speed is relative to the dense "
-        f"model, batch 1. {device_of(rows)}. `benchmarks/bench_depth_quality.py`.",
+        f"SmolLM2-135M: perplexity on {' / '.join(texts)} by the share of all parameters that went;"
+        f" dense {perplexities(dense, texts)}. {protocol['tokens']:,} tokens of each text in "
+        f"windows of {protocol['seqlen']}, {protocol.get('dtype', 'float32')}, no BOS. "
+        f"Calibration: {dense['calibration_tokens']:,} tokens of other Wikipedia articles, seed 0. "
+        f"{words} Of the models at {middle:.0%}: by how much the saved one is smaller, and "
+        f"tokens/s over the dense model's (float32, batch 1). {device_of(rows)}. "
+        f"`benchmarks/{script}`.",
         "",
         *table(header, body),
+        *impossible,
+        *([""] if impossible else []),
     ]
+
+
+def perplexities(row: Row | None, texts: list[str]) -> str:
+    """On all texts, with four digits at most."""
+    if row is None:
+        return ""
+    found = [row["perplexity"][text]["ppl"] for text in texts]
+    return " / ".join(f"{ppl:.2f}" if ppl < 100 else f"{ppl:,.0f}" for ppl in found)
+
+
+def depth_quality(rows: list[Row]) -> list[str]:
+    return structure(
+        rows,
+        "Branches and layers removed",
+        "Where a layer keeps one branch the other is zero, and still there.",
+        "bench_depth_quality.py",
+    )
+
+
+def width_quality(rows: list[Row]) -> list[str]:
+    return structure(
+        rows,
+        "Channels and heads removed",
+        "A stock model has one size for all layers: what narrower ones lack is zero, and still "
+        "there. A basis per branch is no stock model, and not saved.",
+        "bench_width_quality.py",
+    )
 
 
 def load(rows: list[Row]) -> list[str]:
@@ -407,8 +442,9 @@ def section() -> str:
     for name, title in QUALITY.items():
         for path in sorted(RESULTS.glob(f"**/{name}.json")):
             lines += quality(title, json.loads(path.read_text()))
-    for path in sorted(RESULTS.glob("**/depth_quality.json")):
-        lines += depth_quality(json.loads(path.read_text()))
+    for name, lines_of in (("depth_quality", depth_quality), ("width_quality", width_quality)):
+        for path in sorted(RESULTS.glob(f"**/{name}.json")):
+            lines += lines_of(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("**/demo.json")):
         lines += demo(json.loads(path.read_text()))
     for name, rows in rows_of(SPECIAL):

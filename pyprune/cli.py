@@ -315,7 +315,8 @@ def prune(
         Path | None,
         typer.Option(
             help="For methods that remove structure: pictures of what went, how much each branch "
-            "matters, and perplexity against parameters; a directory, or one .png file."
+            "or unit matters, and perplexity against parameters or where parameters are left; a "
+            "directory, or one .png file."
         ),
     ] = None,
     as_json: AsJson = False,

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyprune.checkpoint.source import INDEX, Checkpoint
+from pyprune.checkpoint.source import INDEX, Checkpoint, read_json
 from pyprune.errors import UserError
 
 REPORT = "pyprune.json"
@@ -188,13 +188,41 @@ def save_model(
     pyprune.json and the model card are written too.
     """
     if dtype is not None:
-        # Not model.to: it would round the rotary frequencies and other buffers too.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    with output_directory(path, needed=parameters + AUXILIARY_BYTES) as out_dir:
+        _cast(model, dtype)
+    with output_directory(path, needed=_bytes(model) + AUXILIARY_BYTES) as out_dir:
         model.save_pretrained(out_dir, max_shard_size=MAX_SHARD_SIZE)
         if tokenizer is not None:
             tokenizer.save_pretrained(out_dir)
         if report is not None:
             write_report(out_dir, report, card)
+
+
+@contextmanager
+def changed_model(
+    checkpoint: Checkpoint, model: PreTrainedModel, path: str | Path
+) -> Iterator[Path]:
+    """Saves `model`, loaded from `checkpoint` and changed, in the checkpoint's own dtype and with
+    what else it consists of; yields the directory, to which the report still has to be added,
+    before it becomes `path` (all or nothing)."""
+    _cast(model, checkpoint.dtype)
+    model.config.dtype = checkpoint.dtype
+    with output_directory(path, needed=_bytes(model) + AUXILIARY_BYTES) as out_dir:
+        copy_auxiliary(checkpoint, out_dir, index=False)
+        model.save_pretrained(out_dir, max_shard_size=MAX_SHARD_SIZE)
+        yield out_dir
+
+
+def earlier_report(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What an earlier pruning or healing left in the checkpoint; {} if there was none."""
+    file = checkpoint.path / REPORT
+    return read_json(file) if file.exists() else {}
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    # Not model.to: it would round the rotary frequencies and other buffers too.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())

@@ -20,13 +20,13 @@ from torch import Tensor
 from pyprune.calibration.factors import collect_factors
 from pyprune.calibration.gradient_stats import KroneckerFactors
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.registry import Progress
 from pyprune.errors import LayerError, UserError
 from pyprune.layers import minimum_tokens
 from pyprune.methods.kronecker import Curvature
 from pyprune.models.adapter import Adapter
 from pyprune.ops.obs_factor import NotPositiveDefiniteError
 from pyprune.patterns import Unstructured
+from pyprune.progress import Progress
 from pyprune.surgeon.matrix import Matrix
 from pyprune.surgeon.store import GIB, FactorStore, grouped
 from pyprune.width.apply import remove
@@ -111,6 +111,8 @@ def surgeon_width(
         dense_parameters=dense,
         notes=[f"{name}: {why}" for name, why in run.unknown.items()],
         transforms=[{"columns of writers corrected": run.losses}] if run.losses else [],
+        scores=run.first,
+        objective="cost, nats per token",
     )
 
 
@@ -133,6 +135,7 @@ class _Shots:
         self.device = next(widths.model.parameters()).device
         self.unknown: dict[str, str] = {}
         self.losses: dict[str, float] = {}
+        self.first: dict[str, Tensor] = {}  # scores in the first shot
         self.gone: dict[str, Tensor] = {
             group.name: torch.zeros(group.units, dtype=torch.bool) for group in groups
         }
@@ -151,6 +154,7 @@ class _Shots:
                     scores[group.name] = self._scores(group, matrix, factors[matrix.name], number)
                 store.put_factors(factors)
                 del factors
+            self.first = self.first or scores
             kept = self._choose(scores, target)
             for group, units in self.widths.removed(kept):
                 if group.name in by_name:
