@@ -227,7 +227,7 @@ class _Pass:
         step = max(1, LOGITS_AT_ONCE // (vocabulary * len(hidden)))
         for a in range(0, labels.shape[1], step):
             part = hidden[:, a : min(a + step, labels.shape[1])].clone().requires_grad_()
-            logits = self._logits(out, part)
+            logits = head_logits(self._adapter, out, part, self._batch.input_ids)
             loss = F.cross_entropy(
                 logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
                 labels[:, a : a + step].flatten(),
@@ -239,23 +239,6 @@ class _Pass:
             gradient[:, a : a + step][:, : part.shape[1]] = part.grad
             self._loss = self._loss + loss.detach().double()
         return gradient
-
-    def _logits(self, out: Any, hidden: Tensor) -> Tensor:
-        """The model's forward with the decoder's answer given: whatever it does after that."""
-        answer = copy(out)
-        answer[next(iter(answer))] = hidden
-        decoder, batch = self._adapter.decoder, self._batch
-        previous = decoder.__dict__.get("forward")
-        decoder.forward = lambda *args, **kwargs: answer
-        try:
-            ids = batch.input_ids[:, : hidden.shape[1]]
-            logits: Tensor = self._adapter.model(input_ids=ids, use_cache=False).logits
-        finally:
-            if previous is None:
-                del decoder.forward
-            else:
-                decoder.forward = previous
-        return logits
 
     def finish(self, dtype: torch.dtype) -> BackwardReport:
         report = self._report
@@ -406,12 +389,30 @@ class _Pass:
             self._visitors[ref.name](Sample(x, g, targets, leader))
 
 
-def _raise_peak(peaks: dict[str, Tensor], name: str, x: Tensor) -> None:
-    peak = torch.linalg.vector_norm(x, float("inf"))
-    peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+def head_logits(adapter: Adapter, out: Any, hidden: Tensor, input_ids: Tensor) -> Tensor:
+    """The model's forward with the decoder's answer given: whatever it does after that.
+
+    out: what the decoder answered on `input_ids` `[B, T]`; hidden: `[B, t, d]`, which takes the
+    place of its hidden states (some of the positions, say). Logits `[B, t, V]`.
+    """
+    answer = copy(out)
+    answer[next(iter(answer))] = hidden
+    decoder = adapter.decoder
+    previous = decoder.__dict__.get("forward")
+    decoder.forward = lambda *args, **kwargs: answer
+    try:
+        ids = input_ids[:, : hidden.shape[1]]
+        logits: Tensor = adapter.model(input_ids=ids, use_cache=False).logits
+    finally:
+        if previous is None:
+            del decoder.forward
+        else:
+            decoder.forward = previous
+    return logits
 
 
-def _check_model(adapter: Adapter, visitors: Mapping[str, Visitor]) -> None:
+def check_head(adapter: Adapter) -> None:
+    """UserError for a model without a head: it has no loss."""
     model = adapter.model
     head = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None:
@@ -419,6 +420,15 @@ def _check_model(adapter: Adapter, visitors: Mapping[str, Visitor]) -> None:
             f"{type(model).__name__}: expected a causal language model with its head for a "
             "gradient, got a model without"
         )
+
+
+def _raise_peak(peaks: dict[str, Tensor], name: str, x: Tensor) -> None:
+    peak = torch.linalg.vector_norm(x, float("inf"))
+    peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
+
+
+def _check_model(adapter: Adapter, visitors: Mapping[str, Visitor]) -> None:
+    check_head(adapter)
     known = {ref.name for i in range(len(adapter.blocks)) for ref in adapter.linears(i)}
     unknown = sorted(set(visitors) - known)
     if unknown or not visitors:
