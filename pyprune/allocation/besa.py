@@ -35,7 +35,7 @@ class BesaOptions:
     granularity: Literal["row", "layer"] = "row"
     candidates: int = 101
     steps: int = 32
-    learning_rate: float = 0.02
+    learning_rate: float = 0.1
     penalty: float = 5.0
 
     def __post_init__(self) -> None:
