@@ -333,7 +333,10 @@ def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | N
     if not _is_shown(config):
         return None
     if data is None:
-        raise UserError(f"calibration: {config.method} expected a tokenizer or batches, got none")
+        asks = (
+            config.method if _needs(config) is not None or config.in_shots() else config.allocation
+        )
+        raise UserError(f"calibration: {asks} expected a tokenizer or batches, got none")
     return configured_tokens(data, config.calibration, model.config)
 
 

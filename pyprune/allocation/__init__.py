@@ -2,6 +2,7 @@
 
 from pyprune.allocation.alphapruning import AlphaPruning, power_law_exponent
 from pyprune.allocation.base import Allocation, spread
+from pyprune.allocation.besa import BesaOptions
 from pyprune.allocation.ecoflap import EcoflapOptions, sparsities_by_importance
 from pyprune.allocation.owl import Owl
 from pyprune.allocation.table import ALLOCATIONS
@@ -10,6 +11,7 @@ __all__ = [
     "ALLOCATIONS",
     "Allocation",
     "AlphaPruning",
+    "BesaOptions",
     "EcoflapOptions",
     "Owl",
     "power_law_exponent",

@@ -116,7 +116,7 @@ class Masking(torch.autograd.Function):
     `[D]` ascending. Forward: the `floor(C sum_d beta_d rate_d)` lowest of each row are zero.
     Backward: of the expected mask, where a weight of rank r goes with probability
     `sum_d beta_d [r < floor(C rate_d)]`, so that `dl/dbeta_d` is minus the sum of `w dl/d(Ww)`
-    over the ranks below `floor(C rate_d)` (section 3.2): a running sum in sorted order.
+    over the ranks below `floor(C rate_d)` (section 3): a running sum in sorted order.
     """
 
     @staticmethod
@@ -189,8 +189,8 @@ def learn_block(
 
     Minimises over the distributions `sum ||F(W, X) - F(M * W, X)||^2` for the block F, divided by
     what uniform pruning makes of it, plus `penalty ((s - target) / target)^2` with the mean
-    sparsity s (eq. 1, with a scale that does not depend on the model), by Adam from the uniform
-    start. At the end the sparsities are made exact (`exact_counts`). If the masks do worse than
+    sparsity s (the paper's loss, with a scale that does not depend on the model), by Adam from the
+    uniform start. At the end the sparsities are made exact (`exact_counts`). If the masks do worse than
     uniform ones on the calibration batches, those are taken.
 
     Args:

@@ -26,7 +26,9 @@ FLOOR = 1e-9
 @dataclass(frozen=True)
 class EcoflapOptions:
     """order: `zeroth` (differences of losses along random directions) or `first` (gradients).
-    granularity: what gets a sparsity of its own, a `block` or a `layer` (one matrix). score: of a
+    granularity: what gets a sparsity of its own, a `block` or a `layer` (one matrix); in the zeroth
+    order a block's matrices move together, where the released code moves one tensor at a time and
+    adds up what it finds, for as many times the forwards. score: of a
     group, with g the gradient of a sequence's mean loss, averaged over sequences: `gradient`, the
     sum of |g| (zeroth: sqrt(2 / pi) times the norm of g); `weight-gradient`, the sum of |w g|;
     `squared`, of their squares (zeroth: the scalar, or its square, times the sum of |w| or w^2).

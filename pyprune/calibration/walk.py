@@ -356,9 +356,11 @@ class _Walk:
         args = [copies.get(id(a), a) for a in pause.args]
         kwargs = {key: copies.get(id(a), a) for key, a in pause.kwargs.items()}
         with self._clock.charge("forward"):
-            output = functional_call(
-                self._adapter.blocks[self._block], parameters or {}, tuple(args), kwargs
-            )
+            block = self._adapter.blocks[self._block]
+            if parameters:
+                output = functional_call(block, parameters, tuple(args), kwargs)
+            else:
+                output = block(*args, **kwargs)
         self._park(forward, pause.tensors)
         return output
 

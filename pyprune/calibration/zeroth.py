@@ -1,9 +1,9 @@
 """How much the loss depends on some of the weights, seen in forwards alone.
 
 The loss changes along a random direction z of the weights W by z . g, with g their gradient, and a
-central difference of two losses shows it (Spall 1992; MeZO, Malladi et al. 2023). Over standard
-normal z the mean of |z . g| is sqrt(2 / pi) ||g||, so that a few directions estimate the norm of
-the gradient with the memory of inference (ECoFLaP, arXiv 2310.02998, section 3.2).
+central difference of two losses shows it (Spall 1992; MeZO, arXiv 2305.17333). Over standard normal
+z the mean of |z . g| is sqrt(2 / pi) ||g||, so that a few directions estimate the norm of the
+gradient with the memory of inference (ECoFLaP, arXiv 2310.02998).
 """
 
 from __future__ import annotations
