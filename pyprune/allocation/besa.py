@@ -190,8 +190,8 @@ def learn_block(
     Minimises over the distributions `sum ||F(W, X) - F(M * W, X)||^2` for the block F, divided by
     what uniform pruning makes of it, plus `penalty ((s - target) / target)^2` with the mean
     sparsity s (the paper's loss, with a scale that does not depend on the model), by Adam from the
-    uniform start. At the end the sparsities are made exact (`exact_counts`). If the masks do worse than
-    uniform ones on the calibration batches, those are taken.
+    uniform start. At the end the sparsities are made exact (`exact_counts`). If the masks do worse
+    than uniform ones on the calibration batches, those are taken.
 
     Args:
         name: of the block. run: see `Run`; gradients must flow to the weights.
