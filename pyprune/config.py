@@ -212,13 +212,7 @@ class PruneConfig(ConfigFile):
             self._check_learned()
 
     def _check_learned(self) -> None:
-        """A mask is learned for every matrix: the method does not choose."""
-        method = self.find_method()
-        if "global" not in method.scopes:
-            raise UserError(
-                f"allocation: {self.allocation} expected a method that scores weights, "
-                f"got {method.name}"
-            )
+        """A mask is learned for every matrix from the method's scores: it does not choose."""
         for name, default in (("score_mass", False), ("reference_count", False)):
             if getattr(self, name) != default:
                 raise UserError(f"{name}: {self.allocation} counts what goes, expected false")

@@ -244,6 +244,7 @@ class LayerPruner:
         pattern = self.targets.get(ref.name, self.pattern)
         mask: Tensor | None = None
         notes: tuple[str, ...] = ()
+        chosen = self._chosen.pop(ref.name, None)
         unknown = self._unknown(ref, inputs)
         if unknown is not None:
             notes = (f"{unknown}: pruned by magnitude",)
@@ -252,8 +253,8 @@ class LayerPruner:
                 pattern = Unstructured(pattern.sparsity)
         elif self.selection is not None:
             mask = self.selection.mask(ref.name, w, preserve)
-        elif ref.name in self._chosen:
-            mask = self._chosen.pop(ref.name)
+        else:
+            mask = chosen
         try:
             if solved is not None:
                 solution = solved.solution

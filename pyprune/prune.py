@@ -333,9 +333,8 @@ def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | N
     if not _is_shown(config):
         return None
     if data is None:
-        asks = (
-            config.method if _needs(config) is not None or config.in_shots() else config.allocation
-        )
+        by_method = config.in_shots() or _needs(config) is not None
+        asks = config.method if by_method else config.allocation
         raise UserError(f"calibration: {asks} expected a tokenizer or batches, got none")
     return configured_tokens(data, config.calibration, model.config)
 

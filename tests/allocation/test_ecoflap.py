@@ -201,6 +201,11 @@ def test_options_that_are_refused(options, message):
         PruneConfig(sparsity=0.5, allocation="ecoflap", allocation_options=options)
 
 
+def test_text_is_asked_for_by_the_allocation():
+    with pytest.raises(UserError, match="calibration: ecoflap expected a tokenizer or batches"):
+        prune(tiny_model("llama"), None, "magnitude", 0.5, allocation="ecoflap")
+
+
 def test_no_strength_and_no_pattern():
     with pytest.raises(UserError, match="allocation_strength: expected none for ecoflap"):
         PruneConfig(sparsity=0.5, allocation="ecoflap", allocation_strength=0.1)
