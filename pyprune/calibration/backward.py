@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -28,6 +27,7 @@ from pyprune.calibration.autograd import (
     without_parameter_gradients,
 )
 from pyprune.calibration.coroutine import TokenBatch, evaluation
+from pyprune.calibration.head import IGNORED, LOGITS_AT_ONCE, check_head, head_logits
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.schedule import TensorId
 from pyprune.errors import LayerError, UserError
@@ -37,13 +37,8 @@ from pyprune.models.linears import LinearRef
 
 __all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass", "sequence_lengths"]
 
-# Logits are made for this many numbers at a time: a vocabulary of 49 152 at 2 048 tokens would be
-# 400 MB of fp32 for one sequence, and as much again for its gradient.
-LOGITS_AT_ONCE = 1 << 24
 # fp16 has no exponents for small gradients; bf16, fp32 and fp64 have.
 HALF_LOSS_SCALE = 256.0
-_IGNORED = -100
-
 
 Visitor = Callable[[Sample], None]
 
@@ -172,7 +167,7 @@ class _Tokens:
         labels = self.input_ids[:, 1:]
         if self.real is None:
             return labels
-        return labels.masked_fill(~(self.real[:, 1:] & self.real[:, :-1]), _IGNORED)
+        return labels.masked_fill(~(self.real[:, 1:] & self.real[:, :-1]), IGNORED)
 
 
 class _Pass:
@@ -231,7 +226,7 @@ class _Pass:
             loss = F.cross_entropy(
                 logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
                 labels[:, a : a + step].flatten(),
-                ignore_index=_IGNORED,
+                ignore_index=IGNORED,
                 reduction="sum",
             )
             (loss * self._scale).backward()  # type: ignore[no-untyped-call]
@@ -387,39 +382,6 @@ class _Pass:
                 _raise_peak(self._input_peak, ref.name, x)
             self._seen[ref.name] += x.shape[0] * x.shape[1]
             self._visitors[ref.name](Sample(x, g, targets, leader))
-
-
-def head_logits(adapter: Adapter, out: Any, hidden: Tensor, input_ids: Tensor) -> Tensor:
-    """The model's forward with the decoder's answer given: whatever it does after that.
-
-    out: what the decoder answered on `input_ids` `[B, T]`; hidden: `[B, t, d]`, which takes the
-    place of its hidden states (some of the positions, say). Logits `[B, t, V]`.
-    """
-    answer = copy(out)
-    answer[next(iter(answer))] = hidden
-    decoder = adapter.decoder
-    previous = decoder.__dict__.get("forward")
-    decoder.forward = lambda *args, **kwargs: answer
-    try:
-        ids = input_ids[:, : hidden.shape[1]]
-        logits: Tensor = adapter.model(input_ids=ids, use_cache=False).logits
-    finally:
-        if previous is None:
-            del decoder.forward
-        else:
-            decoder.forward = previous
-    return logits
-
-
-def check_head(adapter: Adapter) -> None:
-    """UserError for a model without a head: it has no loss."""
-    model = adapter.model
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        raise UserError(
-            f"{type(model).__name__}: expected a causal language model with its head for a "
-            "gradient, got a model without"
-        )
 
 
 def _raise_peak(peaks: dict[str, Tensor], name: str, x: Tensor) -> None:

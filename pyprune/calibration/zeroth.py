@@ -18,18 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyprune.calibration.autograd import on_device
-from pyprune.calibration.backward import (
-    LOGITS_AT_ONCE,
-    check_head,
-    head_logits,
-    sequence_lengths,
-)
 from pyprune.calibration.coroutine import TokenBatch, evaluation
+from pyprune.calibration.head import IGNORED, LOGITS_AT_ONCE, check_head, head_logits
 from pyprune.errors import LayerError, UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
-
-_IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ def directional_differences(
 
     Args:
         groups: each of matrices of one block, e.g. `Perturbed(name, i, adapter.linears(i))`.
-        batches: token ids `[B, T]`, each sequence of at least two real tokens.
+        batches: token ids `[B, T]`, each sequence of at least two real tokens in a row.
         epsilon: length of the step; z is standard normal.
         noises: directions per batch and group. seed: of their numbers, which are made anew from it
             for either sign, a matrix at a time.
@@ -81,9 +74,11 @@ def directional_differences(
     model, device = adapter.model, torch.device(device)
     check_head(adapter)
     _check_precision(model)
-    lengths = [sequence_lengths(i, batch) for i, batch in enumerate(batches)]
     if not batches:
         raise UserError("calibration: expected at least one sequence, got none")
+    for b, batch in enumerate(batches):
+        if not bool((_labels(batch) != IGNORED).any(1).all()):
+            raise UserError(f"batch {b}: expected at least two tokens in a row in each sequence")
     sums = torch.zeros(len(groups), dtype=torch.float64)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -99,7 +94,8 @@ def directional_differences(
                     sums[k] += _difference(run, group, epsilon, stream) / noises
                 if progress is not None:
                     progress(b * len(groups) + k + 1, len(batches) * len(groups))
-    return (sums / sum(map(len, lengths))).tolist()
+    sequences = sum(len(batch.input_ids) for batch in batches)
+    return (sums / sequences).tolist()
 
 
 def _difference(run: _Replay, group: Perturbed, epsilon: float, seed: int) -> float:
@@ -148,6 +144,15 @@ def _check_precision(model: nn.Module) -> None:
         )
 
 
+def _labels(batch: TokenBatch) -> Tensor:
+    """`[B, T - 1]`: the next token where it and the one before it are real."""
+    labels, mask = batch.input_ids[:, 1:], batch.attention_mask
+    if mask is None:
+        return labels
+    real = mask != 0
+    return labels.masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
+
+
 class _Replay:
     """The losses of one batch, from a block on. dense: those of the model as it is, `[B]` fp64."""
 
@@ -156,6 +161,7 @@ class _Replay:
         self._ids = batch.input_ids.to(device)
         mask = batch.attention_mask
         self._mask = None if mask is None else mask.to(device)
+        self._labels = _labels(batch).to(device)
         # What the blocks answer on the dense model.
         self._answers: list[Any] = []
         with ExitStack() as stack:
@@ -176,10 +182,7 @@ class _Replay:
     def _losses(self) -> Tensor:
         out = self._adapter.decoder(input_ids=self._ids, attention_mask=self._mask, use_cache=False)
         hidden: Tensor = out[0]
-        labels = self._ids[:, 1:]
-        if self._mask is not None:
-            real = self._mask != 0
-            labels = labels.masked_fill(~(real[:, 1:] & real[:, :-1]), _IGNORED)
+        labels = self._labels
         vocabulary = self._adapter.model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
         step = max(1, LOGITS_AT_ONCE // (vocabulary * len(hidden)))
         total = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
@@ -190,11 +193,11 @@ class _Replay:
             losses = F.cross_entropy(
                 logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
                 targets.flatten(),
-                ignore_index=_IGNORED,
+                ignore_index=IGNORED,
                 reduction="none",
             )
             total += losses.view(targets.shape).sum(1, dtype=torch.float64)
-        return (total / (labels != _IGNORED).sum(1)).cpu()
+        return (total / (labels != IGNORED).sum(1)).cpu()
 
 
 @contextmanager
