@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import environment
+from _harness import cpu_seconds_of_children, environment
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -176,9 +176,11 @@ def prune(
     else:
         code, given = CHILD, configuration(method, pattern, reconstruct, calibration).to_yaml()
     command = [sys.executable, "-c", code, str(dense), str(folder)]
+    before = cpu_seconds_of_children()
     subprocess.run(command, input=given, text=True, check=True)
     report: dict = json.loads((folder / "pyprune.json").read_text())
-    return report.get("eigendamage", report)
+    report = report.get("eigendamage", report)
+    return {**report, "cpu_seconds": cpu_seconds_of_children() - before}
 
 
 def main() -> None:
@@ -252,6 +254,7 @@ def summary(report: dict) -> dict:
     return {
         "sparsity": report["sparsity"],
         "seconds": report["run"]["seconds"]["total"],
+        "cpu_seconds": report["cpu_seconds"],
         "peak_memory_bytes": report["run"]["peak_rss_bytes"],
         "calibration_sha256": (report["calibration"] or {}).get("sha256"),
     }

@@ -45,32 +45,66 @@ def device_of(rows: list[Row]) -> str:
     return f"{row['device']}{threads}, torch {row['torch']}"
 
 
-def quality(rows: list[Row]) -> list[str]:
+# What benchmarks/results/<name>.json of bench_quality.py is called.
+QUALITY = {
+    "quality": "Perplexity",
+    "gradient_quality": "Perplexity of gradient and Fisher methods",
+    "reconstruct_quality": "Least-squares weights after SparseGPT (`--reconstruct`)",
+}
+
+
+def quality(title: str, rows: list[Row]) -> list[str]:
+    """A line per method, two columns per pattern: perplexity of each text, and seconds."""
     first = rows[0]["perplexity"]
     texts = list(first)
     protocol = first[texts[0]]
-    # Rows are added over time: each group names the patterns that it was measured for.
+    patterns = [p for p in dict.fromkeys(r["pattern"] for r in rows) if p != "-"]
+    # Rows are added over time: each place names the patterns that it was measured for.
     places: dict[str, list[str]] = {}
     for row in rows:
-        patterns = places.setdefault(device_of([row]), [])
-        if row["pattern"] not in patterns:
-            patterns.append(row["pattern"])
-    devices = [f"{place} (pattern {', '.join(found)})" for place, found in places.items()]
-    lines = [
-        "### Perplexity",
+        found = places.setdefault(device_of([row]), [])
+        if row["pattern"] not in ("-", *found):
+            found.append(row["pattern"])
+    shown = sorted({r["calibration_tokens"] for r in rows if r["pattern"] != "-"})
+    # Rows that do not say what others did meanwhile counted some phases twice.
+    timed = all("others_share" in r for r in rows)
+    vary = {"tokens": len(shown) > 1, "reconstruct": any("reconstruct" in r for r in rows)}
+    lines: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        words = {"tokens": f"{row['calibration_tokens']:,}",
+                 "reconstruct": row.get("reconstruct", "default")}  # fmt: skip
+        if row["method"] == "dense":
+            words = dict.fromkeys(words, "")
+        key = (row["method"], *(words[k] for k, varies in vary.items() if varies))
+        lines.setdefault(key, {})[row["pattern"]] = row
+    header = ["method", *(k for k, varies in vary.items() if varies)]
+    for pattern in patterns:
+        header += [f"{pattern}: {' / '.join(texts)}", *(["seconds"] if timed else [])]
+    header += ["peak GiB"] if timed else []
+
+    def cells(found: dict[str, Row]) -> Iterator[str]:
+        for pattern in patterns:
+            row = found.get(pattern, found.get("-"))
+            yield " / ".join(f"{row['perplexity'][t]['ppl']:.2f}" for t in texts) if row else ""
+            if timed:
+                yield f"{row['seconds']:.0f}" if row and "seconds" in row else ""
+        if timed:
+            peaks = [r["peak_memory_bytes"] for r in found.values() if "peak_memory_bytes" in r]
+            yield f"{max(peaks) / 2**30:.2f}" if peaks else ""
+
+    body = [[*key, *cells(found)] for key, found in lines.items()]
+    where = [f"{place} ({', '.join(found)})" for place, found in places.items() if found]
+    return [
+        f"### {title}",
         "",
-        f"SmolLM2-135M (dequantised 4-bit release), fp32; {protocol['tokens']:,} tokens of each "
-        f"text in windows of {protocol['seqlen']}, no BOS. Calibration: "
-        f"{rows[0]['calibration_tokens']:,} tokens of other Wikipedia articles, seed 0. "
-        f"{'; '.join(devices)}. "
+        f"SmolLM2-135M (dequantised 4-bit release), evaluated in {protocol.get('dtype', 'float32')}"
+        f" on {protocol['tokens']:,} tokens of each text in windows of {protocol['seqlen']}, no "
+        f"BOS. Calibration: {' or '.join(f'{n:,}' for n in shown)} tokens of other Wikipedia "
+        f"articles, seed 0. {'; '.join(where)}. "
         "`benchmarks/bench_quality.py`.",
         "",
+        *table(header, body),
     ]
-    body = [
-        [r["method"], r["pattern"], *(f"{r['perplexity'][t]['ppl']:.2f}" for t in texts)]
-        for r in rows
-    ]
-    return lines + table(["method", "pattern", *texts], body)
 
 
 def demo(result: dict[str, Any]) -> list[str]:
@@ -127,7 +161,7 @@ def comparison(bench: dict[str, Any]) -> list[str]:
     ]
     protocol = bench["protocol"]
     return [
-        f"The same models side by side, tokens/s (over the fastest dense one's); prompts of "
+        f"Side by side, tokens/s (over the fastest dense one's); prompts of "
         f"{protocol['prompt']} tokens, {protocol['steps']} decoded, medians of "
         f"{protocol['rounds']} rounds:",
         "",
@@ -216,6 +250,18 @@ def walk(rows: list[Row]) -> list[str]:
         "`benchmarks/bench_walk.py`.",
         "",
         *table(["mode", "seconds", "time / two-pass", "passes", "peak MB above the model"], body),
+    ]
+
+
+def model(rows: list[Row]) -> list[str]:
+    (row,) = rows
+    return [
+        "### Decoding a 1.8 GB model",
+        "",
+        "Random bf16 Llama in the proportions of Llama-3.2-1B, half of its blocks' weights zero. "
+        f"{device_of(rows)}. `benchmarks/bench_model.py`.",
+        "",
+        *comparison(row),
     ]
 
 
@@ -344,6 +390,7 @@ def exactobs(rows: list[Row]) -> list[str]:
 
 
 SPECIAL = {
+    "model": model,
     "walk": walk,
     "memory": memory,
     "load": load,
@@ -357,8 +404,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def section() -> str:
     lines = [BEGIN, ""]
-    for path in sorted(RESULTS.glob("**/quality.json")):
-        lines += quality(json.loads(path.read_text()))
+    for name, title in QUALITY.items():
+        for path in sorted(RESULTS.glob(f"**/{name}.json")):
+            lines += quality(title, json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("**/depth_quality.json")):
         lines += depth_quality(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("**/demo.json")):
