@@ -307,7 +307,8 @@ class _Learner:
         """One step down; LayerError if it leads nowhere."""
         if not bool(loss.isfinite()):
             raise LayerError(
-                name, f"expected a finite loss, got {float(loss)} in step {number} of learning"
+                name,
+                f"expected a finite loss, got {float(loss.detach())} in step {number} of learning",
             )
         self._adam.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
