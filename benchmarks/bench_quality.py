@@ -50,11 +50,36 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "structures": (("llm-surgeon-structures",), ("0.1", "0.2", "0.3")),
     "eigendamage": (("eigendamage", "eigendamage-ekfac"), ("0.1", "0.2", "0.3", "0.5")),
     "eigendamage-elements": (("eigendamage-elements", "eigendamage-elements-ekfac"), ("0.5",)),
+    # With plain Wanda beside them: the baselines have it at 0.5 only.
+    "allocations": (
+        ("wanda", "wanda+alphapruning", "wanda+owl", "wanda+ecoflap", "wanda+ecoflap-first",
+         "besa", "besa-layer"),
+        ("0.5", "0.7"),
+    ),
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "gblm-l2": {"method": "gblm", "method_options": {"norm": "l2"}},
     "gblm+update": {"method": "gblm", "update": "sequential"},
     "wanda+update": {"method": "wanda", "update": "sequential"},
+    "wanda+alphapruning": {"method": "wanda", "allocation": "alphapruning"},
+    "wanda+owl": {"method": "wanda", "allocation": "owl"},
+    # Two forwards from every block on: a few sequences will do.
+    "wanda+ecoflap": {
+        "method": "wanda",
+        "allocation": "ecoflap",
+        "allocation_options": {"samples": 8},
+    },
+    "wanda+ecoflap-first": {
+        "method": "wanda",
+        "allocation": "ecoflap",
+        "allocation_options": {"order": "first"},
+    },
+    "besa": {"method": "wanda", "allocation": "besa"},
+    "besa-layer": {
+        "method": "wanda",
+        "allocation": "besa",
+        "allocation_options": {"granularity": "layer"},
+    },
     "woodfisher-paper": {
         "method": "woodfisher",
         "method_options": {"joint": False, "shrinkage": 0.0},

@@ -37,6 +37,11 @@ USAGE, INTERRUPTED = 2, 130
 # typer brings its own copy of click's exceptions in some versions and click's in others.
 CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 PACKAGED = "packaged"
+# Fields of a configuration with options of its method or allocation: their option, whose they are.
+OWN = {
+    "method_options": ("option", "method"),
+    "allocation_options": ("allocation-option", "allocation"),
+}
 
 app = typer.Typer(
     name="pyprune",
@@ -199,12 +204,19 @@ def prune(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="How --sparsity is shared among blocks: uniform, alphapruning (spectra of the "
-            "weights) or owl (outliers among scores)."
+            help="How --sparsity is shared out: uniform, alphapruning (spectra of the weights), "
+            "owl (outliers among scores), ecoflap (gradients of the loss) or besa (learned in "
+            "each block)."
         ),
     ] = None,
     allocation_strength: Annotated[
         float | None, typer.Option(help="How unequal: epsilon of alphapruning, lambda of owl.")
+    ] = None,
+    allocation_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allocation-option", "-A", help="name=value of the allocation's own. Repeatable."
+        ),
     ] = None,
     update: Annotated[
         str | None,
@@ -330,6 +342,7 @@ def prune(
         "scope": scope,
         "allocation": allocation,
         "allocation_strength": allocation_strength,
+        "allocation_options": _method_options(allocation_option) if allocation_option else None,
         "update": update,
         "reconstruct": reconstruct,
         "score_mass": score_mass,
@@ -404,18 +417,19 @@ def _prune_config(
     known = {field.name for field in fields(family.config)}
     for name in given:
         if name not in known:
-            option = {"method_options": "option"}.get(name, name).replace("_", "-")
+            option = OWN.get(name, (name,))[0].replace("_", "-")
             raise UserError(f"--{option}: not for {method}; see pyprune prune --help")
     # One takes the place of the other in the file; both together are refused below.
     for name in set(family.targets) & set(given):
         for other in family.targets[name]:
             values.pop(other, None)
-    # The file's options of its method, unless another method is asked for.
-    if method != values.get("method", method):
-        values.pop("method_options", None)
-    own = values.get("method_options")
-    if isinstance(own, dict) and "method_options" in given:
-        given["method_options"] = {**own, **given["method_options"]}
+    # The file's options of its method and allocation, unless another one is asked for.
+    for name, (_, owner) in OWN.items():
+        if owner in values and given.get(owner, values[owner]) != values[owner]:
+            values.pop(name, None)
+        own = values.get(name)
+        if isinstance(own, dict) and name in given:
+            given[name] = {**own, **given[name]}
     values |= given
     shown = {name: value for name, value in calibration.items() if value is not None}
     text = values.get("calibration", {})
@@ -547,7 +561,22 @@ def methods(as_json: AsJson = False) -> None:
             rows.append(row)
             notes += [f"{row['name']} -O {k}=...: {takes}" for k, takes in row["options"].items()]
         shown += [table, *notes]
-    _show(rows, as_json, *shown)
+    _show([*rows, *_allocations(shown)], as_json, *shown)
+
+
+def _allocations(shown: list[Any]) -> list[dict[str, Any]]:
+    """The rows of the table of allocations; adds it to what is shown."""
+    from pyprune.allocation.table import ALLOCATIONS, HEADERS, describe_allocation
+
+    table = Table(*HEADERS, title="--allocation of an unstructured sparsity")
+    rows, notes = [], []
+    for allocation in ALLOCATIONS.values():
+        cells, row = describe_allocation(allocation)
+        table.add_row(*cells)
+        rows.append(row)
+        notes += [f"{row['name']} -A {k}=...: {takes}" for k, takes in row["options"].items()]
+    shown += [table, *notes]
+    return rows
 
 
 @app.command()

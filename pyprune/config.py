@@ -13,7 +13,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from pyprune.allocation import ALLOCATIONS
+from pyprune.allocation import ALLOCATIONS, EcoflapOptions
+from pyprune.allocation.base import MAX_SPARSITY
 from pyprune.errors import UserError
 from pyprune.methods import SHOT_METHODS, Method, MethodOptions, find_method
 from pyprune.methods.base import Update
@@ -110,9 +111,10 @@ class PruneConfig(ConfigFile):
     method: a name in `pyprune.methods.METHODS` or `SHOT_METHODS`.
     sparsity / pattern: exactly one; a fraction removed, or "N:M" with N kept of every M.
     scope: comparison group of `sparsity`; None is the method's own.
-    allocation: how `sparsity` is shared among the blocks: the same for all ("uniform"), by the
-        spectra of their weights ("alphapruning") or by the outliers of their scores ("owl").
+    allocation: how `sparsity` is shared out: a name in `pyprune.allocation.ALLOCATIONS`, e.g. the
+        same for all blocks ("uniform") or by the spectra of their weights ("alphapruning").
     allocation_strength: epsilon of AlphaPruning, lambda of OWL; None is the paper's.
+    allocation_options: what only this allocation has, by name; see `pyprune methods`.
     update, score_mass, reference_count, damping, block_size: see `MethodOptions`.
     reconstruct: see `MethodOptions`; None is the method's own (`Method.reconstructs`).
     method_options: what only this method has, by name; see `pyprune methods`.
@@ -135,6 +137,7 @@ class PruneConfig(ConfigFile):
     scope: Scope | None = None
     allocation: str = "uniform"
     allocation_strength: float | None = None
+    allocation_options: Mapping[str, Scalar] = field(default_factory=dict)
     update: Update = "none"
     score_mass: bool = False
     reference_count: bool = False
@@ -184,11 +187,13 @@ class PruneConfig(ConfigFile):
                 )
 
     def _check_allocation(self) -> None:
-        check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("allocation", self.allocation, tuple(ALLOCATIONS))
         strength = self.allocation_strength
-        if self.allocation == "uniform":
-            if strength is not None:
-                raise UserError(f"allocation_strength: expected none for uniform, got {strength}")
+        row = ALLOCATIONS[self.allocation]
+        if row.strength is None and strength is not None:
+            raise UserError(f"allocation_strength: expected none for {row.name}, got {strength}")
+        own = self.own_allocation()
+        if row.source is None:
             return
         if self.sparsity is None or self.scope == "global":
             got = f"pattern {self.pattern}" if self.sparsity is None else "scope global"
@@ -197,6 +202,32 @@ class PruneConfig(ConfigFile):
             )
         if strength is not None and not 0 <= strength < 1:
             raise UserError(f"allocation_strength: expected a number in [0, 1), got {strength}")
+        if self.sparsity > MAX_SPARSITY:
+            raise UserError(
+                f"sparsity: expected at most {MAX_SPARSITY} with an allocation, got {self.sparsity}"
+            )
+        if isinstance(own, EcoflapOptions):
+            own.cap(self.sparsity)
+        if row.source == "blocks":
+            self._check_learned()
+
+    def _check_learned(self) -> None:
+        """A mask is learned for every matrix from the method's scores: it does not choose."""
+        for name, default in (("score_mass", False), ("reference_count", False)):
+            if getattr(self, name) != default:
+                raise UserError(f"{name}: {self.allocation} counts what goes, expected false")
+        if self.update == "iterative":
+            raise UserError(f"update: {self.allocation} scores once, got 'iterative'")
+        if self.scope not in (None, "row"):
+            raise UserError(
+                f"scope: {self.allocation} compares within rows, expected row, got {self.scope!r}"
+            )
+
+    def own_allocation(self) -> object | None:
+        """The allocation's own options; None if it has none."""
+        kind = ALLOCATIONS[self.allocation].options_type
+        given = self.allocation_options
+        return build_options(self.allocation, kind, given, "allocation_options")
 
     def find_method(self) -> Method:
         return find_method(self.method)

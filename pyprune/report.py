@@ -227,7 +227,7 @@ def _reconstruction(config: PruneConfig) -> str:
 def _summary(report: Report) -> str:
     config = report.config
     variant = [
-        f"allocation {config.allocation}" if config.allocation != "uniform" else "",
+        _allocated(config),
         f"update {config.update}" if config.update != "none" else "",
         "score mass" if config.score_mass else "",
         _reconstruction(config),
@@ -236,6 +236,14 @@ def _summary(report: Report) -> str:
     ]
     words = ", ".join([config.method, str(config.target()), *filter(None, variant)])
     return f"{words}: {report.sparsity:.2%} of {len(report.layers)} matrices is zero"
+
+
+def _allocated(config: PruneConfig) -> str:
+    """How the sparsity was shared out, if not uniformly."""
+    if config.allocation == "uniform":
+        return ""
+    own = [f"{name} {value}" for name, value in config.allocation_options.items()]
+    return ", ".join([f"allocation {config.allocation}", *own])
 
 
 def _own_options(config: PruneConfig) -> str:
@@ -276,6 +284,8 @@ def model_card(report: Report) -> str:
         f"- Pattern: {config.target()}"
         + (" (N kept of every M consecutive inputs)" if config.pattern else ""),
     ]
+    if _allocated(config):
+        lines.append(f"- Sparsity: {_allocated(config)}")
     if config.method_options:
         lines.append(f"- Options: {_own_options(config)}")
     if calibration is not None:

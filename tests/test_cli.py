@@ -98,6 +98,10 @@ def test_methods(capsys):
     assert run("methods") == 0
     out = capsys.readouterr().out
     assert "sparsegpt" in out and "gblm -O alpha=...: a number; 100.0" in out
+    (ecoflap,) = (row for row in rows if row["name"] == "ecoflap")
+    assert ecoflap["kind"] == "allocation"
+    assert ecoflap["options"]["order"] == "zeroth or first; zeroth"
+    assert "besa -A steps=...: a whole number; 32" in out and "alphapruning" in out
 
 
 def test_doctor(capsys):
@@ -161,6 +165,24 @@ def test_prune_prints_a_table(model, tmp_path, capsys):
     assert run("prune", model, "-m", "magnitude", "-s", "0.5", "--out", tmp_path / "out") == 0
     captured = capsys.readouterr()
     assert "Saved in" in captured.out and "magnitude" in captured.out and captured.err == ""
+
+
+def test_options_of_an_allocation(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "sparsity: 0.5\nallocation: ecoflap\nallocation_options: {order: first, samples: 4}\n"
+    )
+    _, config = cli._prune_config(file, {"allocation_options": {"samples": 2}}, {})
+    assert config.allocation_options == {"order": "first", "samples": 2}
+    _, config = cli._prune_config(file, {"allocation": "besa"}, {})
+    assert (config.allocation, config.allocation_options) == ("besa", {})
+    wrong = ["-s", "0.5", "--allocation", "ecoflap", "-A", "max_sparsity=0.4"]
+    assert run("prune", "nowhere", "-m", "wanda", *wrong, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "expected at least the sparsity 0.5, got 0.4" in error and len(error.splitlines()) == 1
+    more = ["--ratio", "0.2", "-A", "steps=3", "--out", tmp_path / "out"]
+    assert run("prune", "nowhere", "-m", "blockpruner", *more) == 2
+    assert "--allocation-option: not for blockpruner" in capsys.readouterr().err
 
 
 def test_options_override_the_file(tmp_path):
