@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from pyprune.cli import (
@@ -70,6 +71,7 @@ def eigendamage(
     of today stores it smaller, see [b]pyprune.eigendamage[/b]."""
     from pyprune.config import CalibrationConfig
     from pyprune.eigendamage import EigenDamageConfig, eigendamage_checkpoint
+    from pyprune.report import with_notes
 
     def given(**options: Any) -> dict[str, Any]:
         return {name: value for name, value in options.items() if value is not None}
@@ -100,7 +102,11 @@ def eigendamage(
             device=device or "auto",
             progress=bar.step,
         )
-    table = Table("layer", "directions left", "removed", "thin factors / dense", "note")
+    table = Table(box=box.SIMPLE, padding=0)
+    # Names take what is left, on several lines if they must; they never vanish.
+    table.add_column("layer", min_width=12, overflow="fold")
+    for heading in ("directions left", "removed", "thin factors\n/ dense"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for layer in report["layers"]:
         rows, columns = layer["shape"]
         table.add_row(
@@ -108,10 +114,10 @@ def eigendamage(
             f"{layer['rows']} of {rows}, {layer['columns']} of {columns}",
             f"{layer['removed'] / (rows * columns):.1%}",
             f"{layer['factored_parameters'] / (rows * columns):.2f}",
-            layer["note"],
         )
+    noted = [f"{layer['name']}: {layer['note']}" for layer in report["layers"] if layer["note"]]
     words = (
         f"{report['sparsity']:.1%} removed, {report['predicted_loss']:.4f} nats per token "
         f"predicted. Saved in {out}"
     )
-    _show(report, as_json, table, words)
+    _show(report, as_json, with_notes(table, noted), words)

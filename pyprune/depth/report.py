@@ -14,7 +14,7 @@ from rich.table import Table
 from pyprune.depth.decision import SHARED, Decision, Step, name_of
 from pyprune.depth.registry import find_depth_method
 from pyprune.depth.repack import Packing
-from pyprune.report import SCHEMA, RunReport
+from pyprune.report import SCHEMA, RunReport, with_notes
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,7 @@ class StructureReport:
         table.add_section()
         layers = f"{self.packing.before} -> {len(self.packing.pairs)} layers"
         table.add_row("saved", layers, "", f"{after:,}", f"{self.realised_share:.1%}")
-        for note in self.all_notes:
-            table.add_row("", note, style="yellow")
-        return table
+        return with_notes(table, self.all_notes)
 
     def card(self) -> str:
         """The README.md of the pruned checkpoint (Markdown with the hub's YAML header)."""

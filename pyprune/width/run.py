@@ -26,7 +26,7 @@ from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.families import Family, Run
 from pyprune.measure import Measure
-from pyprune.report import SCHEMA, RunReport, model_name, source_name, versions
+from pyprune.report import SCHEMA, RunReport, model_name, source_name, versions, with_notes
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.registry import (
@@ -89,9 +89,7 @@ class WidthReport:
         table.add_row("parameters", f"{before:,}", f"{after:,} ({1 - after / before:.1%} less)")
         if decision.zeroed:
             table.add_row("without the zeros", "", f"{decision.wanted:,}")
-        for note in decision.notes:
-            table.add_row(note, "", "", style="yellow")
-        return table
+        return with_notes(table, decision.notes)
 
     def card(self) -> str:
         """The README.md of the pruned checkpoint (Markdown with the hub's YAML header)."""
