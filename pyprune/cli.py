@@ -82,10 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
     2: the request cannot be served; one line on stderr says what was expected and what came.
-    130: interrupted, by Ctrl-C or SIGTERM. 1 with a traceback: a defect of pyprune.
+    130: interrupted, by Ctrl-C, SIGTERM or the terminal's end. 1 with a traceback: a defect of
+    pyprune.
     """
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, _interrupt)
     try:
         status = typer.main.get_command(app).main(
             args=None if arguments is None else list(arguments),
@@ -109,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     # A second signal must not interrupt the cleaning up after the first.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -146,13 +148,19 @@ def _show(value: Any, as_json: bool, *renderables: Any) -> None:
         return
     console = Console()
     for renderable in renderables:
-        console.print(renderable)
+        # Sentences as they are: a path may hold brackets, and must stay on one line of a pipe.
+        plain = isinstance(renderable, str)
+        console.print(renderable, markup=not plain, highlight=not plain, soft_wrap=plain)
 
 
 def _quiet() -> None:
     """transformers' own warnings and bars would garble ours, and break `--json`."""
+    import warnings
+
     from transformers.utils import logging
 
+    # What peft and others still call, which is theirs to change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -386,14 +394,16 @@ def prune(
 
 
 def _method_options(given: list[str]) -> dict[str, Any]:
-    """`name=value` pairs, values by YAML's rules for scalars; but 2:4 is no number in base 60."""
+    """`name=value` pairs, values by YAML's rules for scalars."""
     import yaml
+
+    from pyprune.config import load_yaml
 
     options = {}
     for pair in given:
         name, equals, value = pair.partition("=")
         try:
-            parsed = value if ":" in value else yaml.safe_load(value)
+            parsed = load_yaml(value)
         except yaml.YAMLError:
             parsed = None
         if not equals or not name or not isinstance(parsed, bool | int | float | str):
@@ -473,7 +483,7 @@ def evaluate(
     from pyprune.sparse.stored import StoredCheckpoint
 
     with ProgressBar(_stderr(), "evaluating") as bar:
-        stored = StoredCheckpoint.open(_resolve(model, bar))
+        stored = StoredCheckpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
         checkpoint = stored.checkpoint(trust_remote_code)
         given = {
             "seqlen": seqlen,
@@ -510,19 +520,17 @@ def _load(
     import torch
 
     from pyprune.config import DTYPES
+    from pyprune.devices import find_device
     from pyprune.sparse.load import load
     from pyprune.sparse.stored import DENSE
 
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     compute = None if dtype in (None, "auto") else getattr(torch, str(dtype))
-    if device in (None, "auto"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device: expected one that is here, got {device}: no CUDA device")
+    where = find_device(device or "auto")
     if stored.kind == DENSE:
-        return checkpoint.load_model(str(device), compute)
-    return load(stored.path, compute, None if device == "cpu" else device)
+        return checkpoint.load_model(where, compute)
+    return load(stored.path, compute, None if where.type == "cpu" else where)
 
 
 @app.command(
@@ -538,7 +546,7 @@ def inspect(
     from pyprune.sparse.stored import StoredCheckpoint
 
     with ProgressBar(_stderr(), "reading") as bar:
-        stored = StoredCheckpoint.open(_resolve(model, bar))
+        stored = StoredCheckpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
         found = inspect_checkpoint(stored, bar.step, trust_remote_code=trust_remote_code)
     _show(found.to_dict(), as_json, found.table(), *filter(None, [found.note]))
 
@@ -553,6 +561,8 @@ def methods(as_json: AsJson = False) -> None:
     for family in families():
         table = Table(*family.headers, title=family.title)
         table.columns[0].no_wrap = True
+        for column in table.columns[1:]:
+            column.overflow = "fold"
         table.show_lines = True
         notes = []
         for method in family.methods().values():

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from pyprune import cli
@@ -221,21 +222,21 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _device(name: str | None) -> str | None:
-    import torch
+    from pyprune.devices import find_device
 
-    if name in (None, "auto"):
-        return "cuda" if torch.cuda.is_available() else None
-    if str(name).startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device: expected one that is here, got {name}: no CUDA device")
-    return None if name == "cpu" else name
+    device = find_device(name or "auto")
+    return None if device.type == "cpu" else str(device)
 
 
 def _table(report: ConversionReport) -> Table:
     """One line for layers of one shape that are stored alike; every layer is in the JSON."""
-    measured = report.rows is not None
-    table = Table("layers", "shape", "format", "values", "density", "MB dense", "MB", "error")
-    if measured:
-        table.add_column(f"microseconds a product of {report.rows} rows")
+    from pyprune.report import with_notes
+
+    table = Table(title_justify="left", box=box.SIMPLE, padding=0)
+    for name in ("layers", "shape", "format", "values", "density", "MB dense", "MB", "error"):
+        justify: Any = "left" if name in ("format", "values") else "right"
+        table.add_column(name, justify=justify, overflow="fold")
+    measured = []
     groups: dict[tuple[Any, ...], list[LayerConversion]] = {}
     for layer in report.layers.values():
         groups.setdefault((layer.shape, layer.format, layer.values), []).append(layer)
@@ -247,16 +248,16 @@ def _table(report: ConversionReport) -> Table:
         row = [str(len(layers)), "x".join(map(str, shape)), format, values, _range(density, ".1%")]
         row += [f"{dense / 1e6:,.2f}", f"{nbytes / 1e6:,.2f}"]
         row.append(_range(errors, ".2%") if errors else "")
-        if measured:
-            seconds = layers[0].seconds or {}
-            row.append(", ".join(f"{kind} {1e6 * s:,.0f}" for kind, s in seconds.items()))
         table.add_row(*row)
+        if seconds := layers[0].seconds:
+            times = ", ".join(f"{kind} {1e6 * s:,.0f}" for kind, s in seconds.items())
+            measured.append(f"{row[1]}: {times} microseconds a product of {report.rows} rows")
     share = report.nbytes_after / max(1, report.nbytes_dense)
     table.title = (
         f"{report.nbytes_before / 1e6:,.2f} MB to {report.nbytes_after / 1e6:,.2f} MB "
         f"({share:.1%} of dense)"
     )
-    return table
+    return with_notes(table, list(dict.fromkeys(measured)))
 
 
 def _range(values: list[float], spec: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -91,7 +92,7 @@ class ConfigFile:
 
     def to_yaml(self) -> str:
         # Escaped ASCII: PyYAML writes some Unicode line breaks in a way that it reads as spaces.
-        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        text: str = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
         return text
 
     @classmethod
@@ -270,10 +271,37 @@ def read_yaml_file(path: str | Path) -> Mapping[str, Any]:
     return read_yaml(text)
 
 
+class _Loader(yaml.SafeLoader):
+    """Numbers as in YAML 1.2: in PyYAML's 1.1 the pattern 2:4 is 124 (base 60), 1e-3 is a text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that either version would take for a number: others read our files too."""
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+",
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?"
+    r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind in (_Loader, _Dumper):
+    for _tag, _form in _NUMBERS.items():
+        _kind.add_implicit_resolver(_tag, re.compile(rf"^(?:{_form})$"), list("-+.0123456789"))
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text says, with the numbers of YAML 1.2. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def read_yaml(text: str) -> Mapping[str, Any]:
     """The mapping that a YAML text is; an empty text is an empty one."""
     try:
-        values = yaml.safe_load(text)
+        values = load_yaml(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"config: expected YAML, got something else: {reason}") from error

@@ -89,7 +89,7 @@ def find_family(method: object) -> Family:
     """The family that has a method of this name; UserError with the closest name otherwise."""
     names: list[str] = []
     for family in families():
-        if method in family.methods():
+        if isinstance(method, str) and method in family.methods():
             return family
         names += family.methods()
     raise unknown_method(method, names)

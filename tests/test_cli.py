@@ -47,6 +47,7 @@ def model(original: Path, tmp_path: Path) -> Path:
     for file in original.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     (tmp_path / "text.txt").write_bytes((original.parent / "text.txt").read_bytes())
+    (tmp_path / "list.yaml").write_text("method: [wanda]\n")
     return folder
 
 
@@ -94,14 +95,14 @@ def test_methods(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in rows} >= {"magnitude", "wanda", "sparsegpt"}
     (gblm,) = (row for row in rows if row["name"] == "gblm")
-    assert gblm["gradient"] and gblm["options"]["norm"] == "l1 or l2; l1"
+    assert gblm["gradient"] and gblm["options"]["norm"] == "l1 or l2; by default l1"
     assert run("methods") == 0
     out = capsys.readouterr().out
-    assert "sparsegpt" in out and "gblm -O alpha=...: a number; 100.0" in out
+    assert "sparsegpt" in out and "gblm -O alpha=...: a number; by default 100.0" in out
     (ecoflap,) = (row for row in rows if row["name"] == "ecoflap")
     assert ecoflap["kind"] == "allocation"
-    assert ecoflap["options"]["order"] == "zeroth or first; zeroth"
-    assert "besa -A steps=...: a whole number; 32" in out and "alphapruning" in out
+    assert ecoflap["options"]["order"] == "zeroth or first; by default zeroth"
+    assert "besa -A steps=...: a whole number; by default 32" in out and "alphapruning" in out
 
 
 def test_doctor(capsys):
@@ -238,6 +239,10 @@ BAD = [
     ("eval MODEL --text TEXT --seqlen 64 --max-tokens 5", "token"),
     ("eval MODEL --text TEXT --seqlen 0", "seqlen"),
     ("eval MODEL --text TEXT --dtype int8", "dtype"),
+    ("eval MODEL --text TEXT --seqlen 64 --device tpu", "device: expected auto, cpu, cuda"),
+    ("generate MODEL w1 --device tpu", "device: expected auto, cpu, cuda"),
+    ("prune MODEL -s 0.5 --config LIST --out OUT", "method: expected one of"),
+    ("prune MODEL -m magnitude -s 0.5 --out /proc/no/out", "/proc/no: cannot create the output"),
     ("inspect TEXT", "expected a directory"),
     ("inspect", "Missing argument 'MODEL'"),
     ("inspekt MODEL", "No such command 'inspekt'"),
@@ -247,6 +252,7 @@ BAD = [
 def words(line: str, model: Path, out: Path) -> list[str]:
     text = str(model.parent / "text.txt")
     names = {"MODEL": str(model), "OUT": str(out), "TEXT": text, "TEXT/out": f"{text}/out"}
+    names["LIST"] = str(model.parent / "list.yaml")
     return [names.get(word, word) for word in line.split()]
 
 

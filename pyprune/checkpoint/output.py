@@ -6,8 +6,8 @@ import errno
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,33 +39,44 @@ def output_directory(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     After an exception or an interrupt it is removed, and `path` is as it was. needed: bytes that
     will be written, checked against the free space first.
 
-    Raises UserError if `path` exists and is anything but an empty directory, if it cannot be
-    created, or if the disk is or becomes full (with the bytes needed and free).
+    Raises UserError if `path` exists (now or at the end) and is anything but an empty directory, if
+    it cannot be created, if the disk is or becomes full (with the bytes needed and free), or if a
+    file grows beyond what is allowed.
     """
     final = Path(path).expanduser().absolute()
     check_output(final)
-    made = _make_parents(final.parent)
-    temporary: Path | None = None
+    # Named before it exists: whenever an interrupt comes, it is known what to remove.
+    temporary = final.parent / f".{final.name}.{secrets.token_hex(8)}"
+    missing = [folder for folder in final.parents if not folder.exists()]
     try:
+        _make_parents(final.parent)
         check_space(final.parent, needed)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        temporary.chmod(0o777 & ~_umask())
+        temporary.mkdir()
         yield temporary
         _sync_tree(temporary)
+        check_output(final)  # somebody else may have been quicker
         temporary.rename(final)
         _sync(final.parent)
-        made, temporary = [], None
-    except (OSError, SafetensorError) as error:
-        if not _is_disk_full(error):
-            raise
-        raise _disk_full(final.parent, needed, temporary) from error
-    finally:
-        if temporary is not None:
+    except BaseException as error:
+        refused = _refused(error, final.parent, needed, temporary)
+        _remove(temporary, missing)
+        if refused is not None:
+            raise refused from error
+        raise
+
+
+def _remove(temporary: Path, parents: list[Path]) -> None:
+    """Removes what was written, and those of `parents` (innermost first) that nobody else has put
+    something into. A second Ctrl-C does not stop it halfway: the first is on its way already."""
+    while True:
+        try:
             shutil.rmtree(temporary, ignore_errors=True)
-        for parent in reversed(made):
-            # Somebody else may have put something into it meanwhile.
-            if not any(parent.iterdir()):
-                parent.rmdir()
+            for parent in parents:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+            return
+        except KeyboardInterrupt:
+            continue
 
 
 def check_output(path: str | Path) -> None:
@@ -85,33 +96,39 @@ def check_space(folder: Path, needed: int) -> None:
 
 def _disk_full(folder: Path, needed: int, temporary: Path | None) -> UserError:
     free = shutil.disk_usage(folder).free
-    if temporary is not None:  # what was written so far is given back
+    if temporary is not None:  # what was written so far will be given back
         free += sum(file.stat().st_blocks * 512 for file in temporary.rglob("*") if file.is_file())
     return UserError(f"{folder}: disk full: {needed:,} bytes needed, {free:,} bytes free")
 
 
-def _is_disk_full(error: Exception) -> bool:
+def _refused(error: BaseException, folder: Path, needed: int, temporary: Path) -> UserError | None:
+    """What the file system said no to, in words for the user; None for other errors."""
+    if not isinstance(error, (OSError, SafetensorError)):
+        return None
+    if _is_errno(error, errno.EFBIG):
+        return UserError(
+            f"{folder}: a file of the output is larger than the file system or `ulimit -f` allows"
+        )
+    if _is_errno(error, errno.ENOSPC) or _is_errno(error, errno.EDQUOT):
+        return _disk_full(folder, needed, temporary)
+    return None
+
+
+def _is_errno(error: OSError | SafetensorError, number: int) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
+        return error.errno == number
+    return f"os error {number})" in str(error)
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Creates `folder`; returns the directories that did not exist, outermost first."""
-    missing = [p for p in (folder, *folder.parents) if not p.exists()][::-1]
+def _make_parents(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "not writable")
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
+        if _is_errno(error, errno.ENOSPC) or _is_errno(error, errno.EDQUOT):
+            raise
         raise UserError(f"{folder}: cannot create the output there: {error.strerror}") from error
-    return missing
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync(path: Path) -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 from pyprune.depth.decision import SHARED, Decision, Step, name_of
 from pyprune.depth.registry import DEPTH_METHODS
 from pyprune.depth.repack import Packing
+from pyprune.report import with_notes
 from pyprune.structural import StructuralReport, calibration_fact, model_card
 
 
@@ -82,9 +83,7 @@ class StructureReport(StructuralReport):
         table.add_section()
         layers = f"{self.packing.before} -> {len(self.packing.pairs)} layers"
         table.add_row("saved", layers, "", f"{after:,}", f"{self.realised_share:.1%}")
-        for note in self.all_notes:
-            table.add_row("", note, style="yellow")
-        return table
+        return with_notes(table, self.all_notes)
 
     def card(self) -> str:
         decision, (before, after) = self.decision, self.parameters

@@ -45,7 +45,7 @@ def describe_options(kind: type | None) -> dict[str, str]:
         return {}
     hints = get_type_hints(kind)
     return {
-        field.name: f"{_takes(hints[field.name])}; {_shown(field.default)}"
+        field.name: f"{_takes(hints[field.name])}; by default {_shown(field.default)}"
         for field in dataclasses.fields(kind)
     }
 

@@ -15,7 +15,7 @@ from pyprune.measure import Measure
 from pyprune.pictures import check_pictures
 from pyprune.progress import Progress
 from pyprune.registry import HEADERS, MethodRow
-from pyprune.report import RunReport, model_name, versions
+from pyprune.report import RunReport, model_name, versions, with_notes
 from pyprune.structural import (
     StructuralReport,
     calibration_fact,
@@ -67,9 +67,7 @@ class WidthReport(StructuralReport):
         table.add_row("parameters", f"{before:,}", f"{after:,} ({1 - after / before:.1%} less)")
         if decision.zeroed:
             table.add_row("without the zeros", "", f"{decision.wanted:,}")
-        for note in decision.notes:
-            table.add_row(note, "", "", style="yellow")
-        return table
+        return with_notes(table, decision.notes)
 
     def card(self) -> str:
         decision = self.decision

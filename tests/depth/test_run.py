@@ -263,8 +263,8 @@ def test_methods_are_listed(capsys):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert set(DEPTH_METHODS.load()) < set(rows)
     assert rows["blockpruner"]["removes"] == "attention and MLP branches"
-    assert rows["sleb"]["options"]["refit"] == "true or false; false"
-    assert rows["laco"]["options"]["highest"] == "a whole number or none; none"
+    assert rows["sleb"]["options"]["refit"] == "true or false; by default false"
+    assert rows["laco"]["options"]["highest"] == "a whole number or none; by default none"
     assert cli.main(["methods"]) == 0
     assert "blockpruner -O mode=...: exact or fast or naive; exact" in capsys.readouterr().out
 
