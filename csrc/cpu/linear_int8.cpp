@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <type_traits>
 
 #include "cpu/sparse_gemm.h"
 #include "cpu/sparse_int8.h"

@@ -269,7 +269,7 @@ def _compressed_card(layers: Mapping[str, LayerFormat]) -> str:
     counts = ", ".join(f"{kinds.count(kind)} as {kind}" for kind in sorted(set(kinds)))
     int8 = any(layer.int8 for layer in layers.values())
     exact = "with int8 values rounded to a scale a row" if int8 else "bit for bit"
-    rows = [name for name, layer in layers.items() if layer.format == DENSE_INT8]
+    rows = sorted(name for name, layer in layers.items() if layer.format == DENSE_INT8)
     also = f"\nint8 with a scale a row, zeros and all: {', '.join(rows)}." if rows else ""
     return f"""---
 tags: [pyprune, sparse]
