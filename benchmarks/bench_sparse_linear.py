@@ -2,7 +2,8 @@
 
 Providers: `sparse24`, `bitmap50`, `bitmap70` (ours, bf16 values), `sparse24_int8`, `bitmap50_int8`
 (int8 values, a scale a row); `dense` (our own bf16 kernel: the
-same code without the decoding); each with bf16 activations, and with fp32 ones as `*_fp32x`;
+same code without the decoding); `dense_int8` (every element as int8: what embeddings and heads
+can be stored as); each with bf16 activations, and with fp32 ones as `*_fp32x`;
 `torch_bf16`, `torch_fp32` (F.linear, activations like the weight). `ratios` holds the time of every
 dense provider over the provider's, by medians of turn-by-turn ratios, `ratio_to_best_dense` the one
 against the fastest dense. The limit up to 16 rows is reading the provider's own bytes at the
@@ -79,6 +80,9 @@ def make_weights(rows: int, cols: int, rotated: int) -> tuple[Weights, dict[str,
         values, *meta = pack(q.bfloat16(), q != 0)
         packed[name + INT8] = (values.to(torch.int8), *meta, scales)
         dense[name + INT8] = q.float() * scales.float()[:, None]
+    q, scales = ops.quantize_rows(w)
+    packed["dense" + INT8] = (q, scales)
+    dense["dense" + INT8] = q.float() * scales.float()[:, None]
     packed |= {"dense": (w,), "torch_bf16": (w,), "torch_fp32": (w.float(),)}
     copies: Weights = {}
     for name, tensors in packed.items():
@@ -96,6 +100,8 @@ def make_provider(name: str, x: torch.Tensor, copies: list[Any]) -> Callable[[in
         call = F.linear
     elif name == "dense":
         call = ops.linear_dense
+    elif name == "dense" + INT8:
+        call = ops.linear_int8
     else:
         op = "linear_24" if name.startswith("sparse24") else "linear_bitmap"
         call = getattr(ops, op + (INT8 if name.endswith(INT8) else ""))

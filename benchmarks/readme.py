@@ -210,8 +210,8 @@ def kernels(name: str, rows: list[Row]) -> list[str]:
 
 def sparse_linear(rows: list[Row]) -> list[str]:
     """Best dense time over each compressed format's, by rows of x."""
-    sparse = ("sparse24", "bitmap")
-    names = [n for n in dict.fromkeys(r["provider"] for r in rows) if n.startswith(sparse)]
+    formats = ("sparse24", "bitmap", "dense_int8")
+    names = [n for n in dict.fromkeys(r["provider"] for r in rows) if n.startswith(formats)]
     body = []
     for (shape, m), members in groupby(rows, key=lambda r: (r["shape"], r["rows"])):
         by = {r["provider"]: r for r in members}

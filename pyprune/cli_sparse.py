@@ -28,6 +28,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="A new directory.")]
 @app.command(
     epilog="[b]Examples[/b]\n\npyprune compress pruned --out small\n\n"
     "pyprune compress pruned --out small --values int8\n\n"
+    "pyprune compress pruned --out small --embeddings int8\n\n"
     "pyprune compress pruned --out small --choose measured --rows 1 --json"
 )
 def compress(
@@ -51,12 +52,19 @@ def compress(
         str,
         typer.Option(help="same (the checkpoint's dtype, bit for bit) or int8, a scale a row."),
     ] = "same",
+    embeddings: Annotated[
+        str,
+        typer.Option(
+            help="same or int8: of the input embedding and the head, tied or not, which have no "
+            "zeros to leave out; a scale for each entry of the vocabulary."
+        ),
+    ] = "same",
     as_json: AsJson = False,
 ) -> None:
     """Leave the zeros of a pruned checkpoint out. Layers that would not shrink stay dense."""
     cli._quiet()
     from pyprune.sparse.convert import compress_checkpoint
-    from pyprune.sparse.linear import FORMATS
+    from pyprune.sparse.weight import FORMATS
 
     if format not in ("auto", *FORMATS):
         raise UserError(f"--format: expected auto, {', '.join(FORMATS)}, got {format!r}")
@@ -64,6 +72,8 @@ def compress(
         raise UserError(f"--choose: expected bytes or measured, got {choose!r}")
     if values not in ("same", "int8"):
         raise UserError(f"--values: expected same or int8, got {values!r}")
+    if embeddings not in ("same", "int8"):
+        raise UserError(f"--embeddings: expected same or int8, got {embeddings!r}")
     allowed = FORMATS if format == "auto" else (format,)
     with ProgressBar(cli._stderr(), "compressing") as bar:
         source = cli._resolve(model, bar)
@@ -72,6 +82,7 @@ def compress(
             out,
             allowed=allowed,
             int8=values == "int8",
+            int8_embeddings=embeddings == "int8",
             measured_rows=rows if choose == "measured" else None,
             progress=bar.step,
         )

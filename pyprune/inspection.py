@@ -66,14 +66,17 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """layers: the matrices of the decoder blocks. other_bytes: of all other tensors (embeddings,
-    head, norms, biases, routers). note: why the matrices may be others than those, or empty."""
+    """layers: the matrices of the decoder blocks. others: matrices outside of them that are stored
+    in a compressed format (a pruned head, embeddings with int8 rows). other_bytes: of all other
+    tensors (embeddings, head, norms, biases, routers). note: why the matrices may be others than
+    those, or empty."""
 
     path: str
     model_type: str
     layers: tuple[LayerInspection, ...]
     other_bytes: int
     note: str = ""
+    others: tuple[LayerInspection, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -81,18 +84,22 @@ class Inspection:
         return sum(layer.zeros for layer in self.layers) / elements if elements else 0.0
 
     @property
+    def _matrices(self) -> tuple[LayerInspection, ...]:
+        return (*self.layers, *self.others)
+
+    @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers) + self.other_bytes
+        return sum(layer.nbytes for layer in self._matrices) + self.other_bytes
 
     @property
     def nbytes_dense(self) -> int:
         """Bytes of the checkpoint with every zero stored."""
-        return sum(layer.nbytes_dense for layer in self.layers) + self.other_bytes
+        return sum(layer.nbytes_dense for layer in self._matrices) + self.other_bytes
 
     @property
     def smallest(self) -> int:
         """Bytes of the whole checkpoint with every matrix in its smallest format."""
-        return sum(layer.smallest for layer in self.layers) + self.other_bytes
+        return sum(layer.smallest for layer in self._matrices) + self.other_bytes
 
     def to_dict(self) -> dict[str, Any]:
         totals = {
@@ -110,7 +117,7 @@ class Inspection:
     def table(self) -> Table:
         """For a terminal: a row per matrix. What is the same for all of them stands in the title,
         so that names have room."""
-        rows = [_cells(layer) for layer in self.layers]
+        rows = [_cells(layer) for layer in self._matrices]
         same = [column for column in TEXTS[1:] if _agree(rows, column)]
         words = [f"{column} {rows[0][column]}" for column in same]
         if all(row["2:4 MB"] == NONE for row in rows):
@@ -178,16 +185,18 @@ def inspect_checkpoint(
     else:
         checkpoint, stored = source.checkpoint(trust_remote_code), source
     matrices, note = _matrices(checkpoint)
-    layers: list[LayerInspection] = []
-    for name, transposed in matrices.items():
+    outside = {name: False for name in stored.parts if name not in matrices}
+    found: list[LayerInspection] = []
+    for name, transposed in {**matrices, **outside}.items():
         if progress is not None:
-            progress(name, len(layers), len(matrices))
+            progress(name, len(found), len(matrices) + len(outside))
         layer = inspect_matrix(name, stored.read(name), transposed=transposed)
         format, nbytes = stored.format_of(name), stored.stored_nbytes(name)
-        layers.append(replace(layer, format=format, nbytes=nbytes))
-    other = stored.nbytes - sum(layer.nbytes for layer in layers)
+        found.append(replace(layer, format=format, nbytes=nbytes))
+    rest = stored.nbytes - sum(layer.nbytes for layer in found)
+    layers, others = tuple(found[: len(matrices)]), tuple(found[len(matrices) :])
     kind = str(checkpoint.config.model_type)
-    return Inspection(str(checkpoint.path), kind, tuple(layers), other, note)
+    return Inspection(str(checkpoint.path), kind, layers, rest, note, others)
 
 
 def inspect_matrix(name: str, w: Tensor, *, transposed: bool = False) -> LayerInspection:
