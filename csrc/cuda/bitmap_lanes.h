@@ -40,7 +40,7 @@ namespace bitmap_lanes {
 
 constexpr int kSteps = 8;        // nibbles of a word
 constexpr int kChunkBytes = 16;  // what an asynchronous copy moves
-constexpr int kChunkValues = 8;
+constexpr uint32_t kChunkValues = 8;
 constexpr int kTileRows = 16;  // of an instruction
 constexpr int kTileColumns = 8;
 
@@ -71,7 +71,9 @@ struct Lanes {
   // The step's nibble: which word of the row's it is in (its owner's place), how far up, and its
   // first column from the turn's start.
   PYPRUNE_LANES static int nibble_of(int step, int place) { return kAcross * step + place; }
-  PYPRUNE_LANES static int owner_of(int step, int place) { return nibble_of(step, place) >> 3; }
+  PYPRUNE_LANES static int owner_of(int step, int place) {
+    return kAcross < 8 ? step * kAcross / 8 : step * (kAcross / 8) + place / 8;
+  }
   PYPRUNE_LANES static int shift_of(int step, int place) {
     return 4 * (nibble_of(step, place) & 7);
   }
@@ -99,34 +101,43 @@ PYPRUNE_LANES int count_bits(uint32_t word) {
 #endif
 }
 
-// Counts of a lane's two words, or sums of them over lanes, in one register: a turn has at most
-// 1024 of either row, with what lies before it in a chunk 1031.
+// Counts of a lane's two words, sums of them over lanes, or numbers of values in a block's shared
+// memory (52224 of them) of two rows in one register.
 PYPRUNE_LANES uint32_t pack_counts(uint32_t first, uint32_t second) { return first | second << 16; }
-PYPRUNE_LANES int unpack_count(uint32_t packed, int half) {
+PYPRUNE_LANES uint32_t unpack_count(uint32_t packed, int half) {
   return half ? packed >> 16 : packed & 0xffff;
 }
 
 // The number of the value that a nibble begins with: those before its word and those below it.
-PYPRUNE_LANES int position_of(uint32_t word, int shift, int before) {
+PYPRUNE_LANES uint32_t position_of(uint32_t word, int shift, uint32_t before) {
   return before + count_bits(word & ((1u << shift) - 1));
 }
 
 // Chunks that hold `count` values of which the first is number `place` (0..7) of its chunk.
-PYPRUNE_LANES int chunks_of(int place, int count) {
+PYPRUNE_LANES uint32_t chunks_of(uint32_t place, uint32_t count) {
   return (place + count + kChunkValues - 1) / kChunkValues;
 }
 
-// How many bytes of chunk number `chunk` there are in `bytes` of values: none outside.
-PYPRUNE_LANES int valid_bytes(int64_t chunk, int64_t bytes) {
-  if (chunk < 0) return 0;
-  const int64_t left = bytes - chunk * kChunkBytes;
-  return left <= 0 ? 0 : left < kChunkBytes ? static_cast<int>(left) : kChunkBytes;
+// Of `chunks` chunks from number `first` those that a matrix has in full: offsets that contradict
+// the bits must not lead outside. The last values of a matrix, which may fill a part of one only,
+// are copied one by one.
+PYPRUNE_LANES uint32_t whole_chunks(uint32_t first, uint32_t chunks, uint32_t values) {
+  const uint32_t whole = values / kChunkValues;
+  const uint32_t left = first < whole ? whole - first : 0;
+  return chunks < left ? chunks : left;
+}
+PYPRUNE_LANES bool ends_with_part(uint32_t first, uint32_t chunks, uint32_t values) {
+  const uint32_t whole = values / kChunkValues;
+  return values % kChunkValues && first <= whole && whole - first < chunks;
 }
 
-// Bytes of (high, low) chosen by the four low nibbles of `selector`, 0 to 7 each.
+// Bytes of (high, low) chosen by the four low nibbles of `selector`, 0 to 7 each; bits above them
+// do not matter. (The intrinsic clears more of the selector first, an instruction each time.)
 PYPRUNE_LANES uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
 #if defined(__CUDA_ARCH__)
-  return __byte_perm(low, high, selector);
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(low), "r"(high), "r"(selector));
+  return out;
 #else
   const uint64_t both = static_cast<uint64_t>(high) << 32 | low;
   uint32_t out = 0;
@@ -136,7 +147,7 @@ PYPRUNE_LANES uint32_t permute(uint32_t low, uint32_t high, uint32_t selector) {
 #endif
 }
 
-// The low word of (high, low) shifted right by 0 to 31 bits: `bits` modulo 32.
+// The low word of (high, low) shifted right by `bits` modulo 32.
 PYPRUNE_LANES uint32_t shift_pair(uint32_t low, uint32_t high, uint32_t bits) {
 #if defined(__CUDA_ARCH__)
   return __funnelshift_r(low, high, bits);
@@ -154,26 +165,28 @@ PYPRUNE_LANES uint32_t shift_pair_far(uint32_t low, uint32_t high, uint32_t bits
 #endif
 }
 
-// A nibble's values lie in words position / 2 and the next, and in a third one only if all four
-// are there and begin in the middle of a word.
-PYPRUNE_LANES bool needs_third_word(int position, uint32_t nibble) {
-  return nibble == 15 && (position & 1);
-}
+// Constants of expand(). A kernel should keep them in registers that the compiler knows nothing of:
+// an instruction takes one literal at most, and the others would be loaded again at every use.
+struct Tables {
+  uint32_t low = 0x10441044, spread = 0x0004, twice = 0x11;
+};
 
-// Four elements, two a register, from the words at position / 2 and the bits that say which of them
-// are stored: value by value where a bit is set, zero elsewhere. What `word[]` holds beyond the
-// stored values does not matter.
-PYPRUNE_LANES void expand(const uint32_t (&word)[3], int position, uint32_t nibble,
-                          uint32_t (&out)[2]) {
-  // Of an element pair's two bits, the bytes that make its low half and its high half out of the
-  // two next values (bytes 0 to 3) and zero (bytes 4 to 7): one byte of each table.
-  constexpr uint32_t kLow = 0x10441044, kHigh = 0x32104444;
-  // Both pairs' two bits apart, each as an index into kLow and kHigh.
-  const uint32_t apart = (nibble + (nibble << 6)) & 0x303;
-  const uint32_t selectors = permute(kLow, kHigh, apart * 0x11 + 0x4040);
-  // 16 bits for every value that the first pair takes: 0, 16, 16, 32.
-  const uint32_t taken = permute(0x20101000, 0, (nibble & 3) | 0x4440);
-  const uint32_t unaligned = static_cast<uint32_t>(position) << 4;
+// Four elements, two a register, from the words at position / 2 and the four low bits of `bits`,
+// which say which of them are stored: value by value where a bit is set, zero elsewhere. What
+// `word[]` holds besides the stored values does not matter, nor do the other bits.
+PYPRUNE_LANES void expand(const Tables& t, const uint32_t (&word)[3], uint32_t position,
+                          uint32_t bits, uint32_t (&out)[2]) {
+  // Of two bits, which of the next two values (bytes 0 to 3) or zero (bytes 4 to 7) makes the low
+  // half and the high half of a register: bytes of `low` and of kHigh.
+  constexpr uint32_t kHigh = 0x32104444;
+  // 16 bits for every value that a pair takes: 0, 16, 16, 32.
+  constexpr uint32_t kTaken = 0x20101000;
+  const uint32_t first_bits = (bits & 3) | t.spread;
+  // Both pairs of bits, each twice: as indices into `low` (0 to 3) and kHigh (4 to 7).
+  const uint32_t index = ((bits << 6 & 0x300) | first_bits) * t.twice + (0x4040u - 0x11 * 0x0004);
+  const uint32_t selectors = permute(t.low, kHigh, index);
+  const uint32_t taken = permute(0, kTaken, first_bits);
+  const uint32_t unaligned = position << 4;
   const uint32_t first = shift_pair(word[0], word[1], unaligned);
   const uint32_t second = shift_pair(word[1], word[2], unaligned);
   out[0] = permute(first, 0, selectors);

@@ -12,16 +12,18 @@
 // on values, only on bits: those are read one more turn ahead, straight into registers, where a
 // scan over a row's lanes yields where the next turn's values begin.
 //
-// Arithmetic. At 4.3 TB/s and 1.75 GHz a multiprocessor must expand 16.5 elements a cycle, at 3.0
-// TB/s 11.5. In SASS a step of a turn, 256 elements, is some 65 instructions a warp, of which 4 can
-// issue a cycle: 15.7 elements. In shared memory it takes 3 + 2 x 3 reads and shuffles, of which
-// one can be served a cycle; with an estimated 1.3 meeting in a bank (kSegments = 8; 2 for
-// kSegments = 1), and what copies write there, 14 to 20 cycles: 18 to 13 elements. So at 50 % an
-// H100's memory is the limit and an H200's nearly; higher sparsity makes it arithmetic. None of
-// this has been measured: no GPU has run this file yet.
+// Instructions. To keep up at 50 % a multiprocessor at 1.75 GHz must expand 16.5 elements a cycle
+// for 4.3 TB/s and 11.5 for 3.0 TB/s. A step of a turn, 256 elements, is in sm_90 code 75
+// instructions a warp for one row of x and 65 for 8, everything in the loop included (ld, copy,
+// scan), of which four can issue a cycle: 13.6 and 15.8 elements. In shared memory it takes six
+// loads of values, each 1.4 cycles for one row of x and 2.2 for 8 (conflicts counted by
+// tests/ops/bitmap_lanes_emulation.cpp), three shuffles, and what copies and the scan need,
+// together 14 and 19 cycles: 18 and 13.5 elements. So an H100's memory should be the limit; on an
+// H200 it is these, at about 0.8 of its bandwidth, and on either they are above 50 % sparsity. None
+// of this has been measured: no GPU has run this file yet.
 //
-// int8 values are not taken: at 5 bits an element the bytes arrive 1.8 times as fast, which the
-// budget above does not allow, and widening them would come on top.
+// int8 values are not taken: at 5 bits an element their bytes arrive 1.8 times as fast, which the
+// counts above do not allow, and widening them would come on top.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -57,11 +59,11 @@ struct Shape {
 struct Problem {
   void* y;
   const void* x;
-  const char* values;
+  const uint4* chunks;
   const uint32_t* bitmap;
   const int64_t* row_offsets;
   const float* bias;
-  int64_t value_bytes;
+  uint32_t values;
   int m, rows, cols, words;  // words of 32 columns
   // A block's warps: along_rows next to each other in rows; along_columns share a row, each having
   // a slab of slab_turns turns.
@@ -83,11 +85,11 @@ __device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const
   }
 }
 
-// 16 bytes of which `bytes` exist; the rest become zeros. Past the first-level cache: read once.
-__device__ __forceinline__ void copy_chunk(void* to, const char* from, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+// Sixteen bytes, past the first-level cache: they are read once.
+__device__ __forceinline__ void copy_chunk(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
                :
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(bytes)
+               : "r"(to), "l"(from)
                : "memory");
 }
 __device__ __forceinline__ void close_copies() {
@@ -101,6 +103,19 @@ __device__ __forceinline__ void wait_copies() {
 __device__ inline void convert(float v, __nv_bfloat16* out) { *out = __float2bfloat16(v); }
 __device__ inline void convert(float v, __half* out) { *out = __float2half(v); }
 __device__ inline void convert(float v, float* out) { *out = v; }
+
+// The constants of expand() where the compiler cannot see them: it knows what a literal, a
+// parameter or a shuffle of either is worth, and would rather load it again, 32 times a turn, than
+// keep it.
+__device__ const Tables kTables = {};
+
+__device__ __forceinline__ Tables load_tables() {
+  Tables t;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(t.low) : "l"(&kTables.low));
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(t.spread) : "l"(&kTables.spread));
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(t.twice) : "l"(&kTables.twice));
+  return t;
+}
 
 // Set bits of words first, first + step, ... below n (whole vectors where rows are aligned so).
 template <int kStep>
@@ -125,21 +140,19 @@ __device__ inline int count_words(const uint32_t* row, int first, int n, bool ve
 template <class S>
 __device__ inline void count_slabs(const Problem& p, int64_t block_row, int* counts) {
   const int pair = threadIdx.x / S::kCounters, counter = threadIdx.x % S::kCounters;
-  const int64_t row = block_row + pair / p.along_columns;
+  const int64_t row = min(block_row + pair / p.along_columns, p.rows - int64_t{1});
   const int slab = pair % p.along_columns;
   const int slab_words = p.slab_turns * S::L::kWords;
   const int begin = min(slab * slab_words, p.words), end = min(begin + slab_words, p.words);
-  int sum = 0;
-  if (row < p.rows)
-    sum = count_words<S::kCounters>(p.bitmap + row * p.words + begin, counter, end - begin,
-                                    p.words % 4 == 0);
+  int sum = count_words<S::kCounters>(p.bitmap + row * p.words + begin, counter, end - begin,
+                                      p.words % 4 == 0);
 #pragma unroll
   for (int d = 1; d < S::kCounters; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
   if (counter == 0) counts[pair] = sum;
 }
 
-// A turn's bits as a lane has them: its words, and the number in the turn's chunks of the first
-// value of each.
+// A turn's bits as a lane has them: its words, and where in shared memory, in values, those of each
+// begin.
 struct Bits {
   uint32_t word[2];
   uint32_t before;
@@ -152,32 +165,48 @@ struct Warp {
 
   const Problem& p;
   const int lane, place;
-  const int first_row, first_turn, items;  // an item is a turn on one of kTurns groups of rows
-  char* const stages;
-  int64_t position[S::kTurns][2];  // of the next value of this lane's rows
+  const int first_turn, items;  // an item is a turn on one of kTurns groups of rows
+  const int end_word;
+  char* const shared;
+  const uint32_t first_stage;        // where in it the warp's turns are, in bytes
+  uint32_t stage;                    // and the one to fill next
+  uint32_t row_words[S::kTurns][2];  // where the bits of this lane's rows begin, its place included
+  uint32_t position[S::kTurns][2];   // the number of their next value
 
-  __device__ __forceinline__ int row_of(int turn, int half) const {
-    return first_row + turn * L::kRows + L::row_of(lane, half);
-  }
-
-  // The bits of an item; none past the last item, row and column.
-  __device__ __forceinline__ uint2 load_words(int item) const {
-    const int word = (first_turn + item / S::kTurns) * L::kWords + place;
-    const bool inside = item < items && word < p.words;
-    uint32_t w[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row_of(item % S::kTurns, half);
-      w[half] =
-          inside && row < p.rows ? __ldg(p.bitmap + static_cast<int64_t>(row) * p.words + word) : 0;
-    }
-    return make_uint2(w[0], w[1]);
-  }
-
-  // Finds where the item's values are and starts copying them. kTurn: which of the groups of rows.
+  // The bits of an item; none past the last. kTurn: which of the groups of rows it is on.
   template <int kTurn>
-  __device__ __forceinline__ Bits fetch(int item, uint2 words) {
-    Bits bits{{words.x, words.y}, 0};
+  __device__ __forceinline__ uint2 load_words(int item) const {
+    const int word = (first_turn + item / S::kTurns) * L::kWords;
+    if (word + place >= end_word) return make_uint2(0, 0);
+    return make_uint2(__ldg(p.bitmap + (row_words[kTurn][0] + word)),
+                      __ldg(p.bitmap + (row_words[kTurn][1] + word)));
+  }
+
+  // Starts copying the chunks that `count` values from number `position` lie in to `row`.
+  __device__ __forceinline__ void copy_values(uint32_t row, uint32_t position,
+                                              uint32_t count) const {
+    const uint32_t first = position / kChunkValues;
+    const uint32_t chunks = chunks_of(position % kChunkValues, count);
+    const uint32_t whole = whole_chunks(first, chunks, p.values);
+    const uint4* from = p.chunks + (first + place);
+    uint32_t to =
+        static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + row + place * kChunkBytes;
+    asm volatile("" : "+l"(from), "+r"(to));  // else they are computed anew for every copy
+#pragma unroll
+    for (int k = 0; k < L::kCopies; ++k)
+      if (place + k * L::kAcross < whole)
+        copy_chunk(to + k * L::kAcross * kChunkBytes, from + k * L::kAcross);
+    if (place == 0 && ends_with_part(first, chunks, p.values)) {
+      uint16_t* part = reinterpret_cast<uint16_t*>(shared + row) + whole * kChunkValues;
+      const uint16_t* values = reinterpret_cast<const uint16_t*>(p.chunks + first + whole);
+#pragma unroll 1
+      for (uint32_t i = 0; i < p.values % kChunkValues; ++i) part[i] = __ldg(values + i);
+    }
+  }
+
+  // Finds where an item's values are and starts copying them.
+  template <int kTurn>
+  __device__ __forceinline__ Bits fetch(uint2 words) {
     const uint32_t own = pack_counts(count_bits(words.x), count_bits(words.y));
     uint32_t sum = own;
 #pragma unroll
@@ -186,27 +215,19 @@ struct Warp {
       if (place >= d) sum += other;
     }
     const uint32_t all = __shfl_sync(~0u, sum, L::kAcross - 1, L::kAcross);
-    int64_t (&at)[2] = position[kTurn];
-    bits.before = sum - own + pack_counts(at[0] % kChunkValues, at[1] % kChunkValues);
-    char* stage = stages + item % kStages * L::kTurnBytes;
+    uint32_t start[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int count = unpack_count(all, half);
-      const int64_t first = at[half] >> 3;
-      const int chunks = chunks_of(at[half] & (kChunkValues - 1), count);
-      char* to = stage + L::row_of(lane, half) * L::kRowBytes;
-#pragma unroll
-      for (int k = 0; k < L::kCopies; ++k) {
-        const int c = place + k * L::kAcross;
-        if (c >= chunks) break;
-        const int bytes = valid_bytes(first + c, p.value_bytes);
-        copy_chunk(to + c * kChunkBytes, bytes ? p.values + (first + c) * kChunkBytes : p.values,
-                   bytes);
-      }
-      at[half] += count;
+      uint32_t& at = position[kTurn][half];
+      const uint32_t row = stage + L::row_of(lane, half) * L::kRowBytes;
+      start[half] = row / 2 + at % kChunkValues;
+      copy_values(row, at, unpack_count(all, half));
+      at += unpack_count(all, half);
     }
     close_copies();
-    return bits;
+    stage =
+        stage == first_stage + (kStages - 1) * L::kTurnBytes ? first_stage : stage + L::kTurnBytes;
+    return {{words.x, words.y}, sum - own + pack_counts(start[0], start[1])};
   }
 
   // The B fragments of a turn's columns: of every step and tile four elements of this lane's row of
@@ -237,10 +258,9 @@ struct Warp {
       }
   }
 
-  __device__ __forceinline__ void multiply(int item, const Bits& bits,
+  __device__ __forceinline__ void multiply(const Tables& tables, const Bits& bits,
                                            const uint32_t (&x)[kSteps][S::kTiles][2],
                                            float (&sum)[S::kTiles][4]) const {
-    const char* stage = stages + item % kStages * L::kTurnBytes;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int owner = L::owner_of(step, place), shift = L::shift_of(step, place);
@@ -249,14 +269,13 @@ struct Warp {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t word = __shfl_sync(~0u, bits.word[half], owner, L::kAcross);
-        const int at = position_of(word, shift, unpack_count(before, half));
-        const uint32_t nibble = word >> shift & 15;
-        const uint32_t* row =
-            reinterpret_cast<const uint32_t*>(stage + L::row_of(lane, half) * L::kRowBytes);
-        const uint32_t* window = row + (at >> 1);
-        const uint32_t w[3] = {window[0], window[1], needs_third_word(at, nibble) ? window[2] : 0u};
+        const uint32_t at = position_of(word, shift, unpack_count(before, half));
+        uint32_t first = at >> 1;
+        asm volatile("" : "+r"(first));  // else it is turned into two steps to a byte address
+        const uint32_t* window = reinterpret_cast<const uint32_t*>(shared) + first;
+        const uint32_t w[3] = {window[0], window[1], window[2]};
         uint32_t pair[2];
-        expand(w, at, nibble, pair);
+        expand(tables, w, at, word >> shift, pair);
         a[half] = pair[0];
         a[2 + half] = pair[1];
       }
@@ -266,31 +285,33 @@ struct Warp {
   }
 
   template <int kTurn>
-  __device__ __forceinline__ void turn(int item, uint2& words, Bits (&bits)[kStages],
+  __device__ __forceinline__ void turn(const Tables& tables, int item, uint2& words,
+                                       Bits (&bits)[kStages],
                                        const uint32_t (&x)[kSteps][S::kTiles][2],
                                        float (&sum)[S::kTiles][4]) {
-    bits[2] = fetch<kTurn>(item + 2, words);  // kTurns divides 2: the same group of rows
-    words = load_words(item + 3);
+    bits[2] = fetch<kTurn>(words);  // of item + 2: kTurns divides 2, so the group is the same
+    words = load_words<(kTurn + 3) % S::kTurns>(item + 3);
     wait_copies<2>();
     __syncwarp();  // what other lanes have copied is there
-    multiply(item, bits[0], x, sum);
+    multiply(tables, bits[0], x, sum);
     __syncwarp();  // all lanes have read it: the next copies may overwrite it
     bits[0] = bits[1];
     bits[1] = bits[2];
   }
 
   __device__ __forceinline__ void run(float (&sum)[S::kTurns][S::kTiles][4]) {
-    uint2 words = load_words(0);
-    const uint2 words1 = load_words(1), words2 = load_words(2);
+    constexpr int kSecond = 1 % S::kTurns;
+    const Tables tables = load_tables();
+    const uint2 words0 = load_words<0>(0), words1 = load_words<kSecond>(1);
+    uint2 words = load_words<0>(2);
     Bits bits[kStages];
-    bits[0] = fetch<0>(0, words);
-    bits[1] = fetch<1 % S::kTurns>(1, words1);
-    words = words2;
+    bits[0] = fetch<0>(words0);
+    bits[1] = fetch<kSecond>(words1);
     for (int item = 0; item < items; item += S::kTurns) {
       uint32_t x[kSteps][S::kTiles][2];
       load_x(first_turn + item / S::kTurns, x);
-      turn<0>(item, words, bits, x, sum[0]);
-      if constexpr (S::kTurns > 1) turn<1>(item + 1, words, bits, x, sum[1]);
+      turn<0>(tables, item, words, bits, x, sum[0]);
+      if constexpr (S::kTurns > 1) turn<1>(tables, item + 1, words, bits, x, sum[1]);
     }
     wait_copies<0>();
   }
@@ -337,19 +358,29 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_kernel(Proble
   const int begin = min(along_columns * p.slab_turns, turns);
   const int end = min(begin + p.slab_turns, turns);
 
+  const uint32_t first_stage = warp * kStages * L::kTurnBytes;
   Warp<T, X, kTokens> w{p,
                         lane,
                         L::place_of(lane),
-                        static_cast<int>(block_row) + along_rows * S::kWarpRows,
                         begin,
                         (end - begin) * S::kTurns,
-                        shared + warp * kStages * L::kTurnBytes,
+                        min(end * L::kWords, p.words),
+                        shared,
+                        first_stage,
+                        first_stage,
+                        {},
                         {}};
+  int row[S::kTurns][2];  // this lane's, in the block
 #pragma unroll
   for (int turn = 0; turn < S::kTurns; ++turn)
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      w.position[turn][half] = __ldg(p.row_offsets + min(w.row_of(turn, half), p.rows - 1));
+    for (int half = 0; half < 2; ++half) {
+      row[turn][half] = along_rows * S::kWarpRows + turn * L::kRows + L::row_of(lane, half);
+      // Rows past the matrix repeat its last one; their sums are not stored.
+      const int r = static_cast<int>(min(block_row + row[turn][half], p.rows - int64_t{1}));
+      w.row_words[turn][half] = static_cast<uint32_t>(r) * p.words + w.place;
+      w.position[turn][half] = static_cast<uint32_t>(__ldg(p.row_offsets + r));
+    }
   if (p.along_columns > 1) {
     int* counts = reinterpret_cast<int*>(shared);
     count_slabs<S>(p, block_row, counts);
@@ -357,10 +388,9 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_kernel(Proble
 #pragma unroll
     for (int turn = 0; turn < S::kTurns; ++turn)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int* row = counts + (w.row_of(turn, half) - block_row) * p.along_columns;
-        for (int slab = 0; slab < along_columns; ++slab) w.position[turn][half] += row[slab];
-      }
+      for (int half = 0; half < 2; ++half)
+        for (int slab = 0; slab < along_columns; ++slab)
+          w.position[turn][half] += counts[row[turn][half] * p.along_columns + slab];
     __syncthreads();  // the counts have been read: copies may overwrite them
   }
 
@@ -407,6 +437,10 @@ cudaError_t launch(Problem p, cudaStream_t stream) {
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 static_cast<int>(bytes));
   if (status != cudaSuccess) return status;
+  // Room for two blocks; what is left caches x.
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                cudaSharedmemCarveoutMaxShared);
+  if (status != cudaSuccess) return status;
   const int block_rows = p.along_rows * S::kWarpRows;
   kernel<<<(p.rows + block_rows - 1) / block_rows, 32 * warps, bytes, stream>>>(p);
   return cudaGetLastError();
@@ -436,16 +470,19 @@ cudaError_t launch_linear_bitmap(const LinearBitmap& a, cudaStream_t stream) {
   Problem p = {};
   p.y = a.y.data;
   p.x = a.x.data;
-  p.values = a.values.ptr<const char>();
+  p.chunks = a.values.ptr<const uint4>();
+  p.values = static_cast<uint32_t>(a.values.numel());
   p.bitmap = a.bitmap.ptr<const uint32_t>();
   p.row_offsets = a.row_offsets.ptr<const int64_t>();
   p.bias = a.bias.ptr<const float>();
-  p.value_bytes = 2 * a.values.numel();
   p.m = static_cast<int>(a.x.shape[0]);
   p.cols = static_cast<int>(a.x.shape[1]);
   p.rows = static_cast<int>(a.bitmap.shape[0]);
   p.words = p.cols / 32;
   if (p.m < 1 || p.m > linear_bitmap_rows(a.x.dtype)) return cudaErrorInvalidValue;
+  // Numbers of values and of bitmap words have 32 bits.
+  if (a.values.numel() > INT32_MAX || a.bitmap.numel() / 4 > INT32_MAX)
+    return cudaErrorInvalidValue;
   if (a.x.dtype == DType::bf16) return launch_16_bit<__nv_bfloat16>(p, stream);
   if (a.x.dtype == DType::f16) return launch_16_bit<__half>(p, stream);
   if (a.x.dtype == DType::f32) return launch_fp32(p, stream);

@@ -10,7 +10,7 @@ namespace pyprune {
 struct LinearBitmap {
   TensorView y;            // x's dtype [M, R], contiguous
   TensorView x;            // bf16 | f16 | f32 [M, C], contiguous, 32 divides C
-  TensorView values;       // bf16 | f16 [nnz], contiguous, 16-byte aligned; x's dtype, bf16 for f32
+  TensorView values;       // x's dtype, bf16 for f32 [nnz], contiguous, nnz < 2^31
   TensorView bitmap;       // u8 [R, C/8], contiguous
   TensorView row_offsets;  // i64 [R + 1], contiguous
   TensorView bias;         // f32 [R] or no data
