@@ -13,10 +13,11 @@
 // scan over a row's lanes yields where the next turn's values begin.
 //
 // Instructions. To keep up at 50 % a multiprocessor at 1.75 GHz must expand 16.5 elements a cycle
-// for 4.3 TB/s and 11.5 for 3.0 TB/s. A step of a turn, 256 elements, is in sm_90 code 75
-// instructions a warp for one row of x and 65 for 8, everything in the loop included (ld, copy,
-// scan), of which four can issue a cycle: 13.6 and 15.8 elements. In shared memory it takes six
-// loads of values, each 1.4 cycles for one row of x and 2.2 for 8 (conflicts counted by
+// for 4.3 TB/s and 11.5 for 3.0 TB/s. A step of a turn, 256 elements, is in sm_90 code 78
+// instructions a warp for one row of x, 68 for 8 and 72 for 16, everything in the loop included
+// (copies, scan, loads of x), of which four can issue a cycle: 13.1, 15.1 and 14.2 elements. (fp32
+// x, split into its parts on the way in: 96 and more.) In shared memory a step takes six loads of
+// values, each 1.4 cycles for one row of x and 2.2 for 8 (conflicts counted by
 // tests/ops/bitmap_lanes_emulation.cpp), three shuffles, and what copies and the scan need,
 // together 14 and 19 cycles: 18 and 13.5 elements. So an H100's memory should be the limit; on an
 // H200 it is these, at about 0.8 of its bandwidth, and on either they are above 50 % sparsity. None
@@ -182,11 +183,10 @@ struct Warp {
                       __ldg(p.bitmap + (row_words[kTurn][1] + word)));
   }
 
-  // Starts copying the chunks that `count` values from number `position` lie in to `row`.
-  __device__ __forceinline__ void copy_values(uint32_t row, uint32_t position,
-                                              uint32_t count) const {
-    const uint32_t first = position / kChunkValues;
-    const uint32_t chunks = chunks_of(position % kChunkValues, count);
+  // Starts copying the chunks that `count` values from number `at` lie in to `row`.
+  __device__ __forceinline__ void copy_values(uint32_t row, uint32_t at, uint32_t count) const {
+    const uint32_t first = at / kChunkValues;
+    const uint32_t chunks = chunks_of(at % kChunkValues, count);
     const uint32_t whole = whole_chunks(first, chunks, p.values);
     const uint4* from = p.chunks + (first + place);
     uint32_t to =
