@@ -218,7 +218,8 @@ def sparse_linear(rows: list[Row]) -> list[str]:
         best = by[by[names[0]]["best_dense"]]
         body.append(
             ["x".join(map(str, shape)), str(m), f"{best['seconds_median'] * 1e3:.2f} "
-             f"({best['provider']})", *(f"{by[n]['ratio_to_best_dense']:.2f}" for n in names)]
+             f"({best['provider']})",
+             *(f"{by[n]['ratio_to_best_dense']:.2f}" if n in by else "-" for n in names)]
         )  # fmt: skip
     first = rows[0]
     return [

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry, linear_24_cuda
+from pyprune.ops import _registry, linear_24_cuda, linear_bitmap_cuda
 from pyprune.ops._checks import check_float, check_same_device, check_shape
 
 GROUP = 4
@@ -216,6 +216,11 @@ _registry.register(
             _registry.HALF_OR_SINGLE,
             triton_limits,
         ),
+        "cuda": _registry.Impl(
+            linear_bitmap_cuda.linear_bitmap_cuda,
+            _registry.HALF_OR_SINGLE,
+            linear_bitmap_cuda.limits,
+        ),
     },
 )
 _registry.register(
@@ -267,12 +272,17 @@ def linear_bitmap(
         row_offsets: int64 `[R + 1]`, first 0, last nnz, each step the row's number of set bits.
         bias: `[R]` or None.
 
+    On CUDA devices `pyprune.ops.linear_bitmap_cuda` says which kernel serves which dtypes and how
+    many rows.
+
     Returns:
         `[..., R]` in x's dtype, products summed in fp32 (fp64 for fp64 x); non-finite activations
         as in `linear_24`.
 
     Raises:
-        ValueError: a shape, dtype or device does not match, or a row's bits and offsets disagree.
+        ValueError: a shape, dtype or device does not match, or (on the CPU) a row's bits and
+            offsets disagree. On a GPU nothing waits for such a check: `SparseLinear` makes it once,
+            when a layer is loaded; `validate_bitmap` makes it for tensors from elsewhere.
     """
     _check_linear_bitmap(x, values, bitmap, row_offsets, bias)
     y: Tensor = torch.ops.pyprune.linear_bitmap(x, values, bitmap, row_offsets, bias)
