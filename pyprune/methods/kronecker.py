@@ -269,7 +269,8 @@ class Curvature:
 
 def _factor(h: Tensor, damping: float) -> ObsFactor:
     if not len(h):  # all of it is dead
-        return ObsFactor(h, h.new_zeros(0, dtype=torch.bool), torch.tensor(damping))
+        made = torch.tensor(damping, dtype=torch.float64)
+        return ObsFactor(h, h.new_zeros(0, dtype=torch.bool), made)
     return ops.obs_factor(h, damping=damping)
 
 
