@@ -343,11 +343,13 @@ def structure(rows: list[Row], title: str, words: str, script: str) -> list[str]
 
 
 def perplexities(row: Row | None, texts: list[str]) -> str:
-    """On all texts, with four digits at most."""
+    """On all texts; a wrecked model's as a power of ten."""
     if row is None:
         return ""
     found = [row["perplexity"][text]["ppl"] for text in texts]
-    return " / ".join(f"{ppl:.2f}" if ppl < 100 else f"{ppl:,.0f}" for ppl in found)
+    return " / ".join(
+        f"{ppl:.2f}" if ppl < 100 else f"{ppl:,.0f}" if ppl < 1e5 else f"{ppl:.0e}" for ppl in found
+    )
 
 
 def depth_quality(rows: list[Row]) -> list[str]:
