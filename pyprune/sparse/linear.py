@@ -82,10 +82,10 @@ def compressed_bytes(weight: Tensor, format: str) -> int | None:
 class SparseLinear(nn.Module):
     """`y = x @ W^T + bias` with `W [out_features, in_features]` kept compressed.
 
-    Made by `from_dense`, or by `SparseLinear(...)` followed by `load_state_dict`. There is no
-    gradient with respect to the weights: they are buffers. `decompress()` returns the dense weight,
-    equal to the original but for negative zeros, which become +0, and for int8 values, which are
-    off by up to half of their row's scale.
+    Made by `from_dense`, or by `SparseLinear(...)` followed by `load_state_dict`. Gradients flow
+    through it to x; there is none with respect to the weights: they are buffers. `decompress()`
+    returns the dense weight, equal to the original but for negative zeros, which become +0, and for
+    int8 values, which are off by up to half of their row's scale.
 
     Args:
         in_features, out_features: C and R.
@@ -196,6 +196,8 @@ class SparseLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self._direct(x):
             return self._forward_native(x)
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x: expected [..., {self.in_features}], got shape {tuple(x.shape)}")
         product: Callable[..., Tensor] = getattr(ops, self._op)
         return product(x, *self._weight, bias=self.bias)
 
@@ -212,7 +214,7 @@ class SparseLinear(nn.Module):
             and type(x) is Tensor
             and x.device.type == "cpu"
             and (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
-            and x.shape[-1] == self.in_features
+            and x.shape[-1:] == (self.in_features,)
             and not x.requires_grad
             and _native.MODULE is not None
             and self.values.device.type == "cpu"
