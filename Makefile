@@ -81,7 +81,7 @@ asan: $(INSTALLED)
 
 asan-sparse:
 	$(MAKE) asan ASAN_DIR=build/asan-sparse \
-	  ASAN_OPS='pack;sparse_linear;sparse_int8;linear_int8;select;mask_nm;mask_topk;mask_global' \
+	  ASAN_OPS='kept_memory;pack;sparse_linear;sparse_int8;linear_int8;select;mask_nm;mask_topk;mask_global' \
 	  ASAN_TESTS="$(addprefix tests/ops/test_,$(addsuffix .py,pack_24 pack_bitmap sparse_linear \
 	  sparse_int8))"
 

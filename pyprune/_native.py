@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch.utils import dlpack
+
+# Above this size the C library gives memory back to the kernel when it is freed.
+KEPT_BYTES = 32 << 20
 
 # torch is imported first on purpose: its OpenMP runtime is then the one `_C` binds to, and both
 # share one thread pool.
@@ -38,6 +42,15 @@ def capsule(t: torch.Tensor) -> Any:
 
 def optional_capsule(t: torch.Tensor | None) -> Any:
     return None if t is None else capsule(t)
+
+
+def empty_mask(shape: tuple[int, ...]) -> torch.Tensor:
+    """An uninitialised bool tensor on the CPU. A large one takes the memory of the last large one
+    that was freed: fresh pages cost more than a selection does (csrc/bind/kept_memory.cpp)."""
+    count = math.prod(shape)
+    if count <= KEPT_BYTES:
+        return torch.empty(shape, dtype=torch.bool)
+    return dlpack.from_dlpack(call("kept_bytes", count)).view(torch.bool).view(shape)
 
 
 def call(name: str, *args: Any) -> Any:

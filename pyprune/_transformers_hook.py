@@ -44,6 +44,7 @@ def _register(auto: ModuleType) -> None:
     if quantizer.METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantization_config(quantizer.METHOD)(quantizer.PyPruneConfig)
         auto.register_quantizer(quantizer.METHOD)(quantizer.PyPruneQuantizer)
+        quantizer.save_with_advice()
 
 
 def install() -> None:

@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from sparse_checkpoints import pruned_checkpoint
+from sparse_checkpoints import prune_in_place, pruned_checkpoint
+from tiny_models import tiny_model
 
 from pyprune import cli
 from pyprune.errors import UserError
@@ -76,6 +77,19 @@ def test_our_kernel_multiplies_the_same_weights(pair):
     ids = torch.arange(1, 9)[None]
     with torch.no_grad():
         torch.testing.assert_close(own(ids).logits, dense(ids).logits, rtol=0.05, atol=0.05)
+
+
+def test_a_layer_of_zeros(tmp_path):
+    """Nothing is stored of it, and a model that has one is measured like any other."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    prune_in_place(model, "random")
+    model.model.layers[0].mlp.down_proj.weight.data.zero_()
+    model.save_pretrained(tmp_path / "dense")
+    report = compress_checkpoint(tmp_path / "dense", tmp_path / "small")
+    assert report.layers["model.layers.0.mlp.down_proj"].density == 0
+    models = contestants({"zeros": tmp_path / "small"}, dtypes=(torch.bfloat16,))
+    result = bench(models, Protocol(batches=(1,), prompt=2, steps=1, rounds=1))
+    assert result.names == ["dense", "zeros"]
 
 
 def test_embeddings_that_are_tied_count_once():

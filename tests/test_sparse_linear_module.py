@@ -69,8 +69,16 @@ def test_activations_of_other_kinds_take_the_op():
     for x in (tokens(2, 40).double(), tokens(2, 40).half(), tokens(2, 40).to("meta")):
         assert not sparse._direct(x)
     assert sparse(tokens(2, 40).double()).dtype == torch.float64
-    with pytest.raises(ValueError, match=r"meta|values"):
-        sparse(tokens(2, 48))
+
+
+@pytest.mark.parametrize("format", ["sparse24", "bitmap"])
+def test_activations_of_another_width_are_refused(format):
+    linear = pruned()
+    linear.weight.data[:, 32:] = 0  # what a bitmap of 40 columns has in common with one of 36
+    sparse = SparseLinear.from_dense(linear, format)
+    for x in (tokens(2, 48), tokens(2, 36), tokens(2, 0), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"x: expected \[\.\.\., 40\], got shape"):
+            sparse(x)
 
 
 @pytest.mark.parametrize(("format", "pattern"), CASES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sparse_checkpoints import pruned_checkpoint, tensors_of
-from tiny_models import FAMILIES, tiny_tokens
+from tiny_models import FAMILIES, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 import pyprune
@@ -102,6 +102,18 @@ def test_without_pyprune_the_error_says_what_to_do(compressed):
     for order in ("import pyprune, transformers", "import transformers.quantizers.auto, pyprune"):
         done = shell(order + ";" + code, compressed["2:4"])
         assert not done.returncode, done.stderr
+
+
+def test_saved_again_the_advice_stays(compressed, tmp_path):
+    """transformers takes the field that carries it off every configuration that it saves."""
+    model = pyprune.load(compressed["2:4"])
+    model.save_pretrained(tmp_path / "again")
+    code = "import sys, transformers as t; t.AutoModelForCausalLM.from_pretrained(sys.argv[1])"
+    done = shell(code, tmp_path / "again")
+    assert done.returncode and "`import pyprune` before loading it" in done.stderr
+    dense = AutoModelForCausalLM.from_config(tiny_model("llama").config)
+    dense.save_pretrained(tmp_path / "dense")
+    assert "transformers_weights" not in json.loads((tmp_path / "dense/config.json").read_text())
 
 
 def test_import_stays_light():

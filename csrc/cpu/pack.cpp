@@ -152,8 +152,9 @@ bool move_row(const BitmapValuesArgs& args, int64_t i, bool vbmi2) {
   U* w = args.w.ptr<U>() + i * args.w.stride[0];
   int64_t kept = 0;
   for (int64_t c = 0; c < cols; c += 64) kept += __builtin_popcountll(load_bits(bitmap, c, cols));
-  if (offsets[i] < 0 || offsets[i] + kept != offsets[i + 1] ||
-      offsets[i + 1] > args.values.shape[0])
+  // Compared, not added, first: arbitrary numbers may overflow to the wanted one.
+  if (offsets[i] < 0 || offsets[i] > offsets[i + 1] || offsets[i + 1] > args.values.shape[0] ||
+      offsets[i + 1] - offsets[i] != kept)
     return false;
   U* values = args.values.ptr<U>() + offsets[i];
   for (int64_t c = 0; c < cols; c += 64) {

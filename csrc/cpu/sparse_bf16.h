@@ -88,8 +88,7 @@ inline bool bitmap_row(const Weights& w, int64_t r, uint64_t* words) {
     const __mmask8 k = static_cast<__mmask8>(n - i >= 8 ? 0xff : (1 << (n - i)) - 1);
     counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(_mm512_maskz_loadu_epi64(k, words + i)));
   }
-  const int64_t begin = w.offsets[r], end = w.offsets[r + 1];
-  return !stray && begin >= 0 && end <= w.nnz && end - begin == _mm512_reduce_add_epi64(counts);
+  return !stray && w.encloses(r, _mm512_reduce_add_epi64(counts));
 }
 
 inline __m512bh words_of(__m512i v) { return reinterpret_cast<__m512bh>(v); }
@@ -298,10 +297,8 @@ void dot_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_
   const int64_t chunks = (total + kChunkRows - 1) / kChunkRows;
   const int64_t side = dot_side(std::min<int64_t>(total, kChunkRows));
   const int64_t steps = count / side + count % side;
-  // Offsets of rows to come are not checked yet: no more than the matrix may follow from them.
   const auto row_at = [&](int64_t r) {
-    const int64_t at = std::clamp<int64_t>(w.begin(std::min(r, w.rows)), 0, w.nnz);
-    return static_cast<const char*>(w.values) + 2 * at;
+    return static_cast<const char*>(w.values) + 2 * w.begin_within(std::min(r, w.rows));
   };
   fetch->plan(row_at(r0 + count), row_at(r0 + 2 * count), steps * mask_words(w.cols) * chunks);
   const float* bias = a.bias ? a.bias->ptr<const float>() : nullptr;

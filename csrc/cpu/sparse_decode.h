@@ -141,8 +141,8 @@ void decode_block(const Weights& w, int64_t r0, int64_t count, const float* x, u
   for (int64_t r = 0; r < count; ++r)
     cursors[r] = {static_cast<const T*>(w.values) + w.begin(r0 + r), words + r * n};
   std::fill(sums, sums + count * M * Vec::kLanes, 0.0f);
-  const int64_t ahead =
-      (w.begin(std::min(r0 + kBlock, w.rows - 1)) - w.begin(r0)) * static_cast<int64_t>(sizeof(T));
+  const int64_t ahead = (w.begin_within(std::min(r0 + kBlock, w.rows - 1)) - w.begin(r0)) *
+                        static_cast<int64_t>(sizeof(T));
   const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, kPieceBytes / (kMaskColumns * 4 * M));
   for (int64_t i0 = 0; i0 < n; i0 += piece) {
     const int64_t i1 = std::min(n, i0 + piece);

@@ -264,8 +264,8 @@ bool multiply_rows(const Weights& w, int64_t r0, int64_t count, const float* pac
     decode_tile<As, kDense>(w, cursors, count, i0, i1, s.tile);
     // The same rows further on, or the first columns of the next ones.
     for (int64_t r = 0; r < kTileRows; ++r) {
-      const T* first =
-          static_cast<const T*>(w.values) + w.begin(std::min(r0 + kTileRows + r, w.rows - 1));
+      const T* first = static_cast<const T*>(w.values) +
+                       w.begin_within(std::min(r0 + kTileRows + r, w.rows - 1));
       next.row[r] =
           reinterpret_cast<const char*>(d + 1 < depths && r < count ? cursors[r].v : first);
     }

@@ -308,7 +308,7 @@ bool few_block(const Weights& w, int64_t r0, int64_t count, const typename Kerne
         Kernel::kMeta ? w.meta + (r0 + r) * w.meta_stride : reinterpret_cast<const uint8_t*>(words);
     cursors[r] = {values + w.begin(r0 + r), meta};
   }
-  const int64_t ahead = w.begin(std::min(r0 + count, w.rows - 1)) - w.begin(r0);
+  const int64_t ahead = w.begin_within(std::min(r0 + count, w.rows - 1)) - w.begin(r0);
   constexpr int64_t word_bytes = kMaskColumns * sizeof(typename Kernel::T) * Kernel::kParts * M;
   const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, kInt8PieceBytes / word_bytes);
   std::fill(s.sums, s.sums + count * M * Vec::kLanes, 0.0f);

@@ -21,7 +21,7 @@ struct Weights {
   const void* values;
   const uint8_t* meta;
   const int64_t* offsets;
-  int64_t rows, cols, nnz, meta_stride;
+  int64_t rows, cols, nnz, meta_stride;  // nnz: elements of `values`
 
   explicit Weights(const SparseLinearArgs& a)
       : format(a.format),
@@ -37,6 +37,15 @@ struct Weights {
   int64_t begin(int64_t r) const {
     if (format == WeightFormat::bitmap) return offsets[r];
     return r * (format == WeightFormat::dense ? cols : cols / 2);
+  }
+  // The same for rows whose offsets are not checked yet, to fetch ahead: nothing but the matrix may
+  // follow from them, and no overflow.
+  int64_t begin_within(int64_t r) const { return std::clamp<int64_t>(begin(r), 0, nnz); }
+  // Whether a bitmap row's offsets enclose `count` of the values. Compared, not subtracted, first:
+  // a difference of arbitrary numbers may overflow to the very count.
+  bool encloses(int64_t r, int64_t count) const {
+    const int64_t first = offsets[r], end = offsets[r + 1];
+    return 0 <= first && first <= end && end <= nnz && end - first == count;
   }
 };
 
@@ -142,8 +151,7 @@ inline bool row_mask(const Weights& w, int64_t r, uint64_t* words) {
   const uint64_t stray = tail ? words[n - 1] >> tail : 0;
   int64_t count = 0;
   for (int64_t i = 0; i < n; ++i) count += popcount(words[i]);
-  const int64_t begin = w.offsets[r], end = w.offsets[r + 1];
-  return !stray && begin >= 0 && end <= w.nnz && end - begin == count;
+  return !stray && w.encloses(r, count);
 }
 
 #if defined(__AVX512F__)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -82,6 +83,19 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
     return dict(ordered)
 
 
+def read_headers(files: Iterable[Path]) -> dict[str, TensorEntry]:
+    """The tensors of several files. Raises UserError as `read_header`, and for a tensor that two of
+    them have: which one counts would be up to the order in which somebody reads them."""
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        found = read_header(file)
+        for name in found:
+            if name in entries:
+                raise UserError(f"{file}: tensor {name} is in {entries[name].file.name} too")
+        entries |= found
+    return entries
+
+
 def _corrupt(file: Path, what: str) -> UserError:
     return UserError(f"{file}: corrupt safetensors file: {what}")
 
@@ -100,7 +114,7 @@ def _parse_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
         text = stream.read(length)
     try:
         header = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _corrupt(file, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _corrupt(file, "its header is not a JSON object")
@@ -108,7 +122,8 @@ def _parse_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:
-    return isinstance(value, list) and all(type(v) is int and v >= 0 for v in value)
+    """Whether these are numbers that a tensor's sizes and a file's offsets can be."""
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 63 for v in value)
 
 
 def _entry(file: Path, name: str, value: Any, start: int) -> TensorEntry:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from pyprune.checkpoint.names import NameMap, map_names
-from pyprune.checkpoint.shards import TensorEntry, read_header
+from pyprune.checkpoint.shards import TensorEntry, read_header, read_headers
 from pyprune.errors import UserError
 
 logger = logging.getLogger("pyprune")
@@ -74,8 +74,10 @@ class Checkpoint:
         """
         path = locate(source, revision, code=trust_remote_code)
         raw = read_json(path / "config.json")
-        if "quantization_config" in raw:
-            method = raw["quantization_config"].get("quant_method", "unknown")
+        quantization = raw.get("quantization_config")
+        if quantization is not None:
+            described = isinstance(quantization, dict)
+            method = quantization.get("quant_method", "unknown") if described else "unknown"
             raise UserError(
                 f"{path}: expected floating point weights, got a checkpoint quantized by {method}"
                 + ("; `pyprune decompress` makes it dense" if method == "pyprune" else "")
@@ -229,7 +231,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file.parent}: expected a Hugging Face checkpoint, it has no {file.name}")
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: expected JSON: {error}") from error
     if not isinstance(value, dict):
         raise UserError(f"{file}: expected a JSON object, got {type(value).__name__}")
@@ -247,13 +249,14 @@ def read_tensors(path: Path) -> dict[str, TensorEntry]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index}: expected a weight_map from tensor to file")
-    tensors: dict[str, TensorEntry] = {}
-    for name in sorted(set(weight_map.values())):
-        if not isinstance(name, str) or Path(name).name != name:
+    for name in weight_map.values():
+        if not isinstance(name, str) or not name or Path(name).name != name:
             raise UserError(f"{index}: {name!r} is no file name")
+    names = sorted(set(weight_map.values()))
+    for name in names:
         if not (path / name).is_file():
             raise UserError(f"{path}: {name} is missing; the index says that it holds weights")
-        tensors |= read_header(path / name)
+    tensors = read_headers(path / name for name in names)
     for tensor, name in weight_map.items():
         if tensor not in tensors or tensors[tensor].file.name != name:
             raise UserError(f"{path / name}: tensor {tensor} is missing; the index has it there")

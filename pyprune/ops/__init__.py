@@ -1,6 +1,7 @@
 """The kernels, one op family a module. Every op has a plain PyTorch reference and faster backends;
 see `pyprune.ops._registry` for how one is chosen."""
 
+from pyprune.ops import linear_backward  # noqa: F401  registers gradients
 from pyprune.ops.column_norms import column_norms
 from pyprune.ops.fisher_accumulate import fisher_accumulate
 from pyprune.ops.gram import gram

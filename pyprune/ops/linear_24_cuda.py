@@ -24,6 +24,7 @@ from pyprune.ops.pack import unpack_24
 
 ROWS = 64  # of x that the kernel takes
 WORD = 64  # columns that a warp reads at once: C must be a multiple
+ALIGNMENT = 16  # bytes of a load
 
 # What cuSPARSELt asks of 16-bit operands: the rows of x are padded to the first, R and C must be
 # multiples of the second.
@@ -58,11 +59,23 @@ def library_serves(rows: int, cols: int) -> bool:
     return fits and torch.backends.cusparselt.is_available()
 
 
+def _aligned(t: Tensor) -> Tensor:
+    """`t`, contiguous and from an address that the kernel's 16-byte loads can start at: a slice of
+    a flat buffer may begin anywhere."""
+    t = t.contiguous()
+    return t if t.data_ptr() % ALIGNMENT == 0 else t.clone()
+
+
+def _version(t: Tensor) -> int:
+    """How often `t` was written to; inference tensors do not count, and are taken not to change."""
+    return 0 if t.is_inference() else t._version
+
+
 def linear_24_cuda(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     rows = values.shape[0]
     if flat.shape[0] <= ROWS:
-        y = _few_rows(flat, values.contiguous(), meta.contiguous(), bias)
+        y = _few_rows(_aligned(flat), _aligned(values), _aligned(meta), bias)
     elif library_serves(rows, flat.shape[1]):
         y = _library(flat, values, meta, bias)
     else:
@@ -89,7 +102,7 @@ def _few_rows(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> T
 
 
 def _library(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
-    state = (values._version, id(meta), meta._version)
+    state = (_version(values), id(meta), _version(meta))
     weight: _LibraryWeight | None = _library_weights.get(values)  # type: ignore[no-untyped-call]
     if weight is None or weight.state != state:
         weight = _LibraryWeight(torch._cslt_compress(unpack_24(values, meta)), state)

@@ -115,7 +115,7 @@ def _mask_nm_fake(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
 
 
 def _mask_nm_native(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
-    mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+    mask = _native.empty_mask(tuple(w.shape))
     extra = map(_native.optional_capsule, _native_terms(terms))
     _native.call("mask_nm", mask, _unit_columns(w), n, m, *extra)
     return mask
@@ -203,7 +203,7 @@ def _mask_topk_fake(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
 
 
 def _mask_topk_native(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
-    mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+    mask = _native.empty_mask(tuple(w.shape))
     extra = map(_native.optional_capsule, _native_terms(terms))
     _native.call("mask_topk", mask, _unit_columns(w), pruned, *extra)
     return mask
@@ -295,7 +295,7 @@ def _mask_global_fake(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> l
 
 
 def _mask_global_native(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> list[Tensor]:
-    masks = [w.new_empty(w.shape, dtype=torch.bool) for w in ws]
+    masks = [_native.empty_mask(tuple(w.shape)) for w in ws]
     filled = [i for i, w in enumerate(ws) if w.numel()]
     terms = [_native_terms(_terms_of(lists, i)) for i in filled]
     groups = [

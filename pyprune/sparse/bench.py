@@ -251,7 +251,8 @@ def touch(model: nn.Module) -> None:
     """Reads every weight: transformers maps the file, and what keeps its dtype is read on first
     use only."""
     for t in model.state_dict().values():
-        t.view(torch.uint8).amax() if t.dim() else t.item()
+        if t.numel():  # of a layer that is all zeros nothing is stored
+            t.view(torch.uint8).amax() if t.dim() else t.item()
 
 
 def bench(

@@ -65,10 +65,10 @@ _OP: dict[tuple[str, bool], str] = {
 class SparseLinear(StoredWeight):
     """`y = x @ W^T + bias` with `W [out_features, in_features]` kept compressed.
 
-    Made by `from_dense`, or by `SparseLinear(...)` followed by `load_state_dict`. There is no
-    gradient with respect to the weights: they are buffers. `decompress()` returns the dense weight,
-    equal to the original but for negative zeros, which become +0, and for int8 values, which are
-    off by up to half of their row's scale.
+    Made by `from_dense`, or by `SparseLinear(...)` followed by `load_state_dict`. Gradients flow
+    through it to x; there is none with respect to the weights: they are buffers. `decompress()`
+    returns the dense weight, equal to the original but for negative zeros, which become +0, and for
+    int8 values, which are off by up to half of their row's scale.
 
     Args:
         in_features, out_features: C and R.
@@ -138,6 +138,8 @@ class SparseLinear(StoredWeight):
     def forward(self, x: Tensor) -> Tensor:
         if self._direct(x):
             return self._forward_native(x)
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(f"x: expected [..., {self.in_features}], got shape {tuple(x.shape)}")
         product: Callable[..., Tensor] = getattr(ops, self._op)
         return product(x, *self._weight, bias=self.bias)
 
@@ -153,7 +155,7 @@ class SparseLinear(StoredWeight):
         values = self._values
         return (
             (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
-            and x.shape[-1] == self.in_features
+            and x.shape[-1:] == (self.in_features,)
             and not x.requires_grad
             and _native.MODULE is not None
             and values.device.type == "cpu"

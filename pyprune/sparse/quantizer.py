@@ -6,12 +6,16 @@ the methods.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -60,8 +64,8 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        from pyprune.checkpoint import read_header
         from pyprune.checkpoint.names import EXPERT
+        from pyprune.checkpoint.shards import read_headers
         from pyprune.models.experts import FUSED_EXPERTS
         from pyprune.sparse import format as formats
         from pyprune.sparse.dense import use_own_kernels
@@ -71,9 +75,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         folder = Path(checkpoint_files[0]).parent
         fields = self.quantization_config.to_dict()
         self._layers = formats.parse_quantization_config(fields, str(folder / "config.json"))
-        self._entries = {}
-        for file in checkpoint_files:
-            self._entries |= read_header(Path(file))
+        self._entries = read_headers(map(Path, checkpoint_files))
         mixtures: dict[str, dict[str, str]] = {}
         for name, layer in self._layers.items():
             self._parts[name] = formats.check_entries(name, layer, self._entries, folder)
@@ -235,3 +237,26 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def save_with_advice() -> None:
+    """Lets transformers write the configuration of a compressed model with the advice for those
+    without pyprune (docs/format.md): it takes `transformers_weights` off whatever it saves, and
+    the copy would then be filled with random numbers."""
+    write = PreTrainedConfig.to_json_file
+
+    @wraps(write)
+    def to_json_file(
+        self: Any, json_file_path: str | os.PathLike[str], *args: Any, **kw: Any
+    ) -> None:
+        write(self, json_file_path, *args, **kw)
+        if isinstance(getattr(self, "quantization_config", None), PyPruneConfig):
+            from pyprune.sparse.format import HOW_TO_LOAD
+
+            file = Path(json_file_path)
+            fields = json.loads(file.read_text(encoding="utf-8"))
+            fields["transformers_weights"] = HOW_TO_LOAD
+            text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+            file.write_text(text, encoding="utf-8")
+
+    PreTrainedConfig.to_json_file = to_json_file

@@ -195,6 +195,10 @@ def test_custom_code_is_not_run(folder):
 def test_quantized(folder):
     edit_config(folder, quantization_config={"quant_method": "gptq"})
     expect(folder, "quantized by gptq")
+    edit_config(folder, quantization_config=["gptq"])
+    expect(folder, "quantized by unknown")
+    edit_config(folder, quantization_config=None)  # as some tools write it
+    assert Checkpoint.open(folder).nbytes
 
 
 def test_no_weights(folder):
@@ -252,6 +256,7 @@ def test_header_is_no_json_object(folder, text):
         ({"dtype": 7}, "lacks a valid dtype"),
         ({"shape": [32, -32]}, "lacks a valid"),
         ({"shape": None}, "lacks a valid"),
+        ({"shape": [0, 2**63], "data_offsets": [0, 0]}, "lacks a valid"),
         ({"shape": [31]}, "holds 128 bytes, F32 .31. takes 124"),
         ({"data_offsets": [0]}, "1 data_offsets"),
         ({"data_offsets": [10**9, 10**9 + 128]}, "expected"),
@@ -288,11 +293,38 @@ def test_missing_shard(sharded):
         ({}, "expected a weight_map"),
         ({"weight_map": {"w": "../secret"}}, "is no file name"),
         ({"weight_map": {"w": 3}}, "is no file name"),
+        ({"weight_map": {"w": 3, "v": "a.safetensors"}}, "3 is no file name"),
+        ({"weight_map": {"w": ["a.safetensors"]}}, "is no file name"),
+        ({"weight_map": {"w": ""}}, "is no file name"),
+        ({"weight_map": {"w": None}}, "None is no file name"),
     ],
 )
 def test_bad_index(sharded, index, message):
     (sharded / INDEX).write_text(json.dumps(index))
     expect(sharded, message)
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_tensor_that_two_files_have(sharded, last):
+    """Which of them counts would be up to the order in which somebody reads the files."""
+    files = sorted(sharded.glob("*.safetensors"))
+    target, source = (files[-1], files[0]) if last else (files[0], files[-1])
+    header, data = header_and_data(target)
+    name = next(iter(read_header(source)))
+    header[name] = {"dtype": "F32", "shape": [1], "data_offsets": [len(data), len(data) + 4]}
+    with_header(target, header, data + b"\0" * 4)
+    expect(sharded, f"tensor {name} is in model-.* too")
+
+
+def test_json_nested_too_deeply(sharded):
+    deep = "[" * 200_000
+    file = min(sharded.glob("*.safetensors"))
+    original = file.read_bytes()
+    with_header(file, deep.encode(), b"")
+    expect(sharded, f"{file.name}: corrupt safetensors file: its header is not JSON")
+    file.write_bytes(original)
+    (sharded / INDEX).write_text(deep)
+    expect(sharded, f"{INDEX}: expected JSON")
 
 
 def test_tensor_that_only_the_index_has(sharded):

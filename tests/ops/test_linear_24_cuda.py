@@ -89,6 +89,21 @@ def test_documented_metadata_agrees_with_pytorch(warp):
                 assert got == int(nibbles[row, 8 * tile + chunk])
 
 
+def test_operands_from_any_address_are_aligned():
+    flat = torch.arange(130, dtype=torch.bfloat16)
+    for t in (flat[:128].view(2, 64), flat[1:129].view(2, 64), flat[:128].view(64, 2).T):
+        got = linear_24_cuda._aligned(t)
+        assert got.is_contiguous() and got.data_ptr() % 16 == 0 and torch.equal(got, t)
+    assert linear_24_cuda._aligned(flat).data_ptr() == flat.data_ptr()
+
+
+def test_inference_tensors_have_a_version():
+    with torch.inference_mode():
+        frozen = torch.zeros(2)
+    counted = torch.zeros(2).add_(1)
+    assert linear_24_cuda._version(frozen) == 0 and linear_24_cuda._version(counted) == 1
+
+
 @pytest.mark.parametrize(
     ("x", "values", "reason"),
     [

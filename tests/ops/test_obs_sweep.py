@@ -4,27 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.isa import AVAILABLE, restricted
 from ops.layers import damped, quadratic, random_layer, random_mask
+from ops.sweep import ISAS, ONE_OF_EACH, OP, RULE_IDS, RULES, SHAPES, fewer, float64_sweep
 
 from pyprune import ops
-from pyprune.patterns import pruned_count
-
-OP = "obs_sweep"
-ISAS = ["portable", "avx2", "avx512"]
-
-# One row, one column, ragged strips and tiles, one to several blocks, several strips.
-SHAPES = [(1, 1), (1, 40), (3, 7), (5, 128), (17, 130), (50, 300)]
-
-
-def fewer(backend: str, cols: int, triton_cols: int) -> int:
-    """Triton's interpreter takes milliseconds a column, and has narrower blocks to make up."""
-    return triton_cols if backend == "triton" else cols
-
-
-def float64_sweep(w: torch.Tensor, u: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The weights by the fp64 reference, whichever backend is forced."""
-    reference = ops._registry.IMPLS[OP]["reference"].resolve()
-    return reference(w[None], u[None], None, mask.cpu()[None], None, 0, 0, 128, False)[0][0]
-
 
 # --- goldens: methods/weights.md section 12.2 -----------------------------------------------
 
@@ -129,26 +111,6 @@ def test_given_mask_matches_float64(backend, device, use_backend, shape, block_s
     torch.testing.assert_close(got.loss.cpu().double(), want.loss, rtol=1e-4, atol=1e-6)
 
 
-RULES = [
-    {"sparsity": 0.5, "scope": "block"},
-    {"sparsity": 0.375, "scope": "row"},
-    {"sparsity": 0.5, "scope": "layer"},
-    {"sparsity": 0.5, "scope": "block", "reference_count": True},
-    {"nm": (2, 4)},
-    {"nm": (1, 2)},
-    {"nm": (5, 8)},
-    {"nm": (3, 5)},
-    {"nm": (4, 20)},
-]
-ONE_OF_EACH = [
-    {"sparsity": 0.4},
-    {"sparsity": 0.4, "scope": "row"},
-    {"sparsity": 0.4, "scope": "layer"},
-    {"nm": (2, 4)},
-]
-RULE_IDS = [" ".join(f"{k}={v}" for k, v in rule.items()) for rule in RULES]
-
-
 @pytest.mark.parametrize("rule", RULES, ids=RULE_IDS)
 def test_chosen_masks_match_float64(backend, device, use_backend, rule):
     """Near ties may fall either way in fp32: on a Gaussian layer that is well under 1 in 1000."""
@@ -178,90 +140,6 @@ def test_every_instruction_set(isa, use_isa, rule):
     assert (got.mask == want.mask).double().mean() > 0.998
     fixed = ops.obs_sweep(w.float(), u.float(), mask=want.mask)
     torch.testing.assert_close(fixed.weight.double(), want.weight, rtol=1e-4, atol=1e-4)
-
-
-# --- exact counts -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.01, 0.3, 0.5, 0.777, 1.0])
-@pytest.mark.parametrize("scope", ["row", "block", "layer"])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 45), (20, 300)], ids=str)
-def test_counts_are_exact(backend, device, use_backend, sparsity, scope, shape):
-    use_backend(backend, OP, device, torch.float32)
-    rows, cols = shape[0], fewer(backend, shape[1], min(shape[1], 50))
-    w, h = random_layer(rows, cols)
-    u = ops.obs_factor(h).u.float().to(device)
-    got = ops.obs_sweep(w.float().to(device), u, sparsity=sparsity, scope=scope, block_size=24)
-    pruned = (~got.mask.cpu()).sum(1)
-    if scope == "row":
-        assert pruned.tolist() == [pruned_count(cols, sparsity)] * rows
-    else:
-        assert int(pruned.sum()) == pruned_count(rows * cols, sparsity)
-    if sparsity == 0:
-        assert torch.equal(got.weight, w.float().to(device)) and bool((got.loss == 0).all())
-
-
-def test_block_counts_spread_by_cumulative_rounding(backend, device, use_backend):
-    use_backend(backend, OP, device, torch.float32)
-    w, h = random_layer(5, 50)
-    u = ops.obs_factor(h).u.float().to(device)
-    got = ops.obs_sweep(w.float().to(device), u, sparsity=0.5, scope="row", block_size=9)
-    per_block = [part.shape[1] - part.sum(1) for part in got.mask.cpu().split(9, dim=1)]
-    assert torch.stack(per_block, 1).tolist() == [[5, 4, 5, 4, 5, 2]] * 5
-
-
-@pytest.mark.parametrize("nm", [(2, 4), (1, 4), (4, 8), (1, 1), (3, 6), (7, 10)])
-def test_nm_counts(backend, device, use_backend, nm):
-    use_backend(backend, OP, device, torch.float32)
-    n, m = nm
-    cols = fewer(backend, 240, 120)
-    w, h = random_layer(9, cols)
-    u = ops.obs_factor(h).u.float().to(device)
-    for block_size in (1, 64, 1000) if backend == "native" else (64,):
-        mask = ops.obs_sweep(w.float().to(device), u, nm=nm, block_size=block_size).mask.cpu()
-        assert bool((mask.view(9, -1, m).sum(2) == n).all())
-
-
-def test_reference_count_prunes_one_more_and_all_ties(backend, device, use_backend):
-    use_backend(backend, OP, device, torch.float32)
-    eye = torch.eye(8, device=device)
-    w = torch.tensor([[1.0, 2, 2, 2, 3, 4, 5, 6]], device=device)
-    for sparsity, pruned in ((0.0, 1), (0.1, 1), (0.125, 4), (0.5, 5)):
-        got = ops.obs_sweep(w, eye, sparsity=sparsity, reference_count=True)
-        assert int((~got.mask).sum()) == pruned
-
-
-# --- ties ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scope", ["row", "block", "layer"])
-@pytest.mark.parametrize("value", [0.0, 0.75])
-def test_ties_prune_the_lower_index(backend, device, use_backend, scope, value):
-    use_backend(backend, OP, device, torch.float32)
-    rows, cols = 40, 20
-    w, u = torch.full((rows, cols), value, device=device), torch.eye(cols, device=device)
-    got = ops.obs_sweep(w, u, sparsity=0.33, scope=scope).mask.cpu()
-    want = torch.ones(rows, cols, dtype=torch.bool)
-    if scope == "row":
-        want[:, : pruned_count(cols, 0.33)] = False
-    else:
-        want.view(-1)[: pruned_count(rows * cols, 0.33)] = False
-    assert torch.equal(got, want)
-
-
-def test_ties_in_groups_prune_the_lower_index(backend, device, use_backend):
-    use_backend(backend, OP, device, torch.float32)
-    w, u = torch.ones(3, 48, device=device), torch.eye(48, device=device)
-    for n, m in ((2, 4), (3, 8), (1, 6), (5, 16)):
-        mask = ops.obs_sweep(w, u, nm=(n, m)).mask.cpu().view(3, -1, m)
-        assert not mask[..., : m - n].any() and bool(mask[..., m - n :].all())
-
-
-def test_partial_ties_across_rows(backend, device, use_backend):
-    use_backend(backend, OP, device, torch.float32)
-    w = torch.tensor([[3.0, 1, 2], [2, 2, 5], [1, 2, 9], [2, 2, 2]], device=device)
-    got = ops.obs_sweep(w, torch.eye(3, device=device), sparsity=5 / 12).mask.cpu()
-    assert torch.equal(got, torch.tensor([[1, 0, 0], [0, 0, 1], [0, 1, 1], [1, 1, 1]]) > 0)
 
 
 # --- what the mathematics says --------------------------------------------------------------
@@ -393,67 +271,6 @@ def test_fewer_tokens_than_columns(backend, device, use_backend, tokens):
     got = ops.obs_sweep(w.float().to(device), u.float().to(device), sparsity=0.5)
     want = float64_sweep(w, u, got.mask)
     torch.testing.assert_close(got.weight.cpu().double(), want, rtol=1e-3, atol=1e-3)
-
-
-# --- preserved and repeated pruning ---------------------------------------------------------
-
-
-@pytest.mark.parametrize("rule", [r for r in RULES if "reference_count" not in r], ids=str)
-def test_preserved_positions_stay_pruned_and_count(backend, device, use_backend, rule):
-    use_backend(backend, OP, device, torch.float32)
-    cols = fewer(backend, 280, 40)
-    w, h = random_layer(20, cols)
-    u = ops.obs_factor(h).u.float().to(device)
-    # All in the first quarter of the columns, but less than any quota there.
-    preserve = torch.ones(20, cols, dtype=torch.bool)
-    preserve[:, : cols // 4 : 5] = False
-    before = w.float() * preserve
-    got = ops.obs_sweep(before.to(device), u, preserve=preserve.to(device), **rule)
-    mask = got.mask.cpu()
-    assert not mask[~preserve].any()
-    if "nm" in rule:
-        n, m = rule["nm"]
-        assert bool((mask.view(20, -1, m).sum(2) == n).all())
-    else:
-        assert int((~mask).sum()) == pruned_count(20 * cols, rule["sparsity"])
-    if rule.get("scope") == "row":
-        assert (~mask).sum(1).tolist() == [pruned_count(cols, rule["sparsity"])] * 20
-
-
-@pytest.mark.parametrize("scope", ["row", "block", "layer"])
-def test_more_preserved_than_asked_for(backend, device, use_backend, scope):
-    use_backend(backend, OP, device, torch.float32)
-    cols = fewer(backend, 300, 50)
-    w, h = random_layer(10, cols)
-    u, preserve = ops.obs_factor(h).u.float().to(device), random_mask(10, cols)
-    before = (w.float() * preserve).to(device)
-    got = ops.obs_sweep(before, u, sparsity=0.2, scope=scope, preserve=preserve.to(device))
-    assert torch.equal(got.mask.cpu(), preserve)
-    assert torch.equal(got.weight, before)
-    got = ops.obs_sweep(before, u, nm=(4, 5), preserve=preserve.to(device))
-    assert not got.mask.cpu()[~preserve].any()
-
-
-def test_preserve_with_a_given_mask(backend, device, use_backend):
-    use_backend(backend, OP, device, torch.float32)
-    w, h = random_layer(10, 50)
-    mask, preserve = random_mask(10, 50, 1).to(device), random_mask(10, 50, 2).to(device)
-    u = ops.obs_factor(h).u.float().to(device)
-    got = ops.obs_sweep(w.float().to(device), u, mask=mask, preserve=preserve)
-    want = ops.obs_sweep(w.float().to(device), u, mask=mask & preserve)
-    for a, b in zip(got, want, strict=True):
-        assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("rule", [{"sparsity": 0.5}, {"nm": (2, 4)}], ids=str)
-def test_pruning_again_is_a_no_op(backend, device, use_backend, rule):
-    use_backend(backend, OP, device, torch.float32)
-    w, h = random_layer(16, fewer(backend, 132, 44))
-    u = ops.obs_factor(h).u.float().to(device)
-    once = ops.obs_sweep(w.float().to(device), u, **rule)
-    twice = ops.obs_sweep(once.weight, u, preserve=once.mask, **rule)
-    assert torch.equal(twice.weight, once.weight) and torch.equal(twice.mask, once.mask)
-    assert bool((twice.loss == 0).all())
 
 
 # --- shapes, dtypes, strides ----------------------------------------------------------------
@@ -619,28 +436,3 @@ def test_fuzz_native_against_float64(rows, cols, block_size, density, isa, seed)
         got = ops.obs_sweep(w.float(), u.float(), mask=mask, block_size=block_size)
     torch.testing.assert_close(got.weight.double(), want.weight, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(got.loss.double(), want.loss, rtol=1e-3, atol=1e-6)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(1, 70),
-    cols=st.integers(1, 150),
-    block_size=st.sampled_from([1, 7, 64, 128]),
-    sparsity=st.floats(0, 1),
-    scope=st.sampled_from(["row", "block", "layer"]),
-    levels=st.integers(1, 6),
-    preserved=st.sampled_from([None, 0.1, 0.6]),
-    seed=st.integers(0, 10_000),
-)
-def test_fuzz_selection_with_many_ties(
-    rows, cols, block_size, sparsity, scope, levels, preserved, seed
-):
-    """With U = I nothing is updated and every score is exact: masks must agree bit for bit."""
-    gen = torch.Generator().manual_seed(seed)
-    w = torch.randint(-levels, levels + 1, (rows, cols), generator=gen).float()
-    preserve = None if preserved is None else torch.rand(rows, cols, generator=gen) >= preserved
-    kwargs = {"sparsity": sparsity, "scope": scope, "block_size": block_size, "preserve": preserve}
-    want = ops.obs_sweep(w.double(), torch.eye(cols).double(), **kwargs)
-    got = ops.obs_sweep(w, torch.eye(cols), **kwargs)
-    assert torch.equal(got.mask, want.mask)
-    assert torch.equal(got.weight, want.weight.float())

@@ -157,6 +157,9 @@ def test_the_kernel_does_not_trust_its_caller():
     for bad in (offsets + 1, offsets.flip(0), offsets * 1000):
         with pytest.raises(ValueError, match="row_offsets: disagree with the bitmap"):
             torch.ops.pyprune.unpack_bitmap(values, bitmap, bad, 12)
+    overflowing = torch.tensor([2**63 - 4, 8 - 2**63])  # their difference modulo 2^64 is 12
+    with pytest.raises(ValueError, match="row_offsets: disagree with the bitmap"):
+        torch.ops.pyprune.unpack_bitmap(values[:12], bitmap[:1], overflowing, 12)
 
 
 @settings(max_examples=40, deadline=None)

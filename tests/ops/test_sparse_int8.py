@@ -212,6 +212,17 @@ def _tampered(name):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+def test_offsets_whose_difference_overflows_are_refused(isa, use_isa):
+    use_isa(isa)
+    bitmap, scales = torch.full((1, 3), 255, dtype=torch.uint8), torch.ones(1)
+    weight = (torch.ones(24, dtype=torch.int8), bitmap, torch.tensor([2**63 - 4, 20 - 2**63]))
+    for dtype in (torch.float32, torch.bfloat16):
+        for m in (1, 8, 12, 17):
+            with pytest.raises(ValueError, match="row 0 has bits that do not match"):
+                ops.linear_bitmap_int8(torch.ones(m, 24, dtype=dtype), *weight, scales)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
     "name",
     ["more bits than values", "bits past the last column", "offsets past the end",

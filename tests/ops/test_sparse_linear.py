@@ -266,6 +266,19 @@ def test_inconsistent_bitmaps_are_refused_by_the_kernel(name, isa, use_isa):
                 ops.linear_bitmap(torch.ones(m, 20, dtype=dtype), *_tampered(name))
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_offsets_whose_difference_overflows_are_refused(isa, use_isa):
+    """Their difference, taken modulo 2^64, is the row's number of bits."""
+    use_isa(isa)
+    bitmap = torch.full((1, 3), 255, dtype=torch.uint8)
+    offsets = torch.tensor([2**63 - 4, 20 - 2**63])
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.ones(24, dtype=dtype)
+        for m in (1, 8, 12, 64):
+            with pytest.raises(ValueError, match="row 0 has bits that do not match"):
+                ops.linear_bitmap(torch.ones(m, 24, dtype=dtype), values, bitmap, offsets)
+
+
 def test_any_24_metadata_stays_inside_its_buffers(use_isa):
     values = torch.randn(6, 32)
     meta = torch.randint(0, 256, (6, 8), generator=torch.Generator().manual_seed(7))

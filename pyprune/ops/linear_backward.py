@@ -1,0 +1,93 @@
+"""Gradients of the products with compressed weights, with respect to x and the bias.
+
+The weights are storage, not parameters: whoever asks for their gradient is told so. Everything
+around a compressed layer (embeddings, norms, adapters, prompts) can then be trained through it:
+
+    dL/dx = dL/dy W        dL/dbias = dL/dy summed over all rows of x
+
+W is expanded for one product, in the wider of its dtype and x's. `linear_dense` has a gradient for
+its weight too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyprune.ops import _registry
+from pyprune.ops.sparse_int8 import dequantize_rows
+
+
+def _expand_24(cols: int, values: Tensor, meta: Tensor) -> Tensor:
+    w: Tensor = torch.ops.pyprune.unpack_24(values, meta)
+    return w
+
+
+def _expand_bitmap(cols: int, values: Tensor, bitmap: Tensor, row_offsets: Tensor) -> Tensor:
+    w: Tensor = torch.ops.pyprune.unpack_bitmap(values, bitmap, row_offsets, cols)
+    return w
+
+
+def _int8(expand: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def expand_int8(cols: int, values: Tensor, *rest: Tensor) -> Tensor:
+        # An int8 number is a bf16 number; the packed layouts are those of floats. The product with
+        # a 16-bit scale is not a 16-bit number.
+        scales = rest[-1].to(torch.promote_types(rest[-1].dtype, torch.float32))
+        return dequantize_rows(expand(cols, values.bfloat16(), *rest[:-1]), scales)
+
+    return expand_int8
+
+
+def _expand_dense(cols: int, weight: Tensor) -> Tensor:
+    return weight
+
+
+# How the tensors between x and the bias become `[R, C]`.
+_EXPAND: dict[str, Callable[..., Tensor]] = {
+    "linear_24": _expand_24,
+    "linear_bitmap": _expand_bitmap,
+    "linear_24_int8": _int8(_expand_24),
+    "linear_bitmap_int8": _int8(_expand_bitmap),
+    "linear_dense": _expand_dense,
+}
+
+
+def _register(name: str, expand: Callable[..., Tensor]) -> None:
+    dense = expand is _expand_dense
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        x, *weight, bias = inputs
+        if not dense and any(ctx.needs_input_grad[1 : 1 + len(weight)]):
+            raise ValueError(
+                f"values: {name} has gradients for x and bias alone, got a weight that requires one"
+            )
+        ctx.save_for_backward(x if dense else None, *weight)
+        ctx.cols = x.shape[-1]  # type: ignore[union-attr]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weight = ctx.saved_tensors
+        needs_x, *needs_weight, needs_bias = ctx.needs_input_grad
+        flat = grad.reshape(-1, grad.shape[-1])
+        found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        if needs_x:
+            w = expand(ctx.cols, *weight)
+            wide = torch.promote_types(grad.dtype, w.dtype)
+            found[0] = (grad.to(wide) @ w.to(wide)).to(grad.dtype)
+        if dense and needs_weight[0]:
+            found[1] = (flat.T @ x.reshape(-1, ctx.cols)).to(weight[0].dtype)
+        if needs_bias:
+            wide = torch.promote_types(grad.dtype, torch.float32)
+            found[-1] = flat.sum(0, dtype=wide).to(ctx.bias_dtype)
+        return tuple(found)
+
+    torch.library.register_autograd(
+        f"pyprune::{name}", backward, setup_context=setup_context, lib=_registry.LIBRARY
+    )
+
+
+for _name, _expand in _EXPAND.items():
+    _register(_name, _expand)

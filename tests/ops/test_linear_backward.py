@@ -1,0 +1,104 @@
+"""Gradients through compressed products: those of the dense product, or an error; never silence."""
+
+import warnings
+
+import pytest
+import torch
+from ops.compressed import pack_24, pack_bitmap, random_24_mask
+from torch import nn
+
+from pyprune import ops
+from pyprune.sparse import SparseLinear
+
+FORMATS = ["linear_24", "linear_bitmap", "linear_24_int8", "linear_bitmap_int8", "linear_dense"]
+# (x, values or scales): the rounding of the gradient is that of x's dtype.
+DTYPES = [
+    (torch.float32, torch.float32, 1e-5),
+    (torch.float32, torch.bfloat16, 1e-5),
+    (torch.bfloat16, torch.bfloat16, 2**-7),
+    (torch.float16, torch.bfloat16, 2**-9),
+    (torch.float64, torch.float64, 1e-12),
+]
+
+
+def weight(op, dtype, shape=(5, 24), seed=0):
+    """The op's weight tensors and the fp64 matrix they stand for."""
+    gen = torch.Generator().manual_seed(seed)
+    w = torch.randn(shape, generator=gen).to(dtype)
+    if op == "linear_dense":
+        return (w,), w.double()
+    scales = torch.rand(shape[0], generator=gen).to(dtype)
+    if op.endswith("int8"):
+        w = torch.randint(-127, 128, shape, generator=gen).to(torch.int8)
+    mask = random_24_mask(*shape, gen) if "24" in op else torch.rand(shape, generator=gen) < 0.5
+    packed = (pack_24 if "24" in op else pack_bitmap)(w, mask)
+    dense = (w * mask).double()
+    if op.endswith("int8"):
+        return (*packed, scales), dense * scales.double()[:, None]
+    return packed, dense
+
+
+@pytest.mark.parametrize("op", FORMATS)
+@pytest.mark.parametrize(("x_dtype", "dtype", "tolerance"), DTYPES, ids=str)
+def test_gradients_are_those_of_the_dense_product(op, x_dtype, dtype, tolerance):
+    tensors, dense = weight(op, dtype)
+    gen = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 24, generator=gen).to(x_dtype).requires_grad_()
+    bias = torch.randn(5, generator=gen).to(dtype).requires_grad_()
+    grad = torch.randn(2, 3, 5, generator=gen).to(x_dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        getattr(ops, op)(x, *tensors, bias=bias).backward(grad)
+    assert x.grad.dtype == x_dtype and bias.grad.dtype == dtype
+    want = grad.double() @ dense
+    assert (x.grad.double() - want).abs().max() <= tolerance * (1 + want.abs().max())
+    total = grad.double().sum((0, 1))
+    assert (bias.grad.double() - total).abs().max() <= max(tolerance, 2**-8) * (
+        1 + total.abs().max()
+    )
+
+
+@pytest.mark.parametrize("op", FORMATS[:-1])
+def test_nobody_trains_a_stored_weight(op):
+    tensors, _ = weight(op, torch.float32)
+    trained = tensors[-1 if op.endswith("int8") else 0].clone().requires_grad_()
+    changed = (*tensors[:-1], trained) if op.endswith("int8") else (trained, *tensors[1:])
+    with pytest.raises(ValueError, match="gradients for x and bias alone"):
+        getattr(ops, op)(torch.ones(1, 24), *changed)
+
+
+def test_a_dense_weight_has_a_gradient():
+    (w,), _ = weight("linear_dense", torch.float64)
+    x = torch.randn(3, 24, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, w, b: ops.linear_dense(x, w, bias=b), (x, w.requires_grad_(), b)
+    )
+
+
+@pytest.mark.parametrize("op", FORMATS)
+def test_opcheck(op):
+    tensors, _ = weight(op, torch.float32)
+    x = torch.randn(2, 24, requires_grad=True)
+    torch.library.opcheck(
+        getattr(torch.ops.pyprune, op), (x, *tensors, torch.randn(5, requires_grad=True))
+    )
+
+
+@pytest.mark.parametrize(("format", "int8"), [("sparse24", True), ("bitmap", False)])
+def test_what_surrounds_a_compressed_layer_learns(format, int8):
+    """As adapters and prompts need it: compiled or not, the gradient of the layer before."""
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 6)
+    linear.weight.data *= ops.mask_nm(linear.weight.data, 2, 4)
+    sparse = SparseLinear.from_dense(linear, format, int8)
+    dense = sparse.to_dense()
+    x = torch.randn(3, 24)
+    found = []
+    for layer in (dense, sparse, torch.compile(sparse, fullgraph=True, backend="aot_eager")):
+        before = nn.Linear(24, 24)
+        before.load_state_dict({"weight": torch.eye(24), "bias": torch.zeros(24)})
+        layer(before(x)).square().sum().backward()
+        found.append(before.weight.grad)
+    for got in found[1:]:
+        torch.testing.assert_close(got, found[0], rtol=1e-4, atol=1e-4)
