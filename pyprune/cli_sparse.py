@@ -260,9 +260,11 @@ def _table(report: ConversionReport) -> Table:
         row += [f"{dense / 1e6:,.2f}", f"{nbytes / 1e6:,.2f}"]
         row.append(_range(errors, ".2%") if errors else "")
         table.add_row(*row)
-        if seconds := layers[0].seconds:
+        # None where a layer has no zeros to leave out: it is not measured.
+        if seconds := next((layer.seconds for layer in layers if layer.seconds), None):
             times = ", ".join(f"{kind} {1e6 * s:,.0f}" for kind, s in seconds.items())
-            measured.append(f"{row[1]}: {times} microseconds a product of {report.rows} rows")
+            rows = "1 row" if report.rows == 1 else f"{report.rows} rows"
+            measured.append(f"{row[1]}: {times} microseconds a product of {rows}")
     share = report.nbytes_after / max(1, report.nbytes_dense)
     table.title = (
         f"{report.nbytes_before / 1e6:,.2f} MB to {report.nbytes_after / 1e6:,.2f} MB "

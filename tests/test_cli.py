@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -66,7 +65,7 @@ def shell(*arguments: str | Path, **environment: str) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -392,17 +391,19 @@ import signal, sys, time
 from pyprune import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 from pyprune.checkpoint import StreamingStore
-# A shell that starts the tests in the background has them, and so this process, ignore Ctrl-C.
+# A shell that starts the tests in the background has them, and so this process, ignore Ctrl-C;
+# under nohup it ignores the terminal's end too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def flush(self, i):
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 StreamingStore.flush = flush
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt_leaves_nothing(model, tmp_path, number):
     before = tree(tmp_path)
     arguments = ["prune", model, "-m", "magnitude", "-s", "0.5", "--out", tmp_path / "a" / "out"]
@@ -415,9 +416,7 @@ def test_interrupt_leaves_nothing(model, tmp_path, number):
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "writing\n"
         assert tree(tmp_path) != before
-        started = time.monotonic()
         process.send_signal(number)
-        assert process.wait(timeout=30) == 130
-        assert time.monotonic() - started < 30
+        assert process.wait(timeout=600) == 130  # long: machines that run tests are busy
         assert process.stderr.read() == "pyprune: interrupted\n"
     assert tree(tmp_path) == before

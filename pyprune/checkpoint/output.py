@@ -98,7 +98,10 @@ def _disk_full(folder: Path, needed: int, temporary: Path | None) -> UserError:
     free = shutil.disk_usage(folder).free
     if temporary is not None:  # what was written so far will be given back
         free += sum(file.stat().st_blocks * 512 for file in temporary.rglob("*") if file.is_file())
-    return UserError(f"{folder}: disk full: {needed:,} bytes needed, {free:,} bytes free")
+    words = f"{needed:,} bytes needed, {free:,} bytes free"
+    if free >= needed:
+        words += ", but no more files allowed (inodes), or a quota used up"
+    return UserError(f"{folder}: disk full: {words}")
 
 
 def _refused(error: BaseException, folder: Path, needed: int, temporary: Path) -> UserError | None:

@@ -266,7 +266,10 @@ def test_methods_are_listed(capsys):
     assert rows["sleb"]["options"]["refit"] == "true or false; by default false"
     assert rows["laco"]["options"]["highest"] == "a whole number or none; by default none"
     assert cli.main(["methods"]) == 0
-    assert "blockpruner -O mode=...: exact or fast or naive; exact" in capsys.readouterr().out
+    assert (
+        "blockpruner -O mode=...: exact or fast or naive; by default exact"
+        in capsys.readouterr().out
+    )
 
 
 def test_every_branch_of_a_layer_that_went_is_named(source):
