@@ -1,5 +1,5 @@
-// Dense int8 weights with a scale a row. Up to kFewRows rows of x W is read once, widened in
-// registers and multiplied there; more go through the tiles of sparse_gemm.h.
+// Dense int8 weights with a scale a row. Up to kFewRows rows of x W is read from memory once,
+// widened in registers and multiplied there; more go through the tiles of sparse_gemm.h.
 #include <omp.h>
 
 #include <algorithm>
@@ -15,8 +15,9 @@ namespace pyprune {
 namespace PYPRUNE_ISA {
 namespace {
 
-constexpr int kFewRows = 8;
-constexpr int kFewBlockRows = 16;  // of W, that share a piece of x
+constexpr int kFewRows = 32;
+constexpr int kChunk = 8;          // rows of x that one pass over a block of W serves
+constexpr int kFewBlockRows = 16;  // of W; they stay in the second level between chunks
 constexpr int64_t kFewPieceBytes = 24 * 1024;
 
 inline Vec widen(const int8_t* p) {
@@ -205,7 +206,7 @@ void pack_few(const X* x, int64_t stride, int64_t m, int64_t cols, typename Kern
     }
 }
 
-// `count` rows of W from q times all M rows of x into `sums`.
+// `count` rows of W from q times one chunk of M rows of x into `sums`.
 template <class Kernel, int M>
 void few_block(const int8_t* q, int64_t cols, int64_t count, const typename Kernel::T* x,
                float* sums) {
@@ -227,42 +228,54 @@ void few_block(const int8_t* q, int64_t cols, int64_t count, const typename Kern
   }
 }
 
-template <class Kernel, class X, int M>
-void few_rows(const SparseInt8Args& a) {
-  constexpr int64_t kBlock = M <= 2 ? Kernel::side(M) : kFewBlockRows;
+// Rows [r0, r0 + count) of the output, chunk by chunk of the packed x.
+template <class Kernel, class X>
+void few_outputs(const SparseInt8Args& a, int64_t r0, int64_t count, const typename Kernel::T* x,
+                 float* sums) {
   const SparseLinearArgs& l = a.linear;
-  const int64_t blocks = (l.rows + kBlock - 1) / kBlock;
-  const int64_t sum_floats = kBlock * M * Vec::kLanes;
-  const int64_t x_bytes =
-      mask_words(l.cols) * M * kMaskColumns * static_cast<int64_t>(sizeof(typename Kernel::T));
+  const int64_t total = l.x.shape[0], width = mask_words(l.cols) * kMaskColumns;
+  const int8_t* q = l.values.ptr<const int8_t>() + r0 * l.cols;
+  const float* scales = a.scales.ptr<const float>() + r0;
+  const float* bias = l.bias ? l.bias->ptr<const float>() + r0 : nullptr;
+  for (int64_t m0 = 0; m0 < total; m0 += kChunk) {
+    const int64_t chunk = std::min<int64_t>(kChunk, total - m0);
+    with_rows<kChunk>(chunk, [&](auto rows) {
+      few_block<Kernel, decltype(rows)::value>(q, l.cols, count, x + m0 * width, sums);
+    });
+    X* y = l.y.ptr<X>() + m0 * l.rows + r0;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t m = 0; m < chunk; ++m) {
+        const float sum = Vec::load(sums + (r * chunk + m) * Vec::kLanes).sum();
+        store(y + m * l.rows + r, sum * scales[r] + (bias ? bias[r] : 0.0f));
+      }
+  }
+}
+
+template <class Kernel, class X>
+void few_rows(const SparseInt8Args& a) {
+  const SparseLinearArgs& l = a.linear;
+  const int64_t m = l.x.shape[0], width = mask_words(l.cols) * kMaskColumns;
+  const int64_t block = m <= 2 ? Kernel::side(static_cast<int>(m)) : kFewBlockRows;
+  const int64_t blocks = (l.rows + block - 1) / block;
+  const int64_t sum_floats = kFewBlockRows * kChunk * Vec::kLanes;
+  const int64_t x_bytes = m * width * static_cast<int64_t>(sizeof(typename Kernel::T));
   Scratch scratch(x_bytes + l.threads * sum_floats * 4);
   auto* x = scratch.as<typename Kernel::T>();
   auto* sums = reinterpret_cast<float*>(scratch.as<char>() + x_bytes);
-  pack_few<Kernel>(l.x.ptr<const X>(), l.x.stride[0], M, l.cols, x);
-  const int8_t* q = l.values.ptr<const int8_t>();
-  const float* scales = a.scales.ptr<const float>();
-  const float* bias = l.bias ? l.bias->ptr<const float>() : nullptr;
-  X* y = l.y.ptr<X>();
+  for (int64_t m0 = 0; m0 < m; m0 += kChunk)
+    pack_few<Kernel>(l.x.ptr<const X>() + m0 * l.x.stride[0], l.x.stride[0],
+                     std::min<int64_t>(kChunk, m - m0), l.cols, x + m0 * width);
 #pragma omp parallel for schedule(static) num_threads(l.threads)
   for (int64_t g = 0; g < blocks; ++g) {
-    const int64_t r0 = g * kBlock, count = std::min(kBlock, l.rows - r0);
-    float* mine = sums + omp_get_thread_num() * sum_floats;
-    few_block<Kernel, M>(q + r0 * l.cols, l.cols, count, x, mine);
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t m = 0; m < M; ++m) {
-        const float sum = Vec::load(mine + (r * M + m) * Vec::kLanes).sum();
-        store(y + m * l.rows + r0 + r, sum * scales[r0 + r] + (bias ? bias[r0 + r] : 0.0f));
-      }
+    const int64_t r0 = g * block;
+    few_outputs<Kernel, X>(a, r0, std::min(block, l.rows - r0), x,
+                           sums + omp_get_thread_num() * sum_floats);
   }
 }
 
 template <class Kernel, class Tile, class X>
 void run_int8(const SparseInt8Args& a) {
-  if (a.linear.x.shape[0] <= kFewRows) {
-    with_rows<kFewRows>(a.linear.x.shape[0],
-                        [&](auto rows) { few_rows<Kernel, X, decltype(rows)::value>(a); });
-    return;
-  }
+  if (a.linear.x.shape[0] <= kFewRows) return few_rows<Kernel, X>(a);
   SparseLinearArgs tiled = a.linear;
   tiled.scales = a.scales.ptr<const float>();
   std::atomic<int64_t> broken{-1};  // dense rows are never inconsistent
