@@ -234,7 +234,8 @@ def prune(
         bool | None,
         typer.Option(
             "--reconstruct/--no-reconstruct",
-            help="Then give kept weights their best values (least squares), for any method.",
+            help="Then give kept weights their best values (least squares), for any method. "
+            "Default: for SparseGPT, in layers that saw 4 tokens per input or more.",
         ),
     ] = None,
     score_mass: Annotated[

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -18,7 +18,7 @@ from pyprune.allocation import ALLOCATIONS, EcoflapOptions
 from pyprune.allocation.base import MAX_SPARSITY
 from pyprune.errors import UserError
 from pyprune.methods import SHOT_METHODS, Method, MethodOptions, find_method
-from pyprune.methods.base import Update
+from pyprune.methods.base import RECONSTRUCT_TOKENS, Update
 from pyprune.methods.options import Scalar, build_options
 from pyprune.patterns import Pattern, Scope, Unstructured, parse_nm
 
@@ -117,7 +117,8 @@ class PruneConfig(ConfigFile):
     allocation_strength: epsilon of AlphaPruning, lambda of OWL; None is the paper's.
     allocation_options: what only this allocation has, by name; see `pyprune methods`.
     update, score_mass, reference_count, damping, block_size: see `MethodOptions`.
-    reconstruct: see `MethodOptions`; None is the method's own (`Method.reconstructs`).
+    reconstruct: see `MethodOptions`; None is the method's own (`Method.reconstructs`), in layers
+        that saw enough tokens.
     method_options: what only this method has, by name; see `pyprune methods`.
     gradient_checkpointing: methods that need gradients run each block once more instead of holding
         the activations of all of them.
@@ -246,20 +247,24 @@ class PruneConfig(ConfigFile):
         return Unstructured(self.sparsity, self.scope)
 
     def options(self) -> MethodOptions:
-        return MethodOptions(
+        method = self.find_method()
+        options = MethodOptions(
             damping=self.damping,
             block_size=self.block_size,
             update=self.update,
             score_mass=self.score_mass,
             reference_count=self.reference_count,
-            reconstruct=self.reconstructs(),
-            own=build_options(self.method, self.find_method().options_type, self.method_options),
+            own=build_options(self.method, method.options_type, self.method_options),
         )
+        if self.reconstruct is not None:
+            return replace(options, reconstruct=self.reconstruct)
+        if not method.reconstructs or (method.rounds is not None and method.rounds(options)):
+            return options
+        return replace(options, reconstruct=True, reconstruct_tokens=RECONSTRUCT_TOKENS)
 
     def reconstructs(self) -> bool:
-        """Whether kept weights are reconstructed: as asked for, else as the method does."""
-        asked = self.reconstruct
-        return self.find_method().reconstructs if asked is None else asked
+        """Whether kept weights are reconstructed (given enough tokens, unless it was asked for)."""
+        return self.options().reconstruct
 
 
 def read_yaml_file(path: str | Path) -> Mapping[str, Any]:

@@ -144,6 +144,7 @@ class LayerPruner:
         self.reports: list[LayerReport] = []
         self.selection: GlobalSelection | None = None
         self._solved: dict[str, _Solved] = {}
+        self._not_reconstructed = 0
         if isinstance(self.pattern, Unstructured) and self.pattern.scope == "global":
             self.selection = GlobalSelection(self.pattern.sparsity)
 
@@ -176,6 +177,8 @@ class LayerPruner:
             scale = self.method.column_scale(self._with_gradient(ref, inputs), self.options)
         except NotPositiveDefiniteError as error:
             raise LayerError(ref.name, str(error)) from error
+        if ref.name in self._gradients:  # until its turn comes to be pruned
+            self._gradients[ref.name].to("cpu")
         if preserve is None:
             scores = w.abs() if scale is None else w.abs() * scale.to(w.dtype)
             return scores, torch.zeros(len(w), dtype=torch.int64, device=w.device)
@@ -238,6 +241,16 @@ class LayerPruner:
         for (ref, inputs), solution in zip(chunk, solutions, strict=True):
             self._solved[ref.name] = _Solved(inputs, solution, seconds)
 
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of the run beyond single layers."""
+        if not self._not_reconstructed:
+            return ()
+        return (
+            f"{self._not_reconstructed} of {len(self.reports)} matrices saw fewer than "
+            f"{self.options.reconstruct_tokens:g} tokens per input and were not reconstructed: "
+            "more calibration text would help (--reconstruct does it all the same)",
+        )
+
     def prune_linear(
         self, ref: LinearRef, inputs: LayerInputs | None, solved: _Solved | None = None
     ) -> LayerReport:
@@ -264,7 +277,10 @@ class LayerPruner:
                 given = self._with_gradient(ref, inputs)
                 solution = method.solve(w, given, pattern, options, preserve, mask)
             if options.reconstruct and inputs is not None:
-                solution = reconstructed(w, solution, inputs, options)
+                if inputs.tokens >= options.reconstruct_tokens * w.shape[1]:
+                    solution = reconstructed(w, solution, inputs, options)
+                else:
+                    self._not_reconstructed += 1
         except NotPositiveDefiniteError as error:
             raise LayerError(ref.name, str(error)) from error
         write_weight(ref, solution.weight)

@@ -426,11 +426,11 @@ class _Session:
                 self._refine(pruner)
         if ALLOCATIONS[config.allocation].source != "blocks":
             self._walk(pruner.prune_group, self.store, _needs(config))
-            return _Pruned(pruner.reports, ())
+            return _Pruned(pruner.reports, pruner.notes())
         learner = BlockLearner(config, pruner)
         needs = _needs(config) or "norms"
         self._walk(pruner.prune_group, self.store, needs, learner.prepare)
-        return _Pruned(pruner.reports, learner.notes())
+        return _Pruned(pruner.reports, (*learner.notes(), *pruner.notes()))
 
     def _targets(self) -> dict[str, Pattern]:
         """Of the layers that an allocation gives a target of their own before the walk."""

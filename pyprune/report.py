@@ -228,9 +228,9 @@ def _mean_percent(values: list[float | None]) -> str:
 
 def _reconstruction(config: PruneConfig) -> str:
     """Said where it is not what the method does by itself."""
-    if config.reconstructs() == config.find_method().reconstructs:
+    if config.reconstruct is None:
         return ""
-    return "reconstruction" if config.reconstructs() else "no reconstruction"
+    return "reconstruction" if config.reconstruct else "no reconstruction"
 
 
 def _summary(report: Report) -> str:

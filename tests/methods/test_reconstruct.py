@@ -119,6 +119,7 @@ def test_too_few_iterations_are_reported(monkeypatch):
 
 def test_default_is_the_methods_own():
     for method, row in METHODS.items():
+        assert row.reconstructs == (method == "sparsegpt")
         assert PruneConfig(method=method, sparsity=0.5).options().reconstruct == row.reconstructs
         for asked in (True, False):
             config = PruneConfig(method=method, sparsity=0.5, reconstruct=asked)
@@ -128,3 +129,33 @@ def test_default_is_the_methods_own():
     assert config.find_method().needs(config.options()) == "gram"
     _, report = run({"method": "magnitude", "pattern": "2:4", "reconstruct": True})
     assert "reconstruction" in str(report.table().title)
+
+
+def test_too_few_tokens_per_input_leave_what_the_sweep_made():
+    """down_proj has more inputs than the others: at this many tokens it alone goes without."""
+    widths = {ref.weight().shape[1] for ref in Adapter.of(tiny_model("llama")).linears(0)}
+    least = min(widths)
+    tokens = [tiny_tokens(2, 4 * least // 2, 0)]
+
+    def pruned(**options):
+        model = tiny_model("llama")
+        return prune(model, tokens, method="sparsegpt", pattern="2:4", **options), model
+
+    report, model = pruned()
+    wide = sum(layer.shape[1] > least for layer in report.layers)
+    assert 0 < wide < len(report.layers)
+    (note,) = report.notes
+    assert f"{wide} of {len(report.layers)} matrices" in note
+    # All inputs of the first attention are those of the dense model, whatever follows.
+    plain, forced = pruned(reconstruct=False), pruned(reconstruct=True)
+    assert not plain[0].notes and not forced[0].notes
+    for ours, without, always in zip(
+        *(Adapter.of(m).linears(0)[:3] for m in (model, plain[1], forced[1])), strict=True
+    ):
+        assert torch.equal(ours.weight(), always.weight())
+        assert not torch.equal(ours.weight(), without.weight())
+
+
+def test_a_rounding_sweep_is_not_reconstructed_by_default():
+    config = PruneConfig(method="sparsegpt", pattern="2:4", method_options={"quantise_bits": 4})
+    assert not config.reconstructs()
