@@ -12,7 +12,7 @@ BUILT := $(VENV)/.built
 DEMO_DIR ?= demo-output
 SOURCES := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-all lint bench bench-smoke micro gpu aot asan asan-sparse clean
+.PHONY: demo test test-all lint bench bench-smoke micro gpu gpu-sanitize aot asan asan-sparse clean
 
 # Dependencies, pinned by constraints.txt. torch first and by its exact version: a bare requirement
 # would let the resolver pick a newer build with several gigabytes of CUDA libraries.
@@ -81,7 +81,7 @@ asan: $(INSTALLED)
 
 asan-sparse:
 	$(MAKE) asan ASAN_DIR=build/asan-sparse \
-	  ASAN_OPS='kept_memory;pack;sparse_linear;sparse_int8;select;mask_nm;mask_topk;mask_global' \
+	  ASAN_OPS='kept_memory;pack;sparse_linear;sparse_int8;linear_int8;select;mask_nm;mask_topk;mask_global' \
 	  ASAN_TESTS="$(addprefix tests/ops/test_,$(addsuffix .py,pack_24 pack_bitmap sparse_linear \
 	  sparse_int8))"
 
@@ -108,7 +108,15 @@ gpu:
 	mkdir -p build
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . > build/install.log 2>&1 || { cat build/install.log; exit 1; }
 	$(PYTHON) -m pytest -q -m gpu $(PYTEST_ARGS)
+	$(MAKE) gpu-sanitize PYTHON=$(PYTHON)
 	$(PYTHON) benchmarks/run_all.py --device cuda
+
+# Small products under compute-sanitizer: reads outside an allocation (without PyTorch's pools, whose
+# blocks hide them) and races in shared memory.
+SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
+gpu-sanitize:
+	for tool in memcheck racecheck; do \
+	  $(SANITIZE) $$tool $(PYTHON) -m pytest -q -m gpu -k sanitized tests/ops; done
 
 clean:
 	rm -rf build $(DEMO_DIR) pyprune/_C*.so $(BUILT)

@@ -53,6 +53,7 @@ setup(
         "pyprune.checkpoint",
         "pyprune.data",
         "pyprune.depth",
+        "pyprune.eigendamage",
         "pyprune.kernels",
         "pyprune.methods",
         "pyprune.models",

@@ -179,7 +179,8 @@ def markdown(rows: list[dict]) -> str:
         "",
         f"Written by `make aot` with Triton {triton.__version__}, no GPU needed. Registers are per "
         "thread; spills and shared memory are bytes; the other columns count PTX instructions. "
-        "Rows without warps are CUDA C++.",
+        "Rows without warps are CUDA C++; what these ask of shared memory when launched is not in "
+        "them.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + " --- |" * len(COLUMNS),

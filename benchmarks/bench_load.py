@@ -75,7 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as tmp:
         source = Path(tmp) / "dense"
         source.mkdir()
-        make_checkpoint(source, sizes, sparse24=True)
+        make_checkpoint(source, sizes, zeros="2:4")
         want = None
         for name, options in {
             "dense": None,

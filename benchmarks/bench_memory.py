@@ -60,9 +60,9 @@ prune_checkpoint(sys.argv[1], sys.argv[2], PruneConfig.from_yaml(sys.stdin.read(
 """
 
 
-def make_checkpoint(folder: Path, sizes: Sizes, sparse24: bool = False) -> None:
-    """One block a shard, so that making it needs no more memory than pruning it. sparse24: the
-    blocks' matrices are 2:4."""
+def make_checkpoint(folder: Path, sizes: Sizes, zeros: str | None = None) -> None:
+    """One block a shard, so that making it needs no more memory than pruning it. zeros: in the
+    blocks' matrices; "2:4", or "random" for half of them anywhere."""
     config = LlamaConfig(
         **sizes,
         num_attention_heads=16,
@@ -81,8 +81,10 @@ def make_checkpoint(folder: Path, sizes: Sizes, sparse24: bool = False) -> None:
 
     def pruned(rows: int, columns: int) -> torch.Tensor:
         w = matrix(rows, columns)
-        if sparse24:
+        if zeros == "2:4":
             w[:, 0::4] = w[:, 3::4] = 0
+        elif zeros == "random":
+            w[torch.rand(rows, columns, generator=gen) < 0.5] = 0
         return w
 
     shards: dict[str, str] = {}

@@ -18,7 +18,6 @@ JSON file are kept, so that an interrupted run goes on where it stopped.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import json
 import subprocess
@@ -28,13 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import environment
+from _harness import cpu_seconds_of_children, environment
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from pyprune.config import CalibrationConfig, PruneConfig
+from pyprune.config import CalibrationConfig, ConfigFile
+from pyprune.eigendamage.config import METHOD as EIGENDAMAGE
 from pyprune.evaluate import perplexity
+from pyprune.families import find_family
 from pyprune.methods import METHODS, SHOT_METHODS
 from pyprune.packaged import packaged_model_dir
 
@@ -49,11 +50,36 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "structures": (("llm-surgeon-structures",), ("0.1", "0.2", "0.3")),
     "eigendamage": (("eigendamage", "eigendamage-ekfac"), ("0.1", "0.2", "0.3", "0.5")),
     "eigendamage-elements": (("eigendamage-elements", "eigendamage-elements-ekfac"), ("0.5",)),
+    # With plain Wanda beside them: the baselines have it at 0.5 only.
+    "allocations": (
+        ("wanda", "wanda+alphapruning", "wanda+owl", "wanda+ecoflap", "wanda+ecoflap-first",
+         "besa", "besa-layer"),
+        ("0.5", "0.7"),
+    ),
 }  # fmt: skip
 VARIANTS: dict[str, dict[str, Any]] = {
     "gblm-l2": {"method": "gblm", "method_options": {"norm": "l2"}},
     "gblm+update": {"method": "gblm", "update": "sequential"},
     "wanda+update": {"method": "wanda", "update": "sequential"},
+    "wanda+alphapruning": {"method": "wanda", "allocation": "alphapruning"},
+    "wanda+owl": {"method": "wanda", "allocation": "owl"},
+    # Two forwards from every block on: a few sequences will do.
+    "wanda+ecoflap": {
+        "method": "wanda",
+        "allocation": "ecoflap",
+        "allocation_options": {"samples": 8},
+    },
+    "wanda+ecoflap-first": {
+        "method": "wanda",
+        "allocation": "ecoflap",
+        "allocation_options": {"order": "first"},
+    },
+    "besa": {"method": "wanda", "allocation": "besa"},
+    "besa-layer": {
+        "method": "wanda",
+        "allocation": "besa",
+        "allocation_options": {"granularity": "layer"},
+    },
     "woodfisher-paper": {
         "method": "woodfisher",
         "method_options": {"joint": False, "shrinkage": 0.0},
@@ -63,17 +89,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "method": "llm-surgeon",
         "method_options": {"shots": 1, "update": "grouped"},
     },
+    "llm-surgeon-drawn": {"method": "llm-surgeon", "method_options": {"fisher_samples": 1}},
     "llm-surgeon-structures": {
         "method": "llm-surgeon",
         "method_options": {"structure": "rows-columns"},
     },
-}
-# EigenDamage is no row of the table of methods: what it prunes is not a sparse matrix.
-EIGENDAMAGE: dict[str, dict[str, Any]] = {
-    "eigendamage": {},
-    "eigendamage-ekfac": {"reestimate": True},
-    "eigendamage-elements": {"unit": "elements"},
-    "eigendamage-elements-ekfac": {"unit": "elements", "reestimate": True},
+    "eigendamage-ekfac": {"method": EIGENDAMAGE, "method_options": {"reestimate": True}},
+    "eigendamage-elements": {"method": EIGENDAMAGE, "method_options": {"unit": "elements"}},
+    "eigendamage-elements-ekfac": {
+        "method": EIGENDAMAGE,
+        "method_options": {"unit": "elements", "reestimate": True},
+    },
 }
 TEXTS = ("wiki", "sotu")
 SEQLEN = 1024
@@ -81,7 +107,7 @@ SEQLEN = 1024
 
 def wanted(methods: list[str], patterns: list[str] | None) -> list[tuple[str, str]]:
     """Method and pattern of every row, pattern by pattern."""
-    known = {*METHODS, *SHOT_METHODS, *VARIANTS, *EIGENDAMAGE}
+    known = {*METHODS, *SHOT_METHODS, EIGENDAMAGE, *VARIANTS}
     pairs = []
     for name in methods:
         if name not in GROUPS and name not in known:
@@ -90,18 +116,22 @@ def wanted(methods: list[str], patterns: list[str] | None) -> list[tuple[str, st
         members, theirs = GROUPS[name] if name in GROUPS else ((name,), home[1])
         pairs += [(m, p) for m in members for p in patterns or theirs]
     # No N:M of what is not a sparse matrix.
-    pairs = [(m, p) for m, p in pairs if m not in EIGENDAMAGE or ":" not in p]
+    pairs = [(m, p) for m, p in pairs if not m.startswith(EIGENDAMAGE) or ":" not in p]
     order = list(dict.fromkeys(p for _, p in pairs))
     return sorted(dict.fromkeys(pairs), key=lambda pair: order.index(pair[1]))
 
 
 def configuration(
-    method: str, pattern: str, reconstruct: str, calibration: CalibrationConfig
-) -> PruneConfig:
-    values = VARIANTS.get(method, {"method": method})
-    target = {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
-    on = {"default": None, "on": True, "off": False}[reconstruct]
-    return PruneConfig(**values, **target, reconstruct=on, calibration=calibration)
+    method: str, pattern: str, reconstruct: str, calibration: CalibrationConfig, smoke: bool
+) -> ConfigFile:
+    values = {**VARIANTS.get(method, {"method": method}), "calibration": calibration}
+    values |= {"pattern": pattern} if ":" in pattern else {"sparsity": float(pattern)}
+    if reconstruct != "default":
+        values["reconstruct"] = reconstruct == "on"
+    if smoke and method == EIGENDAMAGE:
+        # Two eigendecompositions a matrix: one block of them shows whether it runs.
+        values["include"] = ["model.layers.0.*"]
+    return find_family(values["method"]).config.from_dict(values)
 
 
 def evaluate(folder: Path, tokens: int, dtype: str) -> dict[str, dict]:
@@ -118,18 +148,16 @@ def evaluate(folder: Path, tokens: int, dtype: str) -> dict[str, dict]:
 # Pruning runs in a process of its own: peak memory is then that of this run alone.
 CHILD = """
 import sys
-from pyprune.config import PruneConfig
-from pyprune.prune import prune_checkpoint
-prune_checkpoint(sys.argv[1], sys.argv[2], PruneConfig.from_yaml(sys.stdin.read()))
-"""
-EIGEN_CHILD = """
-import json, sys
-from pyprune.config import CalibrationConfig
-from pyprune.eigendamage import EigenDamageConfig, eigendamage_checkpoint
-values = json.load(sys.stdin)
-calibration = CalibrationConfig(**values.pop("calibration"))
-config = EigenDamageConfig(**values, calibration=calibration)
-eigendamage_checkpoint(sys.argv[1], sys.argv[2], config)
+from pathlib import Path
+from rich.console import Console
+from pyprune.config import read_yaml
+from pyprune.families import Run, find_family
+from pyprune.progress import ProgressBar
+values = read_yaml(sys.stdin.read())
+family = find_family(values["method"])
+config = family.config.from_dict(values)
+with ProgressBar(Console(stderr=True, quiet=True), "pruning") as bar:
+    family.run(Run(sys.argv[1], Path(sys.argv[2]), config, bar))
 """
 
 
@@ -142,18 +170,12 @@ def prune(
     calibration: CalibrationConfig,
     smoke: bool,
 ) -> dict:
-    if method in EIGENDAMAGE:
-        code = EIGEN_CHILD
-        # Two eigendecompositions a matrix: one block of them shows whether it runs.
-        part = {"include": ["model.layers.0.*"]} if smoke else {}
-        given = json.dumps({"sparsity": float(pattern), **EIGENDAMAGE[method], **part,
-                            "calibration": dataclasses.asdict(calibration)})  # fmt: skip
-    else:
-        code, given = CHILD, configuration(method, pattern, reconstruct, calibration).to_yaml()
-    command = [sys.executable, "-c", code, str(dense), str(folder)]
-    subprocess.run(command, input=given, text=True, check=True)
+    config = configuration(method, pattern, reconstruct, calibration, smoke)
+    command = [sys.executable, "-c", CHILD, str(dense), str(folder)]
+    before = cpu_seconds_of_children()
+    subprocess.run(command, input=config.to_yaml(), text=True, check=True)
     report: dict = json.loads((folder / "pyprune.json").read_text())
-    return report.get("eigendamage", report)
+    return {**report, "cpu_seconds": cpu_seconds_of_children() - before}
 
 
 def main() -> None:
@@ -227,6 +249,7 @@ def summary(report: dict) -> dict:
     return {
         "sparsity": report["sparsity"],
         "seconds": report["run"]["seconds"]["total"],
+        "cpu_seconds": report["cpu_seconds"],
         "peak_memory_bytes": report["run"]["peak_rss_bytes"],
         "calibration_sha256": (report["calibration"] or {}).get("sha256"),
     }

@@ -2,12 +2,19 @@
 
 Providers: `sparse24`, `bitmap50`, `bitmap70` (ours, bf16 values), `sparse24_int8`, `bitmap50_int8`
 (int8 values, a scale a row); `dense` (our own bf16 kernel: the
-same code without the decoding); each with bf16 activations, and with fp32 ones as `*_fp32x`;
+same code without the decoding); `dense_int8` (every element as int8: what embeddings and heads
+can be stored as); each with bf16 activations, and with fp32 ones as `*_fp32x`;
 `torch_bf16`, `torch_fp32` (F.linear, activations like the weight). `ratios` holds the time of every
 dense provider over the provider's, by medians of turn-by-turn ratios, `ratio_to_best_dense` the one
 against the fastest dense. The limit up to 16 rows is reading the provider's own bytes at the
 bandwidth measured first (`read_bandwidth`); above, the measured rate of matrix products in the
 activations' dtype.
+
+On a GPU (`--device cuda`): bf16 throughout, `torch_bf16` (cuBLAS) as the dense product;
+`sparse24`, `bitmap50` and `bitmap70` as the ops route them (`pyprune.ops.linear_24_cuda`,
+`linear_bitmap_cuda`); and, so that the routes' numbers of rows can be set by measurement, each
+bitmap by Triton (`_triton`, up to 16 rows) and expanded and multiplied densely (`_expand`).
+`read_bandwidth` is there that of a copy.
 
 Every call takes the next of several copies of the weights, together more than twice the last-level
 cache, so that nothing is served from it. `cache_bytes` and `rotated_bytes` are in the rows.
@@ -22,15 +29,29 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import Bench, environment, gemm_rate, parse, time_interleaved
+from _harness import (
+    SAMPLE_SECONDS,
+    Bench,
+    copy_bandwidth,
+    environment,
+    gemm_rate,
+    parse,
+    time_interleaved,
+)
 
 from pyprune import ops
 from pyprune.measure import last_level_cache
+from pyprune.ops import _registry
+from pyprune.ops.sparse_linear import TRITON_ROWS
 
 SHAPES = [(8192, 4096), (4096, 14336)]
 SMOKE_SHAPES = [(64, 128)]
 TOKENS = [1, 4, 8, 16, 64, 512]
 SMOKE_TOKENS = [1, 8, 16, 64]
+CUDA_SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (28672, 8192)]
+CUDA_TOKENS = [1, 2, 4, 8, 16, 64, 512, 4096]
+TRITON = "_triton"  # suffixes of a bitmap's names: by another route than the op's
+EXPAND = "_expand"
 INT8 = "_int8"  # suffix of names and ops with int8 values
 WIDE = "_fp32x"  # suffix of our kernels' names when the activations are fp32
 DENSE = ("dense", "dense" + WIDE, "torch_bf16", "torch_fp32")
@@ -40,10 +61,12 @@ MEMORY_BOUND_TOKENS = 16
 
 
 @cache
-def read_bandwidth(smoke: bool) -> float:
+def read_bandwidth(device: str, smoke: bool) -> float:
     """Bytes per second of reading, by a product with one row of x over a dense bf16 weight far
     larger than the caches, which is the fastest reader here: the best of several. A provider that
     does better at reading than that shows a share above one."""
+    if device == "cuda":
+        return copy_bandwidth(device, smoke)
     rows = 64 if smoke else 65536
     weight = torch.ones(rows, 4096, dtype=torch.bfloat16)
     x = torch.ones(1, 4096, dtype=torch.bfloat16)
@@ -62,7 +85,15 @@ def mask_24(rows: int, cols: int) -> torch.Tensor:
 Weights = dict[str, list[tuple[torch.Tensor, ...]]]
 
 
-def make_weights(rows: int, cols: int, rotated: int) -> tuple[Weights, dict[str, torch.Tensor]]:
+def cache_bytes(device: str) -> int:
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    return last_level_cache()
+
+
+def make_weights(
+    rows: int, cols: int, rotated: int, device: str
+) -> tuple[Weights, dict[str, torch.Tensor]]:
     """Each provider's copies of its weight, `rotated` bytes of them, and the dense equivalents."""
     w = torch.randn(rows, cols).bfloat16()
     masks = {"sparse24": mask_24(rows, cols)}
@@ -79,12 +110,25 @@ def make_weights(rows: int, cols: int, rotated: int) -> tuple[Weights, dict[str,
         values, *meta = pack(q.bfloat16(), q != 0)
         packed[name + INT8] = (values.to(torch.int8), *meta, scales)
         dense[name + INT8] = q.float() * scales.float()[:, None]
+    q, scales = ops.quantize_rows(w)
+    packed["dense" + INT8] = (q, scales)
+    dense["dense" + INT8] = q.float() * scales.float()[:, None]
     packed |= {"dense": (w,), "torch_bf16": (w,), "torch_fp32": (w.float(),)}
+    if device == "cuda":
+        names = ("sparse24", "bitmap50", "bitmap70", "torch_bf16")
+        packed = {name: packed[name] for name in names}
+        for name in ("bitmap50", "bitmap70"):
+            packed |= dict.fromkeys((name + TRITON, name + EXPAND), packed[name])
+            dense |= dict.fromkeys((name + TRITON, name + EXPAND), dense[name])
     copies: Weights = {}
     for name, tensors in packed.items():
         count = max(1, -(-rotated // sum(t.nbytes for t in tensors)))
-        copies[name] = [tuple(t.clone() for t in tensors) for _ in range(count)]
+        copies[name] = [tuple(t.to(device, copy=True) for t in tensors) for _ in range(count)]
     return copies, dense | dict.fromkeys(("dense", "torch_bf16", "torch_fp32"), w)
+
+
+def expand_and_multiply(x: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
+    return F.linear(x, torch.ops.pyprune.unpack_bitmap(*packed, x.shape[-1]))
 
 
 def make_provider(name: str, x: torch.Tensor, copies: list[Any]) -> Callable[[int], torch.Tensor]:
@@ -96,6 +140,13 @@ def make_provider(name: str, x: torch.Tensor, copies: list[Any]) -> Callable[[in
         call = F.linear
     elif name == "dense":
         call = ops.linear_dense
+    elif name == "dense" + INT8:
+        call = ops.linear_int8
+    elif name.endswith(EXPAND):
+        call = expand_and_multiply
+    elif name.endswith(TRITON):
+        triton = _registry.IMPLS["linear_bitmap"]["triton"].resolve()
+        call = lambda x, *packed: triton(x, *packed, None)  # noqa: E731
     else:
         op = "linear_24" if name.startswith("sparse24") else "linear_bitmap"
         call = getattr(ops, op + (INT8 if name.endswith(INT8) else ""))
@@ -105,24 +156,26 @@ def make_provider(name: str, x: torch.Tensor, copies: list[Any]) -> Callable[[in
 
 
 def check(name: str, got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> None:
-    few = x[:4, :].to(got.dtype).double()
+    few = x[:4, :].to(got.dtype).double().cpu()
     part = dense[:512].double()
     want = few @ part.T
-    error = (got[:4, :512].double() - want).abs().max() / want.abs().max()
+    error = (got[:4, :512].double().cpu() - want).abs().max() / want.abs().max()
     limit = 1e-2 if got.dtype == torch.bfloat16 else 1e-5
     assert error <= limit, f"{name}: relative error {error:.1e}"
 
 
 def limit_seconds(
-    m: int, rows: int, cols: int, nbytes: int, dtype: torch.dtype, smoke: bool
+    m: int, rows: int, cols: int, nbytes: int, dtype: torch.dtype, device: str, smoke: bool
 ) -> float:
-    reading = nbytes / read_bandwidth(smoke)
+    reading = nbytes / read_bandwidth(device, smoke)
     if m <= MEMORY_BOUND_TOKENS:
         return reading
-    return max(reading, 2.0 * m * rows * cols / gemm_rate("cpu", dtype, smoke))
+    return max(reading, 2.0 * m * rows * cols / gemm_rate(device, dtype, smoke))
 
 
-def provider_names(copies: Weights) -> list[str]:
+def provider_names(copies: Weights, m: int, device: str) -> list[str]:
+    if device == "cuda":
+        return [name for name in copies if m <= TRITON_ROWS or not name.endswith(TRITON)]
     ours = [name for name in copies if not name.startswith("torch")]
     return [*copies, *(name + WIDE for name in ours)]
 
@@ -130,8 +183,8 @@ def provider_names(copies: Weights) -> list[str]:
 def bench_rows(bench: Bench, m: int, copies: Weights, dense: dict[str, torch.Tensor]) -> None:
     """All providers at m rows of x, in turns."""
     rows, cols = dense["dense"].shape
-    x = torch.randn(m, cols)
-    names = provider_names(copies)
+    x = torch.randn(m, cols).to(bench.device)
+    names = provider_names(copies, m, bench.device)
     weights = {name: copies[name.removesuffix(WIDE)] for name in names}
     providers = {name: make_provider(name, x, weights[name]) for name in names}
     dtypes = {}
@@ -140,15 +193,18 @@ def bench_rows(bench: Bench, m: int, copies: Weights, dense: dict[str, torch.Ten
         check(name, got, x, dense[name.removesuffix(WIDE)])
         dtypes[name] = got.dtype
     repetitions = bench.repetitions if m <= MEMORY_BOUND_TOKENS else LONG_REPETITIONS
-    samples = time_interleaved(providers, "cpu", 1 if bench.smoke else repetitions, 0.0)
-    best = min(DENSE, key=lambda name: statistics.median(samples[name]))
+    # A GPU's samples hold many calls; a product on the CPU is long enough by itself.
+    seconds = SAMPLE_SECONDS if bench.device == "cuda" and not bench.smoke else 0.0
+    samples = time_interleaved(providers, bench.device, 1 if bench.smoke else repetitions, seconds)
+    baselines = [name for name in DENSE if name in samples]
+    best = min(baselines, key=lambda name: statistics.median(samples[name]))
     for name in names:
         own = sum(t.nbytes for t in weights[name][0])
         median = statistics.median(samples[name])
-        limit = limit_seconds(m, rows, cols, own, dtypes[name], bench.smoke)
+        limit = limit_seconds(m, rows, cols, own, dtypes[name], bench.device, bench.smoke)
         ratios = {
             d: statistics.median(a / b for a, b in zip(samples[d], samples[name], strict=True))
-            for d in DENSE
+            for d in baselines
         }
         bench.rows.append(
             {
@@ -166,10 +222,10 @@ def bench_rows(bench: Bench, m: int, copies: Weights, dense: dict[str, torch.Ten
                 "best_dense": best,
                 "ratio_to_best_dense": ratios[best],
                 "ratios": ratios,
-                "read_bandwidth": read_bandwidth(bench.smoke),
-                "cache_bytes": last_level_cache(),
+                "read_bandwidth": read_bandwidth(bench.device, bench.smoke),
+                "cache_bytes": cache_bytes(bench.device),
                 "rotated_bytes": own * len(weights[name]),
-                **environment("cpu"),
+                **environment(bench.device),
             }
         )
         bench.console.print(
@@ -179,8 +235,10 @@ def bench_rows(bench: Bench, m: int, copies: Weights, dense: dict[str, torch.Ten
 
 
 def bench_shape(bench: Bench, rows: int, cols: int) -> None:
-    copies, dense = make_weights(rows, cols, 0 if bench.smoke else 2 * last_level_cache())
-    for m in SMOKE_TOKENS if bench.smoke else TOKENS:
+    rotated = 0 if bench.smoke else 2 * cache_bytes(bench.device)
+    copies, dense = make_weights(rows, cols, rotated, bench.device)
+    full = CUDA_TOKENS if bench.device == "cuda" else TOKENS
+    for m in SMOKE_TOKENS if bench.smoke else full:
         bench_rows(bench, m, copies, dense)
 
 
@@ -188,8 +246,10 @@ def main() -> None:
     args = parse(__doc__)
     bench = Bench("sparse_linear", args)
     torch.manual_seed(0)
-    bench.console.print(f"reading: {read_bandwidth(bench.smoke) / 1e9:.1f} GB/s")
-    for rows, cols in SMOKE_SHAPES if bench.smoke else SHAPES:
+    bandwidth = read_bandwidth(bench.device, bench.smoke)
+    bench.console.print(f"reading: {bandwidth / 1e9:.1f} GB/s")
+    full = CUDA_SHAPES if bench.device == "cuda" else SHAPES
+    for rows, cols in SMOKE_SHAPES if bench.smoke else full:
         bench_shape(bench, rows, cols)
     bench.finish()
 

@@ -45,32 +45,66 @@ def device_of(rows: list[Row]) -> str:
     return f"{row['device']}{threads}, torch {row['torch']}"
 
 
-def quality(rows: list[Row]) -> list[str]:
+# What benchmarks/results/<name>.json of bench_quality.py is called.
+QUALITY = {
+    "quality": "Perplexity",
+    "gradient_quality": "Perplexity of gradient and Fisher methods",
+    "reconstruct_quality": "Least-squares weights after SparseGPT (`--reconstruct`)",
+}
+
+
+def quality(title: str, rows: list[Row]) -> list[str]:
+    """A line per method, two columns per pattern: perplexity of each text, and seconds."""
     first = rows[0]["perplexity"]
     texts = list(first)
     protocol = first[texts[0]]
-    # Rows are added over time: each group names the patterns that it was measured for.
+    patterns = [p for p in dict.fromkeys(r["pattern"] for r in rows) if p != "-"]
+    # Rows are added over time: each place names the patterns that it was measured for.
     places: dict[str, list[str]] = {}
     for row in rows:
-        patterns = places.setdefault(device_of([row]), [])
-        if row["pattern"] not in patterns:
-            patterns.append(row["pattern"])
-    devices = [f"{place} (pattern {', '.join(found)})" for place, found in places.items()]
-    lines = [
-        "### Perplexity",
+        found = places.setdefault(device_of([row]), [])
+        if row["pattern"] not in ("-", *found):
+            found.append(row["pattern"])
+    shown = sorted({r["calibration_tokens"] for r in rows if r["pattern"] != "-"})
+    # Rows that do not say what others did meanwhile counted some phases twice.
+    timed = all("others_share" in r for r in rows)
+    vary = {"tokens": len(shown) > 1, "reconstruct": any("reconstruct" in r for r in rows)}
+    lines: dict[tuple[str, ...], dict[str, Row]] = {}
+    for row in rows:
+        words = {"tokens": f"{row['calibration_tokens']:,}",
+                 "reconstruct": row.get("reconstruct", "default")}  # fmt: skip
+        if row["method"] == "dense":
+            words = dict.fromkeys(words, "")
+        key = (row["method"], *(words[k] for k, varies in vary.items() if varies))
+        lines.setdefault(key, {})[row["pattern"]] = row
+    header = ["method", *(k for k, varies in vary.items() if varies)]
+    for pattern in patterns:
+        header += [f"{pattern}: {' / '.join(texts)}", *(["seconds"] if timed else [])]
+    header += ["peak GiB"] if timed else []
+
+    def cells(found: dict[str, Row]) -> Iterator[str]:
+        for pattern in patterns:
+            row = found.get(pattern, found.get("-"))
+            yield " / ".join(f"{row['perplexity'][t]['ppl']:.2f}" for t in texts) if row else ""
+            if timed:
+                yield f"{row['seconds']:.0f}" if row and "seconds" in row else ""
+        if timed:
+            peaks = [r["peak_memory_bytes"] for r in found.values() if "peak_memory_bytes" in r]
+            yield f"{max(peaks) / 2**30:.2f}" if peaks else ""
+
+    body = [[*key, *cells(found)] for key, found in lines.items()]
+    where = [f"{place} ({', '.join(found)})" for place, found in places.items() if found]
+    return [
+        f"### {title}",
         "",
-        f"SmolLM2-135M (dequantised 4-bit release), fp32; {protocol['tokens']:,} tokens of each "
-        f"text in windows of {protocol['seqlen']}, no BOS. Calibration: "
-        f"{rows[0]['calibration_tokens']:,} tokens of other Wikipedia articles, seed 0. "
-        f"{'; '.join(devices)}. "
+        f"SmolLM2-135M (dequantised 4-bit release), evaluated in {protocol.get('dtype', 'float32')}"
+        f" on {protocol['tokens']:,} tokens of each text in windows of {protocol['seqlen']}, no "
+        f"BOS. Calibration: {' or '.join(f'{n:,}' for n in shown)} tokens of other Wikipedia "
+        f"articles, seed 0. {'; '.join(where)}. "
         "`benchmarks/bench_quality.py`.",
         "",
+        *table(header, body),
     ]
-    body = [
-        [r["method"], r["pattern"], *(f"{r['perplexity'][t]['ppl']:.2f}" for t in texts)]
-        for r in rows
-    ]
-    return lines + table(["method", "pattern", *texts], body)
 
 
 def demo(result: dict[str, Any]) -> list[str]:
@@ -127,7 +161,7 @@ def comparison(bench: dict[str, Any]) -> list[str]:
     ]
     protocol = bench["protocol"]
     return [
-        f"The same models side by side, tokens/s (over the fastest dense one's); prompts of "
+        f"Side by side, tokens/s (over the fastest dense one's); prompts of "
         f"{protocol['prompt']} tokens, {protocol['steps']} decoded, medians of "
         f"{protocol['rounds']} rounds:",
         "",
@@ -176,15 +210,16 @@ def kernels(name: str, rows: list[Row]) -> list[str]:
 
 def sparse_linear(rows: list[Row]) -> list[str]:
     """Best dense time over each compressed format's, by rows of x."""
-    sparse = ("sparse24", "bitmap")
-    names = [n for n in dict.fromkeys(r["provider"] for r in rows) if n.startswith(sparse)]
+    formats = ("sparse24", "bitmap", "dense_int8")
+    names = [n for n in dict.fromkeys(r["provider"] for r in rows) if n.startswith(formats)]
     body = []
     for (shape, m), members in groupby(rows, key=lambda r: (r["shape"], r["rows"])):
         by = {r["provider"]: r for r in members}
         best = by[by[names[0]]["best_dense"]]
         body.append(
             ["x".join(map(str, shape)), str(m), f"{best['seconds_median'] * 1e3:.2f} "
-             f"({best['provider']})", *(f"{by[n]['ratio_to_best_dense']:.2f}" for n in names)]
+             f"({best['provider']})",
+             *(f"{by[n]['ratio_to_best_dense']:.2f}" if n in by else "-" for n in names)]
         )  # fmt: skip
     first = rows[0]
     return [
@@ -216,6 +251,18 @@ def walk(rows: list[Row]) -> list[str]:
         "`benchmarks/bench_walk.py`.",
         "",
         *table(["mode", "seconds", "time / two-pass", "passes", "peak MB above the model"], body),
+    ]
+
+
+def model(rows: list[Row]) -> list[str]:
+    (row,) = rows
+    return [
+        "### Decoding a 1.8 GB model",
+        "",
+        "Random bf16 Llama in the proportions of Llama-3.2-1B, half of its blocks' weights zero. "
+        f"{device_of(rows)}. `benchmarks/bench_model.py`.",
+        "",
+        *comparison(row),
     ]
 
 
@@ -255,36 +302,73 @@ def blockpruner(rows: list[Row]) -> list[str]:
     ]  # fmt: skip
 
 
-def depth_quality(rows: list[Row]) -> list[str]:
-    """A line per method and ratio; what a method cannot reach is left out."""
+def structure(rows: list[Row], title: str, words: str, script: str) -> list[str]:
+    """A line per method, ratios side by side; what a method cannot reach is said below."""
     (dense,) = (r for r in rows if r["variant"] == "dense")
     texts = list(dense["perplexity"])
     protocol = dense["perplexity"][texts[0]]
-
-    def words(row: Row) -> list[str]:
-        return [f"{row['perplexity'][t]['ppl']:.2f}" for t in texts]
-
-    body = [["dense", "-", *words(dense), f"{dense['parameters'] / 1e6:.1f}", "",
-             f"{dense['file_bytes'] / 1e6:,.0f}", "1", "1"]]  # fmt: skip
-    body += [
-        [r["variant"], f"{r['ratio']:.0%}", *words(r), f"{r['parameters'] / 1e6:.1f}",
-         str(r["layers"]), f"{r['file_bytes'] / 1e6:,.0f}",
-         *(f"{r[phase]['over_dense']:.2f}" for phase in ("prefill", "decode"))]
-        for r in sorted(rows, key=lambda r: r["ratio"])
-        if "parameters" in r and r is not dense
-    ]  # fmt: skip
-    header = ["method", "ratio", *texts, "10⁶ parameters", "layers", "MB", "prefill x", "decode x"]
+    ratios = sorted({r["ratio"] for r in rows if r is not dense})
+    middle = 0.2 if 0.2 in ratios else ratios[len(ratios) // 2]
+    body, impossible = [], []
+    for name in dict.fromkeys(r["variant"] for r in rows if r is not dense):
+        own = {r["ratio"]: r for r in rows if r["variant"] == name}
+        refused = {ratio: r["impossible"] for ratio, r in own.items() if "impossible" in r}
+        cells = ["-" if ratio in refused else perplexities(own.get(ratio), texts)
+                 for ratio in ratios]  # fmt: skip
+        at = own.get(middle, {})
+        speed = [f"{at[phase]['over_dense']:.2f}" if phase in at else ""
+                 for phase in ("prefill", "decode")]  # fmt: skip
+        less = f"{at['realised_share']:.1%}" if "realised_share" in at else ""
+        body.append([name, *cells, less, *speed])
+        if refused:
+            these = ", ".join(f"{ratio:.0%}" for ratio in refused)
+            impossible.append(f"- {name} does not reach {these}: {next(iter(refused.values()))}.")
+    header = ["method", *(f"{ratio:.0%}" for ratio in ratios), f"smaller at {middle:.0%}",
+              "prefill x", "decode x"]  # fmt: skip
     return [
-        "### Branches and layers removed",
+        f"### {title}",
         "",
-        f"SmolLM2-135M, fp32; {protocol['tokens']:,} tokens of each text in windows of "
-        f"{protocol['seqlen']}, no BOS. Calibration: {dense['calibration_tokens']:,} tokens of "
-        "other Wikipedia articles, seed 0. Ratios are of all parameters; where a layer keeps one "
-        "branch the other is zero, and counts among the parameters. Speed is relative to the dense "
-        f"model, batch 1. {device_of(rows)}. `benchmarks/bench_depth_quality.py`.",
+        f"SmolLM2-135M: perplexity on {' / '.join(texts)} by the share of all parameters that went;"
+        f" dense {perplexities(dense, texts)}. {protocol['tokens']:,} tokens of each text in "
+        f"windows of {protocol['seqlen']}, {protocol.get('dtype', 'float32')}, no BOS. "
+        f"Calibration: {dense['calibration_tokens']:,} tokens of other Wikipedia articles, seed 0. "
+        f"{words} Of the models at {middle:.0%}: by how much the saved one is smaller, and "
+        f"tokens/s over the dense model's (float32, batch 1). {device_of(rows)}. "
+        f"`benchmarks/{script}`.",
         "",
         *table(header, body),
+        *impossible,
+        *([""] if impossible else []),
     ]
+
+
+def perplexities(row: Row | None, texts: list[str]) -> str:
+    """On all texts; a wrecked model's as a power of ten."""
+    if row is None:
+        return ""
+    found = [row["perplexity"][text]["ppl"] for text in texts]
+    return " / ".join(
+        f"{ppl:.2f}" if ppl < 100 else f"{ppl:,.0f}" if ppl < 1e5 else f"{ppl:.0e}" for ppl in found
+    )
+
+
+def depth_quality(rows: list[Row]) -> list[str]:
+    return structure(
+        rows,
+        "Branches and layers removed",
+        "Where a layer keeps one branch the other is zero, and still there.",
+        "bench_depth_quality.py",
+    )
+
+
+def width_quality(rows: list[Row]) -> list[str]:
+    return structure(
+        rows,
+        "Channels and heads removed",
+        "A stock model has one size for all layers: what narrower ones lack is zero, and still "
+        "there. A basis per branch is no stock model, and not saved.",
+        "bench_width_quality.py",
+    )
 
 
 def load(rows: list[Row]) -> list[str]:
@@ -344,6 +428,7 @@ def exactobs(rows: list[Row]) -> list[str]:
 
 
 SPECIAL = {
+    "model": model,
     "walk": walk,
     "memory": memory,
     "load": load,
@@ -357,10 +442,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 def section() -> str:
     lines = [BEGIN, ""]
-    for path in sorted(RESULTS.glob("**/quality.json")):
-        lines += quality(json.loads(path.read_text()))
-    for path in sorted(RESULTS.glob("**/depth_quality.json")):
-        lines += depth_quality(json.loads(path.read_text()))
+    for name, title in QUALITY.items():
+        for path in sorted(RESULTS.glob(f"**/{name}.json")):
+            lines += quality(title, json.loads(path.read_text()))
+    for name, lines_of in (("depth_quality", depth_quality), ("width_quality", width_quality)):
+        for path in sorted(RESULTS.glob(f"**/{name}.json")):
+            lines += lines_of(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("**/demo.json")):
         lines += demo(json.loads(path.read_text()))
     for name, rows in rows_of(SPECIAL):

@@ -45,11 +45,13 @@ RUNS = {
     "sparsegpt-50": PruneConfig(method="sparsegpt", sparsity=0.5, calibration=CALIBRATION),
     "sparsegpt-2of4": PruneConfig(method="sparsegpt", pattern="2:4", calibration=CALIBRATION),
 }
-# The compressed models, as they are called in the comparison with the dense one: run, int8 values.
+# The compressed models, as they are called in the comparison with the dense one: run, int8 values,
+# int8 embeddings.
 SPARSE = {
-    "2:4": ("sparsegpt-2of4", False),
-    "50% bitmap": ("sparsegpt-50", False),
-    "50% int8": ("sparsegpt-50", True),
+    "2:4": ("sparsegpt-2of4", False, False),
+    "2:4, int8 embeddings": ("sparsegpt-2of4", False, True),
+    "50% bitmap": ("sparsegpt-50", False, False),
+    "50% int8": ("sparsegpt-50", True, False),
 }
 COMPARISON = Protocol(batches=(1, 4, 16), prompt=16, steps=8, rounds=3)
 
@@ -96,9 +98,10 @@ class Demo:
         """Compresses both pruned checkpoints and times them beside the dense one."""
         small = {}
         with self.phase("compress"):
-            for label, (name, int8) in SPARSE.items():
-                small[label] = self.out / f"{name}-{'int8' if int8 else 'compressed'}"
-                compress_checkpoint(self.out / name, small[label], int8=int8)
+            for label, (name, int8, rows) in SPARSE.items():
+                kind = f"{'int8' if int8 else 'compressed'}{'-embeddings' if rows else ''}"
+                small[label] = self.out / f"{name}-{kind}"
+                compress_checkpoint(self.out / name, small[label], int8=int8, int8_embeddings=rows)
         with self.phase("dense against sparse") as task:
             models = contestants(small, dense)
             result = bench(

@@ -37,6 +37,11 @@ USAGE, INTERRUPTED = 2, 130
 # typer brings its own copy of click's exceptions in some versions and click's in others.
 CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 PACKAGED = "packaged"
+# Fields of a configuration with options of its method or allocation: their option, whose they are.
+OWN = {
+    "method_options": ("option", "method"),
+    "allocation_options": ("allocation-option", "allocation"),
+}
 
 app = typer.Typer(
     name="pyprune",
@@ -77,10 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
     2: the request cannot be served; one line on stderr says what was expected and what came.
-    130: interrupted, by Ctrl-C or SIGTERM. 1 with a traceback: a defect of pyprune.
+    130: interrupted, by Ctrl-C, SIGTERM or the terminal's end. 1 with a traceback: a defect of
+    pyprune.
     """
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
+            signal.signal(number, _interrupt)
     try:
         status = typer.main.get_command(app).main(
             args=None if arguments is None else list(arguments),
@@ -104,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     # A second signal must not interrupt the cleaning up after the first.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -141,13 +148,19 @@ def _show(value: Any, as_json: bool, *renderables: Any) -> None:
         return
     console = Console()
     for renderable in renderables:
-        console.print(renderable)
+        # Sentences as they are: a path may hold brackets, and must stay on one line of a pipe.
+        plain = isinstance(renderable, str)
+        console.print(renderable, markup=not plain, highlight=not plain, soft_wrap=plain)
 
 
 def _quiet() -> None:
     """transformers' own warnings and bars would garble ours, and break `--json`."""
+    import warnings
+
     from transformers.utils import logging
 
+    # What peft and others still call, which is theirs to change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
@@ -199,12 +212,19 @@ def prune(
     allocation: Annotated[
         str | None,
         typer.Option(
-            help="How --sparsity is shared among blocks: uniform, alphapruning (spectra of the "
-            "weights) or owl (outliers among scores)."
+            help="How --sparsity is shared out: uniform, alphapruning (spectra of the weights), "
+            "owl (outliers among scores), ecoflap (gradients of the loss) or besa (learned in "
+            "each block)."
         ),
     ] = None,
     allocation_strength: Annotated[
         float | None, typer.Option(help="How unequal: epsilon of alphapruning, lambda of owl.")
+    ] = None,
+    allocation_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allocation-option", "-A", help="name=value of the allocation's own. Repeatable."
+        ),
     ] = None,
     update: Annotated[
         str | None,
@@ -315,7 +335,8 @@ def prune(
         Path | None,
         typer.Option(
             help="For methods that remove structure: pictures of what went, how much each branch "
-            "matters, and perplexity against parameters; a directory, or one .png file."
+            "or unit matters, and perplexity against parameters or where parameters are left; a "
+            "directory, or one .png file."
         ),
     ] = None,
     as_json: AsJson = False,
@@ -329,6 +350,7 @@ def prune(
         "scope": scope,
         "allocation": allocation,
         "allocation_strength": allocation_strength,
+        "allocation_options": _method_options(allocation_option) if allocation_option else None,
         "update": update,
         "reconstruct": reconstruct,
         "score_mass": score_mass,
@@ -372,14 +394,16 @@ def prune(
 
 
 def _method_options(given: list[str]) -> dict[str, Any]:
-    """`name=value` pairs, values by YAML's rules for scalars; but 2:4 is no number in base 60."""
+    """`name=value` pairs, values by YAML's rules for scalars."""
     import yaml
+
+    from pyprune.config import load_yaml
 
     options = {}
     for pair in given:
         name, equals, value = pair.partition("=")
         try:
-            parsed = value if ":" in value else yaml.safe_load(value)
+            parsed = load_yaml(value)
         except yaml.YAMLError:
             parsed = None
         if not equals or not name or not isinstance(parsed, bool | int | float | str):
@@ -403,18 +427,19 @@ def _prune_config(
     known = {field.name for field in fields(family.config)}
     for name in given:
         if name not in known:
-            option = {"method_options": "option"}.get(name, name).replace("_", "-")
+            option = OWN.get(name, (name,))[0].replace("_", "-")
             raise UserError(f"--{option}: not for {method}; see pyprune prune --help")
     # One takes the place of the other in the file; both together are refused below.
     for name in set(family.targets) & set(given):
         for other in family.targets[name]:
             values.pop(other, None)
-    # The file's options of its method, unless another method is asked for.
-    if method != values.get("method", method):
-        values.pop("method_options", None)
-    own = values.get("method_options")
-    if isinstance(own, dict) and "method_options" in given:
-        given["method_options"] = {**own, **given["method_options"]}
+    # The file's options of its method and allocation, unless another one is asked for.
+    for name, (_, owner) in OWN.items():
+        if owner in values and given.get(owner, values[owner]) != values[owner]:
+            values.pop(name, None)
+        own = values.get(name)
+        if isinstance(own, dict) and name in given:
+            given[name] = {**own, **given[name]}
     values |= given
     shown = {name: value for name, value in calibration.items() if value is not None}
     text = values.get("calibration", {})
@@ -458,7 +483,7 @@ def evaluate(
     from pyprune.sparse.stored import StoredCheckpoint
 
     with ProgressBar(_stderr(), "evaluating") as bar:
-        stored = StoredCheckpoint.open(_resolve(model, bar))
+        stored = StoredCheckpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
         checkpoint = stored.checkpoint(trust_remote_code)
         given = {
             "seqlen": seqlen,
@@ -495,19 +520,17 @@ def _load(
     import torch
 
     from pyprune.config import DTYPES
+    from pyprune.devices import find_device
     from pyprune.sparse.load import load
     from pyprune.sparse.stored import DENSE
 
     if dtype not in (None, *DTYPES):
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     compute = None if dtype in (None, "auto") else getattr(torch, str(dtype))
-    if device in (None, "auto"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    elif str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device: expected one that is here, got {device}: no CUDA device")
+    where = find_device(device or "auto")
     if stored.kind == DENSE:
-        return checkpoint.load_model(str(device), compute)
-    return load(stored.path, compute, None if device == "cpu" else device)
+        return checkpoint.load_model(where, compute)
+    return load(stored.path, compute, None if where.type == "cpu" else where)
 
 
 @app.command(
@@ -523,7 +546,7 @@ def inspect(
     from pyprune.sparse.stored import StoredCheckpoint
 
     with ProgressBar(_stderr(), "reading") as bar:
-        stored = StoredCheckpoint.open(_resolve(model, bar))
+        stored = StoredCheckpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
         found = inspect_checkpoint(stored, bar.step, trust_remote_code=trust_remote_code)
     _show(found.to_dict(), as_json, found.table(), *filter(None, [found.note]))
 
@@ -538,6 +561,8 @@ def methods(as_json: AsJson = False) -> None:
     for family in families():
         table = Table(*family.headers, title=family.title)
         table.columns[0].no_wrap = True
+        for column in table.columns[1:]:
+            column.overflow = "fold"
         table.show_lines = True
         notes = []
         for method in family.methods().values():
@@ -546,7 +571,22 @@ def methods(as_json: AsJson = False) -> None:
             rows.append(row)
             notes += [f"{row['name']} -O {k}=...: {takes}" for k, takes in row["options"].items()]
         shown += [table, *notes]
-    _show(rows, as_json, *shown)
+    _show([*rows, *_allocations(shown)], as_json, *shown)
+
+
+def _allocations(shown: list[Any]) -> list[dict[str, Any]]:
+    """The rows of the table of allocations; adds it to what is shown."""
+    from pyprune.allocation.table import ALLOCATIONS, HEADERS, describe_allocation
+
+    table = Table(*HEADERS, title="--allocation of an unstructured sparsity")
+    rows, notes = [], []
+    for allocation in ALLOCATIONS.values():
+        cells, row = describe_allocation(allocation)
+        table.add_row(*cells)
+        rows.append(row)
+        notes += [f"{row['name']} -A {k}=...: {takes}" for k, takes in row["options"].items()]
+    shown += [table, *notes]
+    return rows
 
 
 @app.command()
@@ -558,7 +598,7 @@ def doctor(as_json: AsJson = False) -> None:
     _show(diagnosis.to_dict(), as_json, diagnosis.render())
 
 
-for _commands in ("cli_sparse", "cli_heal", "cli_eigendamage"):
+for _commands in ("cli_sparse", "cli_heal"):
     import_module(f"pyprune.{_commands}")  # registers its commands on `app`
 
 if __name__ == "__main__":

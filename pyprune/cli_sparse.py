@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from pyprune import cli
@@ -27,6 +28,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="A new directory.")]
 @app.command(
     epilog="[b]Examples[/b]\n\npyprune compress pruned --out small\n\n"
     "pyprune compress pruned --out small --values int8\n\n"
+    "pyprune compress pruned --out small --embeddings int8\n\n"
     "pyprune compress pruned --out small --choose measured --rows 1 --json"
 )
 def compress(
@@ -50,12 +52,19 @@ def compress(
         str,
         typer.Option(help="same (the checkpoint's dtype, bit for bit) or int8, a scale a row."),
     ] = "same",
+    embeddings: Annotated[
+        str,
+        typer.Option(
+            help="same or int8: of the input embedding and the head, tied or not, which have no "
+            "zeros to leave out; a scale for each entry of the vocabulary."
+        ),
+    ] = "same",
     as_json: AsJson = False,
 ) -> None:
     """Leave the zeros of a pruned checkpoint out. Layers that would not shrink stay dense."""
     cli._quiet()
     from pyprune.sparse.convert import compress_checkpoint
-    from pyprune.sparse.linear import FORMATS
+    from pyprune.sparse.weight import FORMATS
 
     if format not in ("auto", *FORMATS):
         raise UserError(f"--format: expected auto, {', '.join(FORMATS)}, got {format!r}")
@@ -63,6 +72,8 @@ def compress(
         raise UserError(f"--choose: expected bytes or measured, got {choose!r}")
     if values not in ("same", "int8"):
         raise UserError(f"--values: expected same or int8, got {values!r}")
+    if embeddings not in ("same", "int8"):
+        raise UserError(f"--embeddings: expected same or int8, got {embeddings!r}")
     allowed = FORMATS if format == "auto" else (format,)
     with ProgressBar(cli._stderr(), "compressing") as bar:
         source = cli._resolve(model, bar)
@@ -71,6 +82,7 @@ def compress(
             out,
             allowed=allowed,
             int8=values == "int8",
+            int8_embeddings=embeddings == "int8",
             measured_rows=rows if choose == "measured" else None,
             progress=bar.step,
         )
@@ -221,21 +233,21 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _device(name: str | None) -> str | None:
-    import torch
+    from pyprune.devices import find_device
 
-    if name in (None, "auto"):
-        return "cuda" if torch.cuda.is_available() else None
-    if str(name).startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device: expected one that is here, got {name}: no CUDA device")
-    return None if name == "cpu" else name
+    device = find_device(name or "auto")
+    return None if device.type == "cpu" else str(device)
 
 
 def _table(report: ConversionReport) -> Table:
     """One line for layers of one shape that are stored alike; every layer is in the JSON."""
-    measured = report.rows is not None
-    table = Table("layers", "shape", "format", "values", "density", "MB dense", "MB", "error")
-    if measured:
-        table.add_column(f"microseconds a product of {report.rows} rows")
+    from pyprune.report import with_notes
+
+    table = Table(title_justify="left", box=box.SIMPLE, padding=0)
+    for name in ("layers", "shape", "format", "values", "density", "MB dense", "MB", "error"):
+        justify: Any = "left" if name in ("format", "values") else "right"
+        table.add_column(name, justify=justify, overflow="fold")
+    measured = []
     groups: dict[tuple[Any, ...], list[LayerConversion]] = {}
     for layer in report.layers.values():
         groups.setdefault((layer.shape, layer.format, layer.values), []).append(layer)
@@ -247,16 +259,18 @@ def _table(report: ConversionReport) -> Table:
         row = [str(len(layers)), "x".join(map(str, shape)), format, values, _range(density, ".1%")]
         row += [f"{dense / 1e6:,.2f}", f"{nbytes / 1e6:,.2f}"]
         row.append(_range(errors, ".2%") if errors else "")
-        if measured:
-            seconds = layers[0].seconds or {}
-            row.append(", ".join(f"{kind} {1e6 * s:,.0f}" for kind, s in seconds.items()))
         table.add_row(*row)
+        # None where a layer has no zeros to leave out: it is not measured.
+        if seconds := next((layer.seconds for layer in layers if layer.seconds), None):
+            times = ", ".join(f"{kind} {1e6 * s:,.0f}" for kind, s in seconds.items())
+            rows = "1 row" if report.rows == 1 else f"{report.rows} rows"
+            measured.append(f"{row[1]}: {times} microseconds a product of {rows}")
     share = report.nbytes_after / max(1, report.nbytes_dense)
     table.title = (
         f"{report.nbytes_before / 1e6:,.2f} MB to {report.nbytes_after / 1e6:,.2f} MB "
         f"({share:.1%} of dense)"
     )
-    return table
+    return with_notes(table, list(dict.fromkeys(measured)))
 
 
 def _range(values: list[float], spec: str) -> str:

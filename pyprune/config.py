@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -13,7 +14,8 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from pyprune.allocation import ALLOCATIONS
+from pyprune.allocation import ALLOCATIONS, EcoflapOptions
+from pyprune.allocation.base import MAX_SPARSITY
 from pyprune.errors import UserError
 from pyprune.methods import SHOT_METHODS, Method, MethodOptions, find_method
 from pyprune.methods.base import Update
@@ -90,7 +92,7 @@ class ConfigFile:
 
     def to_yaml(self) -> str:
         # Escaped ASCII: PyYAML writes some Unicode line breaks in a way that it reads as spaces.
-        text: str = yaml.safe_dump(self.to_dict(), sort_keys=False)
+        text: str = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
         return text
 
     @classmethod
@@ -110,9 +112,10 @@ class PruneConfig(ConfigFile):
     method: a name in `pyprune.methods.METHODS` or `SHOT_METHODS`.
     sparsity / pattern: exactly one; a fraction removed, or "N:M" with N kept of every M.
     scope: comparison group of `sparsity`; None is the method's own.
-    allocation: how `sparsity` is shared among the blocks: the same for all ("uniform"), by the
-        spectra of their weights ("alphapruning") or by the outliers of their scores ("owl").
+    allocation: how `sparsity` is shared out: a name in `pyprune.allocation.ALLOCATIONS`, e.g. the
+        same for all blocks ("uniform") or by the spectra of their weights ("alphapruning").
     allocation_strength: epsilon of AlphaPruning, lambda of OWL; None is the paper's.
+    allocation_options: what only this allocation has, by name; see `pyprune methods`.
     update, score_mass, reference_count, damping, block_size: see `MethodOptions`.
     reconstruct: see `MethodOptions`; None is the method's own (`Method.reconstructs`).
     method_options: what only this method has, by name; see `pyprune methods`.
@@ -135,6 +138,7 @@ class PruneConfig(ConfigFile):
     scope: Scope | None = None
     allocation: str = "uniform"
     allocation_strength: float | None = None
+    allocation_options: Mapping[str, Scalar] = field(default_factory=dict)
     update: Update = "none"
     score_mass: bool = False
     reference_count: bool = False
@@ -184,11 +188,13 @@ class PruneConfig(ConfigFile):
                 )
 
     def _check_allocation(self) -> None:
-        check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_choice("allocation", self.allocation, tuple(ALLOCATIONS))
         strength = self.allocation_strength
-        if self.allocation == "uniform":
-            if strength is not None:
-                raise UserError(f"allocation_strength: expected none for uniform, got {strength}")
+        row = ALLOCATIONS[self.allocation]
+        if row.strength is None and strength is not None:
+            raise UserError(f"allocation_strength: expected none for {row.name}, got {strength}")
+        own = self.own_allocation()
+        if row.source is None:
             return
         if self.sparsity is None or self.scope == "global":
             got = f"pattern {self.pattern}" if self.sparsity is None else "scope global"
@@ -197,6 +203,32 @@ class PruneConfig(ConfigFile):
             )
         if strength is not None and not 0 <= strength < 1:
             raise UserError(f"allocation_strength: expected a number in [0, 1), got {strength}")
+        if self.sparsity > MAX_SPARSITY:
+            raise UserError(
+                f"sparsity: expected at most {MAX_SPARSITY} with an allocation, got {self.sparsity}"
+            )
+        if isinstance(own, EcoflapOptions):
+            own.cap(self.sparsity)
+        if row.source == "blocks":
+            self._check_learned()
+
+    def _check_learned(self) -> None:
+        """A mask is learned for every matrix from the method's scores: it does not choose."""
+        for name, default in (("score_mass", False), ("reference_count", False)):
+            if getattr(self, name) != default:
+                raise UserError(f"{name}: {self.allocation} counts what goes, expected false")
+        if self.update == "iterative":
+            raise UserError(f"update: {self.allocation} scores once, got 'iterative'")
+        if self.scope not in (None, "row"):
+            raise UserError(
+                f"scope: {self.allocation} compares within rows, expected row, got {self.scope!r}"
+            )
+
+    def own_allocation(self) -> object | None:
+        """The allocation's own options; None if it has none."""
+        kind = ALLOCATIONS[self.allocation].options_type
+        given = self.allocation_options
+        return build_options(self.allocation, kind, given, "allocation_options")
 
     def find_method(self) -> Method:
         return find_method(self.method)
@@ -239,10 +271,37 @@ def read_yaml_file(path: str | Path) -> Mapping[str, Any]:
     return read_yaml(text)
 
 
+class _Loader(yaml.SafeLoader):
+    """Numbers as in YAML 1.2: in PyYAML's 1.1 the pattern 2:4 is 124 (base 60), 1e-3 is a text."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes texts that either version would take for a number: others read our files too."""
+
+
+_NUMBERS = {
+    "tag:yaml.org,2002:int": r"[-+]?(0|[1-9][0-9]*)|0x[0-9a-fA-F]+",
+    "tag:yaml.org,2002:float": r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?"
+    r"|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+for _kind in (_Loader, _Dumper):
+    for _tag, _form in _NUMBERS.items():
+        _kind.add_implicit_resolver(_tag, re.compile(rf"^(?:{_form})$"), list("-+.0123456789"))
+
+
+def load_yaml(text: str) -> Any:
+    """What a YAML text says, with the numbers of YAML 1.2. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
+
+
 def read_yaml(text: str) -> Mapping[str, Any]:
     """The mapping that a YAML text is; an empty text is an empty one."""
     try:
-        values = yaml.safe_load(text)
+        values = load_yaml(text)
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"config: expected YAML, got something else: {reason}") from error

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pyprune.errors import UserError
+from pyprune.registry import unknown_method
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from pyprune.progress import ProgressBar
 
 # Each has a `FAMILY`.
-FAMILIES = ("pyprune.prune", "pyprune.depth.run", "pyprune.width.run")
+FAMILIES = (
+    "pyprune.prune",
+    "pyprune.eigendamage.run",
+    "pyprune.depth.run",
+    "pyprune.width.run",
+)
 
 
 class Outcome(Protocol):
@@ -84,9 +89,7 @@ def find_family(method: object) -> Family:
     """The family that has a method of this name; UserError with the closest name otherwise."""
     names: list[str] = []
     for family in families():
-        if method in family.methods():
+        if isinstance(method, str) and method in family.methods():
             return family
         names += family.methods()
-    close = get_close_matches(str(method), names, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    raise UserError(f"method: expected one of {', '.join(names)}, got {method!r}{hint}")
+    raise unknown_method(method, names)

@@ -21,19 +21,12 @@ from transformers import Conv1D
 from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.checkpoint import Checkpoint, check_output
-from pyprune.checkpoint.output import (
-    AUXILIARY_BYTES,
-    MAX_SHARD_SIZE,
-    REPORT,
-    output_directory,
-    write_report,
-)
+from pyprune.checkpoint.output import REPORT, changed_model, earlier_report, write_report
 from pyprune.config import CalibrationConfig, check_device
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
-
-Progress = Callable[[str, float, float | None], None]
+from pyprune.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -184,23 +177,15 @@ def heal_checkpoint(
     model: Any = checkpoint.load_model(device, getattr(torch, config.dtype))
     tokens = configured_tokens(tokenizer, config.training, model.config)
     report = heal_model(model, tokens, config, progress)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(checkpoint.dtype)
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    with output_directory(out, needed=needed + AUXILIARY_BYTES) as folder:
-        model.config.dtype = checkpoint.dtype
-        model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        tokenizer.save_pretrained(folder)
-        write_report(folder, _full_report(checkpoint.path, report), _card(report))
+    with changed_model(checkpoint, model, out) as folder:
+        write_report(folder, {**_before(checkpoint), "heal": asdict(report)}, _card(report))
     return report
 
 
-def _full_report(source: Path, report: HealReport) -> dict[str, Any]:
-    import json
-
-    old = source / REPORT
-    earlier = json.loads(old.read_text(encoding="utf-8")) if old.exists() else {}
-    return {**earlier, "heal": asdict(report)}
+def _before(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What pyprune.json said; of a model that has been healed already, under "earlier"."""
+    found = earlier_report(checkpoint)
+    return {"earlier": found} if "heal" in found else found
 
 
 def _card(report: HealReport) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from pyprune.checkpoint import Checkpoint
@@ -24,7 +25,10 @@ PATTERNS = ((1, 4), (2, 4), (4, 8))
 # Trained and dequantized weights hold a few zeros that nobody pruned.
 DENSE_BELOW = 0.01
 
-
+# Of the table; those in TEXTS are aligned left.
+COLUMNS = ("layer", "shape", "dtype", "zeros", "pattern", "stored as", "MB", "2:4 MB", "bitmap")
+TEXTS = ("layer", "dtype", "pattern", "stored as")
+NONE = "-"
 SHORT_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "float64": "fp64"}
 
 
@@ -62,14 +66,17 @@ class LayerInspection:
 
 @dataclass(frozen=True)
 class Inspection:
-    """layers: the matrices of the decoder blocks. other_bytes: of all other tensors (embeddings,
-    head, norms, biases, routers). note: why the matrices may be others than those, or empty."""
+    """layers: the matrices of the decoder blocks. others: matrices outside of them that are stored
+    in a compressed format (a pruned head, embeddings with int8 rows). other_bytes: of all other
+    tensors (embeddings, head, norms, biases, routers). note: why the matrices may be others than
+    those, or empty."""
 
     path: str
     model_type: str
     layers: tuple[LayerInspection, ...]
     other_bytes: int
     note: str = ""
+    others: tuple[LayerInspection, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -77,18 +84,22 @@ class Inspection:
         return sum(layer.zeros for layer in self.layers) / elements if elements else 0.0
 
     @property
+    def _matrices(self) -> tuple[LayerInspection, ...]:
+        return (*self.layers, *self.others)
+
+    @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in self.layers) + self.other_bytes
+        return sum(layer.nbytes for layer in self._matrices) + self.other_bytes
 
     @property
     def nbytes_dense(self) -> int:
         """Bytes of the checkpoint with every zero stored."""
-        return sum(layer.nbytes_dense for layer in self.layers) + self.other_bytes
+        return sum(layer.nbytes_dense for layer in self._matrices) + self.other_bytes
 
     @property
     def smallest(self) -> int:
         """Bytes of the whole checkpoint with every matrix in its smallest format."""
-        return sum(layer.smallest for layer in self.layers) + self.other_bytes
+        return sum(layer.smallest for layer in self._matrices) + self.other_bytes
 
     def to_dict(self) -> dict[str, Any]:
         totals = {
@@ -104,35 +115,53 @@ class Inspection:
         return {**asdict(self), "layers": layers, **totals}
 
     def table(self) -> Table:
-        title = f"{self.path}: {self.model_type}"
+        """For a terminal: a row per matrix. What is the same for all of them stands in the title,
+        so that names have room."""
+        rows = [_cells(layer) for layer in self._matrices]
+        same = [column for column in TEXTS[1:] if _agree(rows, column)]
+        words = [f"{column} {rows[0][column]}" for column in same]
+        if all(row["2:4 MB"] == NONE for row in rows):
+            same.append("2:4 MB")
+        title = Text(", ".join([f"{self.path}: {self.model_type}", *words]))
         table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
-        texts, numbers = ("layer", "dtype", "pattern", "stored as"), ("MB", "2:4 MB", "bitmap")
-        for name in ("layer", "shape", "dtype", "sparsity", "pattern", "stored as", *numbers):
-            right = name not in texts
+        columns = [column for column in COLUMNS if column not in same]
+        for name in columns:
             # Names take what is left, on several lines if they must; they never vanish.
             whole = {"min_width": 12, "overflow": "fold"} if name == "layer" else {"no_wrap": True}
-            table.add_column(name, justify="right" if right else "left", **whole)
-        for layer in self.layers:
-            table.add_row(
-                layer.name.removesuffix(".weight"),
-                "x".join(str(n) for n in layer.shape),
-                SHORT_DTYPES.get(layer.dtype, layer.dtype),
-                f"{layer.sparsity:.2%}",
-                layer.patterns[0],
-                layer.format,
-                _megabytes(layer.nbytes),
-                "-" if layer.nbytes_24 is None else _megabytes(layer.nbytes_24),
-                _megabytes(layer.nbytes_bitmap),
-            )
+            table.add_column(name, justify="left" if name in TEXTS else "right", **whole)
+
+        def add(row: dict[str, str]) -> None:
+            table.add_row(*(row.get(column, "") for column in columns))
+
+        for row in rows:
+            add(row)
         table.add_section()
-        blank = [""] * 5
-        table.add_row("everything else", *blank, _megabytes(self.other_bytes))
-        sparsity = ["", "", f"{self.sparsity:.2%}", "", ""]
-        table.add_row("total", *sparsity, _megabytes(self.nbytes))
+        add({"layer": "everything else", "MB": _megabytes(self.other_bytes)})
+        zeros = f"{self.sparsity:.2%}"
+        add({"layer": "total", "zeros": zeros, "MB": _megabytes(self.nbytes)})
         if self.nbytes != self.nbytes_dense:
-            table.add_row("total, dense", *blank, _megabytes(self.nbytes_dense))
-        table.add_row("total, each in its smallest form", *blank, _megabytes(self.smallest))
+            add({"layer": "total, dense", "MB": _megabytes(self.nbytes_dense)})
+        add({"layer": "total, each in its smallest form", "MB": _megabytes(self.smallest)})
         return table
+
+
+def _agree(rows: list[dict[str, str]], column: str) -> bool:
+    return len({row[column] for row in rows}) == 1
+
+
+def _cells(layer: LayerInspection) -> dict[str, str]:
+    """Of one row, by column."""
+    return {
+        "layer": layer.name.removesuffix(".weight"),
+        "shape": "x".join(str(n) for n in layer.shape),
+        "dtype": SHORT_DTYPES.get(layer.dtype, layer.dtype),
+        "zeros": f"{layer.sparsity:.2%}",
+        "pattern": layer.patterns[0],
+        "stored as": layer.format,
+        "MB": _megabytes(layer.nbytes),
+        "2:4 MB": NONE if layer.nbytes_24 is None else _megabytes(layer.nbytes_24),
+        "bitmap": _megabytes(layer.nbytes_bitmap),
+    }
 
 
 def _megabytes(nbytes: int) -> str:
@@ -156,16 +185,18 @@ def inspect_checkpoint(
     else:
         checkpoint, stored = source.checkpoint(trust_remote_code), source
     matrices, note = _matrices(checkpoint)
-    layers: list[LayerInspection] = []
-    for name, transposed in matrices.items():
+    outside = {name: False for name in stored.parts if name not in matrices}
+    found: list[LayerInspection] = []
+    for name, transposed in {**matrices, **outside}.items():
         if progress is not None:
-            progress(name, len(layers), len(matrices))
+            progress(name, len(found), len(matrices) + len(outside))
         layer = inspect_matrix(name, stored.read(name), transposed=transposed)
         format, nbytes = stored.format_of(name), stored.stored_nbytes(name)
-        layers.append(replace(layer, format=format, nbytes=nbytes))
-    other = stored.nbytes - sum(layer.nbytes for layer in layers)
+        found.append(replace(layer, format=format, nbytes=nbytes))
+    rest = stored.nbytes - sum(layer.nbytes for layer in found)
+    layers, others = tuple(found[: len(matrices)]), tuple(found[len(matrices) :])
     kind = str(checkpoint.config.model_type)
-    return Inspection(str(checkpoint.path), kind, tuple(layers), other, note)
+    return Inspection(str(checkpoint.path), kind, layers, rest, note, others)
 
 
 def inspect_matrix(name: str, w: Tensor, *, transposed: bool = False) -> LayerInspection:

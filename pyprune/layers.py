@@ -18,6 +18,7 @@ from pyprune.config import PruneConfig
 from pyprune.errors import LayerError, UserError
 from pyprune.methods import METHODS, LayerInputs, MethodOptions, Solution
 from pyprune.methods.global_selection import GlobalSelection
+from pyprune.methods.selection import forced_first
 from pyprune.methods.update import reconstructed
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
@@ -137,6 +138,9 @@ class LayerPruner:
         self.preserve_zeros = config.preserve_zeros
         # Layers that an allocation gave a sparsity of their own.
         self.targets: dict[str, Pattern] = {}
+        # Masks that an allocation chose, and why it could not judge some of the layers.
+        self._chosen: dict[str, Tensor] = {}
+        self._unjudged: dict[str, str] = {}
         self.reports: list[LayerReport] = []
         self.selection: GlobalSelection | None = None
         self._solved: dict[str, _Solved] = {}
@@ -156,6 +160,32 @@ class LayerPruner:
                 except NotPositiveDefiniteError as error:
                     raise LayerError(ref.name, str(error)) from error
                 self.selection.count(ref.name, w, scale, preserve)
+                if ref.name in self._gradients:  # until its turn comes to be pruned
+                    self._gradients[ref.name].to("cpu")
+
+    def judge(self, ref: LinearRef, inputs: LayerInputs | None) -> tuple[Tensor, Tensor] | None:
+        """Scores `[R, C]` of a matrix by the method, smallest first, those of weights that must go
+        before all others; and how many of each row must, `[R]`. None for one that the method cannot
+        judge: it will be pruned by magnitude, whatever is known of it later."""
+        unknown = self._unknown(ref, inputs)
+        if unknown is not None:
+            self._unjudged[ref.name] = unknown
+            return None
+        w, preserve = self._read(ref)
+        try:
+            scale = self.method.column_scale(self._with_gradient(ref, inputs), self.options)
+        except NotPositiveDefiniteError as error:
+            raise LayerError(ref.name, str(error)) from error
+        if preserve is None:
+            scores = w.abs() if scale is None else w.abs() * scale.to(w.dtype)
+            return scores, torch.zeros(len(w), dtype=torch.int64, device=w.device)
+        scale = None if scale is None else scale.to(w.dtype)
+        return forced_first(w, scale, preserve), (~preserve).sum(1)
+
+    def choose(self, name: str, mask: Tensor) -> None:
+        """The layer called `name` is pruned with `mask` `[R, C]`, True = kept."""
+        self._chosen[name] = mask
+        self.targets[name] = Unstructured(1 - int(mask.sum()) / mask.numel())
 
     def refine(self, ref: LinearRef) -> None:
         """Second pass of a global selection."""
@@ -177,7 +207,7 @@ class LayerPruner:
         """Solves the first of `same` with as many of the others as fit in memory, if the method
         can; `prune_linear` then finds the answers."""
         stack = self.method.solve_stack
-        if stack is None or self.selection is not None:
+        if stack is None or self.selection is not None or self._chosen:
             return
         start = time.perf_counter()
         chunk: list[tuple[LinearRef, LayerInputs]] = []
@@ -216,6 +246,7 @@ class LayerPruner:
         pattern = self.targets.get(ref.name, self.pattern)
         mask: Tensor | None = None
         notes: tuple[str, ...] = ()
+        chosen = self._chosen.pop(ref.name, None)
         unknown = self._unknown(ref, inputs)
         if unknown is not None:
             notes = (f"{unknown}: pruned by magnitude",)
@@ -224,6 +255,8 @@ class LayerPruner:
                 pattern = Unstructured(pattern.sparsity)
         elif self.selection is not None:
             mask = self.selection.mask(ref.name, w, preserve)
+        else:
+            mask = chosen
         try:
             if solved is not None:
                 solution = solved.solution
@@ -241,6 +274,8 @@ class LayerPruner:
 
     def _unknown(self, ref: LinearRef, inputs: LayerInputs | None) -> str | None:
         """Why the method cannot judge this matrix, if it cannot."""
+        if ref.name in self._unjudged:
+            return self._unjudged[ref.name]
         if self._too_few_tokens(ref, inputs):
             tokens = 0 if inputs is None else inputs.tokens
             needed = minimum_tokens(ref.weight().shape[1], self.pattern)

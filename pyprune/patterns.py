@@ -68,6 +68,12 @@ class NM:
 Pattern = Unstructured | NM
 
 
+def scope_of(pattern: Pattern, default: str) -> str:
+    """Among which weights those of an unstructured pattern compete, `default` if it does not say;
+    "" for N:M, whose groups are its own."""
+    return "" if isinstance(pattern, NM) else pattern.scope or default
+
+
 def parse_nm(text: str) -> NM:
     """`"2:4"` as a pattern."""
     match = re.fullmatch(r"(\d+):(\d+)", text)

@@ -1,13 +1,92 @@
-"""What every picture needs."""
+"""What the pictures of all runs have in common: where they go, how they are laid out, colours."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from pyprune.errors import UserError
+
+COLOURS = {"attention": "#1f77b4", "mlp": "#ff7f0e", "layer": "#1f77b4", "rest": "#8c8c8c"}
+# Wide enough for the labels of so many layers; every fifth is named where there are more.
+NAMED_LAYERS = 48
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A part of a picture. height: inches. paint: draws it on a matplotlib axis."""
+
+    name: str
+    height: float
+    paint: Callable[[Any], None]
 
 
 def require_matplotlib() -> None:
     """Raises UserError, saying what to install, where matplotlib is missing."""
     if find_spec("matplotlib") is None:
         raise UserError("a plot needs matplotlib: pip install 'pyprune[plot]'")
+
+
+def check_pictures(path: Path) -> None:
+    """Raises UserError unless pictures can go to `path`: a .png file, or a directory, in one that
+    exists; and matplotlib is there."""
+    require_matplotlib()
+    if path.suffix not in ("", ".png"):
+        raise UserError(f"report: expected a directory or a .png file, got {path}")
+    if path.suffix == ".png" and path.is_dir():
+        raise UserError(f"report: expected a file, {path} is a directory")
+    if path.suffix == "" and path.exists() and not path.is_dir():
+        raise UserError(f"report: expected a directory, {path} is a file")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"report: expected {path.absolute().parent} to exist")
+
+
+def draw_panels(panels: Sequence[Panel], title: str, layers: int, path: Path) -> list[Path]:
+    """Writes `<name>.png` of every panel into the directory `path`, or all of them below each other
+    into the one file `path`, if that ends in .png. Returns the files.
+
+    layers: that are side by side in some panels. Raises UserError as `check_pictures`.
+    """
+    check_pictures(path)
+    from matplotlib.figure import Figure
+
+    width = max(7.0, 0.32 * layers + 2)
+    if path.suffix == ".png":
+        sizes = [panel.height for panel in panels]
+        figure = Figure(figsize=(width, sum(sizes) + 0.4), layout="constrained")
+        axes = figure.subplots(len(panels), 1, height_ratios=sizes, squeeze=False)[:, 0]
+        figure.suptitle(title, fontsize=9)
+        for axis, panel in zip(axes, panels, strict=True):
+            panel.paint(axis)
+        figure.savefig(path, dpi=120)
+        return [path]
+    path.mkdir(exist_ok=True)
+    files = []
+    for panel in panels:
+        figure = Figure(figsize=(width, panel.height + 0.3), layout="constrained")
+        figure.suptitle(title, fontsize=9)
+        panel.paint(figure.subplots())
+        files.append(path / f"{panel.name}.png")
+        figure.savefig(files[-1], dpi=120)
+    return files
+
+
+def layer_axis(axis: Any, layers: int) -> None:
+    """The horizontal axis is the layers, from 0."""
+    axis.set_xticks(range(0, layers, 1 if layers <= NAMED_LAYERS else 5))
+    axis.tick_params(labelsize=8)
+    axis.set_xlim(-0.7, layers - 0.3)
+    axis.set_xlabel("layer", fontsize=8)
+
+
+def millions(parameters: int) -> tuple[float, str]:
+    """What to divide by for readable numbers, and the unit then."""
+    return (1e9, "10⁹") if parameters >= 1e9 else (1e6, "10⁶")
+
+
+def calibration_words(text: Mapping[str, Any]) -> str:
+    """For a title; text: source and tokens."""
+    return f"; calibration {text['source']}, {text['tokens']:,} tokens" if text else ""

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    Progress,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import Progress as RichProgress
+
+# (what happens, done, total or None), as `ProgressBar.step` takes it.
+Progress = Callable[[str, float, float | None], None]
 
 # Seconds between two lines where there is no terminal: a log should show life, not scroll away.
 LINE_INTERVAL = 10.0
@@ -46,7 +50,7 @@ class ProgressBar:
         self._title = title
         self._last = time.monotonic()
         self._task: TaskID | None = None
-        self._bar = Progress(
+        self._bar = RichProgress(
             TextColumn("{task.fields[title]}"),
             BarColumn(),
             TextColumn("{task.description}", markup=False),

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pyprune.allocation import Allocation, AlphaPruning, Owl
+from pyprune.allocate import BlockLearner, DenseBlocks, targets_by_loss
+from pyprune.allocation import ALLOCATIONS
 from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.gradient_stats import GradientStatistic
 from pyprune.calibration.gradients import collect_gradients
 from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
 from pyprune.calibration.tokens import TokenSet
-from pyprune.calibration.walk import BlockStore, Group, InMemoryStore, WalkEvent, walk
+from pyprune.calibration.walk import (
+    BlockStore,
+    BlockVisit,
+    Group,
+    InMemoryStore,
+    WalkEvent,
+    walk,
+)
 from pyprune.checkpoint import (
     Checkpoint,
     StreamingStore,
     check_output,
     copy_auxiliary,
     output_directory,
+    write_parameters,
     write_report,
 )
 from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE
@@ -30,7 +39,7 @@ from pyprune.config import PruneConfig
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.families import Family, Run
-from pyprune.layers import LayerPruner, check_shapes, layer_inputs, select_linears
+from pyprune.layers import LayerPruner, check_shapes, select_linears
 from pyprune.masks import Masks, describe_masks, read_masks
 from pyprune.measure import Measure
 from pyprune.methods import METHODS, SHOT_METHODS
@@ -112,14 +121,13 @@ def prune(
         layers = surgeon.run()
         return _report(model_name(model), config, tokens, layers, measure, surgeon.notes())
     _no_state(config, state)
-    gradients = _gradients(config, adapter, tokens, device, measure, progress)
+    look = _look(config, adapter, tokens, device, measure, progress)
     with InMemoryStore(adapter, device) as store:
-        pruner = _Session(
-            config, adapter, tokens, store, store.flush, device, measure, progress, gradients, masks
+        pruned = _Session(
+            config, adapter, tokens, store, store.flush, device, measure, progress, look, masks
         ).run()
-    return _report(
-        model_name(model), config, tokens, pruner.reports, measure, describe_masks(masks)
-    )
+    notes = (*pruned.notes, *describe_masks(masks))
+    return _report(model_name(model), config, tokens, pruned.layers, measure, notes)
 
 
 def prune_checkpoint(
@@ -135,9 +143,9 @@ def prune_checkpoint(
 ) -> Report:
     """Prunes a checkpoint into a new directory, one block in memory at a time.
 
-    A method that needs gradients takes them first, with the whole model in memory; the walk that
-    prunes then streams as ever, with the gradients' statistics beside it. A method in shots has the
-    whole model in memory all the time.
+    A method that needs gradients takes them first, with the whole model in memory, and so does
+    ECoFLaP with its losses; the walk that prunes then streams as ever, with the gradients'
+    statistics beside it. A method in shots has the whole model in memory all the time.
 
     Args:
         source: a Hugging Face directory with safetensors, or a hub id.
@@ -176,30 +184,34 @@ def prune_checkpoint(
         if batches is None and _is_shown(config):
             batches = checkpoint.tokenizer()
         tokens = _tokens(batches, model, config)
-    gradients = _checkpoint_gradients(config, checkpoint, dtype, tokens, device, measure, progress)
+    look = _Look()
+    if _looks(config):
+        with measure.phase("open"):
+            whole = _adapter(checkpoint.load_model("cpu", dtype), config)
+        look = _look(config, whole, tokens, device, measure, progress)
+        del whole
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
         # Streaming keeps the shards; save_pretrained makes its own, and its own index.
         copy_auxiliary(checkpoint, folder, index=streamed)
         if streamed:
             with measure.phase("copy"):
                 store = StreamingStore(checkpoint, adapter, folder, device, dtype)
-            pruner = _Session(
-                config, adapter, tokens, store, store.release, device, measure, progress, gradients,
+            pruned = _Session(
+                config, adapter, tokens, store, store.release, device, measure, progress, look,
                 masks,
             ).run()  # fmt: skip
         else:
             with InMemoryStore(adapter, device) as memory:
                 flush = memory.flush
-                pruner = _Session(
-                    config, adapter, tokens, memory, flush, device, measure, progress, gradients,
-                    masks,
-                ).run()  # fmt: skip
+                pruned = _Session(
+                    config, adapter, tokens, memory, flush, device, measure, progress, look, masks
+                ).run()
             with measure.phase("write"):
                 model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        notes = describe_masks(masks)
+        notes = (*pruned.notes, *describe_masks(masks))
         if not streamed:
             notes = (f"loaded whole, not streamed block by block: {problem}", *notes)
-        report = _report(name, config, tokens, pruner.reports, measure, notes)
+        report = _report(name, config, tokens, pruned.layers, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
     return report
 
@@ -227,13 +239,8 @@ def _shots(
         streamed = not checkpoint.streamable()
         copy_auxiliary(checkpoint, folder, index=streamed)
         with measure.phase("write"):
-            if streamed:
-                empty = _adapter(checkpoint.build_model("meta", dtype), config)
-                store = StreamingStore(checkpoint, empty, folder, "cpu", dtype)
-                for parameter, value in surgeon.parameters().items():
-                    store.write(parameter, value)
-            else:
-                model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+            empty = _adapter(checkpoint.build_model("meta", dtype), config) if streamed else None
+            write_parameters(checkpoint, model, empty, surgeon.parameters(), folder)
         report = _report(name, config, tokens, layers, measure, surgeon.notes())
         write_report(folder, report.to_dict(), model_card(report))
     return report
@@ -311,14 +318,10 @@ def _needs(config: PruneConfig) -> StatisticKind | None:
     return config.find_method().needs(config.options())
 
 
-def _shown(config: PruneConfig) -> StatisticKind | None:
-    """What the model has to be shown tokens for, by the method or by the allocation before it."""
-    needs = _needs(config)
-    return "norms" if needs is None and config.allocation == "owl" else needs
-
-
 def _is_shown(config: PruneConfig) -> bool:
-    return config.in_shots() or _shown(config) is not None
+    """Whether the model has to be shown tokens, by the method or by the allocation."""
+    allocated = ALLOCATIONS[config.allocation].source not in (None, "weights")
+    return config.in_shots() or allocated or _needs(config) is not None
 
 
 def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | None:
@@ -326,54 +329,74 @@ def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | N
     if not _is_shown(config):
         return None
     if data is None:
-        raise UserError(f"calibration: {config.method} expected a tokenizer or batches, got none")
+        by_method = config.in_shots() or _needs(config) is not None
+        asks = config.method if by_method else config.allocation
+        raise UserError(f"calibration: {asks} expected a tokenizer or batches, got none")
     return configured_tokens(data, config.calibration, model.config)
 
 
-def _gradients(
+@dataclass(frozen=True)
+class _Look:
+    """What was taken from the dense model, whole, before the walk: statistics of gradients by
+    layer, and targets by layer that the loss decided."""
+
+    gradients: Mapping[str, GradientStatistic] = field(default_factory=dict)
+    targets: Mapping[str, Pattern] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Pruned:
+    layers: Sequence[LayerReport]
+    notes: tuple[str, ...]
+
+
+def _by_loss(config: PruneConfig) -> bool:
+    return ALLOCATIONS[config.allocation].source == "model"
+
+
+def _looks(config: PruneConfig) -> bool:
+    """Whether the whole model has to be in memory before the walk."""
+    return config.find_method().gradient is not None or _by_loss(config)
+
+
+def _look(
     config: PruneConfig,
     adapter: Adapter,
     tokens: TokenSet | None,
     device: torch.device,
     measure: Measure,
     progress: Progress | None,
-) -> dict[str, GradientStatistic]:
-    """What the method's backward pass over the dense model accumulates, if it needs one."""
+) -> _Look:
+    """What the method's backward pass over the dense model accumulates, and what an allocation
+    finds in the losses, where they are needed."""
     factory = config.find_method().gradient
-    if factory is None or tokens is None:
-        return {}
+    if not _looks(config) or tokens is None:
+        return _Look()
     blocks = len(adapter.blocks)
 
-    def told(done: int, total: int) -> None:
-        if progress is not None:
-            progress(WalkEvent("batch", 0, blocks, "gradients", done, total))
+    def telling(name: str) -> Callable[[int, int], None]:
+        def told(done: int, total: int) -> None:
+            if progress is not None:
+                progress(WalkEvent("batch", 0, blocks, name, done, total))
 
-    with measure.phase("gradients"):
-        return collect_gradients(
-            adapter,
-            tokens,
-            factory(config.options()),
-            checkpointing=config.gradient_checkpointing,
-            device=device,
-            progress=told,
-        )
+        return told
 
-
-def _checkpoint_gradients(
-    config: PruneConfig,
-    checkpoint: Checkpoint,
-    dtype: torch.dtype | None,
-    tokens: TokenSet | None,
-    device: torch.device,
-    measure: Measure,
-    progress: Progress | None,
-) -> dict[str, GradientStatistic]:
-    """`_gradients` of a checkpoint: for as long as they take, the whole model is in memory."""
-    if config.find_method().gradient is None:
-        return {}
-    with measure.phase("gradients"):
-        adapter = _adapter(checkpoint.load_model("cpu", dtype), config)
-    return _gradients(config, adapter, tokens, device, measure, progress)
+    targets: Mapping[str, Pattern] = {}
+    gradients: Mapping[str, GradientStatistic] = {}
+    if _by_loss(config):
+        with measure.phase("allocation"):
+            targets = targets_by_loss(config, adapter, tokens, device, telling("allocation"))
+    if factory is not None:
+        with measure.phase("gradients"):
+            gradients = collect_gradients(
+                adapter,
+                tokens,
+                factory(config.options()),
+                checkpointing=config.gradient_checkpointing,
+                device=device,
+                progress=telling("gradients"),
+            )
+    return _Look(gradients, targets)
 
 
 @dataclass(frozen=True)
@@ -388,52 +411,36 @@ class _Session:
     device: torch.device
     measure: Measure
     progress: Progress | None
-    gradients: Mapping[str, GradientStatistic]
+    look: _Look
     masks: Mapping[str, Tensor]
 
-    def run(self) -> LayerPruner:
+    def run(self) -> _Pruned:
         """Prunes every block; for a global scope, and for an allocation, after passes that only
         look."""
-        pruner = LayerPruner(self.config, self.gradients, self.masks)
-        if self.config.allocation != "uniform":
-            pruner.targets = self._allocate()
+        config = self.config
+        pruner = LayerPruner(config, self.look.gradients, self.masks)
+        pruner.targets = self._targets()
         if pruner.selection is not None:
-            self._walk(pruner.count_group, _LookOnly(self.store, self.release), _needs(self.config))
+            self._walk(pruner.count_group, _LookOnly(self.store, self.release), _needs(config))
             with self.measure.phase("selection"):
                 self._refine(pruner)
-        self._walk(pruner.prune_group, self.store, _needs(self.config))
-        return pruner
+        if ALLOCATIONS[config.allocation].source != "blocks":
+            self._walk(pruner.prune_group, self.store, _needs(config))
+            return _Pruned(pruner.reports, ())
+        learner = BlockLearner(config, pruner)
+        needs = _needs(config) or "norms"
+        self._walk(pruner.prune_group, self.store, needs, learner.prepare)
+        return _Pruned(pruner.reports, learner.notes())
 
-    def _allocate(self) -> dict[str, Pattern]:
-        """A target for every layer, from a look at the dense blocks."""
-        maker = {"alphapruning": AlphaPruning, "owl": Owl}[self.config.allocation]
-        allocation: Allocation = maker(self.config.allocation_strength)
-        norms: dict[str, Tensor] = {}
-
-        def keep_norms(group: Group) -> None:
-            inputs = layer_inputs(group.statistic, group.linears[0].name)
-            if inputs is not None:
-                norms.update((ref.name, inputs.squared_norms.sqrt()) for ref in group.linears)
-
-        if allocation.needs_inputs:
-            self._walk(keep_norms, _LookOnly(self.store, self.release), "norms")
-        names, sizes = [], []
+    def _targets(self) -> dict[str, Pattern]:
+        """Of the layers that an allocation gives a target of their own before the walk."""
+        if ALLOCATIONS[self.config.allocation].source not in ("weights", "norms"):
+            return dict(self.look.targets)
+        blocks = DenseBlocks(self.config)
+        if blocks.needs_inputs:
+            self._walk(blocks.keep_norms, _LookOnly(self.store, self.release), "norms")
         with self.measure.phase("allocation"):
-            for i in range(len(self.adapter.blocks)):
-                linears = self.adapter.linears(i)
-                if not linears:  # all of its layers are excluded
-                    continue
-                self.store.load(i)
-                allocation.measure([(r.weight().float(), norms.get(r.name)) for r in linears])
-                names.append([ref.name for ref in linears])
-                sizes.append(sum(ref.weight().numel() for ref in linears))
-                self.release(i)
-            sparsities = allocation.sparsities(self.config.target().sparsity, sizes)
-        return {
-            name: Unstructured(sparsity, self.config.scope)
-            for layer_names, sparsity in zip(names, sparsities, strict=True)
-            for name in layer_names
-        }
+            return blocks.targets(self.adapter, self.store, self.release)
 
     def _refine(self, pruner: LayerPruner) -> None:
         for i in range(len(self.adapter.blocks)):
@@ -443,7 +450,11 @@ class _Session:
             self.release(i)
 
     def _walk(
-        self, visit: Callable[[Group], None], store: BlockStore, needs: StatisticKind | None
+        self,
+        visit: Callable[[Group], None],
+        store: BlockStore,
+        needs: StatisticKind | None,
+        prepare: Callable[[BlockVisit], None] | None = None,
     ) -> None:
         walked = walk(
             self.adapter,
@@ -455,6 +466,7 @@ class _Session:
             device=self.device,
             spill=self.config.spill,
             progress=self.progress,
+            prepare_block=prepare,
         )
         for phase, seconds in walked.seconds.items():
             self.measure.add(phase, seconds)

@@ -7,13 +7,15 @@ import dataclasses
 import json
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
+from rich.text import Text
 
 import pyprune
 from pyprune.config import PruneConfig
@@ -184,12 +186,14 @@ class Report:
         )
 
     def table(self) -> Table:
-        """For a terminal: one row per kind of matrix (the same place in every block), then one per
-        layer that has a note. `pyprune.json` has every layer."""
-        table = Table(title=f"{self.model}: {_summary(self)}")
-        table.add_column("matrices", overflow="fold")
-        for name in ("shape", "sparsity", "error before", "error after", "damping", "s"):
-            table.add_column(name, justify="right")
+        """For a terminal: one row per kind of matrix (the same place in every block), and below
+        them what has to be said of the run and of layers. `pyprune.json` has every layer."""
+        title = Text(f"{self.model}: {_summary(self)}")
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
+        # Names take what is left, on several lines if they must; they never vanish.
+        table.add_column("matrices", min_width=12, overflow="fold")
+        for name in ("shape", "sparsity", "error\nbefore", "error\nafter", "damping", "s"):
+            table.add_column(name, justify="right", no_wrap=True)
         kinds: dict[tuple[str, tuple[int, int]], list[LayerReport]] = {}
         for layer in self.layers:
             kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.name)
@@ -198,18 +202,23 @@ class Report:
             dampings = [layer.damping for layer in layers if layer.damping is not None]
             table.add_row(
                 f"{len(layers)} {kind.split('*.', 1)[-1]}",
-                f"{shape[0]} x {shape[1]}",
+                f"{shape[0]}x{shape[1]}",
                 f"{sum(x.zeros for x in layers) / sum(x.elements for x in layers):.4f}",
                 _mean_percent([layer.relative_error_before_update for layer in layers]),
                 _mean_percent([layer.relative_error_after for layer in layers]),
                 f"{max(dampings):g}" if dampings else "-",
                 f"{sum(layer.seconds for layer in layers):.2f}",
             )
-        for note in self.notes:
-            table.add_row(note, style="yellow")
-        for layer in self.noted:
-            table.add_row(f"{layer.name}: {'; '.join(layer.notes)}", style="yellow")
-        return table
+        of_layers = [f"{layer.name}: {'; '.join(layer.notes)}" for layer in self.noted]
+        return with_notes(table, [*self.notes, *of_layers])
+
+
+def with_notes(table: Table, notes: Sequence[str]) -> Table:
+    """Puts sentences below a table, where they have its whole width."""
+    if notes:
+        table.caption = Text("\n".join(notes), style="yellow")
+        table.caption_justify = "left"
+    return table
 
 
 def _mean_percent(values: list[float | None]) -> str:
@@ -227,7 +236,7 @@ def _reconstruction(config: PruneConfig) -> str:
 def _summary(report: Report) -> str:
     config = report.config
     variant = [
-        f"allocation {config.allocation}" if config.allocation != "uniform" else "",
+        _allocated(config),
         f"update {config.update}" if config.update != "none" else "",
         "score mass" if config.score_mass else "",
         _reconstruction(config),
@@ -236,6 +245,14 @@ def _summary(report: Report) -> str:
     ]
     words = ", ".join([config.method, str(config.target()), *filter(None, variant)])
     return f"{words}: {report.sparsity:.2%} of {len(report.layers)} matrices is zero"
+
+
+def _allocated(config: PruneConfig) -> str:
+    """How the sparsity was shared out, if not uniformly."""
+    if config.allocation == "uniform":
+        return ""
+    own = [f"{name} {value}" for name, value in config.allocation_options.items()]
+    return ", ".join([f"allocation {config.allocation}", *own])
 
 
 def _own_options(config: PruneConfig) -> str:
@@ -276,6 +293,8 @@ def model_card(report: Report) -> str:
         f"- Pattern: {config.target()}"
         + (" (N kept of every M consecutive inputs)" if config.pattern else ""),
     ]
+    if _allocated(config):
+        lines.append(f"- Sparsity: {_allocated(config)}")
     if config.method_options:
         lines.append(f"- Options: {_own_options(config)}")
     if calibration is not None:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -47,6 +46,7 @@ def model(original: Path, tmp_path: Path) -> Path:
     for file in original.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     (tmp_path / "text.txt").write_bytes((original.parent / "text.txt").read_bytes())
+    (tmp_path / "list.yaml").write_text("method: [wanda]\n")
     return folder
 
 
@@ -65,7 +65,7 @@ def shell(*arguments: str | Path, **environment: str) -> subprocess.CompletedPro
         capture_output=True,
         text=True,
         env=os.environ | environment,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
@@ -94,10 +94,14 @@ def test_methods(capsys):
     rows = json.loads(capsys.readouterr().out)
     assert {row["name"] for row in rows} >= {"magnitude", "wanda", "sparsegpt"}
     (gblm,) = (row for row in rows if row["name"] == "gblm")
-    assert gblm["gradient"] and gblm["options"]["norm"] == "l1 or l2; l1"
+    assert gblm["gradient"] and gblm["options"]["norm"] == "l1 or l2; by default l1"
     assert run("methods") == 0
     out = capsys.readouterr().out
-    assert "sparsegpt" in out and "gblm -O alpha=...: a number; 100.0" in out
+    assert "sparsegpt" in out and "gblm -O alpha=...: a number; by default 100.0" in out
+    (ecoflap,) = (row for row in rows if row["name"] == "ecoflap")
+    assert ecoflap["kind"] == "allocation"
+    assert ecoflap["options"]["order"] == "zeroth or first; by default zeroth"
+    assert "besa -A steps=...: a whole number; by default 32" in out and "alphapruning" in out
 
 
 def test_doctor(capsys):
@@ -163,6 +167,24 @@ def test_prune_prints_a_table(model, tmp_path, capsys):
     assert "Saved in" in captured.out and "magnitude" in captured.out and captured.err == ""
 
 
+def test_options_of_an_allocation(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "sparsity: 0.5\nallocation: ecoflap\nallocation_options: {order: first, samples: 4}\n"
+    )
+    _, config = cli._prune_config(file, {"allocation_options": {"samples": 2}}, {})
+    assert config.allocation_options == {"order": "first", "samples": 2}
+    _, config = cli._prune_config(file, {"allocation": "besa"}, {})
+    assert (config.allocation, config.allocation_options) == ("besa", {})
+    wrong = ["-s", "0.5", "--allocation", "ecoflap", "-A", "max_sparsity=0.4"]
+    assert run("prune", "nowhere", "-m", "wanda", *wrong, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert "expected at least the sparsity 0.5, got 0.4" in error and len(error.splitlines()) == 1
+    more = ["--ratio", "0.2", "-A", "steps=3", "--out", tmp_path / "out"]
+    assert run("prune", "nowhere", "-m", "blockpruner", *more) == 2
+    assert "--allocation-option: not for blockpruner" in capsys.readouterr().err
+
+
 def test_options_override_the_file(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text(
@@ -216,6 +238,10 @@ BAD = [
     ("eval MODEL --text TEXT --seqlen 64 --max-tokens 5", "token"),
     ("eval MODEL --text TEXT --seqlen 0", "seqlen"),
     ("eval MODEL --text TEXT --dtype int8", "dtype"),
+    ("eval MODEL --text TEXT --seqlen 64 --device tpu", "device: expected auto, cpu, cuda"),
+    ("generate MODEL w1 --device tpu", "device: expected auto, cpu, cuda"),
+    ("prune MODEL -s 0.5 --config LIST --out OUT", "method: expected one of"),
+    ("prune MODEL -m magnitude -s 0.5 --out /proc/no/out", "/proc/no: cannot create the output"),
     ("inspect TEXT", "expected a directory"),
     ("inspect", "Missing argument 'MODEL'"),
     ("inspekt MODEL", "No such command 'inspekt'"),
@@ -225,6 +251,7 @@ BAD = [
 def words(line: str, model: Path, out: Path) -> list[str]:
     text = str(model.parent / "text.txt")
     names = {"MODEL": str(model), "OUT": str(out), "TEXT": text, "TEXT/out": f"{text}/out"}
+    names["LIST"] = str(model.parent / "list.yaml")
     return [names.get(word, word) for word in line.split()]
 
 
@@ -364,17 +391,19 @@ import signal, sys, time
 from pyprune import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
 from pyprune.checkpoint import StreamingStore
-# A shell that starts the tests in the background has them, and so this process, ignore Ctrl-C.
+# A shell that starts the tests in the background has them, and so this process, ignore Ctrl-C;
+# under nohup it ignores the terminal's end too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def flush(self, i):
     print("writing", flush=True)
-    time.sleep(60)
+    time.sleep(3600)
 StreamingStore.flush = flush
 sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt_leaves_nothing(model, tmp_path, number):
     before = tree(tmp_path)
     arguments = ["prune", model, "-m", "magnitude", "-s", "0.5", "--out", tmp_path / "a" / "out"]
@@ -387,9 +416,7 @@ def test_interrupt_leaves_nothing(model, tmp_path, number):
         assert process.stdout is not None and process.stderr is not None
         assert process.stdout.readline() == "writing\n"
         assert tree(tmp_path) != before
-        started = time.monotonic()
         process.send_signal(number)
-        assert process.wait(timeout=30) == 130
-        assert time.monotonic() - started < 30
+        assert process.wait(timeout=600) == 130  # long: machines that run tests are busy
         assert process.stderr.read() == "pyprune: interrupted\n"
     assert tree(tmp_path) == before

@@ -110,6 +110,7 @@ def test_command_heals_a_model_with_fewer_layers(tmp_path, capsys):
     model = half_pruned("llama", num_hidden_layers=4, vocab_size=258).to(torch.bfloat16)
     drop_layers(model, [0, 2, 3])
     save_model(model, byte_tokenizer(), tmp_path / "pruned", report={"method": "x"})
+    (tmp_path / "pruned" / "LICENSE").write_text("Do as you like.\n")
     text = tmp_path / "text.txt"
     text.write_text("A stitch in time saves nine. " * 200)
     arguments = ["heal", str(tmp_path / "pruned"), "--out", str(tmp_path / "healed"), "--json"]
@@ -128,6 +129,14 @@ def test_command_heals_a_model_with_fewer_layers(tmp_path, capsys):
     saved = json.loads((tmp_path / "healed" / "pyprune.json").read_text())
     assert saved["method"] == "x" and saved["heal"]["zeros"] == report["zeros"] > 0
     assert main(arguments) == 2 and "not empty" in capsys.readouterr().err
+    # What else a checkpoint consists of comes along; healed again, both records are there.
+    assert (tmp_path / "healed" / "LICENSE").read_text() == "Do as you like.\n"
+    again = [str(tmp_path / "healed"), "--out", str(tmp_path / "twice")]
+    assert main(["heal", *again, *arguments[4:]]) == 0
+    twice = json.loads((tmp_path / "twice" / "pyprune.json").read_text())
+    assert twice["earlier"] == saved and twice["heal"]["loss_before"] == pytest.approx(
+        report["loss_after"], abs=0.05
+    )
 
 
 def test_halves_that_are_zero_stay_so():

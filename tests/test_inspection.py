@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 
 from pyprune.checkpoint import Checkpoint
-from pyprune.inspection import inspect_checkpoint, inspect_matrix
+from pyprune.inspection import (
+    Inspection,
+    LayerInspection,
+    inspect_checkpoint,
+    inspect_matrix,
+)
 
 
 def nm(rows: int, columns: int, n: int, m: int) -> torch.Tensor:
@@ -93,3 +101,38 @@ def test_unknown_model_lists_every_matrix(tmp_path):
     found = inspect_checkpoint(Checkpoint.open(tmp_path))
     assert "no tensor of the checkpoint is model.embed_tokens.weight" in found.note
     assert "model.tokens.weight" in [layer.name for layer in found.layers]
+
+
+@pytest.mark.parametrize("dtypes", [["bfloat16"], ["float32", "bfloat16"]])
+def test_table_in_80_columns(dtypes):
+    """Names of a model's size stay whole where all matrices are alike; nothing ever vanishes."""
+    layers = [
+        LayerInspection(
+            name=f"model.layers.{i}.self_attn.q_proj.weight",
+            shape=(1536, 576),
+            dtype=dtypes[i % len(dtypes)],
+            zeros=442368,
+            elements=884736,
+            patterns=("unstructured",),
+            format="dense",
+            nbytes=1769472,
+            nbytes_dense=1769472,
+            nbytes_24=None,
+            nbytes_bitmap=995328,
+        )
+        for i in range(28, 30)
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(Inspection("[m]/x", "llama", tuple(layers), 10**8).table())
+    text = console.file.getvalue()
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in text
+    if len(dtypes) == 1:
+        assert lines[0].strip() == "[m]/x: llama, dtype bf16, pattern unstructured, stored as dense"
+        rows = [line.split() for line in lines if "1536x576" in line]
+        cells = ["1536x576", "50.00%", "1.77", "1.00"]
+        assert rows == [[f"model.layers.{i}.self_attn.q_proj", *cells] for i in (28, 29)]
+    else:
+        assert lines[0].strip() == "[m]/x: llama, pattern unstructured, stored as dense"
+        cells = ["1536x576", "fp32", "50.00%", "1.77", "1.00"]
+        assert cells in [line.split()[1:] for line in lines]

@@ -78,13 +78,32 @@ def test_refuses_another_schema():
         Report.from_json('{"schema": 99}')
 
 
+def shown(table, width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(table)
+    return console.file.getvalue()
+
+
 def test_table_shows_every_kind_of_matrix_and_every_note():
-    console = Console(file=io.StringIO(), width=200)
-    console.print(report().table())
-    text = console.file.getvalue()
+    text = shown(report().table(), 200)
     assert "sparsegpt, 50%: 41.67% of 2 matrices is zero" in text
-    for expected in ("1 q", "4 x 6", "12.50%", "6.25%", "0.1", "1 inputs were zero"):
+    for expected in ("1 q", "4x6", "12.50%", "6.25%", "0.1", "1 inputs were zero"):
         assert expected in text
+
+
+def test_table_is_readable_in_80_columns():
+    """Names on one line, and what is said of a layer not squeezed into a column."""
+    name = "model.layers.29.self_attn.q_proj"
+    note = "reconstruction stopped after 100 iterations in 41 of 576 rows [sic]"
+    layer = replace(LAYERS[0], name=name, shape=(14336, 4096), notes=(note,), seconds=1234.56)
+    noted = replace(report(), layers=(layer,), notes=("loaded whole: [experts] differ",))
+    lines = shown(noted.table(), 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    (row,) = (line for line in lines if "14336x4096" in line)
+    assert row.split() == ["1", "self_attn.q_proj", "14336x4096", "0.5000", "12.50%", "6.25%",
+                           "0.1", "1234.56"]  # fmt: skip
+    below = " ".join(" ".join(lines[lines.index(row) + 1 :]).split())
+    assert below == f"loaded whole: [experts] differ {name}: {note}"
 
 
 def test_model_card_has_a_yaml_header_and_says_what_was_done():

@@ -185,7 +185,7 @@ def test_tampered_tensors_are_refused_by_file_and_name(pattern_and_case, compres
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=3), "expected format_version 1 or 2, got 3"),
+        (lambda c: c.update(format_version=4), "expected a format_version among 1, 2, 3, got 4"),
         (lambda c: c.update(layers=[]), "object named layers"),
         (lambda c: c["layers"].update(x={"format": "csr", "shape": [2, 8]}), "layer x: format"),
         (lambda c: c["layers"][LAYER].update(shape=[64, -32]), "shape: expected two positive"),

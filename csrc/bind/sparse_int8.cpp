@@ -12,7 +12,7 @@ void require_bytes(const TensorView& t, DType dtype, std::initializer_list<int64
   require(t.contiguous(), std::string(name) + ": expected a contiguous tensor");
 }
 
-void multiply_int8(SparseInt8Args a, OptionalCapsule& bias) {
+void multiply_int8(void (*kernel)(const SparseInt8Args&), SparseInt8Args a, OptionalCapsule& bias) {
   SparseLinearArgs& l = a.linear;
   TensorView b;
   if (bias) {
@@ -29,12 +29,23 @@ void multiply_int8(SparseInt8Args a, OptionalCapsule& bias) {
   if (l.y.numel() == 0) return;
   require(l.cols > 0, "x: expected at least one column");
   py::gil_scoped_release release;
-  sparse_int8(a);
+  kernel(a);
 }
 
 }  // namespace
 
 void bind_sparse_int8(py::module_& m) {
+  m.def("linear_int8", [](py::capsule y, py::capsule x, py::capsule values, py::capsule scales,
+                          OptionalCapsule bias, int threads) {
+    const TensorView vx = view(x), vv = view(values);
+    require(vx.ndim == 2 && vv.ndim == 2 && vv.shape[1] == vx.shape[1],
+            "values: expected as many columns as x");
+    multiply_int8(linear_int8,
+                  {{WeightFormat::dense, view(y), vx, vv.shape[0], vx.shape[1], vv, nullptr,
+                    nullptr, nullptr, threads},
+                   view(scales)},
+                  bias);
+  });
   m.def("linear_24_int8", [](py::capsule y, py::capsule x, py::capsule values, py::capsule meta,
                              py::capsule scales, OptionalCapsule bias, int threads) {
     const TensorView vx = view(x), vv = view(values), vm = view(meta);
@@ -43,6 +54,7 @@ void bind_sparse_int8(py::module_& m) {
     require_shape(vv, {rows, cols / 2}, "values");
     require_bytes(vm, DType::u8, {rows, cols / 8}, "meta");
     multiply_int8(
+        sparse_int8,
         {{WeightFormat::sparse24, view(y), vx, rows, cols, vv, &vm, nullptr, nullptr, threads},
          view(scales)},
         bias);
@@ -56,7 +68,8 @@ void bind_sparse_int8(py::module_& m) {
     const int64_t rows = vm.shape[0], cols = vx.shape[1];
     require_bytes(vm, DType::u8, {rows, (cols + 7) / 8}, "bitmap");
     require_bytes(vo, DType::i64, {rows + 1}, "row_offsets");
-    multiply_int8({{WeightFormat::bitmap, view(y), vx, rows, cols, vv, &vm, &vo, nullptr, threads},
+    multiply_int8(sparse_int8,
+                  {{WeightFormat::bitmap, view(y), vx, rows, cols, vv, &vm, &vo, nullptr, threads},
                    view(scales)},
                   bias);
   });

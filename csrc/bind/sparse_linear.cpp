@@ -3,6 +3,7 @@
 #include "bind/capsule.h"
 #ifdef PYPRUNE_WITH_CUDA
 #include "cuda/linear_24.h"
+#include "cuda/linear_bitmap.h"
 #endif
 
 namespace pyprune {
@@ -84,6 +85,55 @@ Linear24 linear_24_args(const py::capsule& y, const py::capsule& x, const py::ca
   return a;
 }
 
+LinearBitmap linear_bitmap_args(const py::capsule& y, const py::capsule& x,
+                                const py::capsule& values, const py::capsule& bitmap,
+                                const py::capsule& row_offsets, const OptionalCapsule& bias) {
+  LinearBitmap a{require_on_cuda(y, "y"),
+                 require_on_cuda(x, "x"),
+                 require_on_cuda(values, "values"),
+                 require_on_cuda(bitmap, "bitmap"),
+                 require_on_cuda(row_offsets, "row_offsets"),
+                 {}};
+  require(a.x.ndim == 2 && a.values.ndim == 1 && a.bitmap.ndim == 2,
+          "expected x [M, C], values [nnz] and bitmap [R, C/8]");
+  const int64_t m = a.x.shape[0], cols = a.x.shape[1], rows = a.bitmap.shape[0];
+  require(a.x.dtype == DType::bf16 || a.x.dtype == DType::f16 || a.x.dtype == DType::f32,
+          "x: expected bfloat16, float16 or float32");
+  const int64_t most = linear_bitmap_rows(a.x.dtype);
+  require(1 <= m && m <= most, "x: expected 1 to " + std::to_string(most) + " rows");
+  require(cols > 0 && cols % 32 == 0 && rows > 0, "x: expected a multiple of 32 columns");
+  require_matrix(a.x, a.x.dtype, m, cols, "x");
+  require_matrix(a.y, a.x.dtype, m, rows, "y");
+  require_dtype(a.values, a.x.dtype == DType::f32 ? DType::bf16 : a.x.dtype, "values");
+  require_matrix(a.bitmap, DType::u8, rows, cols / 8, "bitmap");
+  require_dtype(a.row_offsets, DType::i64, "row_offsets");
+  require_shape(a.row_offsets, {rows + 1}, "row_offsets");
+  for (const TensorView* t : {&a.values, &a.row_offsets})
+    require(t->contiguous(), "values, row_offsets: expected contiguous tensors");
+  for (const TensorView* t : {&a.x, &a.values, &a.bitmap})
+    require(reinterpret_cast<uintptr_t>(t->data) % 16 == 0, "expected 16-byte aligned tensors");
+  require(a.values.numel() <= INT32_MAX && a.bitmap.numel() / 4 <= INT32_MAX,
+          "values, bitmap: expected fewer than 2^31 values and words");
+  if (bias) {
+    a.bias = require_on_cuda(*bias, "bias");
+    require_dtype(a.bias, DType::f32, "bias");
+    require_shape(a.bias, {rows}, "bias");
+    require(a.bias.contiguous(), "bias: expected a contiguous tensor");
+  }
+  return a;
+}
+
+void bind_linear_bitmap_cuda(py::module_& m) {
+  m.def("linear_bitmap_cuda",
+        [](py::capsule y, py::capsule x, py::capsule values, py::capsule bitmap,
+           py::capsule row_offsets, OptionalCapsule bias, uintptr_t stream, int /*threads*/) {
+          const cudaError_t status =
+              launch_linear_bitmap(linear_bitmap_args(y, x, values, bitmap, row_offsets, bias),
+                                   reinterpret_cast<cudaStream_t>(stream));
+          if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+        });
+}
+
 void bind_linear_24_cuda(py::module_& m) {
   m.def("linear_24_splits",
         [](int64_t m, int64_t rows, int64_t cols, int processors, int /*threads*/) {
@@ -136,6 +186,7 @@ void bind_sparse_linear(py::module_& m) {
   });
 #ifdef PYPRUNE_WITH_CUDA
   bind_linear_24_cuda(m);
+  bind_linear_bitmap_cuda(m);
 #endif
 }
 

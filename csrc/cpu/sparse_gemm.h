@@ -50,6 +50,7 @@ inline int64_t panels_of(int64_t tokens) { return (tokens + kPanelTokens - 1) / 
 template <class T>
 struct AsFloats {
   using Value = T;
+  static constexpr bool kExpands = true;       // compressed rows too
   static constexpr int64_t kColumns = kDepth;  // of a tile
   static Vec product(Vec w, Vec x, Vec sum) { return Vec::fma(w, x, sum); }
   static Vec product(const float* w, Vec x, Vec sum) { return Vec::fma(Vec::set1(*w), x, sum); }
@@ -70,6 +71,7 @@ struct AsFloats {
 // because this file is compiled for the common subset).
 struct AsPairs {
   using Value = bf16;
+  static constexpr bool kExpands = true;
   static constexpr int64_t kColumns = 2 * kDepth;
   static Vec product(Vec w, Vec x, Vec sum) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(w.v), "v"(x.v));
@@ -223,7 +225,7 @@ void decode_tile(const Weights& w, Cursor<typename As::Value>* cursors, int64_t 
     int64_t filled = 0;
     if (r < count) {
       filled = (i1 - i0) * kMaskColumns;
-      if (kDense) {
+      if constexpr (kDense) {
         As::widen(cursors[r].v, std::min(filled, w.cols - i0 * kMaskColumns), row);
         cursors[r].v += filled;
       } else {
@@ -278,9 +280,12 @@ void store_rows(const SparseLinearArgs& a, int64_t r0, int64_t count, int64_t to
                 const float* sums, X* y) {
   const int64_t stride = panels_of(tokens) * kPanelTokens;
   const float* bias = a.bias ? a.bias->ptr<const float>() + r0 : nullptr;
+  const float* scales = a.scales ? a.scales + r0 : nullptr;
   for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t r = 0; r < count; ++r)
-      store(y + t * a.rows + r0 + r, sums[r * stride + t] + (bias ? bias[r] : 0.0f));
+    for (int64_t r = 0; r < count; ++r) {
+      const float sum = sums[r * stride + t] * (scales ? scales[r] : 1.0f);
+      store(y + t * a.rows + r0 + r, sum + (bias ? bias[r] : 0.0f));
+    }
 }
 
 template <class As, bool kDense, class X>
@@ -323,7 +328,7 @@ void run_multiply(const SparseLinearArgs& a, const Weights& w, std::atomic<int64
     const int64_t tokens = std::min(kMaxTokens, m - t0);
     if (w.format == WeightFormat::dense)
       multiply<As, true, X>(a, w, t0, tokens, packed, packed + packed_floats, broken);
-    else
+    else if constexpr (As::kExpands)
       multiply<As, false, X>(a, w, t0, tokens, packed, packed + packed_floats, broken);
   }
 }

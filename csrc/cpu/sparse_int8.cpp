@@ -13,6 +13,7 @@
 
 #include "cpu/sparse_bf16.h"
 #include "cpu/sparse_rows.h"
+#include "cpu/widen_int8.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -174,43 +175,6 @@ struct Spread {
 #pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq")
 
 inline __m512 widen16(__m128i q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)); }
-
-// The two bytes of every magnitude as a bf16 number.
-struct MagnitudeBytes {
-  uint8_t low[128], high[128];
-  constexpr MagnitudeBytes() : low(), high() {
-    for (int a = 1; a < 128; ++a) {
-      int e = 0;
-      while (a >> (e + 1)) ++e;
-      const int bits = ((127 + e) << 7) | ((a << (7 - e)) & 127);
-      low[a] = static_cast<uint8_t>(bits & 255);
-      high[a] = static_cast<uint8_t>(bits >> 8);
-    }
-  }
-};
-alignas(64) constexpr MagnitudeBytes kMagnitudes;
-
-// Bytes -127 to 127 as bf16, by looking both bytes of the magnitude up: half the instructions of
-// the way through fp32. Word 8 l + j of w[h] is byte 16 l + 8 h + j.
-struct Widen64 {
-  __m512i low[2], high[2];
-  Widen64() {
-    for (int h = 0; h < 2; ++h) {
-      low[h] = _mm512_load_si512(kMagnitudes.low + 64 * h);
-      high[h] = _mm512_load_si512(kMagnitudes.high + 64 * h);
-    }
-  }
-  void operator()(__m512i q, __m512bh* w) const {
-    const __m512i a = _mm512_abs_epi8(q);
-    const __m512i lo = _mm512_permutex2var_epi8(low[0], a, low[1]);
-    const __m512i hi = _mm512_permutex2var_epi8(high[0], a, high[1]);
-    // hi | (q & 0x80)
-    const __m512i up = _mm512_ternarylogic_epi32(hi, q, _mm512_set1_epi8(-128), 0xf8);
-    w[0] = words_of(_mm512_unpacklo_epi8(lo, up));
-    w[1] = words_of(_mm512_unpackhi_epi8(lo, up));
-  }
-};
-inline int64_t widen64_place(int64_t c) { return ((c & 8) << 2) + ((c >> 4) << 3) + (c & 7); }
 
 // Pairs of bf16 products, summed in fp32; fp32 x comes as three bf16 parts (see sparse_bf16.h). A
 // bitmap spreads its values over their columns, 2:4 gathers the activations instead.

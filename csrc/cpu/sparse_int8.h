@@ -1,5 +1,5 @@
-// y[m, r] = scale[r] * sum_c x[m, c] * q[r, c] + bias[r], with q int8, 2:4 or bitmap compressed as
-// in sparse_linear.h. An int8 number is a bf16 number exactly (eight significant bits), so wherever
+// y[m, r] = scale[r] * sum_c x[m, c] * q[r, c] + bias[r], with q int8, dense, 2:4 or bitmap as in
+// sparse_linear.h. An int8 number is a bf16 number exactly (eight significant bits), so wherever
 // bf16 values are multiplied these are too.
 #pragma once
 
@@ -8,12 +8,15 @@
 namespace pyprune {
 
 struct SparseInt8Args {
-  SparseLinearArgs linear;  // sparse24 or bitmap; its values are i8
+  SparseLinearArgs linear;  // its values are i8
   TensorView scales;        // f32 [R], contiguous
 };
 
-// Throws std::invalid_argument as sparse_linear() does.
+// Of a 2:4 or bitmap compressed W. Throws std::invalid_argument as sparse_linear() does.
 PYPRUNE_CPU_KERNEL(sparse_int8, SparseInt8Args)
+
+// Of an uncompressed W, linear_int8.cpp.
+PYPRUNE_CPU_KERNEL(linear_int8, SparseInt8Args)
 
 // x rows up to which int8 values are widened in registers; above, some rows of W at a time are
 // widened to bf16 in memory and given to sparse_linear().

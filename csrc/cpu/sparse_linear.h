@@ -25,6 +25,7 @@ struct SparseLinearArgs {
   const TensorView* offsets;  // bitmap only
   const TensorView* bias;     // f32 [R], contiguous, or null
   int threads;
+  const float* scales = nullptr;  // [R], what sums are multiplied by; for the tiles of linear_int8
 };
 
 // Throws std::invalid_argument when a bitmap row's bits and offsets disagree: nothing outside the

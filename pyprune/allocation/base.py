@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pyprune.errors import UserError
 
-ALLOCATIONS: tuple[str, ...] = ("uniform", "alphapruning", "owl")
 # No block loses more than this: past it the sweep has nothing left to compensate with.
 MAX_SPARSITY = 0.99
 _HALVINGS = 200

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import copy
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from pyprune.calibration import schedule
 from pyprune.calibration.autograd import (
@@ -28,6 +26,7 @@ from pyprune.calibration.autograd import (
     without_parameter_gradients,
 )
 from pyprune.calibration.coroutine import TokenBatch, evaluation
+from pyprune.calibration.head import IGNORED, Head, check_head
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.schedule import TensorId
 from pyprune.errors import LayerError, UserError
@@ -35,16 +34,10 @@ from pyprune.models.adapter import Adapter
 from pyprune.models.experts import ExpertInput, observed
 from pyprune.models.linears import LinearRef
 
-__all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass", "sequence_lengths"]
+__all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass", "sequence_targets"]
 
-# Logits are made for this many numbers at a time: a vocabulary of 49 152 at 2 048 tokens would be
-# 400 MB of fp32 for one sequence, and as much again for its gradient.
-LOGITS_AT_ONCE = 1 << 24
 # fp16 has no exponents for small gradients; bf16, fp32 and fp64 have.
 HALF_LOSS_SCALE = 256.0
-_IGNORED = -100
-
-
 Visitor = Callable[[Sample], None]
 
 
@@ -52,7 +45,8 @@ Visitor = Callable[[Sample], None]
 class BackwardReport:
     """What the pass saw.
 
-    sequences, tokens: in all batches, padding excluded. loss: mean over predicted tokens, nats.
+    sequences, tokens: in all batches, padding excluded. targets: tokens that one before them
+        predicts. loss: mean over targets, nats, of the text's own tokens.
     seen: tokens that reached each visited matrix, 0 for an expert that none was routed to.
     dead: matrices that saw tokens and whose outputs' gradient was zero for all of them: the loss
         does not depend on what they answer.
@@ -60,6 +54,7 @@ class BackwardReport:
 
     sequences: int = 0
     tokens: int = 0
+    targets: int = 0
     loss: float = 0.0
     seen: dict[str, int] = field(default_factory=dict)
     dead: tuple[str, ...] = ()
@@ -73,6 +68,8 @@ def backward_pass(
     checkpointing: bool = False,
     device: torch.device | str = "cpu",
     loss_scale: float | None = None,
+    fisher_samples: int = 0,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> BackwardReport:
     """Runs the model forward and backward on every batch and shows each matrix's part to its
@@ -86,8 +83,8 @@ def backward_pass(
 
     Args:
         adapter: of a causal language model with its head, all of it in memory. Matrices whose
-            parameter is tied to something outside their block are not among `adapter.linears`.
-        batches: token ids `[B, T]`, each sequence of at least two real tokens.
+            parameter another module holds too are not among `adapter.linears`.
+        batches: token ids `[B, T]`, each sequence of at least two real tokens in a row.
         visitors: by `LinearRef.name`; matrices without one cost nothing, and no gradient flows
             below the first block that has one. What a visitor is handed is only valid during the
             call and not to be written to.
@@ -96,6 +93,13 @@ def backward_pass(
         device: where the model runs; afterwards it is back where it was.
         loss_scale: multiplies the loss and is divided out of G in fp32 (in fp64 models fp64). None:
             256 for fp16, 1 otherwise.
+        fisher_samples: 0: the labels are the text's own next tokens. S > 0: S times over labels
+            are drawn from the model's own distribution at each token, and each draw has a backward
+            pass (one forward serves all). G is divided by sqrt(S), so that sums over the draws of
+            squares and outer products are means over them: of the Fisher information itself rather
+            than the empirical one (Kunstner et al. 2019, arXiv 1905.12558). One pass for the mean
+            loss of S draws would give 1 / S of it.
+        seed: of the draws, which depend on the sequences and their order but on no batch size.
         progress: called with batches done and in all.
 
     Returns:
@@ -105,9 +109,11 @@ def backward_pass(
     Raises:
         LayerError: a gradient is NaN or infinite, or vanished in fp16, or everywhere; a matrix runs
             twice or not at all, writes to its input, or padding cannot be told apart in it.
-        UserError: the model has no head, a sequence has fewer than two tokens, a visitor's name is
-            unknown.
+        UserError: the model has no head, a sequence has fewer than two tokens in a row, a visitor's
+            name is unknown, `fisher_samples` is negative.
     """
+    if fisher_samples < 0:
+        raise UserError(f"fisher_samples: expected 0 or more, got {fisher_samples}")
     model, device = adapter.model, torch.device(device)
     _check_model(adapter, visitors)
     given = [_Tokens.of(i, batch, device) for i, batch in enumerate(batches)]
@@ -116,7 +122,7 @@ def backward_pass(
     dtype = next(model.parameters()).dtype
     if loss_scale is None:
         loss_scale = HALF_LOSS_SCALE if dtype == torch.float16 else 1.0
-    run = _Pass(adapter, visitors, loss_scale)
+    run = _Pass(adapter, visitors, loss_scale, fisher_samples, seed)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -131,59 +137,72 @@ def backward_pass(
     return run.finish(dtype)
 
 
-def sequence_lengths(index: int, batch: TokenBatch) -> list[int]:
-    """Real tokens of each sequence of batch number `index`; UserError for fewer than two."""
+def sequence_targets(index: int, batch: TokenBatch) -> list[int]:
+    """How many tokens of each sequence of batch number `index` are real and follow a real one;
+    UserError for a sequence without."""
     ids, mask = batch.input_ids, batch.attention_mask
     if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
         shapes = [tuple(t.shape) for t in (ids, mask) if t is not None]
         raise UserError(f"batch {index}: expected ids and mask of one shape [B, T], {shapes}")
-    lengths = [ids.shape[1]] * len(ids) if mask is None else (mask != 0).sum(1).tolist()
-    for n, length in enumerate(lengths):
-        if length < 2:
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    targets: list[int] = (real[:, 1:] & real[:, :-1]).sum(1).tolist()
+    for n, count in enumerate(targets):
+        if not count:
             raise UserError(
-                f"batch {index}, sequence {n}: expected at least two tokens (the loss is that "
-                f"of the next one), got {length}"
+                f"batch {index}, sequence {n}: expected at least two tokens in a row (the loss is "
+                f"that of the next one), got {int(real[n].sum())}"
             )
-    return lengths
+    return targets
 
 
 @dataclass(frozen=True, eq=False)
 class _Tokens:
-    """A batch on the device. real: `[B, T]` bool, None if no token is padding; lengths: real tokens
-    of each sequence."""
+    """A batch on the device. real: `[B, T]` bool, None if no token is padding; targets: predicted
+    tokens of each sequence."""
 
     index: int
     input_ids: Tensor
     mask: Tensor | None
     real: Tensor | None
-    lengths: list[int]
+    targets: list[int]
 
     @classmethod
     def of(cls, index: int, batch: TokenBatch, device: torch.device) -> _Tokens:
-        lengths = sequence_lengths(index, batch)
+        targets = sequence_targets(index, batch)
         ids, mask = batch.input_ids, batch.attention_mask
         padded = mask is not None and not bool((mask != 0).all())
         mask = None if mask is None else mask.to(device)
         real = mask != 0 if mask is not None and padded else None
-        return cls(index, ids.to(device), mask, real, lengths)
+        return cls(index, ids.to(device), mask, real, targets)
+
+    @property
+    def tokens(self) -> int:
+        """Real ones."""
+        return self.input_ids.numel() if self.real is None else int(self.real.sum())
 
     def labels(self) -> Tensor:
         """`[B, T - 1]`: the next token where it and the one before it are real."""
         labels = self.input_ids[:, 1:]
         if self.real is None:
             return labels
-        return labels.masked_fill(~(self.real[:, 1:] & self.real[:, :-1]), _IGNORED)
+        return labels.masked_fill(~(self.real[:, 1:] & self.real[:, :-1]), IGNORED)
 
 
 class _Pass:
     """The state of one backward pass."""
 
     def __init__(
-        self, adapter: Adapter, visitors: Mapping[str, Visitor], loss_scale: float
+        self,
+        adapter: Adapter,
+        visitors: Mapping[str, Visitor],
+        loss_scale: float,
+        fisher_samples: int,
+        seed: int,
     ) -> None:
         self._adapter = adapter
         self._visitors = visitors
         self._scale = loss_scale
+        self._head, self._draw = Head(adapter, loss_scale, fisher_samples, seed), 0
         self._refs = [
             [ref for ref in adapter.linears(i) if ref.name in visitors]
             for i in range(len(adapter.blocks))
@@ -203,59 +222,25 @@ class _Pass:
     def run(self, batch: _Tokens) -> None:
         self._batch = batch
         self._inputs.clear()
-        self._visited.clear()
         out = self._adapter.decoder(
             input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
         )
         hidden: Tensor = out[0]
-        hidden.backward(self._head_gradient(out, hidden.detach()))  # type: ignore[no-untyped-call]
-        for refs in self._refs:
-            for ref in refs:
-                if ref.index is None and ref.name not in self._visited:
-                    raise LayerError(ref.name, f"no gradient reached it in batch {batch.index}")
-        self._report.sequences += len(batch.lengths)
-        self._report.tokens += sum(batch.lengths)
-
-    def _head_gradient(self, out: Any, hidden: Tensor) -> Tensor:
-        """Gradient of the summed loss, times the loss scale, at the decoder's output `[B, T, d]`.
-
-        The head, with whatever the model does to its logits, runs on a few tokens at a time.
-        """
-        labels = self._batch.labels()
-        gradient = torch.zeros_like(hidden)
-        vocabulary = self._adapter.model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        step = max(1, LOGITS_AT_ONCE // (vocabulary * len(hidden)))
-        for a in range(0, labels.shape[1], step):
-            part = hidden[:, a : min(a + step, labels.shape[1])].clone().requires_grad_()
-            logits = self._logits(out, part)
-            loss = F.cross_entropy(
-                logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
-                labels[:, a : a + step].flatten(),
-                ignore_index=_IGNORED,
-                reduction="sum",
-            )
-            (loss * self._scale).backward()  # type: ignore[no-untyped-call]
-            assert part.grad is not None
-            gradient[:, a : a + step][:, : part.shape[1]] = part.grad
-            self._loss = self._loss + loss.detach().double()
-        return gradient
-
-    def _logits(self, out: Any, hidden: Tensor) -> Tensor:
-        """The model's forward with the decoder's answer given: whatever it does after that."""
-        answer = copy(out)
-        answer[next(iter(answer))] = hidden
-        decoder, batch = self._adapter.decoder, self._batch
-        previous = decoder.__dict__.get("forward")
-        decoder.forward = lambda *args, **kwargs: answer
-        try:
-            ids = batch.input_ids[:, : hidden.shape[1]]
-            logits: Tensor = self._adapter.model(input_ids=ids, use_cache=False).logits
-        finally:
-            if previous is None:
-                del decoder.forward
-            else:
-                decoder.forward = previous
-        return logits
+        gradients, loss = self._head.gradients(
+            out, hidden.detach(), batch.input_ids, batch.labels()
+        )
+        self._loss = self._loss + loss
+        for self._draw, gradient in enumerate(gradients):
+            self._visited.clear()
+            more = self._draw + 1 < len(gradients)
+            hidden.backward(gradient, retain_graph=more)  # type: ignore[no-untyped-call]
+            for refs in self._refs:
+                for ref in refs:
+                    if ref.index is None and ref.name not in self._visited:
+                        raise LayerError(ref.name, f"no gradient reached it in batch {batch.index}")
+        self._report.sequences += len(batch.targets)
+        self._report.tokens += batch.tokens
+        self._report.targets += sum(batch.targets)
 
     def finish(self, dtype: torch.dtype) -> BackwardReport:
         report = self._report
@@ -283,7 +268,7 @@ class _Pass:
                 "layers; a 16-bit underflow? try --dtype bfloat16 or float32)",
             )
         report.seen, report.dead = self._seen, tuple(sorted(dead))
-        report.loss = float(self._loss) / (report.tokens - report.sequences)
+        report.loss = float(self._loss) / report.targets
         return report
 
     # Hooks.
@@ -352,13 +337,13 @@ class _Pass:
         return ref.name
 
     def _visit_tokens(self, ref: LinearRef, x: Tensor, g: Tensor, leader: str) -> None:
-        lengths, real = self._batch.lengths, self._batch.real
+        targets, real = self._batch.targets, self._batch.real
         if real is None:
-            self._visit(ref, x, g, lengths[0] - 1, leader)
+            self._visit(ref, x, g, targets[0], leader)
             return
-        for n, length in enumerate(lengths):
+        for n, count in enumerate(targets):
             keep = real[n]
-            self._visit(ref, x[n, keep][None], g[n, keep][None], length - 1, leader)
+            self._visit(ref, x[n, keep][None], g[n, keep][None], count, leader)
 
     def _expert_ran(
         self,
@@ -387,7 +372,7 @@ class _Pass:
             here = torch.ones_like(rows, dtype=torch.bool) if real is None else real.flatten()[rows]
             for n in torch.unique(sequence[here]).tolist():
                 mine = here & (sequence == n)
-                targets = self._batch.lengths[n] - 1
+                targets = self._batch.targets[n]
                 self._visit(ref, x[mine][None], g[mine][None], targets, ref.name)
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
@@ -402,8 +387,9 @@ class _Pass:
             _raise_peak(self._peak, ref.name, g)
             if leader == ref.name:
                 _raise_peak(self._input_peak, ref.name, x)
-            self._seen[ref.name] += x.shape[0] * x.shape[1]
-            self._visitors[ref.name](Sample(x, g, targets, leader))
+            sample = Sample(x, g, targets, leader, self._draw)
+            self._seen[ref.name] += sample.new_tokens
+            self._visitors[ref.name](sample)
 
 
 def _raise_peak(peaks: dict[str, Tensor], name: str, x: Tensor) -> None:
@@ -412,13 +398,7 @@ def _raise_peak(peaks: dict[str, Tensor], name: str, x: Tensor) -> None:
 
 
 def _check_model(adapter: Adapter, visitors: Mapping[str, Visitor]) -> None:
-    model = adapter.model
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None:
-        raise UserError(
-            f"{type(model).__name__}: expected a causal language model with its head for a "
-            "gradient, got a model without"
-        )
+    check_head(adapter)
     known = {ref.name for i in range(len(adapter.blocks)) for ref in adapter.linears(i)}
     unknown = sorted(set(visitors) - known)
     if unknown or not visitors:

@@ -113,6 +113,20 @@ class Forward:
             for given, x in zip(inputs, rows, strict=True)
         ]
 
+    def real_outputs(self, name: str, output: Any) -> Tensor:
+        """Rows `[t, d]` of what block `name` answered (a tensor, or a tuple that begins with it)
+        that are real tokens; LayerError if they cannot be told to be."""
+        hidden: Tensor = output if isinstance(output, Tensor) else output[0]
+        if hidden.shape[:-1] != self._input_ids.shape:
+            batch, length = self._input_ids.shape
+            raise LayerError(
+                name,
+                f"expected an output for each of the {batch}x{length} tokens, got one of shape "
+                f"{tuple(hidden.shape)}",
+            )
+        rows = hidden.flatten(0, -2)
+        return rows if self._real is None else rows[self._real]
+
     def _check_rows(self, site: Site, inputs: list[SiteInput]) -> None:
         batch, length = self._input_ids.shape
         tokens = batch * length

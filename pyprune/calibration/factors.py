@@ -14,7 +14,7 @@ from pyprune.calibration.backward import (
     BackwardReport,
     Visitor,
     backward_pass,
-    sequence_lengths,
+    sequence_targets,
 )
 from pyprune.calibration.gradient_stats import KroneckerFactors
 from pyprune.calibration.gradients import one_by_one
@@ -77,6 +77,8 @@ def collect_factors(
     refinements: int = 0,
     checkpointing: bool = False,
     device: torch.device | str = "cpu",
+    fisher_samples: int = 0,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, KroneckerFactors]:
     """Factors of the matrices `refs`, by name, on `device`.
@@ -87,13 +89,14 @@ def collect_factors(
 
     Args:
         biases: names of the matrices whose bias counts as a last column.
+        fisher_samples, seed: see `backward_pass`; all passes see the same draws.
         progress: called with sequences done and in all, over all passes.
 
     Raises:
         LayerError, UserError: see `backward_pass`; also a sum that overflowed.
     """
     for i, batch in enumerate(tokens.batches):
-        sequence_lengths(i, batch)
+        sequence_targets(i, batch)
     device = torch.device(device)
     single = next(adapter.model.parameters()).dtype != torch.float64
     dtype = torch.float32 if single else torch.float64
@@ -108,6 +111,8 @@ def collect_factors(
             visitors,
             checkpointing=checkpointing,
             device=device,
+            fisher_samples=fisher_samples,
+            seed=seed,
             progress=None if progress is None else _part(progress, done, passes),
         )
         done += 1
@@ -171,7 +176,7 @@ class _Independent:
         for name in self._shapes:
             factors = self._factors.setdefault(name, self._made(name))
             factors.sequences = report.sequences
-            factors.targets = report.tokens - report.sequences
+            factors.targets = report.targets
         return {name: self._factors[name] for name in self._shapes}
 
 

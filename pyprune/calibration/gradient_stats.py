@@ -65,7 +65,7 @@ class MagnitudeStatistic:
     def update(self, sample: Sample) -> None:
         scale = 1 / sample.targets if self.per_token else 1.0
         ops.fisher_accumulate(self.total, sample.g, sample.x, power=self.power, scale=scale)
-        self.tokens += sample.x.shape[0] * sample.x.shape[1]
+        self.tokens += sample.new_tokens
 
     def finite(self) -> bool:
         return bool(self.total.isfinite().all())
@@ -87,9 +87,10 @@ class DiagonalFactors:
         self.sequences = self.targets = self.tokens = 0
 
     def update(self, sample: Sample) -> None:
-        ops.column_norms(sample.x.flatten(0, 1), out=self.a)
+        if not sample.draw:
+            ops.column_norms(sample.x.flatten(0, 1), out=self.a)
         ops.column_norms(sample.g.flatten(0, 1), out=self.g)
-        self.tokens += sample.x.shape[0] * sample.x.shape[1]
+        self.tokens += sample.new_tokens
 
     def finite(self) -> bool:
         return bool(self.a.isfinite().all() and self.g.isfinite().all())
@@ -122,7 +123,7 @@ class GradientSamples:
             into = self.samples[self._visits % len(self.samples)]
             into.addmm_(g.T.to(into.dtype), x.to(into.dtype))
             self._visits += 1
-        self.tokens += sample.x.shape[0] * sample.x.shape[1]
+        self.tokens += sample.new_tokens
 
     def finite(self) -> bool:
         return bool(self.samples.isfinite().all())
@@ -172,11 +173,13 @@ class KroneckerFactors:
         self.add_outputs(sample)
 
     def add_inputs(self, sample: Sample) -> None:
+        if sample.draw:  # they are those of the first
+            return
         ops.gram(sample.x.flatten(0, 1), out=self.a, ones_column=self.bias)
 
     def add_outputs(self, sample: Sample) -> None:
         ops.gram(sample.g.flatten(0, 1), out=self.g)
-        self.tokens += sample.x.shape[0] * sample.x.shape[1]
+        self.tokens += sample.new_tokens
 
     def normalised(self) -> tuple[Tensor, Tensor]:
         """A and G such that G (x) A estimates the Fisher information per predicted token.
@@ -218,7 +221,7 @@ class EigenDiagonal:
         g = (sample.g.flatten(0, 1).to(dtype) @ self.left).square_()
         x = (sample.x.flatten(0, 1).to(dtype) @ self.right).square_()
         self.total.addmm_(g.T, x)
-        self.tokens += len(x)
+        self.tokens += sample.new_tokens
 
     def finite(self) -> bool:
         return bool(self.total.isfinite().all())

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from pyprune.calibration.backward import backward_pass, sequence_lengths
+from pyprune.calibration.backward import backward_pass, sequence_targets
 from pyprune.calibration.gradient_stats import GradientFactory, GradientStatistic
 from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.errors import LayerError, UserError
@@ -62,12 +62,14 @@ def fill_statistics(
     *,
     checkpointing: bool = False,
     device: torch.device | str = "cpu",
+    fisher_samples: int = 0,
+    seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """`collect_gradients` into statistics that are there, on `device`, by the name of the matrix;
-    afterwards they are on the CPU."""
+    afterwards they are on the CPU. fisher_samples, seed: see `backward_pass`."""
     for i, batch in enumerate(tokens.batches):
-        sequence_lengths(i, batch)
+        sequence_targets(i, batch)
     visitors = {name: statistic.update for name, statistic in statistics.items()}
     report = backward_pass(
         adapter,
@@ -75,13 +77,15 @@ def fill_statistics(
         visitors,
         checkpointing=checkpointing,
         device=device,
+        fisher_samples=fisher_samples,
+        seed=seed,
         progress=progress,
     )
     for name, statistic in statistics.items():
         if not statistic.finite():
             raise LayerError(name, "expected finite sums of gradients, got NaN or infinity")
         statistic.sequences = report.sequences
-        statistic.targets = report.tokens - report.sequences
+        statistic.targets = report.targets
         statistic.to("cpu")
 
 

@@ -10,15 +10,18 @@ batches. So every statistic sees the pruned matrices before it, within its block
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from pyprune.calibration import schedule
+from pyprune.calibration.autograd import without_parameter_gradients
 from pyprune.calibration.coroutine import (
     Forward,
     Pause,
@@ -26,6 +29,7 @@ from pyprune.calibration.coroutine import (
     evaluation,
     stopping_at_entries,
 )
+from pyprune.calibration.group import BlockVisit, Group
 from pyprune.calibration.progress import PhaseClock, WalkEvent, WalkReport
 from pyprune.calibration.schedule import Site, SiteInput, Stage
 from pyprune.calibration.spill import Parked, Spill, SpillTo
@@ -33,32 +37,21 @@ from pyprune.calibration.stats import Statistic
 from pyprune.calibration.store import BlockStore, InMemoryStore
 from pyprune.errors import LayerError, UserError
 from pyprune.models.adapter import Adapter
-from pyprune.models.linears import LinearRef
+from pyprune.models.experts import FUSED_EXPERTS, ExpertInput, observed
+from pyprune.models.linears import parameters_of
 
-__all__ = ["BlockStore", "Group", "InMemoryStore", "Mode", "WalkEvent", "WalkReport", "walk"]
+__all__ = [
+    "BlockStore",
+    "BlockVisit",
+    "Group",
+    "InMemoryStore",
+    "Mode",
+    "WalkEvent",
+    "WalkReport",
+    "walk",
+]
 
 Mode = Literal["single", "two-pass", "naive"]
-
-
-@dataclass(eq=False)
-class Group:
-    """Matrices to be pruned together.
-
-    Attributes:
-        linears: those that read the same tensor, or one expert.
-        statistic: of that tensor; None if the walk collects none. `tokens` is 0 for an expert that
-            no token was routed to.
-        block: index of their block.
-        seconds: spent on the statistic (an expert's share is equal).
-        peers: of an expert, the groups of all experts in turn, itself included: their statistics
-            are complete by then, so that several can be solved at once.
-    """
-
-    linears: list[LinearRef]
-    statistic: Statistic | None
-    block: int
-    seconds: float = 0.0
-    peers: list[Group] = field(default_factory=list, repr=False)
 
 
 def walk(
@@ -72,6 +65,7 @@ def walk(
     device: torch.device | str = "cpu",
     spill: SpillTo = "none",
     progress: Callable[[WalkEvent], None] | None = None,
+    prepare_block: Callable[[BlockVisit], None] | None = None,
 ) -> WalkReport:
     """Hands every prunable matrix of the model to `prune_group`, in the order of the forward, with
     the statistic of its inputs.
@@ -87,6 +81,8 @@ def walk(
         device: where blocks run and statistics are kept.
         spill: moves the input that a waiting batch has handed over to `host` memory (from a GPU) or
             to temporary files on `disk` until the batch goes on.
+        prepare_block: called at each block before anything of it is pruned, in every mode; it costs
+            one more forward, and those that it runs itself. Needs a `statistic`.
 
     Raises:
         LayerError: inputs of a layer are NaN or infinite, or a layer is not called exactly once, or
@@ -98,8 +94,10 @@ def walk(
     if mode not in get_args(Mode):
         raise UserError(f"mode: expected one of {', '.join(get_args(Mode))}, got {mode!r}")
     device = torch.device(device)
-    runner = _Walk(adapter, prune_group, store, device, progress)
+    runner = _Walk(adapter, prune_group, store, device, progress, prepare_block)
     if statistic is None:
+        if prepare_block is not None:
+            raise ValueError("prepare_block: expected none without a statistic")
         return runner.without_statistics()
     forwards = [Forward(adapter.decoder, b, i, device) for i, b in enumerate(batches)]
     runner.report.tokens = sum(f.real_tokens for f in forwards)
@@ -151,6 +149,7 @@ class _Walk:
         store: BlockStore,
         device: torch.device,
         progress: Callable[[WalkEvent], None] | None,
+        prepare_block: Callable[[BlockVisit], None] | None,
     ) -> None:
         self.report = WalkReport()
         self._adapter = adapter
@@ -158,6 +157,7 @@ class _Walk:
         self._store = store
         self._device = device
         self._progress = progress
+        self._prepare_block = prepare_block
         self._clock = PhaseClock(self.report.seconds)
         self._block = 0
         self._pruned = 0
@@ -193,6 +193,8 @@ class _Walk:
                 forward.read.clear()
             sites = schedule.sites_of(self._adapter.linears(i))
             stages = self._stages(sites)
+            if self._prepare_block is not None and sites:
+                self._prepare(sites, stages, self._prepare_block)
             following = names[i + 1] if i + 1 < len(names) else None
             if mode == "single":
                 self._prune_while_running(sites, stages, following)
@@ -315,8 +317,35 @@ class _Walk:
             self._park(forward, pause.tensors)
             self._tell("batch", name, done, len(self._forwards))
 
-    def _run_block(self, forward: Forward) -> None:
-        """Runs the current block on what the model is about to call it with; the output goes."""
+    def _prepare(
+        self, sites: list[Site], stages: list[Stage], prepare_block: Callable[[BlockVisit], None]
+    ) -> None:
+        collected = {stage: self._collect(stage) for stage in stages}
+        self._run_blocks(sites, stages, collected)
+        groups = [group for part in collected.values() for group in part.groups(self._block)]
+        for group in groups:
+            _check_finite(group)
+        name = self._adapter.block_names[self._block]
+        tokens = [forward.real_tokens for forward in self._forwards]
+        tell = partial(self._tell, "batch", name)
+        with ExitStack() as stack, self._clock.charge("prune"):
+            # Experts one by one, as everywhere here: torch's grouped products may have no gradient.
+            for module in self._adapter.blocks[self._block].modules():
+                if type(module).__name__ in FUSED_EXPERTS:
+                    stack.enter_context(observed(module, _ignore))
+            stack.enter_context(without_parameter_gradients(self._adapter.blocks[self._block]))
+            prepare_block(BlockVisit(name, groups, tokens, self._run_changed, tell))
+
+    def _run_changed(self, k: int, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """`BlockVisit.run`."""
+        name, forward = self._adapter.block_names[self._block], self._forwards[k]
+        refs = [] if weights is None else self._adapter.linears(self._block)
+        parameters = parameters_of(refs, weights or {}, name)
+        return forward.real_outputs(name, self._run_block(forward, parameters))
+
+    def _run_block(self, forward: Forward, parameters: dict[str, Tensor] | None = None) -> Any:
+        """Runs the current block on what the model is about to call it with, with some of its
+        parameters replaced; its output."""
         pause = forward.pause
         assert pause is not None, "a block runs on the arguments of the pause at its entry"
         self._restore(forward)
@@ -327,8 +356,13 @@ class _Walk:
         args = [copies.get(id(a), a) for a in pause.args]
         kwargs = {key: copies.get(id(a), a) for key, a in pause.kwargs.items()}
         with self._clock.charge("forward"):
-            self._adapter.blocks[self._block](*args, **kwargs)
+            block = self._adapter.blocks[self._block]
+            if parameters:
+                output = functional_call(block, parameters, tuple(args), kwargs)
+            else:
+                output = block(*args, **kwargs)
         self._park(forward, pause.tensors)
+        return output
 
     def _park(self, forward: Forward, tensors: list[Tensor]) -> None:
         with self._clock.charge("forward"):
@@ -360,10 +394,7 @@ class _Walk:
 
     def _prune_stage(self, collected: _Collected) -> None:
         for group in collected.groups(self._block):
-            if group.statistic is not None and not group.statistic.finite():
-                raise LayerError(
-                    group.linears[0].name, "its calibration input has NaN or infinite values"
-                )
+            _check_finite(group)
             self._prune(group)
 
     def _prune(self, group: Group) -> None:
@@ -392,6 +423,15 @@ class _Walk:
         if self._progress is not None:
             blocks = len(self._adapter.blocks)
             self._progress(WalkEvent(kind, self._block, blocks, name, done, total))
+
+
+def _check_finite(group: Group) -> None:
+    if group.statistic is not None and not group.statistic.finite():
+        raise LayerError(group.linears[0].name, "its calibration input has NaN or infinite values")
+
+
+def _ignore(module: nn.Module, projection: str, inputs: list[ExpertInput]) -> None:
+    """Nothing is looked at."""
 
 
 def _out_of_turn(forward: Forward, reached: str, due: str) -> UserError:

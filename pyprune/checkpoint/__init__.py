@@ -9,7 +9,7 @@ from pyprune.checkpoint.output import (
 )
 from pyprune.checkpoint.shards import TensorEntry, read_header, read_tensor, write_tensor
 from pyprune.checkpoint.source import Checkpoint
-from pyprune.checkpoint.store import StreamingStore
+from pyprune.checkpoint.store import StreamingStore, write_parameters
 
 __all__ = [
     "Checkpoint",
@@ -21,6 +21,7 @@ __all__ = [
     "read_header",
     "read_tensor",
     "save_model",
+    "write_parameters",
     "write_report",
     "write_tensor",
 ]

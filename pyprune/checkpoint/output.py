@@ -6,8 +6,8 @@ import errno
 import json
 import math
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pyprune.checkpoint.source import INDEX, Checkpoint
+from pyprune.checkpoint.source import INDEX, Checkpoint, read_json
 from pyprune.errors import UserError
 
 REPORT = "pyprune.json"
@@ -39,33 +39,44 @@ def output_directory(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     After an exception or an interrupt it is removed, and `path` is as it was. needed: bytes that
     will be written, checked against the free space first.
 
-    Raises UserError if `path` exists and is anything but an empty directory, if it cannot be
-    created, or if the disk is or becomes full (with the bytes needed and free).
+    Raises UserError if `path` exists (now or at the end) and is anything but an empty directory, if
+    it cannot be created, if the disk is or becomes full (with the bytes needed and free), or if a
+    file grows beyond what is allowed.
     """
     final = Path(path).expanduser().absolute()
     check_output(final)
-    made = _make_parents(final.parent)
-    temporary: Path | None = None
+    # Named before it exists: whenever an interrupt comes, it is known what to remove.
+    temporary = final.parent / f".{final.name}.{secrets.token_hex(8)}"
+    missing = [folder for folder in final.parents if not folder.exists()]
     try:
+        _make_parents(final.parent)
         check_space(final.parent, needed)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        temporary.chmod(0o777 & ~_umask())
+        temporary.mkdir()
         yield temporary
         _sync_tree(temporary)
+        check_output(final)  # somebody else may have been quicker
         temporary.rename(final)
         _sync(final.parent)
-        made, temporary = [], None
-    except (OSError, SafetensorError) as error:
-        if not _is_disk_full(error):
-            raise
-        raise _disk_full(final.parent, needed, temporary) from error
-    finally:
-        if temporary is not None:
+    except BaseException as error:
+        refused = _refused(error, final.parent, needed, temporary)
+        _remove(temporary, missing)
+        if refused is not None:
+            raise refused from error
+        raise
+
+
+def _remove(temporary: Path, parents: list[Path]) -> None:
+    """Removes what was written, and those of `parents` (innermost first) that nobody else has put
+    something into. A second Ctrl-C does not stop it halfway: the first is on its way already."""
+    while True:
+        try:
             shutil.rmtree(temporary, ignore_errors=True)
-        for parent in reversed(made):
-            # Somebody else may have put something into it meanwhile.
-            if not any(parent.iterdir()):
-                parent.rmdir()
+            for parent in parents:
+                if parent.is_dir() and not any(parent.iterdir()):
+                    parent.rmdir()
+            return
+        except KeyboardInterrupt:
+            continue
 
 
 def check_output(path: str | Path) -> None:
@@ -85,33 +96,42 @@ def check_space(folder: Path, needed: int) -> None:
 
 def _disk_full(folder: Path, needed: int, temporary: Path | None) -> UserError:
     free = shutil.disk_usage(folder).free
-    if temporary is not None:  # what was written so far is given back
+    if temporary is not None:  # what was written so far will be given back
         free += sum(file.stat().st_blocks * 512 for file in temporary.rglob("*") if file.is_file())
-    return UserError(f"{folder}: disk full: {needed:,} bytes needed, {free:,} bytes free")
+    words = f"{needed:,} bytes needed, {free:,} bytes free"
+    if free >= needed:
+        words += ", but no more files allowed (inodes), or a quota used up"
+    return UserError(f"{folder}: disk full: {words}")
 
 
-def _is_disk_full(error: Exception) -> bool:
+def _refused(error: BaseException, folder: Path, needed: int, temporary: Path) -> UserError | None:
+    """What the file system said no to, in words for the user; None for other errors."""
+    if not isinstance(error, (OSError, SafetensorError)):
+        return None
+    if _is_errno(error, errno.EFBIG):
+        return UserError(
+            f"{folder}: a file of the output is larger than the file system or `ulimit -f` allows"
+        )
+    if _is_errno(error, errno.ENOSPC) or _is_errno(error, errno.EDQUOT):
+        return _disk_full(folder, needed, temporary)
+    return None
+
+
+def _is_errno(error: OSError | SafetensorError, number: int) -> bool:
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return f"os error {errno.ENOSPC}" in str(error) or f"os error {errno.EDQUOT}" in str(error)
+        return error.errno == number
+    return f"os error {number})" in str(error)
 
 
-def _make_parents(folder: Path) -> list[Path]:
-    """Creates `folder`; returns the directories that did not exist, outermost first."""
-    missing = [p for p in (folder, *folder.parents) if not p.exists()][::-1]
+def _make_parents(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(errno.EACCES, "not writable")
-    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+    except OSError as error:
+        if _is_errno(error, errno.ENOSPC) or _is_errno(error, errno.EDQUOT):
+            raise
         raise UserError(f"{folder}: cannot create the output there: {error.strerror}") from error
-    return missing
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _sync(path: Path) -> None:
@@ -188,13 +208,41 @@ def save_model(
     pyprune.json and the model card are written too.
     """
     if dtype is not None:
-        # Not model.to: it would round the rotary frequencies and other buffers too.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    with output_directory(path, needed=parameters + AUXILIARY_BYTES) as out_dir:
+        _cast(model, dtype)
+    with output_directory(path, needed=_bytes(model) + AUXILIARY_BYTES) as out_dir:
         model.save_pretrained(out_dir, max_shard_size=MAX_SHARD_SIZE)
         if tokenizer is not None:
             tokenizer.save_pretrained(out_dir)
         if report is not None:
             write_report(out_dir, report, card)
+
+
+@contextmanager
+def changed_model(
+    checkpoint: Checkpoint, model: PreTrainedModel, path: str | Path
+) -> Iterator[Path]:
+    """Saves `model`, loaded from `checkpoint` and changed, in the checkpoint's own dtype and with
+    what else it consists of; yields the directory, to which the report still has to be added,
+    before it becomes `path` (all or nothing)."""
+    _cast(model, checkpoint.dtype)
+    model.config.dtype = checkpoint.dtype
+    with output_directory(path, needed=_bytes(model) + AUXILIARY_BYTES) as out_dir:
+        copy_auxiliary(checkpoint, out_dir, index=False)
+        model.save_pretrained(out_dir, max_shard_size=MAX_SHARD_SIZE)
+        yield out_dir
+
+
+def earlier_report(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What an earlier pruning or healing left in the checkpoint; {} if there was none."""
+    file = checkpoint.path / REPORT
+    return read_json(file) if file.exists() else {}
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    # Not model.to: it would round the rotary frequencies and other buffers too.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _bytes(model: PreTrainedModel) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters())

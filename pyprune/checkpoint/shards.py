@@ -41,6 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
 # The format's own limit; a longer length field means that the file is no safetensors file.
 MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
+POINTER = b"version "  # what a clone without Git LFS has instead of a large file begins with
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,10 @@ def _parse_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(LENGTH_BYTES), "little")
         start = LENGTH_BYTES + length
+        if length.to_bytes(LENGTH_BYTES, "little") == POINTER:
+            raise UserError(
+                f"{file}: expected weights, got a Git LFS pointer to them: git lfs pull"
+            )
         if size < LENGTH_BYTES or length > MAX_HEADER_BYTES or start > size:
             raise _corrupt(file, f"header of {length} bytes in a file of {size}")
         text = stream.read(length)

@@ -42,6 +42,7 @@ CANNOT_BUILD = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeErro
 # for other formats of the same weights.
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "*.spm")
 HUB_IGNORED = ("*/*", "consolidated*", "*.bin.index.json")
+CODE_PATTERN = "*.py"
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +72,7 @@ class Checkpoint:
         corrupt weights, a config.json that does not parse, a quantized checkpoint, and an
         architecture that transformers has no causal language model for.
         """
-        path = locate(source, revision)
+        path = locate(source, revision, code=trust_remote_code)
         raw = read_json(path / "config.json")
         quantization = raw.get("quantization_config")
         if quantization is not None:
@@ -143,7 +144,9 @@ class Checkpoint:
                 local_files_only=True,
             )
         except (ValueError, RuntimeError) as error:  # shapes that differ, for one
-            raise UserError(f"{self.path}: cannot be loaded: {_line(error)}") from error
+            # Of shapes transformers says no more than that they are listed "above", in its log.
+            reason = self.streamable() if "mismatched" in str(error) else ""
+            raise UserError(f"{self.path}: cannot be loaded: {reason or _line(error)}") from error
         if info["missing_keys"]:
             names = sorted(info["missing_keys"])
             raise UserError(f"{self.path}: {len(names)} tensors are missing, among them {names[0]}")
@@ -180,7 +183,11 @@ def _line(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 300)
 
 
-def locate(source: str | Path, revision: str | None) -> Path:
+def locate(source: str | Path, revision: str | None = None, *, code: bool = False) -> Path:
+    """The local directory, or the one that the hub repository of this id is downloaded to.
+
+    code: whether the model code that comes with it too. Raises UserError if there is neither.
+    """
     text = str(source)
     path = Path(text).expanduser()
     if path.is_dir():
@@ -189,19 +196,19 @@ def locate(source: str | Path, revision: str | None) -> Path:
         raise UserError(f"{text}: expected a directory or a hub id, got a file")
     if isinstance(source, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
         raise UserError(f"{text}: no such directory")
-    return _download(text, revision)
+    return _download(text, revision, code)
 
 
-def _download(repository: str, revision: str | None) -> Path:
+def _download(repository: str, revision: str | None, code: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(
+        path = Path(
             snapshot_download(
                 repository,
                 revision=revision,
-                allow_patterns=list(HUB_PATTERNS),
+                allow_patterns=[*HUB_PATTERNS, *([CODE_PATTERN] if code else [])],
                 ignore_patterns=list(HUB_IGNORED),
             )
         )
@@ -211,6 +218,12 @@ def _download(repository: str, revision: str | None) -> Path:
         raise UserError(
             f"{repository}: no such directory, and the hub did not give it: {_line(error)}"
         ) from error
+    if not any((path / name).is_file() for name in (WEIGHTS, INDEX)):
+        raise UserError(
+            f"{repository}: expected {WEIGHTS} or {INDEX}, the hub's repository has neither; "
+            "pickled weights, which can run code when read, are never fetched"
+        )
+    return path
 
 
 def read_json(file: Path) -> dict[str, Any]:

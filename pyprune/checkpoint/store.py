@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pyprune.checkpoint.names import owners
+from pyprune.checkpoint.output import MAX_SHARD_SIZE
 from pyprune.checkpoint.shards import TensorEntry, read_tensor, write_tensor
 from pyprune.checkpoint.source import Checkpoint
 from pyprune.errors import LayerError, UserError
@@ -167,6 +169,30 @@ class StreamingStore:
             if not bool(stored.isfinite().all()) and bool(part.isfinite().all()):
                 raise LayerError(name, f"its new weights do not fit into {entry.dtype}")
             write_tensor(entry, stored, self.out_dir / entry.file.name)
+
+
+def write_parameters(
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    adapter: BlockAdapter | None,
+    changed: Mapping[str, Tensor],
+    out_dir: Path,
+) -> None:
+    """Writes the weights of `model`, loaded from `checkpoint` as a whole, into `out_dir`: copies of
+    the shards in which only the parameters `changed`, by the model's names, are overwritten.
+
+    adapter: of `checkpoint.build_model("meta", dtype)`; None where that is not `streamable`. Then
+    all parameters are cast to the checkpoint's own dtype and saved in shards of their own.
+    """
+    if adapter is None:
+        # Not model.to: it would round the rotary frequencies and other buffers too.
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(checkpoint.dtype)
+        model.save_pretrained(out_dir, max_shard_size=MAX_SHARD_SIZE)
+        return
+    store = StreamingStore(checkpoint, adapter, out_dir)
+    for name, value in changed.items():
+        store.write(name, value)
 
 
 def _replace(places: list[tuple[nn.Module, str]], value: Tensor) -> None:

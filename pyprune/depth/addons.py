@@ -218,7 +218,8 @@ def refit(
     u: the stream before that branch and M what it adds, in the model as pruned (earlier gaps
     refitted); x_q: of the model as given. Padding excluded. The Gram matrix and the solve are
     float64; lambda = ridge x mean diagonal of M'M, and pulls to the identity (the paper pulls to
-    zero), so that little text does no harm. A gap with nothing before it is left.
+    zero), so that little text does no harm. A gap with nothing before it is left, and so is one
+    after a branch that adds nothing (the zeros of an earlier re-packing).
 
     Returns per gap {"branch", "removed", "before", "after"}: names, and relative squared errors of
     the stream at the gap's end on this text. The branches to remove must be removed afterwards.
@@ -237,8 +238,10 @@ def refit(
         originals[last] = [p.clone() for p in writers(graph, last)]
         weight = gram.diagonal().mean() * ridge
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        transform = eye + torch.linalg.solve(gram + weight * eye, right - gram)
-        _fold(graph, last, transform)
+        transform = eye
+        if weight > 0:
+            transform = eye + torch.linalg.solve(gram + weight * eye, right - gram)
+            _fold(graph, last, transform)
         errors = [
             float(total - 2 * (t * right).sum() + (t * (gram @ t)).sum()) for t in (eye, transform)
         ]

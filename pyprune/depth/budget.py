@@ -13,7 +13,7 @@ import torch
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.graph import Branch, ResidualGraph
-from pyprune.depth.registry import find_depth_method
+from pyprune.depth.registry import DEPTH_METHODS
 from pyprune.errors import UserError
 
 Unit = tuple[Branch, ...]
@@ -57,7 +57,7 @@ class Budget:
             total = float(parameter_count(graph.model))
             kind, target = "params", float(config.ratio or 0)
         budget = cls(graph, kind, target, total, seconds)
-        of_layers = find_depth_method(config.method).unit == "layer"
+        of_layers = DEPTH_METHODS.find(config.method).unit == "layer"
         budget._check(units, "layers" if of_layers else "branches")
         return budget
 

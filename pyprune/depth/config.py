@@ -69,7 +69,7 @@ class StructureConfig(ConfigFile):
 
     def own_options(self) -> Any:
         """The method's options dataclass."""
-        from pyprune.depth.registry import find_depth_method
+        from pyprune.depth.registry import DEPTH_METHODS
 
-        kind = find_depth_method(self.method).options
+        kind = DEPTH_METHODS.find(self.method).options
         return build_options(self.method, kind, self.method_options)

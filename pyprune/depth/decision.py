@@ -24,7 +24,8 @@ class Step:
     unit: the branches that went together (two for a whole layer). score: of the model after it, in
     the decision's `objective`. parameters: the model has afterwards. evaluations: candidates that
     were scored for it. candidates: their scores by name ("A3", "M3", "A3+M3"); what a lazy search
-    did not look at is missing.
+    did not look at is missing, and in its first step what it looked at only in part of the text is
+    an estimate.
     """
 
     unit: tuple[Branch, ...]

@@ -9,9 +9,10 @@ rotary tables that the model itself hands to each layer, so no family's arithmet
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -52,6 +53,10 @@ class State(NamedTuple):
 
     read: Tensor
     total: Tensor
+
+
+class _SeenError(Exception):
+    """Ends a forward of which enough has been seen."""
 
 
 @dataclass(frozen=True)
@@ -255,6 +260,25 @@ class ResidualGraph:
         stays = branch.kind == "attention" and self.layouts[branch.layer].parallel
         return State(state.read if stays else total, total)
 
+    @cached_property
+    def _in_tuples(self) -> bool:
+        """Whether the decoder takes its layers' outputs out of tuples: what the first one, run on a
+        token, gives it."""
+        found: list[bool] = []
+
+        def seen(_module: nn.Module, _args: Any, output: Any) -> None:
+            found.append(isinstance(output, tuple))
+            raise _SeenError
+
+        handle = self.adapter.blocks[0].register_forward_hook(seen)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        try:
+            with torch.no_grad(), suppress(_SeenError):
+                self.adapter.decoder(input_ids=token, use_cache=False)
+        finally:
+            handle.remove()
+        return found[0]
+
     def _layer(self, i: int, hidden: Tensor, context: Context) -> Tensor:
         args, kwargs = context.arguments[i]
         output = self.adapter.blocks[i](hidden, *args, **kwargs)
@@ -264,8 +288,8 @@ class ResidualGraph:
     def _decoder(self, batch: Batch, layer: Callable[..., Tensor]) -> Any:
         """Runs the decoder with `layer(hidden, *args, **kwargs)` in place of every block."""
         with ExitStack() as stack:
-            for block, layout in zip(self.adapter.blocks, self.layouts, strict=True):
-                forward = _in_tuple(layer) if layout.returns_tuple else layer
+            forward = _in_tuple(layer) if self._in_tuples else layer
+            for block in self.adapter.blocks:
                 stack.enter_context(replaced_forward(block, forward))
             self._output = self.adapter.decoder(
                 input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False

@@ -17,11 +17,11 @@ from pyprune.depth.budget import Budget, Unit, parameter_count
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Step, calibration_facts, name_of
 from pyprune.depth.graph import Branch, ResidualGraph
-from pyprune.depth.registry import Progress
 from pyprune.depth.score import ObjectiveName, Scorer
 from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
 from pyprune.models.fingerprint import fingerprint
+from pyprune.progress import Progress
 
 Mode = Literal["exact", "fast", "naive"]
 
@@ -32,7 +32,7 @@ class GreedyOptions(AddOns):
     forward per candidate: the reference). objective: perplexity, or kl to the dense model. every:
     score each n-th token (1: all). memory_mb: for cached hidden states and live streams; more of it
     saves time. width: streams that run at once. audit_every: fast looks at everything in every n-th
-    round (0: never). looks: candidates that fast scores at a time. state: a file that the search
+    round (0: never). looks: candidates that fast scores in a round. state: a file that the search
     continues from after an interruption. And the add-ons `compensate`, `refit`, `ridge`.
     """
 
@@ -95,7 +95,7 @@ class Greedy:
         self.walk = WalkDown(self.graph, self.scorer, memory, self.options.width)
         self.walk.tick = self._tick
         self._stale: dict[str, float] = {}  # mean loss above its reference, when last looked at
-        self._notes: list[str] = []
+        self._notes: dict[int, str] = {}  # of rounds, from 1
 
     def run(self) -> list[Step]:
         """The steps, in order; continues from the state file, if the options name one."""
@@ -110,7 +110,7 @@ class Greedy:
             self.score = found.score
             steps.append(self._step(found))
             if found.note:
-                self._notes.append(f"round {len(steps)}: {found.note}")
+                self._notes[len(steps)] = found.note
             self._save(steps)
             self._say(len(steps))
         return steps
@@ -130,7 +130,7 @@ class Greedy:
             calibration=calibration_facts(self.tokens),
             config=self.config.to_dict(),
             transforms=done,
-            notes=tuple(self._notes),
+            notes=tuple(f"round {number}: {note}" for number, note in self._notes.items()),
         )
 
     # ---- one round
@@ -203,23 +203,24 @@ class Greedy:
         return min(known, key=lambda unit: self._stale[name_of(unit)], default=None)
 
     def _lazy(self, left: Sequence[Unit]) -> _Found:
-        """Looks again at the candidates that looked best, a few at a time, until the best of those
-        just seen is better than what all the others were when last seen.
+        """Looks again at the candidates that cost least when last seen, `looks` of them, and takes
+        the best.
 
-        What a removal costs mostly grows as more is removed, so an old cost is a bound from below;
-        not a certain one, which is what audits are for (Minoux's lazy greedy). The first costs come
-        from successive halving: all candidates on a few batches, the better half on twice as many,
-        until the batches are all in use.
+        What a removal costs mostly grows as more is removed, so an old cost is a bound from below
+        (Minoux's lazy greedy); not a certain one, and to look on until it holds would take most of
+        a full round: that is what audits are for. The first costs come from successive halving: all
+        candidates on a few batches, the better half on twice as many, until the batches are all in
+        use.
         """
         seen: dict[str, float] = {}
+        estimates: dict[str, float] = {}
         evaluations = 0
         if not self._stale:
             evaluations, seen = self._halving(left)
-        while True:
-            order = sorted(range(len(left)), key=lambda k: (self._stale[name_of(left[k])], k))
-            top = left[order[0]]
-            if name_of(top) in seen or (len(seen) >= self.options.looks and seen):
-                break
+            mean = self._mean(self.score)
+            estimates = {u: self.scorer.of_mean(mean + rise) for u, rise in self._stale.items()}
+        order = sorted(range(len(left)), key=lambda k: (self._stale[name_of(left[k])], k))
+        if name_of(left[order[0]]) not in seen and len(seen) < self.options.looks:
             some = [left[k] for k in order if name_of(left[k]) not in seen][: self.options.looks]
             scores = self.walk.score(some, self._branches)
             self._remember(some, scores)
@@ -227,7 +228,7 @@ class Greedy:
             evaluations += len(some)
         units = [unit for unit in left if name_of(unit) in seen]
         found = self._best(units, [seen[name_of(unit)] for unit in units])
-        return _Found(found.unit, found.score, evaluations, seen)
+        return _Found(found.unit, found.score, evaluations, estimates | seen)
 
     def _halving(self, left: Sequence[Unit]) -> tuple[int, dict[str, float]]:
         """Costs of all candidates; those that reached the last stage were seen on everything."""
@@ -294,15 +295,14 @@ class Greedy:
         if self.options.state is None:
             return
         file = Path(self.options.state)
-        so_far = Decision(
-            self.config.method,
-            "",
-            len(self.graph.layouts),
-            tuple(steps),
-            notes=tuple(self._notes),
-        )
+        so_far = Decision(self.config.method, "", len(self.graph.layouts), tuple(steps))
         text = json.dumps(
-            {"identity": self._identity, "stale": self._stale, "decision": so_far.to_dict()}
+            {
+                "identity": self._identity,
+                "stale": self._stale,
+                "notes": list(self._notes.items()),
+                "decision": so_far.to_dict(),
+            }
         )
         part = file.with_name(file.name + ".part")
         part.write_text(text, encoding="utf-8")
@@ -314,6 +314,7 @@ class Greedy:
         try:
             held = json.loads(Path(self.options.state).read_text(encoding="utf-8"))
             identity, decision, stale = dict(held["identity"]), held["decision"], held["stale"]
+            notes = {int(number): str(note) for number, note in held["notes"]}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"state: cannot continue from {self.options.state}: {error!r}"
@@ -323,12 +324,12 @@ class Greedy:
                 what = {"tokens": "calibration text", "config": "configuration"}.get(name, "model")
                 raise UserError(f"state: {self.options.state} is of another {what}")
         steps: list[Step] = []
-        so_far = Decision.from_dict(decision)
-        self._notes = list(so_far.notes)
-        for step in so_far.steps:
+        for step in Decision.from_dict(decision).steps:
             if self.budget.reached(self.removed):
                 break
             self._remove(step.unit)
             steps.append(step)
         self._stale = {k: float(v) for k, v in stale.items()}
+        # The file may be of a search that went further than this one will.
+        self._notes = {number: note for number, note in notes.items() if number <= len(steps)}
         return steps

@@ -102,26 +102,22 @@ def block_influence(adapter: Adapter, batches: Iterable[Batch]) -> Tensor:
     return 1 - sums / count
 
 
-def angular_distances(adapter: Adapter, batches: Iterable[Batch], width: int) -> Tensor:
-    """d(l, l + width) = E[arccos(cos(h_l, h_{l+width})) / pi] over the sequences' last real
-    tokens, for l = 0..L - width; float64 [L - width + 1], in [0, 1].
+def angular_distances(adapter: Adapter, batches: Iterable[Batch]) -> Tensor:
+    """d(l, m) = E[arccos(cos(h_l, h_m)) / pi] over the sequences' last real tokens; float64
+    [L + 1, L + 1], in [0, 1]: one forward for windows of every width.
 
     Source: Gromov et al. (arXiv 2403.17887), equation 7. Position 0 is the first layer's input,
     and the last state is not normed.
     """
-    layers = len(adapter.blocks)
-    if not 1 <= width <= layers:
-        raise UserError(f"width: expected 1 to {layers} layers, got {width}")
-    sums = torch.zeros(layers - width + 1, dtype=torch.float64)
+    sums = torch.zeros(len(adapter.blocks) + 1, len(adapter.blocks) + 1, dtype=torch.float64)
     count = 0
     for batch in batches:
         states: list[Tensor] = []
         visit_states(adapter, batch, _into(states, partial(last_tokens, batch=batch)))
-        for start in range(len(sums)):
-            # Rounding of a float32 cosine near one is 3e-4 rad of angle.
-            one, two = states[start].double(), states[start + width].double()
-            cosine = F.cosine_similarity(one, two, dim=1)
-            sums[start] += cosine.clamp(-1, 1).arccos().sum().cpu() / math.pi
+        # Rounding of a float32 cosine near one is 3e-4 rad of angle.
+        unit = F.normalize(torch.stack(states).double(), dim=2)
+        cosine = torch.einsum("lbd,mbd->lmb", unit, unit)
+        sums += cosine.clamp(-1, 1).arccos().sum(2).cpu() / math.pi
         count += len(states[0])
     return sums / count
 

@@ -61,7 +61,8 @@ def collapse(
     """Folds in place, from the top down; the layers named as removed must be removed afterwards.
 
     fold: layers that become one (C of the paper; m = C - 1 go). interval: layers to step down
-    after an accepted fold (I). lowest, highest: range of layers (highest None: the last).
+    after an accepted fold (I). lowest, highest: range of layers, both included (highest None: the
+    last; the paper's H is one more).
     threshold: T; a fold is kept if its similarity, the mean over sequences of the cosine between
     flattened final (normed) states, padding excluded, is above it. enough: told all removed layers,
     whether to stop. Norms are never merged. The prefix up to a folded layer is always the original,

@@ -20,11 +20,12 @@ from pyprune.depth.decision import Decision, Step, calibration_facts, name_of
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
 from pyprune.depth.hidden import angular_distances, block_influence, token_states
 from pyprune.depth.laco import Merge, collapse
-from pyprune.depth.registry import Progress, depth_method
+from pyprune.depth.registry import depth_method
 from pyprune.depth.segments import fisher_partition, group_count, linear_cka, segment_order
 from pyprune.depth.streamline import Start, replace_window, window_similarity
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
+from pyprune.progress import Progress
 
 # Told the layers removed so far: whether that is enough.
 Enough = Callable[[Sequence[int]], bool]
@@ -190,9 +191,9 @@ def angular(
     """Gromov et al.: the window of consecutive layers of least angular distance, the smallest
     width that is enough; never the whole model. Ties go to the lower window."""
     layers = len(graph.layouts)
+    distances = angular_distances(graph.adapter, batches)
     for width in range(1, layers):
-        distances = angular_distances(graph.adapter, batches, width)
-        start = int(distances.argmin())
+        start = int(distances.diagonal(width).argmin())
         removed = tuple(range(start, start + width))
         if enough(removed):
             return _with_add_ons(graph, batches, options, removed, "angle / pi", None)
@@ -318,8 +319,11 @@ def streamline(
     one trained layer; the smallest n that is enough. Ties go to the lower window."""
     layers = len(graph.layouts)
     for n in range(1, layers):
+        windows = [tuple(range(first, first + n)) for first in range(1, layers - n + 1)]
+        if not any(map(enough, windows)):
+            continue  # before the model runs for it
         start = int(window_similarity(graph, batches, n + 1).argmax())
-        removed = tuple(range(start + 1, start + 1 + n))
+        removed = windows[start]
         if not enough(removed):
             continue
         result = replace_window(

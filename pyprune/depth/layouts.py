@@ -27,7 +27,6 @@ class Layout:
         shared: norms that both branches of a parallel layer read.
         parallel: whether attention and MLP read the same state and are added together.
         adds_inside: whether the modules take the residual as second argument and add it (BLOOM).
-        returns_tuple: whether the layer's forward returns (hidden states, ...).
     """
 
     attention: str
@@ -37,7 +36,6 @@ class Layout:
     shared: tuple[str, ...] = ()
     parallel: bool = False
     adds_inside: bool = False
-    returns_tuple: bool = False
 
     def modules(self, kind: str) -> tuple[str, ...]:
         """Everything whose parameters belong to the branch alone."""
@@ -69,7 +67,6 @@ _BLOOM = Layout(
     ("input_layernorm",),
     ("post_attention_layernorm",),
     adds_inside=True,
-    returns_tuple=True,
 )
 
 
@@ -135,4 +132,4 @@ def _falcon(children: set[str], config: Any) -> Layout | None:
     else:
         return None
     parallel = bool(config.parallel_attn or config.new_decoder_architecture)
-    return Layout("self_attention", ("mlp",), attention, mlp, shared, parallel, returns_tuple=True)
+    return Layout("self_attention", ("mlp",), attention, mlp, shared, parallel)

@@ -13,10 +13,11 @@ from pyprune.depth.budget import Budget, parameter_count, units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Step, calibration_facts
 from pyprune.depth.graph import Branch, ResidualGraph
-from pyprune.depth.registry import Progress, depth_method
+from pyprune.depth.registry import depth_method
 from pyprune.depth.score import Scorer
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
+from pyprune.progress import Progress
 
 
 @dataclass(frozen=True)

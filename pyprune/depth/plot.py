@@ -4,16 +4,21 @@ every removal cost."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pyprune.depth.decision import Decision, name_of
 from pyprune.depth.graph import KINDS, Branch
-from pyprune.errors import UserError
-from pyprune.pictures import require_matplotlib
+from pyprune.pictures import (
+    COLOURS,
+    Panel,
+    calibration_words,
+    draw_panels,
+    layer_axis,
+    millions,
+)
 
-COLOURS = {"attention": "#1f77b4", "mlp": "#ff7f0e", "layer": "#1f77b4"}
 LABELS = {"attention": "attention", "mlp": "MLP", "layer": "layer"}
 KEPT = "#e9e9e9"
 # A logarithmic axis where the largest value is so many times the least.
@@ -23,61 +28,22 @@ CUT, QUANTILE = 1.5, 0.85
 Points = Sequence[tuple[int, float]]
 
 
-def check_pictures(path: Path) -> None:
-    """Raises UserError unless pictures can go to `path`: a .png file, or a directory, in one that
-    exists; and matplotlib is there."""
-    require_matplotlib()
-    if path.suffix not in ("", ".png"):
-        raise UserError(f"report: expected a directory or a .png file, got {path}")
-    if path.suffix == ".png" and path.is_dir():
-        raise UserError(f"report: expected a file, {path} is a directory")
-    if path.suffix == "" and path.exists() and not path.is_dir():
-        raise UserError(f"report: expected a directory, {path} is a file")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"report: expected {path.absolute().parent} to exist")
-
-
 def draw(decision: Decision, curve: Points, path: Path) -> list[Path]:
     """Writes order.png, importance.png (of methods that score single branches or layers) and
-    perplexity.png (with a `curve` of parameters and perplexity, the dense model first) into the
-    directory `path`, or all of them into the one file `path`, if that ends in .png. Returns the
-    files. Raises UserError as `check_pictures`."""
-    check_pictures(path)
-    from matplotlib.figure import Figure
-
-    panels: dict[str, Callable[[Any], None]] = {"order": lambda axis: _order(axis, decision)}
+    perplexity.png (with a `curve` of parameters and perplexity, the dense model first); see
+    `pyprune.pictures.draw_panels`."""
+    panels = [Panel("order", 1.9, lambda axis: _order(axis, decision))]
     if any(value is not None for value in decision.importance.values()):
-        panels["importance"] = lambda axis: _importance(axis, decision)
+        panels.append(Panel("importance", 3.6, lambda axis: _importance(axis, decision)))
     if curve:
-        panels["perplexity"] = lambda axis: _curve(axis, decision, curve)
-    width = max(7.0, 0.32 * decision.layers + 2)
-    heights = {"order": 1.9, "importance": 3.6, "perplexity": 3.8}
-    if path.suffix == ".png":
-        sizes = [heights[name] for name in panels]
-        figure = Figure(figsize=(width, sum(sizes) + 0.4), layout="constrained")
-        axes = figure.subplots(len(panels), 1, height_ratios=sizes, squeeze=False)[:, 0]
-        figure.suptitle(_title(decision), fontsize=9)
-        for axis, panel in zip(axes, panels.values(), strict=True):
-            panel(axis)
-        figure.savefig(path, dpi=120)
-        return [path]
-    path.mkdir(exist_ok=True)
-    files = []
-    for name, panel in panels.items():
-        figure = Figure(figsize=(width, heights[name] + 0.3), layout="constrained")
-        figure.suptitle(_title(decision), fontsize=9)
-        panel(figure.subplots())
-        files.append(path / f"{name}.png")
-        figure.savefig(files[-1], dpi=120)
-    return files
+        panels.append(Panel("perplexity", 3.8, lambda axis: _curve(axis, decision, curve)))
+    return draw_panels(panels, _title(decision), decision.layers, path)
 
 
 def _title(decision: Decision) -> str:
-    text = decision.calibration
-    shown = f"; calibration {text['source']}, {text['tokens']:,} tokens" if text else ""
     return (
         f"{decision.model} without {len(decision.steps)} {_units(decision)}: {decision.method}"
-        + (shown)
+        + calibration_words(decision.calibration)
     )
 
 
@@ -107,7 +73,7 @@ def _order(axis: Any, decision: Decision) -> None:
     axis.set_yticks(range(len(KINDS)), [LABELS[kind] for kind in KINDS])
     axis.set_ylim(len(KINDS) - 0.5, -0.5)
     axis.set_title("removed, by order (grey: stays)", fontsize=9)
-    _layers(axis, decision)
+    layer_axis(axis, decision.layers)
 
 
 def _importance(axis: Any, decision: Decision) -> None:
@@ -129,17 +95,17 @@ def _importance(axis: Any, decision: Decision) -> None:
         )  # fmt: skip
         for place, (_, v) in zip(places, found, strict=True):
             if v > top:
-                axis.text(
-                    place, top, f" {v:.3g}", rotation=90, ha="center", va="bottom", fontsize=7
-                )  # fmt: skip
-    if top < math.inf:
-        axis.set_ylim(top=base + 1.3 * (top - base))
+                words = f" {v:,.0f}" if v >= 100 else f" {v:.3g}"
+                axis.text(place, top, words, rotation=90, ha="center", va="bottom", fontsize=7)
+    highest = min(top, max(known))
+    if highest > base:  # room for the legend
+        axis.set_ylim(top=base + 1.3 * (highest - base))
     if decision.dense is not None:
         axis.axhline(base, color="black", linewidth=0.8, linestyle=":", label="dense")
     axis.set_ylabel(decision.objective)
     axis.set_title("each alone: the higher, the more it matters", fontsize=9)
     axis.legend(fontsize=8, loc="upper center", ncols=3)
-    _layers(axis, decision)
+    layer_axis(axis, decision.layers)
 
 
 def _scores(decision: Decision, kind: str) -> list[tuple[int, float | None]]:
@@ -150,16 +116,8 @@ def _scores(decision: Decision, kind: str) -> list[tuple[int, float | None]]:
     return found
 
 
-def _layers(axis: Any, decision: Decision) -> None:
-    step = 1 if decision.layers <= 48 else 5
-    axis.set_xticks(range(0, decision.layers, step))
-    axis.tick_params(labelsize=8)
-    axis.set_xlim(-0.7, decision.layers - 0.3)
-    axis.set_xlabel("layer", fontsize=8)
-
-
 def _curve(axis: Any, decision: Decision, curve: Points) -> None:
-    scale, unit = (1e9, "10⁹") if curve[0][0] >= 1e9 else (1e6, "10⁶")
+    scale, unit = millions(curve[0][0])
     sizes, scores = [size / scale for size, _ in curve], [score for _, score in curve]
     # Of a method that changed weights there are only the two ends.
     whole = len(curve) == len(decision.steps) + 1

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -13,36 +10,25 @@ from typing import Any
 import torch
 
 from pyprune.calibration.configured import configured_tokens
+from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import TokenSet
-from pyprune.checkpoint import (
-    Checkpoint,
-    check_output,
-    copy_auxiliary,
-    output_directory,
-    write_report,
-)
-from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE, REPORT
 from pyprune.depth.budget import parameter_count
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
 from pyprune.depth.graph import Branch, ResidualGraph
-from pyprune.depth.plot import check_pictures, draw
-from pyprune.depth.registry import (
-    HEADERS,
-    Progress,
-    describe,
-    find_depth_method,
-    load_depth_methods,
-)
+from pyprune.depth.plot import draw
+from pyprune.depth.registry import DEPTH_METHODS, run_search
 from pyprune.depth.repack import repack
 from pyprune.depth.report import StructureReport
 from pyprune.depth.score import Scorer
-from pyprune.devices import find_device
-from pyprune.errors import UserError
 from pyprune.families import Family, Run
 from pyprune.measure import Measure
 from pyprune.models.adapter import Adapter
-from pyprune.report import RunReport, model_name, source_name, versions
+from pyprune.pictures import check_pictures
+from pyprune.progress import Progress
+from pyprune.registry import HEADERS, MethodRow
+from pyprune.report import RunReport, model_name, versions
+from pyprune.structural import check_in_memory, prune_loaded
 
 Curve = tuple[tuple[int, float], ...]
 # Said where re-packing brings nothing.
@@ -75,11 +61,7 @@ def prune_structure(
         UserError: the request, the data or the architecture make it impossible. Methods that change
             weights may have done so.
     """
-    for name in ("device", "dtype"):
-        if getattr(config, name) != "auto":
-            raise UserError(
-                f"{name}: expected auto for a model in memory, got {getattr(config, name)!r}"
-            )
+    check_in_memory(config)
     return _prune(model, tokenizer_or_batches, config, progress, curve, Measure())
 
 
@@ -95,11 +77,10 @@ def _prune(
     with measure.phase("tokens"):
         tokens = configured_tokens(data, config.calibration, model.config)
     before = parameter_count(model)
-    search = find_depth_method(config.method).search
-    with _evaluating(model):
+    with evaluation(model):
         dense = _perplexities(model, adapter, tokens, [[]]) if curve else []
         with measure.phase("search"):
-            decision: Decision = search(model, adapter, tokens, config, progress)
+            decision = run_search(model, adapter, tokens, config, progress)
         decision = replace(decision, model=model_name(model))
         with measure.phase("curve"):
             points = _curve(model, adapter, tokens, decision, before, dense) if curve else ()
@@ -148,47 +129,13 @@ def prune_structure_checkpoint(
         UserError: see `prune_structure`, `Checkpoint.open` and `output_directory`. Nothing is left
             at `out`.
     """
-    measure = Measure()
-    check_output(out)
-    with measure.phase("open"):
-        checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
-        data = checkpoint.tokenizer() if batches is None else batches
-        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-        model: Any = checkpoint.load_model(find_device(config.device), dtype)
-    report = _prune(model, data, config, progress, curve, measure)
-    # Not model.to: it would round the rotary frequencies and other buffers too.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(checkpoint.dtype)
-    model.config.dtype = checkpoint.dtype
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    with output_directory(out, needed=needed + AUXILIARY_BYTES) as folder:
-        with measure.phase("write"):
-            copy_auxiliary(checkpoint, folder, index=False)
-            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        report = replace(
-            report,
-            decision=replace(report.decision, model=source_name(source)),
-            earlier=_earlier(checkpoint.path),
-            run=replace(report.run, seconds=measure.total()),
-        )
-        write_report(folder, report.to_dict(), report.card())
-    return report
 
+    def prune(model: Any, data: object, measure: Measure) -> StructureReport:
+        return _prune(model, data, config, progress, curve, measure)
 
-def _earlier(source: Path) -> dict[str, Any]:
-    file = source / REPORT
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return found
-
-
-@contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
+    return prune_loaded(
+        source, out, config, prune, batches=batches, trust_remote_code=trust_remote_code
+    )
 
 
 def _zeros(model: Any, halves: list[Branch]) -> int:
@@ -263,10 +210,10 @@ def _run(run: Run) -> StructureReport:
 
 FAMILY = Family(
     title="branches and layers",
-    methods=load_depth_methods,
+    methods=DEPTH_METHODS.load,
     config=StructureConfig,
     targets={"ratio": ("count",), "count": ("ratio",)},
     run=_run,
     headers=HEADERS,
-    describe=describe,
+    describe=MethodRow.describe,
 )

@@ -12,8 +12,9 @@ from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.greedy import Greedy, GreedyOptions
-from pyprune.depth.registry import Progress, depth_method
+from pyprune.depth.registry import depth_method
 from pyprune.models.adapter import Adapter
+from pyprune.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,8 @@ def replace_window(
     if not all(map(_finite, errors.values())):
         raise UserError("the window's states are NaN or infinite on this text")
     parameters = list(block.parameters())
-    current = [p.clone() for p in choices[chosen]]
+    # Small steps would be lost in the rounding of 16-bit weights.
+    current = [p.float() if p.dtype.itemsize < 4 else p.clone() for p in choices[chosen]]
     wanted = [(p, p.requires_grad) for p in graph.model.parameters()]
     try:
         for p, _ in wanted:
@@ -143,7 +144,7 @@ def _train(
                 loss = _mse(run_layer(graph, layer, state, context), batches[i], target)
                 loss.backward()  # type: ignore[no-untyped-call]
             for value, p in zip(current, parameters, strict=True):
-                value.grad = p.grad
+                value.grad = None if p.grad is None else p.grad.to(value.dtype)
                 p.grad = None
                 p.requires_grad_(False)
             torch.nn.utils.clip_grad_norm_(current, clip)

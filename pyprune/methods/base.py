@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from pyprune.patterns import NM, Pattern
 StatisticKind = Literal["norms", "gram"]
 Update = Literal["none", "sequential", "iterative"]
 UPDATES: tuple[str, ...] = get_args(Update)
+Own = TypeVar("Own")
+Gradient = TypeVar("Gradient")
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,14 @@ class MethodOptions:
             raise UserError(f"block_size: expected at least 1 column, got {self.block_size}")
         if self.update not in UPDATES:
             raise UserError(f"update: expected one of {', '.join(UPDATES)}, got {self.update!r}")
+
+    def own_as(self, kind: type[Own]) -> Own:
+        """`own`, or the defaults of `kind` if it is None; TypeError if it is another method's."""
+        if self.own is None:
+            return kind()
+        if not isinstance(self.own, kind):
+            raise TypeError(f"own: expected {kind.__name__}, got {type(self.own).__name__}")
+        return self.own
 
 
 class LayerInputs:
@@ -116,20 +126,36 @@ class LayerInputs:
         return self._factor
 
 
+def given(name: str, inputs: LayerInputs | None) -> LayerInputs:
+    """`inputs`; ValueError, with the method's name, if there are none."""
+    if inputs is None:
+        raise ValueError(f"{name}: expected calibration inputs, got none")
+    return inputs
+
+
+def given_gradient(name: str, inputs: LayerInputs | None, kind: type[Gradient]) -> Gradient:
+    """The gradient statistic that came with `inputs`; ValueError if it is not of this kind."""
+    found = given(name, inputs).gradient
+    if not isinstance(found, kind):
+        got = "none" if found is None else type(found).__name__
+        raise ValueError(f"{name}: expected {kind.__name__} of the gradients, got {got}")
+    return found
+
+
 def factors_of(inputs: Sequence[LayerInputs], options: MethodOptions) -> ObsFactor:
     """The factors of several layers' inputs as a stack, of one if all are the same inputs. If there
     is none yet they are made in one call."""
-    if all(given is inputs[0] for given in inputs):
+    if all(some is inputs[0] for some in inputs):
         return ObsFactor(*(t[None] for t in inputs[0].factor(options)))
-    grams = [given.gram for given in inputs if given.gram is not None and not given.factored]
+    grams = [some.gram for some in inputs if some.gram is not None and not some.factored]
     if len(grams) < len(inputs):
-        factors = [given.factor(options) for given in inputs]
+        factors = [some.factor(options) for some in inputs]
         return ObsFactor(*(torch.stack(parts) for parts in zip(*factors, strict=True)))
     made = ops.obs_factor(
         torch.stack(grams), damping=options.damping, max_damping=options.max_damping
     )
-    for given, u, dead, damping in zip(inputs, *made, strict=True):
-        given.keep_factor(ObsFactor(u, dead, damping))
+    for some, u, dead, damping in zip(inputs, *made, strict=True):
+        some.keep_factor(ObsFactor(u, dead, damping))
     return made
 
 

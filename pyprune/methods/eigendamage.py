@@ -38,18 +38,12 @@ class EigenBasis(NamedTuple):
         return self.left @ rotated @ self.right.T
 
 
-def eigenbasis(a: Tensor, g: Tensor) -> EigenBasis:
-    """Of the factors `[C, C]` and `[R, R]`, symmetric positive semidefinite. What rounding leaves
-    below zero of an eigenvalue is zero."""
-    left_values, left = eigenvectors(g)
-    right_values, right = eigenvectors(a)
-    return EigenBasis(left, right, left_values, right_values)
-
-
 def eigenvectors(h: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues `[n]` of one factor, none below 0, and its eigenvectors as columns `[n, n]`."""
+    """Eigenvalues `[n]` of one factor, symmetric positive semidefinite, and its eigenvectors as
+    columns `[n, n]`. What rounding leaves below zero of an eigenvalue is zero."""
     values, vectors = torch.linalg.eigh(h.double())
-    return values.clamp_min(0), vectors
+    # Row by row, as a file gives them back: products of them round the same then.
+    return values.clamp_min(0), vectors.contiguous()
 
 
 def element_costs(rotated: Tensor, curvature: Tensor) -> Tensor:

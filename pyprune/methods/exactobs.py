@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pyprune.errors import UserError
 from pyprune.methods import sparsegpt
-from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given
 from pyprune.methods.greedy import GreedyPlan
 from pyprune.methods.update import masked, reconstructed, without_dead
 from pyprune.patterns import NM, Pattern
@@ -46,8 +46,7 @@ def exactobs(
     by one heap over its rows (section 4). Then the exact least squares of what is kept.
     See `Solver`; `ops.obs_greedy`, `ops.obs_reconstruct`.
     """
-    if inputs is None:
-        raise ValueError("exactobs: expected calibration inputs, got none")
+    inputs = given("exactobs", inputs)
     factor = inputs.factor(options)
     alive = without_dead(w, factor)
     if mask is None:
@@ -71,8 +70,7 @@ def exact_mask(
 
 def most_columns(options: MethodOptions) -> int:
     """The widest layer that is not refused."""
-    own = options.own if isinstance(options.own, ExactObsOptions) else ExactObsOptions()
-    return own.max_columns
+    return options.own_as(ExactObsOptions).max_columns
 
 
 METHOD = Method(

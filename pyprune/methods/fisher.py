@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyprune.calibration.gradient_stats import GradientSamples
 from pyprune.errors import UserError
-from pyprune.methods.base import LayerInputs, MethodOptions
+from pyprune.methods.base import LayerInputs, MethodOptions, given_gradient
 from pyprune.ops.obs_factor import NotPositiveDefiniteError, damping_ladder
 
 
@@ -51,9 +51,7 @@ class LowRankFisher:
     ) -> LowRankFisher:
         """From what the backward pass accumulated. S has no full rank: a damping of 0 becomes the
         next one of `damping_ladder`. Raises NotPositiveDefiniteError where that ends."""
-        statistic = inputs.gradient
-        if not isinstance(statistic, GradientSamples):
-            raise ValueError(f"{name}: expected gradient samples, got none")
+        statistic = given_gradient(name, inputs, GradientSamples)
         s = statistic.per_token().to(inputs.squared_norms.device, torch.float64)
         diagonal = s.square().sum(0)
         ladder = damping_ladder(options.damping, options.max_damping)

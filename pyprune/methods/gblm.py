@@ -11,10 +11,17 @@ from torch import Tensor
 
 from pyprune.calibration.gradient_stats import GradientFactory, MagnitudeStatistic
 from pyprune.errors import UserError
-from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
+from pyprune.methods.base import (
+    LayerInputs,
+    Method,
+    MethodOptions,
+    Solution,
+    given,
+    given_gradient,
+)
 from pyprune.methods.selection import select_mask
 from pyprune.methods.update import solve_by_score
-from pyprune.patterns import NM, Pattern
+from pyprune.patterns import Pattern, scope_of
 
 REFERENCE_SEQUENCES = 128  # of the paper's calibration, at which its alpha was chosen
 
@@ -37,7 +44,7 @@ class GblmOptions:
 
 
 def gradient(options: MethodOptions) -> GradientFactory:
-    power = 1 if _own(options).norm == "l1" else 2
+    power = 1 if options.own_as(GblmOptions).norm == "l1" else 2
     return partial(MagnitudeStatistic, power=power, per_token=True)
 
 
@@ -53,13 +60,12 @@ def gradient_norm(statistic: MagnitudeStatistic, options: GblmOptions) -> Tensor
 def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
     """`[R, C]`: `s_j + alpha * gamma_ij` with s_j = ||x_j||_2 / sqrt(N), the factor of |w_ij| in
     its score (Das et al. 2023, eq. 6)."""
-    if inputs is None or not isinstance(inputs.gradient, MagnitudeStatistic):
-        raise ValueError("gblm: expected calibration inputs and gradients, got none")
-    own = _own(options)
-    gamma = gradient_norm(inputs.gradient, own).to(inputs.squared_norms.device)
+    inputs, own = given("gblm", inputs), options.own_as(GblmOptions)
+    statistic = given_gradient("gblm", inputs, MagnitudeStatistic)
+    gamma = gradient_norm(statistic, own).to(inputs.squared_norms.device)
     if own.gradient_only:
         return gamma
-    activations = (inputs.squared_norms.to(gamma.dtype) / inputs.gradient.sequences).sqrt()
+    activations = (inputs.squared_norms.to(gamma.dtype) / statistic.sequences).sqrt()
     return activations + own.alpha * gamma
 
 
@@ -75,13 +81,9 @@ def gblm(
     the pattern says otherwise. See `Solver`."""
     if mask is None:
         scores = w.abs() * column_scale(inputs, options).to(w.dtype)
-        scope = "" if isinstance(pattern, NM) else pattern.scope or METHOD.default_scope
+        scope = scope_of(pattern, METHOD.default_scope)
         mask = select_mask(scores, pattern, scope=scope, preserve=preserve)
     return solve_by_score(w, inputs, options, mask)
-
-
-def _own(options: MethodOptions) -> GblmOptions:
-    return options.own if isinstance(options.own, GblmOptions) else GblmOptions()
 
 
 METHOD = Method(

@@ -22,7 +22,7 @@ class GlobalSelection:
     more only if `preserve` (bool, False = must stay pruned) forces more; NaN scores rank highest.
 
     All methods take `w [R, C]` as it was in the first pass; `scale [C]` and `preserve [R, C]` may
-    be None. It holds `scale` for each layer and the two histograms.
+    be None. It holds `scale` for each layer, in fp32 on the CPU, and the two histograms.
     """
 
     def __init__(self, sparsity: float) -> None:
@@ -38,7 +38,8 @@ class GlobalSelection:
 
     def count(self, layer: str, w: Tensor, scale: Tensor | None, preserve: Tensor | None) -> None:
         """First pass."""
-        self._scales[layer] = scale
+        # Those of gradient methods are as large as the layers: not to gather where these are.
+        self._scales[layer] = None if scale is None else scale.float().cpu()
         keys = self._keys(layer, w, preserve)
         self._elements += w.numel()
         self._forced += w.numel() - keys.numel()
@@ -74,7 +75,7 @@ class GlobalSelection:
     def _keys(self, layer: str, w: Tensor, preserve: Tensor | None) -> Tensor:
         """`[n]` int32 keys of the weights that are free to stay."""
         scale = self._scales[layer]
-        scores = w.float().abs() if scale is None else w.float().abs() * scale.to(w.device).float()
+        scores = w.float().abs() if scale is None else w.float().abs() * scale.to(w.device)
         keys = scores.contiguous().view(torch.int32).flatten()
         return keys if preserve is None else keys[preserve.flatten()]
 

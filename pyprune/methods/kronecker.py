@@ -27,43 +27,15 @@ ITERATIONS = 80
 FEW_PRUNED = 0.3
 
 
-def balanced(a: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors `[C, C]` and `[R, R]` scaled to one Frobenius norm; G (x) A is unchanged. Both
-    become zero if one is."""
-    norms = a.norm(), g.norm()
-    if not bool(norms[0] * norms[1]):
-        return torch.zeros_like(a), torch.zeros_like(g)
-    ratio = (norms[1] / norms[0]).sqrt()
-    return a * ratio, g / ratio
-
-
-def damped_inverse(h: Tensor, damping: float) -> tuple[Tensor, float]:
-    """`(H + damping * mean(diag H) * I)^-1` and the damping used; raises as `ops.obs_factor` does.
-
-    Dead coordinates (zero on the diagonal) are to be cut out of `h` first: `obs_factor` would
-    count their diagonal as 1.
-    """
-    if bool((h.diagonal() == 0).any()):
-        raise ValueError("h: expected no zero on the diagonal")
-    factor = ops.obs_factor(h, damping=damping)
-    return factor.u.mT @ factor.u, float(factor.damping)
-
-
-def element_costs(w: Tensor, a_inverse: Tensor, g_inverse: Tensor) -> Tensor:
-    """`[R, C]`: `w_ij^2 / (2 [G^-1]_ii [A^-1]_jj)`, the loss of removing one weight and adapting
-    all others (section 3.2)."""
-    return 0.5 * w.square() / torch.outer(g_inverse.diagonal(), a_inverse.diagonal())
-
-
-def row_costs(w: Tensor, a: Tensor, g_inverse: Tensor) -> Tensor:
+def row_costs(w: Tensor, a: Tensor, g_inverse_diagonal: Tensor) -> Tensor:
     """`[R]`: `(W A W^T)_ii / (2 [G^-1]_ii)`. `a` undamped is the paper's, damped the loss that
     removing the row really costs in the damped problem."""
-    return 0.5 * ops.kron_quadratic(w, a) / g_inverse.diagonal()
+    return 0.5 * ops.kron_quadratic(w, a) / g_inverse_diagonal
 
 
-def column_costs(w: Tensor, g: Tensor, a_inverse: Tensor) -> Tensor:
+def column_costs(w: Tensor, g: Tensor, a_inverse_diagonal: Tensor) -> Tensor:
     """`[C]`: `(W^T G W)_jj / (2 [A^-1]_jj)`, the column twin of `row_costs`."""
-    return 0.5 * ops.kron_quadratic(w.T, g) / a_inverse.diagonal()
+    return 0.5 * ops.kron_quadratic(w.T, g) / a_inverse_diagonal
 
 
 def remove_structures(
@@ -218,7 +190,7 @@ class Curvature:
 
     def element_scales(self) -> tuple[Tensor, Tensor]:
         """Row scale `[R]` and column scale `[C]`: |w_ij| times both is the root of twice the cost
-        of removing w_ij (`element_costs`). Zero where dead."""
+        of removing w_ij, `w_ij^2 / (2 [G^-1]_ii [A^-1]_jj)` (section 3.2). Zero where dead."""
         rows, columns = self.g.new_zeros(self.shape[0]), self.a.new_zeros(self.shape[1])
         rows[self.rows] = inverse_diagonal(self.g_factor.u).rsqrt()
         columns[self.columns] = inverse_diagonal(self.a_factor.u).rsqrt()
@@ -229,9 +201,8 @@ class Curvature:
         where dead."""
         part = self.alive(w)
         rows, columns = self.g.new_zeros(self.shape[0]), self.a.new_zeros(self.shape[1])
-        of_rows, of_columns = ops.kron_quadratic(part, self.a), ops.kron_quadratic(part.T, self.g)
-        rows[self.rows] = 0.5 * of_rows / inverse_diagonal(self.g_factor.u)
-        columns[self.columns] = 0.5 * of_columns / inverse_diagonal(self.a_factor.u)
+        rows[self.rows] = row_costs(part, self.a, inverse_diagonal(self.g_factor.u))
+        columns[self.columns] = column_costs(part, self.g, inverse_diagonal(self.a_factor.u))
         return rows, columns
 
     def unit_costs(self, w: Tensor, columns: Tensor) -> Tensor:
@@ -298,7 +269,8 @@ class Curvature:
 
 def _factor(h: Tensor, damping: float) -> ObsFactor:
     if not len(h):  # all of it is dead
-        return ObsFactor(h, h.new_zeros(0, dtype=torch.bool), torch.tensor(damping))
+        made = torch.tensor(damping, dtype=torch.float64)
+        return ObsFactor(h, h.new_zeros(0, dtype=torch.bool), made)
     return ops.obs_factor(h, damping=damping)
 
 

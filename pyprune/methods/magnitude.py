@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given
 from pyprune.methods.selection import reference_threshold_mask, select_mask
 from pyprune.methods.update import iterative, solve_by_score
-from pyprune.patterns import NM, Pattern
+from pyprune.patterns import Pattern, scope_of
 
 
 def magnitude(
@@ -20,14 +20,13 @@ def magnitude(
 ) -> Solution:
     """Score |w|, compared over the layer unless the pattern says otherwise. See `Solver`."""
     if mask is None and options.update == "iterative":
-        if inputs is None:
-            raise ValueError("update iterative: expected calibration inputs, got none")
+        inputs = given("update iterative", inputs)
         return iterative(w, None, inputs, pattern, options, preserve)
     if mask is None and options.reference_count:
         mask = reference_threshold_mask(w, pattern.sparsity)
         mask = mask if preserve is None else mask & preserve
     if mask is None:
-        scope = "" if isinstance(pattern, NM) else pattern.scope or METHOD.default_scope
+        scope = scope_of(pattern, METHOD.default_scope)
         mask = select_mask(w, pattern, scope=scope, preserve=preserve)
     return solve_by_score(w, inputs, options, mask)
 

@@ -13,34 +13,39 @@ from functools import partial
 from torch import Tensor
 
 from pyprune.calibration.gradient_stats import DiagonalFactors, GradientFactory, MagnitudeStatistic
-from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
+from pyprune.methods.base import (
+    LayerInputs,
+    Method,
+    MethodOptions,
+    Solution,
+    given,
+    given_gradient,
+)
 from pyprune.methods.selection import select_mask
 from pyprune.methods.update import solve_by_score
-from pyprune.patterns import NM, Pattern
+from pyprune.patterns import Pattern, scope_of
 
 Curvature = Callable[[LayerInputs], Tensor]
 
 
 def layer_curvature(inputs: LayerInputs) -> Tensor:
-    """`[C]`: mean of x_j^2, the diagonal of the Hessian of half the squared output error."""
-    return inputs.squared_norms / max(inputs.tokens, 1.0)
+    """`[C]`: sum over tokens of x_j^2, the diagonal of the Hessian of half the squared output error
+    on the whole text. Not a mean over the layer's own tokens: an expert that few of them reach
+    would count, among all layers, as much as a busy one."""
+    return inputs.squared_norms
 
 
 def fisher_diagonal(inputs: LayerInputs) -> Tensor:
     """`[R, C]`: empirical Fisher information per predicted token, the sum over sequences of the
     squared gradient of their summed loss, over the number of targets."""
-    statistic = inputs.gradient
-    if not isinstance(statistic, MagnitudeStatistic):
-        raise ValueError("obd: expected squared gradients, got none")
+    statistic = given_gradient("obd", inputs, MagnitudeStatistic)
     return statistic.total / statistic.targets
 
 
 def kronecker_diagonal(inputs: LayerInputs) -> Tensor:
     """`[R, C]`: diag(G) diag(A)^T with A and G the second moments over the tokens of the inputs and
     of the outputs' gradients: inputs and gradients, and tokens, taken as independent."""
-    statistic = inputs.gradient
-    if not isinstance(statistic, DiagonalFactors):
-        raise ValueError("k-obd: expected diagonal factors, got none")
+    statistic = given_gradient("k-obd", inputs, DiagonalFactors)
     g, a = statistic.g / statistic.targets, statistic.a / max(statistic.tokens, 1)
     return g[:, None] * a
 
@@ -55,8 +60,7 @@ class Obd:
 
     def column_scale(self, inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
         """`[C]` or `[R, C]`: sqrt(F). |w| times it orders the weights as w^2 F / 2 does."""
-        if inputs is None:
-            raise ValueError(f"{self.name}: expected calibration inputs, got none")
+        inputs = given(self.name, inputs)
         return self.curvature(inputs).sqrt().to(inputs.squared_norms.device)
 
     def solve(
@@ -71,7 +75,7 @@ class Obd:
         """See `Solver`."""
         if mask is None:
             scores = w.abs() * self.column_scale(inputs, options).to(w.dtype)
-            scope = "" if isinstance(pattern, NM) else pattern.scope or self.default_scope
+            scope = scope_of(pattern, self.default_scope)
             mask = select_mask(scores, pattern, scope=scope, preserve=preserve)
         return solve_by_score(w, inputs, options, mask)
 

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from pyprune.calibration.gradient_stats import GradientFactory, GradientSamples
 from pyprune.errors import UserError
-from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given
 from pyprune.methods.fisher import LowRankFisher, SampleOptions, live_weight, with_dead
 from pyprune.methods.selection import select_mask
-from pyprune.patterns import NM, Pattern, Unstructured
+from pyprune.patterns import NM, Pattern, Unstructured, scope_of
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ class Survivors:
 
 
 def gradient(options: MethodOptions) -> GradientFactory:
-    return partial(GradientSamples, samples=_own(options).samples)
+    return partial(GradientSamples, samples=options.own_as(ObsOptions).samples)
 
 
 def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
     """`[R, C]`: 1 / sqrt(diag(F^-1)) of the dense layer; 0 for inputs that were always zero."""
-    inputs = _given(inputs)
-    fisher = LowRankFisher.of("obs", inputs, options, _own(options))
+    inputs = given("obs", inputs)
+    fisher = LowRankFisher.of("obs", inputs, options, options.own_as(ObsOptions))
     diagonal = Survivors(torch.zeros_like(fisher.d), fisher).inverse_diagonal()
     return torch.where(inputs.dead, 0.0, diagonal.rsqrt())
 
@@ -107,7 +107,7 @@ def obs(
     """The weights that cost the loss least go, some in each round, and all others of the layer take
     the values that are best without them (Hassibi & Stork 1992; weights of one round jointly).
     See `Solver`."""
-    inputs, own = _given(inputs), _own(options)
+    inputs, own = given("obs", inputs), options.own_as(ObsOptions)
     fisher = LowRankFisher.of("obs", inputs, options, own)
     survivors = Survivors(live_weight(w, inputs), fisher)
     if mask is not None:
@@ -115,7 +115,7 @@ def obs(
     else:
         if preserve is not None:
             survivors.keep(preserve)
-        scope = "" if isinstance(pattern, NM) else pattern.scope or METHOD.default_scope
+        scope = scope_of(pattern, METHOD.default_scope)
         for step in _rounds(pattern, own.rounds):
             scores = survivors.scores().to(w.dtype)
             survivors.keep(select_mask(scores, step, scope=scope, preserve=survivors.kept))
@@ -130,16 +130,6 @@ def _rounds(pattern: Pattern, rounds: int) -> Iterator[Pattern]:
         return
     yield from (Unstructured(pattern.sparsity * i / rounds) for i in range(1, rounds))
     yield pattern
-
-
-def _given(inputs: LayerInputs | None) -> LayerInputs:
-    if inputs is None:
-        raise ValueError("obs: expected calibration inputs and gradients, got none")
-    return inputs
-
-
-def _own(options: MethodOptions) -> ObsOptions:
-    return options.own if isinstance(options.own, ObsOptions) else ObsOptions()
 
 
 METHOD = Method(

@@ -14,8 +14,11 @@ Scalar = bool | int | float | str | None
 _WORDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
-def build_options(method: str, kind: type | None, values: Mapping[str, Any]) -> object | None:
-    """`kind(**values)`, or None for a method without options of its own.
+def build_options(
+    method: str, kind: type | None, values: Mapping[str, Any], where: str = "method_options"
+) -> object | None:
+    """`kind(**values)`, or None for a method without options of its own. where: the field that
+    `values` came in, for messages.
 
     Raises:
         UserError: a name is unknown (the closest one is given) or a value of the wrong type; what
@@ -26,12 +29,12 @@ def build_options(method: str, kind: type | None, values: Mapping[str, Any]) -> 
         if name not in known:
             close = get_close_matches(str(name), known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known) or 'none'}"
-            raise UserError(f"method_options: {method} has no option {name!r}, {hint}")
+            raise UserError(f"{where}: {method} has no option {name!r}, {hint}")
     if kind is None:
         return None
     hints = get_type_hints(kind)
     for name, value in values.items():
-        _check(f"method_options: {method} {name}", hints[name], value)
+        _check(f"{where}: {method} {name}", hints[name], value)
     built: object = kind(**values)
     return built
 
@@ -42,7 +45,7 @@ def describe_options(kind: type | None) -> dict[str, str]:
         return {}
     hints = get_type_hints(kind)
     return {
-        field.name: f"{_takes(hints[field.name])}; {_shown(field.default)}"
+        field.name: f"{_takes(hints[field.name])}; by default {_shown(field.default)}"
         for field in dataclasses.fields(kind)
     }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.errors import UserError
-from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, factors_of
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, factors_of, given
 from pyprune.methods.update import sequential, swept_solution, without_dead
 from pyprune.ops.obs_factor import ObsFactor
 from pyprune.patterns import NM, Pattern
@@ -34,7 +34,7 @@ class SparseGptOptions:
 
 
 def quantise_bits(options: MethodOptions) -> int:
-    return options.own.quantise_bits if isinstance(options.own, SparseGptOptions) else 0
+    return options.own_as(SparseGptOptions).quantise_bits
 
 
 def check(pattern: Pattern, options: MethodOptions) -> None:
@@ -49,14 +49,8 @@ def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
     """`[C]`: 1 / sqrt(diag(H^-1)). With it a weight's squared score is twice the loss of removing
     that weight alone from the dense layer (OBS saliency): what a choice made before any sweep, the
     global one, can go by. 0 for inputs that were always zero."""
-    factor = _given(inputs).factor(options)
+    factor = given("sparsegpt", inputs).factor(options)
     return torch.where(factor.dead, 0, ops.inverse_diagonal(factor.u).rsqrt())
-
-
-def _given(inputs: LayerInputs | None) -> LayerInputs:
-    if inputs is None:
-        raise ValueError("sparsegpt: expected calibration inputs, got none")
-    return inputs
 
 
 def sparsegpt(
@@ -72,7 +66,7 @@ def sparsegpt(
     (Frantar & Alistarh 2023, algorithm 1), with H^-1 = U^T U of the damped Gram matrix.
     See `Solver`; `ops.obs_sweep` for each scope's rule, and for the kept weights on a grid.
     """
-    inputs = _given(inputs)
+    inputs = given("sparsegpt", inputs)
     if mask is not None:
         return sequential(w, mask, inputs, options, _grid(w, options))
     forced = None if preserve is None else preserve[None]
@@ -113,10 +107,10 @@ def solve_stack(
             w[b],
             ops.ObsSweep(*(t[b] for t in swept)),
             ObsFactor(*(t[b % len(t)] for t in factor)),
-            given,
+            some,
             None if grid is None else ops.RowGrid(*(t[b] for t in grid)),
         )
-        for b, given in enumerate(inputs)
+        for b, some in enumerate(inputs)
     ]
 
 

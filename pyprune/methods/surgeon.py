@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyprune.calibration.gradient_stats import GradientFactory, KroneckerFactors
 from pyprune.errors import UserError
-from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given_gradient
 from pyprune.methods.kronecker import ITERATIONS, Curvature, Update
 from pyprune.methods.selection import select_mask
 from pyprune.patterns import NM, Pattern
@@ -37,6 +37,9 @@ class SurgeonOptions:
     refinements: steps towards the nearest, each two more passes over the text.
     factor_memory: GiB that factors may take at once. If those of all layers need more, they are
         made in several passes over the text and wait on disk.
+    fisher_samples: 0: gradients of the text's own tokens (the empirical Fisher information, as in
+        the paper). S > 0: of S tokens drawn from the model at each place, with a backward pass
+        each; `calibration.seed` and the shot say which.
     corrections: steps of low-rank training after each shot, on the calibration text; what is
         pruned stays so. correction_rank, correction_rate: rank and learning rate of it.
     """
@@ -50,6 +53,7 @@ class SurgeonOptions:
     kronecker: Literal["independent", "nearest"] = "independent"
     refinements: int = 2
     factor_memory: float = 8.0
+    fisher_samples: int = 0
     corrections: int = 0
     correction_rank: int = 8
     correction_rate: float = 1e-4
@@ -59,6 +63,7 @@ class SurgeonOptions:
             ("shots", 1),
             ("iterations", 1),
             ("refinements", 1),
+            ("fisher_samples", 0),
             ("corrections", 0),
             ("correction_rank", 1),
         ):
@@ -94,13 +99,9 @@ def _wrong(name: str, expected: str, got: object) -> UserError:
     return UserError(f"method_options: llm-surgeon {name}: expected {expected}, got {got}")
 
 
-def own_options(options: MethodOptions) -> SurgeonOptions:
-    return options.own if isinstance(options.own, SurgeonOptions) else SurgeonOptions()
-
-
 def check(pattern: Pattern, options: MethodOptions) -> None:
     """Raises UserError for a structure that does not go with the pattern."""
-    own = own_options(options)
+    own = options.own_as(SurgeonOptions)
     if isinstance(pattern, NM):
         if own.structure not in ("element", str(pattern)):
             raise UserError(
@@ -120,7 +121,7 @@ def curvature(w: Tensor, factors: KroneckerFactors, options: MethodOptions) -> C
         a,
         g,
         a_damping=options.damping,
-        g_damping=own_options(options).g_damping,
+        g_damping=options.own_as(SurgeonOptions).g_damping,
         bias=factors.bias,
     )
 
@@ -128,7 +129,7 @@ def curvature(w: Tensor, factors: KroneckerFactors, options: MethodOptions) -> C
 def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
     """`[R, C]`: ([G^-1]_ii [A^-1]_jj)^-1/2. |w| times it orders the weights as their costs do
     (eq. 5)."""
-    factors = _factors(inputs)
+    factors = given_gradient("llm-surgeon", inputs, KroneckerFactors)
     rows, columns = factors.g.shape[0], factors.a.shape[0]
     whole = factors.g.new_ones(rows, columns)
     row_scale, scale = curvature(whole, factors, options).element_scales()
@@ -147,7 +148,8 @@ def surgeon(
 
     A `mask` comes with dampings that are known to do. The loss is that of `Curvature.loss`.
     """
-    factors, own = _factors(inputs), own_options(options)
+    factors = given_gradient("llm-surgeon", inputs, KroneckerFactors)
+    own = options.own_as(SurgeonOptions)
     there = curvature(w, factors, options)
     if mask is None:
         there = there.settled()
@@ -157,12 +159,6 @@ def surgeon(
         mask = select_mask(scores, pattern, scope=scope, preserve=preserve)
     new = there.without_elements(w, mask, own.update, own.iterations)
     return Solution(new, mask, damping=there.a_damping, loss=there.loss(new - w))
-
-
-def _factors(inputs: LayerInputs | None) -> KroneckerFactors:
-    if inputs is None or not isinstance(inputs.gradient, KroneckerFactors):
-        raise ValueError("llm-surgeon: expected Kronecker factors, got none")
-    return inputs.gradient
 
 
 def gradient(options: MethodOptions) -> GradientFactory:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.methods.base import LayerInputs, MethodOptions, Solution
+from pyprune.methods.base import LayerInputs, MethodOptions, Solution, given
 from pyprune.ops.obs_factor import ObsFactor
 from pyprune.patterns import NM, Pattern
 
@@ -136,6 +136,4 @@ def solve_by_score(
     """A score method's answer once its mask is known."""
     if options.update == "none":
         return masked(w, mask)
-    if inputs is None:
-        raise ValueError(f"update {options.update}: expected calibration inputs, got none")
-    return sequential(w, mask, inputs, options)
+    return sequential(w, mask, given(f"update {options.update}", inputs), options)

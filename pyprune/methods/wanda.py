@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given
 from pyprune.methods.selection import score_mass_mask, select_mask
 from pyprune.methods.update import iterative, solve_by_score
-from pyprune.patterns import NM, Pattern
+from pyprune.patterns import Pattern, scope_of
 
 
 def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
     """`[C]`: L2 norm of each input over the calibration tokens."""
-    if inputs is None:
-        raise ValueError("wanda: expected calibration inputs, got none")
-    return inputs.squared_norms.sqrt()
+    return given("wanda", inputs).squared_norms.sqrt()
 
 
 def wanda(
@@ -37,7 +35,7 @@ def wanda(
     if options.score_mass:
         mask = score_mass_mask(w, pattern.sparsity, scale=scale, preserve=preserve)
     else:
-        scope = "" if isinstance(pattern, NM) else pattern.scope or METHOD.default_scope
+        scope = scope_of(pattern, METHOD.default_scope)
         mask = select_mask(w, pattern, scale=scale, scope=scope, preserve=preserve)
     return solve_by_score(w, inputs, options, mask)
 

@@ -17,11 +17,11 @@ from torch.nn import functional as F
 
 from pyprune.calibration.gradient_stats import GradientFactory, GradientSamples
 from pyprune.errors import UserError
-from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given
 from pyprune.methods.fisher import LowRankFisher, SampleOptions, live_weight, with_dead
 from pyprune.methods.greedy import GreedyPlan
 from pyprune.methods.selection import select_mask
-from pyprune.patterns import NM, Pattern
+from pyprune.patterns import NM, Pattern, scope_of
 
 # Bytes of block matrices that exist at a time; with their inverses and factors a few times that.
 BLOCKS_BYTES = 64 << 20
@@ -96,14 +96,14 @@ def summed_update(x: Tensor, inverse: Tensor, mask: Tensor) -> Tensor:
 
 
 def gradient(options: MethodOptions) -> GradientFactory:
-    return partial(GradientSamples, samples=_own(options).samples)
+    return partial(GradientSamples, samples=options.own_as(WoodFisherOptions).samples)
 
 
 def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
     """`[R, C]`: 1 / sqrt(diag(F^-1)) of the dense layer; 0 for inputs that were always zero."""
-    inputs = _given(inputs)
-    fisher = LowRankFisher.of("woodfisher", inputs, options, _own(options))
-    blocks = Blocks(fisher, _own(options).block_size)
+    inputs, own = given("woodfisher", inputs), options.own_as(WoodFisherOptions)
+    fisher = LowRankFisher.of("woodfisher", inputs, options, own)
+    blocks = Blocks(fisher, own.block_size)
     diagonals = [inverse.diagonal(dim1=1, dim2=2) for _, inverse in blocks.inverses()]
     return torch.where(inputs.dead, 0.0, blocks.join(torch.cat(diagonals)).rsqrt())
 
@@ -118,7 +118,7 @@ def woodfisher(
 ) -> Solution:
     """Least loss first within the layer unless the pattern says otherwise, with the update of the
     weights that share a block with what went (Singh & Alistarh 2020). See `Solver`."""
-    inputs, own = _given(inputs), _own(options)
+    inputs, own = given("woodfisher", inputs), options.own_as(WoodFisherOptions)
     fisher = LowRankFisher.of("woodfisher", inputs, options, own)
     size = own.block_size
     if isinstance(pattern, NM):
@@ -129,7 +129,9 @@ def woodfisher(
     elif mask is None:
         diagonals = [inverse.diagonal(dim1=1, dim2=2) for _, inverse in blocks.inverses()]
         scores = x.square() / (2 * blocks.join(torch.cat(diagonals)))
-        mask = select_mask(scores, pattern, scope=_scope(pattern), preserve=preserve)
+        mask = select_mask(
+            scores, pattern, scope=scope_of(pattern, METHOD.default_scope), preserve=preserve
+        )
     update = joint_update if own.joint else summed_update
     cut, kept = blocks.cut(x), blocks.cut(mask, True)
     solved = [update(cut[part], inverse, kept[part]) for part, inverse in blocks.inverses()]
@@ -141,7 +143,7 @@ def _greedy(
     x: Tensor, blocks: Blocks, pattern: Pattern, preserve: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Traced in `dtype`: blocks are small and damped, and fp32 has a kernel."""
-    scope = _scope(pattern)
+    scope = scope_of(pattern, METHOD.default_scope)
     if scope not in ("", "row", "layer"):
         raise ValueError(f"woodfisher: scope {scope} expects the mask that was selected, got none")
     cut = blocks.cut(x).to(dtype)
@@ -152,20 +154,6 @@ def _greedy(
     traces = [plan.trace(cut[part], inverse, part) for part, inverse in inverses]
     order, loss = (torch.cat(parts) for parts in zip(*traces, strict=True))
     return blocks.join(plan.mask(order, loss))
-
-
-def _scope(pattern: Pattern) -> str:
-    return "" if isinstance(pattern, NM) else pattern.scope or METHOD.default_scope
-
-
-def _given(inputs: LayerInputs | None) -> LayerInputs:
-    if inputs is None:
-        raise ValueError("woodfisher: expected calibration inputs and gradients, got none")
-    return inputs
-
-
-def _own(options: MethodOptions) -> WoodFisherOptions:
-    return options.own if isinstance(options.own, WoodFisherOptions) else WoodFisherOptions()
 
 
 METHOD = Method(

@@ -75,7 +75,7 @@ class Adapter:
 
     def linears(self, i: int) -> list[LinearRef]:
         """The prunable matrices of block `i` in definition order, without routers and without
-        parameters that are tied to something outside the block."""
+        parameters that more than one module holds: what is best for one is not for the other."""
         return list(self._linears[i])
 
     def restricted(self, names: Collection[str]) -> Adapter:
@@ -117,14 +117,17 @@ def _owner(ref: LinearRef) -> Tensor:
 
 
 def _shared_parameters(model: nn.Module, blocks: list[nn.Module]) -> set[int]:
-    """Identities of the parameters that live outside the blocks or in more than one of them:
-    embeddings, the head, and whatever is tied to them."""
-    homes: dict[int, set[int]] = {}
-    home_of = {id(m): i for i, block in enumerate(blocks) for m in block.modules()}
+    """Identities of the parameters that live outside the blocks or in more than one module:
+    embeddings, the head, and whatever is tied to them or to each other."""
+    owners: dict[int, int] = {}
+    outside: set[int] = set()
+    within = {id(module) for block in blocks for module in block.modules()}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):
-            homes.setdefault(id(parameter), set()).add(home_of.get(id(module), -1))
-    return {key for key, where in homes.items() if len(where) > 1 or -1 in where}
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+            if id(module) not in within:
+                outside.add(id(parameter))
+    return outside | {key for key, count in owners.items() if count > 1}
 
 
 def _linears(block: nn.Module, block_name: str) -> Iterator[LinearRef]:

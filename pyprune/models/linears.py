@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,3 +55,24 @@ class LinearRef:
             )
         with torch.no_grad():
             target.copy_(w)
+
+
+def parameters_of(
+    refs: Iterable[LinearRef], weights: Mapping[str, Tensor], root: str
+) -> dict[str, Tensor]:
+    """The parameters of the module at `root`, by their names in it, that hold the matrices `[R, C]`
+    in `weights` (by `LinearRef.name`) in the place of their own; what `torch.func.functional_call`
+    takes. Experts of a fused parameter without one keep theirs. Differentiable."""
+    found: dict[str, Tensor] = {}
+    experts: dict[str, list[Tensor]] = {}
+    for ref in refs:
+        if ref.name not in weights:
+            continue
+        w = weights[ref.name].T if ref.transposed else weights[ref.name]
+        name = ref.parameter_name.removeprefix(f"{root}.")
+        if ref.index is None:
+            found[name] = w
+        else:
+            dense: Tensor = getattr(ref.module, ref.parameter).detach()
+            experts.setdefault(name, list(dense.unbind()))[ref.index] = w
+    return found | {name: torch.stack(parts) for name, parts in experts.items()}

@@ -11,19 +11,10 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import PreTrainedModel
 
-# Plain attributes of a layer's modules that say how it behaves, where a configuration can make
-# layers different from each other.
-BEHAVIOUR = (
-    "sliding_window",
-    "is_sliding",
-    "layer_type",
-    "attention_type",
-    "use_rope",
-    "is_local",
-    "is_moe_layer",
-    "attn_logit_softcapping",
-    "scaling",
-)
+# Whole numbers of a layer's modules that say how it works; all others are sizes.
+WORKING_NUMBERS = ("sliding_window", "use_rope", "attention_chunk_size")
+# What a module's owner has set, not its configuration.
+NOT_BEHAVIOUR = ("training", "gradient_checkpointing")
 
 
 class InexpressibleError(Exception):
@@ -79,13 +70,16 @@ def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
 
 def behaviour(block: nn.Module) -> dict[str, Any]:
     """What the modules of a layer say about how they work, by "path:" (their class) and
-    "path:attribute"."""
+    "path:attribute": all public attributes that are text, flags or fractions (a family may make one
+    of them depend on the layer's index), and the `WORKING_NUMBERS`."""
     found: dict[str, Any] = {}
     for path, module in block.named_modules():
         found[f"{path}:"] = type(module).__name__
-        for name in BEHAVIOUR:
-            value = getattr(module, name, None)
-            if isinstance(value, (bool, int, float, str)):
+        for name, value in vars(module).items():
+            if name.startswith("_") or name in NOT_BEHAVIOUR:
+                continue
+            number = type(value) is int and name in WORKING_NUMBERS
+            if number or isinstance(value, (bool, float, str)):
                 found[f"{path}:{name}"] = value
     return found
 

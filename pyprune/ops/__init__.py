@@ -25,6 +25,7 @@ from pyprune.ops.sparse_int8 import (
     dequantize_rows,
     linear_24_int8,
     linear_bitmap_int8,
+    linear_int8,
     quantize_rows,
 )
 from pyprune.ops.sparse_linear import linear_24, linear_bitmap, linear_dense
@@ -49,6 +50,7 @@ __all__ = [
     "linear_bitmap",
     "linear_bitmap_int8",
     "linear_dense",
+    "linear_int8",
     "mask_global",
     "mask_nm",
     "mask_topk",

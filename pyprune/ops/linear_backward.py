@@ -51,6 +51,7 @@ _EXPAND: dict[str, Callable[..., Tensor]] = {
     "linear_bitmap": _expand_bitmap,
     "linear_24_int8": _int8(_expand_24),
     "linear_bitmap_int8": _int8(_expand_bitmap),
+    "linear_int8": _int8(_expand_dense),
     "linear_dense": _expand_dense,
 }
 

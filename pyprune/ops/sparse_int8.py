@@ -1,11 +1,13 @@
-"""Compressed weights with int8 values and one scale a row, and products with them.
+"""Weights with int8 values and one scale a row, and products with them.
 
 `W[r, c] = scales[r] * q[r, c]`, q from -127 to 127, stored as 2:4 or bitmap like any other matrix
-(see `pyprune.ops.sparse_linear`), with q as the values. At 50 % that is 5 bits a weight. An int8
-number is a bf16 number exactly, so products lose nothing to it.
+(see `pyprune.ops.sparse_linear`) with q as the values, or with every q. At 50 % the first two take
+5 bits a weight. An int8 number is a bf16 number exactly, so products lose nothing to it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from pyprune.ops._checks import check_float, check_rows, check_same_device, chec
 from pyprune.ops.pack import unpack_24, unpack_bitmap, validate_24, validate_bitmap
 from pyprune.ops.sparse_linear import (
     META_COLUMNS,
+    check_activations,
+    check_bytes,
     decompress_24,
     decompress_bitmap,
     linear_dense_reference,
@@ -24,6 +28,16 @@ from pyprune.ops.sparse_linear import (
 
 LARGEST = 127
 _PATTERN = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+# Elements that are widened at a time: an embedding is by far the largest matrix of a small model.
+_BLOCK_ELEMENTS = 1 << 22
+
+
+def row_blocks(w: Tensor) -> list[slice]:
+    """The rows of a matrix, some at a time."""
+    step = max(1, _BLOCK_ELEMENTS // max(1, w.shape[1]))
+    return [slice(first, first + step) for first in range(0, w.shape[0], step)]
 
 
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,11 +61,20 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     check_rows("w", w)
     if w.numel() == 0:
         return torch.zeros_like(w, dtype=torch.int8), w.new_zeros(w.shape[0])
+    q, scales = torch.empty_like(w, dtype=torch.int8), w.new_empty(w.shape[0])
+    for rows in row_blocks(w):
+        q[rows], scales[rows] = _quantize(w[rows], rows.start)
+    return q, scales
+
+
+def _quantize(w: Tensor, first: int) -> tuple[Tensor, Tensor]:
+    """first: what the first row is called in an error."""
     wide = w.double() if w.dtype == torch.float64 else w.float()
     largest = wide.abs().amax(1)
     bad = (~largest.isfinite()).nonzero()
     if len(bad):
-        raise ValueError(f"w: expected finite weights to quantize, got others in row {int(bad[0])}")
+        row = first + int(bad[0])
+        raise ValueError(f"w: expected finite weights to quantize, got others in row {row}")
     scales = (largest / LARGEST).to(w.dtype)
     # The next larger number of the dtype: positive floats are ordered like their bit patterns.
     bits = scales.view(_PATTERN[scales.element_size()])
@@ -63,7 +86,10 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
 def dequantize_rows(q: Tensor, scales: Tensor) -> Tensor:
     """`scales[:, None] * q` in the dtype of the scales: `[R, C]` of any dtype that holds int8."""
     wide = torch.float64 if scales.dtype == torch.float64 else torch.float32
-    return (q.to(wide) * scales.to(wide)[:, None]).to(scales.dtype)
+    w = torch.empty_like(q, dtype=scales.dtype)
+    for rows in row_blocks(q):
+        w[rows] = q[rows].to(wide) * scales[rows].to(wide)[:, None]
+    return w
 
 
 def _check_values(values: Tensor, scales: Tensor, rows: int) -> None:
@@ -106,6 +132,20 @@ def validate_bitmap_int8(
     _check_numbers(values, scales)
 
 
+def validate_int8(values: Tensor, scales: Tensor) -> None:
+    """Raises ValueError unless these describe a matrix `[R, C]`: int8 and `[R]`."""
+    if values.dim() != 2:
+        raise ValueError(f"values: expected 2 dimensions, got shape {tuple(values.shape)}")
+    _check_values(values, scales, values.shape[0])
+    _check_numbers(values, scales)
+
+
+def unpack_int8(values: Tensor, scales: Tensor) -> Tensor:
+    """The matrix `[R, C]` in the dtype of the scales. Raises as `validate_int8`."""
+    validate_int8(values, scales)
+    return dequantize_rows(values, scales)
+
+
 def unpack_24_int8(values: Tensor, meta: Tensor, scales: Tensor) -> Tensor:
     """The dense matrix `[R, C]` in the dtype of the scales. Raises as `validate_24_int8`."""
     validate_24_int8(values, meta, scales)
@@ -120,34 +160,19 @@ def unpack_bitmap_int8(
     return dequantize_rows(unpack_bitmap(values.bfloat16(), bitmap, row_offsets, cols), scales)
 
 
-def _check_x(x: Tensor, bias: Tensor | None, rows: int) -> None:
-    if x.dim() < 1 or x.shape[-1] == 0:
-        raise ValueError(f"x: expected [..., C] with C > 0, got shape {tuple(x.shape)}")
-    check_float("x", x)
-    if bias is not None:
-        check_float("bias", bias)
-        check_shape("bias", bias, (rows,))
-
-
-def _check_bytes(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if t.dtype != dtype:
-        raise ValueError(f"{name}: expected {dtype}, got {t.dtype}")
-    check_shape(name, t, shape)
-
-
 def _check_linear_24_int8(
     x: Tensor, values: Tensor, meta: Tensor, scales: Tensor, bias: Tensor | None
 ) -> None:
     if values.dim() != 2:
         raise ValueError(f"values: expected 2 dimensions, got shape {tuple(values.shape)}")
     rows = values.shape[0]
-    _check_x(x, bias, rows)
+    check_activations(x, bias, rows)
     cols = x.shape[-1]
     if cols % META_COLUMNS:
         raise ValueError(f"x: 2:4 needs a multiple of {META_COLUMNS} columns, got {cols}")
     _check_values(values, scales, rows)
     check_shape("values", values, (rows, cols // 2))
-    _check_bytes("meta", meta, (rows, cols // META_COLUMNS), torch.uint8)
+    check_bytes("meta", meta, (rows, cols // META_COLUMNS), torch.uint8)
     check_same_device(x, values, meta, bias)
 
 
@@ -164,100 +189,87 @@ def _check_linear_bitmap_int8(
     if bitmap.dim() != 2:
         raise ValueError(f"bitmap: expected 2 dimensions, got shape {tuple(bitmap.shape)}")
     rows = bitmap.shape[0]
-    _check_x(x, bias, rows)
+    check_activations(x, bias, rows)
     _check_values(values, scales, rows)
-    _check_bytes("bitmap", bitmap, (rows, -(-x.shape[-1] // META_COLUMNS)), torch.uint8)
-    _check_bytes("row_offsets", row_offsets, (rows + 1,), torch.int64)
+    check_bytes("bitmap", bitmap, (rows, -(-x.shape[-1] // META_COLUMNS)), torch.uint8)
+    check_bytes("row_offsets", row_offsets, (rows + 1,), torch.int64)
     check_same_device(x, values, bitmap, row_offsets, bias)
 
 
-def _scaled(x: Tensor, q: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    weight = q.to(wide) * scales.to(wide)[:, None]
-    return linear_dense_reference(x, weight, bias)
+def _check_linear_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+    if values.dim() != 2:
+        raise ValueError(f"values: expected 2 dimensions, got shape {tuple(values.shape)}")
+    rows = values.shape[0]
+    check_activations(x, bias, rows)
+    _check_values(values, scales, rows)
+    check_shape("values", values, (rows, x.shape[-1]))
+    check_same_device(x, values, bias)
 
 
-def linear_24_int8_reference(
-    x: Tensor, values: Tensor, meta: Tensor, scales: Tensor, bias: Tensor | None
-) -> Tensor:
-    return _scaled(x, decompress_24(values, meta), scales, bias)
+def _define(op: str, weight: str, check: Callable[..., None], dense: Callable[..., Tensor]) -> None:
+    """Registers `op(x, *weight, scales, bias)`.
+
+    weight: the tensors' names. check: refuses arguments. dense: q `[R, C]` from x and the weight.
+    """
+
+    def reference(x: Tensor, *rest: Tensor) -> Tensor:
+        *tensors, scales, bias = rest
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        scaled = dense(x, *tensors).to(wide) * scales.to(wide)[:, None]
+        return linear_dense_reference(x, scaled, bias)
+
+    def fake(x: Tensor, *rest: Tensor) -> Tensor:
+        check(x, *rest)
+        return x.new_empty((*x.shape[:-1], rest[-2].shape[0]))
+
+    def native(x: Tensor, *rest: Tensor) -> Tensor:
+        *tensors, scales, bias = rest
+        return native_linear(op, x, scales.shape[0], bias, *tensors, scales.float())
+
+    names = "".join(f"Tensor {name}, " for name in weight.split())
+    triton = f"pyprune.kernels.sparse_int8:{op}_triton"
+    _registry.register(
+        f"{op}(Tensor x, {names}Tensor scales, Tensor? bias) -> Tensor",
+        fake=fake,
+        impls={
+            "reference": _registry.Impl(reference),
+            "native": _registry.Impl(native, _registry.HALF_OR_SINGLE),
+            "triton": _registry.Impl(triton, _registry.HALF_OR_SINGLE, triton_limits),
+        },
+    )
 
 
-def linear_bitmap_int8_reference(
-    x: Tensor,
-    values: Tensor,
-    bitmap: Tensor,
-    row_offsets: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    return _scaled(x, decompress_bitmap(values, bitmap, x.shape[-1]), scales, bias)
+_define("linear_int8", "values", _check_linear_int8, lambda x, q: q)
+_define(
+    "linear_24_int8", "values meta", _check_linear_24_int8,
+    lambda x, q, meta: decompress_24(q, meta),
+)  # fmt: skip
+_define(
+    "linear_bitmap_int8", "values bitmap row_offsets", _check_linear_bitmap_int8,
+    lambda x, q, bitmap, row_offsets: decompress_bitmap(q, bitmap, x.shape[-1]),
+)  # fmt: skip
 
 
-def _linear_24_int8_fake(
-    x: Tensor, values: Tensor, meta: Tensor, scales: Tensor, bias: Tensor | None
-) -> Tensor:
-    _check_linear_24_int8(x, values, meta, scales, bias)
-    return x.new_empty((*x.shape[:-1], values.shape[0]))
+def linear_int8(x: Tensor, values: Tensor, scales: Tensor, *, bias: Tensor | None = None) -> Tensor:
+    """`y = x @ W^T + bias` for an uncompressed `W = scales[:, None] * q` `[R, C]`.
 
+    Args:
+        x: activations `[..., C]`, bf16, fp16, fp32 or fp64; any strides.
+        values: int8 `[R, C]`, q, -127 to 127; what -128 counts for is not defined.
+        scales: `[R]`, any float dtype.
+        bias: `[R]` or None.
 
-def _linear_bitmap_int8_fake(
-    x: Tensor,
-    values: Tensor,
-    bitmap: Tensor,
-    row_offsets: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    _check_linear_bitmap_int8(x, values, bitmap, row_offsets, scales, bias)
-    return x.new_empty((*x.shape[:-1], bitmap.shape[0]))
+    Returns:
+        `[..., R]` in x's dtype. Products x * q are summed in fp32, scaled once and rounded once
+        (fp64 x: computed in fp64); sums beyond 3.4e38 overflow even where the scale would bring
+        them back. Processors that multiply bf16 natively take subnormal bf16 numbers for zero.
 
-
-def _linear_24_int8_native(
-    x: Tensor, values: Tensor, meta: Tensor, scales: Tensor, bias: Tensor | None
-) -> Tensor:
-    return native_linear("linear_24_int8", x, values.shape[0], bias, values, meta, scales.float())
-
-
-def _linear_bitmap_int8_native(
-    x: Tensor,
-    values: Tensor,
-    bitmap: Tensor,
-    row_offsets: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-) -> Tensor:
-    weight = (values, bitmap, row_offsets, scales.float())
-    return native_linear("linear_bitmap_int8", x, bitmap.shape[0], bias, *weight)
-
-
-_registry.register(
-    "linear_24_int8(Tensor x, Tensor values, Tensor meta, Tensor scales, Tensor? bias) -> Tensor",
-    fake=_linear_24_int8_fake,
-    impls={
-        "reference": _registry.Impl(linear_24_int8_reference),
-        "native": _registry.Impl(_linear_24_int8_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl(
-            "pyprune.kernels.sparse_int8:linear_24_int8_triton",
-            _registry.HALF_OR_SINGLE,
-            triton_limits,
-        ),
-    },
-)
-_registry.register(
-    "linear_bitmap_int8(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor scales,"
-    " Tensor? bias) -> Tensor",
-    fake=_linear_bitmap_int8_fake,
-    impls={
-        "reference": _registry.Impl(linear_bitmap_int8_reference),
-        "native": _registry.Impl(_linear_bitmap_int8_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl(
-            "pyprune.kernels.sparse_int8:linear_bitmap_int8_triton",
-            _registry.HALF_OR_SINGLE,
-            triton_limits,
-        ),
-    },
-)
+    Raises:
+        ValueError: a shape, dtype or device does not match.
+    """
+    _check_linear_int8(x, values, scales, bias)
+    y: Tensor = torch.ops.pyprune.linear_int8(x, values, scales, bias)
+    return y
 
 
 def linear_24_int8(

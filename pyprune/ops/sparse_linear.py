@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry, linear_24_cuda
+from pyprune.ops import _registry, linear_24_cuda, linear_bitmap_cuda
 from pyprune.ops._checks import check_float, check_same_device, check_shape
 
 GROUP = 4
@@ -29,17 +29,16 @@ META_COLUMNS = 8  # columns a byte of 2:4 metadata or of a bitmap describes
 TRITON_ROWS = 16
 
 
-def _check_activations(x: Tensor, values: Tensor, bias: Tensor | None, rows: int) -> None:
+def check_activations(x: Tensor, bias: Tensor | None, rows: int) -> None:
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., C] with C > 0, got shape {tuple(x.shape)}")
     check_float("x", x)
-    check_float("values", values)
     if bias is not None:
         check_float("bias", bias)
         check_shape("bias", bias, (rows,))
 
 
-def _check_bytes(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def check_bytes(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     if t.dtype != dtype:
         raise ValueError(f"{name}: expected {dtype}, got {t.dtype}")
     check_shape(name, t, shape)
@@ -49,12 +48,13 @@ def _check_linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | Non
     if values.dim() != 2:
         raise ValueError(f"values: expected 2 dimensions, got shape {tuple(values.shape)}")
     rows = values.shape[0]
-    _check_activations(x, values, bias, rows)
+    check_activations(x, bias, rows)
+    check_float("values", values)
     cols = x.shape[-1]
     if cols % META_COLUMNS:
         raise ValueError(f"x: 2:4 needs a multiple of {META_COLUMNS} columns, got {cols}")
     check_shape("values", values, (rows, cols // 2))
-    _check_bytes("meta", meta, (rows, cols // META_COLUMNS), torch.uint8)
+    check_bytes("meta", meta, (rows, cols // META_COLUMNS), torch.uint8)
     check_same_device(x, values, meta, bias)
 
 
@@ -66,16 +66,18 @@ def _check_linear_bitmap(
     if bitmap.dim() != 2:
         raise ValueError(f"bitmap: expected 2 dimensions, got shape {tuple(bitmap.shape)}")
     rows = bitmap.shape[0]
-    _check_activations(x, values, bias, rows)
-    _check_bytes("bitmap", bitmap, (rows, -(-x.shape[-1] // META_COLUMNS)), torch.uint8)
-    _check_bytes("row_offsets", row_offsets, (rows + 1,), torch.int64)
+    check_activations(x, bias, rows)
+    check_float("values", values)
+    check_bytes("bitmap", bitmap, (rows, -(-x.shape[-1] // META_COLUMNS)), torch.uint8)
+    check_bytes("row_offsets", row_offsets, (rows + 1,), torch.int64)
     check_same_device(x, values, bitmap, row_offsets, bias)
 
 
 def _check_linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if weight.dim() != 2:
         raise ValueError(f"weight: expected 2 dimensions, got shape {tuple(weight.shape)}")
-    _check_activations(x, weight, bias, weight.shape[0])
+    check_activations(x, bias, weight.shape[0])
+    check_float("weight", weight)
     check_shape("weight", weight, (weight.shape[0], x.shape[-1]))
     check_same_device(x, weight, bias)
 
@@ -214,6 +216,11 @@ _registry.register(
             _registry.HALF_OR_SINGLE,
             triton_limits,
         ),
+        "cuda": _registry.Impl(
+            linear_bitmap_cuda.linear_bitmap_cuda,
+            _registry.HALF_OR_SINGLE,
+            linear_bitmap_cuda.limits,
+        ),
     },
 )
 _registry.register(
@@ -265,12 +272,17 @@ def linear_bitmap(
         row_offsets: int64 `[R + 1]`, first 0, last nnz, each step the row's number of set bits.
         bias: `[R]` or None.
 
+    On CUDA devices `pyprune.ops.linear_bitmap_cuda` says which kernel serves which dtypes and how
+    many rows.
+
     Returns:
         `[..., R]` in x's dtype, products summed in fp32 (fp64 for fp64 x); non-finite activations
         as in `linear_24`.
 
     Raises:
-        ValueError: a shape, dtype or device does not match, or a row's bits and offsets disagree.
+        ValueError: a shape, dtype or device does not match, or (on the CPU) a row's bits and
+            offsets disagree. On a GPU nothing waits for such a check: `SparseLinear` makes it once,
+            when a layer is loaded; `validate_bitmap` makes it for tensors from elsewhere.
     """
     _check_linear_bitmap(x, values, bitmap, row_offsets, bias)
     y: Tensor = torch.ops.pyprune.linear_bitmap(x, values, bitmap, row_offsets, bias)

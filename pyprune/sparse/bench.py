@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from pyprune.errors import UserError
 from pyprune.sparse.dense import DenseLinear, use_own_kernels
+from pyprune.sparse.embedding import Int8Embedding
 from pyprune.sparse.linear import SparseLinear
 from pyprune.sparse.load import load
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
@@ -166,11 +167,15 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def densified(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy of `model` with plain `nn.Linear` everywhere; weights that are dense are shared."""
+    """A copy of `model` with plain `nn.Linear` and embeddings everywhere; weights that are dense
+    are shared, and those that were tied stay tied."""
     dense = _sharing_copy(model)
+    made: dict[nn.Module, nn.Parameter] = {}
     for name, module in list(dense.named_modules()):
-        if isinstance(module, SparseLinear):
-            dense.set_submodule(name, module.to_dense())
+        if isinstance(module, SparseLinear | Int8Embedding):
+            plain: Any = module.to_dense()
+            plain.weight = made.setdefault(module.tied_to or module, plain.weight)
+            dense.set_submodule(name, plain)
         elif isinstance(module, DenseLinear):
             dense.set_submodule(name, module.plain())
     return dense

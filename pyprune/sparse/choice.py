@@ -13,18 +13,20 @@ from pyprune.checkpoint.names import EXPERT, owners
 from pyprune.errors import UserError
 from pyprune.models.experts import FUSED_EXPERTS, PROJECTIONS
 from pyprune.sparse import format as formats
+from pyprune.sparse.embedding import embedding_scale
 from pyprune.sparse.format import LayerFormat
 from pyprune.sparse.linear import stored_transposed, weight_of
 from pyprune.sparse.measured import MeasuredChoice
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
+from pyprune.sparse.weight import DENSE_INT8
 
 
 @dataclass(frozen=True)
 class LayerConversion:
-    """What became of one linear layer. format: "dense", "sparse24" or "bitmap". values: their
-    dtype as stored; dtype: that of the dense weight. shape: outputs by inputs. density: the share
-    of elements that are stored. error: `|W - stored W| / |W|` where values are int8, else None.
-    seconds: of a product, by format, where that was measured."""
+    """What became of one linear layer or embedding. format: "dense", "sparse24" or "bitmap".
+    values: their dtype as stored; dtype: that of the dense weight. shape: outputs by inputs.
+    density: the share of elements that are stored. error: `|W - stored W| / |W|` where values are
+    int8, else None. seconds: of a product, by format, where that was measured."""
 
     format: str
     values: str
@@ -96,6 +98,22 @@ class Chooser:
         )
         return Decision(layer, nnz, report)
 
+    def choose_embedding(self, tensor: str) -> Decision:
+        """int8 rows for an embedding, or for a head that no format makes smaller."""
+        if tensor in self._transposed:
+            decision = self.choose(tensor)
+            if decision.layer is not None:
+                return decision
+        dense = self._stored.read(tensor)
+        layer = LayerFormat(DENSE_INT8, (dense.shape[0], dense.shape[1]), int8=True)
+        dtype = str(dense.dtype).removeprefix("torch.")
+        _, error = self._stored_values(tensor, dense, layer, dense.numel())
+        nbytes = layer.nbytes(dense.numel(), dense.dtype)
+        report = LayerConversion(
+            DENSE, formats.INT8, dtype, layer.shape, 1.0, dense.nbytes, nbytes, error
+        )
+        return Decision(layer, dense.numel(), report)
+
     def _stored_values(
         self, tensor: str, dense: Tensor, layer: LayerFormat, nnz: int
     ) -> tuple[int, float | None]:
@@ -155,6 +173,33 @@ def compressible(checkpoint: Checkpoint) -> dict[str, bool]:
         if type(module).__name__ in FUSED_EXPERTS:
             tensors = _expert_tensors(checkpoint, name)
             found |= dict.fromkeys(tensors, False)
+    return found
+
+
+def embeddings(checkpoint: Checkpoint) -> list[str]:
+    """The tensors of the input embedding and of the head: one where they are tied.
+
+    Raises UserError, naming it, if one of them cannot have int8 rows.
+    """
+    model = checkpoint.build_model()
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    try:
+        embedding_scale(embedding)
+    except UserError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from error
+    if head is not None and (weight_of(head) is None or stored_transposed(head)):
+        raise UserError(f"{checkpoint.path}: int8 embeddings: expected a linear head, got {head}")
+    wanted = {id(m.weight) for m in (embedding, head) if m is not None}
+    names = [n for n, t in model.state_dict(keep_vars=True).items() if id(t) in wanted]
+    # A tied weight is in the checkpoint under one of its names.
+    found = [piece.tensor for name in names for piece in checkpoint.names.pieces.get(name, [])]
+    for tensor in found:
+        entry = checkpoint.tensors[tensor]
+        if not tensor.endswith(formats.WEIGHT) or entry.dtype not in formats.VALUE_DTYPES:
+            raise UserError(
+                f"{entry.file}: tensor {tensor}: expected floating point numbers and a name that "
+                f"ends in {formats.WEIGHT} to store it as int8, got {entry.dtype}"
+            )
     return found
 
 

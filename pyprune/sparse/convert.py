@@ -28,10 +28,16 @@ from pyprune.checkpoint.shards import DTYPES, LENGTH_BYTES
 from pyprune.checkpoint.source import INDEX
 from pyprune.errors import UserError
 from pyprune.sparse import format as formats
-from pyprune.sparse.choice import Chooser, LayerConversion, compressible, whole_mixtures
+from pyprune.sparse.choice import (
+    Chooser,
+    LayerConversion,
+    compressible,
+    embeddings,
+    whole_mixtures,
+)
 from pyprune.sparse.format import LayerFormat
-from pyprune.sparse.linear import FORMATS
 from pyprune.sparse.stored import CONFIG, DENSE, StoredCheckpoint
+from pyprune.sparse.weight import DENSE_INT8, FORMATS
 
 Progress = Callable[[str, float, float | None], None]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -40,9 +46,10 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """layers: every linear layer that could be compressed. nbytes_before, nbytes_after: of the
-    tensors in the input's and the output's files; nbytes_dense: of the dense model that both stand
-    for. rows: of the products that formats were chosen by, None where bytes decided."""
+    """layers: every linear layer that could be compressed, and embeddings with int8 rows.
+    nbytes_before, nbytes_after: of the tensors in the input's and the output's files; nbytes_dense:
+    of the dense model that both stand for. rows: of the products that formats were chosen by, None
+    where bytes decided."""
 
     path: str
     layers: dict[str, LayerConversion]
@@ -65,6 +72,7 @@ def compress_checkpoint(
     *,
     allowed: tuple[str, ...] = FORMATS,
     int8: bool = False,
+    int8_embeddings: bool = False,
     measured_rows: int | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -75,9 +83,12 @@ def compress_checkpoint(
         allowed: the formats to choose from; each layer takes the smallest, and stays dense unless
             that saves a tenth of its bytes. Experts count as linear layers where the checkpoint
             has one tensor for each of their projections; a mixture is compressed whole or not at
-            all. Everything else (embeddings, tied heads) stays as it is.
+            all. Everything else stays as it is.
         int8: whether the layers that are compressed store int8 values, with a scale a row. A layer
             that has them already keeps them bit for bit.
+        int8_embeddings: whether the input embedding and the head, tied or not, are stored as int8
+            with a scale for each entry of the vocabulary; a head that one of the formats makes
+            smaller keeps to that.
         measured_rows: instead of the smallest, take the format (or dense) that multiplies so many
             rows fastest on this machine, among those that save a tenth of the bytes.
         progress: called with a tensor's name, how many are through, and their number.
@@ -90,13 +101,17 @@ def compress_checkpoint(
         raise UserError(f"formats: expected some of {', '.join(FORMATS)}, got {allowed}")
     check_output(out)
     stored = StoredCheckpoint.open(source)
-    candidates = compressible(stored.checkpoint())
-    steps = _Steps(progress, len(stored.entries) + len(candidates))
+    checkpoint = stored.checkpoint()
+    candidates = compressible(checkpoint)
+    int8_rows = set(embeddings(checkpoint)) if int8_embeddings else set()
+    steps = _Steps(progress, len(stored.entries) + len({*candidates, *int8_rows}))
     chooser = Chooser(stored, candidates, allowed, int8, measured_rows)
     decisions = {}
-    for tensor in filter(candidates.__contains__, stored.entries):
-        steps.next(tensor)
-        decisions[tensor] = chooser.choose(tensor)
+    for tensor in stored.entries:
+        if tensor in candidates or tensor in int8_rows:
+            steps.next(tensor)
+            choose = chooser.choose_embedding if tensor in int8_rows else chooser.choose
+            decisions[tensor] = choose(tensor)
     decisions = whole_mixtures(decisions)
     layers: dict[str, LayerFormat] = {}
     plan = {tensor: {tensor: entry} for tensor, entry in stored.entries.items()}
@@ -113,7 +128,7 @@ def compress_checkpoint(
 
     def convert(tensor: str) -> dict[str, Tensor]:
         name = tensor.removesuffix(formats.WEIGHT)
-        if name not in layers or tensor not in candidates:
+        if name not in layers or tensor not in decisions:
             return {tensor: stored.read(tensor)}
         if stored.layers.get(name) == layers[name]:
             packed = stored.read_parts(name)
@@ -250,16 +265,19 @@ def _create(file: Path, made: Mapping[str, TensorEntry]) -> dict[str, TensorEntr
 
 
 def _compressed_card(layers: Mapping[str, LayerFormat]) -> str:
-    kinds = [layer.label for layer in layers.values()]
+    kinds = [layer.label for layer in layers.values() if layer.format != DENSE_INT8]
     counts = ", ".join(f"{kinds.count(kind)} as {kind}" for kind in sorted(set(kinds)))
     int8 = any(layer.int8 for layer in layers.values())
     exact = "with int8 values rounded to a scale a row" if int8 else "bit for bit"
+    rows = sorted(name for name, layer in layers.items() if layer.format == DENSE_INT8)
+    also = f"\nint8 with a scale a row, zeros and all: {', '.join(rows)}." if rows else ""
     return f"""---
 tags: [pyprune, sparse]
 ---
 # Compressed by pyprune
 
-Zeros of {len(kinds)} linear layers are left out ({counts}). Plain transformers cannot load this:
+Zeros of {len(kinds)} linear layers are left out ({counts or "none"}).{also}
+Plain transformers cannot load this:
 
 ```python
 import pyprune  # before from_pretrained

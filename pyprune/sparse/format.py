@@ -1,4 +1,4 @@
-"""The compressed checkpoint format, versions 1 and 2; `docs/format.md` describes it.
+"""The compressed checkpoint format, versions 1 to 3; `docs/format.md` describes it.
 
 Here are the rules: what config.json says of a compressed checkpoint, which tensors a compressed
 weight consists of, and what must hold of them before they are used.
@@ -18,15 +18,20 @@ from torch import Tensor
 from pyprune.checkpoint.shards import TensorEntry
 from pyprune.errors import UserError
 from pyprune.ops.pack import pack_24, pack_bitmap
-from pyprune.ops.sparse_int8 import dequantize_rows, quantize_rows
-from pyprune.sparse import linear
-from pyprune.sparse.linear import FORMATS, WORTHWHILE
+from pyprune.ops.sparse_int8 import dequantize_rows, quantize_rows, row_blocks
+from pyprune.sparse import weight as weights
+from pyprune.sparse.linear import WORTHWHILE
+from pyprune.sparse.weight import DENSE_INT8, FORMATS
 
 METHOD = "pyprune"
 # What a checkpoint says is the least that describes it: older releases read all that they can.
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 WEIGHT = ".weight"
-PARTS = {"sparse24": ("values", "metadata"), "bitmap": ("values", "bitmap", "row_offsets")}
+PARTS = {
+    "sparse24": ("values", "metadata"),
+    "bitmap": ("values", "bitmap", "row_offsets"),
+    DENSE_INT8: ("values",),
+}
 INT8 = "int8"
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 HOW_TO_LOAD = (
@@ -52,6 +57,8 @@ class LayerFormat:
 
     @property
     def version(self) -> int:
+        if self.format == DENSE_INT8:
+            return 3
         return 2 if self.int8 or self.transposed else 1
 
     @property
@@ -69,6 +76,8 @@ class LayerFormat:
         shapes: dict[str, tuple[int, ...]]
         if self.format == "sparse24":
             shapes = {"values": (rows, cols // 2), "metadata": (rows, cols // 8)}
+        elif self.format == DENSE_INT8:
+            shapes = {"values": (rows, cols)}
         else:
             bitmap = (rows, -(-cols // 8))
             shapes = {"values": (nnz,), "bitmap": bitmap, "row_offsets": (rows + 1,)}
@@ -114,9 +123,9 @@ def parse_quantization_config(value: Any, where: str) -> dict[str, LayerFormat]:
         raise UserError(f"{where}: expected a quantization_config with quant_method {METHOD!r}")
     version = value.get("format_version")
     if type(version) is not int or version not in VERSIONS:
-        known = " or ".join(map(str, VERSIONS))
+        known = ", ".join(map(str, VERSIONS))
         raise UserError(
-            f"{where}: expected format_version {known}, got {version!r}; "
+            f"{where}: expected a format_version among {known}, got {version!r}; "
             "a newer pyprune may read it"
         )
     layers = value.get("layers")
@@ -136,8 +145,8 @@ def _layer(value: Any, where: str) -> LayerFormat:
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected an object, got {type(value).__name__}")
     kind, shape = value.get("format"), value.get("shape")
-    if not isinstance(kind, str) or kind not in FORMATS:
-        raise UserError(f"{where}: format: expected one of {', '.join(FORMATS)}, got {kind!r}")
+    if not isinstance(kind, str) or kind not in PARTS:
+        raise UserError(f"{where}: format: expected one of {', '.join(PARTS)}, got {kind!r}")
     whole = isinstance(shape, (list, tuple)) and all(type(n) is int and n > 0 for n in shape)
     if not whole or len(shape) != 2:  # type: ignore[arg-type]
         raise UserError(f"{where}: shape: expected two positive integers, got {shape!r}")
@@ -147,6 +156,8 @@ def _layer(value: Any, where: str) -> LayerFormat:
     values, transposed = value.get("values"), value.get("transposed", False)
     if values not in (None, INT8):
         raise UserError(f"{where}: values: expected {INT8} or nothing, got {values!r}")
+    if kind == DENSE_INT8 and values != INT8:
+        raise UserError(f"{where}: values: expected {INT8} with format {kind}, got {values!r}")
     if type(transposed) is not bool:
         raise UserError(f"{where}: transposed: expected true or false, got {transposed!r}")
     return LayerFormat(kind, (rows, cols), values == INT8, transposed)
@@ -193,7 +204,7 @@ def check_tensors(name: str, layer: LayerFormat, parts: Mapping[str, Tensor], wh
     """Raises UserError, naming `where` and the tensor, unless the metadata describes a weight."""
     arrays = [parts[part] for part in layer.parts]
     try:
-        linear.validate(layer.format, layer.int8, arrays, layer.shape[1])
+        weights.validate(layer.format, layer.int8, arrays, layer.shape[1])
     except ValueError as error:
         part, _, what = str(error).partition(": ")
         part = {"meta": "metadata"}.get(part, part)
@@ -204,7 +215,7 @@ def unpack(layer: LayerFormat, parts: Mapping[str, Tensor]) -> Tensor:
     """The dense tensor (`layer.dense_shape`) of tensors that `check_tensors` let pass: bit for bit,
     or with int8 values each multiplied by its row's scale and rounded to the scales' dtype."""
     arrays = [parts[part] for part in layer.parts]
-    weight = linear.unpack(layer.format, layer.int8, arrays, layer.shape[1])
+    weight = weights.unpack(layer.format, layer.int8, arrays, layer.shape[1])
     return weight.T.contiguous() if layer.transposed else weight
 
 
@@ -221,7 +232,7 @@ def pack(dense: Tensor, layer: LayerFormat) -> dict[str, Tensor]:
     if layer.format == "sparse24" and not _count(weight)[1]:
         raise UserError("sparse24: expected 8n columns and at most 2 non-zero of every 4")
     if layer.int8:
-        packed = linear.pack(weight, layer.format, True)
+        packed = weights.pack(weight, layer.format, True)
     else:
         packed = pack_24(weight) if layer.format == "sparse24" else pack_bitmap(weight)
     return dict(zip(layer.parts, packed, strict=True))
@@ -235,10 +246,13 @@ def quantization_error(dense: Tensor, layer: LayerFormat) -> tuple[int, float]:
         q, scales = quantize_rows(weight)
     except ValueError as error:
         raise UserError(f"int8: {error}") from error
-    wide = weight.double()
-    norm = float(wide.norm())
-    off = float((wide - dequantize_rows(q, scales.double())).norm())
-    return int(q.count_nonzero()), off / norm if norm else 0.0
+    squares = torch.zeros(2, dtype=torch.float64)
+    for rows in row_blocks(q):
+        wide = weight[rows].double()
+        off = wide - dequantize_rows(q[rows], scales[rows].double())
+        squares += torch.stack([wide.square().sum(), off.square().sum()])
+    norm, lost = squares.sqrt().tolist()
+    return int(q.count_nonzero()), lost / norm if norm else 0.0
 
 
 def _count(weight: Tensor) -> tuple[int, bool]:

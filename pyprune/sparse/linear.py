@@ -1,43 +1,17 @@
-"""`SparseLinear`: an `nn.Linear` whose weight stays compressed, and putting it into a model.
-
-format     | buffers (layouts in `pyprune.ops.pack`)
------------|------------------------------------------------------
-sparse24   | values `[R, C/2]`, metadata uint8 `[R, C/8]`
-bitmap     | values `[nnz]`, bitmap uint8 `[R, ceil(C/8)]`, row_offsets int64 `[R + 1]`
-
-Values are floating point numbers, or int8 with one more buffer, scales `[R]`, that each row's
-values are multiplied with (`pyprune.ops.sparse_int8`).
-"""
+"""`SparseLinear`: an `nn.Linear` whose weight stays compressed, and putting it into a model."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pyprune import _native, ops
 from pyprune.errors import LayerError, UserError
-from pyprune.ops.pack import (
-    pack_24,
-    pack_bitmap,
-    unpack_24,
-    unpack_bitmap,
-    validate_24,
-    validate_bitmap,
-)
-from pyprune.ops.sparse_int8 import (
-    quantize_rows,
-    unpack_24_int8,
-    unpack_bitmap_int8,
-    validate_24_int8,
-    validate_bitmap_int8,
-)
-
-Format = Literal["sparse24", "bitmap"]
-FORMATS: tuple[str, ...] = get_args(Format)
+from pyprune.sparse.weight import DENSE_INT8, FORMATS, StoredWeight, pack
 
 # Compressing a layer must save at least this share of its bytes to be worth a format of its own.
 WORTHWHILE = 0.1
@@ -79,7 +53,16 @@ def compressed_bytes(weight: Tensor, format: str) -> int | None:
     return weight.nbytes // 2 + rows * cols // 8
 
 
-class SparseLinear(nn.Module):
+_OP: dict[tuple[str, bool], str] = {
+    ("sparse24", False): "linear_24",
+    ("sparse24", True): "linear_24_int8",
+    ("bitmap", False): "linear_bitmap",
+    ("bitmap", True): "linear_bitmap_int8",
+    (DENSE_INT8, True): "linear_int8",
+}
+
+
+class SparseLinear(StoredWeight):
     """`y = x @ W^T + bias` with `W [out_features, in_features]` kept compressed.
 
     Made by `from_dense`, or by `SparseLinear(...)` followed by `load_state_dict`. Gradients flow
@@ -89,21 +72,14 @@ class SparseLinear(nn.Module):
 
     Args:
         in_features, out_features: C and R.
-        format: "sparse24" (C a multiple of 8) or "bitmap".
-        int8: whether values are int8 with a scale a row.
-        nnz: stored values of a bitmap; `load_state_dict` adopts the number it finds.
-        bias, dtype, device: as for `nn.Linear`; dtype is that of the values (with int8 of the
-            scales) and the bias.
+        format, int8, nnz, dtype, device, tied_to: as for `StoredWeight`; dtype is that of the bias
+            too.
+        bias: as for `nn.Linear`.
 
     Raises:
         UserError: unknown format, or a width that 2:4 cannot hold.
     """
 
-    values: Tensor
-    metadata: Tensor
-    bitmap: Tensor
-    row_offsets: Tensor
-    scales: Tensor
     bias: Tensor | None
 
     def __init__(
@@ -117,31 +93,15 @@ class SparseLinear(nn.Module):
         nnz: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        tied_to: StoredWeight | None = None,
     ) -> None:
-        super().__init__()
-        if format not in FORMATS:
-            raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
-        if format == "sparse24" and in_features % 8:
-            raise UserError(f"sparse24: expected a multiple of 8 inputs, got {in_features}")
-        self.in_features, self.out_features, self.format = in_features, out_features, format
-        self.int8 = int8
-        rows, cols = out_features, in_features
-        empty: dict[str, Tensor] = {}
-        value_dtype = torch.int8 if int8 else dtype
-        if format == "sparse24":
-            empty["values"] = torch.empty(rows, cols // 2, dtype=value_dtype, device=device)
-            empty["metadata"] = torch.empty(rows, cols // 8, dtype=torch.uint8, device=device)
-        else:
-            empty["values"] = torch.empty(nnz, dtype=value_dtype, device=device)
-            empty["bitmap"] = torch.empty(rows, -(-cols // 8), dtype=torch.uint8, device=device)
-            empty["row_offsets"] = torch.empty(rows + 1, dtype=torch.int64, device=device)
-        if int8:
-            empty["scales"] = torch.empty(rows, dtype=dtype, device=device)
-        for name, t in empty.items():
-            self.register_buffer(name, t)
-        self.weight_buffers = tuple(empty)
+        super().__init__(
+            out_features, in_features, format,
+            int8=int8, nnz=nnz, dtype=dtype, device=device, tied_to=tied_to,
+        )  # fmt: skip
+        self.in_features, self.out_features = in_features, out_features
         self.register_buffer(
-            "bias", torch.empty(rows, dtype=dtype, device=device) if bias else None
+            "bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None
         )
         self._prepared: tuple[tuple[Tensor | None, ...], tuple[Any, ...]] | None = None
 
@@ -167,14 +127,6 @@ class SparseLinear(nn.Module):
             new.bias = bias.detach().clone()
         return new.train(linear.training)
 
-    @property
-    def _weight(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in self.weight_buffers)
-
-    def decompress(self) -> Tensor:
-        """The dense weight `[out_features, in_features]` in the dtype of the values (or scales)."""
-        return unpack(self.format, self.int8, self._weight, self.in_features)
-
     def to_dense(self) -> nn.Linear:
         """The `nn.Linear` this stands for."""
         dense = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
@@ -182,16 +134,6 @@ class SparseLinear(nn.Module):
         if self.bias is not None:
             dense.bias = nn.Parameter(self.bias.clone(), requires_grad=False)
         return dense.train(self.training)
-
-    def validate(self) -> None:
-        """Raises ValueError unless the metadata describes a weight of this layer's shape. Called
-        once when weights arrive (`load_state_dict`), not per product."""
-        validate(self.format, self.int8, self._weight, self.in_features)
-
-    @property
-    def memory_bytes(self) -> int:
-        """Bytes of the compressed weight and the bias."""
-        return sum(t.nbytes for t in self.buffers())
 
     def forward(self, x: Tensor) -> Tensor:
         if self._direct(x):
@@ -203,22 +145,21 @@ class SparseLinear(nn.Module):
 
     @property
     def _op(self) -> str:
-        name = "linear_24" if self.format == "sparse24" else "linear_bitmap"
-        return f"{name}_int8" if self.int8 else name
+        return _OP[self.format, self.int8]
 
     def _direct(self, x: Tensor) -> bool:
         # A decode step of a small model is hundreds of these calls, each of some microseconds of
         # work: the op's dispatch (schema, fake mode, Python key) would cost more than the product.
+        if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+            return False
+        values = self._values
         return (
-            not torch.compiler.is_compiling()
-            and type(x) is Tensor
-            and x.device.type == "cpu"
-            and (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
+            (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
             and x.shape[-1:] == (self.in_features,)
             and not x.requires_grad
             and _native.MODULE is not None
-            and self.values.device.type == "cpu"
-            and self.values.dtype is not torch.float64
+            and values.device.type == "cpu"
+            and values.dtype is not torch.float64
             and "PYPRUNE_BACKEND" not in os.environ
             and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         )
@@ -235,14 +176,15 @@ class SparseLinear(nn.Module):
     def _capsules(self) -> tuple[Any, ...]:
         """The weight and the bias ready for the native call (scales and bias as fp32); made anew
         whenever a buffer was replaced. Each capsule keeps the memory it describes alive."""
-        buffers = tuple(self._buffers[name] for name in (*self.weight_buffers, "bias"))
+        buffers = (*self._weight, self.bias)
         if self._prepared is None or any(
             a is not b for a, b in zip(buffers, self._prepared[0], strict=True)
         ):
-            *weight, bias = buffers
+            weight = list(self._weight)
             if self.int8:
-                weight[-1] = self.scales.float()
-            ready = [_native.capsule(t.contiguous()) for t in weight if t is not None]
+                weight[-1] = weight[-1].float()
+            ready = [_native.capsule(t.contiguous()) for t in weight]
+            bias = self.bias
             wide = None if bias is None else _native.capsule(bias.float().contiguous())
             self._prepared = (buffers, (*ready, wide))
         return self._prepared[1]
@@ -250,83 +192,18 @@ class SparseLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}  # capsules can be neither copied nor pickled
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, *args: Any) -> None:
         self._prepared = None  # a bias may be overwritten in place
-        stored = state_dict.get(prefix + "values")
-        if self.format == "bitmap" and isinstance(stored, Tensor) and stored.dim() == 1:
-            self.values = self.values.new_empty(stored.shape)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if error_msgs or any(key.startswith(prefix) for key in missing_keys):
-            return
-        if self.values.is_meta:
-            return
-        try:
-            self.validate()
-        except ValueError as error:
-            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+        super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
-        density = self.values.numel() / max(1, self.in_features * self.out_features)
+        values = self._values
+        density = values.numel() / max(1, self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}, density={density:.3f}, "
-            f"dtype={str(self.values.dtype).removeprefix('torch.')}"
+            f"dtype={str(values.dtype).removeprefix('torch.')}"
         )
-
-
-def pack(weight: Tensor, format: str, int8: bool) -> tuple[Tensor, ...]:
-    """The weight buffers of `weight [R, C]` without its zeros, in `SparseLinear`'s order. Rounded
-    to int8, small weights may become zero too.
-
-    Raises UserError for an infinity or a NaN with int8; the format is taken to fit.
-    """
-    make = pack_24 if format == "sparse24" else pack_bitmap
-    if not int8:
-        return make(weight, weight != 0)
-    try:
-        q, scales = quantize_rows(weight)
-    except ValueError as error:
-        raise UserError(f"int8: {error}") from error
-    values, *meta = make(q.bfloat16(), q != 0)
-    return values.to(torch.int8), *meta, scales
-
-
-_UNPACK: dict[tuple[str, bool], Callable[..., Tensor]] = {
-    ("sparse24", False): unpack_24,
-    ("sparse24", True): unpack_24_int8,
-    ("bitmap", False): unpack_bitmap,
-    ("bitmap", True): unpack_bitmap_int8,
-}
-_VALIDATE: dict[tuple[str, bool], Callable[..., None]] = {
-    ("sparse24", False): validate_24,
-    ("sparse24", True): validate_24_int8,
-    ("bitmap", False): validate_bitmap,
-    ("bitmap", True): validate_bitmap_int8,
-}
-
-
-def unpack(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> Tensor:
-    """The dense `[R, cols]` weight of weight buffers in `SparseLinear`'s order. Raises ValueError
-    as `validate` does."""
-    width = () if format == "sparse24" else (cols,)
-    return _UNPACK[format, int8](*parts, *width)
-
-
-def validate(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> None:
-    """Raises ValueError unless weight buffers in `SparseLinear`'s order describe a matrix."""
-    width = () if format == "sparse24" else (cols,)
-    _VALIDATE[format, int8](*parts, *width)
 
 
 def _choose(weight: Tensor, allowed: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -24,8 +24,10 @@ from pyprune.errors import UserError
 if TYPE_CHECKING:
     from pyprune.checkpoint import TensorEntry
     from pyprune.sparse.format import LayerFormat
+    from pyprune.sparse.weight import StoredWeight
 
 METHOD = "pyprune"
+DENSE = "dense"  # the format of embeddings and heads with int8 rows
 
 
 class PyPruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -37,8 +39,8 @@ class PyPruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts empty `SparseLinear` layers into the model before its weights are read, so that these
-    go straight to their layers, and checks them afterwards."""
+    """Puts empty `SparseLinear` layers and `Int8Embedding`s into the model before its weights are
+    read, so that these go straight to their layers, and checks them afterwards."""
 
     requires_calibration = True
 
@@ -86,6 +88,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._place(model, name)
         for experts, names in mixtures.items():
             self._place_experts(model, experts, names)
+        self._tie(model)
         use_own_kernels(model)  # for the layers that are left dense
 
     def _find(self, model: Any, name: str) -> tuple[str, nn.Module] | None:
@@ -101,20 +104,59 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         return None
 
     def _place(self, model: Any, name: str) -> None:
-        """An empty `SparseLinear` in the place of one linear layer."""
+        """An empty module of the stored format in the place of one linear layer or embedding."""
         from pyprune.sparse.linear import stored_transposed, weight_of
 
         path, old = self._find(model, name) or ("", None)
         layer, weight = self._layers[name], None if old is None else weight_of(old)
+        if isinstance(old, nn.Embedding) and layer.format == DENSE:
+            weight = old.weight
         fits = weight is not None and tuple(weight.shape) == layer.shape
         if old is None or not fits or stored_transposed(old) != layer.transposed:
-            self._refuse(name, f"a linear layer {name} of {list(layer.shape)}", old)
-        model.set_submodule(path, self._empty(name, old.weight.dtype, old.bias is not None))  # type: ignore[arg-type]
+            self._refuse(name, f"a linear layer or embedding {name} of {list(layer.shape)}", old)
+        model.set_submodule(path, self._empty(name, old))
         # GPT-2 initialises projections from the module around them, by their weight.
         parent = model.get_submodule(path.rpartition(".")[0])
         if not (parent._parameters or parent._buffers):
             parent._is_hf_initialized = True
         self._placed[name] = path
+
+    def _tie(self, model: Any) -> None:
+        """Modules that are tied to one of int8 rows read their weight from it, and transformers
+        is not to tie parameters that they do not have."""
+        owners = {
+            f"{path}.weight": name
+            for name, path in self._placed.items()
+            if self._layers[name].format == DENSE
+        }
+        if not owners:
+            return
+        for target, source in list(model.all_tied_weights_keys.items()):
+            if target not in owners and source not in owners:
+                continue
+            del model.all_tied_weights_keys[target]
+            if target in owners and source in owners:
+                continue  # the checkpoint holds both
+            name = owners.get(source) or owners[target]
+            other = (target if source in owners else source).removesuffix(".weight")
+            beside = next((t for t in self._entries if self._is_of(model, t, other)), None)
+            if beside is not None:
+                raise UserError(
+                    f"{self._entries[beside].file}: tensor {beside}: expected none, it is tied to "
+                    f"{name}"
+                )
+            owner, old = model.get_submodule(self._placed[name]), model.get_submodule(other)
+            model.set_submodule(other, self._empty(name, old, tied_to=owner))
+        model._tied_weights_keys = {
+            target: source
+            for target, source in (model._tied_weights_keys or {}).items()
+            if target not in owners and source not in owners
+        }
+
+    def _is_of(self, model: Any, tensor: str, module: str) -> bool:
+        from pyprune.checkpoint.names import candidate_names
+
+        return f"{module}.weight" in candidate_names(tensor, model.base_model_prefix)
 
     def _place_experts(self, model: Any, experts: str, names: Mapping[str, str]) -> None:
         """Empty `SparseExperts` in the place of a fused experts module.
@@ -138,11 +180,29 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
             number, _, projection = place.partition(".")
             if self._layers[name].shape != shapes[projection] or self._layers[name].transposed:
                 self._refuse(name, f"the shape {list(shapes[projection])}", old)
-            made[int(number)][projection] = self._empty(name, fused.dtype, False)
+            made[int(number)][projection] = self._empty_linear(name, fused.dtype, False)
             self._placed[name] = f"{path}.{place}"
         model.set_submodule(path, SparseExperts(made, old.act_fn))  # type: ignore[arg-type]
 
-    def _empty(self, name: str, dtype: torch.dtype, bias: bool) -> nn.Module:
+    def _empty(self, name: str, old: nn.Module, tied_to: StoredWeight | None = None) -> nn.Module:
+        """What stands for `old`, a linear layer or embedding, with the weight of layer `name`."""
+        from pyprune.sparse.embedding import Int8Embedding, embedding_scale
+        from pyprune.sparse.linear import weight_of
+
+        dtype = cast(Tensor, old.weight).dtype
+        if weight_of(old) is not None:
+            return self._empty_linear(name, dtype, old.bias is not None, tied_to)
+        try:
+            scale = embedding_scale(old)
+        except UserError as error:
+            file = self._parts[name]["values"].file
+            raise UserError(f"{file}: tensor {name}.values: {error}") from error
+        rows, cols = self._layers[name].shape
+        return Int8Embedding(rows, cols, scale=scale, dtype=dtype, device="meta", tied_to=tied_to)
+
+    def _empty_linear(
+        self, name: str, dtype: torch.dtype, bias: bool, tied_to: StoredWeight | None = None
+    ) -> nn.Module:
         from pyprune.sparse.linear import SparseLinear
 
         layer = self._layers[name]
@@ -150,7 +210,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         nnz = self._parts[name]["values"].shape[0]
         return SparseLinear(
             cols, rows, layer.format,
-            int8=layer.int8, bias=bias, nnz=nnz, dtype=dtype, device="meta",
+            int8=layer.int8, bias=bias, nnz=nnz, dtype=dtype, device="meta", tied_to=tied_to,
         )  # fmt: skip
 
     def _refuse(self, name: str, expected: str, model_has: nn.Module | None) -> NoReturn:

@@ -42,12 +42,13 @@ class StoredCheckpoint:
     parts: dict[str, dict[str, TensorEntry]]
 
     @classmethod
-    def open(cls, source: str | Path) -> StoredCheckpoint:
+    def open(cls, source: str | Path, *, trust_remote_code: bool = False) -> StoredCheckpoint:
         """Opens a directory or hub id and checks every header, shape and dtype.
 
-        Raises UserError that names file and tensor.
+        trust_remote_code: fetch the model code of a hub repository too, for `checkpoint`. Raises
+        UserError that names file and tensor.
         """
-        path = locate(source, None)
+        path = locate(source, code=trust_remote_code)
         raw = read_json(path / CONFIG)
         stored = read_tensors(path)
         quantization = raw.get("quantization_config")

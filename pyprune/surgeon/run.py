@@ -27,7 +27,7 @@ from pyprune.measure import Measure
 from pyprune.methods.base import LayerInputs
 from pyprune.methods.kronecker import Curvature
 from pyprune.methods.structure_budget import select_structures
-from pyprune.methods.surgeon import METHOD, SurgeonOptions, curvature, own_options
+from pyprune.methods.surgeon import METHOD, SurgeonOptions, curvature
 from pyprune.models.adapter import Adapter
 from pyprune.ops.obs_factor import NotPositiveDefiniteError
 from pyprune.patterns import NM, pruned_count
@@ -91,7 +91,7 @@ class Surgeon:
         self.config, self.adapter, self.tokens = config, adapter, tokens
         self.device, self.measure, self.told, self.state = device, measure, progress, state
         self.options = config.options()
-        self.own: SurgeonOptions = own_options(self.options)
+        self.own = self.options.own_as(SurgeonOptions)
         self.target = config.target()
         self.groups_of = self.own.groups(self.target)
         self.matrices = Matrix.all(adapter)
@@ -165,7 +165,7 @@ class Surgeon:
         sparsity = self.target.sparsity * shot / self.own.shots
         refined = self.own.kronecker == "nearest"
         blocks = self._blocks()
-        groups = grouped(blocks, self.own.factor_memory * GIB, refined)
+        groups = grouped(blocks, self.own.factor_memory * GIB, copies=2 if refined else 1)
         judged: dict[str, _Judged] = {}
         with FactorStore(len(groups) > 1, self.device) as store:
             for number, group in enumerate(groups):
@@ -176,13 +176,13 @@ class Surgeon:
                         if found is not None:
                             judged[matrix.name] = found
                 with self.measure.phase("factors"):
-                    store.put(factors)
+                    store.put_factors(factors)
                 del factors
             with self.measure.phase("threshold"):
                 plans = self._choose(judged, sparsity)
             with self.measure.phase("update"):
                 for matrix in self.matrices:
-                    factors_of = store.take(matrix.name)
+                    factors_of = store.take_factors(matrix.name)
                     if matrix.name in plans:
                         self._cut(matrix, factors_of, judged[matrix.name], plans[matrix.name])
 
@@ -211,6 +211,8 @@ class Surgeon:
                 refinements=self.own.refinements if self.own.kronecker == "nearest" else 0,
                 checkpointing=self.config.gradient_checkpointing,
                 device=self.device,
+                fisher_samples=self.own.fisher_samples,
+                seed=self.config.calibration.seed + shot,
                 progress=tell,
             )
 
@@ -231,7 +233,7 @@ class Surgeon:
                 row[~(w != 0).any(1)], column[~(w != 0).any(0)] = GONE, GONE
             else:
                 row, column = there.element_scales()
-            record.damping = there.used[0]
+            record.damping, record.gradient_damping = there.used
             return _Judged(row, column[: matrix.shape[1]], there.used)
 
     def _unknown(self, matrix: Matrix, factors: KroneckerFactors, shot: int) -> str:
@@ -362,8 +364,16 @@ class Surgeon:
             damping=record.damping,
             loss=None if record.kept else record.loss,
             dead_inputs=record.dead_inputs,
-            notes=(record.kept,) if record.kept else (),
+            notes=self._noted(record),
         )
+
+    def _noted(self, record: Record) -> tuple[str, ...]:
+        if record.kept:
+            return (record.kept,)
+        used, asked = record.gradient_damping, self.own.g_damping
+        if used is None or used == asked:
+            return ()
+        return (f"the gradients' factor took damping {used:g} instead of {asked:g}",)
 
 
 def _free_groups(matrix: Matrix, pattern: NM) -> int:

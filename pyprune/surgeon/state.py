@@ -27,11 +27,13 @@ class Record:
     """Of one matrix, over the shots so far.
 
     loss: rise of the loss that the curvature predicts, nats per token, summed over the shots.
-    damping, tokens, dead_inputs: of the last shot. kept: why it keeps what it has, if it does.
+    damping, gradient_damping (of A and G), tokens, dead_inputs: of the last shot. kept: why it
+    keeps what it has, if it does.
     """
 
     loss: float = 0.0
     damping: float | None = None
+    gradient_damping: float | None = None
     tokens: float = 0.0
     dead_inputs: int = 0
     kept: str = ""

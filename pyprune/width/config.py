@@ -48,7 +48,7 @@ class WidthConfig(ConfigFile):
 
     def own_options(self) -> Any:
         """The method's options dataclass."""
-        from pyprune.width.registry import find_width_method
+        from pyprune.width.registry import WIDTH_METHODS
 
-        kind = find_width_method(self.method).options
+        kind = WIDTH_METHODS.find(self.method).options
         return build_options(self.method, kind, self.method_options)

@@ -16,8 +16,12 @@ from pyprune.errors import UserError
 class WidthDecision:
     """Which units went, and what that made of the model.
 
-    method. units: group (see `pyprune.width.structure.Group`) -> how many it had; removed: group ->
-        ascending indices of those that went.
+    method. units: group (see `pyprune.width.structure.Group`) -> how many it had; groups: its kind
+        ("heads" or "mlp"), its layer in the dense model, and the parameters that a unit owns.
+    removed: group -> ascending indices of the units that went; not of `branches` ("A3", "M3"),
+        which went as a whole.
+    importance: group -> deciles (0, 10, ... 100 %) of its units' scores as the method ranked them
+        first, larger = stays, in terms of `objective`; empty for methods without.
     sizes: field of the configuration -> (before, after), where it changed.
     parameters: of the model before and after (tied ones once); wanted: what would be left if every
         group had been cut to exactly its own units. More than that is left where a stock model
@@ -37,6 +41,10 @@ class WidthDecision:
     calibration: Mapping[str, Any] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[Mapping[str, Any], ...] = ()
+    groups: Mapping[str, tuple[str, int, int]] = field(default_factory=dict)
+    branches: tuple[str, ...] = ()
+    importance: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    objective: str = ""
 
     def kept(self) -> dict[str, Tensor]:
         """What `Widths.mask` and `cut` take: repeats the removal on a dense model."""
@@ -64,6 +72,9 @@ class WidthDecision:
             given["sizes"] = {name: tuple(pair) for name, pair in given["sizes"].items()}
             for key in ("parameters", "notes", "transforms"):
                 given[key] = tuple(given[key])
+            given["branches"] = tuple(given.get("branches", ()))
+            for key in ("groups", "importance"):
+                given[key] = {name: tuple(v) for name, v in given.get(key, {}).items()}
             return cls(**given)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"decision: expected one, got something else: {error!r}") from error

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.registry import Progress
 from pyprune.errors import UserError
+from pyprune.progress import Progress
 from pyprune.width.apply import remove
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
@@ -109,6 +109,8 @@ def _hidden(
         config=config,
         dense_parameters=dense,
         transforms=[{"losses": _some(losses), "share of gates open": open_gates}],
+        scores=scores,
+        objective="logit of the gate",
     )
 
 
@@ -204,6 +206,8 @@ def _all(
         dense_parameters=dense,
         notes=[NOT_STOCK],
         transforms=[trained, {"stream": stream}],
+        scores={name: logit for name, logit in zip(names, logits, strict=True) if ":" not in name},
+        objective="logit of the gate",
     )
     remaining = dense - full + float(kept_weights([mask.double() for mask in masks]))
     return replace(decision, wanted=int(remaining))

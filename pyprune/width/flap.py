@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from pyprune.calibration.stats import MomentStatistic, Statistic
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.registry import Progress
 from pyprune.models.stock import InexpressibleError
+from pyprune.progress import Progress
 from pyprune.width.apply import remove
 from pyprune.width.config import WidthConfig
 from pyprune.width.cut import enable_biases
@@ -97,6 +97,8 @@ def flap(
         dense_parameters=dense,
         notes=notes,
         transforms=transforms,
+        scores=scores,
+        objective="fluctuation, standardised",
     )
 
 

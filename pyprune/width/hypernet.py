@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import Batch
-from pyprune.depth.registry import Progress
 from pyprune.errors import UserError
+from pyprune.progress import Progress
 
 INPUT, HIDDEN = 32, 64  # of the recurrent network, as published
 BASE, TEMPERATURE = 3.0, 0.4  # every gate starts open

@@ -20,10 +20,11 @@ from torch import Tensor
 from pyprune.calibration.tokens import TokenSet
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.graph import Branch, Context, ResidualGraph, State
-from pyprune.depth.registry import Progress, run_search
+from pyprune.depth.registry import run_search
 from pyprune.depth.repack import repack
 from pyprune.depth.score import Scorer
 from pyprune.errors import UserError
+from pyprune.progress import Progress
 from pyprune.width.apply import remove
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
@@ -85,6 +86,7 @@ def multipruner(
     removed = _branches(graph, tokens, config, options, progress)
     search = WidthSearch(graph, widths, tokens, removed, options, progress)
     gone = graph.removed_parameters(removed)
+    norms = {group.name: norm_of_rows(group) for group in widths.groups}
     heads = int(target * options.heads) if widths.of_kind("heads") else 0
     gone += search.remove("mlp", math.ceil(target) - gone - heads)
     if heads:
@@ -95,7 +97,9 @@ def multipruner(
         tokens=tokens,
         config=config,
         dense_parameters=dense,
-        transforms=[{"branches": [str(branch) for branch in removed], "steps": search.log}],
+        transforms=[{"steps": [list(step) for step in search.log]}],
+        scores=norms,
+        objective="L1 norm",
     )
     layers = len(graph.layouts)
     whole = {group.name for branch in removed for group in search.groups(branch)}
@@ -107,6 +111,7 @@ def multipruner(
     return replace(
         decision,
         sizes=sizes,
+        branches=tuple(map(str, removed)),
         removed={k: v for k, v in decision.removed.items() if k not in whole},
         zeroed={k: v for k, v in decision.zeroed.items() if k not in whole},
         parameters=(dense, after),
@@ -293,13 +298,18 @@ def _modules(widths: Widths) -> dict[Branch, Module]:
     return found
 
 
-def _by_norm(group: Group) -> Tensor:
-    """Units by descending L1 norm of their rows, the lower index first among equals."""
+def norm_of_rows(group: Group) -> Tensor:
+    """[units] fp64: L1 norm of the rows that each unit owns, biases included."""
     total = torch.zeros(group.units, dtype=torch.float64)
     for part in group.slices[:-1]:
         t = part.tensor().double().abs().movedim(part.axis, 0)
         total += (t.flatten(1).sum(dim=1) if t.dim() > 1 else t).cpu()[part.index].sum(dim=1)
-    return total.sort(descending=True, stable=True).indices
+    return total
+
+
+def _by_norm(group: Group) -> Tensor:
+    """Units by descending norm, the lower index first among equals."""
+    return norm_of_rows(group).sort(descending=True, stable=True).indices
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import torch
 from pyprune.calibration import walk as walks
 from pyprune.calibration.stats import Statistic
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.registry import Progress
+from pyprune.progress import Progress
 from pyprune.width.structure import Group, Widths
 
 # An expert that saw fewer tokens than this share of its channels is judged by its weights alone.

@@ -2,79 +2,57 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from pyprune.calibration.configured import configured_tokens
-from pyprune.checkpoint import (
-    Checkpoint,
-    check_output,
-    copy_auxiliary,
-    output_directory,
-    write_report,
-)
-from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE, REPORT
-from pyprune.depth.registry import Progress
-from pyprune.devices import find_device
-from pyprune.errors import UserError
+from pyprune.calibration.coroutine import evaluation
 from pyprune.families import Family, Run
 from pyprune.measure import Measure
-from pyprune.report import SCHEMA, RunReport, model_name, source_name, versions
+from pyprune.pictures import check_pictures
+from pyprune.progress import Progress
+from pyprune.registry import HEADERS, MethodRow
+from pyprune.report import RunReport, model_name, versions, with_notes
+from pyprune.structural import (
+    StructuralReport,
+    calibration_fact,
+    check_in_memory,
+    model_card,
+    prune_loaded,
+)
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
-from pyprune.width.registry import (
-    HEADERS,
-    describe,
-    find_width_method,
-    load_width_methods,
-    run_width,
-)
+from pyprune.width.plot import draw
+from pyprune.width.registry import WIDTH_METHODS, run_width
 
 # What a run's report says once for the decision and itself.
 _SHARED = ("config", "calibration")
 
 
 @dataclass(frozen=True)
-class WidthReport:
-    """The outcome of `prune_width`.
-
-    model: its name. earlier: the report of the source's own pruning, if it had one.
-    """
+class WidthReport(StructuralReport):
+    """The outcome of `prune_width`. model: its name."""
 
     model: str
     decision: WidthDecision
-    versions: Mapping[str, str]
-    earlier: Mapping[str, Any] = field(default_factory=dict)
-    run: RunReport = field(default_factory=RunReport)
+
+    def named(self, name: str) -> WidthReport:
+        return replace(self, model=name)
 
     def to_dict(self) -> dict[str, Any]:
         decision = self.decision.to_dict()
         before, after = decision.pop("parameters")
-        wanted = decision.pop("wanted")
-        return {
-            "schema": SCHEMA,
-            "model": self.model,
-            **{key: decision.pop(key) for key in _SHARED},
-            "versions": dict(self.versions),
-            "parameters": {
-                "before": before,
-                "after": after,
-                "zeros": after - wanted,
-                "removed_share": 1 - wanted / before,
-                "realised_share": 1 - after / before,
-            },
-            "notes": decision.pop("notes"),
-            "decision": decision,
-            **({"earlier": dict(self.earlier)} if self.earlier else {}),
-            "run": dataclasses.asdict(self.run),
-        }
+        return self.sections(
+            {"model": self.model, **{key: decision.pop(key) for key in _SHARED}},
+            before=before,
+            after=after,
+            nonzero=decision.pop("wanted"),
+            notes=decision.pop("notes"),
+            decision=decision,
+        )
 
     def table(self) -> Table:
         """For a terminal: sizes before and after, and what is left."""
@@ -89,38 +67,21 @@ class WidthReport:
         table.add_row("parameters", f"{before:,}", f"{after:,} ({1 - after / before:.1%} less)")
         if decision.zeroed:
             table.add_row("without the zeros", "", f"{decision.wanted:,}")
-        for note in decision.notes:
-            table.add_row(note, "", "", style="yellow")
-        return table
+        return with_notes(table, decision.notes)
 
     def card(self) -> str:
-        """The README.md of the pruned checkpoint (Markdown with the hub's YAML header)."""
-        decision, text = self.decision, self.decision.calibration
-        row = find_width_method(decision.method)
-        lines = [
-            "---",
-            "library_name: transformers",
-            f"base_model: {json.dumps(self.model, ensure_ascii=False)}",
-            "base_model_relation: finetune",
-            "tags:",
-            "- pruned",
-            f"- {decision.method}",
-            "---",
-            "",
-            f"# {self.model}, pruned: {decision.method}",
-            "",
+        decision = self.decision
+        return model_card(
+            self.model,
+            WIDTH_METHODS.find(decision.method),
             f"{decision.summary()} An ordinary model of its family, which any loader reads.",
-            "",
-            f"- Method: {decision.method}, {row.title} ({row.paper})",
-            f"- Calibration: {text['source']}, {text['tokens']:,} tokens in {text['sequences']} "
-            f"sequences of up to {text['seqlen']}, sha256 `{text['sha256']}`",
-            *(f"- {name}: {version}" for name, version in self.versions.items()),
-            *(f"- Note: {note}" for note in decision.notes),
-            "",
-            "Configuration and removed units are in `pyprune.json`.",
-            "",
-        ]
-        return "\n".join(lines)
+            [
+                calibration_fact(decision.calibration),
+                *(f"{name}: {version}" for name, version in self.versions.items()),
+            ],
+            decision.notes,
+            "Configuration and removed units",
+        )
 
 
 def prune_width(
@@ -146,11 +107,7 @@ def prune_width(
         UserError: the request, the data or the architecture make it impossible. The model may have
             been changed then.
     """
-    for name in ("device", "dtype"):
-        if getattr(config, name) != "auto":
-            raise UserError(
-                f"{name}: expected auto for a model in memory, got {getattr(config, name)!r}"
-            )
+    check_in_memory(config)
     return _prune(model, tokenizer_or_batches, config, progress, Measure())
 
 
@@ -159,15 +116,10 @@ def _prune(
 ) -> WidthReport:
     with measure.phase("tokens"):
         tokens = configured_tokens(data, config.calibration, model.config)
-    training = model.training
-    model.eval()
-    try:
-        with measure.phase("prune"):
-            decision = run_width(model, tokens, config, progress)
-    finally:
-        model.train(training)
+    with evaluation(model), measure.phase("prune"):
+        decision = run_width(model, tokens, config, progress)
     run = RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes())
-    return WidthReport(model_name(model), decision, versions(), run=run)
+    return WidthReport(model_name(model), decision, versions=versions(), run=run)
 
 
 def prune_width_checkpoint(
@@ -197,58 +149,37 @@ def prune_width_checkpoint(
         UserError: see `prune_width`, `Checkpoint.open` and `output_directory`. Nothing is left at
             `out`.
     """
-    measure = Measure()
-    check_output(out)
-    with measure.phase("open"):
-        checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
-        data = checkpoint.tokenizer() if batches is None else batches
-        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-        model: Any = checkpoint.load_model(find_device(config.device), dtype)
-    report = _prune(model, data, config, progress, measure)
-    # Not model.to: it would round the rotary frequencies and other buffers too.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(checkpoint.dtype)
-    model.config.dtype = checkpoint.dtype
-    needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    with output_directory(out, needed=needed + AUXILIARY_BYTES) as folder:
-        with measure.phase("write"):
-            copy_auxiliary(checkpoint, folder, index=False)
-            model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        report = replace(
-            report,
-            model=source_name(source),
-            earlier=_earlier(checkpoint.path),
-            run=replace(report.run, seconds=measure.total()),
-        )
-        write_report(folder, report.to_dict(), report.card())
-    return report
 
+    def prune(model: Any, data: object, measure: Measure) -> WidthReport:
+        return _prune(model, data, config, progress, measure)
 
-def _earlier(source: Path) -> dict[str, Any]:
-    file = source / REPORT
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    return found
+    return prune_loaded(
+        source, out, config, prune, batches=batches, trust_remote_code=trust_remote_code
+    )
 
 
 def _run(run: Run) -> WidthReport:
     run.needs_none("state", "preserve_mask")
     if run.pictures is not None:
-        raise UserError("report: expected none, pictures are drawn of removed branches and layers")
-    return prune_width_checkpoint(
+        check_pictures(run.pictures)
+    report = prune_width_checkpoint(
         run.source,
         run.out,
         run.config,
         run.bar.step,
         trust_remote_code=run.trust_remote_code,
     )
+    if run.pictures is not None:
+        draw(report.model, report.decision, run.pictures)
+    return report
 
 
 FAMILY = Family(
     title="channels and heads",
-    methods=load_width_methods,
+    methods=WIDTH_METHODS.load,
     config=WidthConfig,
     targets={"ratio": ()},
     run=_run,
     headers=HEADERS,
-    describe=describe,
+    describe=MethodRow.describe,
 )

@@ -9,8 +9,8 @@ import torch
 
 from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.depth.decision import calibration_facts
-from pyprune.depth.registry import Progress
 from pyprune.errors import UserError
+from pyprune.progress import Progress
 from pyprune.width.config import WidthConfig
 from pyprune.width.cut import TOLERANCE_EPS, TOLERANCE_MOST
 from pyprune.width.decision import WidthDecision

@@ -20,13 +20,13 @@ from torch import Tensor
 from pyprune.calibration.factors import collect_factors
 from pyprune.calibration.gradient_stats import KroneckerFactors
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.registry import Progress
 from pyprune.errors import LayerError, UserError
 from pyprune.layers import minimum_tokens
 from pyprune.methods.kronecker import Curvature
 from pyprune.models.adapter import Adapter
 from pyprune.ops.obs_factor import NotPositiveDefiniteError
 from pyprune.patterns import Unstructured
+from pyprune.progress import Progress
 from pyprune.surgeon.matrix import Matrix
 from pyprune.surgeon.store import GIB, FactorStore, grouped
 from pyprune.width.apply import remove
@@ -49,8 +49,8 @@ class SurgeonWidthOptions:
     shots: the curvature is taken anew before each; shot t of T goes to t / T of the ratio.
     update: of the writers: joint, the optimum, or none. damping, gradient_damping: fractions of the
     mean diagonal added to the factors of the inputs and of the gradients.
-    factor_memory: GiB that factors may take at once, as in llm-surgeon. units, multiple: as in
-    wanda-sp; multiple applies to uniform.
+    factor_memory, fisher_samples: as in llm-surgeon. units, multiple: as in wanda-sp; multiple
+    applies to uniform.
     """
 
     structure: Literal["uniform", "adaptive"] = "uniform"
@@ -59,6 +59,7 @@ class SurgeonWidthOptions:
     damping: float = 0.01
     gradient_damping: float = 0.01
     factor_memory: float = 8.0
+    fisher_samples: int = 0
     units: Units = "stock"
     multiple: int = 8
 
@@ -71,6 +72,10 @@ class SurgeonWidthOptions:
                 raise UserError(
                     f"options.{name}: expected a number in [0, 1], got {getattr(self, name)}"
                 )
+        if self.fisher_samples < 0:
+            raise UserError(
+                f"options.fisher_samples: expected 0 or more, got {self.fisher_samples}"
+            )
         if not 0 < self.factor_memory < math.inf:
             raise UserError(
                 f"options.factor_memory: expected a positive number, got {self.factor_memory}"
@@ -92,7 +97,8 @@ def surgeon_width(
     options: SurgeonWidthOptions = config.own_options()
     dense = sum(p.numel() for p in model.parameters())
     widths = Widths.of(model)
-    run = _Shots(widths, prunable(widths, options.units), tokens, options, progress)
+    groups = prunable(widths, options.units)
+    run = _Shots(widths, groups, tokens, options, config.calibration.seed, progress)
     target = math.ceil(config.ratio * dense)
     kept: dict[str, Tensor] = {}
     for shot in range(1, options.shots + 1):
@@ -105,6 +111,8 @@ def surgeon_width(
         dense_parameters=dense,
         notes=[f"{name}: {why}" for name, why in run.unknown.items()],
         transforms=[{"columns of writers corrected": run.losses}] if run.losses else [],
+        scores=run.first,
+        objective="cost, nats per token",
     )
 
 
@@ -118,14 +126,16 @@ class _Shots:
         groups: Sequence[Group],
         tokens: TokenSet,
         options: SurgeonWidthOptions,
+        seed: int,
         progress: Progress | None,
     ) -> None:
         self.widths, self.groups, self.tokens = widths, groups, tokens
-        self.options, self.progress = options, progress
+        self.options, self.seed, self.progress = options, seed, progress
         self.adapter: Adapter = widths.adapter
         self.device = next(widths.model.parameters()).device
         self.unknown: dict[str, str] = {}
         self.losses: dict[str, float] = {}
+        self.first: dict[str, Tensor] = {}  # scores in the first shot
         self.gone: dict[str, Tensor] = {
             group.name: torch.zeros(group.units, dtype=torch.bool) for group in groups
         }
@@ -133,7 +143,7 @@ class _Shots:
     def shot(self, number: int, target: int) -> dict[str, Tensor]:
         """Removes units until `target` parameters are gone in all; returns those that stay."""
         matrices = [[Matrix(group.writer)] for group in self.groups]
-        parts = grouped(matrices, self.options.factor_memory * GIB, refined=False)
+        parts = grouped(matrices, self.options.factor_memory * GIB)
         by_name = {group.name: group for group in self.groups}
         scores: dict[str, Tensor] = {}
         with FactorStore(len(parts) > 1, self.device) as store:
@@ -142,12 +152,13 @@ class _Shots:
                 for matrix in part:
                     group = by_name[matrix.name]
                     scores[group.name] = self._scores(group, matrix, factors[matrix.name], number)
-                store.put(factors)
+                store.put_factors(factors)
                 del factors
+            self.first = self.first or scores
             kept = self._choose(scores, target)
             for group, units in self.widths.removed(kept):
                 if group.name in by_name:
-                    factors_of = store.take(group.name)
+                    factors_of = store.take_factors(group.name)
                     self._remove(group, units, factors_of)
         self.widths.mask(kept)
         return kept
@@ -168,6 +179,8 @@ class _Shots:
             [matrix.ref for matrix in part],
             biases={matrix.name for matrix in part if matrix.biased},
             device=self.device,
+            fisher_samples=self.options.fisher_samples,
+            seed=self.seed + number,
             progress=told,
         )
 

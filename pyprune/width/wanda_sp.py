@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pyprune.calibration.stats import NormStatistic, Statistic
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.registry import Progress
 from pyprune.errors import UserError
+from pyprune.progress import Progress
 from pyprune.width.apply import remove
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
@@ -57,6 +57,7 @@ def wanda_sp(
     groups = prunable(widths, options.units)
     sizes = uniform_sizes(widths, groups, math.ceil(config.ratio * dense), options.multiple)
     kept: dict[str, Tensor] = {}
+    scores: dict[str, Tensor] = {}
     unseen: list[str] = []
 
     def visit(group: Group, statistic: Statistic) -> None:
@@ -65,13 +66,22 @@ def wanda_sp(
         if too_few(group, statistic):
             unseen.append(group.name)
             norms = torch.ones_like(norms)
-        scores = wanda_sp_scores(group, norms)
-        kept.update(best({group.name: scores}, {group.name: sizes[group.name]}))
+        scores[group.name] = wanda_sp_scores(group, norms).cpu()
+        kept.update(best({group.name: scores[group.name]}, {group.name: sizes[group.name]}))
         widths.mask({group.name: kept[group.name]})
 
     visit_writers(widths, groups, tokens, NormStatistic, visit, progress)
     notes = [f"{name}: too few tokens, judged by its weights alone" for name in unseen]
-    return remove(widths, kept, tokens=tokens, config=config, dense_parameters=dense, notes=notes)
+    return remove(
+        widths,
+        kept,
+        tokens=tokens,
+        config=config,
+        dense_parameters=dense,
+        notes=notes,
+        scores=scores,
+        objective="mean |W| x input norm",
+    )
 
 
 def wanda_sp_scores(group: Group, norms: Tensor) -> Tensor:

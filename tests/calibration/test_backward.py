@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model, tiny_tokens
 
-from pyprune.calibration import backward
+from pyprune.calibration import head
 from pyprune.calibration.backward import backward_pass
 from pyprune.errors import LayerError, UserError
 from pyprune.models.adapter import Adapter
@@ -80,7 +80,7 @@ def hook_count(model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_autograd_sequence_by_sequence(family, checkpointing, monkeypatch):
-    monkeypatch.setattr(backward, "LOGITS_AT_ONCE", 3 * 2 * 64)  # the head in pieces of 3 tokens
+    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 3 * 2 * 64)  # the head in pieces of 3 tokens
     model = model64(family)
     ids = tiny_tokens(3, 12)
     batches = [Batch(ids[:2]), Batch(ids[2:, :9])]
@@ -110,6 +110,24 @@ def test_padding_is_as_if_it_were_not_there(family):
             assert_close(sums.absolute, alone[name].absolute)
     assert report.tokens == single.tokens == 19
     assert report.loss == pytest.approx(single.loss, rel=1e-6)
+
+
+def test_a_token_behind_a_hole_is_predicted_by_nothing():
+    """Targets are counted as they are summed over: of five real tokens two follow a real one."""
+    ids, mask = tiny_tokens(1, 8), torch.tensor([[1, 1, 0, 1, 1, 0, 0, 1]])
+    model = model64()
+    targets = []
+    adapter = Adapter.of(model)
+    visitors = {"model.layers.0.mlp.up_proj": lambda sample: targets.append(sample.targets)}
+    report = backward_pass(adapter, [Batch(ids, mask)], visitors)
+    assert (report.tokens, report.targets, targets) == (5, 2, [2])
+    with torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[0]
+    both = torch.nn.functional.cross_entropy(logits[[0, 3]], ids[0, [1, 4]])
+    assert report.loss == pytest.approx(float(both), rel=1e-5)
+    with pytest.raises(UserError, match=r"two tokens in a row .*, got 2"):
+        apart = torch.tensor([[1, 0, 0, 1, 0, 0, 0, 0]])
+        backward_pass(adapter, [Batch(ids, apart)], visitors)
 
 
 def test_magnitudes_of_a_batch_are_not_those_of_its_sum():

@@ -94,12 +94,53 @@ def test_too_little_space_is_found_in_advance(tmp_path):
 )
 def test_disk_full_while_writing(tmp_path, error):
     with (
-        pytest.raises(UserError, match="disk full: 1,000 bytes needed"),
+        pytest.raises(UserError, match=r"disk full: 1,000 bytes needed, .*but no more files"),
         output_directory(tmp_path / "out", needed=1000) as folder,
     ):
         (folder / "a").write_text("x")
         raise error
     assert list(tmp_path.iterdir()) == []
+
+
+def test_file_too_large(tmp_path):
+    with (
+        pytest.raises(UserError, match="larger than the file system or `ulimit -f` allows"),
+        output_directory(tmp_path / "new" / "out"),
+    ):
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_appeared_meanwhile_stays(tmp_path):
+    out = tmp_path / "new" / "out"
+    with (
+        pytest.raises(UserError, match="expected a new or an empty directory, it is not empty"),
+        output_directory(out) as folder,
+    ):
+        (folder / "a").write_text("mine")
+        out.mkdir()
+        (out / "a").write_text("theirs")
+    assert [f.name for f in (tmp_path / "new").iterdir()] == ["out"]
+    assert (out / "a").read_text() == "theirs"
+
+
+def test_a_second_interrupt_does_not_stop_the_cleaning_up(tmp_path, monkeypatch):
+    remove, interrupts = shutil.rmtree, []
+
+    def interrupted(folder, **options):
+        if not interrupts:
+            interrupts.append(folder)
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt, match="first"),
+        output_directory(tmp_path / "new" / "out") as folder,
+    ):
+        (folder / "a").write_text("x")
+        raise KeyboardInterrupt("first")
+    assert len(interrupts) == 1 and list(tmp_path.iterdir()) == []
 
 
 def test_other_write_errors_stay_what_they_are(tmp_path):

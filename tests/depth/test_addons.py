@@ -175,6 +175,18 @@ def test_refit_refuses_and_skips():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+def test_a_branch_that_adds_nothing_is_not_refitted():
+    """As a model has them after re-packing: without it the equations are singular."""
+    model, ids = model_of("llama"), tiny_tokens()
+    with torch.no_grad():
+        for parameter in model.model.layers[1].mlp.parameters():
+            parameter.zero_()
+    before = [p.clone() for p in model.parameters()]
+    (fit,) = refit(ResidualGraph.of(model), layers(2), [Batch(ids)])
+    assert fit["branch"] == "M1" and fit["before"] == fit["after"] > 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
 HALVES = [Branch("mlp", 1), Branch("attention", 2), Branch("attention", 3)]
 
 

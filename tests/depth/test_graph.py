@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.graph import Branch, ResidualGraph
@@ -116,6 +117,25 @@ def test_sequential_variants():
         ("gpt_neox", {"use_parallel_residual": False}),
     ):
         ResidualGraph.of(tiny_model(family, **config))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["gptj", "codegen"])
+def test_layers_that_return_tuples(family):
+    """Parallel layers of families that are not among the tiny ones."""
+    sizes = {"n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 4, "n_positions": 64}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(family, vocab_size=64, **sizes)
+    ).eval()
+    graph, ids = ResidualGraph.of(model), tiny_tokens(2, 9)
+    skipped = [Branch("attention", 0), Branch("mlp", 2)]
+    state, context = graph.start(Batch(ids))
+    hidden = graph.run_from(0, state, context, skipped)
+    with graph.skipping(skipped):
+        expected = logits(model, ids)
+    got = graph.logits(graph.finish(hidden, Batch(ids)), ids)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_unknown_structures_are_named():

@@ -59,7 +59,7 @@ def test_block_influence_by_hand_and_without_padding():
     split = [Batch(padded[2:], mask[2:]), Batch(padded[:2], mask[:2])]
     torch.testing.assert_close(block_influence(adapter, split), got, rtol=1e-5, atol=1e-7)
     torch.testing.assert_close(
-        angular_distances(adapter, split, 2), angular_distances(adapter, [Batch(ids)], 2),
+        angular_distances(adapter, split), angular_distances(adapter, [Batch(ids)]),
         rtol=1e-5, atol=1e-6,
     )  # fmt: skip
 
@@ -78,15 +78,14 @@ def test_layer_that_adds_nothing_has_no_influence():
 def test_angular_windows_by_hand():
     adapter, ids = Adapter.of(llama()), tiny_tokens(3, 9)
     states = [h[:, -1].double() for h in states_of(adapter, Batch(ids))]
+    got = angular_distances(adapter, [Batch(ids[:1]), Batch(ids[1:])])
+    assert got.shape == (5, 5)
     for width in range(1, 5):
         expected = [
             (F.cosine_similarity(states[i], states[i + width]).arccos() / math.pi).mean()
             for i in range(5 - width)
         ]
-        got = angular_distances(adapter, [Batch(ids[:1]), Batch(ids[1:])], width)
-        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=1e-6)
-    with pytest.raises(UserError, match="width"):
-        angular_distances(adapter, [Batch(ids)], 5)
+        torch.testing.assert_close(got.diagonal(width), torch.stack(expected), rtol=1e-4, atol=1e-6)
 
 
 def test_token_states():

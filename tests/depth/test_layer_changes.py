@@ -112,6 +112,19 @@ def test_replacement_is_trained_for_the_window(start):
     assert float(error) == pytest.approx(result.after, rel=1e-4)
 
 
+def test_small_steps_count_in_16_bits():
+    """Weights near 0.2 are 1e-3 apart in bfloat16: steps of 1e-4 only add up in more bits."""
+    model = tiny_model("llama", num_hidden_layers=4).bfloat16()
+    before = weights(model, 1)
+    result = replace_window(
+        ResidualGraph.of(model), BATCHES, 1, 3, epochs=30, learning_rate=1e-4, start="first"
+    )
+    assert result.after < result.before
+    after = weights(model, 1)
+    moved = [float((after[n] != v).float().mean()) for n, v in before.items() if v.dim() > 1]
+    assert min(moved) > 0.2 and all(v.dtype == torch.bfloat16 for v in after.values())
+
+
 def test_untrained_replacement_is_the_layer_itself():
     model = tiny_model("llama", num_hidden_layers=4)
     before = weights(model, 0)

@@ -1,5 +1,7 @@
 """Every method that removes whole layers: counts, order, determinism, and what it leaves."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokens
@@ -89,8 +91,30 @@ def test_rankings_by_hand():
     kept = choose("shortgpt", model, 3, keep_first=1, keep_last=1).removed
     assert sorted(kept) == [1, 2, 3]
     assert choose("reverse", model, 3).removed == (4, 3, 2)
-    start = int(angular_distances(adapter, [Batch(IDS)], 3).argmin())
+    start = int(angular_distances(adapter, [Batch(IDS)]).diagonal(3).argmin())
     assert choose("angular", model, 3).removed == tuple(range(start, start + 3))
+
+
+@pytest.mark.parametrize("name, runs", [("angular", 1), ("streamline", 2)])
+def test_windows_cost_one_sweep_however_wide(name, runs, monkeypatch):
+    """Calls of the last MLP (twice where the halves of a layer run one by one)."""
+    model = tiny_model("llama", num_hidden_layers=6)
+    calls = []
+    model.model.layers[5].mlp.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(layers, "replace_window", lambda *_a, **_k: Nothing())
+    graph, counted = ResidualGraph.of(model), []
+    method, options = METHODS[name]
+    for count in (1, 4):
+        calls.clear()
+        removed = method(graph, [Batch(IDS)], options, at_least(count)).removed
+        assert len(removed) == count
+        counted.append(len(calls))
+    assert counted == [runs, runs]
+
+
+@dataclass
+class Nothing:
+    """What a window was replaced with."""
 
 
 @pytest.mark.parametrize("name", WITH_ADD_ONS)

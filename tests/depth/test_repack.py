@@ -73,6 +73,39 @@ def test_packing_is_minimal_and_in_order():
             assert flat == list(kept)
 
 
+# What BlockPruner's repository removes from Llama-2-7B, calibrated on 64 samples.
+RELEASED = "A25 A27 A24 A23 A28 A29 A8 M7 A19 A30 M22 A21 M27 A18 M21 M11 A12 A14 M14 M24"
+
+
+@pytest.mark.parametrize("count, layers, zeros", [(8, 31, 6), (12, 30, 8), (17, 27, 7),
+                                                  (20, 25, 6)])  # fmt: skip
+def test_packing_of_a_released_order(count, layers, zeros):
+    gone = branches(RELEASED)[:count]
+    everything = [Branch(kind, i) for i in range(32) for kind in ("attention", "mlp")]
+    pairs = pack([branch for branch in everything if branch not in gone])
+    assert len(pairs) == layers
+    assert sum(attention is None for attention, _ in pairs) == zeros
+    assert all(mlp is not None for _, mlp in pairs)
+
+
+@pytest.mark.parametrize("removed, share", [
+    (RELEASED.split()[:17], 0.21989),
+    ([f"{kind}{i}" for i in range(7) for kind in "AM"], 0.2102),
+])  # fmt: skip
+def test_shares_of_llama_2_7b(removed, share):
+    sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    config = AutoConfig.for_model("llama", vocab_size=32000, num_attention_heads=32, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    graph = ResidualGraph(model, Adapter.of(model))
+    total = sum(p.numel() for p in model.parameters())
+    assert total == 6_738_415_616
+    assert graph.parameters(Branch("attention", 3)) == 67_112_960
+    assert graph.parameters(Branch("mlp", 3)) == 135_270_400
+    gone = branches(" ".join(removed))
+    assert graph.removed_parameters(gone) / total == pytest.approx(share, abs=5e-5)
+
+
 def test_packing_where_only_one_layer_can_be_shared():
     kept = branches("A0 M1 A2 M2 M3 A3")
     assert pack(kept) == [(0, 1), (2, 2), (None, 3), (3, None)]
@@ -191,6 +224,23 @@ def test_what_the_configuration_cannot_say_stays():
     graph = ResidualGraph.of(model)
     packing = repack(graph, branches("A2 M2"))
     assert packing.reason.startswith("all layers stay: ") and "self_attn:scaling" in packing.reason
+
+
+@pytest.mark.parametrize("removed", ["M1 A2", "A1 M1"])
+def test_a_layer_that_knows_its_place_keeps_it(removed, tmp_path):
+    """DiffLlama weighs its two attentions by the layer's index, which no field of a configuration
+    says: what is saved must still be the masked model."""
+    config = AutoConfig.for_model("diffllama", **CONFIGS["mistral"] | {"num_hidden_layers": LAYERS})
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    graph, gone = ResidualGraph.of(model), branches(removed)
+    with graph.skipping(gone):
+        masked = logits(model)
+    packing = repack(graph, gone)
+    assert "self_attn:lambda_init" in packing.reason and len(packing.pairs) == LAYERS
+    save_model(model, None, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    assert torch.equal(logits(loaded), masked)
 
 
 def test_kinds_of_layers_follow_their_branch():

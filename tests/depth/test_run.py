@@ -15,7 +15,7 @@ from pyprune.checkpoint.output import save_model
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import load_decision
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
-from pyprune.depth.registry import load_depth_methods
+from pyprune.depth.registry import DEPTH_METHODS
 from pyprune.depth.run import prune_structure, prune_structure_checkpoint
 from pyprune.errors import UserError
 
@@ -45,13 +45,14 @@ def load(folder):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("method", load_depth_methods())
+@pytest.mark.parametrize("method", DEPTH_METHODS.load())
 def test_each_method(source, capsys, method):
     assert run(source, "-m", method, "--count", "2", "--json", *OPTIONS.get(method, [])) == 0
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((source / "out" / "pyprune.json").read_text())
     assert report["earlier"] == {"method": "wanda"} and report["model"] == "in"
     assert report["config"]["count"] == 2 and report["calibration"]["tokens"] == 128
+    assert len(report["calibration"]["sha256"]) == 64
     assert report["versions"]["torch"] == torch.__version__
     decision = load_decision(source / "out")
     assert decision.method == report["decision"]["method"] == method
@@ -260,12 +261,15 @@ def test_continues_in_a_second_call_and_refuses_another_model(source, capsys):
 def test_methods_are_listed(capsys):
     assert cli.main(["methods", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert set(load_depth_methods()) < set(rows)
+    assert set(DEPTH_METHODS.load()) < set(rows)
     assert rows["blockpruner"]["removes"] == "attention and MLP branches"
-    assert rows["sleb"]["options"]["refit"] == "true or false; false"
-    assert rows["laco"]["options"]["highest"] == "a whole number or none; none"
+    assert rows["sleb"]["options"]["refit"] == "true or false; by default false"
+    assert rows["laco"]["options"]["highest"] == "a whole number or none; by default none"
     assert cli.main(["methods"]) == 0
-    assert "blockpruner -O mode=...: exact or fast or naive; exact" in capsys.readouterr().out
+    assert (
+        "blockpruner -O mode=...: exact or fast or naive; by default exact"
+        in capsys.readouterr().out
+    )
 
 
 def test_every_branch_of_a_layer_that_went_is_named(source):

@@ -14,7 +14,7 @@ from pyprune.config import CalibrationConfig
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, load_decision
 from pyprune.depth.graph import Branch, ResidualGraph
-from pyprune.depth.registry import load_depth_methods, run_search
+from pyprune.depth.registry import DEPTH_METHODS, run_search
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 
@@ -175,6 +175,14 @@ def test_fast_audited_every_round_is_exact_and_lazy_looks_at_less():
     lazy = search(model, config(count=5, mode="fast", audit_every=0, looks=2), data)
     assert len(set(lazy.removed)) == 5
     assert sum(s.evaluations for s in lazy.steps[1:]) < sum(s.evaluations for s in exact.steps[1:])
+    # All are drawn: those that halving dropped as what they seemed to cost.
+    assert lazy.importance.keys() == exact.importance.keys()
+    kept = [
+        name
+        for name, score in exact.importance.items()
+        if lazy.importance[name] == pytest.approx(score, rel=1e-5)
+    ]
+    assert str(lazy.removed[0]) in kept and 1 <= len(kept) < len(exact.importance)
     # Every accepted score is a true one: that of the model after the removal.
     graph = ResidualGraph.of(model)
     for k, step in enumerate(lazy.steps):
@@ -267,6 +275,18 @@ def test_continues_from_its_state_file(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(UserError, match="cannot continue"):
         search(model, config(count=2, state=file))
+
+
+def test_notes_are_of_rounds_that_were_made(tmp_path):
+    """Also when the state file is of a search that went further."""
+    model, data = model_of("llama", 8), tokens((2, 2, 2, 2))
+    options = {"mode": "fast", "audit_every": 1, "looks": 1, "state": str(tmp_path / "state.json")}
+    long = search(model, config(count=8, **options), data)
+    short = search(model, config(count=2, **options), data)
+    rounds = [int(note.split(":")[0].removeprefix("round ")) for note in long.notes]
+    assert rounds == sorted(rounds) and rounds[-1] > 2
+    assert short.notes == tuple(n for n, r in zip(long.notes, rounds, strict=True) if r <= 2)
+    assert search(model, config(count=8, **options), data).notes == long.notes
 
 
 def test_states_that_were_cached_before_a_resumption_are_not_used(tmp_path):
@@ -394,4 +414,4 @@ def test_config_round_trips(tmp_path):
     assert StructureConfig.from_dict({"count": 1, "calibration": {"seed": 3}}).calibration == (
         CalibrationConfig(nsamples=32, seqlen=512, seed=3)
     )
-    assert {"blockpruner", "sleb", "llm-drop"} <= set(load_depth_methods())
+    assert {"blockpruner", "sleb", "llm-drop"} <= set(DEPTH_METHODS.load())

@@ -82,6 +82,29 @@ def test_reads_a_file(tmp_path):
         PruneConfig.load(tmp_path / "missing.yaml")
 
 
+@pytest.mark.parametrize(
+    "text, values",
+    [
+        ("pattern: 2:4", {"pattern": "2:4"}),
+        ("{sparsity: 5e-1, damping: 1e-3}", {"sparsity": 0.5, "damping": 0.001}),
+        (
+            "{sparsity: .5, include: [09, 1_0, '3']}",
+            {"sparsity": 0.5, "include": ("09", "1_0", "3")},
+        ),
+    ],
+)
+def test_numbers_mean_what_they_look_like(text, values):
+    """In YAML 1.1 2:4 is 124 and 1e-3 a text."""
+    assert PruneConfig.from_yaml(text) == PruneConfig(**values)
+
+
+@pytest.mark.parametrize("name", ["1e5", "2:4", "12", "0x1", "09", "1_0", ".5", "1.", "no", "~"])
+def test_texts_that_look_like_numbers_stay_texts(name):
+    config = PruneConfig(sparsity=0.5, include=(name,))
+    assert PruneConfig.from_yaml(config.to_yaml()) == config
+    assert yaml.safe_load(config.to_yaml()) == config.to_dict()
+
+
 def test_lists_become_tuples():
     assert PruneConfig(sparsity=0.5, include=["a", "b"]).include == ("a", "b")
 

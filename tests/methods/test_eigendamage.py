@@ -6,6 +6,7 @@ import pytest
 import torch
 from methods.gradients import output_gradients
 from methods.test_properties import example
+from safetensors.torch import load_file
 from tiny_models import VOCAB, tiny_model, tiny_tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -14,8 +15,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from pyprune import cli
 from pyprune.calibration.backward import backward_pass
 from pyprune.calibration.batches import as_token_set
+from pyprune.checkpoint import Checkpoint
 from pyprune.config import CalibrationConfig
-from pyprune.eigendamage import EigenDamageConfig, eigendamage, eigendamage_checkpoint
+from pyprune.eigendamage import (
+    EigenDamageConfig,
+    damage,
+    prune_eigendamage,
+    prune_eigendamage_checkpoint,
+)
 from pyprune.errors import LayerError, UserError
 from pyprune.methods import eigendamage as maths
 from pyprune.models.adapter import Adapter
@@ -28,6 +35,11 @@ def layer(rows=5, columns=7, tokens=60):
     return w, x, g, x.T @ x / tokens, g.T @ g / tokens
 
 
+def eigenbasis(a, g):
+    left, right = maths.eigenvectors(g), maths.eigenvectors(a)
+    return maths.EigenBasis(left[1], right[1], left[0], right[0])
+
+
 def loss(change, g, a):
     return 0.5 * float(((g @ change @ a) * change).sum())
 
@@ -38,7 +50,7 @@ def index(mask):
 
 def test_rotation_keeps_the_norm_and_comes_back():
     w, _, _, a, g = layer()
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     rotated = basis.rotate(w)
     assert float(rotated.norm()) == pytest.approx(float(w.norm()))
     torch.testing.assert_close(basis.restore(rotated), w)
@@ -49,7 +61,7 @@ def test_rotation_keeps_the_norm_and_comes_back():
 
 def test_costs_add_up_to_the_quadratic_form():
     w, _, _, a, g = layer()
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     costs = maths.element_costs(basis.rotate(w), basis.curvature())
     assert float(costs.sum()) == pytest.approx(0.5 * float((g @ w @ a * w).sum()))
 
@@ -57,7 +69,7 @@ def test_costs_add_up_to_the_quadratic_form():
 def test_in_the_basis_damage_is_surgery():
     """For a Kronecker Fisher matrix the best of all updates in the basis is none at all."""
     w, _, _, a, g = layer()
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     rotated, f = basis.rotate(w), torch.kron(g, a)
     q = torch.kron(basis.left, basis.right)
     diagonal = q.T @ f @ q
@@ -76,7 +88,7 @@ def test_in_the_basis_damage_is_surgery():
 
 def test_directions_cost_what_removing_them_costs_and_no_less_than_the_best_of_their_rank():
     w, _, _, a, g = layer()
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     rotated = basis.rotate(w)
     costs = maths.element_costs(rotated, basis.curvature())
     rows, columns = torch.tensor([0, 2, 4]), torch.tensor([1, 2, 3, 5, 6])
@@ -95,7 +107,7 @@ def test_directions_cost_what_removing_them_costs_and_no_less_than_the_best_of_t
 @pytest.mark.parametrize(("r", "c"), [(2, 6), (6, 2), (3, 3), (0, 4)])
 def test_two_factors_are_the_three_of_the_paper_and_never_more_parameters(r, c):
     w, _, _, a, g = layer(8, 9)
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     rotated = basis.rotate(w)
     rows, columns = torch.arange(r), torch.arange(c)
     factors = maths.thin_factors(basis, rotated, rows, columns)
@@ -106,16 +118,20 @@ def test_two_factors_are_the_three_of_the_paper_and_never_more_parameters(r, c):
 
 def test_degenerate_factors():
     a, g = torch.eye(4, dtype=torch.float64), torch.zeros(3, 3, dtype=torch.float64)
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     assert not basis.curvature().any()
     w = torch.ones(3, 4, dtype=torch.float64)
     torch.testing.assert_close(basis.restore(basis.rotate(w)), w)
     # Rank-deficient: what rounding leaves of an eigenvalue of zero is not negative.
     v = torch.arange(1.0, 5.0)[:, None].double()
-    assert bool((maths.eigenbasis(v @ v.T, g).right_values >= 0).all())
+    assert bool((eigenbasis(v @ v.T, g).right_values >= 0).all())
 
 
 # Whole models.
+
+
+def config_of(sparsity, **own):
+    return EigenDamageConfig(sparsity=sparsity, method_options=own)
 
 
 def setup(family="llama", double=True):
@@ -151,12 +167,12 @@ def test_removes_the_cheapest_of_all_layers_and_says_what_it_costs(reestimate, u
 
     small = "model.layers.0.self_attn.k_proj"  # [16, 32]: its whole Fisher matrix fits
     report = backward_pass(adapter, tokens.batches, {small: visitor(small)})
-    config = EigenDamageConfig(0.3, unit, reestimate)
-    layers = eigendamage(adapter, tokens, config)
+    config = config_of(0.3, unit=unit, reestimate=reestimate)
+    layers = damage(adapter, tokens, config)
     after = weights(adapter)
     a, g, f = (t / n for t, n in zip(moments[small], (144, 138, 138), strict=True))
     assert report.tokens == 144 and report.sequences == 6
-    basis = maths.eigenbasis(a, g)
+    basis = eigenbasis(a, g)
     change = basis.rotate(after[small] - dense[small])
     curvature = basis.curvature()
     if reestimate:  # the diagonal of the Fisher matrix itself, tokens as samples
@@ -179,7 +195,7 @@ def test_removes_the_cheapest_of_all_layers_and_says_what_it_costs(reestimate, u
 def test_reestimation_is_nearer_to_the_fisher_matrix():
     """Both are diagonal in the basis; EK-FAC's diagonal is the best one (George et al. 2018)."""
     _, x, g, a, b = layer()
-    basis = maths.eigenbasis(a, b)
+    basis = eigenbasis(a, b)
     outer = (g[:, :, None] * x[:, None, :]).flatten(1)
     q = torch.kron(basis.left, basis.right)
     f = q.T @ (outer.T @ outer / len(x)) @ q
@@ -191,7 +207,7 @@ def test_reestimation_is_nearer_to_the_fisher_matrix():
 def test_nothing_removed_is_the_model_to_rounding():
     _, adapter, tokens = setup()
     dense = weights(adapter)
-    eigendamage(adapter, tokens, EigenDamageConfig(0.0))
+    damage(adapter, tokens, config_of(0.0))
     for name, w in weights(adapter).items():
         torch.testing.assert_close(w, dense[name], rtol=0, atol=1e-12)
 
@@ -199,9 +215,8 @@ def test_nothing_removed_is_the_model_to_rounding():
 def test_thin_factors_go_in_only_where_they_are_smaller_and_compute_the_same():
     model, adapter, tokens = setup()
     dense_model, dense_adapter, _ = setup()
-    config = EigenDamageConfig(0.7, factored=True)
-    layers = eigendamage(adapter, tokens, config)
-    dense = eigendamage(dense_adapter, tokens, EigenDamageConfig(0.7))
+    layers = damage(adapter, tokens, config_of(0.7), factored=True)
+    dense = damage(dense_adapter, tokens, config_of(0.7))
     forms = {layer.form for layer in layers}
     assert forms == {"dense", "factored"}
     for layer, other in zip(layers, dense, strict=True):
@@ -232,41 +247,101 @@ def checkpoint(tmp_path):
     return folder
 
 
-def test_the_dense_result_is_a_stock_checkpoint(checkpoint, tmp_path):
+def test_the_dense_result_is_a_stock_checkpoint(checkpoint, tmp_path, monkeypatch):
     text = str(tmp_path / "text.txt")
     calibration = CalibrationConfig(source=text, nsamples=4, seqlen=16)
     config = EigenDamageConfig(
-        0.3, include=("model.layers.0.*",), exclude=("*.q_proj",), calibration=calibration
+        sparsity=0.3,
+        include=("model.layers.0.*",),
+        exclude=("*.q_proj",),
+        calibration=calibration,
     )
-    report = eigendamage_checkpoint(tmp_path / "in", tmp_path / "out", config)
-    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    report = prune_eigendamage_checkpoint(checkpoint, tmp_path / "out", config)
+    dense = AutoModelForCausalLM.from_pretrained(checkpoint)
     pruned = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    names = {layer["name"] for layer in report["layers"]}
-    assert len(names) == 6 and 0.25 < report["sparsity"] <= 0.3
+    names = {layer.name for layer in report.layers}
+    assert len(names) == 6 and 0.25 < report.sparsity <= 0.3
     for name, w in pruned.state_dict().items():
         assert torch.equal(w, dense.state_dict()[name]) == (name.removesuffix(".weight") not in
                                                             names)  # fmt: skip
     assert bool(pruned(tiny_tokens(2, 16)).logits.isfinite().all())
-    stored = json.loads((tmp_path / "out" / "pyprune.json").read_text())["eigendamage"]
+    stored = json.loads((tmp_path / "out" / "pyprune.json").read_text())
     assert stored["calibration"]["tokens"] == 64 and stored["run"]["peak_rss_bytes"] > 0
-    arguments = ["eigendamage", checkpoint, "-s", "0.3", "--out", tmp_path / "cli",
-                 "--calibration", text, "--nsamples", "4", "--seqlen", "16", "--json",
-                 "--include", "model.layers.0.*", "--exclude", "*.q_proj"]  # fmt: skip
+    assert EigenDamageConfig.from_dict(stored["config"]) == config
+    assert stored["notes"] == list(report.notes) and "dense matrices" in report.notes[0]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "in their Kronecker-factored eigenbases (directions)" in card
+    in_memory = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    prune_eigendamage(in_memory, tokenizer, config)
+    assert all(map(torch.equal, in_memory.parameters(), pruned.parameters()))
+    # Where shards cannot be written in place they are made anew.
+    monkeypatch.setattr(Checkpoint, "streamable", lambda self: "said the test")
+    prune_eigendamage_checkpoint(checkpoint, tmp_path / "anew", config)
+    anew = AutoModelForCausalLM.from_pretrained(tmp_path / "anew")
+    assert all(map(torch.equal, anew.parameters(), pruned.parameters()))
+
+
+def test_is_a_method_of_the_one_command(checkpoint, tmp_path, capsys):
+    """`pyprune prune`, with options, in bf16: and nothing but the pruned matrices differs."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).bfloat16()
+    model.save_pretrained(checkpoint)
+    arguments = [
+        "prune", checkpoint, "-m", "eigendamage", "-s", "0.3", "--out", tmp_path / "cli",
+        "-O", "unit=elements", "-O", "fisher_samples=1", "--dtype", "float32", "--json",
+        "--calibration", tmp_path / "text.txt", "--nsamples", "4", "--seqlen", "16",
+        "--include", "model.layers.0.*",
+    ]  # fmt: skip
     assert cli.main([str(a) for a in arguments]) == 0
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "cli")
-    for name, w in pruned.state_dict().items():
-        assert torch.equal(again.state_dict()[name], w)
-    with pytest.raises(UserError, match="factored: a checkpoint of stock layers holds dense"):
-        eigendamage_checkpoint(
-            tmp_path / "in", tmp_path / "no", EigenDamageConfig(0.3, factored=True)
-        )
+    report = json.loads(capsys.readouterr().out)
+    names = {layer["name"] for layer in report["layers"]}
+    assert len(names) == 7 and report["sparsity"] == pytest.approx(0.3, abs=1e-3)
+    old, new = (load_file(at / "model.safetensors") for at in (checkpoint, tmp_path / "cli"))
+    assert old.keys() == new.keys()
+    for name, w in new.items():
+        assert w.dtype == torch.bfloat16
+        assert torch.equal(w, old[name]) == (name.removesuffix(".weight") not in names)
+    for wrong, message in (
+        (["--pattern", "2:4"], "--pattern: not for eigendamage"),
+        (["--scope", "row"], "--scope: not for eigendamage"),
+        (["--state", tmp_path / "s"], "state: eigendamage has no use for it"),
+        (["-O", "unti=elements"], "eigendamage has no option 'unti', did you mean unit"),
+    ):
+        assert cli.main([str(a) for a in [*arguments[:7], tmp_path / "no", *wrong]]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main(["methods", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert set(rows["eigendamage"]["options"]) == {
+        "unit", "reestimate", "cap", "fisher_samples", "factor_memory",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "own"),
+    [("mixtral", {}), ("llama", {"unit": "elements", "reestimate": True})],
+    ids=["mixtral", "llama"],
+)
+def test_one_block_at_a_time_on_disk_changes_nothing(family, own):
+    results = []
+    for memory in (8.0, 1e-9):
+        model, adapter, tokens = setup(family, double=False)
+        told = []
+        config = config_of(0.3, factor_memory=memory, fisher_samples=1, **own)
+        layers = damage(adapter, tokens, config, progress=lambda *step, t=told: t.append(step))
+        results.append((layers, list(model.parameters())))
+        passes = 1 if memory == 8.0 else 2
+        for phase in ("factors", "curvature") if own else ("factors",):
+            steps = [(done, total) for said, done, total in told if said == phase]
+            assert steps == [(n, 6 * passes) for n in range(1, 6 * passes + 1)]
+    assert results[0][0] == results[1][0]
+    assert all(map(torch.equal, results[0][1], results[1][1]))
 
 
 def test_what_is_not_known_is_kept_and_named():
     model, adapter, tokens = setup("mixtral", double=False)
     tokens = as_token_set([tiny_tokens(1, 3)], vocabulary=64, positions=None)
     dense = weights(adapter)
-    layers = {lay.name: lay for lay in eigendamage(adapter, tokens, EigenDamageConfig(0.5))}
+    layers = {lay.name: lay for lay in damage(adapter, tokens, config_of(0.5))}
     after = weights(adapter)
     experts = [lay for name, lay in layers.items() if "experts" in name]
     assert experts
@@ -276,7 +351,7 @@ def test_what_is_not_known_is_kept_and_named():
     model, adapter, tokens = setup()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    layers = {lay.name: lay for lay in eigendamage(adapter, tokens, EigenDamageConfig(0.5))}
+    layers = {lay.name: lay for lay in damage(adapter, tokens, config_of(0.5))}
     for name in ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"):
         assert layers[name].note == "no gradient but zero: kept" and layers[name].rows == 64
 
@@ -287,22 +362,36 @@ def test_bad_input_changes_nothing():
         model.lm_head.weight[3] = float("nan")
     dense = weights(adapter)
     with pytest.raises(LayerError, match=r"model\.layers\.\S+: expected finite gradients"):
-        eigendamage(adapter, tokens, EigenDamageConfig(0.5))
+        damage(adapter, tokens, config_of(0.5))
     assert all(torch.equal(w, dense[name]) for name, w in weights(adapter).items())
     _, adapter, tokens = setup("gpt2")
     with pytest.raises(LayerError, match=r"factored: expected the weight of an nn\.Linear"):
-        eigendamage(adapter, tokens, EigenDamageConfig(0.5, factored=True))
+        damage(adapter, tokens, config_of(0.5), factored=True)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"sparsity": 1.0}, r"sparsity: expected a fraction in \[0, 1\), got 1.0"),
-        ({"sparsity": 0.5, "unit": "rows"}, "unit: expected one of directions, elements"),
-        ({"sparsity": 0.5, "cap": 1.0}, "cap: expected a fraction between 0 and 1, got 1.0"),
-        ({"sparsity": 0.5, "unit": "elements", "factored": True}, "factored: expected unit"),
+        ({"sparsity": "x"}, "sparsity: expected a number, got 'x'"),
+        ({"method": "wanda"}, "method: expected one of eigendamage, got 'wanda'"),
+        ({"device": "tpu"}, "device: expected auto, cpu"),
+        ({"method_options": {"unit": "rows"}}, "unit: expected directions or elements, got 'rows'"),
+        ({"method_options": {"cap": 1.0}}, "cap: expected a fraction between 0 and 1, got 1.0"),
+        ({"method_options": {"fisher_samples": -1}}, "fisher_samples: expected 0 or more, got -1"),
+        ({"method_options": {"factor_memory": 0.0}}, "factor_memory: expected a positive number"),
     ],
 )
 def test_options_are_checked(values, message):
     with pytest.raises(UserError, match=message):
         EigenDamageConfig(**values)
+
+
+def test_factors_and_entries_or_a_dtype_in_memory_do_not_go_together():
+    model, _, tokens = setup()
+    with pytest.raises(UserError, match="factored: expected unit directions, got 'elements'"):
+        prune_eigendamage(model, tokens, config_of(0.3, unit="elements"), factored=True)
+    with pytest.raises(UserError, match="dtype: expected auto for a model in memory"):
+        prune_eigendamage(model, tokens, EigenDamageConfig(dtype="float32"))
+    report = prune_eigendamage(model, tokens, config_of(0.7), factored=True)
+    assert report.notes == () and "factored" in {layer.form for layer in report.layers}

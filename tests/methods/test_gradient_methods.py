@@ -8,11 +8,13 @@ from methods.test_properties import example, inputs_of
 from tiny_models import tiny_model, tiny_tokens
 
 from pyprune.calibration.batches import as_token_set
+from pyprune.calibration.gradient_stats import MagnitudeStatistic
 from pyprune.calibration.gradients import collect_gradients
 from pyprune.calibration.tokens import Batch
 from pyprune.errors import LayerError, UserError
 from pyprune.methods import METHODS, LayerInputs, MethodOptions
 from pyprune.methods.gblm import GblmOptions, column_scale
+from pyprune.methods.global_selection import GlobalSelection
 from pyprune.methods.options import build_options
 from pyprune.models.adapter import Adapter
 from pyprune.patterns import NM, Unstructured
@@ -158,6 +160,59 @@ def test_layer_obd_is_wanda_over_the_layer():
     a = solve("l-obd", HALF, w, inputs_of(x))
     b = solve("wanda", Unstructured(0.5, "layer"), w, inputs_of(x))
     assert torch.equal(a.mask, b.mask)
+
+
+def test_over_all_layers_obd_counts_how_often_an_expert_is_used_once():
+    """Costs of two experts on a text are those of one matrix [W1 0; 0 W2] on all its tokens."""
+    text, options = 220, MethodOptions()
+    _, x = example(4, 6, text)
+    g = output_gradients(5, x)
+    parts = [(x[:200], g[:200]), (x[200:], g[200:])]
+    for method in ("l-obd", "k-obd", "obd"):
+        for x_e, g_e in parts:
+            made = statistic(method, x_e, g_e, 1)
+            inputs = LayerInputs(x_e.square().sum(0), len(x_e), x_e.T @ x_e)
+            if made is not None:
+                made.targets = text
+                inputs = inputs.with_gradient(made)
+            curvature = METHODS[method].column_scale(inputs, options).square()
+            outer = g_e[:, :, None] * x_e[:, None, :]
+            want = {
+                "l-obd": x_e.square().sum(0),
+                "k-obd": torch.outer(g_e.square().sum(0) / text, x_e.square().mean(0)),
+                "obd": outer.sum(0).square() / text,
+            }[method]
+            torch.testing.assert_close(curvature, want)
+
+
+def test_gradients_and_scores_of_a_global_choice_wait_on_the_cpu(monkeypatch):
+    """What the first walk needs of one layer does not stay where the next one is looked at."""
+    moves = {}
+    real = MagnitudeStatistic.to
+
+    def to(self, device):
+        moves.setdefault(id(self), []).append(str(device))
+        real(self, device)
+
+    monkeypatch.setattr(MagnitudeStatistic, "to", to)
+    model = tiny_model("llama")
+    prune(model, [tiny_tokens(4, 16)], "gblm", 0.5, scope="global")
+    # After the pass; to count, and back; to be pruned.
+    assert len(moves) == 14 and all(len(places) == 4 for places in moves.values())
+    assert all(places[0] == places[2] == "cpu" for places in moves.values())
+    selection = GlobalSelection(0.5)
+    w = torch.randn(4, 6)
+    selection.count("a", w, torch.rand(4, 6, dtype=torch.float64), None)
+    assert selection._scales["a"].dtype == torch.float32
+
+
+def test_options_of_another_method_are_not_taken_for_the_defaults():
+    w, x = example()
+    options = MethodOptions(own=GblmOptions())
+    with pytest.raises(TypeError, match="own: expected ObsOptions, got GblmOptions"):
+        solve("obs", HALF, w, inputs_with("obs", x, output_gradients(len(w), x), 4), options)
+    with pytest.raises(ValueError, match="k-obd: expected DiagonalFactors of the gradients, got M"):
+        solve("k-obd", HALF, w, inputs_with("obd", x, output_gradients(len(w), x), 4))
 
 
 @pytest.mark.parametrize("pattern", [HALF, NM(2, 4)], ids=str)

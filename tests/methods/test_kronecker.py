@@ -16,11 +16,12 @@ def golden():
     wave = torch.cos(0.4 + 0.5 * t) + 0.6 * torch.sin(0.9 * t + 0.8 * j)
     x = (1 + 3 * (j == 3)) * (wave + 0.3 * torch.cos(2.1 * t * (j + 1)))
     y = torch.sin(0.3 + 0.61 * t) + 0.5 * torch.cos(0.7 * t * (i.T + 1))
-    a, g = kronecker.balanced(x.T @ x / 32, y.T @ y / 32)
+    a, g = x.T @ x / 32, y.T @ y / 32
+    ratio = (g.norm() / a.norm()).sqrt()
+    a, g = a * ratio, g / ratio
     a_damped = a + 0.01 * a.diagonal().mean() * EYE[8]
     g_damped = g + 0.01 * g.diagonal().mean() * EYE[4]
-    inverses = kronecker.damped_inverse(a, 0.01)[0], kronecker.damped_inverse(g, 0.01)[0]
-    return w, a, g, a_damped, g_damped, *inverses
+    return w, a, g, a_damped, g_damped, torch.linalg.inv(a_damped), torch.linalg.inv(g_damped)
 
 
 def close(got, want, atol=1e-6):
@@ -36,10 +37,11 @@ def test_golden_costs():
     w, a, g, _, _, ai, gi = golden()
     assert float(a.norm()) == pytest.approx(5.304393527470)
     assert float(g.norm()) == pytest.approx(5.304393527470)
-    close(kronecker.row_costs(w, a, gi), [0.126570, 0.658937, 0.601419, 0.282059])
+    close(kronecker.row_costs(w, a, gi.diagonal()), [0.126570, 0.658937, 0.601419, 0.282059])
     columns = [0.009419, 0.004783, 0.013035, 0.085418, 0.007272, 0.009121, 0.027826, 0.003991]
-    close(kronecker.column_costs(w, g, ai), columns)
-    assert float(kronecker.element_costs(w, ai, gi).sum()) == pytest.approx(0.152703938582)
+    close(kronecker.column_costs(w, g, ai.diagonal()), columns)
+    elements = 0.5 * w.square() / torch.outer(gi.diagonal(), ai.diagonal())
+    assert float(elements.sum()) == pytest.approx(0.152703938582)
 
 
 def test_golden_structured_update_equals_brute_force():
@@ -71,8 +73,8 @@ def test_single_costs_are_the_achieved_loss_with_damped_numerators():
     none, one = torch.tensor([], dtype=torch.long), torch.tensor([2])
     row = loss(kronecker.remove_structures(w, one, none, ai, gi), w, a, g)
     column = loss(kronecker.remove_structures(w, none, one, ai, gi), w, a, g)
-    assert float(kronecker.row_costs(w, a, gi)[2]) == pytest.approx(row)
-    assert float(kronecker.column_costs(w, g, ai)[2]) == pytest.approx(column)
+    assert float(kronecker.row_costs(w, a, gi.diagonal())[2]) == pytest.approx(row)
+    assert float(kronecker.column_costs(w, g, ai.diagonal())[2]) == pytest.approx(column)
 
 
 def test_rows_do_not_depend_on_a_and_joint_beats_the_sum_of_updates():
@@ -88,13 +90,3 @@ def test_rows_do_not_depend_on_a_and_joint_beats_the_sum_of_updates():
     joint = loss(kronecker.remove_structures(w, p, q, ai, gi), w, a, g)
     assert joint < loss(total, w, a, g)
     assert joint < loss(zeroed, w, a, g)
-
-
-def test_balancing_and_dead_coordinates():
-    a, g = 3 * EYE[8], EYE[4] / 7
-    left, right = kronecker.balanced(a, g)
-    torch.testing.assert_close(torch.kron(right, left), torch.kron(g, a))
-    assert not kronecker.balanced(a, torch.zeros_like(g))[0].any()
-    a[2, 2] = 0
-    with pytest.raises(ValueError, match="no zero on the diagonal"):
-        kronecker.damped_inverse(a, 0.01)

@@ -45,6 +45,11 @@ def quadratic(d, a, g):
     return 0.5 * float(((g @ d @ a) * d).sum())
 
 
+def element_costs(w, there):
+    """w_ij^2 / (2 [G^-1]_ii [A^-1]_jj)"""
+    return 0.5 * w.square() / torch.outer(there.g_inverse.diagonal(), there.a_inverse.diagonal())
+
+
 def exact(monkeypatch):
     """The joint update of elements runs until it has converged."""
     monkeypatch.setattr(kronecker, "TOLERANCE", 0.0)
@@ -150,8 +155,8 @@ def test_single_costs_with_damped_and_undamped_numerators():
     torch.testing.assert_close(rows, 0.5 * (w @ a @ w.T).diagonal() / gi)
     torch.testing.assert_close(columns, 0.5 * (w.T @ g @ w).diagonal() / ai)
     damped_a, damped_g = there.damped()
-    damped_rows = kronecker.row_costs(w, damped_a, there.g_inverse)
-    damped_columns = kronecker.column_costs(w, damped_g, there.a_inverse)
+    damped_rows = kronecker.row_costs(w, damped_a, gi)
+    damped_columns = kronecker.column_costs(w, damped_g, ai)
     none = torch.tensor([], dtype=torch.long)
     for k in range(len(w)):
         new = there.without_structures(w, torch.tensor([k]), none)
@@ -162,7 +167,7 @@ def test_single_costs_with_damped_and_undamped_numerators():
         assert there.loss(new - w) == pytest.approx(float(damped_columns[k]))
     row_scale, column_scale = there.element_scales()
     costs = 0.5 * (w * row_scale[:, None] * column_scale).square()
-    torch.testing.assert_close(costs, kronecker.element_costs(w, there.a_inverse, there.g_inverse))
+    torch.testing.assert_close(costs, element_costs(w, there))
     mask = torch.ones_like(w, dtype=torch.bool)
     mask[2, 3] = False
     loss = there.loss(there.without_elements(w, mask) - w)
@@ -315,7 +320,7 @@ def test_one_shot_on_one_matrix(pattern, monkeypatch):
     want = brute_force(w, solution.mask, *there.damped())
     torch.testing.assert_close(solution.weight, want, rtol=1e-6, atol=1e-7)
     assert solution.loss == pytest.approx(there.loss(want - w), rel=1e-6)
-    costs = kronecker.element_costs(w, there.a_inverse, there.g_inverse)
+    costs = element_costs(w, there)
     if isinstance(pattern, NM):
         expected = ops.mask_nm(costs, 2, 4)
     else:
@@ -325,7 +330,7 @@ def test_one_shot_on_one_matrix(pattern, monkeypatch):
 
 def test_expects_factors():
     w, _ = golden()
-    with pytest.raises(ValueError, match="llm-surgeon: expected Kronecker factors, got none"):
+    with pytest.raises(ValueError, match="llm-surgeon: expected calibration inputs, got none"):
         METHOD.solve(w, None, NM(2, 4), MethodOptions(), None, None)
 
 
@@ -340,6 +345,7 @@ def test_expects_factors():
         ({"gradient_damping": 2.0}, r"gradient_damping: expected a number in \[0, 1\]"),
         ({"iterations": 0}, "iterations: expected a whole number from 1, got 0"),
         ({"refinements": 0}, "refinements: expected a whole number from 1"),
+        ({"fisher_samples": -1}, "fisher_samples: expected a whole number from 0, got -1"),
     ],
 )
 def test_options_are_checked(values, message):

@@ -121,6 +121,10 @@ def test_parameters_tied_to_the_outside_are_left_out():
     assert "up_proj" not in set(leaves(adapter.linears(1)))
     model.model.layers[0].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
     assert "down_proj" not in set(leaves(Adapter.of(model).linears(0)))
+    # Two matrices of one block that are one parameter.
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    assert not {"gate_proj", "up_proj"} & set(leaves(Adapter.of(model).linears(0)))
 
 
 def test_linear_subclasses_are_found_and_routers_are_not():

@@ -54,7 +54,8 @@ for shape in ((3, 72), (5, 136), (18, 1096)):
                 want = x.double() @ (q * mask).double().T / 64
                 by24 = ops.linear_24_int8(x, *map(guarded, (*pack_24(q, mask), scales)))
                 bitmap = ops.linear_bitmap_int8(x, *map(guarded, (*pack_bitmap(q, mask), scales)))
-                for got in (by24, bitmap):
+                dense = ops.linear_int8(x, *map(guarded, (q * mask, scales)))
+                for got in (by24, bitmap, dense):
                     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-1)
 if reach:
     values, bitmap, offsets = pack_bitmap(w, mask)

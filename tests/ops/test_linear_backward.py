@@ -10,7 +10,8 @@ from torch import nn
 from pyprune import ops
 from pyprune.sparse import SparseLinear
 
-FORMATS = ["linear_24", "linear_bitmap", "linear_24_int8", "linear_bitmap_int8", "linear_dense"]
+FORMATS = ["linear_24", "linear_bitmap", "linear_24_int8", "linear_bitmap_int8", "linear_int8",
+           "linear_dense"]  # fmt: skip
 # (x, values or scales): the rounding of the gradient is that of x's dtype.
 DTYPES = [
     (torch.float32, torch.float32, 1e-5),
@@ -30,6 +31,8 @@ def weight(op, dtype, shape=(5, 24), seed=0):
     scales = torch.rand(shape[0], generator=gen).to(dtype)
     if op.endswith("int8"):
         w = torch.randint(-127, 128, shape, generator=gen).to(torch.int8)
+    if op == "linear_int8":
+        return (w, scales), w.double() * scales.double()[:, None]
     mask = random_24_mask(*shape, gen) if "24" in op else torch.rand(shape, generator=gen) < 0.5
     packed = (pack_24 if "24" in op else pack_bitmap)(w, mask)
     dense = (w * mask).double()

@@ -3,16 +3,18 @@ import torch
 from ops.compressed import pack_24, pack_bitmap, random_24_mask
 
 from pyprune import ops
-from pyprune.ops import _registry
+from pyprune.ops import _registry, sparse_int8
 from pyprune.ops.sparse_int8 import (
     unpack_24_int8,
     unpack_bitmap_int8,
+    unpack_int8,
     validate_24_int8,
     validate_bitmap_int8,
+    validate_int8,
 )
 from pyprune.ops.sparse_linear import TRITON_ROWS
 
-FORMATS = ["linear_24_int8", "linear_bitmap_int8"]
+FORMATS = ["linear_24_int8", "linear_bitmap_int8", "linear_int8"]
 BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f]]
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 # Both sides of the switch from widening in registers to widening blocks of rows.
@@ -35,6 +37,9 @@ def test_every_int8_number(isa, dtype, use_isa):
         for m in (1, 4):
             got = ops.linear_bitmap_int8(x.expand(m, 72), *pack_bitmap(q[:, None] * mask, mask),
                                          torch.ones(255))  # fmt: skip
+            assert torch.equal(got, (q * 0.25).to(dtype).expand(m, 255))
+        for m in (1, 4, 9):
+            got = ops.linear_int8(x.expand(m, 72), q[:, None] * mask, torch.ones(255))
             assert torch.equal(got, (q * 0.25).to(dtype).expand(m, 255))
         mask[:, column ^ 1] = True
         values, meta = pack_24(q[:, None] * mask, full_24(mask))
@@ -60,7 +65,9 @@ def weight(fmt, shape, density=0.5, seed=0):
     q = torch.randint(-127, 128, shape, generator=gen, dtype=torch.int64).to(torch.int8)
     scales = torch.rand(rows, generator=gen) / 100
     scales[rows // 2] = 0.0
-    if fmt == "linear_24_int8":
+    if fmt == "linear_int8":
+        packed, mask = (q,), True
+    elif fmt == "linear_24_int8":
         mask = random_24_mask(*shape, gen)
         packed = pack_24(q, mask)
     else:
@@ -121,13 +128,14 @@ def test_more_rows_than_are_widened_at_once(isa, use_isa):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("cols", [1, 7, 9, 63, 65, 131])
-def test_bitmap_of_any_width(isa, use_isa, cols):
+@pytest.mark.parametrize("fmt", ["linear_bitmap_int8", "linear_int8"])
+def test_any_width(fmt, isa, use_isa, cols):
     use_isa(isa)
-    tensors, dense = weight("linear_bitmap_int8", (11, cols))
+    tensors, dense = weight(fmt, (11, cols))
     for dtype in (torch.float32, torch.bfloat16):
         for m in (1, 3, 12, 17):
             x = activations(m, cols, dtype)
-            assert_product(ops.linear_bitmap_int8(x, *tensors), x, dense)
+            assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -160,6 +168,8 @@ def test_bias_scales_and_strides_of_any_kind(fmt, provider, use_backend):
 
 
 def unpack_any(fmt, tensors, cols):
+    if fmt == "linear_int8":
+        return unpack_int8(*tensors)
     return unpack_24_int8(*tensors) if "24" in fmt else unpack_bitmap_int8(*tensors, cols)
 
 
@@ -261,6 +271,21 @@ def test_no_weight_is_off_by_more_than_half_its_scale(dtype):
     )  # fmt: skip
 
 
+def test_rows_are_quantized_some_at_a_time(monkeypatch):
+    w = torch.randn(23, 16, generator=torch.Generator().manual_seed(5)).bfloat16()
+    whole = ops.quantize_rows(w)
+    monkeypatch.setattr(sparse_int8, "_BLOCK_ELEMENTS", 80)
+    assert len(sparse_int8.row_blocks(w)) == 5
+    for got, want in zip(ops.quantize_rows(w), whole, strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(
+        ops.dequantize_rows(*whole), (whole[0] * whole[1].float()[:, None]).bfloat16()
+    )
+    w[17, 2] = float("nan")
+    with pytest.raises(ValueError, match="in row 17"):
+        ops.quantize_rows(w)
+
+
 def test_numbers_that_need_no_rounding_survive():
     q = torch.randint(-127, 128, (20, 64), generator=torch.Generator().manual_seed(4))
     q[:, 5] = 127
@@ -308,6 +333,13 @@ def test_validation():
     lowest[2, 5] = -128
     with pytest.raises(ValueError, match="values: expected numbers from -127 to 127, got -128"):
         validate_24_int8(lowest, meta, scales)
+    validate_int8(lowest.clamp(-127), scales)
+    with pytest.raises(ValueError, match="values: expected numbers from -127 to 127, got -128"):
+        validate_int8(lowest, scales)
+    with pytest.raises(ValueError, match=r"scales: expected shape \(6,\), got \(5,\)"):
+        validate_int8(values, scales[1:])
+    with pytest.raises(ValueError, match="values: expected 2 dimensions"):
+        validate_int8(values[0], scales)
     (values, bitmap, offsets, scales), _ = weight("linear_bitmap_int8", (6, 61))
     validate_bitmap_int8(values, bitmap, offsets, scales, 61)
     nothing = torch.zeros(0, dtype=torch.int8)
@@ -358,6 +390,32 @@ def test_bad_bitmaps():
     ):
         with pytest.raises(ValueError, match=message):
             ops.linear_bitmap_int8(x, *args)
+
+
+def test_bad_dense_rows():
+    x, values, scales = torch.zeros(2, 9), torch.zeros(3, 9).char(), torch.zeros(3)
+    for args, message in (
+        ((x, values[0], scales), "values: expected 2"),
+        ((x, values[:, 1:], scales), r"values: expected shape \(3, 9\), got \(3, 8\)"),
+        ((x, values.float(), scales), r"values: expected torch\.int8"),
+        ((x, values, scales[1:]), "scales: expected shape"),
+        ((x[:, :0], values, scales), "C > 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.linear_int8(*args)
+    with pytest.raises(ValueError, match="bias: expected shape"):
+        ops.linear_int8(x, values, scales, bias=torch.zeros(2))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_dense_sums_are_rounded_once(isa, use_isa):
+    """bf16 in and out: each output is the fp32 sum scaled, then rounded, at any number of rows."""
+    use_isa(isa)
+    (q, scales), _ = weight("linear_int8", (50, 64))
+    for m in (3, 60):
+        x = torch.randint(-8, 9, (m, 64), generator=torch.Generator().manual_seed(2)).bfloat16()
+        exact = (x.double() @ q.double().T).float() * scales  # whole numbers below 2^24
+        assert torch.equal(ops.linear_int8(x, q, scales), exact.bfloat16())
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -10,7 +10,7 @@ from pyprune.ops import _registry
 from pyprune.ops.sparse_linear import TRITON_ROWS
 
 FORMATS = ["linear_24", "linear_bitmap", "linear_dense"]
-# Those of the CPU; the CUDA ones are in test_linear_24_cuda.py.
+# Those of the CPU; the CUDA ones are in test_linear_24_cuda.py and test_linear_bitmap_cuda.py.
 BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f] if b != "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Every number of rows that a 2:4 chunk may hold comes up to rounding; then one and several chunks.

@@ -220,6 +220,22 @@ def test_factors_on_disk_change_nothing():
     assert same(near, again) and not same(near, memory)
 
 
+def test_drawn_labels_depend_on_the_seed_and_on_nothing_else():
+    def run(seed=0, **own):
+        model = tiny_model("llama")
+        config = {"calibration": {"seed": seed}, "include": ["model.layers.*.mlp.*"]}
+        report = surgeon(model, batches=[tiny_tokens(2, 12)], shots=1, config=config, **own)
+        return model, report
+
+    text, report = run()
+    drawn, with_draws = run(fisher_samples=2)
+    assert not same(text, drawn)
+    assert [lay.tokens for lay in report.layers] == [lay.tokens for lay in with_draws.layers]
+    again, _ = run(fisher_samples=2, factor_memory=1e-9)  # every group sees the same draws
+    assert same(again, drawn)
+    assert not same(run(seed=1, fisher_samples=2)[0], drawn)
+
+
 def test_recomputed_activations_change_nothing():
     plain, again = tiny_model("llama"), tiny_model("llama")
     surgeon(plain, shots=1)
@@ -281,7 +297,9 @@ def interrupted_in(shot, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "own", [{}, {"structure": "rows-columns"}, {"corrections": 2}], ids=["element", "rows", "lora"]
+    "own",
+    [{}, {"structure": "rows-columns"}, {"corrections": 2, "fisher_samples": 1}],
+    ids=["element", "rows", "lora"],
 )
 def test_an_interrupted_run_ends_with_the_same_bytes(own, tmp_path, monkeypatch):
     tiny_model("llama").save_pretrained(tmp_path / "in")
@@ -410,6 +428,16 @@ def test_a_dead_layer_is_kept_and_named(own):
         assert torch.equal(model.get_submodule(name).weight, before[name])
     # The others make up for it.
     assert report.sparsity == pytest.approx(0.3, abs=5e-3)
+
+
+def test_damping_of_the_gradients_that_had_to_rise_is_said():
+    name = "model.layers.1.mlp.down_proj"
+    own = {"shots": 1, "gradient_damping": 0.0}
+    # Two sequences give gradients of rank 2 x 4 < 32: no Cholesky without damping.
+    report = surgeon(
+        tiny_model("llama"), batches=[tiny_tokens(2, 4)], config={"include": [name]}, **own
+    )
+    assert "gradients' factor took damping 1e-06 instead of 0" in report.layers[0].notes[0]
 
 
 @pytest.mark.parametrize("target", [0.05, "2:4"])

@@ -16,7 +16,7 @@ from pyprune.errors import UserError
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.flap import compensate, flap_scores, give_biases
-from pyprune.width.registry import load_width_methods, run_width
+from pyprune.width.registry import WIDTH_METHODS, run_width
 from pyprune.width.select import best, globally, prunable, uniform_sizes
 from pyprune.width.structure import Widths
 from pyprune.width.wanda_sp import wanda_sp_scores
@@ -327,7 +327,7 @@ def test_experts_without_tokens_are_judged_by_their_weights():
     assert any("too few tokens" in note for note in decision.notes)
 
 
-@pytest.mark.parametrize("method", load_width_methods())
+@pytest.mark.parametrize("method", WIDTH_METHODS.load())
 def test_bf16(method):
     model = llama(attention_bias=False, mlp_bias=False, hidden_size=64).bfloat16()
     options = {"iterations": 2} if method == "disp-llm" else {}

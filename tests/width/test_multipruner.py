@@ -118,7 +118,7 @@ def test_saved_is_the_masked_model(family, blocks, tmp_path):
     assert decision.wanted <= 0.7 * before and decision.wanted < after <= before
     assert any("a stock model has one size" in note for note in decision.notes)
     dense = model_of(family)
-    names = decision.transforms[0]["branches"]
+    names = decision.branches
     assert bool(names) == (blocks > 0)
     removed = [Branch("attention" if n[0] == "A" else "mlp", int(n[1:])) for n in names]
     Widths.of(dense).mask(decision.kept())

@@ -12,7 +12,7 @@ from pyprune import cli
 from pyprune.checkpoint.output import save_model
 from pyprune.errors import UserError
 from pyprune.width.config import WidthConfig
-from pyprune.width.registry import load_width_methods
+from pyprune.width.registry import WIDTH_METHODS
 from pyprune.width.run import prune_width, prune_width_checkpoint
 
 OPTIONS = {"disp-llm": ["-O", "iterations=2"]}
@@ -39,7 +39,7 @@ def load(folder):
     return model.eval()
 
 
-@pytest.mark.parametrize("method", load_width_methods())
+@pytest.mark.parametrize("method", WIDTH_METHODS.load())
 def test_each_method(source, capsys, method):
     assert run(source, "-m", method, "--ratio", "0.1", "--json", *OPTIONS.get(method, [])) == 0
     report = json.loads(capsys.readouterr().out)
@@ -70,7 +70,11 @@ def test_zeros_are_reported(source, capsys):
     zeros = sum(int((p == 0).sum()) for p in loaded.parameters())
     assert zeros >= parameters["zeros"] > 0
     assert parameters["removed_share"] >= 0.1 > parameters["realised_share"]
-    assert run(source, "-m", "flap", "--ratio", "0.1", "-O", "structure=adaptive", out="b") == 0
+    options = ["-O", "structure=adaptive", "--report", str(source / "pictures")]
+    assert run(source, "-m", "flap", "--ratio", "0.1", *options, out="b") == 0
+    names = {file.name for file in (source / "pictures").iterdir()}
+    assert names == {f"{n}.png" for n in ("kept", "importance-heads", "importance-mlp",
+                                          "parameters")}  # fmt: skip
     shown = " ".join(capsys.readouterr().out.split())
     assert "without the zeros" in shown and "a stock model has one size" in shown
 
@@ -93,7 +97,7 @@ def test_what_cannot_be_asked_for(source, capsys):
         (["--ratio", "0"], "ratio: expected a number between 0 and 1"),
         (["--ratio", "0.99"], "ratio: expected at most"),
         (["--ratio", "0.1", "-O", "multiple=0"], "multiple: expected at least 1"),
-        (["--ratio", "0.1", "--report", str(source)], "report: expected none"),
+        (["--ratio", "0.1", "--report", "x.pdf"], "report: expected a directory or a .png file"),
         (["--ratio", "0.1", "--count", "3"], "count"),
     ]
     for more, message in cases:
@@ -108,4 +112,4 @@ def test_what_cannot_be_asked_for(source, capsys):
 def test_methods_lists_them(capsys):
     assert cli.main(["methods"]) == 0
     shown = capsys.readouterr().out
-    assert all(name in shown for name in load_width_methods())
+    assert all(name in shown for name in WIDTH_METHODS.load())

@@ -107,6 +107,15 @@ def test_factors_on_disk_change_nothing():
     assert same(memory, disk)
 
 
+def test_drawn_labels_give_another_curvature():
+    text, drawn, again = model_of(), model_of(), model_of()
+    prune(text, shots=1)
+    prune(drawn, shots=1, fisher_samples=2)
+    prune(again, shots=1, fisher_samples=2, factor_memory=1e-9)  # one writer at a time
+    assert same(drawn, again) and size(text) == size(drawn)
+    assert not all(map(torch.equal, text.parameters(), drawn.parameters()))
+
+
 def test_adaptive_removes_the_cheapest_per_parameter():
     model = model_of()
     with torch.no_grad():
@@ -135,6 +144,7 @@ def test_idle_experts_and_dead_layers_are_named_and_not_corrected():
 @pytest.mark.parametrize(
     ("own", "message"),
     [
+        ({"fisher_samples": -1}, "fisher_samples: expected 0 or more, got -1"),
         ({"shots": 0}, "shots: expected at least 1, got 0"),
         ({"damping": 2.0}, r"damping: expected a number in \[0, 1\], got 2.0"),
         ({"factor_memory": 0.0}, "factor_memory: expected a positive number, got 0.0"),

@@ -1,0 +1,296 @@
+// Dense int8 weights with a scale a row. Up to kFewRows rows of x W is read from memory once,
+// widened in registers and multiplied there; more go through the tiles of sparse_gemm.h.
+#include <omp.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/sparse_gemm.h"
+#include "cpu/sparse_int8.h"
+#include "cpu/widen_int8.h"
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+namespace {
+
+constexpr int kFewRows = 32;
+constexpr int kChunk = 8;          // rows of x that one pass over a block of W serves
+constexpr int kFewBlockRows = 16;  // of W; they stay in the second level between chunks
+constexpr int64_t kFewPieceBytes = 24 * 1024;
+
+inline Vec widen(const int8_t* p) {
+#if defined(__AVX512F__)
+  const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q))};
+#elif defined(__AVX2__)
+  const __m128i q = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q))};
+#else
+  Vec w;
+  for (int i = 0; i < Vec::kLanes; ++i) w.v[i] = static_cast<float>(p[i]);
+  return w;
+#endif
+}
+
+// `n` < kMaskColumns bytes from p, then zeros: no load may reach past the matrix.
+struct LastWord {
+  alignas(64) int8_t bytes[kMaskColumns] = {};
+  LastWord(const int8_t* p, int64_t n) { std::memcpy(bytes, p, static_cast<size_t>(n)); }
+};
+
+// Rows of W from q, `cols` apart, words of columns [i0, i1), times packed x.
+struct Piece {
+  const int8_t* q;
+  int64_t cols, i0, i1;
+  int64_t ahead;  // bytes to what is multiplied next, which is fetched meanwhile
+};
+
+// Each Kernel has: T, what x is packed to; place(c), where column c of a word of 64 goes; side(m),
+// the rows of W that one turn multiplies side by side (independent streams and sums); and
+// rows<M, R>(), which adds R rows of W times M rows of x to the R x M vectors in `sums`. Packed x
+// is [C / 64][M][64], zeros past C.
+
+// fp32. Sums and a vector of W leave room in the register file; a portable Vec takes two.
+struct Floats {
+  using T = float;
+#if defined(__AVX512F__)
+  static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
+#else
+  static constexpr int side(int m) { return m <= 2 ? 4 : m <= 4 ? 2 : 1; }
+#endif
+  static int64_t place(int64_t c) { return c; }
+
+  template <int M, int R>
+  static void rows(const Piece& p, const float* x, float* sums) {
+    Vec acc[R][M];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) acc[r][m] = Vec::load(sums + (r * M + m) * Vec::kLanes);
+    const auto step = [&](int64_t i, const int8_t* q, int64_t stride)
+                          __attribute__((always_inline)) {
+                            const float* xi = x + i * M * kMaskColumns;
+#pragma GCC unroll 8
+                            for (int c = 0; c < kMaskColumns; c += Vec::kLanes) {
+                              Vec w[R];
+#pragma GCC unroll 4
+                              for (int r = 0; r < R; ++r) w[r] = widen(q + r * stride + c);
+#pragma GCC unroll 8
+                              for (int m = 0; m < M; ++m) {
+                                const Vec xm = Vec::load(xi + m * kMaskColumns + c);
+#pragma GCC unroll 4
+                                for (int r = 0; r < R; ++r)
+                                  acc[r][m] = Vec::fma(w[r], xm, acc[r][m]);
+                              }
+                            }
+                          };
+    const int64_t whole = std::min(p.i1, p.cols / kMaskColumns);
+    for (int64_t i = p.i0; i < whole; ++i) {
+      const int8_t* q = p.q + i * kMaskColumns;
+      for (int r = 0; r < R; ++r) __builtin_prefetch(q + r * p.cols + p.ahead, 0, 2);
+      step(i, q, p.cols);
+    }
+    if (whole < p.i1) {
+      alignas(64) int8_t last[R][kMaskColumns] = {};
+      const int8_t* q = p.q + whole * kMaskColumns;
+      for (int r = 0; r < R; ++r)
+        std::memcpy(last[r], q + r * p.cols, static_cast<size_t>(p.cols % kMaskColumns));
+      step(whole, last[0], kMaskColumns);
+    }
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) acc[r][m].store(sums + (r * M + m) * Vec::kLanes);
+  }
+};
+
+// W as floats for the tiles.
+struct TileFloats : AsFloats<float> {
+  using Value = int8_t;
+  static constexpr bool kExpands = false;
+  static void widen(const int8_t* v, int64_t columns, float* row) {
+    int64_t c = 0;
+    for (; c + kMaskColumns <= columns; c += kMaskColumns) widen64(v + c, row + c);
+    if (c < columns) widen64(LastWord(v + c, columns - c).bytes, row + c);
+  }
+
+ private:
+  static void widen64(const int8_t* v, float* row) {
+    for (int c = 0; c < kMaskColumns; c += Vec::kLanes) PYPRUNE_ISA::widen(v + c).store(row + c);
+  }
+};
+
+#if defined(__AVX512F__)
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq")
+
+// Pairs of bf16 products, summed in fp32.
+struct Pairs {
+  using T = bf16;
+  static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
+  static int64_t place(int64_t c) { return widen64_place(c); }
+
+  template <int M, int R>
+  static void rows(const Piece& p, const bf16* x, float* sums) {
+    const Widen64 widen;
+    __m512 acc[R][M];
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
+    const auto step = [&](int64_t i, __mmask64 valid) __attribute__((always_inline)) {
+      const int8_t* q = p.q + i * kMaskColumns;
+      __m512bh w[R][2];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        widen(_mm512_maskz_loadu_epi8(valid, q + r * p.cols), w[r]);
+        _mm_prefetch(reinterpret_cast<const char*>(q + r * p.cols) + p.ahead, _MM_HINT_T1);
+      }
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        const bf16* xm = x + (i * M + m) * kMaskColumns;
+        const __m512bh x0 = words_of(_mm512_load_si512(xm));
+        const __m512bh x1 = words_of(_mm512_load_si512(xm + 32));
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], x0);
+          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][1], x1);
+        }
+      }
+    };
+    const int64_t whole = std::min(p.i1, p.cols / kMaskColumns);
+    for (int64_t i = p.i0; i < whole; ++i) step(i, ~uint64_t{0});
+    if (whole < p.i1) step(whole, (uint64_t{1} << (p.cols % kMaskColumns)) - 1);
+    for (int r = 0; r < R; ++r)
+      for (int m = 0; m < M; ++m) _mm512_store_ps(sums + (r * M + m) * 16, acc[r][m]);
+  }
+};
+
+// W as pairs of bf16 for the tiles, in the order of Widen64.
+struct TilePairs : AsPairs {
+  using Value = int8_t;
+  static constexpr bool kExpands = false;
+  static void pack(const bf16* x, int64_t c0, int64_t c1, int64_t t, float* panel) {
+    for (int64_t c = c0; c < c1; c += 2) {
+      const int64_t word = (c - c % kMaskColumns + widen64_place(c % kMaskColumns)) / 2;
+      std::memcpy(panel + word * kPanelTokens + t, x + c, (c + 1 < c1 ? 2 : 1) * sizeof(bf16));
+    }
+  }
+  static void widen(const int8_t* v, int64_t columns, float* row) {
+    const Widen64 widen;
+    for (int64_t c = 0; c < columns; c += kMaskColumns) {
+      const int64_t left = columns - c;
+      const uint64_t valid = left >= kMaskColumns ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
+      __m512bh w[2];
+      widen(_mm512_maskz_loadu_epi8(valid, v + c), w);
+      std::memcpy(row + c / 2, w, sizeof(w));
+    }
+  }
+};
+
+#pragma GCC pop_options
+
+#endif
+
+// `m` rows of x as Kernel reads them.
+template <class Kernel, class X>
+void pack_few(const X* x, int64_t stride, int64_t m, int64_t cols, typename Kernel::T* out) {
+  for (int64_t c = 0; c < cols; c += kMaskColumns)
+    for (int64_t i = 0; i < m; ++i, out += kMaskColumns) {
+      const X* row = x + i * stride + c;
+      const int64_t width = std::min(kMaskColumns, cols - c);
+      if (width < kMaskColumns) std::fill(out, out + kMaskColumns, typename Kernel::T{});
+      for (int64_t j = 0; j < width; ++j) {
+        if constexpr (std::is_same_v<typename Kernel::T, X>)
+          out[Kernel::place(j)] = row[j];
+        else
+          out[Kernel::place(j)] = to_float(row[j]);
+      }
+    }
+}
+
+// `count` rows of W from q times one chunk of M rows of x into `sums`.
+template <class Kernel, int M>
+void few_block(const int8_t* q, int64_t cols, int64_t count, const typename Kernel::T* x,
+               float* sums) {
+  constexpr int kSide = Kernel::side(M);
+  const int64_t n = mask_words(cols);
+  // For one or two rows of x all of it stays in the first-level cache.
+  constexpr int64_t word_bytes = kMaskColumns * sizeof(typename Kernel::T) * M;
+  const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, kFewPieceBytes / word_bytes);
+  std::fill(sums, sums + count * M * Vec::kLanes, 0.0f);
+  for (int64_t i0 = 0; i0 < n; i0 += piece) {
+    const int64_t i1 = std::min(n, i0 + piece);
+    int64_t r = 0;
+    for (; r + kSide <= count; r += kSide)
+      Kernel::template rows<M, kSide>({q + r * cols, cols, i0, i1, count * cols}, x,
+                                      sums + r * M * Vec::kLanes);
+    for (; r < count; ++r)
+      Kernel::template rows<M, 1>({q + r * cols, cols, i0, i1, count * cols}, x,
+                                  sums + r * M * Vec::kLanes);
+  }
+}
+
+// Rows [r0, r0 + count) of the output, chunk by chunk of the packed x.
+template <class Kernel, class X>
+void few_outputs(const SparseInt8Args& a, int64_t r0, int64_t count, const typename Kernel::T* x,
+                 float* sums) {
+  const SparseLinearArgs& l = a.linear;
+  const int64_t total = l.x.shape[0], width = mask_words(l.cols) * kMaskColumns;
+  const int8_t* q = l.values.ptr<const int8_t>() + r0 * l.cols;
+  const float* scales = a.scales.ptr<const float>() + r0;
+  const float* bias = l.bias ? l.bias->ptr<const float>() + r0 : nullptr;
+  for (int64_t m0 = 0; m0 < total; m0 += kChunk) {
+    const int64_t chunk = std::min<int64_t>(kChunk, total - m0);
+    with_rows<kChunk>(chunk, [&](auto rows) {
+      few_block<Kernel, decltype(rows)::value>(q, l.cols, count, x + m0 * width, sums);
+    });
+    X* y = l.y.ptr<X>() + m0 * l.rows + r0;
+    for (int64_t r = 0; r < count; ++r)
+      for (int64_t m = 0; m < chunk; ++m) {
+        const float sum = Vec::load(sums + (r * chunk + m) * Vec::kLanes).sum();
+        store(y + m * l.rows + r, sum * scales[r] + (bias ? bias[r] : 0.0f));
+      }
+  }
+}
+
+template <class Kernel, class X>
+void few_rows(const SparseInt8Args& a) {
+  const SparseLinearArgs& l = a.linear;
+  const int64_t m = l.x.shape[0], width = mask_words(l.cols) * kMaskColumns;
+  const int64_t block = m <= 2 ? Kernel::side(static_cast<int>(m)) : kFewBlockRows;
+  const int64_t blocks = (l.rows + block - 1) / block;
+  const int64_t sum_floats = kFewBlockRows * kChunk * Vec::kLanes;
+  const int64_t x_bytes = m * width * static_cast<int64_t>(sizeof(typename Kernel::T));
+  Scratch scratch(x_bytes + l.threads * sum_floats * 4);
+  auto* x = scratch.as<typename Kernel::T>();
+  auto* sums = reinterpret_cast<float*>(scratch.as<char>() + x_bytes);
+  for (int64_t m0 = 0; m0 < m; m0 += kChunk)
+    pack_few<Kernel>(l.x.ptr<const X>() + m0 * l.x.stride[0], l.x.stride[0],
+                     std::min<int64_t>(kChunk, m - m0), l.cols, x + m0 * width);
+#pragma omp parallel for schedule(static) num_threads(l.threads)
+  for (int64_t g = 0; g < blocks; ++g) {
+    const int64_t r0 = g * block;
+    few_outputs<Kernel, X>(a, r0, std::min(block, l.rows - r0), x,
+                           sums + omp_get_thread_num() * sum_floats);
+  }
+}
+
+template <class Kernel, class Tile, class X>
+void run_int8(const SparseInt8Args& a) {
+  if (a.linear.x.shape[0] <= kFewRows) return few_rows<Kernel, X>(a);
+  SparseLinearArgs tiled = a.linear;
+  tiled.scales = a.scales.ptr<const float>();
+  std::atomic<int64_t> broken{-1};  // dense rows are never inconsistent
+  run_multiply<Tile, X>(tiled, Weights(tiled), &broken);
+}
+
+}  // namespace
+
+void linear_int8(const SparseInt8Args& args) {
+  if (args.linear.x.dtype == DType::f32) return run_int8<Floats, TileFloats, float>(args);
+#if defined(__AVX512F__)
+  if (current_isa() >= Isa::avx512_bf16) return run_int8<Pairs, TilePairs, bf16>(args);
+#endif
+  run_int8<Floats, TileFloats, bf16>(args);
+}
+
+}  // namespace PYPRUNE_ISA
+}  // namespace pyprune

@@ -1,0 +1,492 @@
+// y = x W^T for a bitmap compressed W [R, C] and up to 16 rows of x: a warp streams the values of a
+// few rows of W through shared memory, expands them in registers and lets tensor cores multiply.
+//
+// The floor. W is read once: 2 nnz + R C / 8 + 8 R bytes, at 50 % 1.125 bytes an element against 2
+// of a dense one. 8192 x 4096 at 50 % is 37.8 MB: 9 us at an H200's 4.3 TB/s, 12.6 us at an H100's
+// 3.0 TB/s (both measured by copies), against 15.6 and 22.4 us for reading it dense. x and y do not
+// count: x is read by every block, but out of the caches.
+//
+// Bytes in flight. By Little's law 4.3 TB/s over 132 multiprocessors at 0.8 us of loaded latency
+// ask for 26 KB each. A warp copies two turns ahead of the one it expands, on average 2 KB of
+// values each at 50 %; two blocks of eight warps make 64 KB. The address of a value does not depend
+// on values, only on bits: those are read one more turn ahead, straight into registers, where a
+// scan over a row's lanes yields where the next turn's values begin.
+//
+// Instructions. To keep up at 50 % a multiprocessor at 1.75 GHz must expand 16.5 elements a cycle
+// for 4.3 TB/s and 11.5 for 3.0 TB/s. A step of a turn, 256 elements, is in sm_90 code 78
+// instructions a warp for one row of x, 68 for 8 and 72 for 16, everything in the loop included
+// (copies, scan, loads of x), of which four can issue a cycle: 13.1, 15.1 and 14.2 elements. (fp32
+// x, split into its parts on the way in: 96 and more.) In shared memory a step takes six loads of
+// values, each 1.4 cycles for one row of x and 2.2 for 8 (conflicts counted by
+// tests/ops/bitmap_lanes_emulation.cpp), three shuffles, and what copies and the scan need,
+// together 14 and 19 cycles: 18 and 13.5 elements. So an H100's memory should be the limit; on an
+// H200 it is these, at about 0.8 of its bandwidth, and on either they are above 50 % sparsity. None
+// of this has been measured: no GPU has run this file yet.
+//
+// int8 values are not taken: at 5 bits an element their bytes arrive 1.8 times as fast, which the
+// counts above do not allow, and widening them would come on top.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "cuda/bitmap_lanes.h"
+#include "cuda/linear_bitmap.h"
+
+namespace pyprune {
+namespace {
+
+using namespace bitmap_lanes;
+
+constexpr int kMaxWarps = 8;
+constexpr int kStages = 3;  // turns of a warp in shared memory: one being read, two arriving
+constexpr int kParts = 3;   // bf16 numbers that an fp32 one is the sum of
+
+// Rows of x as the tensor cores see them: kTokens rounded up to a power of two, 1 to 16.
+template <int kTokens>
+struct Shape {
+  static constexpr int kSegments = kTokens >= 8 ? 1 : 8 / kTokens;
+  using L = Lanes<kSegments>;
+  static constexpr int kTiles = kTokens > 8 ? 2 : 1;  // of eight rows of x
+  // Turns on different rows of W that share what a warp holds of x: with 8 rows, 16 rows of W would
+  // read about as many bytes of x, though from the second-level cache, as of W.
+  static constexpr int kTurns = kTokens >= 8 ? 2 : 1;
+  static constexpr int kWarpRows = kTurns * L::kRows;
+  // Threads that count the bits of one row and slab, see count_slabs().
+  static constexpr int kCounters = 2 * kSegments / kTurns;
+};
+
+struct Problem {
+  void* y;
+  const void* x;
+  const uint4* chunks;
+  const uint32_t* bitmap;
+  const int64_t* row_offsets;
+  const float* bias;
+  uint32_t values;
+  int m, rows, cols, words;  // words of 32 columns
+  // A block's warps: along_rows next to each other in rows; along_columns share a row, each having
+  // a slab of slab_turns turns.
+  int along_rows, along_columns, slab_turns;
+};
+
+template <class T>
+__device__ __forceinline__ void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  }
+}
+
+// Sixteen bytes, past the first-level cache: they are read once.
+__device__ __forceinline__ void copy_chunk(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
+               :
+               : "r"(to), "l"(from)
+               : "memory");
+}
+__device__ __forceinline__ void close_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kOpen>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kOpen) : "memory");
+}
+
+__device__ inline void convert(float v, __nv_bfloat16* out) { *out = __float2bfloat16(v); }
+__device__ inline void convert(float v, __half* out) { *out = __float2half(v); }
+__device__ inline void convert(float v, float* out) { *out = v; }
+
+// The constants of expand() where the compiler cannot see them: it knows what a literal, a
+// parameter or a shuffle of either is worth, and would rather load it again, 32 times a turn, than
+// keep it.
+__device__ const Tables kTables = {};
+
+__device__ __forceinline__ Tables load_tables() {
+  Tables t;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(t.low) : "l"(&kTables.low));
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(t.spread) : "l"(&kTables.spread));
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(t.twice) : "l"(&kTables.twice));
+  return t;
+}
+
+// Set bits of words first, first + step, ... below n (whole vectors where rows are aligned so).
+template <int kStep>
+__device__ inline int count_words(const uint32_t* row, int first, int n, bool vectors) {
+  int sum = 0;
+  if (vectors) {
+    const uint4* quads = reinterpret_cast<const uint4*>(row);
+#pragma unroll 8
+    for (int k = first; k < n / 4; k += kStep) {
+      const uint4 q = __ldg(quads + k);
+      sum += count_bits(q.x) + count_bits(q.y) + count_bits(q.z) + count_bits(q.w);
+    }
+  } else {
+#pragma unroll 8
+    for (int k = first; k < n; k += kStep) sum += count_bits(__ldg(row + k));
+  }
+  return sum;
+}
+
+// counts[row * along_columns + slab] = stored values of each of the block's rows in each slab, so
+// that every warp of a row knows where its own begin. A thread or a few have one row and slab each.
+template <class S>
+__device__ inline void count_slabs(const Problem& p, int64_t block_row, int* counts) {
+  const int pair = threadIdx.x / S::kCounters, counter = threadIdx.x % S::kCounters;
+  const int64_t row = min(block_row + pair / p.along_columns, p.rows - int64_t{1});
+  const int slab = pair % p.along_columns;
+  const int slab_words = p.slab_turns * S::L::kWords;
+  const int begin = min(slab * slab_words, p.words), end = min(begin + slab_words, p.words);
+  int sum = count_words<S::kCounters>(p.bitmap + row * p.words + begin, counter, end - begin,
+                                      p.words % 4 == 0);
+#pragma unroll
+  for (int d = 1; d < S::kCounters; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+  if (counter == 0) counts[pair] = sum;
+}
+
+// A turn's bits as a lane has them: its words, and where in shared memory, in values, those of each
+// begin.
+struct Bits {
+  uint32_t word[2];
+  uint32_t before;
+};
+
+template <class T, class X, int kTokens>
+struct Warp {
+  using S = Shape<kTokens>;
+  using L = typename S::L;
+
+  const Problem& p;
+  const int lane, place;
+  const int first_turn, items;  // an item is a turn on one of kTurns groups of rows
+  const int end_word;
+  char* const shared;
+  const uint32_t first_stage;        // where in it the warp's turns are, in bytes
+  uint32_t stage;                    // and the one to fill next
+  uint32_t row_words[S::kTurns][2];  // where the bits of this lane's rows begin, its place included
+  uint32_t position[S::kTurns][2];   // the number of their next value
+
+  // The bits of an item; none past the last. kTurn: which of the groups of rows it is on.
+  template <int kTurn>
+  __device__ __forceinline__ uint2 load_words(int item) const {
+    const int word = (first_turn + item / S::kTurns) * L::kWords;
+    if (word + place >= end_word) return make_uint2(0, 0);
+    return make_uint2(__ldg(p.bitmap + (row_words[kTurn][0] + word)),
+                      __ldg(p.bitmap + (row_words[kTurn][1] + word)));
+  }
+
+  // Starts copying the chunks that `count` values from number `at` lie in to `row`.
+  __device__ __forceinline__ void copy_values(uint32_t row, uint32_t at, uint32_t count) const {
+    const uint32_t first = at / kChunkValues;
+    const uint32_t chunks = chunks_of(at % kChunkValues, count);
+    const uint32_t whole = whole_chunks(first, chunks, p.values);
+    const uint4* from = p.chunks + (first + place);
+    uint32_t to =
+        static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + row + place * kChunkBytes;
+    asm volatile("" : "+l"(from), "+r"(to));  // else they are computed anew for every copy
+#pragma unroll
+    for (int k = 0; k < L::kCopies; ++k)
+      if (place + k * L::kAcross < whole)
+        copy_chunk(to + k * L::kAcross * kChunkBytes, from + k * L::kAcross);
+    if (place == 0 && ends_with_part(first, chunks, p.values)) {
+      uint16_t* part = reinterpret_cast<uint16_t*>(shared + row) + whole * kChunkValues;
+      const uint16_t* values = reinterpret_cast<const uint16_t*>(p.chunks + first + whole);
+#pragma unroll 1
+      for (uint32_t i = 0; i < p.values % kChunkValues; ++i) part[i] = __ldg(values + i);
+    }
+  }
+
+  // Finds where an item's values are and starts copying them.
+  template <int kTurn>
+  __device__ __forceinline__ Bits fetch(uint2 words) {
+    const uint32_t own = pack_counts(count_bits(words.x), count_bits(words.y));
+    uint32_t sum = own;
+#pragma unroll
+    for (int d = 1; d < L::kAcross; d *= 2) {
+      const uint32_t other = __shfl_up_sync(~0u, sum, d, L::kAcross);
+      if (place >= d) sum += other;
+    }
+    const uint32_t all = __shfl_sync(~0u, sum, L::kAcross - 1, L::kAcross);
+    uint32_t start[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      uint32_t& at = position[kTurn][half];
+      const uint32_t row = stage + L::row_of(lane, half) * L::kRowBytes;
+      start[half] = row / 2 + at % kChunkValues;
+      copy_values(row, at, unpack_count(all, half));
+      at += unpack_count(all, half);
+    }
+    close_copies();
+    stage =
+        stage == first_stage + (kStages - 1) * L::kTurnBytes ? first_stage : stage + L::kTurnBytes;
+    return {{words.x, words.y}, sum - own + pack_counts(start[0], start[1])};
+  }
+
+  // The B fragments of a turn's columns: of every step and tile four elements of this lane's row of
+  // x, zeros outside.
+  __device__ __forceinline__ void load_x(int turn, uint32_t (&x)[kSteps][S::kTiles][2]) const {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step)
+#pragma unroll
+      for (int tile = 0; tile < S::kTiles; ++tile) {
+        const int token = tile * L::kTokens + L::token_of(lane);
+        const int column = turn * L::kColumns + L::column_of(step, place);
+        uint32_t (&b)[2] = x[step][tile];
+        b[0] = b[1] = 0;
+        if constexpr (std::is_same_v<X, float>) {
+          const int row = token / kParts, part = token % kParts;
+          if (row < p.m && column < p.cols) {
+            const float4 v = __ldg(reinterpret_cast<const float4*>(
+                static_cast<const float*>(p.x) + static_cast<int64_t>(row) * p.cols + column));
+            b[0] = bf16_part(v.x, part) | bf16_part(v.y, part) << 16;
+            b[1] = bf16_part(v.z, part) | bf16_part(v.w, part) << 16;
+          }
+        } else if (token < p.m && column < p.cols) {
+          const uint2 v = __ldg(reinterpret_cast<const uint2*>(
+              static_cast<const X*>(p.x) + static_cast<int64_t>(token) * p.cols + column));
+          b[0] = v.x;
+          b[1] = v.y;
+        }
+      }
+  }
+
+  __device__ __forceinline__ void multiply(const Tables& tables, const Bits& bits,
+                                           const uint32_t (&x)[kSteps][S::kTiles][2],
+                                           float (&sum)[S::kTiles][4]) const {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int owner = L::owner_of(step, place), shift = L::shift_of(step, place);
+      const uint32_t before = __shfl_sync(~0u, bits.before, owner, L::kAcross);
+      uint32_t a[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t word = __shfl_sync(~0u, bits.word[half], owner, L::kAcross);
+        const uint32_t at = position_of(word, shift, unpack_count(before, half));
+        uint32_t first = at >> 1;
+        asm volatile("" : "+r"(first));  // else it is turned into two steps to a byte address
+        const uint32_t* window = reinterpret_cast<const uint32_t*>(shared) + first;
+        const uint32_t w[3] = {window[0], window[1], window[2]};
+        uint32_t pair[2];
+        expand(tables, w, at, word >> shift, pair);
+        a[half] = pair[0];
+        a[2 + half] = pair[1];
+      }
+#pragma unroll
+      for (int tile = 0; tile < S::kTiles; ++tile) mma<T>(sum[tile], a, x[step][tile]);
+    }
+  }
+
+  template <int kTurn>
+  __device__ __forceinline__ void turn(const Tables& tables, int item, uint2& words,
+                                       Bits (&bits)[kStages],
+                                       const uint32_t (&x)[kSteps][S::kTiles][2],
+                                       float (&sum)[S::kTiles][4]) {
+    bits[2] = fetch<kTurn>(words);  // of item + 2: kTurns divides 2, so the group is the same
+    words = load_words<(kTurn + 3) % S::kTurns>(item + 3);
+    wait_copies<2>();
+    __syncwarp();  // what other lanes have copied is there
+    multiply(tables, bits[0], x, sum);
+    __syncwarp();  // all lanes have read it: the next copies may overwrite it
+    bits[0] = bits[1];
+    bits[1] = bits[2];
+  }
+
+  __device__ __forceinline__ void run(float (&sum)[S::kTurns][S::kTiles][4]) {
+    constexpr int kSecond = 1 % S::kTurns;
+    const Tables tables = load_tables();
+    const uint2 words0 = load_words<0>(0), words1 = load_words<kSecond>(1);
+    uint2 words = load_words<0>(2);
+    Bits bits[kStages];
+    bits[0] = fetch<0>(words0);
+    bits[1] = fetch<kSecond>(words1);
+    for (int item = 0; item < items; item += S::kTurns) {
+      uint32_t x[kSteps][S::kTiles][2];
+      load_x(first_turn + item / S::kTurns, x);
+      turn<0>(tables, item, words, bits, x, sum[0]);
+      if constexpr (S::kTurns > 1) turn<1>(tables, item + 1, words, bits, x, sum[1]);
+    }
+    wait_copies<0>();
+  }
+};
+
+// The sums of all warps and segments, in a fixed order: the result does not depend on timing.
+template <class X, int kTokens>
+__device__ inline void store_sums(const Problem& p, int64_t block_row, const float* sums) {
+  using S = Shape<kTokens>;
+  using L = typename S::L;
+  constexpr int kTile = kTileRows * kTileColumns;
+  constexpr int kOfX = std::is_same_v<X, float> ? kParts : 1;
+  const int block_rows = p.along_rows * S::kWarpRows;
+  for (int i = threadIdx.x; i < block_rows * p.m; i += blockDim.x) {
+    const int r = i % block_rows, m = i / block_rows;
+    if (block_row + r >= p.rows) continue;
+    const int along = r / S::kWarpRows, turn = r % S::kWarpRows / L::kRows, row = r % L::kRows;
+    float total = p.bias ? p.bias[block_row + r] : 0.0f;
+    for (int w = 0; w < p.along_columns; ++w)
+#pragma unroll
+      for (int part = 0; part < kOfX; ++part) {
+        const int token = m * kOfX + part;
+        const float* tile = sums + (((w * p.along_rows + along) * S::kTurns + turn) * S::kTiles +
+                                    token / L::kTokens) *
+                                       kTile;
+#pragma unroll
+        for (int s = 0; s < S::kSegments; ++s)
+          total += tile[L::product_row(row, s) * kTileColumns +
+                        L::product_column(token % L::kTokens, s)];
+      }
+    convert(total, static_cast<X*>(p.y) + static_cast<int64_t>(m) * p.rows + block_row + r);
+  }
+}
+
+template <class T, class X, int kTokens>
+__global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_kernel(Problem p) {
+  using S = Shape<kTokens>;
+  using L = typename S::L;
+  extern __shared__ __align__(16) char shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int along_rows = warp % p.along_rows, along_columns = warp / p.along_rows;
+  const int64_t block_row = static_cast<int64_t>(blockIdx.x) * p.along_rows * S::kWarpRows;
+  const int turns = (p.words + L::kWords - 1) / L::kWords;
+  const int begin = min(along_columns * p.slab_turns, turns);
+  const int end = min(begin + p.slab_turns, turns);
+
+  const uint32_t first_stage = warp * kStages * L::kTurnBytes;
+  Warp<T, X, kTokens> w{p,
+                        lane,
+                        L::place_of(lane),
+                        begin,
+                        (end - begin) * S::kTurns,
+                        min(end * L::kWords, p.words),
+                        shared,
+                        first_stage,
+                        first_stage,
+                        {},
+                        {}};
+  int row[S::kTurns][2];  // this lane's, in the block
+#pragma unroll
+  for (int turn = 0; turn < S::kTurns; ++turn)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      row[turn][half] = along_rows * S::kWarpRows + turn * L::kRows + L::row_of(lane, half);
+      // Rows past the matrix repeat its last one; their sums are not stored.
+      const int r = static_cast<int>(min(block_row + row[turn][half], p.rows - int64_t{1}));
+      w.row_words[turn][half] = static_cast<uint32_t>(r) * p.words + w.place;
+      w.position[turn][half] = static_cast<uint32_t>(__ldg(p.row_offsets + r));
+    }
+  if (p.along_columns > 1) {
+    int* counts = reinterpret_cast<int*>(shared);
+    count_slabs<S>(p, block_row, counts);
+    __syncthreads();
+#pragma unroll
+    for (int turn = 0; turn < S::kTurns; ++turn)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        for (int slab = 0; slab < along_columns; ++slab)
+          w.position[turn][half] += counts[row[turn][half] * p.along_columns + slab];
+    __syncthreads();  // the counts have been read: copies may overwrite them
+  }
+
+  float sum[S::kTurns][S::kTiles][4] = {};
+  w.run(sum);
+  __syncthreads();
+  float* sums = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int turn = 0; turn < S::kTurns; ++turn)
+#pragma unroll
+    for (int tile = 0; tile < S::kTiles; ++tile)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        sums[((warp * S::kTurns + turn) * S::kTiles + tile) * kTileRows * kTileColumns +
+             product_row_of(lane, i) * kTileColumns + product_column_of(lane, i)] =
+            sum[turn][tile][i];
+  __syncthreads();
+  store_sums<X, kTokens>(p, block_row, sums);
+}
+
+// Eight warps a block where shared memory has room for them, four where it has not (compute
+// capability 12.0: 99 KB).
+template <class S>
+size_t shared_bytes(int warps) {
+  return static_cast<size_t>(warps) * kStages * S::L::kTurnBytes + S::L::kPadBytes;
+}
+
+template <class T, class X, int kTokens>
+cudaError_t launch(Problem p, cudaStream_t stream) {
+  using S = Shape<kTokens>;
+  int device, most;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (status != cudaSuccess) return status;
+  const int warps =
+      shared_bytes<S>(kMaxWarps) <= static_cast<size_t>(most) ? kMaxWarps : kMaxWarps / 2;
+  p.along_rows = S::kSegments < warps ? S::kSegments : warps;
+  p.along_columns = warps / p.along_rows;
+  const int turns = (p.words + S::L::kWords - 1) / S::L::kWords;
+  p.slab_turns = (turns + p.along_columns - 1) / p.along_columns;
+  const auto kernel = linear_bitmap_kernel<T, X, kTokens>;
+  const size_t bytes = shared_bytes<S>(warps);
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(bytes));
+  if (status != cudaSuccess) return status;
+  // Room for two blocks; what is left caches x.
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                cudaSharedmemCarveoutMaxShared);
+  if (status != cudaSuccess) return status;
+  const int block_rows = p.along_rows * S::kWarpRows;
+  kernel<<<(p.rows + block_rows - 1) / block_rows, 32 * warps, bytes, stream>>>(p);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch_16_bit(const Problem& p, cudaStream_t stream) {
+  if (p.m <= 1) return launch<T, T, 1>(p, stream);
+  if (p.m <= 2) return launch<T, T, 2>(p, stream);
+  if (p.m <= 4) return launch<T, T, 4>(p, stream);
+  if (p.m <= 8) return launch<T, T, 8>(p, stream);
+  return launch<T, T, 16>(p, stream);
+}
+
+cudaError_t launch_fp32(const Problem& p, cudaStream_t stream) {
+  const int tokens = kParts * p.m;
+  if (tokens <= 4) return launch<__nv_bfloat16, float, 4>(p, stream);
+  if (tokens <= 8) return launch<__nv_bfloat16, float, 8>(p, stream);
+  return launch<__nv_bfloat16, float, 16>(p, stream);
+}
+
+}  // namespace
+
+int64_t linear_bitmap_rows(DType x) { return x == DType::f32 ? 16 / kParts : 16; }
+
+cudaError_t launch_linear_bitmap(const LinearBitmap& a, cudaStream_t stream) {
+  Problem p = {};
+  p.y = a.y.data;
+  p.x = a.x.data;
+  p.chunks = a.values.ptr<const uint4>();
+  p.values = static_cast<uint32_t>(a.values.numel());
+  p.bitmap = a.bitmap.ptr<const uint32_t>();
+  p.row_offsets = a.row_offsets.ptr<const int64_t>();
+  p.bias = a.bias.ptr<const float>();
+  p.m = static_cast<int>(a.x.shape[0]);
+  p.cols = static_cast<int>(a.x.shape[1]);
+  p.rows = static_cast<int>(a.bitmap.shape[0]);
+  p.words = p.cols / 32;
+  if (p.m < 1 || p.m > linear_bitmap_rows(a.x.dtype)) return cudaErrorInvalidValue;
+  // Numbers of values and of bitmap words have 32 bits.
+  if (a.values.numel() > INT32_MAX || a.bitmap.numel() / 4 > INT32_MAX)
+    return cudaErrorInvalidValue;
+  if (a.x.dtype == DType::bf16) return launch_16_bit<__nv_bfloat16>(p, stream);
+  if (a.x.dtype == DType::f16) return launch_16_bit<__half>(p, stream);
+  if (a.x.dtype == DType::f32) return launch_fp32(p, stream);
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace pyprune

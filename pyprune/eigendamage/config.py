@@ -1,0 +1,91 @@
+"""One EigenDamage run as a frozen value: validated when built, saved with the model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pyprune.config import (
+    DTYPES,
+    CalibrationConfig,
+    ConfigFile,
+    check_choice,
+    check_device,
+    check_types,
+)
+from pyprune.errors import UserError
+from pyprune.methods.options import Scalar, build_options
+
+METHOD = "eigendamage"
+Unit = Literal["directions", "elements"]
+
+
+@dataclass(frozen=True)
+class EigenDamageOptions:
+    """unit: whole input and output directions (the paper's), or single entries of the rotated
+        weights, which no storage of today can make use of: it says what the basis is worth.
+    reestimate: take the curvature from a second backward pass in the basis (EK-FAC) instead of the
+        factors' eigenvalues.
+    cap: the most of one layer's output, and of its input directions that may go.
+    fisher_samples: 0: gradients of the text's own tokens. S > 0: of S tokens drawn from the model
+        at each place, with a backward pass each; the paper draws one.
+    factor_memory: GiB that factors and bases may take at once. If those of all layers need more,
+        they are made in several passes over the text and wait on disk.
+    """
+
+    unit: Unit = "directions"
+    reestimate: bool = False
+    cap: float = 0.95
+    fisher_samples: int = 0
+    factor_memory: float = 8.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.cap < 1:
+            raise _wrong("cap", "a fraction between 0 and 1", self.cap)
+        if self.fisher_samples < 0:
+            raise _wrong("fisher_samples", "0 or more", self.fisher_samples)
+        if not 0 < self.factor_memory < math.inf:
+            raise _wrong("factor_memory", "a positive number", self.factor_memory)
+
+
+def _wrong(name: str, expected: str, got: object) -> UserError:
+    return UserError(f"method_options: {METHOD} {name}: expected {expected}, got {got}")
+
+
+@dataclass(frozen=True)
+class EigenDamageConfig(ConfigFile):
+    """Everything that decides the outcome of a run.
+
+    method: "eigendamage". sparsity: share of the entries of all rotated weights that go.
+    method_options: see `EigenDamageOptions`.
+    include, exclude, gradient_checkpointing, device, dtype, calibration: see `PruneConfig`.
+    """
+
+    method: str = METHOD
+    sparsity: float = 0.2
+    method_options: Mapping[str, Scalar] = field(default_factory=dict)
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+    gradient_checkpointing: bool = False
+    device: str = "auto"
+    dtype: str = "auto"
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("include", "exclude"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        check_types(self, "")
+        check_choice("method", self.method, (METHOD,))
+        if not 0 <= self.sparsity < 1:
+            raise UserError(f"sparsity: expected a fraction in [0, 1), got {self.sparsity}")
+        check_choice("dtype", self.dtype, DTYPES)
+        check_device(self.device)
+        self.own_options()  # a bad option is found before anything is loaded
+
+    def own_options(self) -> EigenDamageOptions:
+        built = build_options(self.method, EigenDamageOptions, self.method_options)
+        assert isinstance(built, EigenDamageOptions)
+        return built

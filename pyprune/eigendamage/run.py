@@ -1,0 +1,292 @@
+"""EigenDamage of a model in memory, and from a checkpoint to a dense one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from pyprune.calibration.configured import configured_tokens
+from pyprune.checkpoint import (
+    Checkpoint,
+    check_output,
+    copy_auxiliary,
+    output_directory,
+    write_parameters,
+    write_report,
+)
+from pyprune.checkpoint.output import AUXILIARY_BYTES
+from pyprune.devices import find_device
+from pyprune.eigendamage.config import METHOD, EigenDamageConfig, EigenDamageOptions
+from pyprune.eigendamage.layers import EigenLayer, Progress, damage
+from pyprune.errors import UserError
+from pyprune.families import Family, Run
+from pyprune.layers import select_linears
+from pyprune.measure import Measure
+from pyprune.methods.options import describe_options
+from pyprune.models.adapter import Adapter
+from pyprune.report import (
+    SCHEMA,
+    CalibrationReport,
+    RunReport,
+    model_name,
+    source_name,
+    versions,
+)
+
+STORED_DENSE = (
+    "what is left is stored as dense matrices: nothing is smaller or faster by itself (thin "
+    "factors of a model in memory are)"
+)
+ROW: dict[str, Any] = {
+    "name": METHOD,
+    "title": "OBD in the eigenbasis of the Kronecker-factored Fisher information",
+    "paper": "Wang et al. 2019, arXiv 1905.05934",
+    "removes": "directions or entries of the rotated weights; the result is dense",
+    "options": describe_options(EigenDamageOptions),
+}
+
+
+@dataclass(frozen=True)
+class EigenDamageReport:
+    """The outcome of `prune_eigendamage`.
+
+    sparsity: share of the rotated entries that went. predicted_loss: nats per predicted token.
+    """
+
+    model: str
+    config: EigenDamageConfig
+    layers: tuple[EigenLayer, ...]
+    calibration: CalibrationReport
+    versions: Mapping[str, str] = field(default_factory=versions)
+    notes: tuple[str, ...] = ()
+    run: RunReport = field(default_factory=RunReport)
+
+    @property
+    def sparsity(self) -> float:
+        total = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        return sum(layer.removed for layer in self.layers) / total
+
+    @property
+    def predicted_loss(self) -> float:
+        return sum(layer.loss for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "config": self.config.to_dict(),
+            "versions": dict(self.versions),
+            "calibration": dataclasses.asdict(self.calibration),
+            "sparsity": self.sparsity,
+            "predicted_loss": self.predicted_loss,
+            "notes": list(self.notes),
+            "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            "run": dataclasses.asdict(self.run),
+        }
+
+    def table(self) -> Table:
+        """For a terminal: a row per matrix."""
+        title = (
+            f"{self.model}: {METHOD}, {self.sparsity:.1%} removed, "
+            f"{self.predicted_loss:.4f} nats per token predicted"
+        )
+        table = Table("layer", "directions left", "removed", "thin factors / dense", title=title)
+        for layer in self.layers:
+            rows, columns = layer.shape
+            table.add_row(
+                layer.name,
+                f"{layer.rows} of {rows}, {layer.columns} of {columns}",
+                f"{layer.removed / (rows * columns):.1%}",
+                f"{layer.factored_parameters / (rows * columns):.2f}",
+            )
+            if layer.note:
+                table.add_row(f"{layer.name}: {layer.note}", style="yellow")
+        for note in self.notes:
+            table.add_row(note, style="yellow")
+        return table
+
+    def card(self) -> str:
+        """The README.md of the pruned checkpoint (Markdown with the hub's YAML header)."""
+        text, own = self.calibration, self.config.own_options()
+        lines = [
+            "---",
+            "library_name: transformers",
+            f"base_model: {json.dumps(self.model, ensure_ascii=False)}",
+            "base_model_relation: finetune",
+            "tags:",
+            "- pruned",
+            f"- {METHOD}",
+            "---",
+            "",
+            f"# {self.model}, pruned: {METHOD}",
+            "",
+            f"{self.sparsity:.1%} of the entries of all matrices removed in their "
+            f"Kronecker-factored eigenbases ({own.unit}), stored as dense matrices. An ordinary "
+            "model of its family, which any loader reads.",
+            "",
+            f"- Method: {METHOD}, {ROW['title']} ({ROW['paper']})",
+            f"- Calibration: {text.source}, {text.tokens:,} tokens in {text.sequences} sequences "
+            f"of up to {text.seqlen}, sha256 `{text.sha256}`",
+            *(f"- {name}: {version}" for name, version in self.versions.items()),
+            *(f"- Note: {note}" for note in self.notes),
+            "",
+            "The full configuration and a report per layer are in `pyprune.json`.",
+            "",
+        ]
+        return "\n".join(lines)
+
+
+def prune_eigendamage(
+    model: nn.Module,
+    tokenizer_or_batches: object,
+    config: EigenDamageConfig,
+    progress: Progress | None = None,
+    *,
+    factored: bool = False,
+) -> EigenDamageReport:
+    """Prunes the decoder blocks of a transformers model in memory, in place.
+
+    Args:
+        model: a causal language model; for the backward passes it goes to `config.device`.
+        tokenizer_or_batches: a tokenizer, with which `config.calibration` is read; or the batches
+            themselves, see `calibration.batches.as_token_set`.
+        config: what to do. Its dtype is a checkpoint's business: expected "auto".
+        progress: called with (what happens, done, total).
+        factored: put two thin `nn.Linear` in the place of a matrix where they are smaller; else
+            every matrix stays dense. With `unit` "directions" only.
+
+    Raises:
+        UserError: the request, the data or a layer (LayerError, named) make it impossible; see
+            `damage`.
+    """
+    if config.dtype != "auto":
+        raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
+    unit = config.own_options().unit
+    if factored and unit != "directions":
+        raise UserError(f"factored: expected unit directions, got {unit!r}")
+    return _prune(model, tokenizer_or_batches, config, progress, factored, Measure())
+
+
+def _prune(
+    model: Any,
+    data: object,
+    config: EigenDamageConfig,
+    progress: Progress | None,
+    factored: bool,
+    measure: Measure,
+) -> EigenDamageReport:
+    adapter, device = _adapter(model, config), find_device(config.device)
+    with measure.phase("tokens"):
+        tokens = configured_tokens(data, config.calibration, model.config)
+    with measure.phase("eigendamage"):
+        layers = damage(
+            adapter, tokens, config, factored=factored, device=device, progress=progress
+        )
+    return EigenDamageReport(
+        model=model_name(model),
+        config=config,
+        layers=tuple(layers),
+        calibration=CalibrationReport(
+            tokens.source, tokens.sha256, tokens.tokens, tokens.nsamples, tokens.seqlen
+        ),
+        notes=() if factored else (STORED_DENSE,),
+        run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
+    )
+
+
+def _adapter(model: nn.Module, config: EigenDamageConfig) -> Adapter:
+    adapter = Adapter.of(model)
+    return adapter.restricted(select_linears(adapter, config.include, config.exclude))
+
+
+def prune_eigendamage_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    config: EigenDamageConfig,
+    progress: Progress | None = None,
+    *,
+    batches: object = None,
+    trust_remote_code: bool = False,
+) -> EigenDamageReport:
+    """`prune_eigendamage` from a checkpoint, all of it in memory, into a new directory that every
+    loader reads: dense matrices in the dtype they were stored in.
+
+    Args:
+        source: a Hugging Face directory with safetensors, or a hub id.
+        out: a directory that does not exist or is empty. It appears when everything is written.
+        batches: token ids to calibrate on; None reads `config.calibration` with the checkpoint's
+            own tokenizer.
+        trust_remote_code: run the model code that comes with the checkpoint, if any; it is copied
+            into `out` then.
+
+    Returns:
+        The report, which is in `out` as pyprune.json too. Only the pruned matrices differ between
+        `source` and `out`.
+
+    Raises:
+        UserError: see `prune_eigendamage`, `Checkpoint.open` and `output_directory`. Nothing is
+            left at `out`.
+    """
+    measure = Measure()
+    check_output(out)
+    with measure.phase("open"):
+        checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
+        data = checkpoint.tokenizer() if batches is None else batches
+        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        model: Any = checkpoint.load_model("cpu", dtype)
+    report = _prune(model, data, config, progress, False, measure)
+    with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
+        streamed = not checkpoint.streamable()
+        copy_auxiliary(checkpoint, folder, index=streamed)
+        with measure.phase("write"):
+            # Built again, empty, it says where in the shards its parameters are.
+            empty = Adapter.of(checkpoint.build_model("meta", dtype)) if streamed else None
+            write_parameters(checkpoint, model, empty, _changed(model, config), folder)
+        seconds = measure.total()
+        report = replace(
+            report, model=source_name(source), run=replace(report.run, seconds=seconds)
+        )
+        write_report(folder, report.to_dict(), report.card())
+    return report
+
+
+def _changed(model: nn.Module, config: EigenDamageConfig) -> dict[str, Tensor]:
+    adapter = _adapter(model, config)
+    refs = [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
+    return {ref.parameter_name: getattr(ref.module, ref.parameter).detach() for ref in refs}
+
+
+def _run(run: Run) -> EigenDamageReport:
+    run.needs_none("state", "preserve_mask")
+    if run.pictures is not None:
+        raise UserError(f"report: {METHOD} has no pictures, got {run.pictures}")
+    return prune_eigendamage_checkpoint(
+        run.source,
+        run.out,
+        run.config,
+        run.bar.step,
+        trust_remote_code=run.trust_remote_code,
+    )
+
+
+def _describe(row: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
+    return (row["name"], f"{row['title']} ({row['paper']})", row["removes"]), dict(row)
+
+
+FAMILY = Family(
+    title="rotated weights",
+    methods=lambda: {METHOD: ROW},
+    config=EigenDamageConfig,
+    targets={"sparsity": ()},
+    run=_run,
+    headers=("method", "what", "removes"),
+    describe=_describe,
+)

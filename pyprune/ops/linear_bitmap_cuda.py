@@ -1,0 +1,97 @@
+"""Bitmap products on CUDA devices: which kernel serves how many rows of x.
+
+route    | what it is
+---------|------------------------------------------------------------------------------------------
+kernel   | `csrc/cuda/linear_bitmap.cu`: values expanded in registers, tensor cores
+triton   | `kernels/sparse_linear.py`: any dtypes and widths, up to 16 rows
+expand   | the dense matrix, made anew by `unpack_bitmap`, and a dense product: at 50 % and 16 bits
+         | 5.1 bytes of traffic an element against the 2 of a dense weight, which pays where
+         | arithmetic outweighs them, and needs the memory of one dense layer at a time
+
+`ROUTES` has the numbers of rows at which one gives way to the next. They follow from what each can
+do at all; where they should lie for speed has not been measured: no GPU has run the kernel yet.
+`benchmarks/bench_sparse_linear.py --device cuda` times the routes side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyprune import _native
+
+Route = Literal["kernel", "triton", "expand"]
+
+# For the dtypes of x and of the values: up to how many rows of x which route serves (None: any).
+# An fp32 row counts threefold in the kernel, as three rows of bf16 parts.
+# UNMEASURED, see above.
+Table = tuple[tuple[int | None, Route], ...]
+ROUTES: dict[tuple[torch.dtype, torch.dtype], Table] = {
+    (torch.bfloat16, torch.bfloat16): ((16, "kernel"), (None, "expand")),
+    (torch.float16, torch.float16): ((16, "kernel"), (None, "expand")),
+    (torch.float32, torch.bfloat16): ((5, "kernel"), (16, "triton"), (None, "expand")),
+}
+OTHER_DTYPES: Table = ((16, "triton"), (None, "expand"))
+
+WORD = 32  # columns of a word of the bitmap: the kernel takes multiples, so that rows are aligned
+ALIGNMENT = 16  # bytes, of what the kernel reads as vectors
+LARGEST = 2**31 - 1  # positions in the values and words of the bitmap have 32 bits
+
+
+def route(x: Tensor, values: Tensor, bitmap: Tensor) -> Route:
+    """Which of the three serves `x [..., C]` and a weight of these tensors on a CUDA device."""
+    rows, cols = x.numel() // x.shape[-1], x.shape[-1]
+    table = ROUTES.get((x.dtype, values.dtype), OTHER_DTYPES)
+    words = bitmap.shape[0] * bitmap.shape[1] // 4
+    if cols % WORD or max(values.numel(), words) > LARGEST:
+        table = OTHER_DTYPES
+    return next(served for most, served in table if most is None or rows <= most)
+
+
+def limits(x: Tensor, values: Tensor, bitmap: Tensor, *rest: Tensor | None) -> str:
+    """Why these arguments are Triton's; empty if the kernel or the expanded matrix serves them."""
+    if route(x, values, bitmap) != "triton":
+        return ""
+    return (
+        f"{x.numel() // x.shape[-1]} rows of {x.dtype} with {x.shape[-1]} columns and "
+        f"{values.dtype} values go to Triton (see pyprune.ops.linear_bitmap_cuda)"
+    )
+
+
+def linear_bitmap_cuda(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
+) -> Tensor:
+    flat = x.reshape(-1, x.shape[-1])
+    if route(x, values, bitmap) == "kernel":
+        y = _kernel(flat, values, bitmap, row_offsets, bias)
+    else:
+        # The op, not the public function: validating would wait for the device at every call.
+        weight = torch.ops.pyprune.unpack_bitmap(values, bitmap, row_offsets, x.shape[-1])
+        wide = None if bias is None else bias.to(x.dtype)
+        y = torch.nn.functional.linear(flat, weight.to(x.dtype), wide)
+    return y.reshape(*x.shape[:-1], bitmap.shape[0])
+
+
+def _aligned(t: Tensor) -> Tensor:
+    """Contiguous, and where vectors can be read: a view into another tensor may be neither."""
+    t = t.contiguous()
+    return t.clone() if t.data_ptr() % ALIGNMENT else t
+
+
+def _kernel(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
+) -> Tensor:
+    y = x.new_empty(x.shape[0], bitmap.shape[0])
+    if y.numel() == 0:
+        return y
+    if bias is not None:
+        bias = bias.float().contiguous()
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    with torch.cuda.device(x.device):
+        _native.call(
+            "linear_bitmap_cuda", y, _aligned(x), _aligned(values), _aligned(bitmap),
+            row_offsets.contiguous(), _native.optional_capsule(bias), stream,
+        )  # fmt: skip
+    return y

@@ -1,0 +1,92 @@
+"""`Int8Embedding`: an `nn.Embedding` whose rows are int8, each with a scale."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.errors import UserError
+from pyprune.ops.sparse_int8 import dequantize_rows
+from pyprune.sparse.weight import DENSE_INT8, StoredWeight
+
+# transformers' embeddings that multiply what they looked up with a number of their own; every
+# family has a class by a name like this. It is rounded to the weight's dtype first.
+SCALED = "ScaledWordEmbedding"
+SCALE = "scalar_embed_scale"
+
+
+def embedding_scale(module: nn.Module) -> float | None:
+    """What `module` multiplies looked-up rows with (None: nothing). Raises UserError unless it is
+    an embedding that an `Int8Embedding` can stand for. Exact classes: another may compute
+    something else."""
+    kind = type(module)
+    scale = getattr(module, SCALE, None)
+    known = kind is nn.Embedding or (kind.__name__.endswith(SCALED) and isinstance(scale, float))
+    if not isinstance(module, nn.Embedding) or not known or module.max_norm is not None:
+        raise UserError(
+            f"int8 embeddings: expected nn.Embedding or transformers' scaled one, got {module}"
+        )
+    return scale
+
+
+class Int8Embedding(StoredWeight):
+    """Rows of `scales[r] * values[r]` by their number, as `nn.Embedding` looks them up.
+
+    For inference: there is no gradient. A row is the product rounded to the dtype of the scales,
+    which is what `decompress()` (and `pyprune decompress`) has in its place, off by at most half of
+    the row's scale and that rounding.
+
+    Args:
+        num_embeddings, embedding_dim: rows (entries of the vocabulary) and columns.
+        scale: what every row is multiplied with, or None.
+        dtype, device, tied_to: as for `StoredWeight`.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        scale: float | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        tied_to: StoredWeight | None = None,
+    ) -> None:
+        super().__init__(
+            num_embeddings, embedding_dim, DENSE_INT8,
+            int8=True, dtype=dtype, device=device, tied_to=tied_to,
+        )  # fmt: skip
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.scale = scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """`[...]` integers to `[..., embedding_dim]`."""
+        values, scales = self._weight
+        flat = ids.reshape(-1)
+        rows = dequantize_rows(values[flat], scales[flat]).view(*ids.shape, self.embedding_dim)
+        if self.scale is not None:
+            rows = rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
+        return rows
+
+    def to_dense(self) -> nn.Embedding:
+        """The embedding this stands for."""
+        rows, cols = self.num_embeddings, self.embedding_dim
+        if self.scale is None:
+            dense = nn.Embedding(rows, cols, device="meta")
+        else:
+            dense = _ScaledEmbedding(rows, cols, self.scale)
+        dense.weight = nn.Parameter(self.decompress(), requires_grad=False)
+        return dense.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, scale={self.scale}"
+
+
+class _ScaledEmbedding(nn.Embedding):
+    def __init__(self, rows: int, cols: int, scale: float) -> None:
+        super().__init__(rows, cols, device="meta")
+        self.scale = scale
+
+    def forward(self, input: Tensor) -> Tensor:
+        rows = super().forward(input)
+        return rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)

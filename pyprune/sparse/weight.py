@@ -1,0 +1,211 @@
+"""Weights as `pyprune compress` stores them: the formats, and modules that hold one.
+
+format     | buffers (layouts in `pyprune.ops.pack`)
+-----------|------------------------------------------------------
+sparse24   | values `[R, C/2]`, metadata uint8 `[R, C/8]`
+bitmap     | values `[nnz]`, bitmap uint8 `[R, ceil(C/8)]`, row_offsets int64 `[R + 1]`
+dense      | values `[R, C]`; int8 only
+
+Values are floating point numbers, or int8 with one more buffer, scales `[R]`, that each row's
+values are multiplied with (`pyprune.ops.sparse_int8`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from pyprune.errors import UserError
+from pyprune.ops.pack import (
+    pack_24,
+    pack_bitmap,
+    unpack_24,
+    unpack_bitmap,
+    validate_24,
+    validate_bitmap,
+)
+from pyprune.ops.sparse_int8 import (
+    quantize_rows,
+    unpack_24_int8,
+    unpack_bitmap_int8,
+    unpack_int8,
+    validate_24_int8,
+    validate_bitmap_int8,
+    validate_int8,
+)
+
+Format = Literal["sparse24", "bitmap"]
+FORMATS: tuple[str, ...] = get_args(Format)
+# Every element stored, as int8: for what has no zeros to leave out, embeddings and heads.
+DENSE_INT8 = "dense"
+
+
+class StoredWeight(nn.Module):
+    """A module whose weight `[R, C]` is kept in one of the formats, in buffers, or in those of
+    another module.
+
+    Args:
+        rows, cols: R and C.
+        format: "sparse24" (C a multiple of 8), "bitmap", or with int8 "dense".
+        int8: whether values are int8 with a scale a row.
+        nnz: stored values of a bitmap; `load_state_dict` adopts the number it finds.
+        dtype, device: as for `nn.Linear`; dtype is that of the values (with int8 of the scales).
+        tied_to: the module that holds the weight, of the same shape and format: tied weights are
+            one storage wherever they are moved or cast to. None: this one.
+
+    Raises:
+        UserError: unknown format, or a width that 2:4 cannot hold.
+    """
+
+    values: Tensor
+    metadata: Tensor
+    bitmap: Tensor
+    row_offsets: Tensor
+    scales: Tensor
+
+    def __init__(
+        self,
+        rows: int,
+        cols: int,
+        format: str,
+        *,
+        int8: bool = False,
+        nnz: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        tied_to: StoredWeight | None = None,
+    ) -> None:
+        super().__init__()
+        if format not in FORMATS and not (format == DENSE_INT8 and int8):
+            raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+        if format == "sparse24" and cols % 8:
+            raise UserError(f"sparse24: expected a multiple of 8 inputs, got {cols}")
+        self.rows, self.cols, self.format, self.int8 = rows, cols, format, int8
+        # In a tuple, a module is no submodule: its buffers are not this one's too.
+        self._owner = () if tied_to is None else (tied_to,)
+        empty: dict[str, Tensor] = {}
+        value_dtype = torch.int8 if int8 else dtype
+        if tied_to is not None:
+            kind = (tied_to.rows, tied_to.cols, tied_to.format, tied_to.int8)
+            if kind != (rows, cols, format, int8):
+                raise UserError(f"tied_to: expected {(rows, cols, format, int8)}, got {kind}")
+        elif format == "sparse24":
+            empty["values"] = torch.empty(rows, cols // 2, dtype=value_dtype, device=device)
+            empty["metadata"] = torch.empty(rows, cols // 8, dtype=torch.uint8, device=device)
+        elif format == "bitmap":
+            empty["values"] = torch.empty(nnz, dtype=value_dtype, device=device)
+            empty["bitmap"] = torch.empty(rows, -(-cols // 8), dtype=torch.uint8, device=device)
+            empty["row_offsets"] = torch.empty(rows + 1, dtype=torch.int64, device=device)
+        else:
+            empty["values"] = torch.empty(rows, cols, dtype=value_dtype, device=device)
+        if int8 and tied_to is None:
+            empty["scales"] = torch.empty(rows, dtype=dtype, device=device)
+        for name, t in empty.items():
+            self.register_buffer(name, t)
+        self.weight_buffers = tuple(empty)
+
+    @property
+    def tied_to(self) -> StoredWeight | None:
+        """The module that holds the weight, if it is not this one."""
+        return self._owner[0] if self._owner else None
+
+    @property
+    def _weight(self) -> tuple[Tensor, ...]:
+        owner = self._owner[0] if self._owner else self
+        return tuple([owner._buffers[name] for name in owner.weight_buffers])  # type: ignore[misc]
+
+    @property
+    def _values(self) -> Tensor:
+        owner = self._owner[0] if self._owner else self
+        return owner._buffers["values"]  # type: ignore[return-value]
+
+    def decompress(self) -> Tensor:
+        """The dense weight `[R, C]` in the dtype of the values (or scales)."""
+        return unpack(self.format, self.int8, self._weight, self.cols)
+
+    def validate(self) -> None:
+        """Raises ValueError unless the metadata describes a weight of this module's shape. Called
+        once when weights arrive (`load_state_dict`), not per product."""
+        validate(self.format, self.int8, self._weight, self.cols)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the module's buffers: the weight, unless another module holds it, and a bias."""
+        return sum(t.nbytes for t in self.buffers())
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        stored = state_dict.get(prefix + "values")
+        adopts = self.format == "bitmap" and not self._owner
+        if adopts and isinstance(stored, Tensor) and stored.dim() == 1:
+            self.values = self.values.new_empty(stored.shape)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if error_msgs or any(key.startswith(prefix) for key in missing_keys):
+            return
+        if self._owner or self.values.is_meta:
+            return
+        try:
+            self.validate()
+        except ValueError as error:
+            error_msgs.append(f"{prefix.rstrip('.')}: {error}")
+
+
+def pack(weight: Tensor, format: str, int8: bool) -> tuple[Tensor, ...]:
+    """The weight buffers of `weight [R, C]` without its zeros, in `SparseLinear`'s order. Rounded
+    to int8, small weights may become zero too. ("dense" keeps zeros, and takes int8 only.)
+
+    Raises UserError for an infinity or a NaN with int8; the format is taken to fit.
+    """
+    make = pack_24 if format == "sparse24" else pack_bitmap
+    if not int8:
+        return make(weight, weight != 0)
+    try:
+        q, scales = quantize_rows(weight)
+    except ValueError as error:
+        raise UserError(f"int8: {error}") from error
+    if format == DENSE_INT8:
+        return q, scales
+    values, *meta = make(q.bfloat16(), q != 0)
+    return values.to(torch.int8), *meta, scales
+
+
+_UNPACK: dict[tuple[str, bool], Callable[..., Tensor]] = {
+    ("sparse24", False): unpack_24,
+    ("sparse24", True): unpack_24_int8,
+    ("bitmap", False): unpack_bitmap,
+    ("bitmap", True): unpack_bitmap_int8,
+    (DENSE_INT8, True): unpack_int8,
+}
+_VALIDATE: dict[tuple[str, bool], Callable[..., None]] = {
+    ("sparse24", False): validate_24,
+    ("sparse24", True): validate_24_int8,
+    ("bitmap", False): validate_bitmap,
+    ("bitmap", True): validate_bitmap_int8,
+    (DENSE_INT8, True): validate_int8,
+}
+
+
+def unpack(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> Tensor:
+    """The dense `[R, cols]` weight of weight buffers in `SparseLinear`'s order. Raises ValueError
+    as `validate` does."""
+    width = (cols,) if format == "bitmap" else ()
+    return _UNPACK[format, int8](*parts, *width)
+
+
+def validate(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> None:
+    """Raises ValueError unless weight buffers in `SparseLinear`'s order describe a matrix."""
+    width = (cols,) if format == "bitmap" else ()
+    _VALIDATE[format, int8](*parts, *width)

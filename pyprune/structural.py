@@ -1,0 +1,166 @@
+"""What the methods that remove structure have in common, whether it is branches, layers, channels
+or heads: their reports, and the way from a checkpoint to a smaller one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from pyprune.checkpoint import Checkpoint, check_output, write_report
+from pyprune.checkpoint.output import changed_model, earlier_report
+from pyprune.devices import find_device
+from pyprune.errors import UserError
+from pyprune.measure import Measure
+from pyprune.registry import MethodRow
+from pyprune.report import SCHEMA, RunReport, source_name
+
+
+class Config(Protocol):
+    """Of a run: where and in which dtype the model is held while it runs."""
+
+    @property
+    def device(self) -> str: ...
+    @property
+    def dtype(self) -> str: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuralReport(ABC):
+    """The outcome of a run.
+
+    versions: of what it depends on. earlier: the report of the source's own pruning, if it had one.
+    run: time and memory.
+    """
+
+    versions: Mapping[str, str]
+    earlier: Mapping[str, Any] = field(default_factory=dict)
+    run: RunReport = field(default_factory=RunReport)
+
+    @abstractmethod
+    def named(self: Report, name: str) -> Report:
+        """The same of a model of this name."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """pyprune.json."""
+
+    @abstractmethod
+    def card(self) -> str:
+        """The README.md of the pruned checkpoint (Markdown with the hub's YAML header)."""
+
+    def sections(self, shared: Mapping[str, Any], *, after: int, nonzero: int, before: int,
+                 **own: Any) -> dict[str, Any]:  # fmt: skip
+        """pyprune.json. shared: model, config and calibration. before, after: parameters of the
+        model; nonzero: without zeros that only fill shapes. own: what only this kind has."""
+        return {
+            "schema": SCHEMA,
+            **shared,
+            "versions": dict(self.versions),
+            "parameters": {
+                "before": before,
+                "after": after,
+                "zeros": after - nonzero,
+                "removed_share": 1 - nonzero / before,
+                "realised_share": 1 - after / before,
+            },
+            **own,
+            **({"earlier": dict(self.earlier)} if self.earlier else {}),
+            "run": dataclasses.asdict(self.run),
+        }
+
+
+Report = TypeVar("Report", bound=StructuralReport)
+
+
+def model_card(
+    model: str,
+    method: MethodRow,
+    summary: str,
+    facts: Sequence[str],
+    notes: Sequence[str],
+    closing: str,
+) -> str:
+    """summary: a paragraph. facts, notes: list items. closing: what is in pyprune.json."""
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(model, ensure_ascii=False)}",
+        "base_model_relation: finetune",
+        "tags:",
+        "- pruned",
+        f"- {method.name}",
+        "---",
+        "",
+        f"# {model}, pruned: {method.name}",
+        "",
+        summary,
+        "",
+        f"- Method: {method.name}, {method.title} ({method.paper})",
+        *(f"- {fact}" for fact in facts),
+        *(f"- Note: {note}" for note in notes),
+        "",
+        f"{closing} are in `pyprune.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def calibration_fact(text: Mapping[str, Any]) -> str:
+    """text: source, sha256, tokens, seqlen, sequences."""
+    return (
+        f"Calibration: {text['source']}, {text['tokens']:,} tokens in {text['sequences']} "
+        f"sequences of up to {text['seqlen']}, sha256 `{text['sha256']}`"
+    )
+
+
+def check_in_memory(config: Config) -> None:
+    """Raises UserError if the configuration of a run asks for what only a checkpoint can have: a
+    model in memory stays where and as it is."""
+    for name in ("device", "dtype"):
+        if getattr(config, name) != "auto":
+            raise UserError(
+                f"{name}: expected auto for a model in memory, got {getattr(config, name)!r}"
+            )
+
+
+def prune_loaded(
+    source: str | Path,
+    out: str | Path,
+    config: Config,
+    prune: Callable[[Any, object, Measure], Report],
+    *,
+    batches: object,
+    trust_remote_code: bool,
+) -> Report:
+    """From a checkpoint into a new directory, in the checkpoint's own dtype; the model is held in
+    memory.
+
+    prune: `(model, tokenizer or batches, measure) -> report`; changes the model in place.
+
+    Raises UserError: see `Checkpoint.open` and `output_directory`; what `prune` raises. Nothing is
+    left at `out`.
+    """
+    measure = Measure()
+    check_output(out)
+    with measure.phase("open"):
+        checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
+        earlier = earlier_report(checkpoint)
+        data = checkpoint.tokenizer() if batches is None else batches
+        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        model = checkpoint.load_model(find_device(config.device), dtype)
+    report = prune(model, data, measure)
+    with ExitStack() as stack:
+        with measure.phase("write"):
+            folder = stack.enter_context(changed_model(checkpoint, model, out))
+        run = replace(report.run, seconds=measure.total())
+        report = replace(report.named(source_name(source)), earlier=earlier, run=run)
+        write_report(folder, report.to_dict(), report.card())
+    return report

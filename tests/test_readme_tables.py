@@ -1,0 +1,53 @@
+"""README's tables of pruned structures: cells, and what cannot be reached."""
+
+import readme
+
+
+def row(variant, ratio, ppl=None, **more):
+    found = {"variant": variant, "ratio": ratio, "device": "CPU", "torch": "2", **more}
+    found["calibration_tokens"] = 2048
+    if ppl is not None:
+        texts = zip(("wiki", "sotu"), ppl, strict=True)
+        found["perplexity"] = {
+            text: {"ppl": value, "tokens": 8184, "seqlen": 1024} for text, value in texts
+        }
+    return found
+
+
+def saved(less, prefill, decode):
+    return {
+        "realised_share": less,
+        "prefill": {"over_dense": prefill},
+        "decode": {"over_dense": decode},
+    }
+
+
+ROWS = [
+    row("dense", 0.0, (15.788, 25.24)),
+    row("a", 0.1, (20.0, 31.25), **saved(0.1, 1.1, 1.08)),
+    row("b", 0.1, (80.5, 1234.5), **saved(0.0, 1.0, 1.0)),
+    row("a", 0.2, (99.994, 100.4), **saved(0.203, 1.25, 1.234)),
+    row("b", 0.2, impossible="expected to remove at most 0.197 of the parameters, got 0.2"),
+    row("b", 0.3, impossible="expected to remove at most 0.197 of the parameters, got 0.3"),
+    row("projected", 0.2, (17.0, 1.45e10)),
+]
+
+
+def test_ratios_are_side_by_side():
+    for function in (readme.depth_quality, readme.width_quality):
+        lines = function(ROWS)
+        assert "dense 15.79 / 25.24" in lines[2]
+        cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]]
+                 for line in lines if line.startswith("| ")}  # fmt: skip
+        assert cells["method"] == ["10%", "20%", "30%", "smaller at 20%", "prefill x", "decode x"]
+        assert cells["a"] == ["20.00 / 31.25", "99.99 / 100", "", "20.3%", "1.25", "1.23"]
+        assert cells["b"] == ["80.50 / 1,234", "-", "-", "", "", ""]
+        assert cells["projected"] == ["", "17.00 / 1e+10", "", "", "", ""]
+
+
+def test_what_is_impossible_is_said_below():
+    lines = readme.depth_quality(ROWS)
+    (line,) = (line for line in lines if line.startswith("- "))
+    assert line.startswith("- b does not reach 20%, 30%: expected to remove at most 0.197 of")
+    assert lines.index(line) == len(lines) - 2 and lines[-1] == ""
+    assert not any(line.startswith("- ") for line in readme.depth_quality(ROWS[:4]))
