@@ -1,5 +1,6 @@
 """Formats chosen by what multiplies fastest: given timings, and the real clock."""
 
+import itertools
 import json
 
 import pytest
@@ -61,6 +62,21 @@ def test_layers_alike_are_measured_once(monkeypatch):
             assert format in seconds and seconds.keys() == {"dense", "sparse24", "bitmap"}
             assert all(s > 0 for s in seconds.values())
     assert len(measurements) == len(choice.table) == 8
+
+
+def test_interruptions_do_not_decide(monkeypatch):
+    """All turns of a format but one meet a neighbour that takes a second."""
+    clock, calls = [0.0], itertools.count()
+
+    def now():
+        clock[0] += 1e-3 if next(calls) // 2 % 5 == 0 else 1.0
+        return clock[0]
+
+    monkeypatch.setattr(measured.time, "perf_counter", now)
+    w = torch.zeros(8, 16, dtype=torch.bfloat16)
+    w[:, ::4] = 1
+    _, seconds = MeasuredChoice(1, w.nbytes)(w, {"bitmap": 1, "sparse24": 2}, 32, False)
+    assert max(seconds.values()) < 1e-3
 
 
 def test_copies_exceed_the_cache(monkeypatch):
