@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import environment
+from _harness import cpu_seconds_of_children, environment
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -102,6 +102,7 @@ def prune_and_measure(
 def prune(function: Callable[..., Any], folder: Path, config: ConfigFile) -> Row:
     """The report; RuntimeError with what it says if it cannot be done."""
     names = [f"{f.__module__}:{f.__qualname__}" for f in (function, type(config))]
+    before = cpu_seconds_of_children()
     done = subprocess.run(
         [sys.executable, "-c", CHILD, str(packaged_model_dir()), str(folder), *names],
         input=config.to_yaml(), text=True, capture_output=True, check=False,
@@ -109,7 +110,7 @@ def prune(function: Callable[..., Any], folder: Path, config: ConfigFile) -> Row
     if done.returncode != 0:
         raise RuntimeError(done.stderr.strip())
     report: Row = json.loads((folder / "pyprune.json").read_text())
-    return report
+    return {**report, "cpu_seconds": cpu_seconds_of_children() - before}
 
 
 def measured(
@@ -127,6 +128,7 @@ def measured(
         "realised_share": parameters["realised_share"],
         "file_bytes": file_bytes(folder),
         "seconds": report["run"]["seconds"]["total"],
+        "cpu_seconds": report["cpu_seconds"],
         "peak_memory_bytes": report["run"]["peak_rss_bytes"],
         "calibration_sha256": report["calibration"]["sha256"],
         "perplexity": evaluate(folder, args),

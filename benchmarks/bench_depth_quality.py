@@ -54,6 +54,7 @@ VARIANTS: dict[str, Variant] = {
     "shortgpt, compensate": Variant("shortgpt", {"compensate": True}),
     "shortgpt, refit": Variant("shortgpt", {"refit": True}),
     "laco": Variant("laco", {"fold": 3}),
+    "laco, not the last": Variant("laco", {"fold": 2, "highest": 26}),
 }
 
 
@@ -70,7 +71,9 @@ def configurations(
     for given in tries:
         yield StructureConfig(
             variant.method, ratio=ratio, fill=variant.fill, method_options=given,
-            device=args.device, dtype="float32", calibration=shown(args),
+            device=args.device, dtype="float32",
+            # What trains takes a step a batch.
+            calibration=shown(args, 1 if variant.method == "llm-streamline" else 8),
         )  # fmt: skip
 
 

@@ -51,6 +51,7 @@ QUALITY = {
     "gradient_quality": "Perplexity of gradient and Fisher methods",
     "reconstruct_quality": "Least-squares weights after SparseGPT (`--reconstruct`)",
 }
+RECONSTRUCTED = {"default": "", "on": ", reconstructed", "off": ", not reconstructed"}
 
 
 def quality(title: str, rows: list[Row]) -> list[str]:
@@ -66,20 +67,16 @@ def quality(title: str, rows: list[Row]) -> list[str]:
         if row["pattern"] not in ("-", *found):
             found.append(row["pattern"])
     shown = sorted({r["calibration_tokens"] for r in rows if r["pattern"] != "-"})
-    # Rows that do not say what others did meanwhile counted some phases twice.
-    timed = all("others_share" in r for r in rows)
-    vary = {"tokens": len(shown) > 1, "reconstruct": any("reconstruct" in r for r in rows)}
+    timed = any("cpu_seconds" in r for r in rows)
+    vary = len(shown) > 1
     lines: dict[tuple[str, ...], dict[str, Row]] = {}
     for row in rows:
-        words = {"tokens": f"{row['calibration_tokens']:,}",
-                 "reconstruct": row.get("reconstruct", "default")}  # fmt: skip
-        if row["method"] == "dense":
-            words = dict.fromkeys(words, "")
-        key = (row["method"], *(words[k] for k, varies in vary.items() if varies))
-        lines.setdefault(key, {})[row["pattern"]] = row
-    header = ["method", *(k for k, varies in vary.items() if varies)]
+        name = row["method"] + RECONSTRUCTED[row.get("reconstruct", "default")]
+        tokens = "" if row["method"] == "dense" else f"{row['calibration_tokens']:,}"
+        lines.setdefault((name, tokens) if vary else (name,), {})[row["pattern"]] = row
+    header = ["method", *(["calibration tokens"] if vary else [])]
     for pattern in patterns:
-        header += [f"{pattern}: {' / '.join(texts)}", *(["seconds"] if timed else [])]
+        header += [f"{pattern}: {' / '.join(texts)}", *(["CPU s"] if timed else [])]
     header += ["peak GiB"] if timed else []
 
     def cells(found: dict[str, Row]) -> Iterator[str]:
@@ -87,7 +84,7 @@ def quality(title: str, rows: list[Row]) -> list[str]:
             row = found.get(pattern, found.get("-"))
             yield " / ".join(f"{row['perplexity'][t]['ppl']:.2f}" for t in texts) if row else ""
             if timed:
-                yield f"{row['seconds']:.0f}" if row and "seconds" in row else ""
+                yield f"{row['cpu_seconds']:.0f}" if row and "cpu_seconds" in row else ""
         if timed:
             peaks = [r["peak_memory_bytes"] for r in found.values() if "peak_memory_bytes" in r]
             yield f"{max(peaks) / 2**30:.2f}" if peaks else ""
