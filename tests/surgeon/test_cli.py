@@ -36,4 +36,4 @@ def test_is_in_the_table_of_methods(capsys):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     row = rows["llm-surgeon"]
     assert row["gradient"] and row["scopes"] == ["global"]
-    assert row["options"]["gradient_damping"] == "a number or none; none"
+    assert row["options"]["gradient_damping"] == "a number or none; by default none"
