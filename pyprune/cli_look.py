@@ -1,0 +1,183 @@
+"""`pyprune eval`, `inspect`, `methods` and `doctor`: what looks and changes nothing."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from pyprune.cli import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Model,
+    Seqlen,
+    TrustRemoteCode,
+    _quiet,
+    _resolve,
+    _show,
+    _stderr,
+    app,
+)
+from pyprune.errors import UserError
+from pyprune.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pyprune.checkpoint import Checkpoint
+    from pyprune.sparse.stored import StoredCheckpoint
+
+
+@app.command(
+    "eval",
+    epilog="[b]Examples[/b]\n\n"
+    "pyprune eval pruned\n\n"
+    "pyprune eval org/model --text sotu --seqlen 2048 --json\n\n"
+    "pyprune eval pruned --text book.txt --stride 512 --max-tokens 100000",
+)
+def evaluate(
+    model: Model,
+    text: Annotated[
+        str,
+        typer.Option(
+            help="wiki or sotu (packaged, the part not used for calibration), a .txt or .jsonl "
+            "file, a directory, or hub:ID."
+        ),
+    ] = "wiki",
+    seqlen: Seqlen = None,
+    stride: Annotated[
+        int | None, typer.Option(help="Tokens between windows; the sequence length by default.")
+    ] = None,
+    batch_size: BatchSize = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="How much of the text, from its start; 0: all of it.")
+    ] = None,
+    bos: Annotated[bool, typer.Option("--bos/--no-bos", help="Start windows with BOS.")] = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: AsJson = False,
+) -> None:
+    """Perplexity of a dense or compressed model on a text, with the protocol of the measurement."""
+    _quiet()
+    from pyprune.evaluate import perplexity
+    from pyprune.sparse.stored import StoredCheckpoint
+
+    with ProgressBar(_stderr(), "evaluating") as bar:
+        stored = StoredCheckpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
+        checkpoint = stored.checkpoint(trust_remote_code)
+        given = {
+            "seqlen": seqlen,
+            "stride": stride,
+            "batch_size": batch_size,
+            "max_tokens": max_tokens,
+        }
+        options: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+        if max_tokens == 0:
+            options["max_tokens"] = None
+        tokenizer = checkpoint.tokenizer()
+        bar.step("loading the model")
+        result = perplexity(
+            _load(stored, checkpoint, device, dtype),
+            tokenizer,
+            text=text,
+            bos=bos,
+            progress=lambda done, total: bar.step(f"window {done}/{total}", done, total),
+            **options,
+        )
+    table = Table("perplexity", "nats per token", "tokens/s", "seconds", title=model)
+    table.add_row(
+        f"{result.ppl:.3f}",
+        f"{result.nll:.4f}",
+        f"{result.tokens_per_second:,.0f}",
+        f"{result.seconds:.1f}",
+    )
+    _show({"model": model, **asdict(result)}, as_json, table, result.protocol)
+
+
+def _load(
+    stored: StoredCheckpoint, checkpoint: Checkpoint, device: str | None, dtype: str | None
+) -> PreTrainedModel:
+    import torch
+
+    from pyprune.config import DTYPES
+    from pyprune.devices import find_device
+    from pyprune.sparse.load import load
+    from pyprune.sparse.stored import DENSE
+
+    if dtype not in (None, *DTYPES):
+        raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    compute = None if dtype in (None, "auto") else getattr(torch, str(dtype))
+    where = find_device(device or "auto")
+    if stored.kind == DENSE:
+        return checkpoint.load_model(where, compute)
+    return load(stored.path, compute, None if where.type == "cpu" else where)
+
+
+@app.command(
+    epilog="[b]Examples[/b]\n\npyprune inspect pruned\n\n"
+    "pyprune inspect pruned --json | jq .sparsity"
+)
+def inspect(
+    model: Model, trust_remote_code: TrustRemoteCode = False, as_json: AsJson = False
+) -> None:
+    """Shapes, sparsity, patterns, formats and bytes of every pruned or prunable matrix."""
+    _quiet()
+    from pyprune.inspection import inspect_checkpoint
+    from pyprune.sparse.stored import StoredCheckpoint
+
+    with ProgressBar(_stderr(), "reading") as bar:
+        stored = StoredCheckpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
+        found = inspect_checkpoint(stored, bar.step, trust_remote_code=trust_remote_code)
+    _show(found.to_dict(), as_json, found.table(), *filter(None, [found.note]))
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """The tables of what there is and what can be combined."""
+    from pyprune.families import families
+
+    rows: list[dict[str, Any]] = []
+    shown: list[Any] = []
+    for family in families():
+        table = Table(*family.headers, title=family.title)
+        table.columns[0].no_wrap = True
+        for column in table.columns[1:]:
+            column.overflow = "fold"
+        table.show_lines = True
+        notes = []
+        for method in family.methods().values():
+            cells, row = family.describe(method)
+            table.add_row(*cells)
+            rows.append(row)
+            notes += [f"{row['name']} -O {k}=...: {takes}" for k, takes in row["options"].items()]
+        shown += [table, *notes]
+    _show([*rows, *_allocations(shown)], as_json, *shown)
+
+
+def _allocations(shown: list[Any]) -> list[dict[str, Any]]:
+    """The rows of the table of allocations; adds it to what is shown."""
+    from pyprune.allocation.table import ALLOCATIONS, HEADERS, describe_allocation
+
+    table = Table(*HEADERS, title="--allocation of an unstructured sparsity")
+    rows, notes = [], []
+    for allocation in ALLOCATIONS.values():
+        cells, row = describe_allocation(allocation)
+        table.add_row(*cells)
+        rows.append(row)
+        notes += [f"{row['name']} -A {k}=...: {takes}" for k, takes in row["options"].items()]
+    shown += [table, *notes]
+    return rows
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Versions, devices, and which backends each op has here and why not."""
+    from pyprune.doctor import diagnose
+
+    diagnosis = diagnose()
+    _show(diagnosis.to_dict(), as_json, diagnosis.render())

@@ -1,0 +1,310 @@
+"""`pyprune prune`: every method, one command."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from pyprune.cli import (
+    AsJson,
+    BatchSize,
+    Device,
+    Dtype,
+    Model,
+    Seqlen,
+    TrustRemoteCode,
+    _quiet,
+    _resolve,
+    _show,
+    _stderr,
+    app,
+)
+from pyprune.errors import UserError
+from pyprune.progress import ProgressBar
+
+if TYPE_CHECKING:
+    from pyprune.config import ConfigFile
+    from pyprune.families import Family
+
+# Fields of a configuration with options of its method or allocation: their option, whose they are.
+OWN = {
+    "method_options": ("option", "method"),
+    "allocation_options": ("allocation-option", "allocation"),
+}
+
+
+@app.command(
+    epilog="[b]Examples[/b]\n\n"
+    "pyprune prune packaged --method sparsegpt --pattern 2:4 --out pruned\n\n"
+    "pyprune prune ./llama --method wanda --sparsity 0.6 --scope row --out pruned\n\n"
+    "pyprune prune org/model --config run.yaml --out pruned --json > report.json\n\n"
+    "pyprune prune ./llama -m magnitude -s 0.5 --exclude '*.down_proj' --out pruned\n\n"
+    "pyprune prune ./llama -m blockpruner --ratio 0.2 --out smaller --report pictures\n\n"
+    "pyprune prune ./llama -m shortgpt --count 4 -O refit=true --out smaller"
+)
+def prune(
+    model: Model,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Where the pruned checkpoint goes: a new directory.")
+    ],
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="A YAML file with the fields of PruneConfig or StructureConfig; options override "
+            "it."
+        ),
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="See [b]pyprune methods[/b].")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option("--sparsity", "-s", help="Fraction of the weights to remove.")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option("--pattern", "-p", help="N:M, with N weights kept of every M, e.g. 2:4."),
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(help="Which weights compete, with --sparsity: row, block, layer or global."),
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="How --sparsity is shared out: uniform, alphapruning (spectra of the weights), "
+            "owl (outliers among scores), ecoflap (gradients of the loss) or besa (learned in "
+            "each block)."
+        ),
+    ] = None,
+    allocation_strength: Annotated[
+        float | None, typer.Option(help="How unequal: epsilon of alphapruning, lambda of owl.")
+    ] = None,
+    allocation_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allocation-option", "-A", help="name=value of the allocation's own. Repeatable."
+        ),
+    ] = None,
+    update: Annotated[
+        str | None,
+        typer.Option(help="What Wanda's kept weights do: none, sequential or iterative."),
+    ] = None,
+    reconstruct: Annotated[
+        bool | None,
+        typer.Option(
+            "--reconstruct/--no-reconstruct",
+            help="Then give kept weights their best values (least squares), for any method. "
+            "Default: for SparseGPT, in layers that saw 4 tokens per input or more.",
+        ),
+    ] = None,
+    score_mass: Annotated[
+        bool | None,
+        typer.Option("--score-mass/--no-score-mass", help="Wanda: cut rows at a share of score."),
+    ] = None,
+    reference_count: Annotated[
+        bool | None,
+        typer.Option(
+            "--reference-count/--exact-count", help="The reference code's threshold rule."
+        ),
+    ] = None,
+    preserve_zeros: Annotated[
+        bool | None,
+        typer.Option("--preserve-zeros/--no-preserve-zeros", help="Zeros stay and count."),
+    ] = None,
+    preserve_mask: Annotated[
+        Path | None,
+        typer.Option(
+            help="A safetensors file of bool masks by layer name: what is false goes and counts."
+        ),
+    ] = None,
+    damping: Annotated[
+        float | None, typer.Option(help="Share of mean(diag H) added to it.")
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(help="Columns updated together.")] = None,
+    method_option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-O", help="name=value of the method's own options. Repeatable."),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradient-checkpointing/--no-gradient-checkpointing",
+            help="Gradients with less memory and one more forward.",
+        ),
+    ] = None,
+    ratio: Annotated[
+        float | None,
+        typer.Option(help="For methods that remove structure: the share to remove, see --by."),
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Instead of --ratio: branches or layers to remove.")
+    ] = None,
+    by: Annotated[
+        str | None,
+        typer.Option(help="What --ratio is a share of: params, count or latency (measured)."),
+    ] = None,
+    fill: Annotated[
+        str | None,
+        typer.Option(
+            help="Layers left with one branch: packed (as few layers as possible) or zeros (all "
+            "layers stay)."
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(help="Layers to prune, e.g. 'model.layers.0.*'. Repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Layers to leave as they are. Repeatable.")
+    ] = None,
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="wiki (packaged), a .txt or .jsonl file, a directory, or "
+            "hub:ID\\[:config\\[:split\\[:column]]]."
+        ),
+    ] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    seqlen: Seqlen = None,
+    batch_size: BatchSize = None,
+    seed: Annotated[int | None, typer.Option(help="Which sequences are drawn.")] = None,
+    padding: Annotated[
+        str | None,
+        typer.Option(help="windows of the joined text, or documents, padded and masked."),
+    ] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos", help="Begin sequences with BOS; else as the tokenizer does."
+        ),
+    ] = None,
+    walk: Annotated[str | None, typer.Option(help="single, two-pass or naive.")] = None,
+    spill: Annotated[
+        str | None, typer.Option(help="Where waiting activations go: none, host or disk.")
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    state: Annotated[
+        Path | None,
+        typer.Option(
+            help="llm-surgeon: a directory for what an interrupted run needs to go on after its "
+            "last shot. Run the same command again."
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="For methods that remove structure: pictures of what went, how much each branch "
+            "or unit matters, and perplexity against parameters or where parameters are left; a "
+            "directory, or one .png file."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a checkpoint into a new directory: weights, one block in memory at a time, or branches
+    and layers."""
+    options = {
+        "method": method,
+        "sparsity": sparsity,
+        "pattern": pattern,
+        "scope": scope,
+        "allocation": allocation,
+        "allocation_strength": allocation_strength,
+        "allocation_options": _method_options(allocation_option) if allocation_option else None,
+        "update": update,
+        "reconstruct": reconstruct,
+        "score_mass": score_mass,
+        "reference_count": reference_count,
+        "preserve_zeros": preserve_zeros,
+        "damping": damping,
+        "block_size": block_size,
+        "method_options": _method_options(method_option) if method_option else None,
+        "gradient_checkpointing": gradient_checkpointing,
+        "ratio": ratio,
+        "count": count,
+        "by": by,
+        "fill": fill,
+        "include": include or None,
+        "exclude": exclude or None,
+        "walk": walk,
+        "spill": spill,
+        "device": device,
+        "dtype": dtype,
+    }
+    shown = {
+        "source": calibration,
+        "nsamples": nsamples,
+        "seqlen": seqlen,
+        "batch_size": batch_size,
+        "seed": seed,
+        "padding": padding,
+        "bos": bos,
+    }
+    family, full = _prune_config(config, options, shown)
+    from pyprune.checkpoint import check_output
+    from pyprune.families import Run
+
+    check_output(out)
+    _quiet()
+    with ProgressBar(_stderr(), "pruning") as bar:
+        source = _resolve(model, bar)
+        run = Run(source, out, full, bar, trust_remote_code, report, state, preserve_mask)
+        outcome = family.run(run)
+    _show(outcome.to_dict(), as_json, outcome.table(), f"Saved in {out}")
+
+
+def _method_options(given: list[str]) -> dict[str, Any]:
+    """`name=value` pairs, values by YAML's rules for scalars."""
+    import yaml
+
+    from pyprune.config import load_yaml
+
+    options = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        try:
+            parsed = load_yaml(value)
+        except yaml.YAMLError:
+            parsed = None
+        if not equals or not name or not isinstance(parsed, bool | int | float | str):
+            raise UserError(f"--option: expected name=value, got {pair!r}")
+        options[name] = parsed
+    return options
+
+
+def _prune_config(
+    file: Path | None, options: dict[str, Any], calibration: dict[str, Any]
+) -> tuple[Family, ConfigFile]:
+    """The family of the method, and the file's fields (or the defaults), overridden by the options
+    that were given."""
+    from pyprune.config import PruneConfig, read_yaml_file
+    from pyprune.families import find_family
+
+    values: dict[str, Any] = {} if file is None else dict(read_yaml_file(file))
+    given = {name: value for name, value in options.items() if value is not None}
+    method = given.get("method", values.get("method", PruneConfig.method))
+    family = find_family(method)
+    known = {field.name for field in fields(family.config)}
+    for name in given:
+        if name not in known:
+            option = OWN.get(name, (name,))[0].replace("_", "-")
+            raise UserError(f"--{option}: not for {method}; see pyprune prune --help")
+    # One takes the place of the other in the file; both together are refused below.
+    for name in set(family.targets) & set(given):
+        for other in family.targets[name]:
+            values.pop(other, None)
+    # The file's options of its method and allocation, unless another one is asked for.
+    for name, (_, owner) in OWN.items():
+        if owner in values and given.get(owner, values[owner]) != values[owner]:
+            values.pop(name, None)
+        own = values.get(name)
+        if isinstance(own, dict) and name in given:
+            given[name] = {**own, **given[name]}
+    values |= given
+    shown = {name: value for name, value in calibration.items() if value is not None}
+    text = values.get("calibration", {})
+    values["calibration"] = {**text, **shown} if isinstance(text, dict) else text
+    return family, family.config.from_dict(values)
