@@ -93,6 +93,7 @@ def _linear_bitmap_kernel(
     M,
     R,
     C,
+    NNZ,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -103,8 +104,10 @@ def _linear_bitmap_kernel(
     row_bytes = (C + 7) // 8
     x_rows = x_ptr + m[:, None].to(tl.int64) * C
     bitmap_rows = bitmap_ptr + rows.to(tl.int64)[:, None] * row_bytes
+    # Inside the values, whatever the offsets say.
     next_value = tl.load(offsets_ptr + rows, mask=rows < R, other=0)
-    end = tl.load(offsets_ptr + rows + 1, mask=rows < R, other=0)
+    next_value = tl.minimum(tl.maximum(next_value, 0), NNZ)
+    end = tl.minimum(tl.load(offsets_ptr + rows + 1, mask=rows < R, other=0), NNZ)
     acc = tl.zeros([BLOCK_M, BLOCK_R, BLOCK_B], dtype=tl.float32)
     for start in range(0, row_bytes, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
@@ -134,7 +137,7 @@ def _blocks(m: int) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_R": 4 if block_m <= 8 else 2, "lanes": 128}
 
 
-def _launch(kernel, x, rows, bias, lanes, *weight):
+def _launch(kernel, x, rows, bias, lanes, *weight, more=()):
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     m, cols = flat.shape
     y = torch.empty(m, rows, dtype=x.dtype, device=x.device)
@@ -144,7 +147,7 @@ def _launch(kernel, x, rows, bias, lanes, *weight):
     blocks = _blocks(m)
     block_r = blocks["BLOCK_R"]
     kernel[(triton.cdiv(rows, block_r),)](
-        flat, *(t.contiguous() for t in weight), b, y, m, rows, cols,
+        flat, *(t.contiguous() for t in weight), b, y, m, rows, cols, *more,
         BLOCK_M=blocks["BLOCK_M"], BLOCK_R=block_r, HAS_BIAS=bias is not None,
         **{lanes: blocks["lanes"]},
     )  # fmt: skip
@@ -157,17 +160,20 @@ def linear_24_triton(x, values, meta, bias):
 
 def linear_bitmap_triton(x, values, bitmap, row_offsets, bias):
     return _launch(
-        _linear_bitmap_kernel, x, bitmap.shape[0], bias, "BLOCK_B", values, bitmap, row_offsets
-    )
+        _linear_bitmap_kernel, x, bitmap.shape[0], bias, "BLOCK_B", values, bitmap, row_offsets,
+        more=(values.numel(),),
+    )  # fmt: skip
 
 
-def _aot(kernel, weight: dict[str, str], lanes: str, block_m: int) -> dict[str, object]:
+def _aot(
+    kernel, weight: dict[str, str], more: dict[str, str], lanes: str, block_m: int
+) -> dict[str, object]:
     block_r = 4 if block_m <= 8 else 2
     return {
         "kernel": kernel,
         "signature": {
             "x_ptr": "*bf16", **weight, "bias_ptr": "*fp32", "y_ptr": "*bf16",
-            "M": "i32", "R": "i32", "C": "i32",
+            "M": "i32", "R": "i32", "C": "i32", **more,
         },
         "constexprs": {
             "BLOCK_M": block_m, "BLOCK_R": block_r, lanes: 128, "HAS_BIAS": False,
@@ -182,10 +188,10 @@ _24 = {"values_ptr": "*bf16", "meta_ptr": "*u8"}
 _BITMAP = {"values_ptr": "*bf16", "bitmap_ptr": "*u8", "offsets_ptr": "*i64"}
 
 AOT = [
-    _aot(kernel, weight, lanes, block_m)
-    for kernel, weight, lanes in (
-        (_linear_24_kernel, _24, "BLOCK_G"),
-        (_linear_bitmap_kernel, _BITMAP, "BLOCK_B"),
+    _aot(kernel, weight, more, lanes, block_m)
+    for kernel, weight, more, lanes in (
+        (_linear_24_kernel, _24, {}, "BLOCK_G"),
+        (_linear_bitmap_kernel, _BITMAP, {"NNZ": "i32"}, "BLOCK_B"),
     )
     for block_m in (1, 2, 4, 8, 16)
 ]

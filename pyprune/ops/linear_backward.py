@@ -1,4 +1,4 @@
-"""Gradients of the products with compressed weights, with respect to x and the bias.
+"""Gradients of the products with compressed weights, with respect to x and the bias, and `vmap`.
 
 The weights are storage, not parameters: whoever asks for their gradient is told so. Everything
 around a compressed layer (embeddings, norms, adapters, prompts) can then be trained through it:
@@ -7,6 +7,9 @@ around a compressed layer (embeddings, norms, adapters, prompts) can then be tra
 
 W is expanded for one product, in the wider of its dtype and x's. `linear_dense` has a gradient for
 its weight too.
+
+`torch.vmap` over x adds a leading dimension, which the products take as it is. Over anything else
+it is refused, and so are forward-mode tangents.
 """
 
 from __future__ import annotations
@@ -90,5 +93,20 @@ def _register(name: str, expand: Callable[..., Tensor]) -> None:
     )
 
 
+def _register_vmap(name: str) -> None:
+    op = getattr(torch.ops.pyprune, name)
+
+    def vmap(
+        info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Tensor | None
+    ) -> tuple[Tensor, int]:
+        over, *others = in_dims
+        if over is None or any(dim is not None for dim in others):
+            raise ValueError(f"in_dims: {name} is mapped over x alone, got {in_dims}")
+        return op(x.movedim(over, 0), *rest), 0
+
+    torch.library.register_vmap(f"pyprune::{name}", vmap, lib=_registry.LIBRARY)
+
+
 for _name, _expand in _EXPAND.items():
     _register(_name, _expand)
+    _register_vmap(_name)

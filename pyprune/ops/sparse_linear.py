@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from pyprune import _native
 from pyprune.ops import _registry, linear_24_cuda, linear_bitmap_cuda
@@ -33,6 +34,11 @@ def check_activations(x: Tensor, bias: Tensor | None, rows: int) -> None:
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., C] with C > 0, got shape {tuple(x.shape)}")
     check_float("x", x)
+    # PyTorch drops the tangents of operators that are not its own without a word.
+    if forward_ad._current_level >= 0:
+        tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
+        if tangent is not None:
+            raise ValueError("x: expected no forward-mode tangent: there is backward alone")
     if bias is not None:
         check_float("bias", bias)
         check_shape("bias", bias, (rows,))

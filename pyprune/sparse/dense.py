@@ -6,6 +6,7 @@ import os
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from pyprune import _native
@@ -61,6 +62,8 @@ class DenseLinear(nn.Linear):
             and _native.MODULE is not None
             and "PYPRUNE_BACKEND" not in os.environ
             and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            and forward_ad._current_level < 0
         )
 
 

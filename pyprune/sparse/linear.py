@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from pyprune import _native, ops
 from pyprune.errors import LayerError, UserError
@@ -162,6 +163,9 @@ class SparseLinear(StoredWeight):
             and values.dtype is not torch.float64
             and "PYPRUNE_BACKEND" not in os.environ
             and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+            # What torch.func and forward-mode gradients wrap: the op answers, or refuses.
+            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+            and forward_ad._current_level < 0
         )
 
     def _forward_native(self, x: Tensor) -> Tensor:
@@ -233,9 +237,9 @@ def compress_model(
     Raises:
         UserError: unknown format or module name. LayerError: a layer does not fit its format.
     """
-    weights = {n: w for n, m in model.named_modules() if (w := weight_of(m)) is not None}
+    names = [n for n, m in model.named_modules() if weight_of(m) is not None]
     if isinstance(formats, Mapping):
-        unknown = sorted(set(formats) - set(weights))
+        unknown = sorted(set(formats) - set(names))
         if unknown:
             raise UserError(f"formats: {unknown[0]!r} is not a linear layer of this model")
     owners: dict[int, int] = {}
@@ -243,8 +247,11 @@ def compress_model(
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     chosen: dict[str, str] = {}
-    for name, weight in weights.items():
+    # One dense weight is held at a time: those replaced are gone before the next is packed.
+    for name in names:
         linear = model.get_submodule(name)
+        weight = weight_of(linear)
+        assert weight is not None  # by the choice of names
         if isinstance(formats, Mapping):
             chosen[name] = formats.get(name, "dense")
         elif owners[id(linear.weight)] > 1:

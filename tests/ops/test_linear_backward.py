@@ -6,9 +6,11 @@ import pytest
 import torch
 from ops.compressed import pack_24, pack_bitmap, random_24_mask
 from torch import nn
+from torch.autograd import forward_ad
 
 from pyprune import ops
 from pyprune.sparse import SparseLinear
+from pyprune.sparse.dense import use_own_kernels
 
 FORMATS = ["linear_24", "linear_bitmap", "linear_24_int8", "linear_bitmap_int8", "linear_int8",
            "linear_dense"]  # fmt: skip
@@ -77,6 +79,43 @@ def test_a_dense_weight_has_a_gradient():
     assert torch.autograd.gradcheck(
         lambda x, w, b: ops.linear_dense(x, w, bias=b), (x, w.requires_grad_(), b)
     )
+
+
+@pytest.mark.parametrize("op", FORMATS)
+def test_vmap_over_x_alone(op):
+    tensors, _ = weight(op, torch.float32)
+    x, bias = torch.randn(3, 24, 2), torch.randn(5)
+    product = getattr(ops, op)
+    got = torch.vmap(lambda x: product(x, *tensors, bias=bias), in_dims=-1)(x)
+    assert torch.equal(got, product(x.permute(2, 0, 1), *tensors, bias=bias))
+    with pytest.raises(ValueError, match="mapped over x alone"):
+        torch.vmap(lambda b: product(x[..., 0], *tensors, bias=b))(torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("op", FORMATS)
+def test_tangents_are_refused_not_dropped(op):
+    tensors, _ = weight(op, torch.float32)
+    x = torch.randn(2, 24)
+    with pytest.raises(ValueError, match="forward-mode"):
+        torch.func.jvp(lambda x: getattr(ops, op)(x, *tensors), (x,), (x,))
+
+
+@pytest.mark.parametrize("make", ["sparse", "dense"])
+def test_transforms_of_a_layer(make):
+    linear = nn.Linear(24, 6).bfloat16()
+    linear.weight.data *= ops.mask_nm(linear.weight.data, 2, 4)
+    layer = SparseLinear.from_dense(linear, "bitmap")
+    if make == "dense":
+        model = nn.Sequential(linear)
+        use_own_kernels(model)
+        layer = model[0]
+        assert type(layer) is not nn.Linear
+    x = torch.randn(2, 3, 24).bfloat16()
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
+    if make == "sparse":
+        with pytest.raises(ValueError, match="forward-mode"), forward_ad.dual_level():
+            layer(forward_ad.make_dual(x, x))
 
 
 @pytest.mark.parametrize("op", FORMATS)

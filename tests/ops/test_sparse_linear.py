@@ -266,6 +266,19 @@ def test_inconsistent_bitmaps_are_refused_by_the_kernel(name, isa, use_isa):
                 ops.linear_bitmap(torch.ones(m, 20, dtype=dtype), *_tampered(name))
 
 
+@pytest.mark.parametrize("shift", [5, 2**31 - 1, 2**60, -9])
+def test_triton_reads_no_values_outside(shift, use_backend):
+    """It has no way to refuse: sums are wrong then, but not of what is no value."""
+    use_backend("triton", "linear_bitmap", "cpu")
+    values, bitmap, offsets = _tampered("bits past the last column")
+    guarded = torch.full((len(values) + 64,), float("nan"))
+    guarded[16 : 16 + len(values)] = values
+    got = ops.linear_bitmap(
+        torch.ones(1, 20), guarded[16 : 16 + len(values)], bitmap, offsets + shift
+    )
+    assert not got.isnan().any()
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_offsets_whose_difference_overflows_are_refused(isa, use_isa):
     """Their difference, taken modulo 2^64, is the row's number of bits."""
