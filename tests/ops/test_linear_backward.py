@@ -102,6 +102,7 @@ def test_tangents_are_refused_not_dropped(op):
 
 @pytest.mark.parametrize("make", ["sparse", "dense"])
 def test_transforms_of_a_layer(make):
+    torch.manual_seed(0)
     linear = nn.Linear(24, 6).bfloat16()
     linear.weight.data *= ops.mask_nm(linear.weight.data, 2, 4)
     layer = SparseLinear.from_dense(linear, "bitmap")
@@ -112,7 +113,8 @@ def test_transforms_of_a_layer(make):
         assert type(layer) is not nn.Linear
     x = torch.randn(2, 3, 24).bfloat16()
     with torch.no_grad():
-        torch.testing.assert_close(torch.vmap(layer)(x), layer(x))
+        # Two kernels that round alike, but sum in another order.
+        torch.testing.assert_close(torch.vmap(layer)(x), layer(x), rtol=2**-7, atol=2**-7)
     if make == "sparse":
         with pytest.raises(ValueError, match="forward-mode"), forward_ad.dual_level():
             layer(forward_ad.make_dual(x, x))
