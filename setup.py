@@ -54,6 +54,7 @@ setup(
         "pyprune.data",
         "pyprune.depth",
         "pyprune.eigendamage",
+        "pyprune.integrations",
         "pyprune.kernels",
         "pyprune.methods",
         "pyprune.models",

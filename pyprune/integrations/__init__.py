@@ -1,0 +1,13 @@
+"""Our kernels inside other tools: same names, same arguments, same results up to rounding.
+
+module         | stands for
+---------------|--------------------------------------------------------------------------------
+sparsegpt      | `SparseGPT` of the SparseGPT repository (`sparsegpt.py`) and of Wanda's (`lib/`)
+wanda          | `WrappedGPT` of the Wanda repository (`lib/layerwrapper.py`)
+llmcompressor  | what llm-compressor's SparseGPTModifier and WandaPruningModifier call
+
+These tools count the pruned weights of an N:M pattern; so do the arguments here, and nowhere else
+in pyprune. A Hessian that cannot be inverted stops the SparseGPT code, and llm-compressor goes on
+with the identity, which is magnitude pruning without an update. Here the damping is raised step by
+step, with a warning, and what even the whole mean diagonal does not help is an error.
+"""

@@ -1,0 +1,96 @@
+"""A layer as those tools see it: a matrix `[R, C]`, and the inputs `[T, C]` it multiplies."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pyprune import ops
+from pyprune.errors import UserError
+
+LOG = logging.getLogger(__name__)
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """The weight as `[R, C]`, a view; of a Conv2d, C is channels x kernel height x width. Raises
+    UserError for any other layer than Linear, Conv1D and Conv2d."""
+    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    if isinstance(layer, nn.Conv2d):
+        if layer.groups != 1:
+            raise UserError(f"layer: expected a Conv2d with one group, got {layer.groups}")
+        if isinstance(layer.padding, str):
+            raise UserError(
+                f"layer: expected a Conv2d with padding in numbers, got {layer.padding!r}"
+            )
+        return weight.flatten(1)
+    if isinstance(layer, Conv1D):
+        return weight.T
+    if isinstance(layer, nn.Linear):
+        return weight
+    raise UserError(f"layer: expected Linear, Conv1D or Conv2d, got {type(layer).__name__}")
+
+
+def like_weight(layer: nn.Module, w: Tensor) -> Tensor:
+    """`w [R, C]` in the shape and dtype of the layer's weight."""
+    weight: Tensor = layer.weight  # type: ignore[assignment]
+    w = w.T if isinstance(layer, Conv1D) else w
+    return w.reshape(weight.shape).to(weight.dtype)
+
+
+def tokens(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
+    """The inputs as `[T, C]`, and how many sequences (or images) they are.
+
+    Linear and Conv1D: `[B, ..., C]`, or `[T, C]`, which is one sequence. Conv2d: `[B, C, H, W]`, or
+    without B; a token is what one position of the output is computed from.
+    """
+    if isinstance(layer, nn.Conv2d):
+        images = inputs if inputs.dim() == 4 else inputs[None]
+        padding: Any = layer.padding  # numbers: see `matrix`
+        patches: Tensor = nn.functional.unfold(
+            images, layer.kernel_size, layer.dilation, padding, layer.stride
+        )
+        return patches.transpose(1, 2).flatten(0, 1), images.shape[0]
+    sequences = 1 if inputs.dim() == 2 else inputs.shape[0]
+    return inputs.reshape(-1, inputs.shape[-1]), sequences
+
+
+def accumulate(add: Callable[[Tensor], object], acc: Tensor, scale: float, n: int, new: int) -> int:
+    """Goes on with a mean that is kept as `acc = scale / n * sum`, in place: `add` adds raw sums.
+    Returns the new n."""
+    acc.mul_(n / scale)
+    add(acc)
+    acc.mul_(scale / (n + new))
+    return n + new
+
+
+def sweep(
+    w: Tensor,
+    h: Tensor,
+    *,
+    sparsity: float,
+    pruned: int,
+    group: int,
+    block_size: int,
+    damping: float,
+    preserve: Tensor | None = None,
+) -> ops.ObsSweep:
+    """SparseGPT for `w [R, C]` and `h [C, C]`, weights of dead inputs taken for 0, with
+    `pruned` of every `group` weights removed, or, if those are 0, `sparsity` of every block of
+    columns by the threshold rule of the SparseGPT code (one more than that share, and all ties).
+    With `preserve` (False: stays pruned) the count is exact instead."""
+    factor = ops.obs_factor(h, damping=damping)
+    if float(factor.damping) > damping:
+        LOG.warning("the Hessian needed a damping of %g instead of %g", factor.damping, damping)
+    w = w.float().masked_fill(factor.dead, 0)
+    if pruned:
+        return ops.obs_sweep(
+            w, factor.u, nm=(group - pruned, group), preserve=preserve, block_size=block_size
+        )
+    return ops.obs_sweep(
+        w, factor.u, sparsity=sparsity, preserve=preserve, block_size=block_size,
+        reference_count=preserve is None and sparsity < 1,
+    )  # fmt: skip

@@ -1,0 +1,116 @@
+"""What stands for the classes of the SparseGPT and Wanda repositories, against their algorithms."""
+
+import logging
+
+import pytest
+import torch
+from bench_obs import algorithm
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from pyprune.errors import UserError
+from pyprune.integrations.sparsegpt import SparseGPT
+from pyprune.integrations.wanda import WrappedGPT
+
+
+def layer_of(kind, dtype=torch.float32):
+    torch.manual_seed(0)
+    if kind == "linear":
+        return nn.Linear(48, 20, dtype=dtype), (3, 30, 48)
+    if kind == "conv1d":
+        return Conv1D(20, 48).to(dtype), (3, 30, 48)
+    return nn.Conv2d(3, 20, 4, stride=2, padding=1, dtype=dtype), (3, 3, 16, 16)
+
+
+def seen(layer, x):
+    """`[R, C]`, and the inputs of the layer `[T, C]`, so that y = x @ W^T."""
+    if isinstance(layer, nn.Conv2d):
+        patches = nn.functional.unfold(x, 4, padding=1, stride=2)
+        return layer.weight.detach().flatten(1), patches.transpose(1, 2).flatten(0, 1)
+    w = layer.weight.detach()
+    return w.T if isinstance(layer, Conv1D) else w, x.flatten(0, -2)
+
+
+def own(layer, w):
+    return (w.T if isinstance(layer, Conv1D) else w).reshape(layer.weight.shape)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+@pytest.mark.parametrize("rule", [{"nm": (2, 4)}, {"nm": (1, 4)}, {"sparsity": 0.5}], ids=str)
+def test_sparsegpt_does_what_the_repository_does(kind, rule):
+    layer, shape = layer_of(kind)
+    gpt = SparseGPT(layer)
+    batches = [torch.randn(shape), torch.randn(2, *shape[1:])]
+    for x in batches:
+        gpt.add_batch(x, layer(x))
+    w, rows = seen(layer, torch.cat(batches))
+    hessian = rows.double().T @ rows.double() * 2 / 5
+    assert gpt.nsamples == 5 and (gpt.rows, gpt.columns) == (20, 48)
+    torch.testing.assert_close(gpt.H, hessian.float(), rtol=1e-5, atol=1e-4)
+    want, kept = algorithm(w.double(), hessian, rule)
+    n, m = rule.get("nm", (0, 0))
+    loss = gpt.fasterprune(rule.get("sparsity", 0.0), prunen=m - n, prunem=m)
+    torch.testing.assert_close(layer.weight.detach(), own(layer, want).float(), rtol=0, atol=1e-4)
+    assert torch.equal(layer.weight != 0, own(layer, kept))
+    change = want - w
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    assert loss == pytest.approx(float((change @ hessian * change).sum()) / 2, rel=1e-3)
+    gpt.free()
+    with pytest.raises(UserError, match="free"):
+        gpt.add_batch(batches[0])
+
+
+def test_sparsegpt_keeps_the_dtype_and_zeroes_what_is_dead():
+    layer, shape = layer_of("linear", torch.bfloat16)
+    gpt = SparseGPT(layer)
+    x = torch.randn(shape).bfloat16()
+    x[..., 7] = 0
+    gpt.add_batch(x[0])
+    assert gpt.nsamples == 1
+    gpt.fasterprune(0.25)
+    assert layer.weight.dtype == torch.bfloat16 and isinstance(layer.weight, nn.Parameter)
+    assert not layer.weight[:, 7].any()
+    # The threshold rule: one more than a quarter, at least.
+    assert int((layer.weight == 0).sum()) >= 20 * 48 // 4 + 1
+
+
+def test_sparsegpt_raises_the_damping_aloud(caplog):
+    layer, shape = layer_of("linear")
+    gpt = SparseGPT(layer)
+    gpt.add_batch(torch.randn(shape))
+    gpt.H -= 0.05 * gpt.H.diagonal().mean() * torch.eye(48) + 0.2 * torch.diag(gpt.H.diagonal())
+    with caplog.at_level(logging.WARNING):
+        gpt.fasterprune(0.5)
+    assert "damping" in caplog.text
+    gpt.H[0, 0] = -1e6
+    with pytest.raises(ValueError, match="not positive definite"):
+        gpt.fasterprune(0.5)
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="expected Linear"):
+        SparseGPT(nn.Embedding(3, 4))
+    with pytest.raises(UserError, match="one group"):
+        WrappedGPT(nn.Conv2d(4, 4, 1, groups=2))
+    with pytest.raises(UserError, match="padding"):
+        WrappedGPT(nn.Conv2d(4, 4, 3, padding="same"))
+    layer, shape = layer_of("linear")
+    gpt = SparseGPT(layer)
+    gpt.add_batch(torch.randn(shape))
+    with pytest.raises(ValueError, match="nm"):
+        gpt.fasterprune(0.0, prunen=3, prunem=7)
+    gpt.quantizer = object()
+    with pytest.raises(UserError, match="quantizer"):
+        gpt.fasterprune(0.5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_wanda_statistic(kind):
+    layer, shape = layer_of(kind)
+    wrapped = WrappedGPT(layer, 3, "fc")
+    batches = [torch.randn(shape), torch.randn(1, *shape[1:])]
+    for x in batches:
+        wrapped.add_batch(x, None)
+    _, rows = seen(layer, torch.cat(batches))
+    assert wrapped.nsamples == 4 and wrapped.layer_name == "fc"
+    torch.testing.assert_close(wrapped.scaler_row, rows.square().sum(0) / 4)
