@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pyprune.allocate import BlockLearner, DenseBlocks, targets_by_loss
 from pyprune.allocation import ALLOCATIONS
 from pyprune.calibration.configured import configured_tokens
-from pyprune.calibration.gradient_stats import GradientStatistic
-from pyprune.calibration.gradients import collect_gradients
-from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
 from pyprune.calibration.tokens import TokenSet
 from pyprune.calibration.walk import (
-    BlockStore,
-    BlockVisit,
-    Group,
     InMemoryStore,
-    WalkEvent,
-    walk,
 )
 from pyprune.checkpoint import (
     Checkpoint,
@@ -39,11 +29,10 @@ from pyprune.config import PruneConfig
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.families import Family, Run
-from pyprune.layers import LayerPruner, check_shapes, select_linears
+from pyprune.layers import check_shapes, select_linears
 from pyprune.masks import Masks, describe_masks, read_masks
 from pyprune.measure import Measure
 from pyprune.methods import METHODS, SHOT_METHODS
-from pyprune.methods.base import StatisticKind
 from pyprune.methods.table import HEADERS, describe
 from pyprune.models.adapter import Adapter
 from pyprune.patterns import NM, Pattern, Unstructured
@@ -57,16 +46,9 @@ from pyprune.report import (
     source_name,
     versions,
 )
+from pyprune.session import Look, Progress, Session, look_at_whole, looks_at_whole, needs_of
 from pyprune.surgeon.run import Surgeon
 from pyprune.surgeon.state import State
-
-Progress = Callable[[WalkEvent], None]
-
-STATISTICS: dict[StatisticKind | None, Callable[[int, torch.device], Statistic] | None] = {
-    None: None,
-    "norms": NormStatistic,
-    "gram": GramStatistic,
-}
 
 
 def prune(
@@ -121,9 +103,9 @@ def prune(
         layers = surgeon.run()
         return _report(model_name(model), config, tokens, layers, measure, surgeon.notes())
     _no_state(config, state)
-    look = _look(config, adapter, tokens, device, measure, progress)
+    look = look_at_whole(config, adapter, tokens, device, measure, progress)
     with InMemoryStore(adapter, device) as store:
-        pruned = _Session(
+        pruned = Session(
             config, adapter, tokens, store, store.flush, device, measure, progress, look, masks
         ).run()
     notes = (*pruned.notes, *describe_masks(masks))
@@ -184,11 +166,11 @@ def prune_checkpoint(
         if batches is None and _is_shown(config):
             batches = checkpoint.tokenizer()
         tokens = _tokens(batches, model, config)
-    look = _Look()
-    if _looks(config):
+    look = Look()
+    if looks_at_whole(config):
         with measure.phase("open"):
             whole = _adapter(checkpoint.load_model("cpu", dtype), config)
-        look = _look(config, whole, tokens, device, measure, progress)
+        look = look_at_whole(config, whole, tokens, device, measure, progress)
         del whole
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
         # Streaming keeps the shards; save_pretrained makes its own, and its own index.
@@ -196,14 +178,14 @@ def prune_checkpoint(
         if streamed:
             with measure.phase("copy"):
                 store = StreamingStore(checkpoint, adapter, folder, device, dtype)
-            pruned = _Session(
+            pruned = Session(
                 config, adapter, tokens, store, store.release, device, measure, progress, look,
                 masks,
             ).run()  # fmt: skip
         else:
             with InMemoryStore(adapter, device) as memory:
                 flush = memory.flush
-                pruned = _Session(
+                pruned = Session(
                     config, adapter, tokens, memory, flush, device, measure, progress, look, masks
                 ).run()
             with measure.phase("write"):
@@ -314,14 +296,10 @@ def _dtype(config: PruneConfig) -> torch.dtype | None:
     return None if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
-def _needs(config: PruneConfig) -> StatisticKind | None:
-    return config.find_method().needs(config.options())
-
-
 def _is_shown(config: PruneConfig) -> bool:
     """Whether the model has to be shown tokens, by the method or by the allocation."""
     allocated = ALLOCATIONS[config.allocation].source not in (None, "weights")
-    return config.in_shots() or allocated or _needs(config) is not None
+    return config.in_shots() or allocated or needs_of(config) is not None
 
 
 def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | None:
@@ -329,156 +307,10 @@ def _tokens(data: object, model: nn.Module, config: PruneConfig) -> TokenSet | N
     if not _is_shown(config):
         return None
     if data is None:
-        by_method = config.in_shots() or _needs(config) is not None
+        by_method = config.in_shots() or needs_of(config) is not None
         asks = config.method if by_method else config.allocation
         raise UserError(f"calibration: {asks} expected a tokenizer or batches, got none")
     return configured_tokens(data, config.calibration, model.config)
-
-
-@dataclass(frozen=True)
-class _Look:
-    """What was taken from the dense model, whole, before the walk: statistics of gradients by
-    layer, and targets by layer that the loss decided."""
-
-    gradients: Mapping[str, GradientStatistic] = field(default_factory=dict)
-    targets: Mapping[str, Pattern] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class _Pruned:
-    layers: Sequence[LayerReport]
-    notes: tuple[str, ...]
-
-
-def _by_loss(config: PruneConfig) -> bool:
-    return ALLOCATIONS[config.allocation].source == "model"
-
-
-def _looks(config: PruneConfig) -> bool:
-    """Whether the whole model has to be in memory before the walk."""
-    return config.find_method().gradient is not None or _by_loss(config)
-
-
-def _look(
-    config: PruneConfig,
-    adapter: Adapter,
-    tokens: TokenSet | None,
-    device: torch.device,
-    measure: Measure,
-    progress: Progress | None,
-) -> _Look:
-    """What the method's backward pass over the dense model accumulates, and what an allocation
-    finds in the losses, where they are needed."""
-    factory = config.find_method().gradient
-    if not _looks(config) or tokens is None:
-        return _Look()
-    blocks = len(adapter.blocks)
-
-    def telling(name: str) -> Callable[[int, int], None]:
-        def told(done: int, total: int) -> None:
-            if progress is not None:
-                progress(WalkEvent("batch", 0, blocks, name, done, total))
-
-        return told
-
-    targets: Mapping[str, Pattern] = {}
-    gradients: Mapping[str, GradientStatistic] = {}
-    if _by_loss(config):
-        with measure.phase("allocation"):
-            targets = targets_by_loss(config, adapter, tokens, device, telling("allocation"))
-    if factory is not None:
-        with measure.phase("gradients"):
-            gradients = collect_gradients(
-                adapter,
-                tokens,
-                factory(config.options()),
-                checkpointing=config.gradient_checkpointing,
-                device=device,
-                progress=telling("gradients"),
-            )
-    return _Look(gradients, targets)
-
-
-@dataclass(frozen=True)
-class _Session:
-    """A run over one model. `release(i)` lets go of a block that was only looked at."""
-
-    config: PruneConfig
-    adapter: Adapter
-    tokens: TokenSet | None
-    store: BlockStore
-    release: Callable[[int], None]
-    device: torch.device
-    measure: Measure
-    progress: Progress | None
-    look: _Look
-    masks: Mapping[str, Tensor]
-
-    def run(self) -> _Pruned:
-        """Prunes every block; for a global scope, and for an allocation, after passes that only
-        look."""
-        config = self.config
-        pruner = LayerPruner(config, self.look.gradients, self.masks)
-        pruner.targets = self._targets()
-        if pruner.selection is not None:
-            self._walk(pruner.count_group, _LookOnly(self.store, self.release), _needs(config))
-            with self.measure.phase("selection"):
-                self._refine(pruner)
-        if ALLOCATIONS[config.allocation].source != "blocks":
-            self._walk(pruner.prune_group, self.store, _needs(config))
-            return _Pruned(pruner.reports, pruner.notes())
-        learner = BlockLearner(config, pruner)
-        needs = _needs(config) or "norms"
-        self._walk(pruner.prune_group, self.store, needs, learner.prepare)
-        return _Pruned(pruner.reports, (*learner.notes(), *pruner.notes()))
-
-    def _targets(self) -> dict[str, Pattern]:
-        """Of the layers that an allocation gives a target of their own before the walk."""
-        if ALLOCATIONS[self.config.allocation].source not in ("weights", "norms"):
-            return dict(self.look.targets)
-        blocks = DenseBlocks(self.config)
-        if blocks.needs_inputs:
-            self._walk(blocks.keep_norms, _LookOnly(self.store, self.release), "norms")
-        with self.measure.phase("allocation"):
-            return blocks.targets(self.adapter, self.store, self.release)
-
-    def _refine(self, pruner: LayerPruner) -> None:
-        for i in range(len(self.adapter.blocks)):
-            self.store.load(i)
-            for ref in self.adapter.linears(i):
-                pruner.refine(ref)
-            self.release(i)
-
-    def _walk(
-        self,
-        visit: Callable[[Group], None],
-        store: BlockStore,
-        needs: StatisticKind | None,
-        prepare: Callable[[BlockVisit], None] | None = None,
-    ) -> None:
-        walked = walk(
-            self.adapter,
-            [] if self.tokens is None else self.tokens.batches,
-            statistic=STATISTICS[needs],
-            prune_group=visit,
-            store=store,
-            mode=self.config.walk,
-            device=self.device,
-            spill=self.config.spill,
-            progress=self.progress,
-            prepare_block=prepare,
-        )
-        for phase, seconds in walked.seconds.items():
-            self.measure.add(phase, seconds)
-
-
-class _LookOnly:
-    """A store whose blocks stay as they are."""
-
-    def __init__(self, store: BlockStore, release: Callable[[int], None]) -> None:
-        self.load_rest = store.load_rest
-        self.load = store.load
-        self.flush = release
 
 
 def _report(
