@@ -13,12 +13,15 @@ from _harness import Bench, Case, copies, forced_backend, our_backends, parse
 
 from pyprune import ops
 
-# Tokens x columns: inputs of SmolLM2-135M's attention and down_proj, of 2k and 4k models, and of
-# Llama-3-8B's down_proj (on a GPU only: 14336 columns take half a minute a call on two cores).
+# Tokens x columns: inputs of SmolLM2-135M's attention and down_proj, of 2k and 4k models, of
+# Llama-3-70B's attention and Llama-3-8B's down_proj (on a GPU only: 14336 columns take half a
+# minute a call on two cores); of some experts of Qwen3-30B-A3B, with tokens of their own.
 SHAPES = {
-    "cpu": [(2048, 576), (2048, 1536), (2048, 2048), (2048, 4096)],
-    "cuda": [(16384, 576), (16384, 2048), (16384, 4096), (16384, 8192), (16384, 14336)],
-}
+    "cpu": [(2048, 576), (2048, 1536), (2048, 2048), (2048, 4096), (4, 512, 2048)],
+    "cuda": [
+        (16384, 576), (16384, 2048), (16384, 4096), (16384, 8192), (16384, 14336), (16, 1024, 2048),
+    ],
+}  # fmt: skip
 DTYPES = {
     "cpu": [torch.float32, torch.bfloat16],
     "cuda": [torch.bfloat16, torch.float16, torch.float32],
@@ -26,13 +29,14 @@ DTYPES = {
 TOLERANCE = 3e-5  # of the largest entry, for a sum of 16384 products in fp32
 
 
-def case(tokens: int, columns: int, dtype: torch.dtype, device: str) -> Case:
-    size = tokens * columns * dtype.itemsize
+def case(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
+    *experts, tokens, columns = shape
+    size = math.prod(shape) * dtype.itemsize
     count = copies(size, device)
-    inputs = [torch.randn(tokens, columns, device=device).to(dtype) for _ in range(count)]
-    out = torch.zeros(columns, columns, device=device)
+    inputs = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
+    out = torch.zeros(*experts, columns, columns, device=device)
     scale = math.sqrt(2 / tokens)
-    want = inputs[0].double().T @ inputs[0].double()
+    want = inputs[0].double().mT @ inputs[0].double()
 
     def ours(backend):
         def run(i):
@@ -43,11 +47,11 @@ def case(tokens: int, columns: int, dtype: torch.dtype, device: str) -> Case:
 
     def torch_mm(i):
         x = inputs[i % count]
-        return x.T @ x
+        return x.mT @ x
 
     def toolkits(i):
         x = inputs[i % count].float() * scale
-        return out.addmm_(x.T, x)
+        return out.baddbmm_(x.mT, x) if experts else out.addmm_(x.T, x)
 
     def check(name, got):
         # `out` accumulates over the providers, so it starts from zero for each first call.
@@ -60,10 +64,10 @@ def case(tokens: int, columns: int, dtype: torch.dtype, device: str) -> Case:
 
     providers = {name: ours(name) for name in our_backends("gram", device, dtype)}
     return Case(
-        shape=(tokens, columns),
+        shape=shape,
         dtype=dtype,
-        flops=tokens * columns * (columns + 1),
-        bytes=size + 8 * columns**2,
+        flops=math.prod(shape) * (columns + 1),
+        bytes=size + 8 * out.numel(),
         providers={**providers, "toolkits": toolkits, "torch_mm": torch_mm},
         check=check,
     )
@@ -72,10 +76,10 @@ def case(tokens: int, columns: int, dtype: torch.dtype, device: str) -> Case:
 def main() -> None:
     args = parse(__doc__)
     bench = Bench("gram", args)
-    shapes = [(256, 128)] if args.smoke else SHAPES[args.device]
-    for tokens, columns in shapes:
+    shapes = [(256, 128), (2, 64, 32)] if args.smoke else SHAPES[args.device]
+    for shape in shapes:
         for dtype in DTYPES[args.device]:
-            bench.run(case(tokens, columns, dtype, args.device))
+            bench.run(case(shape, dtype, args.device))
     bench.finish()
 
 

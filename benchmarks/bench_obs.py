@@ -23,11 +23,15 @@ from _harness import Bench, Case, copies, forced_backend, gemm_rate, our_backend
 
 from pyprune import ops
 
-# Rows x columns: SmolLM2-135M's attention, gate/up and down_proj; a 2k model; Llama-3-8B's layers.
+# Rows x columns: SmolLM2-135M's attention, gate/up and down_proj; a 2k model; Llama-3-8B's layers;
+# gate or up of some experts of Qwen3-30B-A3B, each with a Hessian of its own.
 SHAPES = {
-    "cpu": [(576, 576), (1536, 576), (576, 1536), (2048, 2048)],
-    "cuda": [(576, 576), (1536, 576), (2048, 2048), (4096, 4096), (14336, 4096), (4096, 14336)],
-}
+    "cpu": [(576, 576), (1536, 576), (576, 1536), (2048, 2048), (4, 768, 2048)],
+    "cuda": [
+        (576, 576), (1536, 576), (2048, 2048), (4096, 4096), (14336, 4096), (4096, 14336),
+        (16, 768, 2048),
+    ],
+}  # fmt: skip
 RULES = {"2:4": {"nm": (2, 4)}, "50%": {"sparsity": 0.5}}
 BLOCK = 128
 # Two fp32 solves of C columns agree to about this, relative to the largest weight.
@@ -108,10 +112,27 @@ def layer(rows, cols, device):
     return torch.randn(rows, cols, generator=gen, device=device), x.T @ x
 
 
-def solve_case(rows, cols, label, device):
+def each(solve, w, h):
+    """`solve(w, h)`, expert after expert where there are several."""
+    if w.dim() == 2:
+        return solve(w, h)
+    found = [solve(*one) for one in zip(w, h, strict=True)]
+    if isinstance(found[0], tuple):
+        return tuple(torch.stack(part) for part in zip(*found, strict=True))
+    return torch.stack(found)
+
+
+def solve_case(shape, label, device):
     rule = RULES[label]
-    count = copies(8 * rows * cols + 8 * cols * cols, device)
-    inputs = [layer(rows, cols, device) for _ in range(count)]
+    *experts, rows, cols = shape
+    number = experts[0] if experts else 1
+    count = copies(number * (8 * rows * cols + 8 * cols * cols), device)
+    inputs = [layer(rows, cols, device) for _ in range(count * number)]
+    if experts:
+        inputs = [
+            tuple(torch.stack(part) for part in zip(*inputs[k::count], strict=True))
+            for k in range(count)
+        ]
     reference = {}
 
     def ours(backend):
@@ -122,8 +143,7 @@ def solve_case(rows, cols, label, device):
 
         return run
 
-    def floor(i):
-        w, h = inputs[i % count]
+    def least(w, h):
         inverse = triangular_inverse(torch.linalg.cholesky_ex(h).L)
         return w @ inverse[:, : cols // 2]
 
@@ -135,15 +155,19 @@ def solve_case(rows, cols, label, device):
 
     backends = {name: ours(name) for name in our_backends("obs_sweep", device, torch.float32)
               if name != "reference"}  # fmt: skip
-    providers = {"algorithm": lambda i: algorithm(*inputs[i % count], rule), **backends}
+
+    def one_by_one(solve):
+        return lambda i: each(solve, *inputs[i % count])
+
+    providers = {"algorithm": one_by_one(lambda w, h: algorithm(w, h, rule)), **backends}
     if find_spec("llmcompressor") is not None:
-        providers["llmcompressor"] = lambda i: llm_compressor(*inputs[i % count], rule)
+        providers["llmcompressor"] = one_by_one(lambda w, h: llm_compressor(w, h, rule)[1])
     case = Case(
-        shape=(rows, cols),
+        shape=tuple(shape),
         dtype=torch.float32,
-        flops=2 / 3 * cols**3 + rows * cols**2,
-        bytes=4 * (cols**2 + 2 * rows * cols) + rows * cols,
-        providers={**providers, "floor": floor},
+        flops=number * (2 / 3 * cols**3 + rows * cols**2),
+        bytes=number * (4 * (cols**2 + 2 * rows * cols) + rows * cols),
+        providers={**providers, "floor": one_by_one(least)},
         limit="floor",
         check=check,
         baseline="algorithm",
@@ -169,10 +193,10 @@ def anchor(row, reference, w, h):
 def main():
     args = parse(__doc__)
     bench = Bench("sparsegpt_solve", args)
-    shapes = [(48, 160)] if args.smoke else SHAPES[args.device]
-    for rows, cols in shapes:
+    shapes = [(48, 160), (3, 24, 80)] if args.smoke else SHAPES[args.device]
+    for shape in shapes:
         for label in RULES:
-            case, reference, (w, h) = solve_case(rows, cols, label, args.device)
+            case, reference, (w, h) = solve_case(shape, label, args.device)
             rows_of_case = bench.run(case)
             slow = next(r for r in rows_of_case if r["provider"] == "algorithm")
             rate = gemm_rate(args.device, torch.float32, args.smoke)
