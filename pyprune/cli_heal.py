@@ -9,14 +9,26 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pyprune.cli import AsJson, BatchSize, Device, Model, _quiet, _resolve, _show, _stderr, app
+from pyprune.cli import (
+    AsJson,
+    BatchSize,
+    Device,
+    Model,
+    _quiet,
+    _resolve,
+    _show,
+    _stderr,
+    app,
+    examples,
+)
 from pyprune.progress import ProgressBar
 
 
 @app.command(
-    epilog="[b]Examples[/b]\n\n"
-    "pyprune heal pruned --out healed\n\n"
-    "pyprune heal pruned --out healed --text alpaca.jsonl --steps 1000 --learning-rate 2e-4"
+    epilog=examples(
+        "pyprune heal pruned --out healed",
+        "pyprune heal pruned --out healed --text alpaca.jsonl --steps 1000 --learning-rate 2e-4",
+    )
 )
 def heal(
     model: Model,
@@ -39,7 +51,7 @@ def heal(
     dtype: Annotated[str | None, typer.Option(help="To train in: float32 or bfloat16.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a pruned model by LoRA and merge it: zeros stay zero. Needs [b]peft[/b]."""
+    """Fine-tune a pruned model by LoRA, merged. Zeros stay zero. Needs peft."""
     from dataclasses import replace
 
     from pyprune.heal import HealConfig, heal_checkpoint

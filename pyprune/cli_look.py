@@ -21,6 +21,7 @@ from pyprune.cli import (
     _show,
     _stderr,
     app,
+    examples,
 )
 from pyprune.errors import UserError
 from pyprune.progress import ProgressBar
@@ -34,10 +35,11 @@ if TYPE_CHECKING:
 
 @app.command(
     "eval",
-    epilog="[b]Examples[/b]\n\n"
-    "pyprune eval pruned\n\n"
-    "pyprune eval org/model --text sotu --seqlen 2048 --json\n\n"
-    "pyprune eval pruned --text book.txt --stride 512 --max-tokens 100000",
+    epilog=examples(
+        "pyprune eval pruned",
+        "pyprune eval org/model --text sotu --seqlen 2048 --json",
+        "pyprune eval pruned --text book.txt --stride 512 --max-tokens 100000",
+    ),
 )
 def evaluate(
     model: Model,
@@ -62,7 +64,7 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
 ) -> None:
-    """Perplexity of a dense or compressed model on a text, with the protocol of the measurement."""
+    """Measure perplexity on a text. Dense or compressed models; states the protocol too."""
     _quiet()
     from pyprune.evaluate import perplexity
     from pyprune.sparse.stored import StoredCheckpoint
@@ -119,13 +121,15 @@ def _load(
 
 
 @app.command(
-    epilog="[b]Examples[/b]\n\npyprune inspect pruned\n\n"
-    "pyprune inspect pruned --json | jq .sparsity"
+    epilog=examples(
+        "pyprune inspect pruned",
+        "pyprune inspect pruned --json | jq .sparsity",
+    )
 )
 def inspect(
     model: Model, trust_remote_code: TrustRemoteCode = False, as_json: AsJson = False
 ) -> None:
-    """Shapes, sparsity, patterns, formats and bytes of every pruned or prunable matrix."""
+    """Show what every matrix is: shape, sparsity, pattern, bytes."""
     _quiet()
     from pyprune.inspection import inspect_checkpoint
     from pyprune.sparse.stored import StoredCheckpoint
@@ -138,7 +142,7 @@ def inspect(
 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
-    """The tables of what there is and what can be combined."""
+    """List methods, and what can be combined."""
     from pyprune.families import families
 
     rows: list[dict[str, Any]] = []
@@ -176,7 +180,7 @@ def _allocations(shown: list[Any]) -> list[dict[str, Any]]:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Versions, devices, and which backends each op has here and why not."""
+    """Show versions, devices, and the backends each op has here."""
     from pyprune.doctor import diagnose
 
     diagnosis = diagnose()

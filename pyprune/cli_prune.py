@@ -21,6 +21,7 @@ from pyprune.cli import (
     _show,
     _stderr,
     app,
+    examples,
 )
 from pyprune.errors import UserError
 from pyprune.progress import ProgressBar
@@ -37,13 +38,14 @@ OWN = {
 
 
 @app.command(
-    epilog="[b]Examples[/b]\n\n"
-    "pyprune prune packaged --method sparsegpt --pattern 2:4 --out pruned\n\n"
-    "pyprune prune ./llama --method wanda --sparsity 0.6 --scope row --out pruned\n\n"
-    "pyprune prune org/model --config run.yaml --out pruned --json > report.json\n\n"
-    "pyprune prune ./llama -m magnitude -s 0.5 --exclude '*.down_proj' --out pruned\n\n"
-    "pyprune prune ./llama -m blockpruner --ratio 0.2 --out smaller --report pictures\n\n"
-    "pyprune prune ./llama -m shortgpt --count 4 -O refit=true --out smaller"
+    epilog=examples(
+        "pyprune prune packaged --method sparsegpt --pattern 2:4 --out pruned",
+        "pyprune prune ./llama --method wanda --sparsity 0.6 --scope row --out pruned",
+        "pyprune prune org/model --config run.yaml --out pruned --json > report.json",
+        "pyprune prune ./llama -m magnitude -s 0.5 --exclude '*.down_proj' --out pruned",
+        "pyprune prune ./llama -m blockpruner --ratio 0.2 --out smaller --report pictures",
+        "pyprune prune ./llama -m shortgpt --count 4 -O refit=true --out smaller",
+    )
 )
 def prune(
     model: Model,
@@ -58,7 +60,7 @@ def prune(
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", "-m", help="See [b]pyprune methods[/b].")
+        str | None, typer.Option("--method", "-m", help="See pyprune methods.")
     ] = None,
     sparsity: Annotated[
         float | None, typer.Option("--sparsity", "-s", help="Fraction of the weights to remove.")
@@ -163,7 +165,7 @@ def prune(
         str | None,
         typer.Option(
             help="wiki (packaged), a .txt or .jsonl file, a directory, or "
-            "hub:ID\\[:config\\[:split\\[:column]]]."
+            "hub:ID[:config[:split[:column]]]."
         ),
     ] = None,
     nsamples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
@@ -204,8 +206,8 @@ def prune(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prune a checkpoint into a new directory: weights, one block in memory at a time, or branches
-    and layers."""
+    """Prune a checkpoint into a new directory. Weights, one block in memory at a time; or branches,
+    layers and widths."""
     options = {
         "method": method,
         "sparsity": sparsity,

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from pyprune import cli
-from pyprune.cli import AsJson, Device, Dtype, Model, app
+from pyprune.cli import AsJson, Device, Dtype, Model, app, examples
 from pyprune.errors import UserError
 from pyprune.progress import ProgressBar
 
@@ -26,10 +26,12 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="A new directory.")]
 
 
 @app.command(
-    epilog="[b]Examples[/b]\n\npyprune compress pruned --out small\n\n"
-    "pyprune compress pruned --out small --values int8\n\n"
-    "pyprune compress pruned --out small --embeddings int8\n\n"
-    "pyprune compress pruned --out small --choose measured --rows 1 --json"
+    epilog=examples(
+        "pyprune compress pruned --out small",
+        "pyprune compress pruned --out small --values int8",
+        "pyprune compress pruned --out small --embeddings int8",
+        "pyprune compress pruned --out small --choose measured --rows 1 --json",
+    )
 )
 def compress(
     model: Model,
@@ -89,10 +91,13 @@ def compress(
     cli._show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
 
 
-@app.command(epilog="[b]Example[/b]\n\npyprune decompress small --out dense")
+@app.command(
+    epilog=examples(
+        "pyprune decompress small --out dense",
+    )
+)
 def decompress(model: Model, out: Out, as_json: AsJson = False) -> None:
-    """Restore the dense checkpoint, bit for bit, also from compressed-tensors' old sparse
-    layouts."""
+    """Restore the dense checkpoint, bit for bit. Also reads compressed-tensors' old layouts."""
     cli._quiet()
     from pyprune.sparse.convert import decompress_checkpoint
 
@@ -102,8 +107,10 @@ def decompress(model: Model, out: Out, as_json: AsJson = False) -> None:
 
 
 @app.command(
-    epilog='[b]Examples[/b]\n\npyprune generate small "The capital of France is"\n\n'
-    'pyprune generate packaged "Why is the sky blue?" --chat --temperature 0.7'
+    epilog=examples(
+        'pyprune generate small "The capital of France is"',
+        'pyprune generate packaged "Why is the sky blue?" --chat --temperature 0.7',
+    )
 )
 def generate(
     model: Model,
@@ -116,7 +123,7 @@ def generate(
     dtype: Dtype = None,
     as_json: AsJson = False,
 ) -> None:
-    """Continue a text, with a dense or a compressed model; it streams."""
+    """Continue a text, streaming. With a dense or a compressed model."""
     cli._quiet()
     from pyprune.sparse.generate import generate as run
 
@@ -148,8 +155,10 @@ def generate(
 
 
 @app.command(
-    epilog="[b]Examples[/b]\n\npyprune bench small --against pruned\n\n"
-    "pyprune bench small --batches 1,8 --json --plot bench.png > bench.json"
+    epilog=examples(
+        "pyprune bench small --against pruned",
+        "pyprune bench small --batches 1,8 --json --plot bench.png > bench.json",
+    )
 )
 def bench(
     model: Annotated[str, typer.Argument(metavar="DIR", help="A compressed checkpoint.")],
@@ -165,7 +174,7 @@ def bench(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Dense and compressed side by side: bytes, load time, prefill and decode tokens/s.
+    """Measure dense and compressed side by side. Bytes, load time, prefill and decode tokens/s.
 
     Both run in float32 and bfloat16; the dense yardstick is the fastest of these two and of
     bfloat16 with our own dense kernel.

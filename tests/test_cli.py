@@ -89,6 +89,22 @@ def test_help(command, capsys):
     assert "Usage: pyprune" in capsys.readouterr().out
 
 
+def test_help_cuts_no_option_short(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for command in ("prune", "heal", "bench"):
+        assert run(command, "-h") == 0
+        out = capsys.readouterr().out
+        assert "…" not in out and "Examples:\n    pyprune " + command in out
+    assert run("-h") == 0
+    assert "..." not in capsys.readouterr().out.split("Commands:")[1]
+
+
+def test_no_command_is_help(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pyprune"])
+    assert cli.main() == 0
+    assert "Usage: pyprune" in capsys.readouterr().out
+
+
 def test_methods(capsys):
     assert run("methods", "--json") == 0
     rows = json.loads(capsys.readouterr().out)
