@@ -151,7 +151,8 @@ def _built_once(
     name: str, member: WheelMember, build: Callable[[Path], None], version: int
 ) -> Path:
     """The cached directory `name`; if it is missing, incomplete or of another version of the
-    conversion, `build` fills a temporary sibling which is then renamed, so that an interrupted run leaves nothing that looks whole."""
+    conversion, `build` fills a temporary sibling which is then renamed, so that an interrupted run
+    leaves nothing that looks whole."""
     final = cache_directory() / name
     if _is_whole(final, member, version):
         return final
@@ -159,8 +160,10 @@ def _built_once(
     try:
         build(scratch)
         sizes = {path.name: path.stat().st_size for path in sorted(scratch.iterdir())}
-        receipt = {"package": member.requirement, "sha256": member.sha256, "files": sizes}
-        receipt["version"] = version
+        receipt = {
+            "package": member.requirement, "sha256": member.sha256, "version": version,
+            "files": sizes,
+        }  # fmt: skip
         (scratch / RECEIPT).write_text(json.dumps(receipt, indent=1), encoding="utf-8")
         scratch.chmod(0o755)
         if final.exists() and not _is_whole(final, member, version):
