@@ -43,7 +43,7 @@ class Variant:
 
 
 FAST = {"mode": "fast"}
-PUBLISHED = {**FAST, "compare": "score", "blocks": "mixed"}
+PUBLISHED = {**FAST, "compare": "score"}
 VARIANTS: dict[str, Variant] = {
     **{name: Variant(name) for name in DEPTH_METHODS.load()},
     "blockpruner": Variant("blockpruner", FAST, searched=True),

@@ -18,17 +18,14 @@ from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 from pyprune.progress import Progress
 
-BOTH = ("auto", "mixed", "pairs")  # kinds of branches may go
-
 
 @dataclass(frozen=True)
 class BlockPrunerOptions(GreedyOptions):
-    """blocks: what may go: attention or mlp branches, mixed (both, one by one: the published
-    search), pairs (one by one, or two neighbours at once: a whole layer, or an MLP and the next
-    layer's attention) or auto (pairs where `compare` is rate, else mixed). protect_first,
-    protect_last: layers that are left alone. And those of `GreedyOptions`."""
+    """blocks: what may go: attention or mlp branches, mixed (both, one by one, as published) or
+    pairs (also two neighbours at once: a whole layer, or an MLP and the next layer's attention).
+    protect_first, protect_last: layers that are left alone. And those of `GreedyOptions`."""
 
-    blocks: Literal["auto", "mixed", "attention", "mlp", "pairs"] = "auto"
+    blocks: Literal["mixed", "attention", "mlp", "pairs"] = "mixed"
     protect_first: int = 0
     protect_last: int = 0
 
@@ -61,21 +58,20 @@ def blockpruner(
     """Candidates in the order of the paper's code, by which ties go: attention branches by
     ascending layer, then MLPs (depth.md 1 (c) 3); then pairs.
 
-    Neither pairs nor rates are the paper's. Single removals are myopic: two neighbours can cost
-    less together than the sum of what either costs alone, and a pair is what re-packing makes a
-    whole layer less of.
+    Neither pairs nor rates are the paper's (`-O compare=score` is). Two neighbours can cost less
+    together than the sum of what either costs alone, and a pair is a whole layer less once
+    re-packed.
     """
     options: BlockPrunerOptions = config.own_options()
     graph = ResidualGraph(model, adapter)
     graph.check()
     layers = range(options.protect_first, len(graph.layouts) - options.protect_last)
-    kinds = ("attention", "mlp") if options.blocks in BOTH else (options.blocks,)
+    kinds = ("attention", "mlp") if options.blocks in ("mixed", "pairs") else (options.blocks,)
     allowed = [b for kind in kinds for b in graph.branches if b.kind == kind and b.layer in layers]
     units = units_of(allowed, layers=False)
-    if options.blocks == "pairs" and config.counted:
-        raise UserError("blocks=pairs: expected a share of parameters or latency, got a count")
-    rate = options.compared(config) == "rate" and not config.counted
-    if options.blocks == "pairs" or (options.blocks == "auto" and rate):
+    if options.blocks == "pairs":
+        if config.counted:
+            raise UserError("blocks=pairs: expected a share of parameters or latency, got a count")
         units += neighbours(allowed)
     search = Greedy(graph, tokens, config, options, units, progress)
     return search.decision("blockpruner", "block")

@@ -245,17 +245,19 @@ def test_rates_compare_what_is_lost_with_what_is_saved():
         assert all(rate(rise, large) < rate(rise, small) for rise in rises)
 
 
-@pytest.mark.parametrize("by", ["params", "latency"])
+@pytest.mark.parametrize(("by", "blocks"), [("params", "pairs"), ("latency", "pairs"),
+                                            ("params", "mixed")])  # fmt: skip
 @pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])  # one with shared norms
-def test_exact_is_naive_by_rate_and_both_are_the_definition(family, by, monkeypatch):
+def test_exact_is_naive_by_rate_and_both_are_the_definition(family, by, blocks, monkeypatch):
     from pyprune.depth import budget
 
     monkeypatch.setattr(budget, "branch_seconds", seconds_of)
     model, data = model_of(family, 4), tokens()
     graph = ResidualGraph.of(model)
-    exact = search(model, of_share(0.45, by), data)
-    close(exact, search(model, of_share(0.45, by, mode="naive"), data))
-    audited = search(model, of_share(0.45, by, mode="fast", audit_every=1), data)
+    exact = search(model, of_share(0.45, by, blocks=blocks), data)
+    close(exact, search(model, of_share(0.45, by, blocks=blocks, mode="naive"), data))
+    fast = of_share(0.45, by, blocks=blocks, mode="fast", audit_every=1)
+    audited = search(model, fast, data)
     assert audited.removed == exact.removed
     assert exact.compare == "rate"
 
@@ -277,7 +279,7 @@ def test_exact_is_naive_by_rate_and_both_are_the_definition(family, by, monkeypa
         return float(sum(rows) / len(rows))
 
     single = [(b,) for kind in ("attention", "mlp") for b in graph.branches if b.kind == kind]
-    pairs = list(pairwise(graph.branches))
+    pairs = list(pairwise(graph.branches)) if blocks == "pairs" else []
     gone = []
     for step in exact.steps:
         missing, now = 0.45 * whole - saved(gone), loss(gone)
@@ -309,9 +311,8 @@ def test_what_is_compared_by_default_and_by_option():
     )
     layers = [search(model, of_share(0.3, method="sleb", compare=c)) for c in ("score", "rate")]
     close(*layers)
-    assert search(model, of_share(0.3, blocks="mixed")).steps[0].candidates.keys() == (
-        counted.steps[0].candidates.keys()
-    )
+    assert search(model, of_share(0.3)).importance.keys() == counted.importance.keys()
+    assert len(search(model, of_share(0.3, blocks="pairs")).importance) == 8 + 7
     with pytest.raises(UserError, match="blocks=pairs: expected a share"):
         search(model, config(count=2, blocks="pairs"))
 
@@ -390,7 +391,7 @@ def test_a_state_file_serves_any_share(mode, by, tmp_path, monkeypatch):
 
     model, data = model_of("llama", 6), tokens((2, 2, 2, 2))
     ratios = (0.25, 0.5, 0.1, 0.4, 0.25)
-    options = {"mode": mode, "audit_every": 3}
+    options = {"mode": mode, "audit_every": 3, "blocks": "pairs"}
     monkeypatch.setattr(budget, "branch_seconds", seconds_of)
     fresh = {ratio: search(model, of_share(ratio, by, **options), data) for ratio in set(ratios)}
     lists = [fresh[ratio].removed for ratio in sorted(fresh)]
