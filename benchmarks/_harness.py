@@ -44,14 +44,19 @@ SMOKE_SAMPLE_SECONDS = 0.0
 RESIDENT_SECONDS = 0.002  # between two looks at the resident size
 
 
-def parse(description: str | None, **extra: dict[str, Any]) -> argparse.Namespace:
-    """The command line of a benchmark; `extra` adds options, e.g. `tokens={"type": int}`."""
+def parse(
+    description: str | None, repetitions: int = 9, **extra: dict[str, Any]
+) -> argparse.Namespace:
+    """The command line of a benchmark; `extra` adds options, e.g. `tokens={"type": int}`.
+    repetitions: by default."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--smoke", action="store_true", help="smallest shapes, one repetition")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the rows here")
-    parser.add_argument("--repetitions", type=int, default=9, help="timed samples of each provider")
+    parser.add_argument(
+        "--repetitions", type=int, default=repetitions, help="timed samples of each provider"
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default=_default_device())
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own)")
     for name, options in extra.items():

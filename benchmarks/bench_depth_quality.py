@@ -8,7 +8,8 @@ Every row: perplexity on two texts (evaluated in bfloat16 unless --dtype says
 otherwise), parameters, bytes of the weights on disk, and tokens per second in float32 in prefill
 and decoding, the dense model taking turns with the pruned one. Calibration is the same for all.
 Rows already in the JSON file are kept, so that an interrupted run goes on where it stopped.
-Searches continue from one ratio to the next: a greedy list is a prefix of a longer one.
+Searches continue from one ratio to the next: a greedy list is, but for its end, a prefix of a
+longer one.
 """
 
 from __future__ import annotations
@@ -42,9 +43,11 @@ class Variant:
 
 
 FAST = {"mode": "fast"}
+PUBLISHED = {**FAST, "compare": "score"}
 VARIANTS: dict[str, Variant] = {
     **{name: Variant(name) for name in DEPTH_METHODS.load()},
     "blockpruner": Variant("blockpruner", FAST, searched=True),
+    "blockpruner, published": Variant("blockpruner", PUBLISHED, searched=True),
     "blockpruner, zeros": Variant("blockpruner", FAST, fill="zeros", searched=True),
     "sleb": Variant("sleb", FAST, searched=True),
     "blockpruner, compensate": Variant("blockpruner", {**FAST, "compensate": True}, searched=True),
@@ -64,7 +67,8 @@ def configurations(
     """To be tried one after the other."""
     options = dict(variant.options)
     if variant.searched:
-        options["state"] = str(states / f"{variant.method}.json")
+        compare = options.get("compare", "auto")
+        options["state"] = str(states / f"{variant.method}-{compare}.json")
     tries = [options]
     if variant.method == "laco":
         tries = [{**options, "threshold": threshold} for threshold in THRESHOLDS]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.budget import units_of
+from pyprune.depth.budget import Unit, units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
-from pyprune.depth.graph import ResidualGraph
+from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import Greedy, GreedyOptions
 from pyprune.depth.registry import depth_method
 from pyprune.errors import UserError
@@ -19,10 +21,11 @@ from pyprune.progress import Progress
 
 @dataclass(frozen=True)
 class BlockPrunerOptions(GreedyOptions):
-    """blocks: which branches may go: mixed, attention or mlp. protect_first, protect_last: layers
-    that are left alone. And those of `GreedyOptions`."""
+    """blocks: what may go: attention or mlp branches, mixed (both, one by one, as published) or
+    pairs (also two neighbours at once: a whole layer, or an MLP and the next layer's attention).
+    protect_first, protect_last: layers that are left alone. And those of `GreedyOptions`."""
 
-    blocks: Literal["mixed", "attention", "mlp"] = "mixed"
+    blocks: Literal["mixed", "attention", "mlp", "pairs"] = "mixed"
     protect_first: int = 0
     protect_last: int = 0
 
@@ -53,12 +56,29 @@ def blockpruner(
     progress: Progress | None = None,
 ) -> Decision:
     """Candidates in the order of the paper's code, by which ties go: attention branches by
-    ascending layer, then MLPs (depth.md 1 (c) 3)."""
+    ascending layer, then MLPs (depth.md 1 (c) 3); then pairs.
+
+    Neither pairs nor rates are the paper's (`-O compare=score` is). Two neighbours can cost less
+    together than the sum of what either costs alone, and a pair is a whole layer less once
+    re-packed.
+    """
     options: BlockPrunerOptions = config.own_options()
     graph = ResidualGraph(model, adapter)
     graph.check()
     layers = range(options.protect_first, len(graph.layouts) - options.protect_last)
-    kinds = ("attention", "mlp") if options.blocks == "mixed" else (options.blocks,)
+    kinds = ("attention", "mlp") if options.blocks in ("mixed", "pairs") else (options.blocks,)
     allowed = [b for kind in kinds for b in graph.branches if b.kind == kind and b.layer in layers]
-    search = Greedy(graph, tokens, config, options, units_of(allowed, layers=False), progress)
+    units = units_of(allowed, layers=False)
+    if options.blocks == "pairs":
+        if config.counted:
+            raise UserError("blocks=pairs: expected a share of parameters or latency, got a count")
+        units += neighbours(allowed)
+    search = Greedy(graph, tokens, config, options, units, progress)
     return search.decision("blockpruner", "block")
+
+
+def neighbours(branches: Collection[Branch]) -> list[Unit]:
+    """Pairs of `branches` that follow each other, in order: an attention and its MLP, or an MLP and
+    the next layer's attention."""
+    ordered = sorted(branches, key=lambda branch: branch.position)
+    return [(a, b) for a, b in pairwise(ordered) if b.position == a.position + 1]

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
 import torch
 
@@ -17,6 +18,7 @@ from pyprune.depth.registry import DEPTH_METHODS
 from pyprune.errors import UserError
 
 Unit = tuple[Branch, ...]
+BudgetKind = Literal["count", "params", "latency"]
 REPEATS = 5  # timed runs of each branch; the median counts
 
 
@@ -25,26 +27,29 @@ class Budget:
     """A target for removals.
 
     target: share of `total` (parameters or seconds), or a number of units. seconds: of each branch,
-    where latency is the measure.
+    where latency is the measure. branches: in a unit that counts as one.
     """
 
     graph: ResidualGraph
-    kind: str
+    kind: BudgetKind
     target: float
     total: float
     seconds: dict[Branch, float]
+    branches: int = 1
 
     @classmethod
     def of(
         cls, graph: ResidualGraph, config: StructureConfig, units: Sequence[Unit], batch: Batch
     ) -> Budget:
-        """What `config` asks for. units: all that the method could remove. batch: timed, when
-        latency is the measure.
+        """What `config` asks for. units: all that the method could remove; of those that overlap
+        the first ones count. batch: timed, when latency is the measure.
 
         Raises:
             UserError: more is asked for than can go while one branch stays.
         """
         seconds: dict[Branch, float] = {}
+        units = _disjoint(units)
+        kind: BudgetKind
         if config.count is not None:
             kind, target, total = "count", float(config.count), float(len(units))
         elif config.by == "count":
@@ -56,22 +61,44 @@ class Budget:
         else:
             total = float(parameter_count(graph.model))
             kind, target = "params", float(config.ratio or 0)
-        budget = cls(graph, kind, target, total, seconds)
         of_layers = DEPTH_METHODS.find(config.method).unit == "layer"
+        budget = cls(graph, kind, target, total, seconds, 2 if of_layers else 1)
         budget._check(units, "layers" if of_layers else "branches")
         return budget
 
     def spent(self, removed: Sequence[Unit]) -> float:
         """What the removal of these units saves: a share, or a number of units."""
-        if self.kind == "count":
-            return float(len(removed))
         branches = {branch for unit in removed for branch in unit}
+        return self._saved(branches) / (1.0 if self.kind == "count" else self.total)
+
+    def cost(self, unit: Unit, removed: Sequence[Unit]) -> float:
+        """What `unit` would save after `removed`, in the budget's own unit: parameters, seconds, or
+        units. No more than is still needed: beyond the target nothing is gained."""
+        return min(self._saving(unit, removed), self.needed(removed))
+
+    def cuts(self, units: Sequence[Unit], removed: Sequence[Unit]) -> bool:
+        """Whether any of `units` would save more than is needed after `removed`."""
+        needed = self.needed(removed)
+        return any(self._saving(unit, removed) > needed for unit in units)
+
+    def _saving(self, unit: Unit, removed: Sequence[Unit]) -> float:
+        before = {branch for other in removed for branch in other}
+        return self._saved(before | set(unit)) - self._saved(before)
+
+    def needed(self, removed: Sequence[Unit]) -> float:
+        """What is missing after `removed`, in the budget's own unit."""
+        whole = 1.0 if self.kind == "count" else self.total
+        return max(0.0, self.target * whole - self._saved({b for unit in removed for b in unit}))
+
+    def _saved(self, branches: Collection[Branch]) -> float:
+        if self.kind == "count":
+            return len(branches) / self.branches
         if self.kind == "latency":
-            return sum(self.seconds[branch] for branch in branches) / self.total
-        return self.graph.removed_parameters(branches) / self.total
+            return math.fsum(self.seconds[branch] for branch in branches)
+        return float(self.graph.removed_parameters(branches))
 
     def reached(self, removed: Sequence[Unit]) -> bool:
-        return self.spent(removed) >= self.target
+        return self.needed(removed) <= 0
 
     def _check(self, units: Sequence[Unit], what: str) -> None:
         everything = sum(map(len, units)) == len(self.graph.branches)
@@ -89,6 +116,17 @@ class Budget:
 def parameter_count(model: torch.nn.Module) -> int:
     """Distinct parameters: tied ones count once."""
     return sum(p.numel() for p in model.parameters())
+
+
+def _disjoint(units: Sequence[Unit]) -> list[Unit]:
+    """Without those that share a branch with an earlier one."""
+    found: list[Unit] = []
+    taken: set[Branch] = set()
+    for unit in units:
+        if not taken & set(unit):
+            found.append(unit)
+            taken |= set(unit)
+    return found
 
 
 def units_of(branches: Collection[Branch], *, layers: bool) -> list[Unit]:

@@ -67,6 +67,12 @@ class StructureConfig(ConfigFile):
         check_device(self.device)
         self.own_options()  # a bad option is found before anything is loaded
 
+    @property
+    def counted(self) -> bool:
+        """Whether the target is a number of units, all alike, rather than a share of what they
+        differ in."""
+        return self.count is not None or self.by == "count"
+
     def own_options(self) -> Any:
         """The method's options dataclass."""
         from pyprune.depth.registry import DEPTH_METHODS

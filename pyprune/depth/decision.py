@@ -40,7 +40,9 @@ class Decision:
     """Removals in order, with what is needed to repeat or apply them.
 
     method; unit: "block" (a branch) or "layer"; layers: how many the model has; steps.
-    objective: what the scores are, e.g. "perplexity". dense: the objective before any removal.
+    objective: what the scores are, e.g. "perplexity". compare: what was least of the unit that a
+    round removed, "score" or "rate" (see `GreedyOptions`); "" of methods without rounds. dense:
+    the objective before any removal.
     importance: score of every candidate alone, by name, as the method ranks it.
     calibration: source, sha256, tokens, seqlen, sequences. config: `StructureConfig.to_dict`.
     transforms: what the method changed in the kept weights, for the record.
@@ -52,6 +54,7 @@ class Decision:
     layers: int
     steps: tuple[Step, ...]
     objective: str = ""
+    compare: str = ""
     dense: float | None = None
     importance: Mapping[str, float] = field(default_factory=dict)
     calibration: Mapping[str, Any] = field(default_factory=dict)

@@ -80,6 +80,7 @@ class ResidualGraph:
         config = model.config.get_text_config()
         self.layouts = [layout_of(block, config) for block in adapter.blocks]
         self.branches = [Branch(kind, i) for i in range(len(self.layouts)) for kind in KINDS]
+        self._sizes: dict[Branch, int] = {}
         self._output: Any = None  # the decoder's latest, whose other fields the head may read
 
     @classmethod
@@ -102,6 +103,11 @@ class ResidualGraph:
 
     def parameters(self, branch: Branch) -> int:
         """Parameters that go with the branch: its module and the norms that only it reads."""
+        if branch not in self._sizes:  # searches ask for all of them in every round
+            self._sizes[branch] = self._count(branch)
+        return self._sizes[branch]
+
+    def _count(self, branch: Branch) -> int:
         block = self.adapter.blocks[branch.layer]
         names = self.layouts[branch.layer].modules(branch.kind)
         owned = {id(p): p for n in names for p in block.get_submodule(n).parameters()}

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -24,20 +24,25 @@ from pyprune.models.fingerprint import fingerprint
 from pyprune.progress import Progress
 
 Mode = Literal["exact", "fast", "naive"]
+Compare = Literal["auto", "score", "rate"]
 
 
 @dataclass(frozen=True)
 class GreedyOptions(AddOns):
     """mode: exact (every candidate in every round), fast (lazy greedy with audits), naive (a full
-    forward per candidate: the reference). objective: perplexity, or kl to the dense model. every:
-    score each n-th token (1: all). memory_mb: for cached hidden states and live streams; more of it
-    saves time. width: streams that run at once. audit_every: fast looks at everything in every n-th
-    round (0: never). looks: candidates that fast scores in a round. state: a file that the search
-    continues from after an interruption. And the add-ons `compensate`, `refit`, `ridge`.
+    forward per candidate: the reference). objective: perplexity, or kl to the dense model. compare:
+    what is least of the unit that a round removes: score (the objective after its removal, as
+    published), rate (the rise of the mean loss over what the removal saves, see `rate`) or auto
+    (rate where the target is a share of parameters or latency, score where units are counted).
+    every: score each n-th token (1: all). memory_mb: for cached hidden states and live streams;
+    more of it saves time. width: streams that run at once. audit_every: fast looks at everything in
+    every n-th round (0: never). looks: candidates that fast scores in a round. state: a file that
+    the search continues from after an interruption. And the add-ons `compensate`, `refit`, `ridge`.
     """
 
     mode: Mode = "exact"
     objective: ObjectiveName = "perplexity"
+    compare: Compare = "auto"
     every: int = 1
     memory_mb: int = 2048
     width: int = 4
@@ -54,9 +59,28 @@ class GreedyOptions(AddOns):
         if self.state is not None and not Path(self.state).absolute().parent.is_dir():
             raise UserError(f"state: expected a file in an existing directory, got {self.state}")
 
+    def compared(self, config: StructureConfig) -> Compare:
+        """What `compare` comes to for the target of `config`: score or rate."""
+        if self.compare != "auto":
+            return self.compare
+        return "score" if config.counted else "rate"
+
 
 # What neither the search nor its result depends on.
 NOT_OF_THE_SEARCH = ("state", "memory_mb", "width", *(f.name for f in fields(AddOns)))
+
+
+def rate(rise: float, cost: float) -> float:
+    """What a removal costs for what it saves: `rise` of the mean loss over `cost` (parameters,
+    seconds or units, but no more than the target still needs). The least is best.
+
+    The greedy rule of covering problems (Wolsey, Combinatorica 2, 1982: costs cut off at what is
+    missing). Of a removal that lowers the loss the two are multiplied, so that there too lower is
+    better and larger is better; NaN stays NaN.
+    """
+    if rise <= 0:
+        return rise * cost
+    return rise / cost if cost > 0 else math.inf
 
 
 @dataclass
@@ -72,10 +96,11 @@ class _Found:
 
 @dataclass
 class Greedy:
-    """Removes the unit whose removal scores best, again and again, until the budget is reached.
+    """Removes the best unit, again and again, until the budget is reached.
 
     units: all candidates, in the order in which ties are broken: the first one wins. A candidate
-    with a NaN score never does.
+    with a NaN score never does. Units may share branches: once one goes, those that overlap it are
+    no candidates any more.
     """
 
     graph: ResidualGraph
@@ -88,6 +113,7 @@ class Greedy:
 
     def __post_init__(self) -> None:
         self.budget = Budget.of(self.graph, self.config, self.units, self.tokens.batches[0])
+        self.compare = self.options.compared(self.config)
         self.scorer = Scorer(
             self.graph, self.tokens.batches, self.options.objective, self.options.every
         )
@@ -95,12 +121,15 @@ class Greedy:
         self.walk = WalkDown(self.graph, self.scorer, memory, self.options.width)
         self.walk.tick = self._tick
         self._stale: dict[str, float] = {}  # mean loss above its reference, when last looked at
+        self._stales: list[dict[str, float]] = []  # what was known after every step
         self._notes: dict[int, str] = {}  # of rounds, from 1
 
     def run(self) -> list[Step]:
         """The steps, in order; continues from the state file, if the options name one."""
         # Before anything is removed: the states that this caches are the dense model's.
-        self.dense = self.walk.reference([])
+        self.dense = (
+            self._naive([()])[0] if self.options.mode == "naive" else self.walk.reference([])
+        )
         self._check_score("the dense model", self.dense)
         steps = self._resume()
         self.score = steps[-1].score if steps and steps[-1].score is not None else self.dense
@@ -125,6 +154,7 @@ class Greedy:
             layers=len(self.graph.layouts),
             steps=tuple(steps),
             objective=self.options.objective,
+            compare=self.compare,
             dense=self.dense,
             importance=dict(steps[0].candidates) if steps else {},
             calibration=calibration_facts(self.tokens),
@@ -175,32 +205,48 @@ class Greedy:
         return scores
 
     def _best(self, left: Sequence[Unit], scores: Sequence[float]) -> _Found:
+        keys = [self._key(u, s, self._rise(s)) for u, s in zip(left, scores, strict=True)]
         best: int | None = None
-        for k, score in enumerate(scores):
-            if not math.isnan(score) and (best is None or score < scores[best]):
+        for k, key in enumerate(keys):
+            if not math.isnan(key) and (best is None or key < keys[best]):
                 best = k
         if best is None:
             raise UserError("calibration: every removal gives NaN; expected finite scores")
         names = {name_of(unit): score for unit, score in zip(left, scores, strict=True)}
         return _Found(left[best], scores[best], len(left), names)
 
-    # ---- the lazy round
+    def _key(self, unit: Unit, score: float, rise: float) -> float:
+        """What is compared."""
+        if self.compare == "score":
+            return score
+        return rate(rise, self.budget.cost(unit, self.removed))
+
+    def _rise(self, score: float) -> float:
+        """Of the mean loss above that of what is left: comparable between rounds."""
+        mean = self._mean(score)
+        return mean if mean == math.inf else mean - self._mean(self.score)
 
     def _mean(self, score: float) -> float:
-        """The mean loss behind a score: differences of it are comparable between rounds."""
+        """The mean loss behind a score."""
         if self.options.objective == "kl":
             return score
         return math.log(score) if score > 0 else -math.inf
 
+    # ---- the lazy round
+
     def _remember(self, units: Sequence[Unit], scores: Sequence[float]) -> None:
-        now = self._mean(self.score)
         for unit, score in zip(units, scores, strict=True):
-            rise = self._mean(score) - now
+            rise = self._rise(score)
             self._stale[name_of(unit)] = math.inf if math.isnan(rise) else rise
+
+    def _stale_key(self, unit: Unit) -> float:
+        """By what was last seen of it."""
+        rise = self._stale[name_of(unit)]
+        return self._key(unit, rise, rise)
 
     def _guess(self, left: Sequence[Unit]) -> Unit | None:
         known = [unit for unit in left if name_of(unit) in self._stale]
-        return min(known, key=lambda unit: self._stale[name_of(unit)], default=None)
+        return min(known, key=self._stale_key, default=None)
 
     def _lazy(self, left: Sequence[Unit]) -> _Found:
         """Looks again at the candidates that cost least when last seen, `looks` of them, and takes
@@ -219,7 +265,7 @@ class Greedy:
             evaluations, seen = self._halving(left)
             mean = self._mean(self.score)
             estimates = {u: self.scorer.of_mean(mean + rise) for u, rise in self._stale.items()}
-        order = sorted(range(len(left)), key=lambda k: (self._stale[name_of(left[k])], k))
+        order = sorted(range(len(left)), key=lambda k: self._stale_key(left[k]))
         if name_of(left[order[0]]) not in seen and len(seen) < self.options.looks:
             some = [left[k] for k in order if name_of(left[k]) not in seen][: self.options.looks]
             scores = self.walk.score(some, self._branches)
@@ -242,7 +288,7 @@ class Greedy:
             evaluations += len(units)
             if batches == total:
                 break
-            rank = sorted(range(len(units)), key=lambda k: (math.isnan(scores[k]), scores[k]))
+            rank = sorted(range(len(units)), key=lambda k: self._stale_key(units[k]))
             units = [units[k] for k in sorted(rank[: max(1, len(units) // 2)])]
             batches = min(total, 2 * batches)
         self.score = dense
@@ -278,12 +324,14 @@ class Greedy:
     @cached_property
     def _identity(self) -> dict[str, Any]:
         """What a state file must agree with. How much goes does not matter: a greedy list is a
-        prefix of any longer one."""
+        prefix of any longer one, but for what was chosen when the target had cut off costs."""
         values = self.config.to_dict()
         for name in ("ratio", "count", "by", "fill", "device"):
             values.pop(name)
         for name in NOT_OF_THE_SEARCH:
             values["method_options"].pop(name, None)
+        cost = self.budget.kind if self.compare == "rate" else None
+        values["method_options"] |= {"compare": self.compare, "cost": cost}
         return {
             "model": fingerprint(self.graph.model),
             "tokens": self.tokens.sha256,
@@ -296,10 +344,14 @@ class Greedy:
             return
         file = Path(self.options.state)
         so_far = Decision(self.config.method, "", len(self.graph.layouts), tuple(steps))
+        self._stales.append(dict(self._stale))
         text = json.dumps(
             {
                 "identity": self._identity,
-                "stale": self._stale,
+                "target": self.budget.target,
+                "seconds": [[*branch, value] for branch, value in self.budget.seconds.items()],
+                "total": self.budget.total,
+                "stale": self._stales,
                 "notes": list(self._notes.items()),
                 "decision": so_far.to_dict(),
             }
@@ -313,8 +365,11 @@ class Greedy:
             return []
         try:
             held = json.loads(Path(self.options.state).read_text(encoding="utf-8"))
-            identity, decision, stale = dict(held["identity"]), held["decision"], held["stale"]
+            identity, decision = dict(held["identity"]), held["decision"]
+            target, stales = float(held["target"]), [dict(known) for known in held["stale"]]
             notes = {int(number): str(note) for number, note in held["notes"]}
+            seconds = {Branch(kind, layer): s for kind, layer, s in held["seconds"]}
+            total = float(held["total"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"state: cannot continue from {self.options.state}: {error!r}"
@@ -323,13 +378,20 @@ class Greedy:
             if identity.get(name) != own:
                 what = {"tokens": "calibration text", "config": "configuration"}.get(name, "model")
                 raise UserError(f"state: {self.options.state} is of another {what}")
+        if self.budget.kind == "latency" and seconds:  # measured anew, they would differ
+            self.budget = replace(self.budget, seconds=seconds, total=total)
+        lesser = replace(self.budget, target=min(target, self.budget.target))
         steps: list[Step] = []
         for step in Decision.from_dict(decision).steps:
             if self.budget.reached(self.removed):
                 break
+            same = self.compare == "score" or target == self.budget.target
+            if not same and lesser.cuts(self._left(), self.removed):
+                break
             self._remove(step.unit)
             steps.append(step)
-        self._stale = {k: float(v) for k, v in stale.items()}
+        self._stales = stales[: len(steps)]
+        self._stale = dict(self._stales[-1]) if steps else {}
         # The file may be of a search that went further than this one will.
         self._notes = {number: note for number, note in notes.items() if number <= len(steps)}
         return steps

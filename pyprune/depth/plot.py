@@ -41,15 +41,18 @@ def draw(decision: Decision, curve: Points, path: Path) -> list[Path]:
 
 
 def _title(decision: Decision) -> str:
-    return (
-        f"{decision.model} without {len(decision.steps)} {_units(decision)}: {decision.method}"
-        + calibration_words(decision.calibration)
+    return f"{decision.model} without {_units(decision)}: {decision.method}" + calibration_words(
+        decision.calibration
     )
 
 
 def _units(decision: Decision) -> str:
-    word = "layer" if decision.unit == "layer" else "branch"
-    return {"layer": "layers", "branch": "branches"}[word] if len(decision.steps) != 1 else word
+    """How many layers or branches went: of branches, two may have gone together."""
+    if decision.unit == "layer":
+        number, words = len(decision.steps), ("layer", "layers")
+    else:
+        number, words = len(decision.removed), ("branch", "branches")
+    return f"{number} {words[number != 1]}"
 
 
 def _order(axis: Any, decision: Decision) -> None:

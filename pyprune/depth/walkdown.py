@@ -112,7 +112,10 @@ class WalkDown:
             if states:
                 joining.setdefault(max(states), {})[unit] = states[max(states)]
         held = {unit for streams in joining.values() for unit in streams}
-        leaving = {unit[0].position: unit for unit in units if unit not in held}
+        leaving: dict[int, list[Unit]] = {}
+        for unit in units:
+            if unit not in held:
+                leaving.setdefault(unit[0].position, []).append(unit)
         if leaving:
             joining.setdefault(min(leaving), {})[REFERENCE] = self._reach(i, min(leaving), removed)
         last = max(leaving, default=-1)
@@ -120,8 +123,8 @@ class WalkDown:
         for branch in self.graph.branches[min(joining) :]:
             position = branch.position
             live |= joining.pop(position, {})
-            if position in leaving:
-                unit, split = leaving[position], live[REFERENCE]
+            for unit in leaving.get(position, ()):
+                split = live[REFERENCE]
                 for skipped in unit:
                     split = self.graph.skip(skipped, split)
                 joining.setdefault(unit[-1].position + 1, {})[unit] = split

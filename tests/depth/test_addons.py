@@ -20,6 +20,7 @@ from pyprune.depth.addons import (
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
 from pyprune.depth.hidden import visit_states
 from pyprune.depth.repack import repack
+from pyprune.depth.ridge import LADDER
 from pyprune.depth.save import drop_layers
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
@@ -142,7 +143,7 @@ def test_refit_brings_the_stream_closer(family, tmp_path):
     bare = model_of(family)
     drop_layers(bare, [0, 1, 3])
     without = (states_of(bare, ids)[2] - target).square().sum()
-    (gap,) = refit(ResidualGraph.of(model), layers(2), [Batch(ids[:2]), Batch(ids[2:])])
+    (gap,) = refit(ResidualGraph.of(model), layers(2), [Batch(ids[:2]), Batch(ids[2:])], 1e-3)
     drop_layers(model, [0, 1, 3])
     got = (states_of(model, ids)[2] - target).square().sum()
     assert got < without
@@ -152,6 +153,26 @@ def test_refit_brings_the_stream_closer(family, tmp_path):
     scale = target.square().sum()
     assert float(got / scale) == pytest.approx(gap["after"], rel=1e-2, abs=1e-5)
     assert float(without / scale) == pytest.approx(gap["before"], rel=1e-2, abs=1e-5)
+
+
+def test_a_ridge_is_chosen_or_given_or_too_much_of_a_change():
+    ids = tiny_tokens(6, 32)
+    (chosen,) = refit(ResidualGraph.of(model_of("llama")), layers(2), [Batch(ids)])
+    assert chosen["ridge"] in LADDER and 0 < chosen["held_out"] < 1
+    assert chosen["after"] < chosen["before"]
+    (given,) = refit(ResidualGraph.of(model_of("llama")), layers(2), [Batch(ids)], 1e-4)
+    assert given["ridge"] == 1e-4 and given["held_out"] is None
+    assert given["after"] < given["before"]
+    for bad in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="ridge: expected a positive number"):
+            refit(ResidualGraph.of(model_of("llama")), layers(2), [Batch(ids)], bad)
+    # Too few tokens to say anything: the model stays as it was.
+    model = model_of("llama")
+    before = [p.clone() for p in model.parameters()]
+    (fit,) = refit(ResidualGraph.of(model), layers(2), [Batch(ids[:1, :3])])
+    same = all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert same == (fit["ridge"] is None)
+    assert (fit["after"] == fit["before"]) == same
 
 
 def test_refit_of_two_gaps_uses_the_refitted_stream():

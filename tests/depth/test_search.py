@@ -2,6 +2,7 @@
 
 import json
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from pyprune.config import CalibrationConfig
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, load_decision
 from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.greedy import rate
 from pyprune.depth.registry import DEPTH_METHODS, run_search
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
@@ -221,6 +223,110 @@ def test_ratio_is_reached_by_one_unit(by):
         assert 1 <= len(found.removed) < 8
 
 
+def of_share(ratio, by="params", method="blockpruner", **options):
+    return StructureConfig(method, ratio=ratio, by=by, method_options=options)
+
+
+def seconds_of(graph, _batch):
+    """Instead of timing: attention twice an MLP, later layers a little longer."""
+    seconds = {b: (2.0 if b.kind == "attention" else 1.0) + b.layer / 100 for b in graph.branches}
+    return seconds, sum(seconds.values()) + 3.0
+
+
+def test_rates_compare_what_is_lost_with_what_is_saved():
+    assert rate(0.2, 4.0) == 0.05 and rate(0.0, 4.0) == 0.0
+    assert rate(0.1, 0.0) == math.inf and rate(math.inf, 3.0) == math.inf
+    assert math.isnan(rate(math.nan, 3.0))
+    # A lower rise and a larger saving are better, whatever the sign.
+    rises, costs = [-2.0, -0.5, 0.5, 2.0], [0.5, 1.0, 4.0]
+    for low, high in pairwise(rises):
+        assert all(rate(low, cost) < rate(high, cost) for cost in costs)
+    for small, large in pairwise(costs):
+        assert all(rate(rise, large) < rate(rise, small) for rise in rises)
+
+
+@pytest.mark.parametrize(("by", "blocks"), [("params", "pairs"), ("latency", "pairs"),
+                                            ("params", "mixed")])  # fmt: skip
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])  # one with shared norms
+def test_exact_is_naive_by_rate_and_both_are_the_definition(family, by, blocks, monkeypatch):
+    from pyprune.depth import budget
+
+    monkeypatch.setattr(budget, "branch_seconds", seconds_of)
+    model, data = model_of(family, 4), tokens()
+    graph = ResidualGraph.of(model)
+    exact = search(model, of_share(0.45, by, blocks=blocks), data)
+    close(exact, search(model, of_share(0.45, by, blocks=blocks, mode="naive"), data))
+    fast = of_share(0.45, by, blocks=blocks, mode="fast", audit_every=1)
+    audited = search(model, fast, data)
+    assert audited.removed == exact.removed
+    assert exact.compare == "rate"
+
+    seconds, whole = seconds_of(graph, None)
+    if by == "params":
+        whole = sum(p.numel() for p in model.parameters())
+
+    def saved(gone):
+        return graph.removed_parameters(gone) if by == "params" else sum(seconds[b] for b in gone)
+
+    @torch.no_grad()
+    def loss(gone):
+        with graph.skipping(gone):
+            rows = [
+                F.cross_entropy(model(r[None], use_cache=False).logits[0, :-1].double(), r[1:])
+                for batch in data.batches
+                for r in batch.input_ids
+            ]
+        return float(sum(rows) / len(rows))
+
+    single = [(b,) for kind in ("attention", "mlp") for b in graph.branches if b.kind == kind]
+    pairs = list(pairwise(graph.branches)) if blocks == "pairs" else []
+    gone = []
+    for step in exact.steps:
+        missing, now = 0.45 * whole - saved(gone), loss(gone)
+        assert missing > 0
+        left = [u for u in single + pairs if not set(u) & set(gone)]
+        assert len(step.candidates) == len(left)
+        rates = []
+        for unit in left:
+            after = [*gone, *unit]
+            rise, cost = loss(after) - now, min(saved(after) - saved(gone), missing)
+            rates.append(rise / cost if rise > 0 else rise * cost)
+        assert step.unit == left[rates.index(min(rates))]
+        gone += step.unit
+    assert saved(gone) >= 0.45 * whole
+
+
+def test_what_is_compared_by_default_and_by_option():
+    model = model_of("llama", 4)
+    assert search(model, config(count=2)).compare == "score"
+    assert search(model, of_share(0.3, "count")).compare == "score"
+    assert search(model, of_share(0.3)).compare == "rate"
+    published = search(model, of_share(0.3, compare="score"))
+    assert published.compare == "score" and {len(s.unit) for s in published.steps} == {1}
+    counted = search(model, config(count=len(published.steps)))
+    assert published.removed == counted.removed
+    # Where all units are alike it makes no difference.
+    assert search(model, config(count=4, compare="rate")).removed == (
+        search(model, config(count=4)).removed
+    )
+    layers = [search(model, of_share(0.3, method="sleb", compare=c)) for c in ("score", "rate")]
+    close(*layers)
+    assert search(model, of_share(0.3)).importance.keys() == counted.importance.keys()
+    assert len(search(model, of_share(0.3, blocks="pairs")).importance) == 8 + 7
+    with pytest.raises(UserError, match="blocks=pairs: expected a share"):
+        search(model, config(count=2, blocks="pairs"))
+
+
+def test_ties_by_rate_go_to_the_first():
+    model = model_of("llama", 4)
+    with torch.no_grad():
+        for parameter in model.model.layers.parameters():
+            parameter.zero_()
+    for mode in ("naive", "exact"):
+        found = search(model, of_share(0.3, mode=mode))
+        assert [str(b) for b in found.removed][:3] == ["A0", "A1", "A2"]
+
+
 def test_llm_drop_against_hooks():
     model = model_of("gemma2", 4)
     data = tokens((2,))
@@ -275,6 +381,38 @@ def test_continues_from_its_state_file(tmp_path, monkeypatch):
     (tmp_path / "state.json").write_text("{")
     with pytest.raises(UserError, match="cannot continue"):
         search(model, config(count=2, state=file))
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("by", ["params", "latency"])
+def test_a_state_file_serves_any_share(mode, by, tmp_path, monkeypatch):
+    """Also where the target had cut off what the last removals count for."""
+    from pyprune.depth import budget
+
+    model, data = model_of("llama", 6), tokens((2, 2, 2, 2))
+    ratios = (0.25, 0.5, 0.1, 0.4, 0.25)
+    options = {"mode": mode, "audit_every": 3, "blocks": "pairs"}
+    monkeypatch.setattr(budget, "branch_seconds", seconds_of)
+    fresh = {ratio: search(model, of_share(ratio, by, **options), data) for ratio in set(ratios)}
+    lists = [fresh[ratio].removed for ratio in sorted(fresh)]
+    assert any(b[: len(a)] != a for a, b in pairwise(lists))  # worth a test
+    times = 1.0
+    for ratio in ratios:
+        monkeypatch.setattr(
+            budget, "branch_seconds",
+            lambda graph, batch, t=times: tuple(
+                {b: s * t for b, s in x.items()} if isinstance(x, dict) else x * t
+                for x in seconds_of(graph, batch)
+            ),
+        )  # fmt: skip
+        times *= 1.5  # what was measured first stays what counts
+        state = str(tmp_path / "state.json")
+        close(search(model, of_share(ratio, by, state=state, **options), data), fresh[ratio])
+    with pytest.raises(UserError, match="of another configuration"):
+        search(model, of_share(0.3, by, state=state, compare="score", **options), data)
+    other = "latency" if by == "params" else "params"
+    with pytest.raises(UserError, match="of another configuration"):
+        search(model, of_share(0.3, other, state=state, **options), data)
 
 
 def test_notes_are_of_rounds_that_were_made(tmp_path):
