@@ -47,6 +47,7 @@ class Factor {
         panel_(kBlock * n_),
         inverse_(kBlock),
         diagonal_(kBlock * kBlock),
+        diag_(n_),
         shift_(n_),
         least_(n_),
         all_(kCols * kLanes),
@@ -88,6 +89,7 @@ class Factor {
   Buffer<float> panel_;     // T[:i2, i1:i2], see Panel
   Buffer<float> inverse_;   // 1 / T_jj of the block
   Buffer<float> diagonal_;  // the block on the diagonal, [columns][rows]
+  Buffer<float> diag_;      // of H
   Buffer<float> shift_;     // what is added to the diagonal of H
   Buffer<float> least_;     // a pivot must be above this
   // solve_tile's mask (all pruned), and its outputs that are of no use here.
@@ -105,8 +107,8 @@ class Factor {
     return omp_get_thread_num() == (turn < team ? turn : 2 * team - 1 - turn);
   }
 
-  // Finds dead inputs, and whether all of H is finite: x * 0 is NaN if x is not. Called by the
-  // team.
+  // Collects the diagonal, and finds out whether all of H is finite: x * 0 is NaN if x is not.
+  // Called by the team.
   void look_at_rows() {
     Vec sum = Vec::zero();
     float rest = 0.0f;
@@ -117,23 +119,27 @@ class Factor {
       for (; c + Vec::kLanes <= n_; c += Vec::kLanes)
         sum = Vec::fma(Vec::load(row + c), Vec::zero(), sum);
       for (; c < n_; ++c) rest += row[c] * 0.0f;
-      dead_[r] = row[r] == 0.0f;
+      diag_[r] = row[r];
     }
 #pragma omp critical(pyprune_obs_factor)
     if (!(sum.sum() + rest == 0.0f)) good_ = false;
 #pragma omp barrier
   }
 
-  // A dead input's diagonal counts as one. A pivot within the rounding error of the subtractions it
-  // is left over from, about sqrt(n) eps of its diagonal, would have its sign by luck.
+  // An input is dead whose diagonal is zero, and it then counts as one. A pivot within the rounding
+  // error of the subtractions it is left over from, about sqrt(n) eps of its diagonal, would have
+  // its sign by luck.
   void set_shift() {
     double sum = 0;
-    for (int64_t j = 0; j < n_; ++j) sum += dead_[j] ? 1.0 : h_[j * ld_ + j];
+    for (int64_t j = 0; j < n_; ++j) {
+      dead_[j] = diag_[j] == 0.0f;
+      sum += dead_[j] ? 1.0 : diag_[j];
+    }
     const double damping = damping_ * (sum / static_cast<double>(n_));
     const float noise = std::sqrt(static_cast<float>(n_)) * std::numeric_limits<float>::epsilon();
     for (int64_t j = 0; j < n_; ++j) {
       shift_[j] = static_cast<float>(dead_[j] + damping);
-      least_[j] = std::max(0.0f, noise * (h_[j * ld_ + j] + shift_[j]));
+      least_[j] = std::max(0.0f, noise * (diag_[j] + shift_[j]));
     }
   }
 
@@ -217,7 +223,9 @@ class Factor {
       if (!(a[j][j] > least_[n_ - 1 - (i1 + j)]) || std::isinf(a[j][j])) return false;
       const float pivot = std::sqrt(a[j][j]), inverse = 1.0f / pivot;
       inverse_[j] = inverse;
-      for (int64_t i = j; i < kBlock; ++i) a[j][i] *= inverse;
+      // In whole vectors: a load that spans several stores would have to wait for them.
+      for (int64_t i = j / Vec::kLanes * Vec::kLanes; i < kBlock; i += Vec::kLanes)
+        (Vec::load(a[j] + i) * Vec::set1(inverse)).store(a[j] + i);
       for (int64_t k = j + 1; k < n; ++k) {
         const float factor = a[j][k];
         for (int64_t i = k / Vec::kLanes * Vec::kLanes; i < kBlock; i += Vec::kLanes)
