@@ -41,8 +41,8 @@ Provider = Callable[[int], Any]
 # and, on a GPU, above the jitter of one launch.
 SAMPLE_SECONDS = 0.02
 SMOKE_SAMPLE_SECONDS = 0.0
-# On a CPU a provider whose calls are long is timed in fewer turns, but two at least; its row says in
-# how many.
+# On a CPU a provider whose calls are long is timed in fewer turns, but two at least; its row says
+# in how many.
 PROVIDER_SECONDS = 6.0
 FEWEST_TURNS = 2
 RESIDENT_SECONDS = 0.002  # between two looks at the resident size
@@ -199,10 +199,10 @@ def time_interleaved(
     sample_seconds: float,
     first: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each provider, `repetitions` samples taken in turns. `first`: seconds that
-    a call has taken before. A provider whose calls are longer than a sample is spared those that
-    find out how many a sample holds, and takes part in the first turns only once its samples would
-    take longer than PROVIDER_SECONDS."""
+    """Seconds per call of each provider, `repetitions` samples taken in turns. `first`: seconds
+    that a call has taken before. A provider whose calls are longer than a sample is spared those
+    that find out how many a sample holds, and takes part in the first turns only if its samples
+    would take longer than PROVIDER_SECONDS."""
     sample = _sample_cuda if device == "cuda" else _sample_cpu
     calls, turns = {}, {}
     for name, provider in providers.items():

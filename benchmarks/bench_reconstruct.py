@@ -9,8 +9,8 @@ that pruning uses; `loop`, one `torch.linalg.cholesky` and solve a row. All get 
 that SparseGPT has made already. Before timing, every result is checked against fp64 solves.
 
 `--model` times the loop on `--rows` rows of each matrix and scales by the number of rows; ours runs
-on all of them, in turns with the loop, matrix by matrix. At most MODEL_TURNS turns each: what counts
-is the sum over the matrices.
+on all of them, in turns with the loop, matrix by matrix. At most MODEL_TURNS turns each: what
+counts is the sum over the matrices.
 """
 
 import importlib

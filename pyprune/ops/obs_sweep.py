@@ -240,9 +240,9 @@ def block_counts(
     batch, rows, cols = shape
     if preserve is None:
         # Proportions of C are those of R * C: no need to count in weights.
-        ends = (min(cols, start + block_size) for start in range(0, cols, block_size))
-        cumulative = [0, *((2 * pruned * end + cols) // (2 * cols) for end in ends)]
-        counts = [b - a for a, b in pairwise(cumulative)]
+        until = [min(cols, start + block_size) for start in range(0, cols, block_size)]
+        sums = [0, *((2 * pruned * end + cols) // (2 * cols) for end in until)]
+        counts = [b - a for a, b in pairwise(sums)]
         return torch.tensor(counts, dtype=torch.int32).expand(batch, rows if per_row else 1, -1)
     starts = torch.arange(0, cols, block_size, device=preserve.device)
     ends = (starts + block_size).clamp(max=cols)
