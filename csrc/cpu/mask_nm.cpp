@@ -194,11 +194,15 @@ inline __m512i fewer_of_seven(const __m512i* x) {
                                    sum_of(a, b, x[6]), (1 << N) - 1);
 }
 
-// The same with ties: kept[j] has its sign set where fewer than N of the others outrank member j.
+// The rare case of ties at the cut, in place: from the members' keys to a sign where fewer than N
+// of the others outrank a member.
 template <int N>
-[[gnu::noinline]] void rank_with_ties(const __m512i* k, __m512i* kept) {
-  __m512i inverse[8];
-  for (int j = 0; j < 8; ++j) inverse[j] = _mm512_xor_si512(k[j], _mm512_set1_epi32(-1));
+[[gnu::noinline]] void rank_with_ties(__m512i* members) {
+  __m512i k[8], inverse[8];
+  for (int j = 0; j < 8; ++j) {
+    k[j] = members[j];
+    inverse[j] = _mm512_xor_si512(k[j], _mm512_set1_epi32(-1));
+  }
 #pragma GCC unroll 8
   for (int j = 0; j < 8; ++j) {
     // Sign set where the other outranks j: key - other < 0, or <= 0 if the other comes later,
@@ -208,7 +212,7 @@ template <int N>
     for (int o = 0; o < j; ++o) higher[o] = _mm512_sub_epi32(k[j], k[o]);
 #pragma GCC unroll 8
     for (int o = j + 1; o < 8; ++o) higher[o - 1] = _mm512_add_epi32(k[j], inverse[o]);
-    kept[j] = fewer_of_seven<N>(higher);
+    members[j] = fewer_of_seven<N>(higher);
   }
 }
 
@@ -262,7 +266,10 @@ inline int64_t rank_eights(const Source& keys, int64_t count, Rule to, uint8_t* 
       const __m512i under = _mm512_sub_epi32(cut, _mm512_set1_epi32(1));
       for (int j = 0; j < 8; ++j) kept[j] = _mm512_sub_epi32(under, k[j]);
     } else {
-      rank_with_ties<N>(k, kept);
+      __m512i members[8];  // only these have an address: the others stay in registers
+      std::copy_n(k, 8, members);
+      rank_with_ties<N>(members);
+      std::copy_n(members, 8, kept);
     }
     if (Source::kForbidden)
       for (int j = 0; j < 8; ++j) kept[j] = _mm512_andnot_si512(k[j], kept[j]);
