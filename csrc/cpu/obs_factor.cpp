@@ -195,7 +195,8 @@ class Factor {
     for (int64_t s = first; s < last; ++s) load(s, i1, i2);
     pack_panel(i1, i2, 0, i1);
     const Panel panel{panel_, i1, i2};
-#pragma omp for collapse(2) schedule(static)
+    // In turns: the first strip has half as many tiles as the second.
+#pragma omp for collapse(2) schedule(static, 1)
     for (int64_t s = first; s < last; ++s)
       for (int64_t c = i1; c < i1 + kBlock; c += kCols)
         if (c < std::min(i2, (s + 1) * kLanes))
