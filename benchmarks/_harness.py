@@ -41,6 +41,10 @@ Provider = Callable[[int], Any]
 # and, on a GPU, above the jitter of one launch.
 SAMPLE_SECONDS = 0.02
 SMOKE_SAMPLE_SECONDS = 0.0
+# On a CPU a provider whose calls are long is timed in fewer turns, but two at least; its row says
+# in how many.
+PROVIDER_SECONDS = 6.0
+FEWEST_TURNS = 2
 RESIDENT_SECONDS = 0.002  # between two looks at the resident size
 
 
@@ -108,8 +112,11 @@ class Bench:
 
     def run(self, case: Case) -> list[dict[str, Any]]:
         """Checks, times and tabulates one case; returns its rows."""
+        first = {}
         for name, provider in case.providers.items():
+            started = time.perf_counter()
             result = provider(0)
+            first[name] = time.perf_counter() - started
             if case.check is not None:
                 case.check(name, result)
         samples = time_interleaved(
@@ -117,6 +124,7 @@ class Bench:
             self.device,
             self.repetitions,
             SMOKE_SAMPLE_SECONDS if self.smoke else SAMPLE_SECONDS,
+            first if self.device == "cpu" else {},  # on a GPU it compiles, and does not wait
         )
         rows = [self._row(case, name, samples) for name in case.providers]
         self.rows += rows
@@ -186,21 +194,35 @@ class Bench:
 
 def ratio(ours: list[float], baseline: list[float]) -> float:
     """Median of the turn-by-turn ratios: each pair of samples was taken under the same load."""
-    return statistics.median(a / b for a, b in zip(ours, baseline, strict=True))
+    return statistics.median(a / b for a, b in zip(ours, baseline, strict=False))
 
 
 def time_interleaved(
-    providers: Mapping[str, Provider], device: str, repetitions: int, sample_seconds: float
+    providers: Mapping[str, Provider],
+    device: str,
+    repetitions: int,
+    sample_seconds: float,
+    first: Mapping[str, float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each provider, `repetitions` samples taken in turns."""
+    """Seconds per call of each provider, `repetitions` samples taken in turns. `first`: seconds
+    that a call has taken before. A provider whose calls are longer than a sample is spared those
+    that find out how many a sample holds, and takes part in the first turns only if its samples
+    would take longer than PROVIDER_SECONDS."""
     sample = _sample_cuda if device == "cuda" else _sample_cpu
-    calls = {}
+    calls, turns = {}, {}
     for name, provider in providers.items():
-        calls[name] = max(1, min(1000, int(sample_seconds / max(sample(provider, 2, 0), 1e-9))))
+        seconds = (first or {}).get(name, 0.0)
+        turns[name] = repetitions
+        if seconds > PROVIDER_SECONDS / repetitions:
+            turns[name] = min(repetitions, max(FEWEST_TURNS, int(PROVIDER_SECONDS / seconds)))
+        if seconds <= sample_seconds:
+            seconds = sample(provider, 2, 0)
+        calls[name] = max(1, min(1000, int(sample_seconds / max(seconds, 1e-9))))
     samples: dict[str, list[float]] = {name: [] for name in providers}
     for turn in range(repetitions):
         for name, provider in providers.items():
-            samples[name].append(sample(provider, calls[name], turn))
+            if turn < turns[name]:
+                samples[name].append(sample(provider, calls[name], turn))
     return samples
 
 

@@ -19,6 +19,10 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 
+# Benchmarks with an option of their own: name of the rows, script, what to add. On a CPU only.
+VARIANTS = {"reconstruct_model": ("reconstruct", ["--model"])}
+SMOKE_VARIANTS = {"reconstruct_model": ["--tokens", "512", "--every", "200", "--rows", "2"]}
+
 
 def device_slug(device: str) -> str:
     """A file-name-safe name of the device that the rows were measured on."""
@@ -33,7 +37,7 @@ def device_slug(device: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="bench_<name>.py; default all")
+    parser.add_argument("names", nargs="*", help="bench_<name>.py or a variant; default all")
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, help="folder for the rows")
@@ -41,6 +45,11 @@ def main() -> int:
     args = parser.parse_args()
 
     scripts = {p.stem.removeprefix("bench_"): p for p in sorted(HERE.glob("bench_*.py"))}
+    options: dict[str, list[str]] = {}
+    if args.device == "cpu":
+        for name, (script, extra) in VARIANTS.items():
+            scripts[name] = scripts[script]
+            options[name] = extra + (SMOKE_VARIANTS[name] if args.smoke else [])
     if unknown := set(args.names) - set(scripts):
         parser.error(f"no such benchmark: {sorted(unknown)}; there are {sorted(scripts)}")
     failed = []
@@ -57,9 +66,10 @@ def main() -> int:
             command = [sys.executable, str(scripts[name]), "--device", args.device,
                        "--json", str(out / f"{name}.json")]  # fmt: skip
             command += ["--smoke"] if args.smoke else []
+            command += options.get(name, [])
             command += ["--repetitions", str(args.repetitions)] if args.repetitions else []
             code = subprocess.call(command)
-            print(f"{scripts[name].name}: exit {code}, {time.perf_counter() - started:.1f} s")
+            print(f"{name}: exit {code}, {time.perf_counter() - started:.1f} s", flush=True)
             if code != 0:
                 failed.append(name)
     if failed:

@@ -146,13 +146,15 @@ inline void sample_bracket(const int32_t* keys, int64_t n, int64_t rank, int32_t
   if (at + margin <= size) q = sample.statistic(at + margin);
 }
 
-// The cut that prunes exactly `rank` keys, 1 <= rank <= n. `scratch` holds 2 * (n + kSlack).
+// The cut that prunes exactly `rank` keys, 1 <= rank <= n; none is above `hi`. `scratch` holds
+// 2 * (n + kSlack).
 //
 // Each pass keeps the keys inside a bracket around the wanted one, taken from a sample; if a pass
 // removed less than half the keys, the next one halves the interval of key values instead, so that
 // no input takes more than 31 such passes.
-inline Cut find_cut(const int32_t* keys, int64_t n, int64_t rank, int32_t* scratch) {
-  int32_t lo = kForbiddenKey, hi = kMaxKey;
+inline Cut find_cut(const int32_t* keys, int64_t n, int64_t rank, int32_t* scratch,
+                    int32_t hi = kMaxKey) {
+  int32_t lo = kForbiddenKey;
   const int32_t* src = keys;
   int32_t *dst = scratch, *other = scratch + n + kSlack;
   bool sample = true;

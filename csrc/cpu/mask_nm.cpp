@@ -12,8 +12,7 @@ namespace {
 // What all groups of a call share.
 struct Rule {
   int64_t n, m;
-  bool forbidden;  // some keys may be kForbiddenKey
-  bool stream;     // see streamed()
+  bool stream;  // see streamed()
 };
 
 // Groups of M lie inside one vector of keys. An element's rank is the number of group members that
@@ -87,6 +86,23 @@ inline int64_t rank_in_vector(const int32_t* keys, int64_t count, int n, uint8_t
 // into a mask register, and bitwise operations count them: a sign is a bit of a binary number that
 // is spread over vectors.
 
+// Where the keys come from: made on the spot, so that only weights and mask touch memory, or made
+// before. Positions that must stay pruned are found among the latter only.
+template <TermSet kTerms, class T>
+struct FreshKeys {
+  static constexpr bool kForbidden = false;
+  const ScoreRow<T>& row;
+  int64_t first;
+  __m512i at(int64_t i) const { return keys_at<kTerms>(row, first + i); }
+  void fetch(int64_t i) const { fetch_block(row.w + first + i, kAhead); }
+};
+struct StoredKeys {
+  static constexpr bool kForbidden = true;
+  const int32_t* keys;
+  __m512i at(int64_t i) const { return _mm512_loadu_si512(keys + i); }
+  void fetch(int64_t) const {}
+};
+
 // Of two vectors, the 32-bit lanes with even or odd numbers, 128 bits at a time.
 inline __m512i even_lanes(__m512i a, __m512i b) {
   return _mm512_castps_si512(
@@ -97,11 +113,12 @@ inline __m512i odd_lanes(__m512i a, __m512i b) {
       _mm512_shuffle_ps(_mm512_castsi512_ps(a), _mm512_castsi512_ps(b), 0xdd));
 }
 
-// Splits 64 keys: out[i] has those whose index is i mod 4. Key 4 * (4 * d + q) + i comes to lane
-// 4 * q + d.
-inline void split_fours(const int32_t* keys, __m512i* out) {
+// Splits the 64 keys from c: out[i] has those whose index is i mod 4. Key c + 4 * (4 * d + q) + i
+// comes to lane 4 * q + d.
+template <class Source>
+inline void split_fours(const Source& keys, int64_t c, __m512i* out) {
   __m512i v[4];
-  for (int i = 0; i < 4; ++i) v[i] = _mm512_loadu_si512(keys + 16 * i);
+  for (int i = 0; i < 4; ++i) v[i] = keys.at(c + 16 * i);
   const __m512i even[2] = {even_lanes(v[0], v[1]), even_lanes(v[2], v[3])};
   const __m512i odd[2] = {odd_lanes(v[0], v[1]), odd_lanes(v[2], v[3])};
   out[0] = even_lanes(even[0], even[1]);
@@ -134,8 +151,8 @@ constexpr int table_of_four(int i, int n) {
   return table;
 }
 
-template <int N>
-inline int64_t rank_fours(const int32_t* keys, int64_t count, Rule to, uint8_t* keep) {
+template <int N, class Source>
+inline int64_t rank_fours(const Source& keys, int64_t count, Rule to, uint8_t* keep) {
   // Constants by name: unoptimised, a call would not be an immediate.
   constexpr int t0 = table_of_four(0, N), t1 = table_of_four(1, N);
   constexpr int t2 = table_of_four(2, N), t3 = table_of_four(3, N);
@@ -143,14 +160,15 @@ inline int64_t rank_fours(const int32_t* keys, int64_t count, Rule to, uint8_t* 
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
     __m512i k[4];
-    split_fours(keys + i, k);
+    keys.fetch(i);
+    split_fours(keys, i, k);
     const __m512i d01 = _mm512_sub_epi32(k[1], k[0]), d02 = _mm512_sub_epi32(k[2], k[0]);
     const __m512i d03 = _mm512_sub_epi32(k[3], k[0]), d12 = _mm512_sub_epi32(k[2], k[1]);
     const __m512i d13 = _mm512_sub_epi32(k[3], k[1]), d23 = _mm512_sub_epi32(k[3], k[2]);
     __m512i kept[4] = {
         _mm512_ternarylogic_epi32(d01, d02, d03, t0), _mm512_ternarylogic_epi32(d01, d12, d13, t1),
         _mm512_ternarylogic_epi32(d02, d12, d23, t2), _mm512_ternarylogic_epi32(d03, d13, d23, t3)};
-    if (to.forbidden)
+    if (Source::kForbidden)
       for (int j = 0; j < 4; ++j) kept[j] = _mm512_andnot_si512(k[j], kept[j]);
     store_bytes(keep + i, _mm512_permutexvar_epi32(in_order, bytes_of_signs(kept)), to.stream);
   }
@@ -176,35 +194,85 @@ inline __m512i fewer_of_seven(const __m512i* x) {
                                    sum_of(a, b, x[6]), (1 << N) - 1);
 }
 
+// The rare case of ties at the cut, in place: from the members' keys to a sign where fewer than N
+// of the others outrank a member.
 template <int N>
-inline int64_t rank_eights(const int32_t* keys, int64_t count, Rule to, uint8_t* keep) {
+[[gnu::noinline]] void rank_with_ties(__m512i* members) {
+  __m512i k[8], inverse[8];
+  for (int j = 0; j < 8; ++j) {
+    k[j] = members[j];
+    inverse[j] = _mm512_xor_si512(k[j], _mm512_set1_epi32(-1));
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < 8; ++j) {
+    // Sign set where the other outranks j: key - other < 0, or <= 0 if the other comes later,
+    // where key + ~other = key - other - 1.
+    __m512i higher[7];
+#pragma GCC unroll 8
+    for (int o = 0; o < j; ++o) higher[o] = _mm512_sub_epi32(k[j], k[o]);
+#pragma GCC unroll 8
+    for (int o = j + 1; o < 8; ++o) higher[o - 1] = _mm512_add_epi32(k[j], inverse[o]);
+    members[j] = fewer_of_seven<N>(higher);
+  }
+}
+
+// Puts four keys in descending order.
+inline void sort_four(const __m512i* k, __m512i* out) {
+  const auto low = [](__m512i a, __m512i b) { return _mm512_min_epi32(a, b); };
+  const auto high = [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); };
+  const __m512i a = high(k[0], k[1]), b = low(k[0], k[1]);
+  const __m512i c = high(k[2], k[3]), d = low(k[2], k[3]);
+  const __m512i e = low(a, c), f = high(b, d);
+  out[0] = high(a, c), out[1] = high(e, f), out[2] = low(e, f), out[3] = low(b, d);
+}
+
+// The N-th highest of two descending fours: the highest bar that i of one and N - i of the other
+// reach, over all i.
+template <int N>
+inline __m512i highest(const __m512i* a, const __m512i* b) {
+  __m512i found = N <= 4 ? _mm512_max_epi32(a[(N - 1) & 3], b[(N - 1) & 3])
+                         : _mm512_min_epi32(a[3], b[(N - 5) & 3]);
+#pragma GCC unroll 4
+  for (int i = 1; i <= 4; ++i)
+    if (i < N && N - i <= (N <= 4 ? 4 : 3))
+      found = _mm512_max_epi32(found, _mm512_min_epi32(a[i - 1], b[N - i - 1]));
+  if (N > 4) found = _mm512_max_epi32(found, _mm512_min_epi32(a[(N - 5) & 3], b[3]));
+  return found;
+}
+
+template <int N, class Source>
+inline int64_t rank_eights(const Source& keys, int64_t count, Rule to, uint8_t* keep) {
   // After the split by four and that of even and odd quarters, group 2 * d + 8 * (q / 2) + q % 2
   // is in lane 4 * q + d; these pick the first and the last eight groups from two halves.
   const __m512i first = _mm512_setr_epi32(0, 16, 4, 20, 1, 17, 5, 21, 2, 18, 6, 22, 3, 19, 7, 23);
   const __m512i last = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-  const __m512i ones = _mm512_set1_epi32(-1);
   int64_t i = 0;
   for (; i + 128 <= count; i += 128) {
-    __m512i a[4], b[4], k[8], inverse[8], kept[8];
-    split_fours(keys + i, a);
-    split_fours(keys + i + 64, b);
+    __m512i a[4], b[4], k[8], kept[8];
+    keys.fetch(i);
+    keys.fetch(i + 64);
+    split_fours(keys, i, a);
+    split_fours(keys, i + 64, b);
     for (int j = 0; j < 4; ++j) {
       k[j] = _mm512_shuffle_i32x4(a[j], b[j], 0x88);
       k[j + 4] = _mm512_shuffle_i32x4(a[j], b[j], 0xdd);
     }
-    for (int j = 0; j < 8; ++j) inverse[j] = _mm512_xor_si512(k[j], ones);
-#pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      // Sign set where the other outranks j: key - other < 0, or <= 0 if the other comes later,
-      // where key + ~other = key - other - 1.
-      __m512i higher[7];
-#pragma GCC unroll 8
-      for (int o = 0; o < j; ++o) higher[o] = _mm512_sub_epi32(k[j], k[o]);
-#pragma GCC unroll 8
-      for (int o = j + 1; o < 8; ++o) higher[o - 1] = _mm512_add_epi32(k[j], inverse[o]);
-      kept[j] = fewer_of_seven<N>(higher);
-      if (to.forbidden) kept[j] = _mm512_and_si512(inverse[j], kept[j]);
+    // Fewer than half of the operations that counting ranks takes, but the N-th and the next key
+    // must differ in all groups.
+    sort_four(k, a);
+    sort_four(k + 4, b);
+    const __m512i cut = highest<N>(a, b);
+    if (_mm512_cmpeq_epi32_mask(cut, highest<N + 1>(a, b)) == 0) {
+      const __m512i under = _mm512_sub_epi32(cut, _mm512_set1_epi32(1));
+      for (int j = 0; j < 8; ++j) kept[j] = _mm512_sub_epi32(under, k[j]);
+    } else {
+      __m512i members[8];  // only these have an address: the others stay in registers
+      std::copy_n(k, 8, members);
+      rank_with_ties<N>(members);
+      std::copy_n(members, 8, kept);
     }
+    if (Source::kForbidden)
+      for (int j = 0; j < 8; ++j) kept[j] = _mm512_andnot_si512(k[j], kept[j]);
     const __m512i low = bytes_of_signs(kept), high = bytes_of_signs(kept + 4);
     store_bytes(keep + i, _mm512_permutex2var_epi32(low, first, high), to.stream);
     store_bytes(keep + i + 64, _mm512_permutex2var_epi32(low, last, high), to.stream);
@@ -213,7 +281,8 @@ inline int64_t rank_eights(const int32_t* keys, int64_t count, Rule to, uint8_t*
 }
 
 // The patterns in use have their own code. Returns how many elements it did.
-inline int64_t rank_transposed(const int32_t* keys, int64_t count, Rule to, uint8_t* keep) {
+template <class Source>
+inline int64_t rank_transposed(const Source& keys, int64_t count, Rule to, uint8_t* keep) {
   const int64_t n = to.n, m = to.m;
   if (m == 4 && n == 1) return rank_fours<1>(keys, count, to, keep);
   if (m == 4 && n == 2) return rank_fours<2>(keys, count, to, keep);
@@ -225,6 +294,20 @@ inline int64_t rank_transposed(const int32_t* keys, int64_t count, Rule to, uint
 }
 #endif
 
+// Columns [c0, c1) of a row, as far as no keys need to be stored for them. Returns how many.
+template <class T>
+inline int64_t keep_fresh(const ScoreRow<T>& row, int64_t c0, int64_t c1, Rule to, uint8_t* keep) {
+#if defined(__AVX512F__)
+  if (row.addend || row.preserve || row.has_row_scale) return 0;
+  if (!row.column_scale)
+    return rank_transposed(FreshKeys<TermSet::none, T>{row, c0}, c1 - c0, to, keep);
+  return rank_transposed(FreshKeys<TermSet::columns, T>{row, c0}, c1 - c0, to, keep);
+#else
+  (void)row, (void)c0, (void)c1, (void)to, (void)keep;
+  return 0;
+#endif
+}
+
 // The same by plain loops, for any small group.
 inline void rank_in_group(const int32_t* key, int m, int n, uint8_t* keep) {
   for (int i = 0; i < m; ++i) {
@@ -235,8 +318,9 @@ inline void rank_in_group(const int32_t* key, int m, int n, uint8_t* keep) {
   }
 }
 
-// Keys are made in pieces this long, in the first-level cache. Streamed stores of the mask hold up
-// the stores of keys behind them: much shorter pieces, which mix the two, take half as long again.
+// Pieces of this length are the unit of work. Where keys are stored they stay in the first-level
+// cache; streamed stores of the mask hold up the stores of keys behind them, so that much shorter
+// pieces, which mix the two, take half as long again.
 constexpr int64_t kPiece = 2048;
 
 // Selects by rank counting up to this group size; its cost grows with the square.
@@ -248,7 +332,7 @@ inline void keep_groups(const int32_t* keys, int64_t count, Rule to, uint8_t* ke
   const int64_t m = to.m;
   int64_t i = 0;
 #if defined(__AVX512F__)
-  i = rank_transposed(keys, count, to, keep);
+  i = rank_transposed(StoredKeys{keys}, count, to, keep);
 #endif
   if (m == 4)
     i += rank_in_vector<4>(keys + i, count - i, quota, keep + i);
@@ -272,12 +356,12 @@ inline void keep_groups(const int32_t* keys, int64_t count, Rule to, uint8_t* ke
 
 void mask_nm(const MaskNmArgs& args) {
   const int64_t rows = args.w.shape[0], cols = args.w.shape[1];
-  // Pieces of whole groups are the unit of work: a single long row is shared out as well.
+  // Pieces of whole groups, so that a single long row is shared out as well.
   const int64_t piece = std::max(args.m, kPiece / args.m * args.m);
   const int64_t pieces = (cols + piece - 1) / piece;
   const int64_t scratch_size = 3 * (piece + kSlack);
   const Scratch<int32_t> buffers(scratch_size * args.threads);
-  const Rule rule{args.n, args.m, args.terms.preserve.data != nullptr, streamed(args.mask)};
+  const Rule rule{args.n, args.m, streamed(args.mask)};
   with_float_type(args.w.dtype, [&](auto* tag) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(tag)>>;
 #pragma omp parallel num_threads(args.threads)
@@ -287,9 +371,12 @@ void mask_nm(const MaskNmArgs& args) {
       for (int64_t item = 0; item < rows * pieces; ++item) {
         const int64_t i = item / pieces, c0 = item % pieces * piece;
         const int64_t c1 = std::min(cols, c0 + piece);
-        score_keys(score_row<T>(args.w, args.terms, i), c0, c1, keys);
-        keep_groups(keys, c1 - c0, rule, args.mask.ptr<uint8_t>() + i * cols + c0,
-                    keys + piece + kSlack);
+        const ScoreRow<T> row = score_row<T>(args.w, args.terms, i);
+        uint8_t* const keep = args.mask.ptr<uint8_t>() + i * cols + c0;
+        const int64_t done = keep_fresh(row, c0, c1, rule, keep);
+        if (done == c1 - c0) continue;
+        score_keys(row, c0 + done, c1, keys);
+        keep_groups(keys, c1 - c0 - done, rule, keep + done, keys + piece + kSlack);
       }
       finish_stores();
     }

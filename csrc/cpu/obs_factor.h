@@ -1,4 +1,5 @@
-// The upper triangular U with (H + diag(shift))^-1 = U^T U.
+// The upper triangular U with (H + damping * mean(diag H) * I)^-1 = U^T U, dead inputs' diagonal
+// entries counting as 1.
 #pragma once
 
 #include "cpu/dispatch.h"
@@ -7,10 +8,12 @@
 namespace pyprune {
 
 struct ObsFactorArgs {
-  TensorView h;      // f32 [C, C], symmetric, unit stride along the last dimension
-  TensorView shift;  // f32 [C], contiguous
-  TensorView u;      // f32 [C, C], contiguous, zeroed: the upper triangle is written
-  bool* definite;    // false if a pivot was not positive; u is then unspecified
+  TensorView h;     // f32 [C, C], symmetric, unit stride along the last dimension
+  TensorView u;     // f32 [C, C], contiguous, written whole
+  TensorView dead;  // bool [C], contiguous: inputs that were always zero, H_jj = 0
+  double damping;
+  bool* good;  // false if H is not finite, or a pivot not positive by more than its rounding error:
+               // u is then unspecified
   int threads;
 };
 

@@ -2,18 +2,22 @@
 // choose the smallest of them. All counts are exact and ties go to the lower index.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/cut.h"
+#include "cpu/obs_tile.h"
 #include "cpu/simd.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
 
 // The bits of a non-negative float order like the float itself, NaN above infinity. Weights that
-// must stay pruned get the one key below all others.
+// must stay pruned get the one key below all others. Differences of keys do not overflow.
 constexpr int32_t kPreservedKey = -1;
-constexpr int32_t kLargestKey = 0x7fffffff;
+constexpr int32_t kLargestKey = 0x7ffffffe;
 
 // A vector of keys; comparisons give -1 and 0 per lane.
 typedef int32_t Keys __attribute__((vector_size(4 * Vec::kLanes)));
@@ -42,9 +46,11 @@ inline void score_keys(const float* w, const float* scale, int64_t cols, int lan
   for (int64_t c = 0; c < cols; ++c) {
     const Vec factor = Vec::set1(scale[c]);
     for (int l = 0; l < lanes; l += Vec::kLanes) {
-      alignas(64) float score[Vec::kLanes];
-      Vec::abs(Vec::load(w + c * lanes + l) * factor).store(score);
-      std::memcpy(keys + c * lanes + l, score, sizeof score);
+      const Vec score = Vec::abs(Vec::load(w + c * lanes + l) * factor);
+      Keys key;
+      static_assert(sizeof key == sizeof score, "same lanes");
+      std::memcpy(&key, &score, sizeof key);
+      keys_at(keys + c * lanes + l) = key < kLargestKey ? key : Keys{} + kLargestKey;
     }
   }
 }
@@ -83,6 +89,13 @@ inline void prune_group(const int32_t* keys, int64_t m, int lanes, int32_t prune
     }
 }
 
+// pruned = key <= bound.
+inline void prune_up_to(const int32_t* keys, int64_t cols, int lanes, int32_t bound,
+                        int32_t* pruned) {
+  for (int64_t i = 0; i < cols * lanes; i += Vec::kLanes)
+    keys_at(pruned + i) = keys_at(keys + i) <= bound;
+}
+
 // One vector of rows: threshold and ties such that pruning the keys below `threshold` and the
 // first `ties` keys equal to it prunes exactly k per lane. The threshold is found bit by bit; a
 // lane is done as soon as some value has exactly k keys below it.
@@ -117,73 +130,93 @@ inline void prune_below(const int32_t* keys, int64_t cols, int lanes, const Keys
   }
 }
 
-// Radix select of one key over many strips, three digits of the keys shifted up by one (so that
-// the preserved key is digit 0). The caller adds up the counts of all strips between digits.
-class DigitSelect {
+// The cut of one block of columns over all its strips, found by a team of threads. A sample
+// brackets it, each strip copies out its keys within the bracket, and the cut is searched among
+// those.
+class BlockCut {
  public:
-  static constexpr int kDigits = 3;
-  // Four interleaved tables: neighbouring keys often share a digit, and incrementing one counter
-  // twice in a row waits for the store.
-  static constexpr int kTables = 4;
-  static constexpr int kBins = 2049;  // the top digit of kLargestKey + 1 is 2048
-  static constexpr int kCounters = kBins * kTables;
+  // Keys that a strip adds to the sample.
+  static constexpr int kSampled = 64;
 
-  DigitSelect() = default;
-  // wanted: 1-based rank of the key, 0 for none.
-  explicit DigitSelect(int64_t wanted) : wanted_(wanted) {}
+  // `keys`: strips of up to `strip_keys`, `rows` rows in all.
+  BlockCut(int64_t strips, int64_t strip_keys)
+      : strips_(strips),
+        stride_(strip_keys + kSlack),
+        sample_(strips * kSampled),
+        inside_(strips * stride_),
+        joined_(strips * stride_),
+        scratch_(2 * std::max(strips * stride_, strips * kSampled + kSlack)),
+        count_(strips),
+        below_(strips) {}
 
-  // Adds the current digit of the keys of lanes < rows that share the digits found so far.
-  void count(int digit, const int32_t* keys, int64_t cols, int lanes, int rows,
-             int32_t* counters) const {
-    for (int64_t c = 0; c < cols; ++c)
-      if (digit == 0)
-        count_all(keys + c * lanes, rows, counters);
-      else
-        count_sharing(digit, keys + c * lanes, rows, counters);
+  // Strip s: `rows` of its `lanes` rows are there. The keys of the others become the largest.
+  void add(int64_t s, int32_t* keys, int64_t cols, int lanes, int rows) const {
+    for (int64_t c = 0; rows < lanes && c < cols; ++c)
+      std::fill(keys + c * lanes + rows, keys + (c + 1) * lanes, kLargestKey);
+    // Rows and columns with no small period in common with what is in them.
+    for (int i = 0; i < kSampled; ++i)
+      sample_[s * kSampled + i] = keys[i * 53 % cols * lanes + i * 37 % rows];
   }
 
-  // Finds the digit of the wanted key in the summed counters.
-  void narrow(int digit, const int32_t* counters) {
-    for (uint32_t bin = 0;; ++bin) {
-      equal_ = 0;
-      for (int t = 0; t < kTables; ++t) equal_ += counters[bin * kTables + t];
-      if (wanted_ <= equal_) {
-        prefix_ = prefix_ << (digit ? kShift[digit - 1] - kShift[digit] : 0) | bin;
-        return;
+  // After all strips, by the whole team: the cut that prunes the `wanted` smallest of `total` keys.
+  // keys_of(s) are those of strip s, `strip_keys` of them.
+  template <class F>
+  Cut find(int64_t wanted, int64_t total, int64_t strip_keys, F&& keys_of) {
+#pragma omp single
+    bracket(wanted, total);
+    while (!found_) {
+#pragma omp for schedule(static)
+      for (int64_t s = 0; s < strips_; ++s) {
+        below_[s] = 0;
+        count_[s] =
+            gather_range(keys_of(s), strip_keys, lo_, hi_, inside_ + s * stride_, below_[s]);
       }
-      wanted_ -= equal_;
+#pragma omp single
+      narrow(wanted);
     }
+    return cut_;
   }
-
-  // After the last digit: the key, how many equal it, and how many of those are wanted.
-  int32_t key() const { return wanted_ > 0 ? static_cast<int32_t>(prefix_ - 1) : 0; }
-  int64_t equal() const { return equal_; }
-  int64_t wanted() const { return wanted_; }
 
  private:
-  static constexpr int kShift[kDigits] = {20, 9, 0};
+  const int64_t strips_, stride_;
+  Buffer<int32_t> sample_, inside_, joined_, scratch_;
+  Buffer<int64_t> count_, below_;
+  int32_t lo_ = 0, hi_ = 0;
+  bool found_ = false;
+  Cut cut_{kPreservedKey, 0};
 
-  static void count_all(const int32_t* keys, int rows, int32_t* counters) {
-    for (int l = 0; l < rows; ++l)
-      ++counters[((static_cast<uint32_t>(keys[l]) + 1) >> kShift[0]) * kTables + l % kTables];
+  // Between the order statistics 3.5 standard deviations of the wanted one's rank to either side.
+  void bracket(int64_t wanted, int64_t total) {
+    lo_ = kPreservedKey, hi_ = kLargestKey;
+    found_ = wanted <= 0;
+    if (found_) cut_ = {kPreservedKey, 0};
+    if (found_) return;
+    const int64_t n = strips_ * kSampled;
+    const double share = static_cast<double>(wanted) / static_cast<double>(total);
+    const int64_t rank = static_cast<int64_t>(share * static_cast<double>(n)) + 1;
+    const int64_t margin =
+        static_cast<int64_t>(3.5 * std::sqrt(static_cast<double>(n) * share * (1 - share))) + 2;
+    if (rank > margin) lo_ = find_cut(sample_, n, rank - margin, scratch_, kLargestKey).key;
+    if (rank + margin <= n) hi_ = find_cut(sample_, n, rank + margin, scratch_, kLargestKey).key;
   }
 
-  // Few keys share the prefix: whole vectors without one are passed over.
-  void count_sharing(int digit, const int32_t* keys, int rows, int32_t* counters) const {
-    const int above = kShift[digit - 1], here = kShift[digit];
-    const uint32_t low = (prefix_ << above) - 1;
-    for (int l0 = 0; l0 < rows; l0 += Vec::kLanes) {
-      if (!any((((UnsignedKeys)keys_at(keys + l0) - low) >> above) == 0)) continue;
-      for (int l = l0; l < rows && l < l0 + Vec::kLanes; ++l) {
-        const uint32_t offset = static_cast<uint32_t>(keys[l]) - low;
-        if (offset >> above == 0) ++counters[(offset >> here) * kTables];
-      }
+  // The cut among the keys inside, or, where the sample misled, a bracket that cannot miss.
+  void narrow(int64_t wanted) {
+    int64_t below = 0, inside = 0;
+    for (int64_t s = 0; s < strips_; ++s) {
+      std::copy_n(inside_ + s * stride_, count_[s], joined_ + inside);
+      inside += count_[s];
+      below += below_[s];
+    }
+    if (wanted <= below) {
+      hi_ = lo_ - 1, lo_ = kPreservedKey;
+    } else if (wanted > below + inside) {
+      lo_ = hi_ + 1, hi_ = kLargestKey;
+    } else {
+      cut_ = find_cut(joined_, inside, wanted - below, scratch_, kLargestKey);
+      found_ = true;
     }
   }
-
-  uint32_t prefix_ = 0;  // the digits found so far
-  int64_t wanted_ = 0;   // 1-based rank of the key among those that share the prefix
-  int64_t equal_ = 0;
 };
 
 }  // namespace PYPRUNE_ISA

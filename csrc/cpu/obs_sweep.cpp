@@ -12,6 +12,8 @@
 
 #include <omp.h>
 
+#include <optional>
+
 #include "cpu/obs_select.h"
 #include "cpu/obs_tile.h"
 #include "cpu/strip.h"
@@ -52,8 +54,9 @@ class Sweep {
         scratch_f_(args.threads * block_ * kLanes),
         scratch_i_(3 * args.threads * block_ * kLanes),
         block_keys_(rule_ == Rule::block ? strips_ * kLanes * block_ : 0),
-        row_ties_(strips_ * kLanes),
-        counters_(args.threads * DigitSelect::kCounters) {}
+        row_ties_(strips_ * kLanes) {
+    if (rule_ == Rule::block) block_cut_.emplace(strips_, kLanes * block_);
+  }
 
   void run() {
     for (int64_t b = 0; b < a_.w.shape[0]; ++b) matrix(b);
@@ -74,14 +77,14 @@ class Sweep {
   Buffer<int32_t> scratch_i_;
   Buffer<int32_t> block_keys_;  // [strips][block][lanes]
   Buffer<int32_t> row_ties_;
-  Buffer<int32_t> counters_;  // [threads][DigitSelect::kCounters]
-  DigitSelect select_;
+  std::optional<BlockCut> block_cut_;
 
   // The current matrix of the batch and the current block of columns.
   int64_t b_ = 0;
   const float* u_ = nullptr;
   const float* scale_ = nullptr;  // the factor of |w_j| in its score
   int64_t i1_ = 0, i2_ = 0;
+  Cut cut_{kPreservedKey, 0};  // of the current block, Rule::block
 
   Panel panel() const { return {panel_, i1_, i2_}; }
   float* strip(int64_t s) const { return errors_ + s * kLanes * cols_; }
@@ -204,7 +207,7 @@ class Sweep {
         choose_in_rows(s, width, mine.keys, pruned);
         break;
       case Rule::block:
-        prune_threshold(s, width, pruned);
+        prune_to_cut(s, width, pruned);
         break;
     }
     if (a_.preserve)
@@ -230,65 +233,44 @@ class Sweep {
     }
   }
 
-  // --- rows x block: one threshold for all strips -------------------------------------------
+  // --- rows x block: one cut for all strips -------------------------------------------------
 
   int32_t* block_keys(int64_t s) const { return block_keys_ + s * kLanes * block_; }
 
-  // Brings the block up to date in every strip and finds its threshold key and the ties that
-  // each row prunes. Called by the whole team.
+  // Brings the block up to date in every strip and finds its cut. Called by the whole team.
   void choose_in_block() {
     const int64_t width = i2_ - i1_;
     const Scratch mine = scratch();
-    int32_t* counters = counters_ + omp_get_thread_num() * DigitSelect::kCounters;
     const int32_t count = a_.counts->ptr<int32_t>()[b_ * a_.counts->shape[2] + i1_ / block_];
     const int64_t wanted = std::min<int64_t>(count, rows_ * width);
-#pragma omp single
-    select_ = DigitSelect(wanted);
-    for (int digit = 0; digit < DigitSelect::kDigits; ++digit) {
-      std::fill_n(counters, DigitSelect::kCounters, 0);
 #pragma omp for schedule(static)
-      for (int64_t s = 0; s < strips_; ++s) {
-        if (digit == 0) {
-          advance(s);
-          if (a_.preserve)
-            load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1_), cols_, strip_rows(s),
-                             width, mine.preserved, kLanes);
-          keys_of(s, i1_, width, mine.preserved, block_keys(s));
-        }
-        select_.count(digit, block_keys(s), width, kLanes, strip_rows(s), counters);
-      }
-#pragma omp single
-      if (wanted > 0) narrow(digit);
+    for (int64_t s = 0; s < strips_; ++s) {
+      advance(s);
+      if (a_.preserve)
+        load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1_), cols_, strip_rows(s), width,
+                         mine.preserved, kLanes);
+      keys_of(s, i1_, width, mine.preserved, block_keys(s));
+      block_cut_->add(s, block_keys(s), width, kLanes, strip_rows(s));
     }
-    share_ties(wanted);
+    const Cut cut = block_cut_->find(wanted, rows_ * width, width * kLanes,
+                                     [&](int64_t s) { return block_keys(s); });
+    if (cut.ties > 0 && cut.ties < kAllTies && !a_.all_ties) share_ties(cut);
+#pragma omp single
+    cut_ = a_.all_ties && wanted > 0 ? Cut{cut.key, kAllTies} : cut;
   }
 
-  void narrow(int digit) {
-    for (int t = 1; t < omp_get_num_threads(); ++t)
-      for (int i = 0; i < DigitSelect::kCounters; ++i)
-        counters_[i] += counters_[t * DigitSelect::kCounters + i];
-    select_.narrow(digit, counters_);
-  }
-
-  // row_ties_: how many keys equal to the threshold each row prunes, earlier rows first.
-  void share_ties(int64_t wanted) {
-    const bool every = a_.all_ties || select_.wanted() == select_.equal();
-    if (wanted <= 0 || every) {
-#pragma omp single
-      std::fill_n(static_cast<int32_t*>(row_ties_), strips_ * kLanes, wanted > 0 ? kLargestKey : 0);
-      return;
-    }
+  // row_ties_: how many keys equal to the cut's each row prunes, earlier rows first.
+  void share_ties(const Cut& cut) {
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < strips_; ++s)
       for (int l = 0; l < kLanes; ++l) {
         int32_t equal = 0;
-        for (int64_t c = 0; c < i2_ - i1_; ++c)
-          equal += block_keys(s)[c * kLanes + l] == select_.key();
+        for (int64_t c = 0; c < i2_ - i1_; ++c) equal += block_keys(s)[c * kLanes + l] == cut.key;
         row_ties_[s * kLanes + l] = equal;
       }
 #pragma omp single
     {
-      int64_t left = select_.wanted();
+      int64_t left = cut.ties;
       for (int64_t r = 0; r < rows_; ++r) {
         row_ties_[r] = static_cast<int32_t>(std::min<int64_t>(left, row_ties_[r]));
         left -= row_ties_[r];
@@ -296,9 +278,11 @@ class Sweep {
     }
   }
 
-  void prune_threshold(int64_t s, int64_t width, int32_t* pruned) const {
+  void prune_to_cut(int64_t s, int64_t width, int32_t* pruned) const {
+    if (cut_.ties == kAllTies) return prune_up_to(block_keys(s), width, kLanes, cut_.key, pruned);
+    if (cut_.ties == 0) return prune_up_to(block_keys(s), width, kLanes, cut_.key - 1, pruned);
     for (int l = 0; l < kLanes; l += Vec::kLanes)
-      prune_below(block_keys(s) + l, width, kLanes, Keys{} + select_.key(),
+      prune_below(block_keys(s) + l, width, kLanes, Keys{} + cut_.key,
                   keys_at(row_ties_ + s * kLanes + l), pruned + l);
   }
 };

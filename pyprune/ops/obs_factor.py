@@ -137,15 +137,6 @@ def _factor_blocked(h: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     return _reversed_factor(h, shift, _by_products)
 
 
-def _factor_native(h: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-    if h.dtype != torch.float32:  # fp64 is the retry of an ill-conditioned H, not the usual case
-        return _factor_blocked(h, shift)
-    rows = h if h.stride(2) == 1 or h.shape[2] <= 1 else h.contiguous()
-    u = torch.zeros(h.shape, dtype=h.dtype)
-    definite = [_native.call("obs_factor", *each) for each in zip(u, rows, shift, strict=True)]
-    return u, torch.tensor(definite, dtype=torch.bool)
-
-
 def _finite(h: Tensor) -> Tensor:
     """Bool `[B]`. The sum finds nearly all matrices that are not finite in one pass without a
     temporary."""
@@ -222,16 +213,30 @@ def obs_factor_reference(
     return _obs_factor(h, damping, max_damping, _factor_reference)
 
 
-def _obs_factor_native(
-    h: Tensor, damping: float, max_damping: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _obs_factor(h, damping, max_damping, _factor_native)
-
-
 def obs_factor_blocked(
     h: Tensor, damping: float, max_damping: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _obs_factor(h, damping, max_damping, _factor_blocked)
+
+
+def _obs_factor_native(
+    h: Tensor, damping: float, max_damping: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel makes one attempt, in fp32 with the first damping: dead inputs, damping and the
+    judgement of H and the pivots included. What it gives up is the rare case."""
+    if h.dtype != torch.float32:
+        return obs_factor_blocked(h, damping, max_damping)
+    stack = h if h.dim() == 3 else h[None]
+    rows = stack if stack.stride(2) == 1 or stack.shape[2] <= 1 else stack.contiguous()
+    u = torch.empty(stack.shape)
+    dead = torch.empty(stack.shape[:2], dtype=torch.bool)
+    used = torch.full(stack.shape[:1], damping, dtype=torch.float64)
+    good = [_native.call("obs_factor", u[b], dead[b], rows[b], damping) for b in range(len(u))]
+    if not all(good):
+        bad = [b for b, fine in enumerate(good) if not fine]
+        u[bad], dead[bad], used[bad] = obs_factor_blocked(stack[bad], damping, max_damping)
+    result = (u, dead, used)
+    return result if h.dim() == 3 else (u[0], dead[0], used[0])
 
 
 def _obs_factor_fake(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -237,15 +238,14 @@ def block_counts(
     pruned counts; if it alone exceeds `pruned`, nothing is added to it.
     """
     batch, rows, cols = shape
-    device = None if preserve is None else preserve.device
-    starts = torch.arange(0, cols, block_size, device=device)
-    ends = (starts + block_size).clamp(max=cols)
     if preserve is None:
         # Proportions of C are those of R * C: no need to count in weights.
-        cumulative = (2 * pruned * ends + cols) // (2 * cols)
-        groups = rows if per_row else 1
-        counts = cumulative.diff(prepend=cumulative.new_zeros(1))
-        return counts.to(torch.int32).expand(batch, groups, -1)
+        until = [min(cols, start + block_size) for start in range(0, cols, block_size)]
+        sums = [0, *((2 * pruned * end + cols) // (2 * cols) for end in until)]
+        counts = [b - a for a, b in pairwise(sums)]
+        return torch.tensor(counts, dtype=torch.int32).expand(batch, rows if per_row else 1, -1)
+    starts = torch.arange(0, cols, block_size, device=preserve.device)
+    ends = (starts + block_size).clamp(max=cols)
     running = (~preserve).to(torch.int32).cumsum(2, dtype=torch.int64)
     stay = running[:, :, ends - 1]
     size = ends.expand_as(stay)

@@ -88,8 +88,9 @@ def test_every_quota_in_whole_blocks(isa, use_isa, m):
     use_isa(isa)
     cols = 3 * 128 + 64 + m
     for kind in selection.KINDS:
-        w = selection.weights(kind, 3, cols, torch.float32)
-        for names in (), selection.TERMS["preserve"], selection.TERMS["all"]:
+        for names in (), ("column_scale",), ("preserve",), selection.TERMS["all"]:
+            dtype = torch.bfloat16 if names == ("column_scale",) else torch.float32
+            w = selection.weights(kind, 3, cols, dtype)
             given = selection.terms(names, 3, cols, "cpu")
             for n in range(1, m + 1):
                 want = selection.brute_force_groups(w, m, m - n, **given)

@@ -222,3 +222,38 @@ def test_fuzz_every_split(n, tokens, leaf, seed, scale):
         patch.setattr(import_module("pyprune.ops.obs_factor"), "LEAF", {"cpu": leaf})
         u = ops.obs_factor(h).u
     assert residual(u, damped(h)) < 1e-9
+
+
+def test_independent_of_thread_count(use_backend):
+    use_backend("native", OP, "cpu", torch.float32)
+    h = hessian(500).float()
+    threads = torch.get_num_threads()
+    try:
+        factors = []
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            factors.append(ops.obs_factor(h).u)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(factors[0], factors[1]) and torch.equal(factors[0], factors[2])
+
+
+@pytest.mark.parametrize("at", [(90, 7), (7, 90), (50, 50), (99, 99)], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+def test_any_entry_that_is_not_finite_is_found(use_backend, at, value):
+    """In whichever triangle it is: the native kernel computes with one of them only."""
+    use_backend("native", OP, "cpu", torch.float32)
+    h = hessian(100).float()
+    h[at] = value
+    with pytest.raises(ValueError, match="expected finite values"):
+        ops.obs_factor(h)
+
+
+def test_one_of_a_stack_is_retried_in_double(use_backend):
+    use_backend("native", OP, "cpu", torch.float32)
+    poor = damped(hessian(300, 10), 1e-6).float()
+    stack = torch.stack([hessian(300).float(), poor])
+    factor = ops.obs_factor(stack, damping=0.0)
+    assert factor.damping.tolist() == [0.0, 0.0]
+    for h, u in zip(stack, factor.u, strict=True):
+        assert torch.equal(ops.obs_factor(h, damping=0.0).u, u)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.layers import random_layer, random_mask
-from ops.sweep import OP, RULES, fewer
+from ops.sweep import ISAS, OP, RULES, fewer
 
 from pyprune import ops
 from pyprune.patterns import pruned_count
@@ -50,6 +50,24 @@ def test_nm_counts(backend, device, use_backend, nm):
     for block_size in (1, 64, 1000) if backend == "native" else (64,):
         mask = ops.obs_sweep(w.float().to(device), u, nm=nm, block_size=block_size).mask.cpu()
         assert bool((mask.view(9, -1, m).sum(2) == n).all())
+
+
+@pytest.mark.parametrize("large", [True, False], ids=["large", "small"])
+@pytest.mark.parametrize("isa", ISAS)
+def test_block_cut_survives_a_misleading_sample(use_backend, use_isa, isa, large):
+    """The native kernel samples the weights at these places of each strip of rows to bracket the
+    cut; here they tell nothing about the others, on whichever side of the cut those are."""
+    use_backend("native", OP, "cpu", torch.float32)
+    use_isa(isa)
+    rows, cols = 96, 128
+    for lanes in (8, 16, 24, 48):
+        w = torch.rand(rows, cols, generator=torch.Generator().manual_seed(lanes)) + 1
+        at = torch.arange(64)
+        for strip in range(rows // lanes):
+            w[strip * lanes + at * 37 % lanes, at * 53 % cols] *= 100 if large else 0.01
+        mask = ops.obs_sweep(w, torch.eye(cols), sparsity=0.5, block_size=cols).mask
+        cut = w.flatten().sort().values[rows * cols // 2]
+        assert torch.equal(mask, w >= cut)
 
 
 def test_reference_count_prunes_one_more_and_all_ties(backend, device, use_backend):
