@@ -255,9 +255,8 @@ def parts(found: list[dict[str, Any]], tokens: int, rate: float) -> dict[str, An
     }
     after, own = sum(by_phase[phase] for phase in AFTER), by_phase["factors"] / tokens
     more = RATIO * rate - own
-    extra = {
-        k: found[-1][k] for k in ("iterations_mean", "gap_max", "update_flops") if k in found[-1]
-    }
+    kept = ("iterations_mean", "gap_max", "update_flops")
+    extra = {key: found[-1][key] for key in kept if key in found[-1]}
     return {
         "seconds_by_phase": by_phase,
         "share_after_factors": after / (after + by_phase["factors"]),
@@ -275,6 +274,11 @@ def parts(found: list[dict[str, Any]], tokens: int, rate: float) -> dict[str, An
     }
 
 
+def bar_ratio(row: dict[str, Any]) -> str:
+    tokens = row["tokens_for_ratio_bar"]
+    return "never" if tokens is None else f"{tokens:,}"
+
+
 def show(made: list[dict[str, Any]]) -> None:
     first = made[0]
     table = Table(
@@ -282,12 +286,12 @@ def show(made: list[dict[str, Any]]) -> None:
         title_justify="left", box=box.SIMPLE,
     )  # fmt: skip
     table.add_column("", no_wrap=True)
-    for header in ("median s", f"time / {BASELINE}", "/ activation_gradients", "costs, threshold,\nupdate",
-                   *(f"at {n:,} tokens:\nratio, share" for n in AT),
-                   f"tokens for\n{RATIO}x, {SHARE:.0%}"):  # fmt: skip
+    headers = ["median s", "/ forward,\nbackward", "/ gradients\nalone", "after\nfactors"]
+    headers += [f"at {n:,}:\nratio, share" for n in AT]
+    for header in (*headers, f"tokens for\n{RATIO}x, {SHARE:.0%}"):
         table.add_column(header, justify="right")
     for row in made:
-        share, bar = row.get("share_after_factors"), row.get("tokens_for_ratio_bar")
+        share = row.get("share_after_factors")
         at = row.get("projected", {}).values()
         table.add_row(
             row["provider"],
@@ -296,7 +300,7 @@ def show(made: list[dict[str, Any]]) -> None:
             f"{row['ratio_to_activation_gradients']:.2f}",
             "-" if share is None else f"{share:.0%}",
             *(f"{p['ratio_to_baseline']:.2f}, {p['share_after_factors']:.0%}" for p in at),
-            *([] if share is None else [f"{bar or 0:,}, {row['tokens_for_share_bar']:,}"]),
+            *([] if share is None else [f"{bar_ratio(row)}, {row['tokens_for_share_bar']:,}"]),
         )
     Console(width=120).print(table)
 
