@@ -266,7 +266,7 @@ def kron_pcg(
     disturb one another.
 
     The preconditioner takes either factor as a diagonal plus up to 32 directions, those in which it
-    is largest, and inverts each on what a row or a column keeps: 24 R C K flops an iteration for K
+    is largest, and inverts each on what a row or a column keeps: 12 R C K flops an iteration for K
     directions.
 
     Args:
@@ -282,7 +282,9 @@ def kron_pcg(
         `gap`: an estimate of how far the loss is above the least possible one, relative to the loss
             (plus 1e-7 of that of plain zeroing, below which fp32 resolves nothing; 2e-16 for fp64),
             from how the gains of the last two iterations compare with those of the two before, and
-            of four with the four before; infinite with fewer than four iterations.
+            of four with the four before; infinite with fewer than four iterations. The
+            truth was up to 1.5 times as much on matrices with a fifth or more of their weights
+            pruned, and 3.5 times on one with 8 %.
         `iterations`: how many were made.
 
     Where `iterations` came before the tolerance, `gap` is larger: see `KronPcg.converged`. NaN and
