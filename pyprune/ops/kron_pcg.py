@@ -260,10 +260,10 @@ def kron_pcg(
 
     Minimises `1/2 tr(D^T G D A)` over D with `D_ij = -W_ij` where pruned, by conjugate gradients on
     the kept entries; every iterate is feasible and the quadratic loss never rises above that of
-    plain zeroing. The cost does not depend on how many weights are pruned: two matrix products an
-    iteration, 2 R C (R + C) flops. Converged it equals the closed form `-G^-1 M A^-1` of LLM
-    Surgeon (arXiv 2312.17244, eq. 8) for the whole set, which the paper solves in groups that
-    disturb one another.
+    plain zeroing. An iteration is two matrix products, 2 R C (R + C) flops, however many weights
+    are pruned; with few of them there are more iterations. Converged it equals the closed form
+    `-G^-1 M A^-1` of LLM Surgeon (arXiv 2312.17244, eq. 8) for the whole set, which the paper
+    solves in groups that disturb one another.
 
     The preconditioner takes either factor as a diagonal plus up to 32 directions, those in which it
     is largest, and inverts each on what a row or a column keeps: 12 R C K flops an iteration for K
@@ -292,7 +292,8 @@ def kron_pcg(
 
     Raises:
         ValueError: a shape, dtype, device or range rule is broken.
-        torch.linalg.LinAlgError: a or g is not positive definite, or not finite.
+        torch.linalg.LinAlgError: a or g, of 32 rows or more, is not finite, or not positive
+            definite among its largest directions. Smaller ones are not looked at.
     """
     args = _Pcg(w, mask, a, g, iterations, float(tolerance))
     args.check()
