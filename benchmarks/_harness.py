@@ -226,6 +226,22 @@ def time_interleaved(
     return samples
 
 
+def time_turns(
+    providers: Mapping[str, Provider], device: str, turns: int
+) -> dict[str, list[float]]:
+    """Seconds of single calls of each provider, in turns and without a call to warm up: for calls
+    that take seconds."""
+    seconds: dict[str, list[float]] = {name: [] for name in providers}
+    for turn in range(turns):
+        for name, provider in providers.items():
+            start = time.perf_counter()
+            provider(turn)
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
 def _sample_cpu(provider: Provider, calls: int, turn: int) -> float:
     start = time.perf_counter()
     for i in range(calls):

@@ -1,23 +1,29 @@
 """One shot of LLM Surgeon on the packaged model (`--smoke`: a tiny random one).
 
-    python benchmarks/bench_surgeon.py --nsamples 128 --seqlen 2048 --json surgeon.json
+    python benchmarks/bench_surgeon.py --json surgeon.json
+    python benchmarks/bench_surgeon.py --nsamples 16 --turns 2 --shots element 2:4
 
 forward_backward: the loss's forward and backward by plain autograd, weight gradients included, the
     time a shot is compared with.
 activation_gradients: the pass that ours stands on, with statistics of nothing.
-element, rows-columns: a whole shot of ours, to 10 %; the share of it that is costs, threshold and
-    update is given.
+element, 2:4, rows-columns (`--shots`): a whole shot of ours, to 50 %, 2:4 and 10 %; the share of it
+    that is costs, threshold and update is given.
 reference: what the authors' code does before its update: weight gradients made and dropped, full
     products for A of every module and for G, eigendecompositions of all damped factors, the
-    inverses and costs from them. Its update is left out.
+    inverses and costs from them, these of `--reference-blocks` blocks and multiplied up to all. Its
+    update is left out.
 
-All run on the same weights and tokens in turns. What follows the factors does not depend on the
-number of tokens: its share falls with more text.
+All run on the same weights and tokens in turns (`--turns`; --repetitions is not used). The passes
+take time in proportion to the tokens, and what follows the factors does not depend on their number:
+so the times measured at a few tokens also say how a shot compares at more, and from how many tokens
+on it takes at most 2.5 times the forward and backward, and what follows the factors at most a
+quarter of it. By default that is 2,048 tokens and one turn, less than four minutes on two threads.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from argparse import Namespace
@@ -26,7 +32,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import environment, parse, ratio
+from _harness import environment, gemm_rate, parse, time_turns
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -43,7 +49,15 @@ from pyprune.surgeon.run import Surgeon
 BASELINE = "forward_backward"
 AFTER = ("costs", "threshold", "update")
 DAMPING = 0.01
-MOST_REPETITIONS = 3
+# Bars: a shot over forward and backward, and what follows the factors over the shot.
+RATIO, SHARE = 2.5, 0.25
+# Tokens at which shots are compared besides those measured: 16 x 512, and the paper's 128 x 2048.
+AT = (8192, 262144)
+SHOTS: dict[str, dict[str, Any]] = {
+    "element": {"sparsity": 0.5},
+    "2:4": {"pattern": "2:4"},
+    "rows-columns": {"sparsity": 0.1, "structure": "rows-columns"},
+}
 
 
 def build(args: Namespace) -> tuple[Any, TokenSet]:
@@ -91,12 +105,35 @@ def activation_gradients(model: Any, tokens: TokenSet, device: str) -> None:
     backward_pass(Adapter.of(model), tokens.batches, visitors, device=device)
 
 
-def reference(model: Any, tokens: TokenSet) -> float:
-    """The sum of all costs, so that nothing is made for nothing."""
-    refs = linears(model)
+def reference(model: Any, tokens: TokenSet, blocks: int) -> dict[str, float]:
+    """Seconds by phase, those after the factors of all blocks as `blocks` of them take."""
+    start = time.perf_counter()
+    factors = reference_factors(model, tokens)
+    made = time.perf_counter()
+    every, total = linears(model), 0.0
+    adapter = Adapter.of(model)
+    some = every[: sum(len(adapter.linears(i)) for i in range(min(blocks, len(adapter.blocks))))]
+    for ref in some:
+        w = ref.weight()
+        inverses = []
+        for h in factors[ref.name]:
+            h.diagonal().add_(DAMPING * h.diagonal().mean())
+            values, vectors = torch.linalg.eigh(h)
+            inverses.append((vectors / values) @ vectors.T)
+        a, g = factors[ref.name]
+        total += float(((w @ a) * w).sum(1).div(inverses[1].diagonal()).sum())
+        total += float(((g @ w) * w).sum(0).div(inverses[0].diagonal()).sum())
+    if not math.isfinite(total):
+        raise SystemExit(f"reference: expected finite costs, got {total}")
+    after = (time.perf_counter() - made) * len(every) / len(some)
+    return {"factors": made - start, "costs": after}
+
+
+def reference_factors(model: Any, tokens: TokenSet) -> dict[str, list[torch.Tensor]]:
+    """A and G of every module, full products of each."""
     factors: dict[str, list[torch.Tensor]] = {}
     handles = []
-    for ref in refs:
+    for ref in linears(model):
         rows, columns = ref.weight().shape
         device = ref.weight().device
         factors[ref.name] = [torch.zeros(n, n, device=device) for n in (columns, rows)]
@@ -118,84 +155,128 @@ def reference(model: Any, tokens: TokenSet) -> float:
     finally:
         for handle in handles:
             handle.remove()
-    total = 0.0
-    for ref in refs:
-        w = ref.weight()
-        inverses = []
-        for h in factors[ref.name]:
-            h.diagonal().add_(DAMPING * h.diagonal().mean())
-            values, vectors = torch.linalg.eigh(h)
-            inverses.append((vectors / values) @ vectors.T)
-        a, g = factors[ref.name]
-        total += float(((w @ a) * w).sum(1).div(inverses[1].diagonal()).sum())
-        total += float(((g @ w) * w).sum(0).div(inverses[0].diagonal()).sum())
-    return total
+    return factors
 
 
-def shot(model: Any, tokens: TokenSet, structure: str, device: str) -> dict[str, float]:
-    """Seconds by phase."""
-    own = {"structure": structure, "shots": 1, "factor_memory": 64.0}
-    config = PruneConfig(method="llm-surgeon", sparsity=0.1, method_options=own)
+def shot(model: Any, tokens: TokenSet, name: str, device: str) -> dict[str, Any]:
+    """Seconds by phase, and what the updates report of themselves."""
+    asked = dict(SHOTS[name])
+    own = {"shots": 1, "factor_memory": 64.0}
+    if "structure" in asked:
+        own["structure"] = asked.pop("structure")
+    config = PruneConfig(method="llm-surgeon", method_options=own, **asked)
     measure = Measure()
-    Surgeon(config, Adapter.of(model), tokens, device=torch.device(device), measure=measure).run()
-    return measure.seconds
+    surgeon = Surgeon(
+        config, Adapter.of(model), tokens, device=torch.device(device), measure=measure
+    )
+    layers = surgeon.run()
+    made: dict[str, Any] = dict(measure.seconds)
+    steps = [layer for layer in layers if layer.iterations is not None]
+    if steps:
+        made["iterations_mean"] = statistics.mean(layer.iterations for layer in steps)
+        made["gap_max"] = max(layer.gap for layer in steps)
+        # The first residual, the image of each direction.
+        made["update_flops"] = sum(
+            2 * (layer.iterations + 1) * layer.elements * sum(layer.shape) for layer in steps
+        )
+    return made
 
 
 def timed(
     model: Any, tokens: TokenSet, args: Namespace
 ) -> tuple[dict[str, list[float]], dict[str, list[dict[str, float]]]]:
     dense = {key: t.clone() for key, t in model.state_dict().items()}
-    providers: dict[str, Callable[[], Any]] = {
-        "forward_backward": lambda: autograd(model, tokens),
-        "activation_gradients": lambda: activation_gradients(model, tokens, args.device),
-        "element": lambda: shot(model, tokens, "element", args.device),
-        "rows-columns": lambda: shot(model, tokens, "rows-columns", args.device),
-        "reference": lambda: reference(model, tokens),
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in providers}
     phases: dict[str, list[dict[str, float]]] = {}
-    for _ in range(1 if args.smoke else min(args.repetitions, MOST_REPETITIONS)):
-        for name, provider in providers.items():
-            model.load_state_dict(dense)
-            start = time.perf_counter()
-            result = provider()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - start)
-            if isinstance(result, dict):
-                phases.setdefault(name, []).append(result)
+
+    def provider(name: str) -> Callable[[int], None]:
+        def run(turn: int) -> None:
+            if name == "forward_backward":
+                autograd(model, tokens)
+            elif name == "activation_gradients":
+                activation_gradients(model, tokens, args.device)
+            elif name == "reference":
+                found = reference(model, tokens, args.reference_blocks)
+                phases.setdefault(name, []).append(found)
+            else:
+                phases.setdefault(name, []).append(shot(model, tokens, name, args.device))
+                model.load_state_dict(dense)
+
+        return run
+
+    names = (BASELINE, "activation_gradients", *args.shots, "reference")
+    seconds = time_turns(
+        {name: provider(name) for name in names}, args.device, 1 if args.smoke else args.turns
+    )
+    # Its costs are those of some blocks: the phases say what all of them take.
+    seconds["reference"] = [sum(found.values()) for found in phases["reference"]]
     return seconds, phases
 
 
 def rows(args: Namespace) -> list[dict[str, Any]]:
     model, tokens = build(args)
     seconds, phases = timed(model, tokens, args)
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
+    rate = medians[BASELINE] / tokens.tokens
     made = []
     for name, taken in seconds.items():
         row = {
             "op": "surgeon_shot",
             "provider": name,
             "model": "random" if args.smoke else "packaged",
+            "target": SHOTS.get(name),
             "tokens": tokens.tokens,
             "sequences": tokens.nsamples,
-            "seconds_median": statistics.median(taken),
+            "seconds_median": medians[name],
             "seconds_min": min(taken),
             "seconds_max": max(taken),
             "repetitions": len(taken),
             "baseline": BASELINE,
-            "ratio_to_baseline": ratio(taken, seconds[BASELINE]),
-            "ratio_to_activation_gradients": ratio(taken, seconds["activation_gradients"]),
+            "ratio_to_baseline": medians[name] / medians[BASELINE],
+            "ratio_to_activation_gradients": medians[name] / medians["activation_gradients"],
             **environment(args.device),
         }
         if name in phases:
-            parts = {
-                phase: statistics.median(p.get(phase, 0.0) for p in phases[name])
-                for phase in ("factors", *AFTER)
-            }
-            row["seconds_by_phase"] = parts
-            row["share_after_factors"] = sum(parts[p] for p in AFTER) / sum(parts.values())
+            row |= parts(phases[name], tokens.tokens, rate)
+        if name == "reference":
+            row["costs_of_blocks"] = args.reference_blocks
+        if "update_flops" in row:
+            floor = row["update_flops"] / gemm_rate(args.device, torch.float32, args.smoke)
+            row["update_floor_seconds"] = floor
+            row["update_share_of_floor"] = floor / row["seconds_by_phase"]["update"]
         made.append(row)
     return made
+
+
+def parts(found: list[dict[str, Any]], tokens: int, rate: float) -> dict[str, Any]:
+    """What the phases of a shot say of it at any number of tokens. rate: seconds of forward and
+    backward per token."""
+    by_phase = {
+        phase: statistics.median(p.get(phase, 0.0) for p in found) for phase in ("factors", *AFTER)
+    }
+    after, own = sum(by_phase[phase] for phase in AFTER), by_phase["factors"] / tokens
+    more = RATIO * rate - own
+    kept = ("iterations_mean", "gap_max", "update_flops")
+    extra = {key: found[-1][key] for key in kept if key in found[-1]}
+    return {
+        "seconds_by_phase": by_phase,
+        "share_after_factors": after / (after + by_phase["factors"]),
+        "projected": {
+            str(n): {
+                "ratio_to_baseline": (after + n * own) / (n * rate),
+                "share_after_factors": after / (after + n * own),
+            }
+            for n in AT
+        },
+        # None: with no number of tokens.
+        "tokens_for_ratio_bar": math.ceil(after / more) if more > 0 else None,
+        "tokens_for_share_bar": math.ceil((1 / SHARE - 1) * after / own),
+        **extra,
+    }
+
+
+def bar_ratio(row: dict[str, Any]) -> str:
+    tokens = row["tokens_for_ratio_bar"]
+    return "never" if tokens is None else f"{tokens:,}"
 
 
 def show(made: list[dict[str, Any]]) -> None:
@@ -205,17 +286,21 @@ def show(made: list[dict[str, Any]]) -> None:
         title_justify="left", box=box.SIMPLE,
     )  # fmt: skip
     table.add_column("", no_wrap=True)
-    for header in ("median s", "min", "max", f"time / {BASELINE}", "/ activation_gradients",
-                   "costs, threshold, update"):  # fmt: skip
+    headers = ["median s", "/ forward,\nbackward", "/ gradients\nalone", "after\nfactors"]
+    headers += [f"at {n:,}:\nratio, share" for n in AT]
+    for header in (*headers, f"tokens for\n{RATIO}x, {SHARE:.0%}"):
         table.add_column(header, justify="right")
     for row in made:
         share = row.get("share_after_factors")
+        at = row.get("projected", {}).values()
         table.add_row(
             row["provider"],
-            *(f"{row[f'seconds_{k}']:.2f}" for k in ("median", "min", "max")),
+            f"{row['seconds_median']:.2f}",
             f"{row['ratio_to_baseline']:.2f}",
             f"{row['ratio_to_activation_gradients']:.2f}",
             "-" if share is None else f"{share:.0%}",
+            *(f"{p['ratio_to_baseline']:.2f}, {p['share_after_factors']:.0%}" for p in at),
+            *([] if share is None else [f"{bar_ratio(row)}, {row['tokens_for_share_bar']:,}"]),
         )
     Console(width=120).print(table)
 
@@ -223,8 +308,11 @@ def show(made: list[dict[str, Any]]) -> None:
 def main() -> None:
     args = parse(
         __doc__,
-        nsamples={"type": int, "default": 16},
+        nsamples={"type": int, "default": 4},
         seqlen={"type": int, "default": 512},
+        shots={"nargs": "+", "choices": list(SHOTS), "default": ["element", "rows-columns"]},
+        turns={"type": int, "default": 1, "help": "timed calls of each provider"},
+        reference_blocks={"type": int, "default": 2, "help": "blocks of the reference's costs"},
     )
     made = rows(args)
     show(made)

@@ -349,6 +349,8 @@ class LayerPruner:
             elements=elements,
             damping=solution.damping,
             loss=solution.loss,
+            iterations=solution.iterations,
+            gap=solution.gap,
         )
         if inputs is None:
             return report

@@ -56,7 +56,8 @@ class LayerReport:
         changes and H = X^T X; relative_error_after: the same for the weights that were written.
         Squared errors of the outputs; None without calibration.
     error_basis: "gram", or "column norms" where only diag(H) was collected.
-    damping, loss: of the sweep, see `methods.Solution`. dead_inputs: inputs that were always zero.
+    damping, loss, iterations, gap: see `methods.Solution`. dead_inputs: inputs that were always
+        zero.
     seconds: solving and writing it, statistics excluded.
     """
 
@@ -73,6 +74,8 @@ class LayerReport:
     error_basis: str | None = None
     damping: float | None = None
     loss: float | None = None
+    iterations: int | None = None
+    gap: float | None = None
     dead_inputs: int = 0
     notes: tuple[str, ...] = ()
     seconds: float = 0.0

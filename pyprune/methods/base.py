@@ -174,13 +174,17 @@ class Solution:
     weight: `[R, C]`, zero where pruned. mask: `[R, C]` bool, True = kept.
     damping: the one that made the Gram matrix positive definite; None where none was factored.
     loss: 1/2 tr(dW H dW^T) with the damped H = mean over tokens of x x^T; None without a sweep or
-        a reconstruction. notes: what the user should know of it.
+        a reconstruction. iterations: of a conjugate gradient update that ends by an estimate;
+        gap: how far above the least one `loss` still is by it, relative to `loss`. None elsewhere.
+    notes: what the user should know of it.
     """
 
     weight: Tensor
     mask: Tensor
     damping: float | None = None
     loss: float | None = None
+    iterations: int | None = None
+    gap: float | None = None
     notes: tuple[str, ...] = ()
 
 

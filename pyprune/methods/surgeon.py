@@ -3,6 +3,7 @@ Kronecker-factored Fisher information, with the optimal correction of all others
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from pyprune.calibration.gradient_stats import GradientFactory, KroneckerFactors
 from pyprune.errors import UserError
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given_gradient
-from pyprune.methods.kronecker import ITERATIONS, Curvature, Update
+from pyprune.methods.kronecker import ITERATIONS, TOLERANCE, Corrected, Curvature, Update
 from pyprune.methods.selection import select_mask
 from pyprune.patterns import NM, Pattern
 
@@ -29,7 +30,9 @@ class SurgeonOptions:
     shots: after each one the curvature is taken anew, on the model as it is then; shot t of T
         removes t / T of the sparsity.
     update: of what is kept: `joint`, the optimum; `grouped`, the paper's approximation of it, to
-        compare with; or none. iterations: most conjugate gradient steps towards the optimum.
+        compare with; or none.
+    tolerance: how far above the least loss the joint update of weights and N:M groups may end, as
+        a fraction of it, by estimate. iterations: most conjugate gradient steps on the way.
     gradient_damping: as `damping`, of the gradients' factor; None: 0.1 for weights and N:M, 0.01
         for rows and columns, as in the paper.
     cap: most of one matrix that may go: of its weights or N:M groups, of its rows and its columns.
@@ -47,6 +50,7 @@ class SurgeonOptions:
     structure: Structure = "element"
     shots: int = 5
     update: Update = "joint"
+    tolerance: float = TOLERANCE
     iterations: int = ITERATIONS
     gradient_damping: float | None = None
     cap: float = 1.0
@@ -72,6 +76,8 @@ class SurgeonOptions:
         for name in ("factor_memory", "correction_rate"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise _wrong(name, "a positive number", getattr(self, name))
+        if not 0 <= self.tolerance < 1:
+            raise _wrong("tolerance", "a number in [0, 1)", self.tolerance)
         if not 0 < self.cap <= 1:
             raise _wrong("cap", "a share in (0, 1]", self.cap)
         if self.gradient_damping is not None and not 0 <= self.gradient_damping <= 1:
@@ -157,8 +163,29 @@ def surgeon(
         scores = w.abs() * rows[:, None] * columns
         scope = "layer" if isinstance(pattern, NM) else pattern.scope or "layer"
         mask = select_mask(scores, pattern, scope=scope, preserve=preserve)
-    new = there.without_elements(w, mask, own.update, own.iterations)
-    return Solution(new, mask, damping=there.a_damping, loss=there.loss(new - w))
+    new = there.without_elements(
+        w, mask, own.update, iterations=own.iterations, tolerance=own.tolerance
+    )
+    return Solution(
+        new.weight,
+        mask,
+        damping=there.a_damping,
+        loss=new.loss,
+        iterations=new.iterations,
+        # JSON knows no infinity: with a few iterations there is no estimate.
+        gap=new.gap if new.gap is not None and math.isfinite(new.gap) else None,
+        notes=_stopped_early(new, own),
+    )
+
+
+def _stopped_early(new: Corrected, own: SurgeonOptions) -> tuple[str, ...]:
+    if new.gap is None or new.gap <= own.tolerance:
+        return ()
+    left = f"about {new.gap:.1%}" if math.isfinite(new.gap) else "too early to tell how far"
+    return (
+        f"joint update stopped after {new.iterations} iterations, {left} above the least loss "
+        f"instead of {own.tolerance:.1%} (-O iterations=N allows more)",
+    )
 
 
 def gradient(options: MethodOptions) -> GradientFactory:

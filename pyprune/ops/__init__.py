@@ -5,7 +5,8 @@ from pyprune.ops import linear_backward  # noqa: F401  registers gradients
 from pyprune.ops.column_norms import column_norms
 from pyprune.ops.fisher_accumulate import fisher_accumulate
 from pyprune.ops.gram import gram
-from pyprune.ops.kron import kron_pcg, kron_quadratic, kron_remove
+from pyprune.ops.kron import kron_quadratic, kron_remove
+from pyprune.ops.kron_pcg import KronPcg, kron_pcg
 from pyprune.ops.obs_factor import NotPositiveDefiniteError, ObsFactor, inverse_diagonal, obs_factor
 from pyprune.ops.obs_greedy import ObsGreedy, obs_greedy
 from pyprune.ops.obs_reconstruct import ObsReconstruct, obs_reconstruct
@@ -31,6 +32,7 @@ from pyprune.ops.sparse_int8 import (
 from pyprune.ops.sparse_linear import linear_24, linear_bitmap, linear_dense
 
 __all__ = [
+    "KronPcg",
     "NotPositiveDefiniteError",
     "ObsFactor",
     "ObsGreedy",

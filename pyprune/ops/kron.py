@@ -1,9 +1,7 @@
-"""Kronecker helpers for LLM Surgeon: quadratic forms of rows and columns, the update for removed
-rows and columns, and the joint update of a layer's kept weights under a curvature G (x) A."""
+"""Kronecker helpers for LLM Surgeon: quadratic forms of rows and columns, and the update for
+removed rows and columns, under a curvature G (x) A. Its update for weights is `ops.kron_pcg`."""
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +15,7 @@ FACTOR_DTYPES = (torch.float32, torch.float64)
 PANEL = 256
 
 
-def _check_factors(w: Tensor, factors: dict[str, tuple[Tensor | None, int]]) -> None:
+def check_factors(w: Tensor, factors: dict[str, tuple[Tensor | None, int]]) -> None:
     """`w` is an fp32 or fp64 matrix, and the factors given are square, of their side, alike it."""
     check_rows("w", w)
     if w.dtype not in FACTOR_DTYPES:
@@ -36,7 +34,7 @@ def _check_factors(w: Tensor, factors: dict[str, tuple[Tensor | None, int]]) -> 
 
 def _check_kron_quadratic(w: Tensor, h: Tensor) -> None:
     check_rows("w", w)
-    _check_factors(w, {"h": (h, w.shape[1])})
+    check_factors(w, {"h": (h, w.shape[1])})
 
 
 def kron_quadratic_reference(w: Tensor, h: Tensor) -> Tensor:
@@ -108,7 +106,7 @@ def _check_kron_remove(
     w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
 ) -> None:
     check_rows("w", w)
-    _check_factors(w, {"a_inverse": (a_inverse, w.shape[1]), "g_inverse": (g_inverse, w.shape[0])})
+    check_factors(w, {"a_inverse": (a_inverse, w.shape[1]), "g_inverse": (g_inverse, w.shape[0])})
     for name, t in (("rows", rows), ("columns", columns)):
         if t.dim() != 1 or t.dtype != torch.int64:
             raise ValueError(f"{name}: expected int64 [n], got {t.dtype} {tuple(t.shape)}")
@@ -186,131 +184,4 @@ def kron_remove(
     """
     _check_kron_remove(w, rows, columns, a_inverse, g_inverse)
     out: Tensor = torch.ops.pyprune.kron_remove(w, rows, columns, a_inverse, g_inverse)
-    return out
-
-
-# --- kron_pcg ------------------------------------------------------------------------------------
-
-
-class _Pcg(NamedTuple):
-    """The op's arguments, in the order of its schema."""
-
-    w: Tensor
-    mask: Tensor
-    a: Tensor
-    g: Tensor
-    a_inverse: Tensor | None
-    g_inverse: Tensor | None
-    iterations: int
-    tolerance: float
-
-    def check(self) -> None:
-        w, mask = self.w, self.mask
-        check_rows("w", w)
-        rows, cols = w.shape
-        check_shape("mask", mask, (rows, cols))
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
-        factors = {"a": (self.a, cols), "a_inverse": (self.a_inverse, cols)}
-        factors |= {"g": (self.g, rows), "g_inverse": (self.g_inverse, rows)}
-        _check_factors(w, factors)
-        if (self.a_inverse is None) != (self.g_inverse is None):
-            raise ValueError("a_inverse, g_inverse: expected both or neither, got one")
-        if self.iterations < 0:
-            raise ValueError(f"iterations: expected 0 or more, got {self.iterations}")
-        if not 0 <= self.tolerance < 1:
-            raise ValueError(f"tolerance: expected a number in [0, 1), got {self.tolerance}")
-        check_same_device(w, mask)
-
-
-def kron_pcg_reference(*args: Any) -> Tensor:
-    """On library products: two of them an iteration are nearly all of its cost."""
-    w, mask, a, g, a_inverse, g_inverse, iterations, tolerance = _Pcg(*args)
-    d = torch.where(mask, 0.0, -w)
-    scale = torch.outer(g.diagonal(), a.diagonal())
-
-    def precondition(r: Tensor) -> Tensor:
-        if a_inverse is None or g_inverse is None:
-            return r / scale
-        return (g_inverse @ r @ a_inverse).masked_fill_(~mask, 0)
-
-    def curvature(v: Tensor) -> Tensor:
-        return (g @ v @ a).masked_fill_(~mask, 0)
-
-    residual = curvature(d).neg_()
-    z = precondition(residual)
-    direction = z.clone()
-    # Sums over a whole layer: fp64, or the step lengths lose the last digits of convergence.
-    rho = (residual * z).sum(dtype=torch.float64)
-    target = rho * tolerance**2
-    for _ in range(iterations):
-        if not bool(rho > target):  # NaN ends it too: it is in the result by then
-            break
-        image = curvature(direction)
-        bend = (direction * image).sum(dtype=torch.float64)
-        if not bool(bend > 0):  # the direction is rounding noise
-            break
-        step = (rho / bend).to(w.dtype)
-        d.addcmul_(direction, step)
-        residual.addcmul_(image, -step)
-        z = precondition(residual)
-        previous, rho = rho, (residual * z).sum(dtype=torch.float64)
-        direction.mul_((rho / previous).to(w.dtype)).add_(z)
-    return torch.where(mask, w + d, 0.0)
-
-
-def _kron_pcg_fake(*args: Any) -> Tensor:
-    _Pcg(*args).check()
-    w: Tensor = args[0]
-    return w.new_empty(w.shape)
-
-
-_registry.register(
-    "kron_pcg(Tensor w, Tensor mask, Tensor a, Tensor g, Tensor? a_inverse, Tensor? g_inverse, "
-    "int iterations, float tolerance) -> Tensor",
-    fake=_kron_pcg_fake,
-    # Two matrix products an iteration are all but a few per cent of it: the library's do it best.
-    impls={"reference": _registry.Impl(kron_pcg_reference, FACTOR_DTYPES)},
-)
-
-
-def kron_pcg(
-    w: Tensor,
-    mask: Tensor,
-    a: Tensor,
-    g: Tensor,
-    *,
-    a_inverse: Tensor | None = None,
-    g_inverse: Tensor | None = None,
-    iterations: int = 30,
-    tolerance: float = 1e-3,
-) -> Tensor:
-    """Joint exact correction of all kept weights for a set of removed ones.
-
-    Minimises `1/2 tr(D^T G D A)` over D with `D_ij = -W_ij` where pruned, by conjugate gradients on
-    the kept entries; every iterate is feasible and the quadratic loss never rises above that of
-    plain zeroing. The cost does not depend on how many weights are pruned: two matrix products an
-    iteration. Converged it equals the closed form `-G^-1 M A^-1` of LLM Surgeon (arXiv 2312.17244,
-    eq. 8) for the whole set, which the paper solves in groups that disturb one another.
-
-    Args:
-        w: weights `[R, C]`, fp32 or fp64.
-        mask: bool `[R, C]`, True = kept. Weights that are zero already and shall stay so are False.
-        a, g: damped positive definite factors `[C, C]` and `[R, R]`, dtype of `w`.
-        a_inverse, g_inverse: their inverses, as preconditioner (better while few weights are
-            pruned); None: the diagonal of G (x) A (as good from half of them on, and cheaper).
-        iterations: most of them. tolerance: stop when the preconditioned norm of the residual has
-            fallen by this factor.
-
-    Returns:
-        The new weights `[R, C]`, exactly zero where pruned.
-
-    Raises:
-        ValueError: a shape, dtype, device or range rule is broken.
-    """
-    args = _Pcg(w, mask, a, g, a_inverse, g_inverse, iterations, tolerance)
-    args.check()
-    if w.numel() == 0:
-        return torch.zeros_like(w)
-    out: Tensor = torch.ops.pyprune.kron_pcg(*args)
     return out

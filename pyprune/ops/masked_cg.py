@@ -32,24 +32,34 @@ class NearHessian(NamedTuple):
 
 
 def near_hessian(h: Tensor, inverse: Tensor) -> NearHessian:
-    """The Nystroem approximation of H `[C, C]` scaled to a unit diagonal, in the directions of its
-    largest eigenvalues (one power step from a fixed random start), and the diagonal it leaves.
+    """`largest_directions` of H `[C, C]` and the diagonal they leave.
 
     It is at most H, so for x with unit diagonal scaling x H x / x (D + A A^T) x is at least
     h / (1 + h) with h the least eigenvalue of the scaled H, which the inverse bounds from below.
     """
     size = h.diagonal().sqrt()
-    columns = len(h)
-    rank = min(RANK, columns // 4 // 8 * 8)
     row_sums = (inverse.abs() @ size) * size
     # A tenth off for the rounding of the inverse.
-    lowest = 0.9 / max(float(row_sums.max()), 1e-30) if columns else 1.0
+    lowest = 0.9 / max(float(row_sums.max()), 1e-30) if len(h) else 1.0
     least = min(lowest, 1.0) / (1 + min(lowest, 1.0))
+    low, left = largest_directions(h)
+    return NearHessian((low * size).contiguous(), left * size.square(), least)
+
+
+def largest_directions(h: Tensor) -> tuple[Tensor, Tensor]:
+    """`low [K, C]` and `left [C]`, so that H is about low^T low + diag(left): for H `[C, C]` scaled
+    to a unit diagonal, which `h` itself need not have. K is `RANK`, or less where C is small.
+
+    The Nystroem approximation in the directions of the largest eigenvalues, from one power step
+    from a fixed random start: at most H before what it leaves of the diagonal is added.
+    """
+    columns = len(h)
+    rank = min(RANK, columns // 4 // 8 * 8)
     if not rank:
-        return NearHessian(h.new_zeros(0, columns), size.square(), least)
+        return h.new_zeros(0, columns), h.new_ones(columns)
     generator = torch.Generator(device=h.device).manual_seed(0)
     start = torch.randn(columns, rank, generator=generator, device=h.device, dtype=h.dtype)
-    inner = size[:, None]
+    inner = h.diagonal().sqrt()[:, None]
     basis = torch.linalg.qr((h @ (start / inner)) / inner).Q
     image = (h @ (basis / inner)) / inner
     core = basis.mT @ image
@@ -57,8 +67,7 @@ def near_hessian(h: Tensor, inverse: Tensor) -> NearHessian:
     rounding = 4 * math.sqrt(columns) * torch.finfo(h.dtype).eps
     core.diagonal().add_(core.diagonal().sum() * rounding)
     low = torch.linalg.solve_triangular(torch.linalg.cholesky(core), image.mT, upper=False)
-    left = (1 - low.square().sum(0)).clamp_min(LEAST_LEFT)
-    return NearHessian((low * size).contiguous(), left * size.square(), least)
+    return low, (1 - low.square().sum(0)).clamp_min(LEAST_LEFT)
 
 
 class Problem(NamedTuple):

@@ -316,6 +316,8 @@ class Surgeon:
                     w, inputs.with_gradient(factors), self.target, options, None, mask
                 )
                 new, loss = solution.weight, solution.loss or 0.0
+                record.iterations, record.gap = solution.iterations, solution.gap
+                record.notes = list(solution.notes)
             else:
                 assert plan.rows is not None and plan.columns is not None
                 there: Curvature = curvature(w, factors, options)
@@ -363,6 +365,8 @@ class Surgeon:
             tokens=record.tokens,
             damping=record.damping,
             loss=None if record.kept else record.loss,
+            iterations=record.iterations,
+            gap=record.gap,
             dead_inputs=record.dead_inputs,
             notes=self._noted(record),
         )
@@ -372,8 +376,9 @@ class Surgeon:
             return (record.kept,)
         used, asked = record.gradient_damping, self.own.g_damping
         if used is None or used == asked:
-            return ()
-        return (f"the gradients' factor took damping {used:g} instead of {asked:g}",)
+            return tuple(record.notes)
+        damping = f"the gradients' factor took damping {used:g} instead of {asked:g}"
+        return (damping, *record.notes)
 
 
 def _free_groups(matrix: Matrix, pattern: NM) -> int:

@@ -27,8 +27,8 @@ class Record:
     """Of one matrix, over the shots so far.
 
     loss: rise of the loss that the curvature predicts, nats per token, summed over the shots.
-    damping, gradient_damping (of A and G), tokens, dead_inputs: of the last shot. kept: why it
-    keeps what it has, if it does.
+    damping, gradient_damping (of A and G), tokens, dead_inputs, iterations, gap (see
+    `methods.Solution`), notes: of the last shot. kept: why it keeps what it has, if it does.
     """
 
     loss: float = 0.0
@@ -36,6 +36,9 @@ class Record:
     gradient_damping: float | None = None
     tokens: float = 0.0
     dead_inputs: int = 0
+    iterations: int | None = None
+    gap: float | None = None
+    notes: list[str] = field(default_factory=list)
     kept: str = ""
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from methods.test_surgeon import brute_force, exact
+from methods.test_surgeon import EXACT, brute_force
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
@@ -114,9 +114,8 @@ def test_rows_and_columns_within_the_budget(family, structure):
 
 
 @pytest.mark.parametrize("structure", ["element", "2:4", "rows-columns"])
-def test_one_shot_is_constrained_least_squares(structure, monkeypatch):
+def test_one_shot_is_constrained_least_squares(structure):
     """The whole way, on one matrix with a bias, against the Kronecker product itself."""
-    exact(monkeypatch)
     model = tiny_model("llama").double()
     name = "model.layers.0.self_attn.k_proj"
     (ref,) = (ref for ref in refs_of(model) if ref.name == name)
@@ -124,7 +123,7 @@ def test_one_shot_is_constrained_least_squares(structure, monkeypatch):
     given = as_token_set(tokens(), vocabulary=64, positions=None)
     a, g = collect_factors(adapter, given, [ref], biases={name})[name].normalised()
     w = torch.cat([ref.weight(), ref.bias()[:, None]], dim=1)
-    own = {"shots": 1, "structure": structure, "gradient_damping": 0.05, "iterations": 400}
+    own = {"shots": 1, "structure": structure, "gradient_damping": 0.05, **EXACT}
     report = surgeon(model, 0.4, config={"include": [name], "damping": 0.02}, **own)
     new = torch.cat([ref.weight(), ref.bias()[:, None]], dim=1)
     mask = new != 0
@@ -149,6 +148,24 @@ def test_the_joint_update_costs_less_than_the_papers_and_that_less_than_none(mon
             losses[structure, update] = sum(layer.loss for layer in report.layers)
         assert losses[structure, "joint"] < losses[structure, "grouped"]
         assert losses[structure, "joint"] < losses[structure, "none"]
+
+
+def test_an_update_that_stops_early_is_reported():
+    report = surgeon(tiny_model("llama"), shots=2, iterations=5, tolerance=1e-6)
+    for layer in report.layers:
+        assert layer.iterations == 5 and layer.gap > 1e-6
+        (note,) = layer.notes
+        assert note.startswith("joint update stopped after 5 iterations, about ")
+        assert f"about {layer.gap:.1%} above the least loss instead of 0.0%" in note
+    assert "stopped after 5 iterations" in str(report.table().caption)
+    assert Report.from_json(report.to_json()).layers == report.layers
+    report = surgeon(tiny_model("llama"), shots=1, iterations=3)
+    assert {layer.gap for layer in report.layers} == {None}
+    assert "too early to tell" in report.layers[0].notes[0]
+    report = surgeon(tiny_model("llama"), shots=1)
+    assert not report.noted
+    assert all(4 <= layer.iterations < 80 and layer.gap <= 0.02 for layer in report.layers)
+    assert surgeon(tiny_model("llama"), shots=1, update="none").layers[0].iterations is None
 
 
 def test_more_shots_are_not_one_shot_and_masks_grow():

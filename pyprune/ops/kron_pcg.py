@@ -1,0 +1,303 @@
+"""The joint update of a layer's kept weights under a curvature G (x) A, by conjugate gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyprune.ops import _registry
+from pyprune.ops._checks import check_rows, check_same_device, check_shape
+from pyprune.ops.kron import FACTOR_DTYPES, check_factors
+from pyprune.ops.masked_cg import largest_directions
+
+# Iterations whose gains are compared with those of as many before them. Two follow what the first
+# few iterations do; four are not misled by a pair that happens to gain little.
+WINDOWS = (2, 4)
+
+PcgTensors = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class KronPcg(NamedTuple):
+    """`weight` `[R, C]`; scalars: `loss` and `gap` fp64, `iterations` int32."""
+
+    weight: Tensor
+    loss: Tensor
+    gap: Tensor
+    iterations: Tensor
+
+    def converged(self, tolerance: float) -> bool:
+        """Whether the loss is, by the estimate, within `1 + tolerance` of the least."""
+        return bool(self.gap <= tolerance)
+
+
+class _Pcg(NamedTuple):
+    """The op's arguments, in the order of its schema."""
+
+    w: Tensor
+    mask: Tensor
+    a: Tensor
+    g: Tensor
+    iterations: int
+    tolerance: float
+
+    def check(self) -> None:
+        w, mask = self.w, self.mask
+        check_rows("w", w)
+        rows, cols = w.shape
+        check_shape("mask", mask, (rows, cols))
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+        check_factors(w, {"a": (self.a, cols), "g": (self.g, rows)})
+        if self.iterations < 0:
+            raise ValueError(f"iterations: expected 0 or more, got {self.iterations}")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance: expected a number in [0, 1), got {self.tolerance}")
+        check_same_device(w, mask)
+
+
+class _Scaled(NamedTuple):
+    """The problem in coordinates in which what `low` leaves of A's and G's diagonals is one.
+
+    x `[R, C]` is `row_size [R, 1]` times w times `column_size [C]`; kept `[R, C]` is 1 or 0.
+    a = low_a^T low_a + I and g = low_g^T low_g + I, about.
+    """
+
+    x: Tensor
+    kept: Tensor
+    a: Tensor
+    g: Tensor
+    low_a: Tensor
+    low_g: Tensor
+    row_size: Tensor
+    column_size: Tensor
+
+    @classmethod
+    def of(cls, w: Tensor, mask: Tensor, a: Tensor, g: Tensor) -> _Scaled:
+        low_a, column_size = _unit_left(a)
+        low_g, row_size = _unit_left(g)
+        return cls(
+            w * row_size[:, None] * column_size,
+            mask.to(w.dtype),
+            a / column_size[:, None] / column_size,
+            g / row_size[:, None] / row_size,
+            low_a,
+            low_g,
+            row_size[:, None],
+            column_size,
+        )
+
+    def curvature(self, v: Tensor) -> Tensor:
+        return self.g @ v @ self.a
+
+
+def _unit_left(h: Tensor) -> tuple[Tensor, Tensor]:
+    """`largest_directions` of H in the scale in which they leave a diagonal of ones, ordered from
+    the largest on, and that scale `[C]`: h / size / size^T is about low^T low + I."""
+    low, left = largest_directions(h)
+    low = low / left.sqrt()
+    turned = torch.linalg.eigh(low @ low.mT).eigenvectors.flip(1)
+    return turned.mT @ low, (h.diagonal() * left).sqrt()
+
+
+class _Lines:
+    """(low^T low + I) cut to what each of n lines keeps: `gram [n, K, K]`, low low^T there, serves
+    to invert it (Woodbury). `kept [n, C]`, `low [K, C]`."""
+
+    def __init__(self, low: Tensor, kept: Tensor) -> None:
+        rank = len(low)
+        i, j = torch.triu_indices(rank, rank, device=low.device)
+        place = torch.empty(rank, rank, dtype=torch.int64, device=low.device)
+        place[i, j] = place[j, i] = torch.arange(len(i), device=low.device)
+        gram = (kept @ (low[i] * low[j]).mT)[:, place]
+        self.eye = torch.eye(rank, dtype=low.dtype, device=low.device)
+        self.low, self.lower = low, torch.linalg.cholesky(gram + self.eye)
+        self.lower_inverse = torch.linalg.solve_triangular(
+            self.lower, self.eye.expand_as(gram), upper=False
+        )
+
+    def inverse(self) -> Tensor:
+        """B of (low^T low + I)^-1 = I - low^T B low, `[n, K, K]`."""
+        return torch.matmul(self.lower_inverse.mT, self.lower_inverse)
+
+    def root(self) -> Tensor:
+        """B of W = I - low^T B low with W^T W that inverse. With C C^T = I + low low^T it is
+        ((C + I)^T)^-1 C^-1: I + low^T (C + I)^-1 low is the inverse of W, and times its transpose
+        the matrix itself. As `low`'s rows are about orthogonal, W is about symmetric."""
+        upper = self.lower.mT + self.eye
+        root: Tensor = torch.linalg.solve_triangular(upper, self.lower_inverse, upper=True)
+        return root
+
+
+class _Preconditioner:
+    """L (I (x) B) L^T: L L^T inverts, row by row, (low_a^T low_a + I) on what the row keeps; B
+    inverts, column by column, (low_g^T low_g + I) on what the column keeps.
+
+    Without a mask that is the inverse of the product of both. With one, each factor alone is
+    inverted exactly where the other is the identity, and their common directions are off by the
+    share that is kept, not by their eigenvalue.
+    """
+
+    def __init__(self, problem: _Scaled) -> None:
+        self.kept, self.low_a, self.low_g = problem.kept, problem.low_a, problem.low_g
+        self.root = _Lines(self.low_a, self.kept).root()
+        self.inverse = _Lines(self.low_g, self.kept.mT).inverse()
+
+    def apply(self, r: Tensor) -> Tensor:
+        """Of `r [R, C]`, which is zero where nothing is kept."""
+        low_a, low_g, kept = self.low_a, self.low_g, self.kept
+        y = torch.addmm(r, _times(self.root, r @ low_a.mT), low_a, alpha=-1).mul_(kept)
+        inner = _times(self.inverse, (low_g @ y).mT)
+        y.addmm_(low_g.mT, inner.mT, alpha=-1).mul_(kept)
+        return y.addmm_(_times(self.root.mT, y @ low_a.mT), low_a, alpha=-1).mul_(kept)
+
+
+def _times(cores: Tensor, lines: Tensor) -> Tensor:
+    """Each of the cores `[n, K, K]` times its line `[n, K]`."""
+    return torch.bmm(cores, lines[..., None])[..., 0]
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    """Over a whole layer: in fp64, or the step lengths lose the last digits of convergence."""
+    return float((x * y).sum(dtype=torch.float64))
+
+
+def left_to_gain(gains: Sequence[float]) -> float:
+    """What further iterations would gain, as far as those so far tell: the rest of a geometric
+    series that falls as the last two windows of gains did, the larger of two window lengths.
+    Infinite while gains do not fall, and before there are two windows."""
+    return max((_rest(gains, n) for n in WINDOWS if len(gains) >= 2 * n), default=math.inf)
+
+
+def _rest(gains: Sequence[float], n: int) -> float:
+    recent, before = sum(gains[-n:]), sum(gains[-2 * n : -n])
+    if not recent < before:
+        return math.inf if recent > 0 else 0.0
+    return recent * recent / (before - recent)
+
+
+def kron_pcg_reference(*values: Any) -> PcgTensors:
+    """On library products: two of them an iteration are most of its cost."""
+    args = _Pcg(*values)
+    if args.w.shape[0] > args.w.shape[1]:  # the root is applied twice: on the side of fewer lines
+        w, mask, a, g = args[:4]
+        turned = args._replace(w=w.mT.contiguous(), mask=mask.mT.contiguous(), a=g, g=a)
+        weight, loss, gap, count = _solve(turned)
+        return weight.mT.contiguous(), loss, gap, count
+    return _solve(args)
+
+
+def _solve(args: _Pcg) -> PcgTensors:
+    problem = _Scaled.of(*args[:4])
+    kept = problem.kept
+    d = problem.x * (kept - 1)
+    image = problem.curvature(d)
+    loss, gains = 0.5 * _dot(image, d), list[float]()
+    noise = torch.finfo(args.w.dtype).eps * loss
+    residual = image.mul_(kept).neg_()
+    preconditioner = _Preconditioner(problem)
+    direction = preconditioner.apply(residual)
+    rho = _dot(residual, direction)
+    # NaN ends it too: it is in the result by then.
+    while rho > 0 and len(gains) < args.iterations:
+        if left_to_gain(gains) <= args.tolerance * (loss + noise):
+            break
+        image = problem.curvature(direction).mul_(kept)
+        bend = _dot(direction, image)
+        if not bend > 0:  # the direction is rounding noise
+            break
+        step = rho / bend
+        gains.append(0.5 * step * rho)
+        loss = max(loss - gains[-1], 0.0)
+        d.add_(direction, alpha=step)
+        residual.sub_(image, alpha=step)
+        z = preconditioner.apply(residual)
+        previous, rho = rho, _dot(residual, z)
+        direction.mul_(rho / previous).add_(z)
+    left = left_to_gain(gains) if rho > 0 else 0.0 * rho
+    gap = left / max(loss + noise, torch.finfo(torch.float64).tiny)
+    change = d / problem.row_size / problem.column_size
+    numbers = args.w.new_tensor([loss, gap], dtype=torch.float64)
+    count = args.w.new_tensor(len(gains), dtype=torch.int32)
+    weight = torch.where(args.mask, args.w + change, 0.0)
+    return weight, numbers[0].clone(), numbers[1].clone(), count
+
+
+def _kron_pcg_fake(*values: Any) -> PcgTensors:
+    args = _Pcg(*values)
+    args.check()
+    number = args.w.new_empty((), dtype=torch.float64)
+    return (
+        args.w.new_empty(args.w.shape),
+        number,
+        torch.empty_like(number),
+        torch.empty_like(number, dtype=torch.int32),
+    )
+
+
+_registry.register(
+    "kron_pcg(Tensor w, Tensor mask, Tensor a, Tensor g, int iterations, float tolerance) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    fake=_kron_pcg_fake,
+    # Two matrix products an iteration are most of it: the library's do it best.
+    impls={"reference": _registry.Impl(kron_pcg_reference, FACTOR_DTYPES)},
+)
+
+
+def kron_pcg(
+    w: Tensor,
+    mask: Tensor,
+    a: Tensor,
+    g: Tensor,
+    *,
+    iterations: int = 80,
+    tolerance: float = 1e-2,
+) -> KronPcg:
+    """Joint exact correction of all kept weights for a set of removed ones.
+
+    Minimises `1/2 tr(D^T G D A)` over D with `D_ij = -W_ij` where pruned, by conjugate gradients on
+    the kept entries; every iterate is feasible and the quadratic loss never rises above that of
+    plain zeroing. An iteration is two matrix products, 2 R C (R + C) flops, however many weights
+    are pruned; with few of them there are more iterations. Converged it equals the closed form
+    `-G^-1 M A^-1` of LLM Surgeon (arXiv 2312.17244, eq. 8) for the whole set, which the paper
+    solves in groups that disturb one another.
+
+    The preconditioner takes either factor as a diagonal plus up to 32 directions, those in which it
+    is largest, and inverts each on what a row or a column keeps: 12 R C K flops an iteration for K
+    directions.
+
+    Args:
+        w: weights `[R, C]`, fp32 or fp64.
+        mask: bool `[R, C]`, True = kept. Weights that are zero already and shall stay so are False.
+        a, g: damped positive definite factors `[C, C]` and `[R, R]`, dtype of `w`.
+        iterations: most of them.
+        tolerance: stop when `gap` is at most this; 0 runs all iterations.
+
+    Returns:
+        `weight`: the new weights `[R, C]`, exactly zero where pruned.
+        `loss`: `1/2 tr(D^T G D A)`.
+        `gap`: an estimate of how far the loss is above the least possible one, relative to the loss
+            (plus 1e-7 of that of plain zeroing, below which fp32 resolves nothing; 2e-16 for fp64),
+            from how the gains of the last two iterations compare with those of the two before, and
+            of four with the four before; infinite with fewer than four iterations. The
+            truth was up to 1.5 times as much on matrices with a fifth or more of their weights
+            pruned, and 3.5 times on one with 8 %.
+        `iterations`: how many were made.
+
+    Where `iterations` came before the tolerance, `gap` is larger: see `KronPcg.converged`. NaN and
+    infinities in w make `loss` and `gap` NaN.
+
+    Raises:
+        ValueError: a shape, dtype, device or range rule is broken.
+        torch.linalg.LinAlgError: a or g, of 32 rows or more, is not finite, or not positive
+            definite among its largest directions. Smaller ones are not looked at.
+    """
+    args = _Pcg(w, mask, a, g, iterations, float(tolerance))
+    args.check()
+    if w.numel() == 0:
+        none = w.new_zeros((), dtype=torch.float64)
+        return KronPcg(torch.zeros_like(w), none, none.clone(), none.to(torch.int32))
+    return KronPcg(*torch.ops.pyprune.kron_pcg(*args))
