@@ -274,20 +274,6 @@ bool multiply_rows(const Weights& w, int64_t r0, int64_t count, const float* pac
   return true;
 }
 
-// Rows [r0, r0 + count) of the output from a tile's sums, which have the tokens side by side.
-template <class X>
-void store_rows(const SparseLinearArgs& a, int64_t r0, int64_t count, int64_t tokens,
-                const float* sums, X* y) {
-  const int64_t stride = panels_of(tokens) * kPanelTokens;
-  const float* bias = a.bias ? a.bias->ptr<const float>() + r0 : nullptr;
-  const float* scales = a.scales ? a.scales + r0 : nullptr;
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t r = 0; r < count; ++r) {
-      const float sum = sums[r * stride + t] * (scales ? scales[r] : 1.0f);
-      store(y + t * a.rows + r0 + r, sum + (bias ? bias[r] : 0.0f));
-    }
-}
-
 template <class As, bool kDense, class X>
 void multiply(const SparseLinearArgs& a, const Weights& w, int64_t t0, int64_t tokens,
               float* packed, float* scratch, std::atomic<int64_t>* broken) {
@@ -311,7 +297,10 @@ void multiply(const SparseLinearArgs& a, const Weights& w, int64_t t0, int64_t t
     for (int64_t g = 0; g < tiles; ++g) {
       const int64_t r0 = g * kTileRows, count = std::min(kTileRows, w.rows - r0);
       if (multiply_rows<As, kDense>(w, r0, count, packed, tokens, s, broken))
-        store_rows(a, r0, count, tokens, s.sums, a.y.ptr<X>() + t0 * w.rows);
+        store_transposed(s.sums, panels * kPanelTokens, count, tokens,
+                         a.scales ? a.scales + r0 : nullptr,
+                         a.bias ? a.bias->ptr<const float>() + r0 : nullptr,
+                         a.y.ptr<X>() + t0 * w.rows + r0, w.rows);
     }
   }
 }
