@@ -93,8 +93,8 @@ void store_square(const float* sums, int64_t stride, int64_t count, int64_t toke
   const __mmask16 columns = first_lanes(tokens), rows = first_lanes(count);
   __m512i v[16];
   for (int r = 0; r < 16; ++r)
-    v[r] = r < count ? _mm512_maskz_loadu_epi32(columns, sums + r * stride)
-                     : _mm512_setzero_si512();
+    v[r] =
+        r < count ? _mm512_maskz_loadu_epi32(columns, sums + r * stride) : _mm512_setzero_si512();
   transpose16(v);
   const __m512 scale = scales ? _mm512_maskz_loadu_ps(rows, scales) : _mm512_set1_ps(1.0f);
   const __m512 shift = bias ? _mm512_maskz_loadu_ps(rows, bias) : _mm512_setzero_ps();
