@@ -16,6 +16,7 @@
 
 #include "cpu/sparse_rows.h"
 #include "cpu/sparse_run.h"
+#include "huge_pages.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -41,7 +42,7 @@ static_assert(kTileRows % kSums == 0, "whole strips, whatever the number of toke
 constexpr int64_t kTileStride = kDepth + 16;
 
 // Rows of x that one sweep over W serves; bounds the packed copy of x and a tile's sums.
-constexpr int64_t kMaxTokens = 480;
+constexpr int64_t kMaxTokens = 576;
 static_assert(kMaxTokens % kPanelTokens == 0, "whole panels");
 
 inline int64_t panels_of(int64_t tokens) { return (tokens + kPanelTokens - 1) / kPanelTokens; }
@@ -312,6 +313,7 @@ void multiply(const SparseLinearArgs& a, const Weights& w, int64_t t0, int64_t t
 
 template <class As, class X>
 void run_multiply(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+  prefer_huge_pages(a.y, sizeof(X));
   const int64_t m = a.x.shape[0], most = std::min(m, kMaxTokens);
   const int64_t wide = panels_of(most) * kPanelTokens;
   const int64_t packed_floats = depths_of<As>(w.cols) * kDepth * wide;

@@ -9,8 +9,8 @@
 //
 // Group g's vector for metadata a + 4 b is entry 7 g + a + 4 b. Seven suffice: the codes of a valid
 // matrix are 4, 8, 9, 12, 13, 14, of which no two differ by seven, so that the groups' entries
-// interlock and four bits are an address without decoding. Other codes read entries of neighbours,
-// or zeros.
+// interlock and four bits are an address without decoding. Codes that no valid matrix has read some
+// other entry.
 //
 // Zen 4, cycles a product: the 64-byte load of the vector 1, vdpbf16ps 1, both at once. The pair of
 // weights comes to the lanes from a register, by shuffles in pipes that are free; an embedded
@@ -27,6 +27,7 @@
 
 #include "cpu/sparse_rows.h"
 #include "cpu/sparse_run.h"
+#include "huge_pages.h"
 
 #if defined(__AVX512F__)
 
@@ -98,18 +99,29 @@ void build_table(const char* pairs, int64_t stride, int64_t words, char* table) 
       }
 }
 
+// A word's 32 weights as bf16, which holds an int8 exactly.
+inline __m512i load_weights(const bf16* v) { return _mm512_loadu_si512(v); }
+inline __m512i load_weights(const int8_t* v) {
+  const auto half = [](const int8_t* p) __attribute__((always_inline)) {
+    const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
+  };
+  return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(half(v + 16), half(v)));
+}
+
 // Rows of W that are multiplied side by side, at the first column of a block.
 constexpr int kTableSide = 4;
+template <class T>
 struct TableRows {
-  const bf16* v[kTableSide];
+  const T* v[kTableSide];
   const uint8_t* meta[kTableSide];
   int64_t near,
       far;  // bytes from here to the values that are fetched into the first and second level
 };
 
 // Adds `words` words of columns of four rows of W times one chunk of x to the rows' sums.
-template <int V>
-inline void table_words(const TableRows& rows, int64_t words, const char* table, float* sums) {
+template <class T, int V>
+inline void table_words(const TableRows<T>& rows, int64_t words, const char* table, float* sums) {
   using S = TableShape<V>;
   __m512 acc[kTableSide][S::kChains][V];
 #pragma GCC unroll 4
@@ -125,9 +137,9 @@ inline void table_words(const TableRows& rows, int64_t words, const char* table,
     __m512i weights[kTableSide];
 #pragma GCC unroll 4
     for (int r = 0; r < kTableSide; ++r) {
-      const bf16* v = rows.v[r] + i * kWordPairs;
+      const T* v = rows.v[r] + i * kWordPairs;
       std::memcpy(&meta[r], rows.meta[r] + 8 * i, 8);
-      weights[r] = _mm512_loadu_si512(v);
+      weights[r] = load_weights(v);
       _mm_prefetch(reinterpret_cast<const char*>(v) + rows.near, _MM_HINT_T0);
       _mm_prefetch(reinterpret_cast<const char*>(v) + rows.far, _MM_HINT_T1);
     }
@@ -165,22 +177,22 @@ inline void table_words(const TableRows& rows, int64_t words, const char* table,
 
 // The same where the last of the words is the one that the matrix ends in, of `left` columns: it is
 // copied, so that nothing past it is read. Past the end there are zeros, which meet zeros.
-template <int V>
-void table_tail(const TableRows& rows, int64_t words, int64_t left, const char* table,
+template <class T, int V>
+void table_tail(const TableRows<T>& rows, int64_t words, int64_t left, const char* table,
                 float* sums) {
-  if (words > 1) table_words<V>(rows, words - 1, table, sums);
-  bf16 values[kTableSide][kWordPairs] = {};
+  if (words > 1) table_words<T, V>(rows, words - 1, table, sums);
+  T values[kTableSide][kWordPairs] = {};
   uint8_t meta[kTableSide][8];
   std::memset(meta, 0x44, sizeof(meta));
-  TableRows last = {};
+  TableRows<T> last = {};
   for (int r = 0; r < kTableSide; ++r) {
     std::memcpy(values[r], rows.v[r] + (words - 1) * kWordPairs,
-                static_cast<size_t>(left / 2) * sizeof(bf16));
+                static_cast<size_t>(left / 2) * sizeof(T));
     std::memcpy(meta[r], rows.meta[r] + 8 * (words - 1), static_cast<size_t>(left / 8));
     last.v[r] = values[r];
     last.meta[r] = meta[r];
   }
-  table_words<V>(last, 1, table + (words - 1) * TableShape<V>::kWordBytes, sums);
+  table_words<T, V>(last, 1, table + (words - 1) * TableShape<V>::kWordBytes, sums);
 }
 
 #pragma GCC pop_options
@@ -194,31 +206,27 @@ struct TableBlock {
 };
 
 // A block of W times one chunk of x; the sums are [row][16 V].
-template <int V>
+template <class T, int V>
 void table_block(const Weights& w, const TableBlock& b, const char* table, float* sums) {
   const bool tail = (b.i0 + b.words) * kMaskColumns > w.cols;
-  TableRows rows;
-  rows.near = kTableSide * w.cols;  // the next four rows: w.cols bytes of values each
+  constexpr int64_t kBytes = sizeof(T);
+  TableRows<T> rows;
+  rows.near = kTableSide * w.cols / 2 * kBytes;  // the next four rows
   rows.far = b.values_ahead;
   for (int64_t r = 0; r < b.count; r += kTableSide, sums += kTableSide * TableShape<V>::kLanes) {
     for (int k = 0; k < kTableSide; ++k) {
       const int64_t row = b.r0 + std::min(r + k, b.count - 1);  // the last row may come again
-      rows.v[k] = static_cast<const bf16*>(w.values) + w.begin(row) + b.i0 * kWordPairs;
+      rows.v[k] = static_cast<const T*>(w.values) + w.begin(row) + b.i0 * kWordPairs;
       rows.meta[k] = w.meta + row * w.meta_stride + 8 * b.i0;
       __builtin_prefetch(rows.meta[k] + kTableSide * w.meta_stride);
       __builtin_prefetch(rows.meta[k] + b.meta_ahead, 0, 2);
     }
     if (tail)
-      table_tail<V>(rows, b.words, w.cols % kMaskColumns, table, sums);
+      table_tail<T, V>(rows, b.words, w.cols % kMaskColumns, table, sums);
     else
-      table_words<V>(rows, b.words, table, sums);
+      table_words<T, V>(rows, b.words, table, sums);
   }
 }
-
-// Rows of x from which on the table beats gathering. From memory (8192 x 4096, 576 x 1536, 1536 x
-// 576; one Zen 4 core) it takes 1.25 of gathering's time at 10 rows, 0.78 to 0.94 at 12, 0.66 to
-// 0.75 at 16.
-constexpr int64_t kTableFromRows = 11;
 
 // Lanes that the chunk of x at row t0 of m takes, and all chunks.
 inline int64_t chunk_lanes(int64_t t0, int64_t m) { return m - t0 <= 16 ? 16 : kTableChunk; }
@@ -240,16 +248,23 @@ inline void pack_pairs(const bf16* x, int64_t stride, int64_t tokens, int64_t co
     }
 }
 
+// Rows [m0, m0 + m) of x, packed as [word][chunk][32][lanes].
+struct TablePass {
+  const char* packed;
+  int64_t m0, m;
+};
+
 // The sums and the table of one thread.
 struct TableScratch {
   char* table;
   float* sums;
 };
 
-// Rows [r0, r0 + count) of W times one pass of x: `packed` is [word][chunk][32][lanes].
-template <class X>
+// Rows [r0, r0 + count) of W times one pass of x; the block of rows after them starts at `next`.
+template <class T, class X>
 void table_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_t count,
-                   int64_t next, int64_t m0, int64_t m, const char* packed, const TableScratch& s) {
+                   int64_t next, const TablePass& pass, const TableScratch& s) {
+  const int64_t m = pass.m;
   const int64_t n = mask_words(w.cols), lanes = all_lanes(m), padded = (count + 3) / 4 * 4;
   const int64_t word_bytes = lanes * kWordPairs * 4;
   std::fill(s.sums, s.sums + padded * lanes, 0.0f);
@@ -260,13 +275,14 @@ void table_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int6
     for (int64_t t0 = 0; t0 < m; t0 += kTableChunk) {
       const bool last = i0 + step >= n;
       const int64_t rows_on = last ? next - r0 : 0, words_on = last ? -i0 : step;
-      b.values_ahead = t0 ? 0 : rows_on * w.cols + words_on * 64;
+      b.values_ahead =
+          t0 ? 0 : (rows_on * w.cols / 2 + words_on * kWordPairs) * static_cast<int64_t>(sizeof(T));
       b.meta_ahead = t0 ? 0 : rows_on * w.meta_stride + words_on * 8;
       const auto multiply = [&](auto vectors) {
         constexpr int V = decltype(vectors)::value;
-        build_table<V>(packed + i0 * word_bytes + t0 * kWordPairs * 4, word_bytes, b.words,
+        build_table<V>(pass.packed + i0 * word_bytes + t0 * kWordPairs * 4, word_bytes, b.words,
                        s.table);
-        table_block<V>(w, b, s.table, s.sums + padded * t0);
+        table_block<T, V>(w, b, s.table, s.sums + padded * t0);
       };
       if (chunk_lanes(t0, m) == 16)
         multiply(std::integral_constant<int, 1>());
@@ -276,9 +292,9 @@ void table_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int6
   }
   for (int64_t t0 = 0; t0 < m; t0 += kTableChunk)
     store_transposed(s.sums + padded * t0, chunk_lanes(t0, m), count,
-                     std::min<int64_t>(kTableChunk, m - t0), nullptr,
+                     std::min<int64_t>(kTableChunk, m - t0), a.scales ? a.scales + r0 : nullptr,
                      a.bias ? a.bias->ptr<const float>() + r0 : nullptr,
-                     a.y.ptr<X>() + (m0 + t0) * w.rows + r0, w.rows);
+                     a.y.ptr<X>() + (pass.m0 + t0) * w.rows + r0, w.rows);
 }
 
 // Rows of W a block: shared out evenly, a whole number of times four.
@@ -288,8 +304,10 @@ inline int64_t table_block_rows(int64_t rows, int64_t threads) {
   return ((rows + blocks - 1) / blocks + kTableSide - 1) / kTableSide * kTableSide;
 }
 
-template <class X>
+// T: bf16 or int8 values; int8 ones come with scales.
+template <class T, class X>
 void run_table(const SparseLinearArgs& a, const Weights& w) {
+  prefer_huge_pages(a.y, sizeof(X));
   const int64_t m = a.x.shape[0], n = mask_words(w.cols);
   const int64_t block = table_block_rows(w.rows, a.threads);
   const int64_t blocks = (w.rows + block - 1) / block;
@@ -317,7 +335,7 @@ void run_table(const SparseLinearArgs& a, const Weights& w) {
 #pragma omp for schedule(static)
       for (int64_t g = 0; g < blocks; ++g) {
         const int64_t r0 = g * block, next = g + 1 < blocks ? r0 + block : r0;
-        table_outputs<X>(a, w, r0, std::min(block, w.rows - r0), next, m0, tokens, packed, s);
+        table_outputs<T, X>(a, w, r0, std::min(block, w.rows - r0), next, {packed, m0, tokens}, s);
       }
     }
   }
