@@ -58,6 +58,7 @@ struct GatherFloat {
   using Element = float;
   using Register = __m512;
   static constexpr int kColumns = 16, kStored = 8;
+  static constexpr int kRows = 16;  // of x that one pass over a block of W serves, at most
   static Register values(const T* low, const T* high) { return widen_two_rows(low, high); }
   static Register load(const float* x) { return _mm512_load_ps(x); }
   static Register pick(__m512i columns, Register x) { return _mm512_permutexvar_ps(columns, x); }
@@ -83,6 +84,7 @@ struct GatherBf16 {
   using Element = bf16;
   using Register = __m512i;
   static constexpr int kColumns = 32, kStored = 16;
+  static constexpr int kRows = kGatherPairRows;
   static Register values(const bf16* low, const bf16* high) { return two_rows(low, high); }
   static Register load(const bf16* x) { return _mm512_load_si512(x); }
   static Register pick(__m512i columns, Register x) { return _mm512_permutexvar_epi16(columns, x); }
@@ -217,8 +219,6 @@ inline void sum_halves(__m512 v0, __m512 v1, __m512 v2, __m512 v3, float* low, f
   _mm_storeu_ps(high, _mm512_extractf32x4_ps(sum, 2));
 }
 
-// Rows of x that one pass over a block of W serves, at most; longer x goes over it chunk by chunk.
-constexpr int kGatherRows = 16;
 // A piece of x for the first-level cache.
 constexpr int64_t kGatherPiece = 16 * 1024;
 // A block of W waits in the second level for the next chunk of x.
@@ -233,20 +233,21 @@ constexpr int64_t kGatherChunkBytes = 256 * 1024;
 // times).
 template <class L>
 bool gathers(int64_t m, int64_t cols) {
-  return m <= kGatherRows ||
-         kGatherRows * cols * static_cast<int64_t>(sizeof(typename L::Element)) <=
-             kGatherChunkBytes;
+  return m <= L::kRows ||
+         L::kRows * cols * static_cast<int64_t>(sizeof(typename L::Element)) <= kGatherChunkBytes;
 }
 
 // Rows of x that make the chunks of m rows: even, and as equal as can be.
-inline int64_t gather_chunk(int64_t m) {
-  const int64_t chunks = (m + kGatherRows - 1) / kGatherRows;
+template <class L>
+int64_t gather_chunk(int64_t m) {
+  const int64_t chunks = (m + L::kRows - 1) / L::kRows;
   return ((m + chunks - 1) / chunks + 1) / 2 * 2;
 }
 
 // Rows of W a block: an even number. A single chunk of x needs no block to stay in the cache.
-inline int64_t gather_block(int64_t m, int64_t row_bytes) {
-  if (m <= kGatherRows) return 16;
+template <class L>
+int64_t gather_block(int64_t m, int64_t row_bytes) {
+  if (m <= L::kRows) return 16;
   return std::clamp<int64_t>(kGatherBlockBytes / row_bytes / 2 * 2, 16, kMaxGatherBlock);
 }
 
@@ -301,7 +302,7 @@ void gather_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int
                         static_cast<int64_t>(sizeof(typename L::Value));
   const float* bias = a.bias ? a.bias->ptr<const float>() + r0 : nullptr;
   for (int64_t m0 = 0; m0 < total; m0 += chunk) {
-    with_rows<kGatherRows, 2>(chunk, [&](auto rows) {
+    with_rows<L::kRows, 2>(chunk, [&](auto rows) {
       gather_rows<L, decltype(rows)::value>(w, r0, count, packed + m0 * width, m0 == 0 ? ahead : 0,
                                             sums);
     });
@@ -313,11 +314,11 @@ void gather_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int
 template <class L, class X>
 void run_gather(const SparseLinearArgs& a, const Weights& w) {
   using E = typename L::Element;
-  const int64_t m = a.x.shape[0], n = mask_words(w.cols), chunk = gather_chunk(m);
+  const int64_t m = a.x.shape[0], n = mask_words(w.cols), chunk = gather_chunk<L>(m);
   const int64_t chunks = (m + chunk - 1) / chunk;
   const int64_t row_bytes =
       w.cols / 2 * static_cast<int64_t>(sizeof(typename L::Value)) + w.meta_stride;
-  const int64_t block = gather_block(m, row_bytes), blocks = (w.rows + block - 1) / block;
+  const int64_t block = gather_block<L>(m, row_bytes), blocks = (w.rows + block - 1) / block;
   const int64_t sum_floats = block / 2 * chunk * 16;
   const int64_t x_elements = chunks * chunk * n * kMaskColumns;
   Scratch scratch(x_elements * static_cast<int64_t>(sizeof(E)) + a.threads * sum_floats * 4);

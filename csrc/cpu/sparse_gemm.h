@@ -16,6 +16,7 @@
 
 #include "cpu/sparse_rows.h"
 #include "cpu/sparse_run.h"
+#include "huge_pages.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -41,7 +42,7 @@ static_assert(kTileRows % kSums == 0, "whole strips, whatever the number of toke
 constexpr int64_t kTileStride = kDepth + 16;
 
 // Rows of x that one sweep over W serves; bounds the packed copy of x and a tile's sums.
-constexpr int64_t kMaxTokens = 480;
+constexpr int64_t kMaxTokens = 576;
 static_assert(kMaxTokens % kPanelTokens == 0, "whole panels");
 
 inline int64_t panels_of(int64_t tokens) { return (tokens + kPanelTokens - 1) / kPanelTokens; }
@@ -112,6 +113,12 @@ int64_t depths_of(int64_t cols) {
   return (cols + As::kColumns - 1) / As::kColumns;
 }
 
+// Words of a tile's row that hold `columns` of them: whole lines, as the decoders write them.
+template <class As>
+int64_t tile_depth(int64_t columns) {
+  return mask_words(columns) * kMaskColumns * kDepth / As::kColumns;
+}
+
 // Panel p of columns [k0, k0 + As::kColumns), zeros outside x.
 template <class As, class X>
 void pack_tokens(const X* x, int64_t stride, int64_t tokens, int64_t cols, int64_t k0, int64_t p,
@@ -119,7 +126,7 @@ void pack_tokens(const X* x, int64_t stride, int64_t tokens, int64_t cols, int64
   const int64_t t0 = p * kPanelTokens, width = std::min<int64_t>(kPanelTokens, tokens - t0);
   const int64_t depth = std::min(As::kColumns, cols - k0);
   if (depth < As::kColumns || width < kPanelTokens)
-    std::fill(panel, panel + kDepth * kPanelTokens, 0.0f);
+    std::fill(panel, panel + tile_depth<As>(depth) * kPanelTokens, 0.0f);
   // Sixteen columns of every token in turn: both sides then stay within few cache lines.
   for (int64_t c0 = 0; c0 < depth; c0 += 16) {
     const int64_t c1 = std::min<int64_t>(depth, c0 + 16);
@@ -142,10 +149,11 @@ struct NextTile {
   int64_t lines;
 };
 
-// sums[strip rows][kVectors] += tile rows times one panel's first kVectors vectors of tokens.
+// sums[strip rows][kVectors] += `depth` words of tile rows times one panel's first kVectors vectors
+// of tokens.
 template <class As, int kVectors>
-inline void strip(const float* tile, const float* panel, const char* const* next, int64_t lines,
-                  float* sums, int64_t sums_stride) {
+inline void strip(const float* tile, const float* panel, int64_t depth, const char* const* next,
+                  int64_t lines, float* sums, int64_t sums_stride) {
   constexpr int kRows = kSums / kVectors;
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 24
@@ -153,10 +161,10 @@ inline void strip(const float* tile, const float* panel, const char* const* next
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v)
       acc[r][v] = Vec::load(sums + r * sums_stride + v * Vec::kLanes);
-  for (int64_t k0 = 0; k0 < kDepth; k0 += kLineFloats) {
+  for (int64_t k0 = 0; k0 < depth; k0 += kLineFloats) {
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(tile + (kRows + r) * kTileStride + k0);
-    if (k0 < lines * kLineFloats)
-      for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + k0 * sizeof(float), 0, 2);
+    for (int64_t line = k0 / kLineFloats; line < lines; line += depth / kLineFloats)
+      for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + 64 * line, 0, 2);
     for (int64_t k = k0; k < k0 + kLineFloats; ++k) {
       const float* tokens = panel + k * kPanelTokens;
       Vec t[kVectors];
@@ -185,54 +193,51 @@ inline void strip(const float* tile, const float* panel, const char* const* next
 }
 
 template <class As, int kVectors>
-void strips(const float* tile, const float* panel, const NextTile& next, int64_t lines, float* sums,
-            int64_t sums_stride) {
+void strips(const float* tile, const float* panel, int64_t depth, const NextTile& next,
+            int64_t lines, float* sums, int64_t sums_stride) {
   constexpr int kRows = kSums / kVectors;
   for (int64_t r = 0; r < kTileRows; r += kRows)
-    strip<As, kVectors>(tile + r * kTileStride, panel, next.row + r, lines, sums + r * sums_stride,
-                        sums_stride);
+    strip<As, kVectors>(tile + r * kTileStride, panel, depth, next.row + r, lines,
+                        sums + r * sums_stride, sums_stride);
 }
 
-// One tile of decoded weights times every token.
+// One tile of decoded weights, `depth` words wide, times every token.
 template <class As>
-void multiply_tile(const float* tile, const float* packed, int64_t tokens, const NextTile& next,
-                   float* sums) {
+void multiply_tile(const float* tile, const float* packed, int64_t depth, int64_t tokens,
+                   const NextTile& next, float* sums) {
   const int64_t panels = panels_of(tokens), stride = panels * kPanelTokens;
   for (int64_t p = 0; p < panels; ++p) {
     const float* panel = packed + p * kDepth * kPanelTokens;
     float* out = sums + p * kPanelTokens;
     const int64_t left = tokens - p * kPanelTokens, lines = p == 0 ? next.lines : 0;
     if (left > 2 * Vec::kLanes)
-      strips<As, 3>(tile, panel, next, lines, out, stride);
+      strips<As, 3>(tile, panel, depth, next, lines, out, stride);
     else if (left > Vec::kLanes)
-      strips<As, 2>(tile, panel, next, lines, out, stride);
+      strips<As, 2>(tile, panel, depth, next, lines, out, stride);
     else
-      strips<As, 1>(tile, panel, next, lines, out, stride);
+      strips<As, 1>(tile, panel, depth, next, lines, out, stride);
   }
 }
 
-// Columns [i0, i1) (in words) of `count` rows from their cursors into a tile; rows past `count` and
-// columns past i1 are zero. What lies `ahead` bytes further, the same columns of the next tile of
+// Columns [i0, i1) (in words) of `count` rows from their cursors into a tile; rows past `count` are
+// zero. What lies `ahead` bytes further, the same columns of the next tile of
 // rows, is fetched into the second level: the pieces are too short for the hardware to foresee.
 template <class As, bool kDense>
 void decode_tile(const Weights& w, Cursor<typename As::Value>* cursors, int64_t count, int64_t i0,
                  int64_t i1, float* tile) {
   using T = typename As::Value;
-  constexpr int64_t kPerWord = As::kColumns / kDepth;
   const T* end = static_cast<const T*>(w.values) + w.nnz;
   for (int64_t r = 0; r < kTileRows; ++r) {
     float* row = tile + r * kTileStride;
-    int64_t filled = 0;
-    if (r < count) {
-      filled = (i1 - i0) * kMaskColumns;
-      if constexpr (kDense) {
-        As::widen(cursors[r].v, std::min(filled, w.cols - i0 * kMaskColumns), row);
-        cursors[r].v += filled;
-      } else {
-        cursors[r].v = As::expand(cursors[r].v, end, cursors[r].words + i0, i1 - i0, row);
-      }
+    const int64_t columns = (i1 - i0) * kMaskColumns;
+    if (r >= count) {
+      std::fill(row, row + tile_depth<As>(columns), 0.0f);
+    } else if constexpr (kDense) {
+      As::widen(cursors[r].v, std::min(columns, w.cols - i0 * kMaskColumns), row);
+      cursors[r].v += columns;
+    } else {
+      cursors[r].v = As::expand(cursors[r].v, end, cursors[r].words + i0, i1 - i0, row);
     }
-    std::fill(row + filled / kPerWord, row + kDepth, 0.0f);
   }
 }
 
@@ -269,23 +274,10 @@ bool multiply_rows(const Weights& w, int64_t r0, int64_t count, const float* pac
       next.row[r] =
           reinterpret_cast<const char*>(d + 1 < depths && r < count ? cursors[r].v : first);
     }
-    multiply_tile<As>(s.tile, packed + d * kDepth * stride, tokens, next, s.sums);
+    multiply_tile<As>(s.tile, packed + d * kDepth * stride,
+                      tile_depth<As>((i1 - i0) * kMaskColumns), tokens, next, s.sums);
   }
   return true;
-}
-
-// Rows [r0, r0 + count) of the output from a tile's sums, which have the tokens side by side.
-template <class X>
-void store_rows(const SparseLinearArgs& a, int64_t r0, int64_t count, int64_t tokens,
-                const float* sums, X* y) {
-  const int64_t stride = panels_of(tokens) * kPanelTokens;
-  const float* bias = a.bias ? a.bias->ptr<const float>() + r0 : nullptr;
-  const float* scales = a.scales ? a.scales + r0 : nullptr;
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t r = 0; r < count; ++r) {
-      const float sum = sums[r * stride + t] * (scales ? scales[r] : 1.0f);
-      store(y + t * a.rows + r0 + r, sum + (bias ? bias[r] : 0.0f));
-    }
 }
 
 template <class As, bool kDense, class X>
@@ -311,13 +303,17 @@ void multiply(const SparseLinearArgs& a, const Weights& w, int64_t t0, int64_t t
     for (int64_t g = 0; g < tiles; ++g) {
       const int64_t r0 = g * kTileRows, count = std::min(kTileRows, w.rows - r0);
       if (multiply_rows<As, kDense>(w, r0, count, packed, tokens, s, broken))
-        store_rows(a, r0, count, tokens, s.sums, a.y.ptr<X>() + t0 * w.rows);
+        store_transposed(s.sums, panels * kPanelTokens, count, tokens,
+                         a.scales ? a.scales + r0 : nullptr,
+                         a.bias ? a.bias->ptr<const float>() + r0 : nullptr,
+                         a.y.ptr<X>() + t0 * w.rows + r0, w.rows);
     }
   }
 }
 
 template <class As, class X>
 void run_multiply(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+  prefer_huge_pages(a.y, sizeof(X));
   const int64_t m = a.x.shape[0], most = std::min(m, kMaxTokens);
   const int64_t wide = panels_of(most) * kPanelTokens;
   const int64_t packed_floats = depths_of<As>(w.cols) * kDepth * wide;

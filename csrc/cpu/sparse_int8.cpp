@@ -13,6 +13,7 @@
 
 #include "cpu/sparse_bf16.h"
 #include "cpu/sparse_rows.h"
+#include "cpu/sparse_table.h"
 #include "cpu/widen_int8.h"
 
 namespace pyprune {
@@ -475,6 +476,15 @@ void run_chunk(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* 
 template <class X>
 void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
   const int64_t m = a.linear.x.shape[0];
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<X, bf16>)
+    if (current_isa() >= Isa::avx512_bf16 && w.format == WeightFormat::sparse24 &&
+        m > kGatherPairRows) {
+      SparseLinearArgs scaled = a.linear;
+      scaled.scales = a.scales.ptr<const float>();
+      return run_table<int8_t, X>(scaled, w);
+    }
+#endif
   if (m > kInt8FewRows) return many_rows<X>(a, w, broken);
   for (int64_t m0 = 0; m0 < m; m0 += kInt8ChunkRows) {
     SparseInt8Args part = a;

@@ -8,6 +8,7 @@
 #include "cpu/sparse_decode.h"
 #include "cpu/sparse_gather.h"
 #include "cpu/sparse_gemm.h"
+#include "cpu/sparse_table.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -25,9 +26,9 @@ bool run_avx512(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t
   const bool is_24 = a.format == WeightFormat::sparse24;
   if constexpr (kBothBf16) {
     const int64_t dot_rows = a.format == WeightFormat::dense ? kDotRowsDense : kDotRows;
-    if (pairs && is_24 && gathers<GatherBf16>(m, w.cols))
-      return run_gather<GatherBf16, X>(a, w), true;
-    if (pairs && (is_24 || m > dot_rows)) return run_multiply<AsPairs, X>(a, w, broken), true;
+    if (pairs && is_24 && m > kGatherPairRows) return run_table<bf16, X>(a, w), true;
+    if (pairs && is_24) return run_gather<GatherBf16, X>(a, w), true;
+    if (pairs && m > dot_rows) return run_multiply<AsPairs, X>(a, w, broken), true;
     if (pairs) return run_dot<X>(a, w, broken), true;
   }
   if (is_24 && m > kSplitRows && gathers<GatherFloat<T>>(m, w.cols))

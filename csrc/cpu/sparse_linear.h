@@ -25,7 +25,7 @@ struct SparseLinearArgs {
   const TensorView* offsets;  // bitmap only
   const TensorView* bias;     // f32 [R], contiguous, or null
   int threads;
-  const float* scales = nullptr;  // [R], what sums are multiplied by; for the tiles of linear_int8
+  const float* scales = nullptr;  // [R], what sums are multiplied by; int8 values alone have them
 };
 
 // Throws std::invalid_argument when a bitmap row's bits and offsets disagree: nothing outside the
@@ -43,5 +43,11 @@ constexpr int64_t kSplitRows = 2;
 // bf16 x rows up to which bf16 weights are multiplied row by row with such products; above, they
 // are decoded into tiles. Dense rows need no decoding, so tiles pay later.
 constexpr int64_t kDotRows = 32, kDotRowsDense = 128;
+
+// bf16 x rows up to which 2:4 gathers them (sparse_gather.h); above, a table of their pairs
+// (sparse_table.h), which costs the same for any 16 of them. From memory (8192 x 4096, 576 x 1536,
+// 1536 x 576; one Zen 4 core) the table takes 1.25 of gathering's time at 10 rows, 0.78 to 0.94 at
+// 12 and 0.66 to 0.75 at 16.
+constexpr int64_t kGatherPairRows = 10;
 
 }  // namespace pyprune

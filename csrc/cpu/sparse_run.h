@@ -42,6 +42,89 @@ inline void store(bf16* y, float value) {
   y->bits = static_cast<uint16_t>(u >> 16);
 }
 
+#if defined(__AVX512F__)
+
+// The first n of 16 lanes.
+inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1); }
+
+// v[i]'s lane j becomes v[j]'s lane i.
+inline void transpose16(__m512i* v) {
+  __m512i a[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  // b[i + k] has, in each 128 bits, lane k of four vectors from i on.
+  __m512i b[16];
+  for (int i = 0; i < 16; i += 4)
+    for (int k = 0; k < 2; ++k) {
+      b[i + 2 * k] = _mm512_unpacklo_epi64(a[i + k], a[i + 2 + k]);
+      b[i + 2 * k + 1] = _mm512_unpackhi_epi64(a[i + k], a[i + 2 + k]);
+    }
+  for (int k = 0; k < 4; ++k) {
+    const __m512i p = _mm512_shuffle_i32x4(b[k], b[4 + k], 0x88);
+    const __m512i q = _mm512_shuffle_i32x4(b[k], b[4 + k], 0xdd);
+    const __m512i r = _mm512_shuffle_i32x4(b[8 + k], b[12 + k], 0x88);
+    const __m512i s = _mm512_shuffle_i32x4(b[8 + k], b[12 + k], 0xdd);
+    v[k] = _mm512_shuffle_i32x4(p, r, 0x88);
+    v[4 + k] = _mm512_shuffle_i32x4(q, s, 0x88);
+    v[8 + k] = _mm512_shuffle_i32x4(p, r, 0xdd);
+    v[12 + k] = _mm512_shuffle_i32x4(q, s, 0xdd);
+  }
+}
+
+inline void store_lanes(float* y, __mmask16 lanes, __m512 value) {
+  _mm512_mask_storeu_ps(y, lanes, value);
+}
+// Rounded as store() rounds.
+inline void store_lanes(bf16* y, __mmask16 lanes, __m512 value) {
+  const __m512i u = _mm512_castps_si512(value);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+  const __m512i all = _mm512_mask_or_epi32(up, nan, u, _mm512_set1_epi32(0x400000));
+  _mm256_mask_storeu_epi16(y, lanes, _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
+}
+
+// 16 x 16 of store_transposed() at most.
+template <class X>
+void store_square(const float* sums, int64_t stride, int64_t count, int64_t tokens,
+                  const float* scales, const float* bias, X* y, int64_t y_stride) {
+  const __mmask16 columns = first_lanes(tokens), rows = first_lanes(count);
+  __m512i v[16];
+  for (int r = 0; r < 16; ++r)
+    v[r] =
+        r < count ? _mm512_maskz_loadu_epi32(columns, sums + r * stride) : _mm512_setzero_si512();
+  transpose16(v);
+  const __m512 scale = scales ? _mm512_maskz_loadu_ps(rows, scales) : _mm512_set1_ps(1.0f);
+  const __m512 shift = bias ? _mm512_maskz_loadu_ps(rows, bias) : _mm512_setzero_ps();
+  for (int t = 0; t < tokens; ++t) {
+    const __m512 sum = _mm512_castsi512_ps(v[t]);
+    store_lanes(y + t * y_stride, rows, _mm512_add_ps(_mm512_mul_ps(sum, scale), shift));
+  }
+}
+
+#endif
+
+// y[t, r] = sums[r, t] * scales[r] + bias[r] for `count` rows of W, whose sums are `stride` apart,
+// and `tokens` of x; without scales or bias where those are null.
+template <class X>
+void store_transposed(const float* sums, int64_t stride, int64_t count, int64_t tokens,
+                      const float* scales, const float* bias, X* y, int64_t y_stride) {
+#if defined(__AVX512F__)
+  for (int64_t t = 0; t < tokens; t += 16)
+    for (int64_t r = 0; r < count; r += 16)
+      store_square(sums + r * stride + t, stride, std::min<int64_t>(16, count - r),
+                   std::min<int64_t>(16, tokens - t), scales ? scales + r : nullptr,
+                   bias ? bias + r : nullptr, y + t * y_stride + r, y_stride);
+#else
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < count; ++r)
+      store(y + t * y_stride + r,
+            sums[r * stride + t] * (scales ? scales[r] : 1.0f) + (bias ? bias[r] : 0.0f));
+#endif
+}
+
 // The masks of rows [r0, r0 + count); false, and the row noted, when one is inconsistent.
 inline bool block_masks(const Weights& w, int64_t r0, int64_t count, uint64_t* words,
                         std::atomic<int64_t>* broken) {

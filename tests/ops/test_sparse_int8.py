@@ -17,7 +17,7 @@ from pyprune.ops.sparse_linear import TRITON_ROWS
 FORMATS = ["linear_24_int8", "linear_bitmap_int8", "linear_int8"]
 BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f]]
 ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
-# Both sides of the switch from widening in registers to widening blocks of rows.
+# Both sides of the switches from widening in registers to widening tiles or blocks of rows.
 ROWS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 64]
 SHAPES = [(1, 8), (5, 72), (37, 200), (18, 1096)]
 OUTPUT = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float64: 1e-14}
@@ -244,7 +244,7 @@ def test_any_24_metadata_stays_inside_its_buffers(use_isa):
     for isa in ISAS:
         use_isa(isa)
         for dtype in (torch.float32, torch.bfloat16):
-            for m in (1, 8, 12, 17):
+            for m in (1, 8, 12, 17, 40):
                 x = torch.ones(m, 72, dtype=dtype)
                 assert ops.linear_24_int8(x, values, meta, torch.ones(6)).isfinite().all()
 
@@ -411,11 +411,33 @@ def test_bad_dense_rows():
 def test_dense_sums_are_rounded_once(isa, use_isa):
     """bf16 in and out: each output is the fp32 sum scaled, then rounded, at any number of rows."""
     use_isa(isa)
-    (q, scales), _ = weight("linear_int8", (50, 64))
-    for m in (3, 60):
-        x = torch.randint(-8, 9, (m, 64), generator=torch.Generator().manual_seed(2)).bfloat16()
+    (q, scales), _ = weight("linear_int8", (50, 72))
+    for m in (3, 13, 14, 17, 21, 22, 60, 600):
+        x = torch.randint(-8, 9, (m, 72), generator=torch.Generator().manual_seed(2)).bfloat16()
         exact = (x.double() @ q.double().T).float() * scales  # whole numbers below 2^24
         assert torch.equal(ops.linear_int8(x, q, scales), exact.bfloat16())
+
+
+def test_24_sums_are_rounded_once_where_bf16_is_native(use_isa):
+    use_isa("avx512_bf16")
+    (values, meta, scales), _ = weight("linear_24_int8", (50, 72))
+    q = unpack_24_int8(values, meta, torch.ones(50)).double()
+    for m in (3, 10, 11, 16, 33, 49, 600):
+        x = torch.randint(-8, 9, (m, 72), generator=torch.Generator().manual_seed(2)).bfloat16()
+        exact = (x.double() @ q.T).float() * scales
+        assert torch.equal(ops.linear_24_int8(x, values, meta, scales), exact.bfloat16())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_more_rows_than_a_block_and_a_sweep(fmt, isa, use_isa):
+    use_isa(isa)
+    for shape, rows in (((301, 200), (11, 31, 48)), ((6, 328), (577, 1100))):
+        tensors, dense = weight(fmt, shape)
+        for m in rows:
+            x = activations(m, shape[1], torch.bfloat16)
+            bias = activations(1, shape[0], seed=m)[0] if m % 2 else None
+            assert_product(getattr(ops, fmt)(x, *tensors, bias=bias), x, dense, bias)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +15,8 @@ FORMATS = ["linear_24", "linear_bitmap", "linear_dense"]
 # Those of the CPU; the CUDA ones are in test_linear_24_cuda.py and test_linear_bitmap_cuda.py.
 BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f] if b != "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Every number of rows that a 2:4 chunk may hold comes up to rounding; then one and several chunks.
+# Every number of rows that a chunk which 2:4 gathers may hold comes up to rounding; then one and
+# several chunks of those that have a table.
 ROWS = [1, 2, 3, 5, 8, 12, 13, 16, 17, 64]
 # One group; sizes that divide neither a word of mask nor a block of rows; several words.
 SHAPES = [(1, 8), (5, 72), (37, 200), (18, 1096)]
@@ -104,6 +107,66 @@ def test_widths_beyond_the_cached_piece_of_x(fmt, isa, use_isa):
             assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+def test_chunks_passes_and_blocks_of_every_kind(fmt, isa, use_isa):
+    """Rows of x that make one or two chunks of 16, several of 32 with and without a rest, and more
+    than one sweep over W; more rows of W than a block has, none of them a multiple of anything."""
+    use_isa(isa)
+    for shape, rows in (((301, 200), (11, 31, 33, 48, 49, 100)), ((6, 328), (577, 1100))):
+        tensors, dense = weight(fmt, shape, torch.bfloat16)
+        for m in rows:
+            x = activations(m, shape[1], torch.bfloat16)
+            bias = activations(1, shape[0], seed=m)[0] if m % 2 else None
+            assert_product(getattr(ops, fmt)(x, *tensors, bias=bias), x, dense, bias)
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_outputs_of_several_megabytes(fmt):
+    tensors, dense = weight(fmt, (2100, 8), torch.bfloat16)
+    x = activations(1100, 8, torch.bfloat16)
+    assert x.shape[0] * 2100 * x.itemsize > 4 << 20  # huge pages are asked for
+    assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_sums_are_rounded_once_and_to_even(fmt, isa, use_isa):
+    """Whole numbers, so that sums in fp32 are exact and many lie between two bf16 numbers."""
+    use_isa(isa)
+    gen = torch.Generator().manual_seed(8)
+    w = torch.randint(-8, 9, (50, 136), generator=gen).bfloat16()
+    mask = random_24_mask(50, 136, gen)
+    packed = {"linear_24": pack_24, "linear_bitmap": pack_bitmap}
+    tensors = packed[fmt](w, mask) if fmt in packed else (w * mask,)
+    for m in (5, 10, 11, 17, 40, 130):
+        x = torch.randint(-8, 9, (m, 136), generator=gen).bfloat16()
+        exact = x.double() @ (w * mask).double().T
+        assert torch.equal(getattr(ops, fmt)(x, *tensors), exact.bfloat16())
+    assert (exact.bfloat16() != exact).any()
+
+
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_stays_in_its_row_of_x(fmt, isa, value, use_isa):
+    use_isa(isa)
+    tensors, dense = weight(fmt, (21, 72), torch.bfloat16)
+    for m in (5, 11, 17, 40, 130):
+        x = activations(m, 72, torch.bfloat16)
+        clean = getattr(ops, fmt)(x, *tensors)
+        for column in (0, 5, 63, 71):
+            bad = x.clone()
+            bad[3, column] = value
+            got = getattr(ops, fmt)(bad, *tensors)
+            others = torch.arange(m) != 3
+            assert torch.equal(got[others], clean[others])
+            stored = dense[:, column] != 0
+            torch.testing.assert_close(
+                got[3, stored], value * dense[stored, column], equal_nan=True
+            )
+
+
 @pytest.mark.parametrize("provider", ["reference", "native", "triton"])
 @pytest.mark.parametrize("cols", [1, 7, 9, 63, 65, 131])
 def test_bitmap_of_any_width(provider, use_backend, cols):
@@ -188,12 +251,14 @@ def test_strides_and_leading_dimensions(fmt, provider, use_backend):
 def test_independent_of_thread_count(fmt):
     tensors, _ = weight(fmt, (77, 328), torch.bfloat16)
     threads = torch.get_num_threads()
-    for m in (1, 5, 12, 80):
-        x = activations(m, 328)
-        want = getattr(ops, fmt)(x, *tensors)
+    for m, dtype in itertools.product((1, 5, 12, 80), (torch.float32, torch.bfloat16)):
+        x = activations(m, 328, dtype)
         try:
             torch.set_num_threads(1)
-            assert torch.equal(getattr(ops, fmt)(x, *tensors), want)
+            want = getattr(ops, fmt)(x, *tensors)
+            for count in (2, 3):
+                torch.set_num_threads(count)
+                assert torch.equal(getattr(ops, fmt)(x, *tensors), want)
         finally:
             torch.set_num_threads(threads)
 
@@ -297,8 +362,10 @@ def test_any_24_metadata_stays_inside_its_buffers(use_isa):
     meta = torch.randint(0, 256, (6, 8), generator=torch.Generator().manual_seed(7))
     for isa in ("portable", "avx2", "avx512", "avx512_bf16"):
         use_isa(isa)
-        for m in (1, 8, 12, 64):
-            assert ops.linear_24(torch.ones(m, 64), values, meta.to(torch.uint8)).isfinite().all()
+        for m, dtype in itertools.product((1, 8, 12, 40, 64), (torch.float32, torch.bfloat16)):
+            x = torch.ones(m, 64, dtype=dtype)
+            for v in (values, values.bfloat16()):
+                assert ops.linear_24(x, v, meta.to(torch.uint8)).isfinite().all()
 
 
 @pytest.mark.parametrize(
