@@ -51,6 +51,8 @@ QUALITY = {
     "gradient_quality": "Perplexity of gradient and Fisher methods",
     "reconstruct_quality": "Least-squares weights after SparseGPT (`--reconstruct`)",
 }
+# Shares of rows and columns, or of an eigenbasis: nobody removes so few single weights.
+REMOVED = ("0.1", "0.2", "0.3")
 RECONSTRUCTED = {"default": "", "on": ", reconstructed", "off": ", not reconstructed"}
 
 
@@ -441,7 +443,12 @@ def section() -> str:
     lines = [BEGIN, ""]
     for name, title in QUALITY.items():
         for path in sorted(RESULTS.glob(f"**/{name}.json")):
-            lines += quality(title, json.loads(path.read_text()))
+            rows = json.loads(path.read_text())
+            lines += quality(title, [r for r in rows if r["pattern"] not in REMOVED])
+            if structures := [r for r in rows if r["pattern"] in ("-", *REMOVED)][1:]:
+                lines += quality(
+                    "Rows, columns and eigendirections removed", [rows[0], *structures]
+                )
     for name, lines_of in (("depth_quality", depth_quality), ("width_quality", width_quality)):
         for path in sorted(RESULTS.glob(f"**/{name}.json")):
             lines += lines_of(json.loads(path.read_text()))
