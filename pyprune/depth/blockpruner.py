@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from pyprune.calibration.tokens import TokenSet
 from pyprune.depth.budget import Unit, units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
+from pyprune.depth.exchange import refined
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import Greedy, GreedyOptions
 from pyprune.depth.registry import depth_method
@@ -23,14 +25,21 @@ from pyprune.progress import Progress
 class BlockPrunerOptions(GreedyOptions):
     """blocks: what may go: attention or mlp branches, mixed (both, one by one, as published) or
     pairs (also two neighbours at once: a whole layer, or an MLP and the next layer's attention).
-    protect_first, protect_last: layers that are left alone. And those of `GreedyOptions`."""
+    refine: exchange (improve the list by exchanges, see `pyprune.depth.exchange`), none (as
+    published) or auto (exchange where rates are compared). exchange_limit: sets of branches that
+    are scored for it at most. protect_first, protect_last: layers that are left alone. And those of
+    `GreedyOptions`."""
 
     blocks: Literal["mixed", "attention", "mlp", "pairs"] = "mixed"
+    refine: Literal["auto", "exchange", "none"] = "auto"
+    exchange_limit: int = 320
     protect_first: int = 0
     protect_last: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.exchange_limit < 1:
+            raise UserError(f"exchange_limit: expected at least 1, got {self.exchange_limit}")
         check_protected(self.protect_first, self.protect_last)
 
 
@@ -74,7 +83,15 @@ def blockpruner(
             raise UserError("blocks=pairs: expected a share of parameters or latency, got a count")
         units += neighbours(allowed)
     search = Greedy(graph, tokens, config, options, units, progress)
-    return search.decision("blockpruner", "block")
+    if options.refine == "exchange" and config.counted:
+        raise UserError("refine=exchange: expected a share of parameters or latency, got a count")
+    wanted = "exchange" if search.compare == "rate" and not config.counted else "none"
+    if options.refine not in (wanted, "auto"):
+        wanted = options.refine
+    if wanted == "none":
+        return search.decision("blockpruner", "block")
+    refine = partial(refined, allowed=allowed, limit=options.exchange_limit)
+    return search.decision("blockpruner", "block", refine)
 
 
 def neighbours(branches: Collection[Branch]) -> list[Unit]:

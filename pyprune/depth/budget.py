@@ -69,7 +69,7 @@ class Budget:
     def spent(self, removed: Sequence[Unit]) -> float:
         """What the removal of these units saves: a share, or a number of units."""
         branches = {branch for unit in removed for branch in unit}
-        return self._saved(branches) / (1.0 if self.kind == "count" else self.total)
+        return self.saved(branches) / (1.0 if self.kind == "count" else self.total)
 
     def cost(self, unit: Unit, removed: Sequence[Unit]) -> float:
         """What `unit` would save after `removed`, in the budget's own unit: parameters, seconds, or
@@ -83,14 +83,15 @@ class Budget:
 
     def _saving(self, unit: Unit, removed: Sequence[Unit]) -> float:
         before = {branch for other in removed for branch in other}
-        return self._saved(before | set(unit)) - self._saved(before)
+        return self.saved(before | set(unit)) - self.saved(before)
 
     def needed(self, removed: Sequence[Unit]) -> float:
         """What is missing after `removed`, in the budget's own unit."""
         whole = 1.0 if self.kind == "count" else self.total
-        return max(0.0, self.target * whole - self._saved({b for unit in removed for b in unit}))
+        return max(0.0, self.target * whole - self.saved({b for unit in removed for b in unit}))
 
-    def _saved(self, branches: Collection[Branch]) -> float:
+    def saved(self, branches: Collection[Branch]) -> float:
+        """What the removal of `branches` saves, in the budget's own unit."""
         if self.kind == "count":
             return len(branches) / self.branches
         if self.kind == "latency":

@@ -36,10 +36,37 @@ class Step:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """back: branches that came back; out: those that went instead. score: of the model after it.
+    evaluations: sets that were scored to find it."""
+
+    back: tuple[Branch, ...]
+    out: tuple[Branch, ...]
+    score: float
+    evaluations: int = 0
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How exchanges improved a greedy list.
+
+    starts: score of each list that was found, by name: "branches", "layers" (missing where whole
+    layers cannot reach the target). start: the one that was improved. exchanges: in order.
+    evaluations: sets scored beyond those that the decision's steps count.
+    """
+
+    start: str
+    starts: Mapping[str, float]
+    exchanges: tuple[Exchange, ...] = ()
+    evaluations: int = 0
+
+
+@dataclass(frozen=True)
 class Decision:
     """Removals in order, with what is needed to repeat or apply them.
 
-    method; unit: "block" (a branch) or "layer"; layers: how many the model has; steps.
+    method; unit: "block" (a branch) or "layer"; layers: how many the model has; steps. refinement:
+    where the steps are not those of a greedy search but what exchanges made of them.
     objective: what the scores are, e.g. "perplexity". compare: what was least of the unit that a
     round removed, "score" or "rate" (see `GreedyOptions`); "" of methods without rounds. dense:
     the objective before any removal.
@@ -62,6 +89,7 @@ class Decision:
     transforms: tuple[Mapping[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     model: str = ""
+    refinement: Refinement | None = None
 
     def __post_init__(self) -> None:
         removed = [branch for step in self.steps for branch in step.unit]
@@ -81,7 +109,8 @@ class Decision:
 
     @property
     def evaluations(self) -> int:
-        return sum(step.evaluations for step in self.steps)
+        more = self.refinement.evaluations if self.refinement is not None else 0
+        return sum(step.evaluations for step in self.steps) + more
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: what `from_dict` takes back."""
@@ -96,6 +125,8 @@ class Decision:
                 Step(**{**step, "unit": tuple(Branch(*branch) for branch in step["unit"])})
                 for step in given.pop("steps")
             )
+            if given.get("refinement") is not None:
+                given["refinement"] = _refinement(given["refinement"])
             for key in ("transforms", "notes"):
                 given[key] = tuple(given.get(key, ()))
             return cls(steps=steps, **given)
@@ -103,6 +134,14 @@ class Decision:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"decision: expected one, got something else: {error!r}") from error
+
+
+def _refinement(values: Mapping[str, Any]) -> Refinement:
+    exchanges = []
+    for exchange in values["exchanges"]:
+        sides = {key: tuple(Branch(*b) for b in exchange[key]) for key in ("back", "out")}
+        exchanges.append(Exchange(**{**exchange, **sides}))
+    return Refinement(**{**values, "exchanges": tuple(exchanges)})
 
 
 def load_decision(path: str | Path) -> Decision:

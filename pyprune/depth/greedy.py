@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from pyprune.calibration.tokens import TokenSet
 from pyprune.depth.addons import AddOns, apply_add_ons
 from pyprune.depth.budget import Budget, Unit, parameter_count
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision, Step, calibration_facts, name_of
+from pyprune.depth.decision import Decision, Refinement, Step, calibration_facts, name_of
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.score import ObjectiveName, Scorer
 from pyprune.depth.walkdown import WalkDown
@@ -67,7 +67,11 @@ class GreedyOptions(AddOns):
 
 
 # What neither the search nor its result depends on.
-NOT_OF_THE_SEARCH = ("state", "memory_mb", "width", *(f.name for f in fields(AddOns)))
+NOT_OF_THE_SEARCH = (
+    "state", "memory_mb", "width", "refine", "exchange_limit", *(f.name for f in fields(AddOns))
+)  # fmt: skip
+# Improves a list: (search that has run, its steps) -> steps, and how they were found.
+Refine = Callable[["Greedy", list[Step]], tuple[list[Step], Refinement]]
 
 
 def rate(rise: float, cost: float) -> float:
@@ -100,7 +104,8 @@ class Greedy:
 
     units: all candidates, in the order in which ties are broken: the first one wins. A candidate
     with a NaN score never does. Units may share branches: once one goes, those that overlap it are
-    no candidates any more.
+    no candidates any more. shares: a search that has run, whose budget, scorer and caches this one
+    goes on with, from the dense model.
     """
 
     graph: ResidualGraph
@@ -110,26 +115,38 @@ class Greedy:
     units: Sequence[Unit]
     progress: Progress | None = None
     removed: list[Unit] = field(default_factory=list)
+    shares: Greedy | None = None
+    dense: float = field(init=False)
 
     def __post_init__(self) -> None:
-        self.budget = Budget.of(self.graph, self.config, self.units, self.tokens.batches[0])
         self.compare = self.options.compared(self.config)
-        self.scorer = Scorer(
-            self.graph, self.tokens.batches, self.options.objective, self.options.every
-        )
-        memory = self.options.memory_mb << 20
-        self.walk = WalkDown(self.graph, self.scorer, memory, self.options.width)
+        if self.shares is None:
+            self.budget = Budget.of(self.graph, self.config, self.units, self.tokens.batches[0])
+            self.scorer = Scorer(
+                self.graph, self.tokens.batches, self.options.objective, self.options.every
+            )
+            memory = self.options.memory_mb << 20
+            self.walk = WalkDown(self.graph, self.scorer, memory, self.options.width)
+        else:
+            other = self.shares
+            self.budget, self.scorer, self.walk = other.budget, other.scorer, other.walk
         self.walk.tick = self._tick
-        self._stale: dict[str, float] = {}  # mean loss above its reference, when last looked at
+        # By name, the mean loss above its reference, when last looked at.
+        self.stale: dict[str, float] = {}
         self._stales: list[dict[str, float]] = []  # what was known after every step
         self._notes: dict[int, str] = {}  # of rounds, from 1
 
     def run(self) -> list[Step]:
         """The steps, in order; continues from the state file, if the options name one."""
-        # Before anything is removed: the states that this caches are the dense model's.
-        self.dense = (
-            self._naive([()])[0] if self.options.mode == "naive" else self.walk.reference([])
-        )
+        if self.shares is not None:
+            self.dense = self.shares.dense
+            gone = [branch.position for branch in self.shares._branches]
+            self.walk.forget_after(min(gone, default=len(self.graph.branches)))
+        elif self.options.mode == "naive":
+            self.dense = self.scorer.score_naive([])
+        else:
+            # Before anything is removed: the states that this caches are the dense model's.
+            self.dense = self.walk.reference([])
         self._check_score("the dense model", self.dense)
         steps = self._resume()
         self.score = steps[-1].score if steps and steps[-1].score is not None else self.dense
@@ -144,10 +161,15 @@ class Greedy:
             self._say(len(steps))
         return steps
 
-    def decision(self, method: str, unit: str) -> Decision:
-        """The search, then the add-ons, which change the model's weights in place."""
-        steps = self.run()
-        done = apply_add_ons(self.graph, self._branches, self.scorer.batches, self.options)
+    def decision(self, method: str, unit: str, refine: Refine | None = None) -> Decision:
+        """The search, what improves its list, if anything, and the add-ons, which change the
+        model's weights in place."""
+        steps = first = self.run()
+        refinement = None
+        if refine is not None:
+            steps, refinement = refine(self, first)
+        gone = {branch for step in steps for branch in step.unit}
+        done = apply_add_ons(self.graph, gone, self.scorer.batches, self.options)
         return Decision(
             method=method,
             unit=unit,
@@ -156,10 +178,11 @@ class Greedy:
             objective=self.options.objective,
             compare=self.compare,
             dense=self.dense,
-            importance=dict(steps[0].candidates) if steps else {},
+            importance=dict(first[0].candidates) if first else {},
             calibration=calibration_facts(self.tokens),
             config=self.config.to_dict(),
             transforms=done,
+            refinement=refinement,
             notes=tuple(f"round {number}: {note}" for number, note in self._notes.items()),
         )
 
@@ -198,9 +221,7 @@ class Greedy:
         """A full forward for every candidate."""
         scores = []
         for k, unit in enumerate(left):
-            gone = self._branches | set(unit)
-            rows = [self.scorer.rows_naive(i, gone) for i in range(len(self.scorer.batches))]
-            scores += self.scorer.total(rows)
+            scores.append(self.scorer.score_naive(self._branches | set(unit)))
             self._tick(k + 1, len(left))
         return scores
 
@@ -223,10 +244,10 @@ class Greedy:
 
     def _rise(self, score: float) -> float:
         """Of the mean loss above that of what is left: comparable between rounds."""
-        mean = self._mean(score)
-        return mean if mean == math.inf else mean - self._mean(self.score)
+        mean = self.mean(score)
+        return mean if mean == math.inf else mean - self.mean(self.score)
 
-    def _mean(self, score: float) -> float:
+    def mean(self, score: float) -> float:
         """The mean loss behind a score."""
         if self.options.objective == "kl":
             return score
@@ -237,15 +258,15 @@ class Greedy:
     def _remember(self, units: Sequence[Unit], scores: Sequence[float]) -> None:
         for unit, score in zip(units, scores, strict=True):
             rise = self._rise(score)
-            self._stale[name_of(unit)] = math.inf if math.isnan(rise) else rise
+            self.stale[name_of(unit)] = math.inf if math.isnan(rise) else rise
 
     def _stale_key(self, unit: Unit) -> float:
         """By what was last seen of it."""
-        rise = self._stale[name_of(unit)]
+        rise = self.stale[name_of(unit)]
         return self._key(unit, rise, rise)
 
     def _guess(self, left: Sequence[Unit]) -> Unit | None:
-        known = [unit for unit in left if name_of(unit) in self._stale]
+        known = [unit for unit in left if name_of(unit) in self.stale]
         return min(known, key=self._stale_key, default=None)
 
     def _lazy(self, left: Sequence[Unit]) -> _Found:
@@ -261,10 +282,10 @@ class Greedy:
         seen: dict[str, float] = {}
         estimates: dict[str, float] = {}
         evaluations = 0
-        if not self._stale:
+        if not self.stale:
             evaluations, seen = self._halving(left)
-            mean = self._mean(self.score)
-            estimates = {u: self.scorer.of_mean(mean + rise) for u, rise in self._stale.items()}
+            mean = self.mean(self.score)
+            estimates = {u: self.scorer.of_mean(mean + rise) for u, rise in self.stale.items()}
         order = sorted(range(len(left)), key=lambda k: self._stale_key(left[k]))
         if name_of(left[order[0]]) not in seen and len(seen) < self.options.looks:
             some = [left[k] for k in order if name_of(left[k]) not in seen][: self.options.looks]
@@ -298,7 +319,7 @@ class Greedy:
 
     def _remove(self, unit: Unit) -> None:
         self.removed.append(unit)
-        self._stale.pop(name_of(unit), None)
+        self.stale.pop(name_of(unit), None)
         self.walk.forget_after(unit[0].position)
 
     def _step(self, found: _Found) -> Step:
@@ -322,7 +343,7 @@ class Greedy:
             self.progress(words, share, 1.0)
 
     @cached_property
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """What a state file must agree with. How much goes does not matter: a greedy list is a
         prefix of any longer one, but for what was chosen when the target had cut off costs."""
         values = self.config.to_dict()
@@ -339,15 +360,22 @@ class Greedy:
             "units": len(self.units),
         }
 
+    def check_identity(self, identity: Mapping[str, Any], file: str | Path) -> None:
+        """Raises UserError if `file`, which holds `identity`, is of another search."""
+        for name, own in self.identity.items():
+            if identity.get(name) != own:
+                what = {"tokens": "calibration text", "config": "configuration"}.get(name, "model")
+                raise UserError(f"state: {file} is of another {what}")
+
     def _save(self, steps: Sequence[Step]) -> None:
         if self.options.state is None:
             return
         file = Path(self.options.state)
         so_far = Decision(self.config.method, "", len(self.graph.layouts), tuple(steps))
-        self._stales.append(dict(self._stale))
+        self._stales.append(dict(self.stale))
         text = json.dumps(
             {
-                "identity": self._identity,
+                "identity": self.identity,
                 "target": self.budget.target,
                 "seconds": [[*branch, value] for branch, value in self.budget.seconds.items()],
                 "total": self.budget.total,
@@ -374,10 +402,7 @@ class Greedy:
             raise UserError(
                 f"state: cannot continue from {self.options.state}: {error!r}"
             ) from error
-        for name, own in self._identity.items():
-            if identity.get(name) != own:
-                what = {"tokens": "calibration text", "config": "configuration"}.get(name, "model")
-                raise UserError(f"state: {self.options.state} is of another {what}")
+        self.check_identity(identity, self.options.state)
         if self.budget.kind == "latency" and seconds:  # measured anew, they would differ
             self.budget = replace(self.budget, seconds=seconds, total=total)
         lesser = replace(self.budget, target=min(target, self.budget.target))
@@ -391,7 +416,7 @@ class Greedy:
             self._remove(step.unit)
             steps.append(step)
         self._stales = stales[: len(steps)]
-        self._stale = dict(self._stales[-1]) if steps else {}
+        self.stale = dict(self._stales[-1]) if steps else {}
         # The file may be of a search that went further than this one will.
         self._notes = {number: note for number, note in notes.items() if number <= len(steps)}
         return steps

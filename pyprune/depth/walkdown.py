@@ -1,9 +1,9 @@
 """Scores many candidates in one sweep over the branches.
 
-All candidates agree with the reference (what is left of the model) up to the branch that they leave
-out. So the reference goes down the model once, and at each candidate's branch a stream splits off
-that skips it; every branch then runs on all live streams together. The scores are those of a full
-forward per candidate, for half the work, and every weight is read once per sweep.
+All candidates agree with the reference (what is left of the model) up to the first branch that they
+leave out, or put back. So the reference goes down the model once, and at that branch a stream
+splits off for the candidate; every branch then runs on all live streams together. The scores are
+those of a full forward per candidate, for half the work, and every weight is read once per sweep.
 
 Once a branch is removed, the streams of candidates before it are what they were up to that branch:
 the next sweep goes on with them from there.
@@ -58,6 +58,7 @@ class WalkDown:
         self._cache: list[dict[int, State]] = [{} for _ in tokens]
         self._streams: list[dict[Unit, dict[int, State]]] = [{} for _ in tokens]
         self._contexts: tuple[int, dict[int, Context]] = (-1, {})
+        self._keeping = True
         self.tick: Tick = lambda done, total: None
 
     def forget_after(self, position: int) -> None:
@@ -69,12 +70,20 @@ class WalkDown:
 
     @torch.no_grad()
     def score(
-        self, units: Sequence[Unit], removed: Collection[Branch], batches: int | None = None
+        self,
+        units: Sequence[Unit],
+        removed: Collection[Branch],
+        batches: int | None = None,
+        *,
+        keep: bool = True,
     ) -> list[float]:
-        """Score of the model without `removed` and without each of `units`, in their order.
+        """Score of the model without `removed` but for each of `units`, in their order: of a unit's
+        branches those that are there go as well, those of `removed` are there again.
 
-        batches: only the first so many, for a rough look; None: all.
+        units: branches by position. batches: only the first so many, for a rough look; None: all.
+        keep: whether these units will be asked for again, when more is removed.
         """
+        self._keeping = keep
         order = sorted(range(len(units)), key=lambda k: units[k][0].position)
         count = len(self.scorer.batches) if batches is None else batches
         rows = []
@@ -123,25 +132,28 @@ class WalkDown:
         for branch in self.graph.branches[min(joining) :]:
             position = branch.position
             live |= joining.pop(position, {})
-            for unit in leaving.get(position, ()):
-                split = live[REFERENCE]
-                for skipped in unit:
-                    split = self.graph.skip(skipped, split)
-                joining.setdefault(unit[-1].position + 1, {})[unit] = split
+            if position in leaving:
+                live |= dict.fromkeys(leaving[position], live[REFERENCE])
             if position == last:
                 del live[REFERENCE]
-            after = self._step(i, branch, list(live.values()), removed)
-            live = dict(zip(live, after, strict=True))
+            live = self._step(i, branch, live, removed)
             self._keep(i, position + 1, live)
         for streams in joining.values():
-            live |= streams  # those that skip the last branch
+            live |= streams  # those that were kept behind the last branch
         return torch.cat([live[unit].total for unit in units])
 
     def _step(
-        self, i: int, branch: Branch, streams: list[State], removed: Collection[Branch]
-    ) -> list[State]:
-        if branch in removed:
-            return [self.graph.skip(branch, state) for state in streams]
+        self, i: int, branch: Branch, live: Mapping[Unit, State], removed: Collection[Branch]
+    ) -> dict[Unit, State]:
+        """All streams after `branch`: those that it is left out of, and those that it ran on."""
+        gone = branch in removed
+        out = [unit for unit in live if gone != (branch in unit)]
+        through = [unit for unit in live if gone == (branch in unit)]
+        after = {unit: self.graph.skip(branch, live[unit]) for unit in out}
+        after |= dict(zip(through, self._ran(i, branch, [live[u] for u in through]), strict=True))
+        return {unit: after[unit] for unit in live}
+
+    def _ran(self, i: int, branch: Branch, streams: list[State]) -> list[State]:
         rows = len(self.scorer.batches[i].input_ids)
         after: list[State] = []
         for at in range(0, len(streams), self.width):
@@ -165,8 +177,9 @@ class WalkDown:
         at = max(p for p in states if p <= position)
         state = states[at]
         for branch in self.graph.branches[at:position]:
-            (state,) = self._step(i, branch, [state], removed)
-            self._keep(i, branch.position + 1, {REFERENCE: state})
+            reference = self._step(i, branch, {REFERENCE: state}, removed)
+            state = reference[REFERENCE]
+            self._keep(i, branch.position + 1, reference)
         return state
 
     def _keep(self, i: int, position: int, streams: Mapping[Unit, State]) -> None:
@@ -175,7 +188,7 @@ class WalkDown:
             if unit == REFERENCE:
                 if position % self.stride == 0 and position not in self._cache[i]:
                     self._cache[i][position] = _cloned(state)
-            elif position in self._kept_at:
+            elif self._keeping and position in self._kept_at:
                 self._streams[i].setdefault(unit, {})[position] = _cloned(state)
 
     def _context(self, i: int, copies: int) -> Context:

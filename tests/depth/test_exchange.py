@@ -1,0 +1,297 @@
+"""Exchanges after a greedy list, against the best of all sets, and what is recorded of them."""
+
+import json
+import math
+from itertools import combinations
+
+import pytest
+import torch
+from matplotlib.image import imread
+from rich.console import Console
+from tiny_models import tiny_model, tiny_tokens
+
+from pyprune.calibration.batches import as_token_set
+from pyprune.calibration.tokens import Batch
+from pyprune.depth import budget, exchange
+from pyprune.depth.config import StructureConfig
+from pyprune.depth.decision import Decision
+from pyprune.depth.exchange import meets
+from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.plot import draw
+from pyprune.depth.registry import run_search
+from pyprune.depth.run import prune_structure
+from pyprune.depth.score import Scorer
+from pyprune.depth.walkdown import WalkDown
+from pyprune.errors import UserError
+from pyprune.models.adapter import Adapter
+
+
+def tokens(rows=(2, 2)):
+    data = [tiny_tokens(r, 12, seed=k) for k, r in enumerate(rows)]
+    return as_token_set(data, vocabulary=None, positions=None)
+
+
+def search(model, ratio=0.35, data=None, by="params", **options):
+    config = StructureConfig(ratio=ratio, by=by, method_options=options)
+    return run_search(model, Adapter.of(model), data or tokens(), config)
+
+
+def model_of(family, layers, seed=0):
+    """Grouped queries where the family has them; MLPs of three attentions."""
+    more = {"num_key_value_heads": 1, "intermediate_size": 80} if family == "llama" else {}
+    if family == "gemma2":
+        more["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
+    return tiny_model(family, seed, num_hidden_layers=layers, **more)
+
+
+def score_of(model, data, gone):
+    return Scorer(ResidualGraph.of(model), data.batches).score_naive(gone)
+
+
+def budget_of(model, ratio, data):
+    graph = ResidualGraph.of(model)
+    units = budget.units_of(graph.branches, layers=False)
+    return budget.Budget.of(graph, StructureConfig(ratio=ratio), units, data.batches[0])
+
+
+def of_list(decision):
+    return decision.refinement.starts[decision.refinement.start]
+
+
+def test_no_worse_than_both_lists_and_mostly_the_best_of_all_sets():
+    data, best, better, worse_list = tokens(), 0, 0, 0
+    cases = [(seed, ratio) for seed in range(6) for ratio in (0.2, 0.35)]
+    for seed, ratio in cases:
+        model = model_of("llama", 4, seed)
+        asked, branches = budget_of(model, ratio, data), ResidualGraph.of(model).branches
+        sets = [frozenset(s) for n in range(1, 8) for s in combinations(branches, n)]
+        possible = [s for s in sets if meets(asked, s, len(branches))]
+        least = min(score_of(model, data, s) for s in possible)
+        found = search(model, ratio, data)
+        lists = [search(model, ratio, data, refine="none")]
+        config = StructureConfig("sleb", ratio=ratio, method_options={
+            "protect_first": 0, "protect_last": 0})  # fmt: skip
+        lists.append(run_search(model, Adapter.of(model), data, config))
+        ends = [one.steps[-1].score for one in lists]
+        score = found.steps[-1].score
+        assert list(found.refinement.starts.values()) == pytest.approx(ends, rel=1e-5)
+        assert score <= min(found.refinement.starts.values())
+        assert found.refinement.start == ("layers" if ends[1] < ends[0] else "branches")
+        assert asked.reached([tuple(found.removed)])
+        assert score == pytest.approx(score_of(model, data, found.removed), rel=1e-5)
+        if found.refinement.exchanges:
+            assert meets(asked, frozenset(found.removed), len(branches)) or not (
+                found.refinement.exchanges[-1].out
+            )
+        best += score <= least * (1 + 1e-6)
+        better += score < of_list(found)
+        worse_list += min(ends) > least * (1 + 1e-6)
+    print("best", best, "better", better, "of", worse_list, "of", len(cases))
+    assert best >= 10 and better >= 6 and worse_list >= 6
+
+
+@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])  # parallel; shared norms
+@pytest.mark.parametrize("objective", ["perplexity", "kl"])
+def test_exact_is_naive(family, objective):
+    model, data = model_of(family, 6), tokens()
+    options = {"objective": objective, "exchange_limit": 120}
+    exact = search(model, 0.3, data, **options)
+    naive = search(model, 0.3, data, mode="naive", **options)
+    assert exact.removed == naive.removed and exact.evaluations == naive.evaluations
+    assert exact.refinement.start == naive.refinement.start
+    assert [(e.back, e.out) for e in exact.refinement.exchanges] == [
+        (e.back, e.out) for e in naive.refinement.exchanges
+    ]
+    for a, b in zip(exact.steps, naive.steps, strict=True):
+        assert a.score == pytest.approx(b.score, rel=1e-4)
+    little = search(model, 0.3, data, memory_mb=1, width=3, **options)
+    assert little.removed == exact.removed
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+@pytest.mark.parametrize("checkpoints", [0, 16])
+def test_any_branches_go_or_come_back_in_a_sweep(family, checkpoints, monkeypatch):
+    from pyprune.depth import walkdown
+
+    monkeypatch.setattr(walkdown, "CHECKPOINTS", checkpoints)
+    model, data = model_of(family, 5), tokens((2, 1))
+    graph = ResidualGraph.of(model)
+    scorer = Scorer(graph, data.batches)
+    walk = WalkDown(graph, scorer, 8 << 20, 3)
+    draw_from = torch.Generator().manual_seed(1)
+    base = set()
+    for _ in range(4):
+        units = [(b,) for b in graph.branches]
+        for _ in range(4):
+            chosen = torch.randperm(10, generator=draw_from)[:3].sort().values.tolist()
+            units.append(tuple(graph.branches[k] for k in chosen))
+        for some, keep in ((units[:10], True), (units[10:], False)):
+            expected = [scorer.score_naive(base ^ set(unit)) for unit in some]
+            assert walk.score(some, base, keep=keep) == pytest.approx(expected, rel=1e-5)
+        assert walk.reference(base) == pytest.approx(scorer.score_naive(base), rel=1e-5)
+        flipped = units[10]
+        walk.forget_after(flipped[0].position)
+        base ^= set(flipped)
+
+
+def test_every_exchange_lowers_the_objective_and_nothing_needless_goes():
+    model, data = model_of("llama", 8), tokens()
+    asked, graph = budget_of(model, 0.3, data), ResidualGraph.of(model)
+    found = search(model, 0.3, data)
+    refinement, total = found.refinement, sum(p.numel() for p in model.parameters())
+    assert refinement.exchanges
+    gone = {name: set(search(model, 0.3, data, **more).removed) for name, more in (
+        ("branches", {"refine": "none"}),)}  # fmt: skip
+    if refinement.start == "branches":
+        now, score = gone["branches"], of_list(found)
+        for made in refinement.exchanges:
+            assert set(made.back) <= now and not set(made.out) & now
+            now = (now - set(made.back)) | set(made.out)
+            assert made.score < score and meets(asked, frozenset(now), 16)
+            assert made.score == pytest.approx(score_of(model, data, now), rel=1e-5)
+            score = made.score
+        assert now == set(found.removed)
+    assert found.steps[-1].score == refinement.exchanges[-1].score
+    for k, step in enumerate(found.steps):
+        prefix = [b for s in found.steps[: k + 1] for b in s.unit]
+        assert step.score == pytest.approx(score_of(model, data, prefix), rel=1e-5)
+        assert step.parameters == total - graph.removed_parameters(prefix)
+    greedy = search(model, 0.3, data, refine="none")
+    assert found.importance == greedy.importance and greedy.refinement is None
+    assert found.evaluations > greedy.evaluations
+
+
+@pytest.mark.parametrize("mode", ["exact", "fast"])
+@pytest.mark.parametrize("by", ["params", "latency"])
+def test_goes_on_from_its_files(mode, by, tmp_path, monkeypatch):
+    def seconds_of(graph, _batch):
+        seconds = {
+            b: (1.0 if b.kind == "attention" else 2.0) + b.layer / 64 for b in graph.branches
+        }
+        return seconds, sum(seconds.values()) + 3.0
+
+    monkeypatch.setattr(budget, "branch_seconds", seconds_of)
+    model, state = model_of("llama", 6), str(tmp_path / "state.json")
+    data = tokens()
+    whole = search(model, 0.3, data, by, mode=mode)
+    assert whole.refinement.exchanges
+    original, left = WalkDown.score, [0]
+
+    def stops(self, units, *args, **more):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return original(self, units, *args, **more)
+
+    monkeypatch.setattr(WalkDown, "score", stops)
+    interruptions = 0
+    while True:  # three sweeps at a time
+        left[0] = 3
+        try:
+            found = search(model, 0.3, data, by, mode=mode, state=state)
+            break
+        except KeyboardInterrupt:
+            interruptions += 1
+    assert interruptions >= 2 and found == replaced(whole, found)
+    left[0] = 0  # a second run, also with an add-on, has nothing left to score
+    assert search(model, 0.3, data, by, mode=mode, state=state).steps == whole.steps
+    copy = model_of("llama", 6)
+    refitted = search(copy, 0.3, data, by, mode=mode, state=state, compensate=True)
+    assert refitted.steps == whole.steps and refitted.transforms
+    left[0] = -1
+    other = search(model, 0.45, data, by, mode=mode, state=state)
+    assert other.removed == search(model, 0.45, data, by, mode=mode).removed
+
+
+def replaced(decision, other):
+    """With the configuration of the other: it names the state file."""
+    return Decision.from_dict({**decision.to_dict(), "config": other.config})
+
+
+def test_files_of_something_else(tmp_path):
+    model, state = model_of("llama", 4), str(tmp_path / "state.json")
+    search(model, state=state)
+    layers, scores = (tmp_path / f"state.json.{name}" for name in ("layers", "exchanges"))
+    good = json.loads(scores.read_text())
+    scores.write_text(json.dumps({**good, "identity": {**good["identity"], "tokens": "x"}}))
+    with pytest.raises(UserError, match=r"state.json.exchanges is of another calibration text"):
+        search(model, state=state)
+    for bad in ("{", "[]", '{"identity": {}, "scores": {"A1": "low"}}'):
+        scores.write_text(bad)
+        with pytest.raises(UserError, match=r"cannot continue from .*state.json.exchanges"):
+            search(model, state=state)
+    scores.unlink()
+    layers.write_text("{")
+    with pytest.raises(UserError, match=r"cannot continue from .*state.json.layers"):
+        search(model, state=state)
+
+
+def test_when_there_are_exchanges():
+    model = model_of("llama", 4)
+
+    def run(**given):
+        options = given.pop("options", {})
+        config = StructureConfig(method_options=options, **given)
+        return run_search(model, Adapter.of(model), tokens(), config)
+
+    assert run(ratio=0.3).refinement is not None
+    assert run(ratio=0.3, by="count").refinement is None
+    assert run(count=3).refinement is None
+    published = run(ratio=0.3, options={"compare": "score"})
+    assert published.refinement is None
+    assert run(ratio=0.3, options={"compare": "score", "refine": "exchange"}).refinement
+    with pytest.raises(UserError, match="refine=exchange: expected a share .* got a count"):
+        run(count=3, options={"refine": "exchange"})
+    with pytest.raises(UserError, match="exchange_limit: expected at least 1, got 0"):
+        run(ratio=0.3, options={"exchange_limit": 0})
+    with pytest.raises(UserError, match="refine"):
+        run(ratio=0.3, options={"refine": "swap"})
+    # Attention alone has no whole layers.
+    only = run(ratio=0.1, options={"blocks": "attention"})
+    assert set(only.refinement.starts) == {"branches"}
+    assert {b.kind for b in only.removed} == {"attention"}
+    inner = run(ratio=0.2, options={"protect_first": 1, "protect_last": 1})
+    assert {b.layer for b in inner.removed} <= {1, 2}
+    few = run(ratio=0.3, options={"exchange_limit": 1})
+    assert not few.refinement.exchanges
+
+
+def test_the_limit_holds():
+    model = model_of("llama", 6)
+    lists = search(model, exchange_limit=1)
+    for limit in (20, 40):
+        found = search(model, exchange_limit=limit)
+        assert found.steps[-1].score <= lists.steps[-1].score
+        # Scores of the steps at the end come on top.
+        assert found.evaluations - lists.evaluations <= limit + len(found.steps)
+
+
+def test_scores_that_are_no_numbers_never_win():
+    model = model_of("llama", 5)
+    with torch.no_grad():  # without what precedes it, this layer overflows
+        model.model.layers[2].mlp.down_proj.weight.mul_(1e30)
+    data = as_token_set([Batch(tiny_tokens(2, 12))], vocabulary=None, positions=None)
+    found = search(model, 0.2, data, protect_first=0)
+    assert all(math.isfinite(step.score) for step in found.steps[-1:])
+    assert Branch("mlp", 2) in found.removed
+
+
+def test_the_record_and_its_pictures(tmp_path):
+    model = model_of("llama", 8)
+    config = StructureConfig(ratio=0.3, calibration={})
+    report = prune_structure(model, [tiny_tokens(2, 16)], config, curve=True)
+    decision = report.decision
+    assert decision.refinement.exchanges
+    assert Decision.from_dict(json.loads(json.dumps(decision.to_dict()))) == decision
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(report.table())
+    shown = console.export_text()
+    for words in (shown, report.card()):
+        for made in decision.refinement.exchanges:
+            for branch in (*made.back, *made.out):
+                assert str(branch) in words
+    assert len(report.curve) == len(decision.steps) + 1
+    files = {file.stem: file for file in draw(decision, report.curve, tmp_path / "pictures")}
+    assert set(files) == {"order", "importance", "exchanges", "perplexity"}
+    picture = imread(files["exchanges"])
+    assert picture.shape[1] > 600 and picture[..., :3].std() > 0.05
