@@ -4,11 +4,13 @@ of its own, perplexity, size and speed of the result, and rows that are kept whe
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,14 @@ except UserError as error:
 """
 
 
-def parse(doc: str, names: Iterable[str], smoke: Sequence[str]) -> argparse.Namespace:
-    """The command line. names: of all variants; smoke: of the few that --smoke runs."""
+def parse(
+    doc: str,
+    names: Iterable[str],
+    smoke: Sequence[str],
+    more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
+) -> argparse.Namespace:
+    """The command line. names: of all variants; smoke: of the few that --smoke runs. more: adds
+    options of one bench."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="two variants, a few tokens")
     parser.add_argument("--json", type=Path)
@@ -60,7 +68,12 @@ def parse(doc: str, names: Iterable[str], smoke: Sequence[str]) -> argparse.Name
     parser.add_argument("--tokens", type=int, default=8 * 1024, help="evaluated, each text")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16",
                         help="of the evaluation")  # fmt: skip
+    parser.add_argument("--rates-only", action="store_true",
+                        help="time the rows of --json again, nothing else")  # fmt: skip
+    more(parser)
     args = parser.parse_args()
+    if args.rates_only and (args.json is None or not args.json.exists()):
+        parser.error(f"--rates-only: expected --json with a file of rows, got {args.json}")
     if args.smoke:
         args.variants, args.ratios = list(smoke), [0.1]
         args.nsamples, args.seqlen, args.tokens = 2, 32, SEQLEN
@@ -176,6 +189,37 @@ def rates(dense: PreTrainedModel, pruned: PreTrainedModel, protocol: Protocol) -
     return row
 
 
+def rates_again(rows: list[Row], dense: PreTrainedModel, args: argparse.Namespace) -> None:
+    """Replaces the speed of those rows that `args` names, for when they were measured beside other
+    work. It depends on shapes alone, so the models are random ones of the rows' shapes, and
+    `timed` says so, with what the machine did meanwhile."""
+    for row in rows:
+        if row["variant"] in args.variants and row["ratio"] in args.ratios and "prefill" in row:
+            found = rates(dense, of_shape(row, dense), SMOKE_PROTOCOL if args.smoke else PROTOCOL)
+            row |= {**found, "timed": {"weights": "random", **environment(args.device)}}
+
+
+def of_shape(row: Row, dense: PreTrainedModel) -> PreTrainedModel:
+    """A random model of the structure that a row tells of, in float32."""
+    sizes = {name: after for name, (_, after) in row.get("sizes", {}).items()}
+    if "layers" in row:
+        sizes["num_hidden_layers"] = row["layers"]
+    # What a row does not say, but for its parameters: biases that FLAP adds, heads that are untied.
+    for tied, biased in product((True, False), (False, True)):
+        config = copy.deepcopy(dense.config)
+        biases = {"attention_bias": biased, "mlp_bias": biased}
+        for name, value in {**sizes, **biases, "tie_word_embeddings": tied}.items():
+            setattr(config, name, value)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        if sum(p.numel() for p in model.parameters()) == row["parameters"]:
+            return AutoModelForCausalLM.from_config(config).to(dense.device).eval()
+    raise ValueError(
+        f"{row['variant']} at {row['ratio']:.0%}: expected {row['parameters']:,} parameters, no "
+        f"model with {sizes} has them"
+    )
+
+
 def measure_all(args: argparse.Namespace, measure: Measure) -> None:
     """All variants at all ratios, but for rows that `args.json` has already; shows the table."""
     rows: list[Row] = []
@@ -186,12 +230,20 @@ def measure_all(args: argparse.Namespace, measure: Measure) -> None:
     dense = load(folder, args.device)
     common = {**environment(args.device), "calibration_tokens": args.nsamples * args.seqlen}
 
-    def keep(row: Row) -> None:
-        rows.append({**row, **common})
+    def write() -> None:
         if args.json is not None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
+    def keep(row: Row) -> None:
+        rows.append({**row, **common})
+        write()
+
+    if args.rates_only:
+        rates_again(rows, dense, args)
+        write()
+        show(rows)
+        return
     if (DENSE, 0.0) not in done:
         keep({"variant": DENSE, "ratio": 0.0, "perplexity": evaluate(folder, args),
               "parameters": sum(p.numel() for p in dense.parameters()),

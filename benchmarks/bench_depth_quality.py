@@ -9,7 +9,9 @@ otherwise), parameters, bytes of the weights on disk, and tokens per second in f
 and decoding, the dense model taking turns with the pruned one. Calibration is the same for all.
 Rows already in the JSON file are kept, so that an interrupted run goes on where it stopped.
 Searches continue from one ratio to the next: a greedy list is, but for its end, a prefix of a
-longer one.
+longer one. Add-ons and other ways of saving continue from the plain variant's search and take only
+their own time; --states DIR keeps the searches, so that rows can be made in several runs.
+--rates-only times the rows of the JSON file again, on random weights, for an idle moment.
 """
 
 from __future__ import annotations
@@ -43,10 +45,12 @@ class Variant:
 
 
 FAST = {"mode": "fast"}
+GREEDY = {**FAST, "refine": "none"}
 PUBLISHED = {**FAST, "compare": "score"}
 VARIANTS: dict[str, Variant] = {
     **{name: Variant(name) for name in DEPTH_METHODS.load()},
     "blockpruner": Variant("blockpruner", FAST, searched=True),
+    "blockpruner, greedy": Variant("blockpruner", GREEDY, searched=True),
     "blockpruner, published": Variant("blockpruner", PUBLISHED, searched=True),
     "blockpruner, zeros": Variant("blockpruner", FAST, fill="zeros", searched=True),
     "sleb": Variant("sleb", FAST, searched=True),
@@ -86,16 +90,24 @@ def own(report: Row, pruned: PreTrainedModel) -> Row:
         "steps": len(report["decision"]["steps"]),
         "removed": [step["unit"] for step in report["decision"]["steps"]],
         "layers": pruned.config.num_hidden_layers,
+        "score": report["decision"]["steps"][-1]["score"],
+        "refinement": report["decision"]["refinement"],
         "options": {k: v for k, v in report["config"]["method_options"].items() if k != "state"},
     }
 
 
+def with_states(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--states", type=Path, metavar="DIR", help="where searches are kept")
+
+
 def main() -> None:
-    args = parse(__doc__, VARIANTS, smoke=["shortgpt", "llm-drop"])
-    with tempfile.TemporaryDirectory() as states:
+    args = parse(__doc__, VARIANTS, smoke=["shortgpt", "llm-drop"], more=with_states)
+    with tempfile.TemporaryDirectory() as passing:
+        states = args.states or Path(passing)
+        states.mkdir(parents=True, exist_ok=True)
 
         def measure(name: str, ratio: float, dense: PreTrainedModel) -> Row:
-            tries = configurations(VARIANTS[name], ratio, args, Path(states))
+            tries = configurations(VARIANTS[name], ratio, args, states)
             return prune_and_measure(prune_structure_checkpoint, tries, dense, args, own)
 
         measure_all(args, measure)

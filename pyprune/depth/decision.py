@@ -45,6 +45,11 @@ class Exchange:
     score: float
     evaluations: int = 0
 
+    def __str__(self) -> str:
+        """ "back A3, M7; out M5"."""
+        sides = (("back", self.back), ("out", self.out))
+        return "; ".join(f"{word} {', '.join(map(str, unit))}" for word, unit in sides if unit)
+
 
 @dataclass(frozen=True)
 class Refinement:

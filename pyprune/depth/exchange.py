@@ -300,7 +300,7 @@ class LocalSearch:
         after = before - saved[:, None] + saving[None, :]
         promise = gained[:, None] + rising[None, :]
         # Norms that two branches share are in no single cost: the sets are checked one by one.
-        open_ = (after > self._need - smallest / 10) & promise.isfinite() & (saved[:, None] > 0)
+        open_ = (after > self._need - smallest / 10) & (saved[:, None] > 0)
         promise = torch.where(open_, promise, math.inf)
         order = promise.flatten().sort(stable=True)
         for value, index in zip(
@@ -315,7 +315,7 @@ class LocalSearch:
         """Sets of branches whose changes of the loss are the least, what they save and change."""
         best: list[Unit] = []
         for kind in KINDS:
-            of_kind = [b for b in changes if b.kind == kind and not math.isnan(changes[b])]
+            of_kind = [b for b in changes if b.kind == kind and math.isfinite(changes[b])]
             best.append(tuple(sorted(of_kind, key=lambda b: (changes[b], b.layer))[:BREADTH]))
         pool = [b for of_kind in best for b in of_kind]
         sides = [unit for n in range(MOST + 1) for unit in combinations(pool, n)]

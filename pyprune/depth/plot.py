@@ -20,7 +20,7 @@ from pyprune.pictures import (
 )
 
 LABELS = {"attention": "attention", "mlp": "MLP", "layer": "layer"}
-KEPT = "#e9e9e9"
+KEPT, FRAME = "#e9e9e9", "#d62728"
 # A logarithmic axis where the largest value is so many times the least.
 LOGARITHMIC = 20.0
 # Bars longer than so many times this quantile of all are cut off.
@@ -29,12 +29,14 @@ Points = Sequence[tuple[int, float]]
 
 
 def draw(decision: Decision, curve: Points, path: Path) -> list[Path]:
-    """Writes order.png, importance.png (of methods that score single branches or layers) and
-    perplexity.png (with a `curve` of parameters and perplexity, the dense model first); see
-    `pyprune.pictures.draw_panels`."""
+    """Writes order.png, importance.png (of methods that score single branches or layers),
+    exchanges.png (where a list was improved by some) and perplexity.png (with a `curve` of
+    parameters and perplexity, the dense model first); see `pyprune.pictures.draw_panels`."""
     panels = [Panel("order", 1.9, lambda axis: _order(axis, decision))]
     if any(value is not None for value in decision.importance.values()):
         panels.append(Panel("importance", 3.6, lambda axis: _importance(axis, decision)))
+    if decision.refinement is not None:
+        panels.append(Panel("exchanges", 3.4, lambda axis: _exchanges(axis, decision)))
     if curve:
         panels.append(Panel("perplexity", 3.8, lambda axis: _curve(axis, decision, curve)))
     return draw_panels(panels, _title(decision), decision.layers, path)
@@ -60,13 +62,17 @@ def _order(axis: Any, decision: Decision) -> None:
 
     ranks = {branch: i for i, step in enumerate(decision.steps) for branch in step.unit}
     colours, last = colormaps["viridis"], max(1, len(decision.steps) - 1)
+    exchanges = decision.refinement.exchanges if decision.refinement is not None else ()
+    moved = {branch for exchange in exchanges for branch in (*exchange.back, *exchange.out)}
     for row, kind in enumerate(KINDS):
         for layer in range(decision.layers):
             rank = ranks.get(Branch(kind, layer))
             share = None if rank is None else rank / last
+            framed = Branch(kind, layer) in moved
             axis.bar(
                 layer, 0.9, 0.9, row - 0.45,
                 color=KEPT if share is None else colours(share),
+                edgecolor=FRAME if framed else "none", linewidth=1.5,
             )  # fmt: skip
             if share is not None and rank is not None:
                 ink = "white" if share < 0.6 else "black"
@@ -75,7 +81,8 @@ def _order(axis: Any, decision: Decision) -> None:
                 )
     axis.set_yticks(range(len(KINDS)), [LABELS[kind] for kind in KINDS])
     axis.set_ylim(len(KINDS) - 0.5, -0.5)
-    axis.set_title("removed, by order (grey: stays)", fontsize=9)
+    words = "; framed: exchanged on the way" if moved else ""
+    axis.set_title(f"removed, by order (grey: stays{words})", fontsize=9)
     layer_axis(axis, decision.layers)
 
 
@@ -109,6 +116,32 @@ def _importance(axis: Any, decision: Decision) -> None:
     axis.set_title("each alone: the higher, the more it matters", fontsize=9)
     axis.legend(fontsize=8, loc="upper center", ncols=3)
     layer_axis(axis, decision.layers)
+
+
+def _exchanges(axis: Any, decision: Decision) -> None:
+    """The objective of the greedy lists, and after every exchange."""
+    refinement = decision.refinement
+    assert refinement is not None
+    for name, score in refinement.starts.items():
+        if name != refinement.start:
+            axis.plot([0], [score], "o", color=COLOURS["rest"])
+        axis.annotate(
+            f"greedy over {name}", (0, score), xytext=(6, 4), textcoords="offset points",
+            fontsize=7,
+        )  # fmt: skip
+    scores = [refinement.starts[refinement.start], *(e.score for e in refinement.exchanges)]
+    axis.plot(range(len(scores)), scores, "o-", markersize=4)
+    for i, exchange in enumerate(refinement.exchanges, 1):
+        axis.annotate(
+            str(exchange).replace("; ", "\n"), (i, exchange.score), xytext=(3, 5),
+            textcoords="offset points", fontsize=7,
+        )  # fmt: skip
+    axis.set_xticks(range(len(scores)))
+    axis.margins(x=0.15, y=0.25)
+    axis.set_xlabel("exchanges", fontsize=8)
+    axis.set_ylabel(decision.objective)
+    axis.tick_params(labelsize=8)
+    axis.set_title("greedy lists, improved by exchanges", fontsize=9)
 
 
 def _scores(decision: Decision, kind: str) -> list[tuple[int, float | None]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pyprune.depth.decision import SHARED, Decision, Step, name_of
+from pyprune.depth.decision import SHARED, Decision, Refinement, Step, name_of
 from pyprune.depth.registry import DEPTH_METHODS
 from pyprune.depth.repack import Packing
 from pyprune.report import with_notes
@@ -81,6 +81,10 @@ class StructureReport(StructuralReport):
         for i, step in enumerate(self.decision.steps, 1):
             table.add_row(str(i), name_of(step.unit), *_cells(step, before))
         table.add_section()
+        if self.decision.refinement is not None:
+            for words, score in _refined(self.decision.refinement):
+                table.add_row("", words, f"{score:.4g}", "", "")
+            table.add_section()
         layers = f"{self.packing.before} -> {len(self.packing.pairs)} layers"
         table.add_row("saved", layers, "", f"{after:,}", f"{self.realised_share:.1%}")
         return with_notes(table, self.all_notes)
@@ -95,6 +99,9 @@ class StructureReport(StructuralReport):
                 f"All zero, since a layer has both halves: {halves} of the new layers "
                 f"({self.zeros:,} parameters)"
             )
+        if decision.refinement is not None:
+            lines = [f"{words} ({score:.4g})" for words, score in _refined(decision.refinement)]
+            facts.append(f"How it was found, with the {decision.objective}: {'; '.join(lines)}")
         facts.append(calibration_fact(decision.calibration))
         facts += [f"Changed in what is left: {t['kind']}" for t in decision.transforms]
         facts += [f"{name}: {version}" for name, version in self.versions.items()]
@@ -108,6 +115,15 @@ class StructureReport(StructuralReport):
             self.all_notes,
             "Configuration, scores and order",
         )
+
+
+def _refined(refinement: Refinement) -> list[tuple[str, float]]:
+    """The lists and then the exchanges, in words, and the score of each."""
+    lines = []
+    for name, score in refinement.starts.items():
+        used = ", from here" if name == refinement.start else ""
+        lines.append((f"greedy over {name}{used}", score))
+    return lines + [(str(exchange), exchange.score) for exchange in refinement.exchanges]
 
 
 def _cells(step: Step, before: int) -> tuple[str, str, str]:

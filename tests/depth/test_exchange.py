@@ -1,5 +1,6 @@
 """Exchanges after a greedy list, against the best of all sets, and what is recorded of them."""
 
+import io
 import json
 import math
 from itertools import combinations
@@ -11,12 +12,11 @@ from rich.console import Console
 from tiny_models import tiny_model, tiny_tokens
 
 from pyprune.calibration.batches import as_token_set
-from pyprune.calibration.tokens import Batch
 from pyprune.depth import budget, exchange
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
 from pyprune.depth.exchange import meets
-from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.plot import draw
 from pyprune.depth.registry import run_search
 from pyprune.depth.run import prune_structure
@@ -59,8 +59,8 @@ def of_list(decision):
 
 
 def test_no_worse_than_both_lists_and_mostly_the_best_of_all_sets():
-    data, best, better, worse_list = tokens(), 0, 0, 0
-    cases = [(seed, ratio) for seed in range(6) for ratio in (0.2, 0.35)]
+    data, best, better, worse_list = tokens((2,)), 0, 0, 0
+    cases = [(seed, ratio) for seed in range(3) for ratio in (0.2, 0.35)]
     for seed, ratio in cases:
         model = model_of("llama", 4, seed)
         asked, branches = budget_of(model, ratio, data), ResidualGraph.of(model).branches
@@ -86,8 +86,7 @@ def test_no_worse_than_both_lists_and_mostly_the_best_of_all_sets():
         best += score <= least * (1 + 1e-6)
         better += score < of_list(found)
         worse_list += min(ends) > least * (1 + 1e-6)
-    print("best", best, "better", better, "of", worse_list, "of", len(cases))
-    assert best >= 10 and better >= 6 and worse_list >= 6
+    assert best == len(cases) and better == worse_list >= 3
 
 
 @pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])  # parallel; shared norms
@@ -135,22 +134,19 @@ def test_any_branches_go_or_come_back_in_a_sweep(family, checkpoints, monkeypatc
 
 
 def test_every_exchange_lowers_the_objective_and_nothing_needless_goes():
-    model, data = model_of("llama", 8), tokens()
+    model, data = model_of("llama", 6), tokens()
     asked, graph = budget_of(model, 0.3, data), ResidualGraph.of(model)
     found = search(model, 0.3, data)
     refinement, total = found.refinement, sum(p.numel() for p in model.parameters())
     assert refinement.exchanges
-    gone = {name: set(search(model, 0.3, data, **more).removed) for name, more in (
-        ("branches", {"refine": "none"}),)}  # fmt: skip
-    if refinement.start == "branches":
-        now, score = gone["branches"], of_list(found)
-        for made in refinement.exchanges:
-            assert set(made.back) <= now and not set(made.out) & now
-            now = (now - set(made.back)) | set(made.out)
-            assert made.score < score and meets(asked, frozenset(now), 16)
-            assert made.score == pytest.approx(score_of(model, data, now), rel=1e-5)
-            score = made.score
-        assert now == set(found.removed)
+    # Back from the set at the end.
+    now, scores = set(found.removed), [of_list(found), *(e.score for e in refinement.exchanges)]
+    for made, before in zip(reversed(refinement.exchanges), reversed(scores[:-1]), strict=True):
+        assert made.score < before and meets(asked, frozenset(now), 12)
+        assert made.score == pytest.approx(score_of(model, data, now), rel=1e-5)
+        assert set(made.out) <= now and not set(made.back) & now
+        now = (now - set(made.out)) | set(made.back)
+    assert score_of(model, data, now) == pytest.approx(of_list(found), rel=1e-5)
     assert found.steps[-1].score == refinement.exchanges[-1].score
     for k, step in enumerate(found.steps):
         prefix = [b for s in found.steps[: k + 1] for b in s.unit]
@@ -240,7 +236,7 @@ def test_when_there_are_exchanges():
     published = run(ratio=0.3, options={"compare": "score"})
     assert published.refinement is None
     assert run(ratio=0.3, options={"compare": "score", "refine": "exchange"}).refinement
-    with pytest.raises(UserError, match="refine=exchange: expected a share .* got a count"):
+    with pytest.raises(UserError, match=r"refine=exchange: expected a share .* got a count"):
         run(count=3, options={"refine": "exchange"})
     with pytest.raises(UserError, match="exchange_limit: expected at least 1, got 0"):
         run(ratio=0.3, options={"exchange_limit": 0})
@@ -266,24 +262,33 @@ def test_the_limit_holds():
         assert found.evaluations - lists.evaluations <= limit + len(found.steps)
 
 
-def test_scores_that_are_no_numbers_never_win():
-    model = model_of("llama", 5)
-    with torch.no_grad():  # without what precedes it, this layer overflows
-        model.model.layers[2].mlp.down_proj.weight.mul_(1e30)
-    data = as_token_set([Batch(tiny_tokens(2, 12))], vocabulary=None, positions=None)
-    found = search(model, 0.2, data, protect_first=0)
-    assert all(math.isfinite(step.score) for step in found.steps[-1:])
-    assert Branch("mlp", 2) in found.removed
+def test_scores_that_are_no_numbers_never_win(monkeypatch):
+    """Here of every second set that is asked for, NaN or infinite."""
+    model, data = model_of("llama", 6), tokens()
+    known, asked = exchange.Known.scores, []
+
+    def poisoned(self, sets, base):
+        found = known(self, sets, base)
+        for k, removed in enumerate(sets):
+            asked.append(removed)
+            if len(asked) % 2:
+                found[k] = self.asked[removed] = (math.nan, math.inf)[len(asked) % 4 == 1]
+        return found
+
+    monkeypatch.setattr(exchange.Known, "scores", poisoned)
+    for made in (found := search(model, 0.3, data)).refinement.exchanges:
+        assert math.isfinite(made.score)
+    assert len(asked) > 15 and found.refinement.starts
 
 
 def test_the_record_and_its_pictures(tmp_path):
-    model = model_of("llama", 8)
-    config = StructureConfig(ratio=0.3, calibration={})
+    model = model_of("llama", 6)
+    config = StructureConfig(ratio=0.3)
     report = prune_structure(model, [tiny_tokens(2, 16)], config, curve=True)
     decision = report.decision
     assert decision.refinement.exchanges
     assert Decision.from_dict(json.loads(json.dumps(decision.to_dict()))) == decision
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(report.table())
     shown = console.export_text()
     for words in (shown, report.card()):

@@ -224,7 +224,9 @@ def test_ratio_is_reached_by_one_unit(by):
 
 
 def of_share(ratio, by="params", method="blockpruner", **options):
-    return StructureConfig(method, ratio=ratio, by=by, method_options=options)
+    """The greedy list alone: exchanges have tests of their own."""
+    alone = {"refine": "none"} if method == "blockpruner" else {}
+    return StructureConfig(method, ratio=ratio, by=by, method_options=alone | options)
 
 
 def seconds_of(graph, _batch):
