@@ -74,7 +74,7 @@ def parse(
     args = parser.parse_args()
     if args.rates_only and (args.json is None or not args.json.exists()):
         parser.error(f"--rates-only: expected --json with a file of rows, got {args.json}")
-    if args.smoke:
+    if args.smoke and not args.rates_only:
         args.variants, args.ratios = list(smoke), [0.1]
         args.nsamples, args.seqlen, args.tokens = 2, 32, SEQLEN
     return args
@@ -189,14 +189,12 @@ def rates(dense: PreTrainedModel, pruned: PreTrainedModel, protocol: Protocol) -
     return row
 
 
-def rates_again(rows: list[Row], dense: PreTrainedModel, args: argparse.Namespace) -> None:
-    """Replaces the speed of those rows that `args` names, for when they were measured beside other
-    work. It depends on shapes alone, so the models are random ones of the rows' shapes, and
-    `timed` says so, with what the machine did meanwhile."""
-    for row in rows:
-        if row["variant"] in args.variants and row["ratio"] in args.ratios and "prefill" in row:
-            found = rates(dense, of_shape(row, dense), SMOKE_PROTOCOL if args.smoke else PROTOCOL)
-            row |= {**found, "timed": {"weights": "random", **environment(args.device)}}
+def rates_again(row: Row, dense: PreTrainedModel, args: argparse.Namespace) -> Row:
+    """The speed of a row that was measured beside other work. It depends on shapes alone, so the
+    model is a random one of the row's shape; `timed` says so, and what the machine did meanwhile.
+    """
+    found = rates(dense, of_shape(row, dense), SMOKE_PROTOCOL if args.smoke else PROTOCOL)
+    return {**found, "timed": {"weights": "random", **environment(args.device)}}
 
 
 def of_shape(row: Row, dense: PreTrainedModel) -> PreTrainedModel:
@@ -205,10 +203,10 @@ def of_shape(row: Row, dense: PreTrainedModel) -> PreTrainedModel:
     if "layers" in row:
         sizes["num_hidden_layers"] = row["layers"]
     # What a row does not say, but for its parameters: biases that FLAP adds, heads that are untied.
-    for tied, biased in product((True, False), (False, True)):
+    unsaid = ("attention_bias", "mlp_bias", "tie_word_embeddings")
+    for values in product((False, True), (False, True), (True, False)):
         config = copy.deepcopy(dense.config)
-        biases = {"attention_bias": biased, "mlp_bias": biased}
-        for name, value in {**sizes, **biases, "tie_word_embeddings": tied}.items():
+        for name, value in (sizes | dict(zip(unsaid, values, strict=True))).items():
             setattr(config, name, value)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -223,7 +221,7 @@ def of_shape(row: Row, dense: PreTrainedModel) -> PreTrainedModel:
 def measure_all(args: argparse.Namespace, measure: Measure) -> None:
     """All variants at all ratios, but for rows that `args.json` has already; shows the table."""
     rows: list[Row] = []
-    if args.json is not None and args.json.exists() and not args.smoke:
+    if args.json is not None and args.json.exists() and (args.rates_only or not args.smoke):
         rows = json.loads(args.json.read_text())
     done = {(row["variant"], row["ratio"]) for row in rows}
     folder = packaged_model_dir()
@@ -240,8 +238,11 @@ def measure_all(args: argparse.Namespace, measure: Measure) -> None:
         write()
 
     if args.rates_only:
-        rates_again(rows, dense, args)
-        write()
+        for row in rows:
+            wanted = row["variant"] in args.variants and row["ratio"] in args.ratios
+            if wanted and "prefill" in row:
+                row |= rates_again(row, dense, args)
+                write()
         show(rows)
         return
     if (DENSE, 0.0) not in done:

@@ -71,8 +71,8 @@ def configurations(
     """To be tried one after the other."""
     options = dict(variant.options)
     if variant.searched:
-        compare = options.get("compare", "auto")
-        options["state"] = str(states / f"{variant.method}-{compare}.json")
+        of = [options[name] for name in ("compare", "refine") if name in options]
+        options["state"] = str(states / f"{'-'.join([variant.method, *of])}.json")
     tries = [options]
     if variant.method == "laco":
         tries = [{**options, "threshold": threshold} for threshold in THRESHOLDS]

@@ -16,6 +16,7 @@ from pyprune.depth.exchange import refined
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import Greedy, GreedyOptions
 from pyprune.depth.registry import depth_method
+from pyprune.depth.score import ObjectiveName
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 from pyprune.progress import Progress
@@ -26,9 +27,9 @@ class BlockPrunerOptions(GreedyOptions):
     """blocks: what may go: attention or mlp branches, mixed (both, one by one, as published) or
     pairs (also two neighbours at once: a whole layer, or an MLP and the next layer's attention).
     refine: exchange (improve the list by exchanges, see `pyprune.depth.exchange`), none (as
-    published) or auto (exchange where rates are compared). exchange_limit: sets of branches that
-    are scored for it at most. protect_first, protect_last: layers that are left alone. And those of
-    `GreedyOptions`."""
+    published) or auto (exchange where rates are compared); with exchanges, objective=auto is kl.
+    exchange_limit: sets of branches that are scored for them at most. protect_first, protect_last:
+    layers that are left alone. And those of `GreedyOptions`."""
 
     blocks: Literal["mixed", "attention", "mlp", "pairs"] = "mixed"
     refine: Literal["auto", "exchange", "none"] = "auto"
@@ -41,6 +42,17 @@ class BlockPrunerOptions(GreedyOptions):
         if self.exchange_limit < 1:
             raise UserError(f"exchange_limit: expected at least 1, got {self.exchange_limit}")
         check_protected(self.protect_first, self.protect_last)
+
+    def refined(self, config: StructureConfig) -> bool:
+        """Whether there are exchanges for the target of `config`."""
+        if self.refine != "auto":
+            return self.refine == "exchange"
+        return self.compared(config) == "rate" and not config.counted
+
+    def scored(self, config: StructureConfig) -> ObjectiveName:
+        """With exchanges kl: so many sets are compared that perplexity of a short text would fit to
+        its chances."""
+        return "kl" if self.objective == "auto" and self.refined(config) else super().scored(config)
 
 
 def check_protected(first: int, last: int) -> None:
@@ -82,16 +94,11 @@ def blockpruner(
         if config.counted:
             raise UserError("blocks=pairs: expected a share of parameters or latency, got a count")
         units += neighbours(allowed)
-    search = Greedy(graph, tokens, config, options, units, progress)
-    if options.refine == "exchange" and config.counted:
+    if options.refined(config) and config.counted:
         raise UserError("refine=exchange: expected a share of parameters or latency, got a count")
-    wanted = "exchange" if search.compare == "rate" and not config.counted else "none"
-    if options.refine not in (wanted, "auto"):
-        wanted = options.refine
-    if wanted == "none":
-        return search.decision("blockpruner", "block")
+    search = Greedy(graph, tokens, config, options, units, progress)
     refine = partial(refined, allowed=allowed, limit=options.exchange_limit)
-    return search.decision("blockpruner", "block", refine)
+    return search.decision("blockpruner", "block", refine if options.refined(config) else None)
 
 
 def neighbours(branches: Collection[Branch]) -> list[Unit]:

@@ -30,10 +30,11 @@ Compare = Literal["auto", "score", "rate"]
 @dataclass(frozen=True)
 class GreedyOptions(AddOns):
     """mode: exact (every candidate in every round), fast (lazy greedy with audits), naive (a full
-    forward per candidate: the reference). objective: perplexity, or kl to the dense model. compare:
-    what is least of the unit that a round removes: score (the objective after its removal, as
-    published), rate (the rise of the mean loss over what the removal saves, see `rate`) or auto
-    (rate where the target is a share of parameters or latency, score where units are counted).
+    forward per candidate: the reference). objective: perplexity, kl to the dense model, or auto
+    (perplexity, unless a method says otherwise). compare: what is least of the unit that a round
+    removes: score (the objective after its removal, as published), rate (the rise of the mean loss
+    over what the removal saves, see `rate`) or auto (rate where the target is a share of parameters
+    or latency, score where units are counted).
     every: score each n-th token (1: all). memory_mb: for cached hidden states and live streams;
     more of it saves time. width: streams that run at once. audit_every: fast looks at everything in
     every n-th round (0: never). looks: candidates that fast scores in a round. state: a file that
@@ -41,7 +42,7 @@ class GreedyOptions(AddOns):
     """
 
     mode: Mode = "exact"
-    objective: ObjectiveName = "perplexity"
+    objective: Literal["auto", "perplexity", "kl"] = "auto"
     compare: Compare = "auto"
     every: int = 1
     memory_mb: int = 2048
@@ -58,6 +59,10 @@ class GreedyOptions(AddOns):
             raise UserError(f"audit_every: expected 0 or more, got {self.audit_every}")
         if self.state is not None and not Path(self.state).absolute().parent.is_dir():
             raise UserError(f"state: expected a file in an existing directory, got {self.state}")
+
+    def scored(self, config: StructureConfig) -> ObjectiveName:
+        """What `objective` comes to for `config`."""
+        return "perplexity" if self.objective == "auto" else self.objective
 
     def compared(self, config: StructureConfig) -> Compare:
         """What `compare` comes to for the target of `config`: score or rate."""
@@ -120,11 +125,11 @@ class Greedy:
 
     def __post_init__(self) -> None:
         self.compare = self.options.compared(self.config)
+        self.objective = self.options.scored(self.config)
         if self.shares is None:
             self.budget = Budget.of(self.graph, self.config, self.units, self.tokens.batches[0])
-            self.scorer = Scorer(
-                self.graph, self.tokens.batches, self.options.objective, self.options.every
-            )
+            batches, every = self.tokens.batches, self.options.every
+            self.scorer = Scorer(self.graph, batches, self.objective, every)
             memory = self.options.memory_mb << 20
             self.walk = WalkDown(self.graph, self.scorer, memory, self.options.width)
         else:
@@ -175,7 +180,7 @@ class Greedy:
             unit=unit,
             layers=len(self.graph.layouts),
             steps=tuple(steps),
-            objective=self.options.objective,
+            objective=self.objective,
             compare=self.compare,
             dense=self.dense,
             importance=dict(first[0].candidates) if first else {},
@@ -249,7 +254,7 @@ class Greedy:
 
     def mean(self, score: float) -> float:
         """The mean loss behind a score."""
-        if self.options.objective == "kl":
+        if self.objective == "kl":
             return score
         return math.log(score) if score > 0 else -math.inf
 
@@ -352,7 +357,8 @@ class Greedy:
         for name in NOT_OF_THE_SEARCH:
             values["method_options"].pop(name, None)
         cost = self.budget.kind if self.compare == "rate" else None
-        values["method_options"] |= {"compare": self.compare, "cost": cost}
+        resolved = {"compare": self.compare, "objective": self.objective, "cost": cost}
+        values["method_options"] |= resolved
         return {
             "model": fingerprint(self.graph.model),
             "tokens": self.tokens.sha256,

@@ -32,6 +32,7 @@ def tokens(rows=(2, 2)):
 
 
 def search(model, ratio=0.35, data=None, by="params", **options):
+    options = {"objective": "perplexity", **options}
     config = StructureConfig(ratio=ratio, by=by, method_options=options)
     return run_search(model, Adapter.of(model), data or tokens(), config)
 
@@ -92,8 +93,8 @@ def test_no_worse_than_both_lists_and_mostly_the_best_of_all_sets():
 @pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])  # parallel; shared norms
 @pytest.mark.parametrize("objective", ["perplexity", "kl"])
 def test_exact_is_naive(family, objective):
-    model, data = model_of(family, 6), tokens()
-    options = {"objective": objective, "exchange_limit": 120}
+    model, data = model_of(family, 4), tokens((2, 1))
+    options = {"objective": objective, "exchange_limit": 60}
     exact = search(model, 0.3, data, **options)
     naive = search(model, 0.3, data, mode="naive", **options)
     assert exact.removed == naive.removed and exact.evaluations == naive.evaluations
@@ -230,11 +231,13 @@ def test_when_there_are_exchanges():
         config = StructureConfig(method_options=options, **given)
         return run_search(model, Adapter.of(model), tokens(), config)
 
-    assert run(ratio=0.3).refinement is not None
+    found = run(ratio=0.3)
+    assert found.refinement is not None and found.objective == "kl"
+    assert run(ratio=0.3, options={"refine": "none"}).objective == "perplexity"
     assert run(ratio=0.3, by="count").refinement is None
     assert run(count=3).refinement is None
     published = run(ratio=0.3, options={"compare": "score"})
-    assert published.refinement is None
+    assert published.refinement is None and published.objective == "perplexity"
     assert run(ratio=0.3, options={"compare": "score", "refine": "exchange"}).refinement
     with pytest.raises(UserError, match=r"refine=exchange: expected a share .* got a count"):
         run(count=3, options={"refine": "exchange"})
@@ -283,7 +286,7 @@ def test_scores_that_are_no_numbers_never_win(monkeypatch):
 
 def test_the_record_and_its_pictures(tmp_path):
     model = model_of("llama", 6)
-    config = StructureConfig(ratio=0.3)
+    config = StructureConfig(ratio=0.3, method_options={"objective": "perplexity"})
     report = prune_structure(model, [tiny_tokens(2, 16)], config, curve=True)
     decision = report.decision
     assert decision.refinement.exchanges
