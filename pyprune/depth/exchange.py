@@ -50,12 +50,13 @@ def refined(
     """
     lists = {"branches": steps}
     layers = _over_layers(search, allowed)
-    found = [] if layers is None else layers.run()
-    if found:
+    if layers is not None:
+        found = layers.run()
         lists["layers"] = found
+        search.remarks += [f"over layers, {note}" for note in layers.notes]
     scores = {name: _score(of) for name, of in lists.items()}
     start = min(scores, key=lambda name: scores[name])  # the first of equals
-    known = Known.of(search, at=_set(found or steps))
+    known = Known.of(search, at=_set(list(lists.values())[-1]))
     local = LocalSearch(search, allowed, known, lists[start], limit)
     local.run()
     final = local.steps()
@@ -206,7 +207,9 @@ class LocalSearch:
         # What the loss falls by when a branch comes back, and rises by when one goes as well.
         self._gains: dict[Branch, float] = {}
         self._rises: dict[Branch, float] = {}
-        self._last = {b: search.stale.get(str(b), math.inf) for b in self.allowed}
+        # When last seen, for `fast`. What the list over branches removed it knows no more: that is
+        # looked at first.
+        self._last = {b: search.stale.get(str(b), -math.inf) for b in self.allowed}
 
     def run(self) -> None:
         fresh, misses = False, PATIENCE

@@ -122,6 +122,7 @@ class Greedy:
     removed: list[Unit] = field(default_factory=list)
     shares: Greedy | None = None
     dense: float = field(init=False)
+    remarks: list[str] = field(default_factory=list)  # for the decision, from elsewhere
 
     def __post_init__(self) -> None:
         self.compare = self.options.compared(self.config)
@@ -166,6 +167,11 @@ class Greedy:
             self._say(len(steps))
         return steps
 
+    @property
+    def notes(self) -> list[str]:
+        """Of rounds that a reader should know of."""
+        return [f"round {number}: {note}" for number, note in self._notes.items()]
+
     def decision(self, method: str, unit: str, refine: Refine | None = None) -> Decision:
         """The search, what improves its list, if anything, and the add-ons, which change the
         model's weights in place."""
@@ -188,7 +194,7 @@ class Greedy:
             config=self.config.to_dict(),
             transforms=done,
             refinement=refinement,
-            notes=tuple(f"round {number}: {note}" for number, note in self._notes.items()),
+            notes=(*self.notes, *self.remarks),
         )
 
     # ---- one round

@@ -127,13 +127,14 @@ def _branches(
     options: MultiPrunerOptions,
     progress: Progress | None,
 ) -> list[Branch]:
-    """The branches that BlockPruner removes, in order."""
+    """The branches that BlockPruner removes, in order; greedily, as the widths after them."""
     if not options.blocks:
         return []
+    given = {"mode": options.mode, "memory_mb": options.memory_mb, "refine": "none"}
     wanted = StructureConfig(
         "blockpruner",
         ratio=config.ratio * options.blocks,
-        method_options={"mode": options.mode, "memory_mb": options.memory_mb},
+        method_options=given,
         calibration=config.calibration,
     )
     return run_search(graph.model, graph.adapter, tokens, wanted, progress).removed
