@@ -28,12 +28,14 @@ class BlockPrunerOptions(GreedyOptions):
     pairs (also two neighbours at once: a whole layer, or an MLP and the next layer's attention).
     refine: exchange (improve the list by exchanges, see `pyprune.depth.exchange`), none (as
     published) or auto (exchange where rates are compared); with exchanges, objective=auto is kl.
-    exchange_limit: sets of branches that are scored for them at most. protect_first, protect_last:
-    layers that are left alone. And those of `GreedyOptions`."""
+    exchange_limit: sets of branches that are scored for them at most. margin: standard errors, over
+    calibration sequences, that an exchange has to gain; 0: any gain will do. protect_first,
+    protect_last: layers that are left alone. And those of `GreedyOptions`."""
 
     blocks: Literal["mixed", "attention", "mlp", "pairs"] = "mixed"
     refine: Literal["auto", "exchange", "none"] = "auto"
     exchange_limit: int = 320
+    margin: float = 2.0
     protect_first: int = 0
     protect_last: int = 0
 
@@ -41,6 +43,8 @@ class BlockPrunerOptions(GreedyOptions):
         super().__post_init__()
         if self.exchange_limit < 1:
             raise UserError(f"exchange_limit: expected at least 1, got {self.exchange_limit}")
+        if not self.margin >= 0:
+            raise UserError(f"margin: expected 0 or more standard errors, got {self.margin}")
         check_protected(self.protect_first, self.protect_last)
 
     def refined(self, config: StructureConfig) -> bool:
@@ -97,7 +101,8 @@ def blockpruner(
     if options.refined(config) and config.counted:
         raise UserError("refine=exchange: expected a share of parameters or latency, got a count")
     search = Greedy(graph, tokens, config, options, units, progress)
-    refine = partial(refined, allowed=allowed, limit=options.exchange_limit)
+    limit, margin = options.exchange_limit, options.margin
+    refine = partial(refined, allowed=allowed, limit=limit, margin=margin)
     return search.decision("blockpruner", "block", refine if options.refined(config) else None)
 
 

@@ -38,11 +38,11 @@ Removed = frozenset[Branch]
 
 
 def refined(
-    search: Greedy, steps: list[Step], allowed: Collection[Branch], limit: int
+    search: Greedy, steps: list[Step], allowed: Collection[Branch], limit: int, margin: float
 ) -> tuple[list[Step], Refinement]:
     """Improves `steps`, which `search` has found over single branches, by exchanges.
 
-    allowed: branches that may go. limit: of sets that are scored for it.
+    allowed: branches that may go. limit: of sets that are scored for it. margin: see `LocalSearch`.
 
     Returns:
         The steps to the best set that was found: those of the list it started from, as far as they
@@ -57,7 +57,7 @@ def refined(
     scores = {name: _score(of) for name, of in lists.items()}
     start = min(scores, key=lambda name: scores[name])  # the first of equals
     known = Known.of(search, at=_set(list(lists.values())[-1]))
-    local = LocalSearch(search, allowed, known, lists[start], limit)
+    local = LocalSearch(search, allowed, known, lists[start], limit, margin)
     local.run()
     final = local.steps()
     spent = sum(step.evaluations for of in lists.values() for step in of) + len(known.asked)
@@ -102,7 +102,7 @@ def _ordered(branches: Collection[Branch]) -> Unit:
 
 @dataclass
 class Known:
-    """Scores of sets of removed branches, each found once and kept in a file next to the state.
+    """Losses without sets of branches, each found once and kept in a file next to the state.
 
     asked: in the order in which they were wanted, also those that the file knew. So a search that
     goes on from the file asks for the same and takes the same way.
@@ -111,8 +111,8 @@ class Known:
     search: Greedy
     at: Removed  # what the cached states of the search are without
     file: Path | None
-    held: dict[str, float] = field(default_factory=dict)
-    asked: dict[Removed, float] = field(default_factory=dict)
+    held: dict[str, list[float]] = field(default_factory=dict)  # of every sequence
+    asked: dict[Removed, float] = field(default_factory=dict)  # scores
 
     @classmethod
     def of(cls, search: Greedy, at: Removed) -> Known:
@@ -129,37 +129,42 @@ class Known:
         if missing:
             found = self._found(missing, base)
             names = [name_of(_ordered(s)) for s in missing]
-            self.held |= dict(zip(names, found, strict=True))
+            self.held |= dict(zip(names, found.tolist(), strict=True))
             self._save()
-        self.asked |= {s: self.held[name_of(_ordered(s))] for s in new}
+        for s in new:
+            self.asked[s] = self.search.scorer.of_mean(float(self.losses(s).mean()))
         return [self.asked[s] for s in sets]
 
-    def _found(self, sets: Sequence[Removed], base: Removed) -> list[float]:
+    def losses(self, removed: Removed) -> Tensor:
+        """Mean loss of every calibration sequence without a set that has been asked for."""
+        return torch.tensor(self.held[name_of(_ordered(removed))], dtype=torch.float64)
+
+    def _found(self, sets: Sequence[Removed], base: Removed) -> Tensor:
+        """Mean losses [sets, sequences]."""
         search = self.search
+        count = search.scorer.counted
         if search.options.mode == "naive":
-            return [search.scorer.score_naive(s) for s in sets]
+            return torch.cat([count(search.scorer.all_naive(s)) for s in sets])
         if base != self.at:
             search.walk.forget_after(min(branch.position for branch in base ^ self.at))
             self.at = base
         flips = [_ordered(s ^ base) for s in sets]
-        # Only sets that differ in one branch are a step of many searches from here.
-        single = [k for k, flip in enumerate(flips) if len(flip) == 1]
-        others = [k for k, flip in enumerate(flips) if len(flip) > 1]
-        found = [math.nan] * len(sets)
+        found: dict[Unit, Tensor] = {}
+        # Streams of single branches are what the next look goes on with.
+        single, others = [f for f in flips if len(f) == 1], [f for f in flips if len(f) > 1]
         for some, keep in ((single, True), (others, False)):
-            scores = search.walk.score([flips[k] for k in some], base, keep=keep) if some else []
-            for k, score in zip(some, scores, strict=True):
-                found[k] = score
-        for k, flip in enumerate(flips):
-            if not flip:
-                found[k] = search.walk.reference(base)
-        return found
+            if some:
+                losses = count(search.walk.rows(some, base, keep=keep))
+                found |= dict(zip(some, losses, strict=True))
+        if () in flips:
+            found[()] = count(search.walk.reference_rows(base))[0]
+        return torch.stack([found[flip] for flip in flips])
 
     def _load(self, file: Path) -> None:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             identity = dict(values["identity"])
-            self.held = {str(name): float(score) for name, score in values["scores"].items()}
+            self.held = {name: [float(x) for x in of] for name, of in values["losses"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"state: cannot continue from {file}: {error!r}") from error
         self.search.check_identity(identity, file)
@@ -167,7 +172,7 @@ class Known:
     def _save(self) -> None:
         if self.file is None:
             return
-        text = json.dumps({"identity": self.search.identity, "scores": self.held})
+        text = json.dumps({"identity": self.search.identity, "losses": self.held})
         part = self.file.with_name(self.file.name + ".part")
         part.write_text(text, encoding="utf-8")
         os.replace(part, self.file)
@@ -178,8 +183,10 @@ class LocalSearch:
 
     Each look scores every removed branch put back and every other one gone as well. The sums of
     such differences rank the exchanges that meet the target; the foremost are scored, and the best
-    of them is made if it lowers the objective. The differences then serve on until they find
-    nothing, when they are measured anew.
+    of them is made if it lowers the objective surely: by `margin` standard errors of the mean of
+    what the calibration sequences gain. So many sets are compared that the best of them owes some
+    of its score to chance, and a short text would be fitted. The differences then serve on until
+    they find nothing, when they are measured anew.
 
     A set meets the target if it saves enough and nothing of it could come back: no more goes than
     has to. Only a start may be larger, where putting more back would raise the objective.
@@ -195,15 +202,17 @@ class LocalSearch:
         known: Known,
         start: Sequence[Step],
         limit: int,
+        margin: float,
     ) -> None:
-        self.search, self.known, self.start, self.limit = search, known, start, limit
+        self.search, self.known, self.start = search, known, start
+        self.limit, self.margin = limit, margin
         self.allowed = sorted(allowed, key=lambda branch: branch.position)
         self.exchanges: list[Exchange] = []
-        self._now, self._score = _set(start), _score(start)
+        self._now = _set(start)
+        (self._score,) = known.scores([self._now], known.at)
         budget = search.budget
         self._cost = {branch: budget.saved([branch]) for branch in self.allowed}
         self._need = budget.needed([])
-        known.asked[self._now] = self._score
         # What the loss falls by when a branch comes back, and rises by when one goes as well.
         self._gains: dict[Branch, float] = {}
         self._rises: dict[Branch, float] = {}
@@ -220,8 +229,9 @@ class LocalSearch:
                 fresh, misses = True, 0
             some = self._ranked(min(TOGETHER, self.limit - len(self.known.asked)))
             scores = self.known.scores(some, self._now)
-            best = min(range(len(some)), key=lambda k: _or_inf(scores[k]), default=None)
-            if best is not None and scores[best] < self._score:
+            better = [k for k, after in enumerate(some) if self._lowers(after)]
+            if better:
+                best = min(better, key=lambda k: scores[k])
                 self._make(some[best], scores[best])
                 fresh, misses = False, 0
             else:
@@ -249,6 +259,15 @@ class LocalSearch:
             Step(unit, score, size - graph.removed_parameters(prefix))
             for unit, prefix, score in zip(units[same:], prefixes[same:], scores, strict=True)
         ]
+
+    def _lowers(self, after: Removed) -> bool:
+        """Whether a set that has been asked for surely has a lower score than the present one."""
+        if not self.known.asked[after] < self._score:
+            return False
+        gains = self.known.losses(self._now) - self.known.losses(after)
+        if len(gains) < 2:
+            return True
+        return bool(gains.mean() > self.margin * gains.std() / math.sqrt(len(gains)))
 
     def _look(self) -> bool:
         """Scores all single changes; False where that would be more than the limit."""
@@ -286,8 +305,7 @@ class LocalSearch:
         """Sets that meet the target, by what the single changes promise of them."""
         found: list[Removed] = []
         for after in self._promising():
-            known = self.known.asked.get(after)
-            if known is not None and not known < self._score:
+            if after in self.known.asked and not self._lowers(after):
                 continue
             if after not in found and self._meets(after):
                 found.append(after)

@@ -73,7 +73,8 @@ class GreedyOptions(AddOns):
 
 # What neither the search nor its result depends on.
 NOT_OF_THE_SEARCH = (
-    "state", "memory_mb", "width", "refine", "exchange_limit", *(f.name for f in fields(AddOns))
+    "state", "memory_mb", "width", "refine", "exchange_limit", "margin",
+    *(f.name for f in fields(AddOns)),
 )  # fmt: skip
 # Improves a list: (search that has run, its steps) -> steps, and how they were found.
 Refine = Callable[["Greedy", list[Step]], tuple[list[Step], Refinement]]

@@ -118,9 +118,13 @@ class Scorer:
             losses = F.cross_entropy(scored.flatten(0, 1), targets.flatten(), reduction="none")
         return self._means(i, losses.double().view(1, *self._weights[i].shape))
 
+    def all_naive(self, removed: Collection[Branch]) -> list[Tensor]:
+        """`rows_naive` of every batch."""
+        return [self.rows_naive(i, removed) for i in range(len(self.batches))]
+
     def score_naive(self, removed: Collection[Branch]) -> float:
         """Score without `removed`, by a full forward of every batch."""
-        return self.total([self.rows_naive(i, removed) for i in range(len(self.batches))])[0]
+        return self.total(self.all_naive(removed))[0]
 
     def _means(self, i: int, losses: Tensor) -> Tensor:
         weights = self._weights[i]
@@ -131,9 +135,12 @@ class Scorer:
     def total(self, rows: Sequence[Tensor]) -> list[float]:
         """Scores of S streams from their row means, one [S, B] per batch (in order; the first few
         batches will do)."""
+        return [self.of_mean(float(mean)) for mean in self.counted(rows).mean(dim=1)]
+
+    def counted(self, rows: Sequence[Tensor]) -> Tensor:
+        """The row means that count, of all batches together, [S, R]."""
         real = torch.cat([w.sum(-1) > 0 for w in self._weights[: len(rows)]])
-        means = torch.cat(list(rows), dim=1)[:, real].mean(dim=1)
-        return [self.of_mean(float(mean)) for mean in means]
+        return torch.cat(list(rows), dim=1)[:, real]
 
     def of_mean(self, mean: float) -> float:
         """The score that a mean loss amounts to."""

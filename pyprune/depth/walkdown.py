@@ -68,20 +68,30 @@ class WalkDown:
             for at in [at for at in states if at > position]:
                 del states[at]
 
-    @torch.no_grad()
     def score(
+        self, units: Sequence[Unit], removed: Collection[Branch], batches: int | None = None
+    ) -> list[float]:
+        """Score of the model without `removed` and without each of `units`, in their order.
+
+        batches: only the first so many, for a rough look; None: all.
+        """
+        return self.scorer.total(self.rows(units, removed, batches))
+
+    @torch.no_grad()
+    def rows(
         self,
         units: Sequence[Unit],
         removed: Collection[Branch],
         batches: int | None = None,
         *,
         keep: bool = True,
-    ) -> list[float]:
-        """Score of the model without `removed` but for each of `units`, in their order: of a unit's
-        branches those that are there go as well, those of `removed` are there again.
+    ) -> list[Tensor]:
+        """Row means of the model without `removed` but for each of `units`, in their order, [S, B]
+        for every batch: of a unit's branches those that are there go as well, those of `removed`
+        are there again.
 
-        units: branches by position. batches: only the first so many, for a rough look; None: all.
-        keep: whether these units will be asked for again, when more is removed.
+        units: branches by position. keep: whether these units will be asked for again, when more is
+        removed.
         """
         self._keeping = keep
         order = sorted(range(len(units)), key=lambda k: units[k][0].position)
@@ -93,17 +103,23 @@ class WalkDown:
             back[order] = found
             rows.append(back)
             self.tick(i + 1, count)
-        return self.scorer.total(rows)
+        return rows
 
-    @torch.no_grad()
     def reference(self, removed: Collection[Branch], batches: int | None = None) -> float:
         """Score of the model without `removed`."""
+        return self.scorer.total(self.reference_rows(removed, batches))[0]
+
+    @torch.no_grad()
+    def reference_rows(
+        self, removed: Collection[Branch], batches: int | None = None
+    ) -> list[Tensor]:
+        """Row means of the model without `removed`, [1, B] for every batch."""
         count = len(self.scorer.batches) if batches is None else batches
         rows = []
         for i in range(count):
             state = self._reach(i, len(self.graph.branches), removed)
             rows.append(self.scorer.rows(i, state.total))
-        return self.scorer.total(rows)[0]
+        return rows
 
     def _batch(self, i: int, units: Sequence[Unit], removed: Collection[Branch]) -> Tensor:
         """Row means [len(units), B] for one batch; units by position."""

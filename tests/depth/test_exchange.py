@@ -32,7 +32,7 @@ def tokens(rows=(2, 2)):
 
 
 def search(model, ratio=0.35, data=None, by="params", **options):
-    options = {"objective": "perplexity", **options}
+    options = {"objective": "perplexity", "margin": 0.0, **options}
     config = StructureConfig(ratio=ratio, by=by, method_options=options)
     return run_search(model, Adapter.of(model), data or tokens(), config)
 
@@ -127,7 +127,9 @@ def test_any_branches_go_or_come_back_in_a_sweep(family, checkpoints, monkeypatc
             units.append(tuple(graph.branches[k] for k in chosen))
         for some, keep in ((units[:10], True), (units[10:], False)):
             expected = [scorer.score_naive(base ^ set(unit)) for unit in some]
-            assert walk.score(some, base, keep=keep) == pytest.approx(expected, rel=1e-5)
+            assert scorer.total(walk.rows(some, base, keep=keep)) == pytest.approx(
+                expected, rel=1e-5
+            )
         assert walk.reference(base) == pytest.approx(scorer.score_naive(base), rel=1e-5)
         flipped = units[10]
         walk.forget_after(flipped[0].position)
@@ -172,7 +174,7 @@ def test_goes_on_from_its_files(mode, by, tmp_path, monkeypatch):
     data = tokens()
     whole = search(model, 0.3, data, by, mode=mode)
     assert whole.refinement.exchanges
-    original, left = WalkDown.score, [0]
+    original, left = WalkDown.rows, [0]
 
     def stops(self, units, *args, **more):
         if left[0] == 0:
@@ -180,7 +182,7 @@ def test_goes_on_from_its_files(mode, by, tmp_path, monkeypatch):
         left[0] -= 1
         return original(self, units, *args, **more)
 
-    monkeypatch.setattr(WalkDown, "score", stops)
+    monkeypatch.setattr(WalkDown, "rows", stops)
     interruptions = 0
     while True:  # three sweeps at a time
         left[0] = 3
@@ -213,7 +215,7 @@ def test_files_of_something_else(tmp_path):
     scores.write_text(json.dumps({**good, "identity": {**good["identity"], "tokens": "x"}}))
     with pytest.raises(UserError, match=r"state.json.exchanges is of another calibration text"):
         search(model, state=state)
-    for bad in ("{", "[]", '{"identity": {}, "scores": {"A1": "low"}}'):
+    for bad in ("{", "[]", '{"identity": {}, "losses": {"A1": "low"}}'):
         scores.write_text(bad)
         with pytest.raises(UserError, match=r"cannot continue from .*state.json.exchanges"):
             search(model, state=state)
@@ -243,6 +245,8 @@ def test_when_there_are_exchanges():
         run(count=3, options={"refine": "exchange"})
     with pytest.raises(UserError, match="exchange_limit: expected at least 1, got 0"):
         run(ratio=0.3, options={"exchange_limit": 0})
+    with pytest.raises(UserError, match=r"margin: expected 0 or more .* got -1"):
+        run(ratio=0.3, options={"margin": -1.0})
     with pytest.raises(UserError, match="refine"):
         run(ratio=0.3, options={"refine": "swap"})
     # Attention alone has no whole layers.
@@ -253,6 +257,31 @@ def test_when_there_are_exchanges():
     assert {b.layer for b in inner.removed} <= {1, 2}
     few = run(ratio=0.3, options={"exchange_limit": 1})
     assert not few.refinement.exchanges
+
+
+def test_a_gain_has_to_be_sure():
+    model, data = model_of("llama", 6), tokens((4, 4))
+    losses = {}
+
+    def gains(before, after):
+        for gone in (before, after):
+            if gone not in losses:
+                scorer = Scorer(ResidualGraph.of(model), data.batches)
+                losses[gone] = scorer.counted(scorer.all_naive(gone))[0]
+        return losses[before] - losses[after]
+
+    made = {}
+    for margin in (0.0, 1.0, 3.0, 1e9):
+        found = search(model, 0.3, data, margin=margin).refinement
+        made[margin] = len(found.exchanges)
+        now = frozenset(search(model, 0.3, data, margin=margin).removed)
+        for one in reversed(found.exchanges):
+            before = (now - set(one.out)) | set(one.back)
+            difference = gains(before, now)
+            error = float(difference.std()) / math.sqrt(len(difference))
+            assert float(difference.mean()) > margin * error
+            now = before
+    assert made[0.0] > 0 == made[1e9]
 
 
 def test_the_limit_holds():
@@ -268,17 +297,17 @@ def test_the_limit_holds():
 def test_scores_that_are_no_numbers_never_win(monkeypatch):
     """Here of every second set that is asked for, NaN or infinite."""
     model, data = model_of("llama", 6), tokens()
-    known, asked = exchange.Known.scores, []
+    known, asked = exchange.Known._found, []
 
     def poisoned(self, sets, base):
         found = known(self, sets, base)
-        for k, removed in enumerate(sets):
-            asked.append(removed)
-            if len(asked) % 2:
-                found[k] = self.asked[removed] = (math.nan, math.inf)[len(asked) % 4 == 1]
+        for losses in found:
+            asked.append(losses)
+            if len(asked) > 1 and len(asked) % 2:
+                losses[0] = (math.nan, math.inf)[len(asked) % 4 == 1]
         return found
 
-    monkeypatch.setattr(exchange.Known, "scores", poisoned)
+    monkeypatch.setattr(exchange.Known, "_found", poisoned)
     for made in (found := search(model, 0.3, data)).refinement.exchanges:
         assert math.isfinite(made.score)
     assert len(asked) > 15 and found.refinement.starts
@@ -286,7 +315,7 @@ def test_scores_that_are_no_numbers_never_win(monkeypatch):
 
 def test_the_record_and_its_pictures(tmp_path):
     model = model_of("llama", 6)
-    config = StructureConfig(ratio=0.3, method_options={"objective": "perplexity"})
+    config = StructureConfig(ratio=0.3, method_options={"objective": "perplexity", "margin": 0.0})
     report = prune_structure(model, [tiny_tokens(2, 16)], config, curve=True)
     decision = report.decision
     assert decision.refinement.exchanges
