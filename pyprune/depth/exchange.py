@@ -261,9 +261,12 @@ class LocalSearch:
         ]
 
     def _lowers(self, after: Removed) -> bool:
-        """Whether a set that has been asked for surely has a lower score than the present one."""
+        """Whether a set that has been asked for surely has a lower score than the present one. To
+        put back what need not go is no choice among many: there any gain will do."""
         if not self.known.asked[after] < self._score:
             return False
+        if after < self._now:
+            return True
         gains = self.known.losses(self._now) - self.known.losses(after)
         if len(gains) < 2:
             return True

@@ -14,9 +14,10 @@ from tiny_models import tiny_model, tiny_tokens
 from pyprune.calibration.batches import as_token_set
 from pyprune.depth import budget, exchange
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision
+from pyprune.depth.decision import Decision, Step
 from pyprune.depth.exchange import meets
 from pyprune.depth.graph import ResidualGraph
+from pyprune.depth.greedy import Greedy
 from pyprune.depth.plot import draw
 from pyprune.depth.registry import run_search
 from pyprune.depth.run import prune_structure
@@ -282,6 +283,38 @@ def test_a_gain_has_to_be_sure():
             assert float(difference.mean()) > margin * error
             now = before
     assert made[0.0] > 0 == made[1e9]
+
+
+def test_what_need_not_go_comes_back():
+    """Of a start that is larger than it has to be, at any margin, if that lowers the objective."""
+    model, data = model_of("llama", 4), tokens()
+    options = {"objective": "perplexity"}
+    config = StructureConfig(ratio=0.3, method_options=options)
+    graph, asked = ResidualGraph.of(model), budget_of(model, 0.3, data)
+    units = budget.units_of(graph.branches, layers=False)
+    scores = {}
+
+    def score(removed):
+        if removed not in scores:
+            scores[removed] = Scorer(graph, data.batches).score_naive(removed)
+        return scores[removed]
+
+    cases = {True: 0, False: 0}
+    for start in map(frozenset, combinations(graph.branches, 3)):
+        less = [start - {b} for b in sorted(start) if meets(asked, start - {b}, 8)]
+        best = min(less, key=score, default=None)
+        if best is None or cases[score(best) < score(start)] == 2:
+            continue
+        greedy = Greedy(graph, data, config, config.own_options(), units)
+        known = exchange.Known(greedy, frozenset(), None)
+        step = Step(tuple(start), score(start))
+        local = exchange.LocalSearch(greedy, graph.branches, known, [step], 100, 1e9)
+        local.run()
+        lower = score(best) < score(start)
+        cases[lower] += 1
+        assert [made.out for made in local.exchanges] == [()] * lower
+        assert {b for s in local.steps() for b in s.unit} == (best if lower else start)
+    assert cases == {True: 2, False: 2}
 
 
 def test_the_limit_holds():
