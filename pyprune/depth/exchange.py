@@ -118,6 +118,7 @@ class Known:
     def of(cls, search: Greedy, at: Removed) -> Known:
         name = beside(search.options, "exchanges")
         known = cls(search, at, None if name is None else Path(name))
+        search.walk.forget_streams()
         if known.file is not None and known.file.exists():
             known._load(known.file)
         return known

@@ -149,6 +149,7 @@ class Greedy:
             self.dense = self.shares.dense
             gone = [branch.position for branch in self.shares._branches]
             self.walk.forget_after(min(gone, default=len(self.graph.branches)))
+            self.walk.forget_streams()
         elif self.options.mode == "naive":
             self.dense = self.scorer.score_naive([])
         else:

@@ -68,6 +68,11 @@ class WalkDown:
             for at in [at for at in states if at > position]:
                 del states[at]
 
+    def forget_streams(self) -> None:
+        """Other units will be asked for from now on: room for theirs."""
+        for streams in self._streams:
+            streams.clear()
+
     def score(
         self, units: Sequence[Unit], removed: Collection[Branch], batches: int | None = None
     ) -> list[float]:
