@@ -131,21 +131,22 @@ inline void prune_below(const int32_t* keys, int64_t cols, int lanes, const Keys
 }
 
 // The cut of one block of columns over all its strips, found by a team of threads. A sample
-// brackets it, each strip copies out its keys within the bracket, and the cut is searched among
-// those.
+// brackets it, for every thread to work out rather than wait for; each strip copies out its keys
+// within the bracket, and the cut is searched among those.
 class BlockCut {
  public:
   // Keys that a strip adds to the sample.
   static constexpr int kSampled = 64;
 
   // `keys`: strips of up to `strip_keys`, `rows` rows in all.
-  BlockCut(int64_t strips, int64_t strip_keys)
+  BlockCut(int64_t strips, int64_t strip_keys, int threads)
       : strips_(strips),
         stride_(strip_keys + kSlack),
         sample_(strips * kSampled),
         inside_(strips * stride_),
         joined_(strips * stride_),
-        scratch_(2 * std::max(strips * stride_, strips * kSampled + kSlack)),
+        scratch_(2 * strips * stride_),
+        sample_scratch_(2 * threads * (strips * kSampled + kSlack)),
         count_(strips),
         below_(strips) {}
 
@@ -162,60 +163,62 @@ class BlockCut {
   // keys_of(s) are those of strip s, `strip_keys` of them.
   template <class F>
   Cut find(int64_t wanted, int64_t total, int64_t strip_keys, F&& keys_of) {
-#pragma omp single
-    bracket(wanted, total);
-    while (!found_) {
+    if (wanted <= 0) return {kPreservedKey, 0};
+    for (Bracket in = bracket(wanted, total);; in = next_) {
 #pragma omp for schedule(static)
       for (int64_t s = 0; s < strips_; ++s) {
         below_[s] = 0;
         count_[s] =
-            gather_range(keys_of(s), strip_keys, lo_, hi_, inside_ + s * stride_, below_[s]);
+            gather_range(keys_of(s), strip_keys, in.lo, in.hi, inside_ + s * stride_, below_[s]);
       }
 #pragma omp single
-      narrow(wanted);
+      narrow(wanted, in);
+      if (found_) return cut_;
     }
-    return cut_;
   }
 
  private:
+  struct Bracket {
+    int32_t lo, hi;
+  };
+
   const int64_t strips_, stride_;
-  Buffer<int32_t> sample_, inside_, joined_, scratch_;
+  Buffer<int32_t> sample_, inside_, joined_, scratch_, sample_scratch_;
   Buffer<int64_t> count_, below_;
-  int32_t lo_ = 0, hi_ = 0;
+  // What narrow() leaves for all threads.
   bool found_ = false;
   Cut cut_{kPreservedKey, 0};
+  Bracket next_{kPreservedKey, kLargestKey};
 
   // Between the order statistics 3.5 standard deviations of the wanted one's rank to either side.
-  void bracket(int64_t wanted, int64_t total) {
-    lo_ = kPreservedKey, hi_ = kLargestKey;
-    found_ = wanted <= 0;
-    if (found_) cut_ = {kPreservedKey, 0};
-    if (found_) return;
+  Bracket bracket(int64_t wanted, int64_t total) const {
+    Bracket out{kPreservedKey, kLargestKey};
     const int64_t n = strips_ * kSampled;
     const double share = static_cast<double>(wanted) / static_cast<double>(total);
     const int64_t rank = static_cast<int64_t>(share * static_cast<double>(n)) + 1;
     const int64_t margin =
         static_cast<int64_t>(3.5 * std::sqrt(static_cast<double>(n) * share * (1 - share))) + 2;
-    if (rank > margin) lo_ = find_cut(sample_, n, rank - margin, scratch_, kLargestKey).key;
-    if (rank + margin <= n) hi_ = find_cut(sample_, n, rank + margin, scratch_, kLargestKey).key;
+    int32_t* scratch = sample_scratch_ + omp_get_thread_num() * 2 * (n + kSlack);
+    if (rank > margin) out.lo = find_cut(sample_, n, rank - margin, scratch, kLargestKey).key;
+    if (rank + margin <= n) out.hi = find_cut(sample_, n, rank + margin, scratch, kLargestKey).key;
+    return out;
   }
 
   // The cut among the keys inside, or, where the sample misled, a bracket that cannot miss.
-  void narrow(int64_t wanted) {
+  void narrow(int64_t wanted, Bracket in) {
     int64_t below = 0, inside = 0;
     for (int64_t s = 0; s < strips_; ++s) {
       std::copy_n(inside_ + s * stride_, count_[s], joined_ + inside);
       inside += count_[s];
       below += below_[s];
     }
-    if (wanted <= below) {
-      hi_ = lo_ - 1, lo_ = kPreservedKey;
-    } else if (wanted > below + inside) {
-      lo_ = hi_ + 1, hi_ = kLargestKey;
-    } else {
+    found_ = below < wanted && wanted <= below + inside;
+    if (found_)
       cut_ = find_cut(joined_, inside, wanted - below, scratch_, kLargestKey);
-      found_ = true;
-    }
+    else if (wanted <= below)
+      next_ = {kPreservedKey, in.lo - 1};
+    else
+      next_ = {in.hi + 1, kLargestKey};
   }
 };
 

@@ -23,8 +23,8 @@ constexpr int kCols = 4, kMaxVecs = 3;
 constexpr int kCols = 4, kMaxVecs = 1;
 #endif
 
-// acc -= e[k] u[k] over k < depth; e is [depth][V vectors], u is [depth][kCols].
-template <int V, int W>
+// acc -= e[k] u[k] over k < depth; e is [depth][V vectors], u is [depth][S], W of each S are used.
+template <int V, int W, int S>
 inline void accumulate(Vec (&acc)[W][V], const float* e, const float* u, int64_t depth) {
   constexpr int L = Vec::kLanes;
   for (int64_t k = 0; k < depth; ++k) {
@@ -33,7 +33,7 @@ inline void accumulate(Vec (&acc)[W][V], const float* e, const float* u, int64_t
     for (int v = 0; v < V; ++v) err[v] = Vec::load(e + k * V * L + v * L);
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) {
-      const Vec b = Vec::set1(u[k * kCols + w]);
+      const Vec b = Vec::set1(u[k * S + w]);
 #pragma GCC unroll 3
       for (int v = 0; v < V; ++v) acc[w][v] = Vec::fnma(err[v], b, acc[w][v]);
     }
@@ -41,7 +41,7 @@ inline void accumulate(Vec (&acc)[W][V], const float* e, const float* u, int64_t
 }
 
 // W columns of a strip, all tiles of one panel column: tile -= e u.
-template <int V, int W>
+template <int V, int W, int S>
 void update_tile(float* tile, const float* e, const float* u, int64_t depth) {
   constexpr int L = Vec::kLanes;
   Vec acc[W][V];
@@ -49,7 +49,7 @@ void update_tile(float* tile, const float* e, const float* u, int64_t depth) {
   for (int w = 0; w < W; ++w)
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
-  accumulate<V, W>(acc, e, u, depth);
+  accumulate<V, W, S>(acc, e, u, depth);
 #pragma GCC unroll 8
   for (int w = 0; w < W; ++w)
 #pragma GCC unroll 3
@@ -69,7 +69,7 @@ inline Vec round_to_grid(Vec x, const float* grid, int v) {
 // Brings the tile up to date like update_tile, then visits its columns: `kept` gets the new
 // weights, `tile` the errors, `loss` their halved squares. `diag` is the panel at the tile's rows.
 // kQuantise: what is kept is rounded to the strip's `grid`, and its error is passed on as well.
-template <int V, int W, bool kQuantise = false>
+template <int V, int W, int S, bool kQuantise = false>
 void solve_tile(float* tile, const float* e, const float* u, int64_t depth, const float* inv_diag,
                 const int32_t* pruned, float* kept, double* loss, const float* grid = nullptr) {
   constexpr int L = Vec::kLanes;
@@ -78,8 +78,8 @@ void solve_tile(float* tile, const float* e, const float* u, int64_t depth, cons
   for (int w = 0; w < W; ++w)
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
-  accumulate<V, W>(acc, e, u, depth);
-  const float* diag = u + depth * kCols;
+  accumulate<V, W, S>(acc, e, u, depth);
+  const float* diag = u + depth * S;
 #pragma GCC unroll 3
   for (int v = 0; v < V; ++v) squares[v] = Vec::zero();
 #pragma GCC unroll 8
@@ -100,7 +100,7 @@ void solve_tile(float* tile, const float* e, const float* u, int64_t depth, cons
       squares[v] = Vec::fma(err, err, squares[v]);
 #pragma GCC unroll 8
       for (int x = w + 1; x < W; ++x)
-        acc[x][v] = Vec::fnma(err, Vec::set1(diag[w * kCols + x]), acc[x][v]);
+        acc[x][v] = Vec::fnma(err, Vec::set1(diag[w * S + x]), acc[x][v]);
     }
   }
 #pragma GCC unroll 3
@@ -126,6 +126,7 @@ constexpr int64_t kDepth = 128;
 // Columns first <= c < `rows` of an upper triangular matrix, its rows 0 <= k < `rows`, as
 // [tiles of kCols columns][rows][kCols].
 struct Panel {
+  static constexpr int kStride = kCols;
   const float* data;
   int64_t first, rows;
 
@@ -133,25 +134,27 @@ struct Panel {
     const int64_t column = c - first, in_tile = column % kCols;
     return data + (column - in_tile) * rows + k * kCols + in_tile;
   }
-
-  // Calls f(first column, width) for the columns [a, b) cut at the tiles' borders.
-  template <class F>
-  void for_tiles(int64_t a, int64_t b, F&& f) const {
-    for (int64_t c = a; c < b;) {
-      const int64_t width = std::min(b - c, kCols - (c - first) % kCols);
-      with_width(width, [&](auto w) { f(c, w); });
-      c += width;
-    }
-  }
 };
 
-// strip[:, a:b] -= strip[:, k0:k1] U[k0:k1, a:b]
-template <int V>
-inline void update(float* strip, const Panel& u, int64_t a, int64_t b, int64_t k0, int64_t k1) {
-  constexpr int S = V * Vec::kLanes;
+// Calls f(first column, width) for the columns [a, b) cut at the borders of a panel's tiles.
+template <class P, class F>
+inline void for_tiles(const P& panel, int64_t a, int64_t b, F&& f) {
+  for (int64_t c = a; c < b;) {
+    const int64_t width = std::min(b - c, kCols - (c - panel.first) % kCols);
+    with_width(width, [&](auto w) { f(c, w); });
+    c += width;
+  }
+}
+
+// strip[:, a:b] -= strip[:, k0:k1] U[k0:k1, a:b], u a panel: u.at(k, c) is where U[k, c] lies and
+// the columns to its right in the tile, P::kStride from row to row.
+template <int V, class P>
+inline void update(float* strip, const P& u, int64_t a, int64_t b, int64_t k0, int64_t k1) {
+  constexpr int L = V * Vec::kLanes;
   for (int64_t k = k0; k < k1; k += kDepth)
-    u.for_tiles(a, b, [&](int64_t c, auto width) {
-      update_tile<V, width>(strip + c * S, strip + k * S, u.at(k, c), std::min(kDepth, k1 - k));
+    for_tiles(u, a, b, [&](int64_t c, auto width) {
+      update_tile<V, width, P::kStride>(strip + c * L, strip + k * L, u.at(k, c),
+                                        std::min(kDepth, k1 - k));
     });
 }
 
