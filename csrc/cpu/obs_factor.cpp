@@ -43,11 +43,11 @@ static_assert(kBlock % kLanes == 0 && kLanes % kCols == 0, "blocks are whole str
 // Rows [0, first) of T's columns from `first` on, where strips hold them.
 struct StripPanel {
   static constexpr int kStride = kLanes;
-  const float* strips;
-  int64_t n, first;
+  const PerStrip<float>& strips;
+  int64_t first;
 
   const float* at(int64_t k, int64_t c) const {
-    return strips + c / kLanes * kLanes * n + k * kLanes + c % kLanes;
+    return strips[c / kLanes] + k * kLanes + c % kLanes;
   }
 };
 
@@ -66,6 +66,14 @@ enum Stage : int32_t {
   kFinal,    // its rows of L are final up to the block on the diagonal
   kUpdated,  // and the block itself is ready to be factored
 };
+
+// Fetches `count` floats into the second-level cache, to be written if kWrite. What another core
+// had takes some 100 ns to come, and loads and stores in order do not overlap enough of them.
+template <bool kWrite>
+inline void fetch(const float* p, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, kWrite, 2);
+  __builtin_prefetch(p + count - 1, kWrite, 2);
+}
 
 // Spins for a while, then lets others run: they may be who is waited for.
 template <class F>
@@ -88,27 +96,26 @@ class Factor {
         u_(args.u.ptr<float>()),
         dead_(args.dead.ptr<uint8_t>()),
         damping_(args.damping),
-        threads_(args.threads),
         n_(args.h.shape[0]),
-        strips_((n_ + kLanes - 1) / kLanes),
         blocks_((n_ + kBlock - 1) / kBlock),
-        data_(strips_ * kLanes * n_),
+        deal_{(n_ + kLanes - 1) / kLanes, args.threads},
+        strips_(deal_, kLanes * n_),
         squares_(blocks_ * kBlock * kBlock),
         inverse_(n_),
         diag_(n_),
         shift_(n_),
         least_(n_),
         all_(kCols * kLanes),
-        kept_(threads_ * kCols * kLanes),
-        loss_(threads_ * kLanes),
-        stage_(strips_) {
+        kept_(args.threads, kCols * kLanes),
+        loss_(args.threads, kLanes),
+        stage_(deal_.strips) {
     std::fill_n(static_cast<int32_t*>(all_), kCols * kLanes, -1);
-    std::fill_n(static_cast<double*>(loss_), threads_ * kLanes, 0.0);
-    for (int64_t s = 0; s < strips_; ++s) stage_[s].store(kBehind, std::memory_order_relaxed);
+    for (int t = 0; t < args.threads; ++t) std::fill_n(loss_[t], kLanes, 0.0);
+    for (int64_t s = 0; s < deal_.strips; ++s) stage_[s].store(kBehind, std::memory_order_relaxed);
   }
 
   bool run() {
-#pragma omp parallel num_threads(threads_)
+#pragma omp parallel num_threads(deal_.threads)
     {
       look_at_rows();
 #pragma omp single
@@ -124,40 +131,30 @@ class Factor {
   float* u_;
   uint8_t* dead_;
   const double damping_;
-  const int threads_;
-  const int64_t n_, strips_, blocks_;
-  Buffer<float> data_;     // [strips][columns][lanes]
-  Buffer<float> squares_;  // [blocks][columns][rows], see Square
-  Buffer<float> inverse_;  // 1 / T_jj
-  Buffer<float> diag_;     // of H
-  Buffer<float> shift_;    // what is added to the diagonal of H
-  Buffer<float> least_;    // a pivot must be above this
+  const int64_t n_, blocks_;
+  const Deal deal_;
+  PerStrip<float> strips_;  // [columns][lanes]
+  Buffer<float> squares_;   // [blocks][columns][rows], see Square
+  Buffer<float> inverse_;   // 1 / T_jj
+  Buffer<float> diag_;      // of H
+  Buffer<float> shift_;     // what is added to the diagonal of H
+  Buffer<float> least_;     // a pivot must be above this
   // solve_tile's mask (all pruned), and its outputs that are of no use here.
   Buffer<int32_t> all_;
-  Buffer<float> kept_;
-  Buffer<double> loss_;
+  PerThread<float> kept_;
+  PerThread<double> loss_;
   Buffer<std::atomic<Stage>> stage_;  // of each strip, raised by its thread
   std::atomic<int64_t> factored_{0};  // squares that are done
   std::atomic<bool> good_{true};
-
-  float* strip(int64_t s) const { return data_ + s * kLanes * n_; }
-
-  // A strip stays with one thread, and so in its cache. Those further down have less to do: every
-  // other round of the threads goes backwards.
-  bool is_mine(int64_t s) const {
-    const int64_t team = omp_get_num_threads(), turn = s % (2 * team);
-    return omp_get_thread_num() == (turn < team ? turn : 2 * team - 1 - turn);
-  }
 
   int64_t begin_of(int64_t b) const { return b * kBlock; }
   int64_t end_of(int64_t b) const { return std::min(n_, (b + 1) * kBlock); }
   Square square(int64_t b) const { return {squares_ + b * kBlock * kBlock, begin_of(b)}; }
 
-  // Calls f(s) for this thread's strips in rows [r0, r1).
+  // Calls f(s) for this thread's strips in rows [r0, r1), both at the border of a strip.
   template <class F>
   void for_mine(int64_t r0, int64_t r1, F&& f) const {
-    for (int64_t s = r0 / kLanes; s * kLanes < r1; ++s)
-      if (is_mine(s)) f(s);
+    deal_.for_mine(r0 / kLanes, (r1 + kLanes - 1) / kLanes, f);
   }
 
   bool reached(int64_t b, Stage stage) const {
@@ -175,6 +172,7 @@ class Factor {
       wait_until([&] { return factored_.load(std::memory_order_acquire) > b || !good_; });
       if (!good_) return;
       const int64_t next = b + 1, n1 = end_of(b), n2 = next < blocks_ ? end_of(next) : n1;
+      fetch_panels(b, n2);
       for_mine(n1, n2, [&](int64_t s) {
         advance(s, b);
         stage_[s].store(kFinal, std::memory_order_release);
@@ -203,7 +201,7 @@ class Factor {
       });
       stage = kUpdated;
     }
-    if (!is_mine((i2 - 1) / kLanes)) return true;
+    if (!deal_.is_mine((i2 - 1) / kLanes)) return true;
     if (!reached(b, kUpdated)) return false;
     if (factor_square(b))
       factored_.store(b + 1, std::memory_order_release);
@@ -252,6 +250,15 @@ class Factor {
     }
   }
 
+  // Of block b its square, and of the next one, up to row n2, what there is of its panel, as far as
+  // other threads have made them.
+  void fetch_panels(int64_t b, int64_t n2) const {
+    const int64_t i1 = begin_of(b), i2 = end_of(b);
+    if (!deal_.is_mine((i2 - 1) / kLanes)) fetch<false>(square(b).data, (i2 - i1) * kBlock);
+    for (int64_t s = i2 / kLanes; i1 > 0 && s * kLanes < n2; ++s)
+      if (!deal_.is_mine(s)) fetch<false>(strips_[s], i1 * kLanes);
+  }
+
   // Makes the columns of block b final in strip s.
   void advance(int64_t s, int64_t b) const {
     const int64_t i1 = begin_of(b), i2 = end_of(b), row = s * kLanes;
@@ -261,9 +268,20 @@ class Factor {
     else
       load_identity(s, i1, i2);
     const int64_t from = below ? 0 : row;
-    update<V>(strip(s), StripPanel{data_, n_, i1}, i1, i2, from, i1);
+    if (below)
+      fetch_rows<false>(h_, ld_, s, i2, std::min(n_, i2 + kBlock));
+    else
+      fetch_rows<true>(u_, n_, s, std::max(from, i1), i2);
+    update<V>(strips_[s], StripPanel{strips_, i1}, i1, i2, from, i1);
     solve(s, square(b), std::max(from, i1), i2);
     if (!below) store(s, std::max(from, i1), i2);
+  }
+
+  // What load() reads or store() writes of rows as long as `ld`.
+  template <bool kWrite>
+  void fetch_rows(const float* x, int64_t ld, int64_t s, int64_t a, int64_t b) const {
+    const int64_t end = n_ - s * kLanes, lanes = std::min<int64_t>(kLanes, end);
+    for (int64_t c = a; c < b; ++c) fetch<kWrite>(x + (n_ - 1 - c) * ld + end - lanes, lanes);
   }
 
   // Columns [a, b) of strip s from A: lanes run down a row of H, backwards.
@@ -271,7 +289,7 @@ class Factor {
     const int64_t last = n_ - 1 - s * kLanes, lanes = std::min<int64_t>(kLanes, last + 1);
     for (int64_t c = a; c < b; ++c) {
       const float* row = h_ + (n_ - 1 - c) * ld_ + last;
-      float* out = strip(s) + c * kLanes;
+      float* out = strips_[s] + c * kLanes;
       for (int64_t l = 0; l < lanes; ++l) out[l] = row[-l];
       for (int64_t l = lanes; l < kLanes; ++l) out[l] = 0.0f;
       if (c >= s * kLanes && c < (s + 1) * kLanes) out[c - s * kLanes] += shift_[n_ - 1 - c];
@@ -279,16 +297,16 @@ class Factor {
   }
 
   void load_identity(int64_t s, int64_t a, int64_t b) const {
-    std::fill(strip(s) + a * kLanes, strip(s) + b * kLanes, 0.0f);
+    std::fill(strips_[s] + a * kLanes, strips_[s] + b * kLanes, 0.0f);
     for (int64_t c = std::max(a, s * kLanes); c < std::min(b, (s + 1) * kLanes); ++c)
-      strip(s)[c * kLanes + c - s * kLanes] = 1.0f;
+      strips_[s][c * kLanes + c - s * kLanes] = 1.0f;
   }
 
   // The rows of U that have their diagonal in this strip get their zeros, too.
   void store(int64_t s, int64_t a, int64_t b) const {
     const int64_t last = n_ - 1 - s * kLanes, lanes = std::min<int64_t>(kLanes, last + 1);
     for (int64_t c = a; c < b; ++c) {
-      const float* in = strip(s) + c * kLanes;
+      const float* in = strips_[s] + c * kLanes;
       float* row = u_ + (n_ - 1 - c) * n_;
       for (int64_t l = 0; l < lanes; ++l) row[last - l] = in[l];
       if (c / kLanes == s) std::fill_n(row, last + 1 - lanes, 0.0f);
@@ -299,7 +317,7 @@ class Factor {
   // date as far as they are below the diagonal.
   void update_diagonal(int64_t s, int64_t i1, int64_t i2) const {
     load(s, i1, i2);
-    update<V>(strip(s), StripPanel{data_, n_, i1}, i1, std::min(i2, (s + 1) * kLanes), 0, i1);
+    update<V>(strips_[s], StripPanel{strips_, i1}, i1, std::min(i2, (s + 1) * kLanes), 0, i1);
   }
 
   // Cholesky of block b on the diagonal, column by column. False if a pivot will not do.
@@ -308,7 +326,7 @@ class Factor {
     float (*const a)[kBlock] = reinterpret_cast<float (*)[kBlock]>(square(b).data);
     for (int64_t j = 0; j < n; ++j)
       for (int64_t i = 0; i < n; i += kLanes)
-        std::copy_n(strip(first + i / kLanes) + (i1 + j) * kLanes, kLanes, a[j] + i);
+        std::copy_n(strips_[first + i / kLanes] + (i1 + j) * kLanes, kLanes, a[j] + i);
     for (int64_t j = 0; j < n; ++j) {
       if (!(a[j][j] > least_[n_ - 1 - (i1 + j)]) || std::isinf(a[j][j])) return false;
       const float pivot = std::sqrt(a[j][j]), inverse = 1.0f / pivot;
@@ -326,10 +344,10 @@ class Factor {
   }
 
   void solve(int64_t s, const Square& square, int64_t a, int64_t b) const {
-    float* kept = kept_ + omp_get_thread_num() * kCols * kLanes;
-    double* loss = loss_ + omp_get_thread_num() * kLanes;
+    float* kept = kept_.mine();
+    double* loss = loss_.mine();
     for_tiles(square, a, b, [&](int64_t c, auto width) {
-      solve_tile<V, width, Square::kStride>(strip(s) + c * kLanes, strip(s) + a * kLanes,
+      solve_tile<V, width, Square::kStride>(strips_[s] + c * kLanes, strips_[s] + a * kLanes,
                                             square.at(a, c), c - a, inverse_ + c, all_, kept, loss);
     });
   }

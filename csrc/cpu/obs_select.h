@@ -139,16 +139,16 @@ class BlockCut {
   static constexpr int kSampled = 64;
 
   // `keys`: strips of up to `strip_keys`, `rows` rows in all.
-  BlockCut(int64_t strips, int64_t strip_keys, int threads)
-      : strips_(strips),
+  BlockCut(const Deal& deal, int64_t strip_keys)
+      : deal_(deal),
         stride_(strip_keys + kSlack),
-        sample_(strips * kSampled),
-        inside_(strips * stride_),
-        joined_(strips * stride_),
-        scratch_(2 * strips * stride_),
-        sample_scratch_(2 * threads * (strips * kSampled + kSlack)),
-        count_(strips),
-        below_(strips) {}
+        sample_(deal.strips * kSampled),
+        inside_(deal, stride_),
+        joined_(deal.strips * stride_),
+        scratch_(2 * deal.strips * stride_),
+        sample_scratch_(deal.threads, 2 * (deal.strips * kSampled + kSlack)),
+        count_(deal.strips),
+        below_(deal.strips) {}
 
   // Strip s: `rows` of its `lanes` rows are there. The keys of the others become the largest.
   void add(int64_t s, int32_t* keys, int64_t cols, int lanes, int rows) const {
@@ -159,20 +159,20 @@ class BlockCut {
       sample_[s * kSampled + i] = keys[i * 53 % cols * lanes + i * 37 % rows];
   }
 
-  // After all strips, by the whole team: the cut that prunes the `wanted` smallest of `total` keys.
-  // keys_of(s) are those of strip s, `strip_keys` of them.
+  // By the whole team, each thread when it has added its strips: the cut that prunes the `wanted`
+  // smallest of `total` keys. keys_of(s) are those of strip s, `strip_keys` of them.
   template <class F>
   Cut find(int64_t wanted, int64_t total, int64_t strip_keys, F&& keys_of) {
     if (wanted <= 0) return {kPreservedKey, 0};
+#pragma omp barrier
     for (Bracket in = bracket(wanted, total);; in = next_) {
-#pragma omp for schedule(static)
-      for (int64_t s = 0; s < strips_; ++s) {
+      deal_.for_mine(0, deal_.strips, [&](int64_t s) {
         below_[s] = 0;
-        count_[s] =
-            gather_range(keys_of(s), strip_keys, in.lo, in.hi, inside_ + s * stride_, below_[s]);
-      }
-#pragma omp single
-      narrow(wanted, in);
+        count_[s] = gather_range(keys_of(s), strip_keys, in.lo, in.hi, inside_[s], below_[s]);
+      });
+#pragma omp barrier
+      if (omp_get_thread_num() == 0) narrow(wanted, in);
+#pragma omp barrier
       if (found_) return cut_;
     }
   }
@@ -182,8 +182,12 @@ class BlockCut {
     int32_t lo, hi;
   };
 
-  const int64_t strips_, stride_;
-  Buffer<int32_t> sample_, inside_, joined_, scratch_, sample_scratch_;
+  const Deal deal_;
+  const int64_t stride_;
+  Buffer<int32_t> sample_;
+  PerStrip<int32_t> inside_;
+  Buffer<int32_t> joined_, scratch_;
+  PerThread<int32_t> sample_scratch_;
   Buffer<int64_t> count_, below_;
   // What narrow() leaves for all threads.
   bool found_ = false;
@@ -193,12 +197,12 @@ class BlockCut {
   // Between the order statistics 3.5 standard deviations of the wanted one's rank to either side.
   Bracket bracket(int64_t wanted, int64_t total) const {
     Bracket out{kPreservedKey, kLargestKey};
-    const int64_t n = strips_ * kSampled;
+    const int64_t n = deal_.strips * kSampled;
     const double share = static_cast<double>(wanted) / static_cast<double>(total);
     const int64_t rank = static_cast<int64_t>(share * static_cast<double>(n)) + 1;
     const int64_t margin =
         static_cast<int64_t>(3.5 * std::sqrt(static_cast<double>(n) * share * (1 - share))) + 2;
-    int32_t* scratch = sample_scratch_ + omp_get_thread_num() * 2 * (n + kSlack);
+    int32_t* scratch = sample_scratch_.mine();
     if (rank > margin) out.lo = find_cut(sample_, n, rank - margin, scratch, kLargestKey).key;
     if (rank + margin <= n) out.hi = find_cut(sample_, n, rank + margin, scratch, kLargestKey).key;
     return out;
@@ -207,8 +211,8 @@ class BlockCut {
   // The cut among the keys inside, or, where the sample misled, a bracket that cannot miss.
   void narrow(int64_t wanted, Bracket in) {
     int64_t below = 0, inside = 0;
-    for (int64_t s = 0; s < strips_; ++s) {
-      std::copy_n(inside_ + s * stride_, count_[s], joined_ + inside);
+    for (int64_t s = 0; s < deal_.strips; ++s) {
+      std::copy_n(inside_[s], count_[s], joined_ + inside);
       inside += count_[s];
       below += below_[s];
     }

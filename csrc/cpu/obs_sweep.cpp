@@ -61,18 +61,19 @@ class Sweep {
         cols_(args.w.shape[2]),
         block_(std::min(args.block, (cols_ + kCols - 1) / kCols * kCols)),
         strips_((rows_ + kLanes - 1) / kLanes),
-        errors_(strips_ * kLanes * cols_),
+        deal_{strips_, args.threads},
+        errors_(deal_, kLanes * cols_),
         panel_floats_((block_ + kCols) * cols_),
         own_panels_(args.threads > 1 && panel_floats_ <= kOwnPanel),
-        panel_(panel_floats_ * (own_panels_ ? args.threads : 1)),
-        inv_diag_(args.threads * cols_),
+        panel_(own_panels_ ? args.threads : 1, panel_floats_),
+        inv_diag_(args.threads, cols_),
         grid_(args.grid ? 3 * strips_ * kLanes : 0),
         loss_(strips_ * kLanes),
-        scratch_f_(args.threads * block_ * kLanes),
-        scratch_i_(3 * args.threads * block_ * kLanes),
-        block_keys_(rule_ == Rule::block ? strips_ * kLanes * block_ : 0),
+        scratch_f_(args.threads, block_ * kLanes),
+        scratch_i_(args.threads, 3 * block_ * kLanes),
+        block_keys_(deal_, rule_ == Rule::block ? kLanes * block_ : 0),
         row_ties_(strips_ * kLanes) {
-    if (rule_ == Rule::block) block_cut_.emplace(strips_, kLanes * block_, args.threads);
+    if (rule_ == Rule::block) block_cut_.emplace(deal_, kLanes * block_);
   }
 
   void run() {
@@ -85,16 +86,17 @@ class Sweep {
   const ObsSweepArgs& a_;
   const Rule rule_;
   const int64_t rows_, cols_, block_, strips_;
-  Buffer<float> errors_;  // [strips][cols][lanes]
+  const Deal deal_;
+  PerStrip<float> errors_;  // [cols][lanes]
   const int64_t panel_floats_;
   const bool own_panels_;
-  Buffer<float> panel_;
-  Buffer<float> inv_diag_;  // [threads][cols]
-  Buffer<float> grid_;      // [strips][step, low, high][lanes]
+  PerThread<float> panel_;
+  PerThread<float> inv_diag_;
+  Buffer<float> grid_;  // [strips][step, low, high][lanes]
   Buffer<double> loss_;
-  Buffer<float> scratch_f_;
-  Buffer<int32_t> scratch_i_;
-  Buffer<int32_t> block_keys_;  // [strips][block][lanes]
+  PerThread<float> scratch_f_;
+  PerThread<int32_t> scratch_i_;
+  PerStrip<int32_t> block_keys_;  // [block][lanes]
   Buffer<int32_t> row_ties_;
   std::optional<BlockCut> block_cut_;
 
@@ -102,21 +104,19 @@ class Sweep {
   int64_t b_ = 0;
   const float* u_ = nullptr;
 
-  float* strip(int64_t s) const { return errors_ + s * kLanes * cols_; }
   int strip_rows(int64_t s) const {
     return static_cast<int>(std::min<int64_t>(kLanes, rows_ - s * kLanes));
   }
   int64_t element(int64_t s, int64_t col) const { return (b_ * rows_ + s * kLanes) * cols_ + col; }
 
   Local local() const {
-    const int64_t n = block_ * kLanes, t = omp_get_thread_num();
-    int32_t* p = scratch_i_ + 3 * t * n;
-    float* inv_diag = inv_diag_ + t * cols_;
-    const float* scale = inv_diag;
+    const int64_t n = block_ * kLanes;
+    int32_t* p = scratch_i_.mine();
+    const float* scale = inv_diag_.mine();
     if (a_.scale) scale = a_.scale->ptr<float>() + (a_.scale->shape[0] == 1 ? 0 : b_ * cols_);
-    float* panel = panel_ + (own_panels_ ? t * panel_floats_ : 0);
-    return {panel, {panel, 0, 0}, inv_diag,          scale, {kPreservedKey, 0}, p,
-            p + n, p + 2 * n,     scratch_f_ + t * n};
+    float* panel = own_panels_ ? panel_.mine() : panel_[0];
+    return {panel, {panel, 0, 0}, inv_diag_.mine(), scale, {kPreservedKey, 0}, p,
+            p + n, p + 2 * n,     scratch_f_.mine()};
   }
 
   void matrix(int64_t b) {
@@ -130,16 +130,14 @@ class Sweep {
       for (int64_t i1 = 0; i1 < cols_; i1 += block_) {
         take_block(i1, mine);
         if (rule_ == Rule::block) choose_in_block(mine);
-        // A strip is the same thread's in every such loop.
-#pragma omp for schedule(static) nowait
-        for (int64_t s = 0; s < strips_; ++s) {
+        deal_.for_mine(0, strips_, [&](int64_t s) {
           if (rule_ != Rule::block) advance(s, mine);
           solve(s, mine);
           store_strip(mine.kept, kLanes, strip_rows(s), mine.width(),
                       a_.weight.ptr<float>() + element(s, i1), cols_);
           store_strip_unset(mine.pruned, kLanes, strip_rows(s), mine.width(),
                             a_.mask.ptr<uint8_t>() + element(s, i1), cols_);
-        }
+        });
       }
     }
     float* loss = a_.loss.ptr<float>() + b * rows_;
@@ -170,12 +168,14 @@ class Sweep {
 
   // Rows [k0, k1) of the panel.
   void pack_rows(int64_t k0, int64_t k1, const Local& mine) const {
+    constexpr int64_t kAhead = 16;  // stores wait for each other's lines unless they come early
     const int64_t i1 = mine.begin(), i2 = mine.end(), width = mine.width();
     for (int64_t k = k0; k < k1; ++k) {
       const float* row = u_ + k * cols_ + i1;
       for (int64_t c = 0; c < width; c += kCols) {
         float* out = mine.panel_data + (c * i2 + k * kCols);
         const int64_t inside = std::min<int64_t>(kCols, width - c);
+        __builtin_prefetch(out + kAhead * kCols, 1);
         if (inside == kCols) {
           std::copy_n(row + c, kCols, out);
         } else {
@@ -190,8 +190,8 @@ class Sweep {
   void advance(int64_t s, const Local& mine) const {
     const int64_t ld = a_.w.stride[1], i1 = mine.begin(), i2 = mine.end();
     const float* w = a_.w.ptr<float>() + b_ * a_.w.stride[0] + s * kLanes * ld + i1;
-    load_strip(w, ld, strip_rows(s), i2 - i1, strip(s) + i1 * kLanes, kLanes);
-    update<V>(strip(s), mine.panel, i1, i2, 0, i1);
+    load_strip(w, ld, strip_rows(s), i2 - i1, errors_[s] + i1 * kLanes, kLanes);
+    update<V>(errors_[s], mine.panel, i1, i2, 0, i1);
   }
 
   // Visits the block's columns of strip s. A mask is chosen when all columns before it have been
@@ -205,13 +205,13 @@ class Sweep {
     const int64_t step = rule_ == Rule::nm ? a_.m : kDepth;
     for (int64_t g = i1; g < i2; g += step) {
       const int64_t end = std::min(i2, g + step);
-      update<V>(strip(s), mine.panel, g, end, i1, g);
+      update<V>(errors_[s], mine.panel, g, end, i1, g);
       if (rule_ == Rule::nm) choose(s, g, mine);
       for_tiles(mine.panel, g, end, [&](int64_t c, auto width) {
         const int64_t at = (c - i1) * kLanes;
         const auto visit = [&](auto quantise) {
           solve_tile<V, width, Panel::kStride, quantise>(
-              strip(s) + c * kLanes, strip(s) + g * kLanes, mine.panel.at(g, c), c - g,
+              errors_[s] + c * kLanes, errors_[s] + g * kLanes, mine.panel.at(g, c), c - g,
               mine.inv_diag + c, mine.pruned + at, mine.kept + at, loss_ + s * kLanes,
               grid_ + 3 * s * kLanes);
         };
@@ -248,7 +248,7 @@ class Sweep {
 
   void keys_of(int64_t s, int64_t g, int64_t width, const Local& mine, const int32_t* preserved,
                int32_t* keys) const {
-    score_keys(strip(s) + g * kLanes, mine.scale + g, width, kLanes, keys);
+    score_keys(errors_[s] + g * kLanes, mine.scale + g, width, kLanes, keys);
     static_assert(kPreservedKey == -1, "set by or-ing the lane mask in");
     if (a_.preserve)
       for (int64_t i = 0; i < width * kLanes; ++i) keys[i] |= preserved[i];
@@ -268,24 +268,21 @@ class Sweep {
 
   // --- rows x block: one cut for all strips -------------------------------------------------
 
-  int32_t* block_keys(int64_t s) const { return block_keys_ + s * kLanes * block_; }
-
   // Brings the block up to date in every strip and finds its cut. Called by the whole team.
   void choose_in_block(Local& mine) {
     const int64_t i1 = mine.begin(), width = mine.width();
     const int32_t count = a_.counts->ptr<int32_t>()[b_ * a_.counts->shape[2] + i1 / block_];
     const int64_t wanted = std::min<int64_t>(count, rows_ * width);
-#pragma omp for schedule(static)
-    for (int64_t s = 0; s < strips_; ++s) {
+    deal_.for_mine(0, strips_, [&](int64_t s) {
       advance(s, mine);
       if (a_.preserve)
         load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1), cols_, strip_rows(s), width,
                          mine.preserved, kLanes);
-      keys_of(s, i1, width, mine, mine.preserved, block_keys(s));
-      block_cut_->add(s, block_keys(s), width, kLanes, strip_rows(s));
-    }
+      keys_of(s, i1, width, mine, mine.preserved, block_keys_[s]);
+      block_cut_->add(s, block_keys_[s], width, kLanes, strip_rows(s));
+    });
     const Cut cut = block_cut_->find(wanted, rows_ * width, width * kLanes,
-                                     [&](int64_t s) { return block_keys(s); });
+                                     [&](int64_t s) { return block_keys_[s]; });
     if (cut.ties > 0 && cut.ties < kAllTies && !a_.all_ties) share_ties(cut, width);
     mine.cut = a_.all_ties && wanted > 0 ? Cut{cut.key, kAllTies} : cut;
   }
@@ -296,7 +293,7 @@ class Sweep {
     for (int64_t s = 0; s < strips_; ++s)
       for (int l = 0; l < kLanes; ++l) {
         int32_t equal = 0;
-        for (int64_t c = 0; c < width; ++c) equal += block_keys(s)[c * kLanes + l] == cut.key;
+        for (int64_t c = 0; c < width; ++c) equal += block_keys_[s][c * kLanes + l] == cut.key;
         row_ties_[s * kLanes + l] = equal;
       }
 #pragma omp single
@@ -312,10 +309,10 @@ class Sweep {
   void prune_to_cut(int64_t s, const Local& mine, int32_t* pruned) const {
     const int64_t width = mine.width();
     const Cut& cut = mine.cut;
-    if (cut.ties == kAllTies) return prune_up_to(block_keys(s), width, kLanes, cut.key, pruned);
-    if (cut.ties == 0) return prune_up_to(block_keys(s), width, kLanes, cut.key - 1, pruned);
+    if (cut.ties == kAllTies) return prune_up_to(block_keys_[s], width, kLanes, cut.key, pruned);
+    if (cut.ties == 0) return prune_up_to(block_keys_[s], width, kLanes, cut.key - 1, pruned);
     for (int l = 0; l < kLanes; l += Vec::kLanes)
-      prune_below(block_keys(s) + l, width, kLanes, Keys{} + cut.key,
+      prune_below(block_keys_[s] + l, width, kLanes, Keys{} + cut.key,
                   keys_at(row_ties_ + s * kLanes + l), pruned + l);
   }
 };
