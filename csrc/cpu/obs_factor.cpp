@@ -67,14 +67,6 @@ enum Stage : int32_t {
   kUpdated,  // and the block itself is ready to be factored
 };
 
-// Fetches `count` floats into the second-level cache, to be written if kWrite. What another core
-// had takes some 100 ns to come, and loads and stores in order do not overlap enough of them.
-template <bool kWrite>
-inline void fetch(const float* p, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, kWrite, 2);
-  __builtin_prefetch(p + count - 1, kWrite, 2);
-}
-
 // Spins for a while, then lets others run: they may be who is waited for.
 template <class F>
 void wait_until(F&& ready) {
@@ -195,6 +187,7 @@ class Factor {
     const int64_t i1 = begin_of(b), i2 = end_of(b);
     if (stage == kBehind) {
       if (!reached(b, kFinal)) return false;
+      if (deal_.is_mine((i2 - 1) / kLanes)) fetch<true>(square(b).data, (i2 - i1) * kBlock);
       for_mine(i1, i2, [&](int64_t s) {
         update_diagonal(s, i1, i2);
         stage_[s].store(kUpdated, std::memory_order_release);
@@ -268,10 +261,13 @@ class Factor {
     else
       load_identity(s, i1, i2);
     const int64_t from = below ? 0 : row;
-    if (below)
-      fetch_rows<false>(h_, ld_, s, i2, std::min(n_, i2 + kBlock));
-    else
+    if (below) {
+      const int64_t i3 = std::min(n_, i2 + kBlock);
+      fetch_rows<false>(h_, ld_, s, i2, i3);
+      fetch<true>(strips_[s] + i2 * kLanes, (i3 - i2) * kLanes);
+    } else {
       fetch_rows<true>(u_, n_, s, std::max(from, i1), i2);
+    }
     update<V>(strips_[s], StripPanel{strips_, i1}, i1, i2, from, i1);
     solve(s, square(b), std::max(from, i1), i2);
     if (!below) store(s, std::max(from, i1), i2);

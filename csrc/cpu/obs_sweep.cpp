@@ -168,10 +168,12 @@ class Sweep {
 
   // Rows [k0, k1) of the panel.
   void pack_rows(int64_t k0, int64_t k1, const Local& mine) const {
+    constexpr int64_t kRowsAhead = 6;
     constexpr int64_t kAhead = 16;  // stores wait for each other's lines unless they come early
     const int64_t i1 = mine.begin(), i2 = mine.end(), width = mine.width();
     for (int64_t k = k0; k < k1; ++k) {
       const float* row = u_ + k * cols_ + i1;
+      fetch<false>(row + kRowsAhead * cols_, width);
       for (int64_t c = 0; c < width; c += kCols) {
         float* out = mine.panel_data + (c * i2 + k * kCols);
         const int64_t inside = std::min<int64_t>(kCols, width - c);
@@ -191,6 +193,11 @@ class Sweep {
     const int64_t ld = a_.w.stride[1], i1 = mine.begin(), i2 = mine.end();
     const float* w = a_.w.ptr<float>() + b_ * a_.w.stride[0] + s * kLanes * ld + i1;
     load_strip(w, ld, strip_rows(s), i2 - i1, errors_[s] + i1 * kLanes, kLanes);
+    const int64_t next = std::min(cols_, i2 + block_) - i2;
+    if (next > 0) {
+      fetch<true>(errors_[s] + i2 * kLanes, next * kLanes);
+      for (int r = 0; r < strip_rows(s); ++r) fetch<false>(w + r * ld + i2 - i1, next);
+    }
     update<V>(errors_[s], mine.panel, i1, i2, 0, i1);
   }
 
