@@ -176,7 +176,7 @@ def case_of(row: Row) -> tuple[str, ...]:
              "repetitions", "flops", "flops_rate", "bytes", "bytes_rate", "share_of_limit", "limit",
              "baseline", "ratio_to_baseline", "device", "threads", "torch", "commit",
              "ratio_to_reference", "share_of_floor", "mask_agreement", "max_error",
-             "others_share", "ceiling"}  # fmt: skip
+             "others_share", "ceiling", "quack"}  # fmt: skip
     note = " ".join(f"{k} {v}" for k, v in row.items() if k not in known)
     return row["op"], note, "x".join(map(str, row["shape"])), row["dtype"]
 
