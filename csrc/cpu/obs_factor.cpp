@@ -43,6 +43,7 @@ static_assert(kBlock % kLanes == 0 && kLanes % kCols == 0, "blocks are whole str
 // Rows [0, first) of T's columns from `first` on, where strips hold them.
 struct StripPanel {
   static constexpr int kStride = kLanes;
+  static constexpr int64_t kDepth = 96;  // tiles share lines: half as many again as in a Panel
   const PerStrip<float>& strips;
   int64_t first;
 
@@ -143,29 +144,26 @@ class Factor {
   int64_t end_of(int64_t b) const { return std::min(n_, (b + 1) * kBlock); }
   Square square(int64_t b) const { return {squares_ + b * kBlock * kBlock, begin_of(b)}; }
 
-  // Calls f(s) for this thread's strips in rows [r0, r1), both at the border of a strip.
-  template <class F>
-  void for_mine(int64_t r0, int64_t r1, F&& f) const {
-    deal_.for_mine(r0 / kLanes, (r1 + kLanes - 1) / kLanes, f);
-  }
+  // The first strip that has rows of block b.
+  int64_t strip_of(int64_t b) const { return std::min(deal_.strips, b * (kBlock / kLanes)); }
 
   bool reached(int64_t b, Stage stage) const {
-    for (int64_t s = begin_of(b) / kLanes; s * kLanes < end_of(b); ++s)
+    for (int64_t s = strip_of(b); s < strip_of(b + 1); ++s)
       if (stage_[s].load(std::memory_order_acquire) < stage) return false;
     return true;
   }
 
   // Every thread of the team runs this.
   void factor() {
-    for_mine(0, end_of(0), [&](int64_t s) { stage_[s].store(kFinal, std::memory_order_release); });
+    deal_.for_mine(0, strip_of(1),
+                   [&](int64_t s) { stage_[s].store(kFinal, std::memory_order_release); });
     Stage stage = kBehind;
     wait_until([&] { return prepare(0, stage); });
     for (int64_t b = 0; b < blocks_; ++b) {
       wait_until([&] { return factored_.load(std::memory_order_acquire) > b || !good_; });
       if (!good_) return;
-      const int64_t next = b + 1, n1 = end_of(b), n2 = next < blocks_ ? end_of(next) : n1;
-      fetch_panels(b, n2);
-      for_mine(n1, n2, [&](int64_t s) {
+      const int64_t next = b + 1, s1 = strip_of(next), s2 = strip_of(next + 1);
+      deal_.for_mine(s1, s2, [&](int64_t s) {
         advance(s, b);
         stage_[s].store(kFinal, std::memory_order_release);
       });
@@ -175,8 +173,8 @@ class Factor {
         advance(s, b);
         prepared = prepared || prepare(next, stage);
       };
-      for_mine(n2, n_, rest);
-      for_mine(0, n1, rest);
+      deal_.for_mine(s2, deal_.strips, rest);
+      deal_.for_mine(0, s1, rest);
       wait_until([&] { return prepared || prepare(next, stage); });
     }
   }
@@ -187,14 +185,13 @@ class Factor {
     const int64_t i1 = begin_of(b), i2 = end_of(b);
     if (stage == kBehind) {
       if (!reached(b, kFinal)) return false;
-      if (deal_.is_mine((i2 - 1) / kLanes)) fetch<true>(square(b).data, (i2 - i1) * kBlock);
-      for_mine(i1, i2, [&](int64_t s) {
+      deal_.for_mine(strip_of(b), strip_of(b + 1), [&](int64_t s) {
         update_diagonal(s, i1, i2);
         stage_[s].store(kUpdated, std::memory_order_release);
       });
       stage = kUpdated;
     }
-    if (!deal_.is_mine((i2 - 1) / kLanes)) return true;
+    if (!deal_.is_mine(strip_of(b + 1) - 1)) return true;
     if (!reached(b, kUpdated)) return false;
     if (factor_square(b))
       factored_.store(b + 1, std::memory_order_release);
@@ -243,15 +240,6 @@ class Factor {
     }
   }
 
-  // Of block b its square, and of the next one, up to row n2, what there is of its panel, as far as
-  // other threads have made them.
-  void fetch_panels(int64_t b, int64_t n2) const {
-    const int64_t i1 = begin_of(b), i2 = end_of(b);
-    if (!deal_.is_mine((i2 - 1) / kLanes)) fetch<false>(square(b).data, (i2 - i1) * kBlock);
-    for (int64_t s = i2 / kLanes; i1 > 0 && s * kLanes < n2; ++s)
-      if (!deal_.is_mine(s)) fetch<false>(strips_[s], i1 * kLanes);
-  }
-
   // Makes the columns of block b final in strip s.
   void advance(int64_t s, int64_t b) const {
     const int64_t i1 = begin_of(b), i2 = end_of(b), row = s * kLanes;
@@ -261,23 +249,9 @@ class Factor {
     else
       load_identity(s, i1, i2);
     const int64_t from = below ? 0 : row;
-    if (below) {
-      const int64_t i3 = std::min(n_, i2 + kBlock);
-      fetch_rows<false>(h_, ld_, s, i2, i3);
-      fetch<true>(strips_[s] + i2 * kLanes, (i3 - i2) * kLanes);
-    } else {
-      fetch_rows<true>(u_, n_, s, std::max(from, i1), i2);
-    }
     update<V>(strips_[s], StripPanel{strips_, i1}, i1, i2, from, i1);
     solve(s, square(b), std::max(from, i1), i2);
     if (!below) store(s, std::max(from, i1), i2);
-  }
-
-  // What load() reads or store() writes of rows as long as `ld`.
-  template <bool kWrite>
-  void fetch_rows(const float* x, int64_t ld, int64_t s, int64_t a, int64_t b) const {
-    const int64_t end = n_ - s * kLanes, lanes = std::min<int64_t>(kLanes, end);
-    for (int64_t c = a; c < b; ++c) fetch<kWrite>(x + (n_ - 1 - c) * ld + end - lanes, lanes);
   }
 
   // Columns [a, b) of strip s from A: lanes run down a row of H, backwards.

@@ -168,16 +168,12 @@ class Sweep {
 
   // Rows [k0, k1) of the panel.
   void pack_rows(int64_t k0, int64_t k1, const Local& mine) const {
-    constexpr int64_t kRowsAhead = 6;
-    constexpr int64_t kAhead = 16;  // stores wait for each other's lines unless they come early
     const int64_t i1 = mine.begin(), i2 = mine.end(), width = mine.width();
     for (int64_t k = k0; k < k1; ++k) {
       const float* row = u_ + k * cols_ + i1;
-      fetch<false>(row + kRowsAhead * cols_, width);
       for (int64_t c = 0; c < width; c += kCols) {
         float* out = mine.panel_data + (c * i2 + k * kCols);
         const int64_t inside = std::min<int64_t>(kCols, width - c);
-        __builtin_prefetch(out + kAhead * kCols, 1);
         if (inside == kCols) {
           std::copy_n(row + c, kCols, out);
         } else {
@@ -193,11 +189,6 @@ class Sweep {
     const int64_t ld = a_.w.stride[1], i1 = mine.begin(), i2 = mine.end();
     const float* w = a_.w.ptr<float>() + b_ * a_.w.stride[0] + s * kLanes * ld + i1;
     load_strip(w, ld, strip_rows(s), i2 - i1, errors_[s] + i1 * kLanes, kLanes);
-    const int64_t next = std::min(cols_, i2 + block_) - i2;
-    if (next > 0) {
-      fetch<true>(errors_[s] + i2 * kLanes, next * kLanes);
-      for (int r = 0; r < strip_rows(s); ++r) fetch<false>(w + r * ld + i2 - i1, next);
-    }
     update<V>(errors_[s], mine.panel, i1, i2, 0, i1);
   }
 
@@ -209,7 +200,7 @@ class Sweep {
       load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1), cols_, strip_rows(s), i2 - i1,
                        mine.preserved, kLanes);
     if (rule_ != Rule::nm) choose(s, i1, mine);
-    const int64_t step = rule_ == Rule::nm ? a_.m : kDepth;
+    const int64_t step = rule_ == Rule::nm ? a_.m : Panel::kDepth;
     for (int64_t g = i1; g < i2; g += step) {
       const int64_t end = std::min(i2, g + step);
       update<V>(errors_[s], mine.panel, g, end, i1, g);

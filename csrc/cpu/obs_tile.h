@@ -114,15 +114,6 @@ void solve_tile(float* tile, const float* e, const float* u, int64_t depth, cons
   }
 }
 
-// Fetches `count` floats into the second-level cache, to be written if kWrite. Another core's line
-// takes 25 ns to come, or 130 from another part of the processor, and loads and stores in order do
-// not overlap enough of them.
-template <bool kWrite>
-inline void fetch(const float* p, int64_t count) {
-  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, kWrite, 2);
-  __builtin_prefetch(p + count - 1, kWrite, 2);
-}
-
 // Calls f with the tile width 1 <= w <= kCols as a compile-time constant.
 template <int W = kCols, class F>
 inline void with_width(int64_t w, F&& f) {
@@ -132,13 +123,13 @@ inline void with_width(int64_t w, F&& f) {
   }
 }
 
-// Strip columns per pass over a panel: 128 x 48 floats are 24 KiB, half of a first-level cache.
-constexpr int64_t kDepth = 128;
-
 // Columns first <= c < `rows` of an upper triangular matrix, its rows 0 <= k < `rows`, as
 // [tiles of kCols columns][rows][kCols].
 struct Panel {
   static constexpr int kStride = kCols;
+  // Strip columns per pass over the panel: 128 x 48 floats are 24 KiB, three quarters of a
+  // first-level cache.
+  static constexpr int64_t kDepth = 128;
   const float* data;
   int64_t first, rows;
 
@@ -160,13 +151,14 @@ inline void for_tiles(const P& panel, int64_t a, int64_t b, F&& f) {
 
 // strip[:, a:b] -= strip[:, k0:k1] U[k0:k1, a:b], u a panel: u.at(k, c) is where U[k, c] lies and
 // the columns to its right in the tile, P::kStride from row to row.
+// P::kDepth columns of the strip at a time, which does not change the result.
 template <int V, class P>
 inline void update(float* strip, const P& u, int64_t a, int64_t b, int64_t k0, int64_t k1) {
   constexpr int L = V * Vec::kLanes;
-  for (int64_t k = k0; k < k1; k += kDepth)
+  for (int64_t k = k0; k < k1; k += P::kDepth)
     for_tiles(u, a, b, [&](int64_t c, auto width) {
       update_tile<V, width, P::kStride>(strip + c * L, strip + k * L, u.at(k, c),
-                                        std::min(kDepth, k1 - k));
+                                        std::min(P::kDepth, k1 - k));
     });
 }
 
