@@ -113,6 +113,7 @@ class Factor {
       look_at_rows();
 #pragma omp single
       set_shift();
+      // A late thread may find that a pivot has failed: no thread gets to wait for it then.
       if (good_) factor();
     }
     return good_;
