@@ -90,7 +90,8 @@ def prune_and_measure(
             try:
                 report = prune(function, folder, config)
             except RuntimeError as error:
-                reason = str(error)
+                # What comes before the last line are the progress bars of loading.
+                reason = str(error).splitlines()[-1]
                 if not any(words in reason for words in UNREACHABLE):
                     raise
                 continue
