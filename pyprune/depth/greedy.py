@@ -51,6 +51,7 @@ class GreedyOptions(AddOns):
     state: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("every", "memory_mb", "width", "looks"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
