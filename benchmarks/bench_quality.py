@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import cpu_seconds_of_children, environment
+from _harness import cpu_seconds_of_children, environment, write_rows
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -209,9 +209,7 @@ def main() -> None:
 
     def keep(row: dict) -> None:
         rows.append({**row, **environment(args.device)})
-        if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(args.json, rows)
 
     if not any(r["method"] == "dense" for r in rows):
         keep({"method": "dense", "pattern": "-", "sparsity": 0.0,
