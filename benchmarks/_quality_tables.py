@@ -134,3 +134,22 @@ def width_quality(rows: list[Row]) -> list[str]:
         "there. A basis per branch is no stock model, and not saved.",
         "bench_width_quality.py",
     )
+
+
+def structure_details(title: str, rows: list[Row]) -> list[str]:
+    """Size, speed and cost of every row, ratio by ratio."""
+    body = []
+    for row in sorted(rows, key=lambda r: float(r["ratio"])):
+        if "prefill" not in row:
+            continue
+        speeds = [f"{row[phase]['tokens_per_second']:,.1f} ({row[phase]['over_dense']:.2f}x)"
+                  for phase in ("prefill", "decode")]  # fmt: skip
+        body.append([
+            f"{row['ratio']:.0%}", row["variant"], perplexities(row, list(row["perplexity"])),
+            f"{row['parameters'] / 1e6:.1f}", f"{row['file_bytes'] / 1e6:.0f}", *speeds,
+            f"{row['cpu_seconds']:.0f}" if "cpu_seconds" in row else "",
+            f"{row['peak_memory_bytes'] / 2**30:.2f}",
+        ])  # fmt: skip
+    header = ["share", "method", "perplexity", "parameters, M", "file MB", "prefill tokens/s",
+              "decode tokens/s", "CPU s", "peak GiB"]  # fmt: skip
+    return [f"### {title}: sizes, speeds and costs", "", *table(header, body)]
