@@ -43,7 +43,7 @@ static_assert(kBlock % kLanes == 0 && kLanes % kCols == 0, "blocks are whole str
 // Rows [0, first) of T's columns from `first` on, where strips hold them.
 struct StripPanel {
   static constexpr int kStride = kLanes;
-  static constexpr int64_t kDepth = 96;  // tiles share lines: half as many again as in a Panel
+  static constexpr int64_t kDepth = 96;  // two tiles share a line: less depth fits than in a Panel
   const PerStrip<float>& strips;
   int64_t first;
 

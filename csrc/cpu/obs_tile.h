@@ -166,8 +166,8 @@ inline void update(float* strip, const P& u, int64_t a, int64_t b, int64_t k0, i
 // which took as long as the rest of a 576 x 576 sweep's bookkeeping. At most kMost bytes a thread.
 //
 // A block goes to the same member of a team again, `owner`: lines that another core has written
-// come from its cache one by one. With strips that changed hands two threads took 1.15 times as
-// long for a solve of 576 columns. 0 is the calling thread, and whoever shares its memory.
+// come from its cache one by one. With strips that changed hands two threads took some 6 %
+// longer for a solve of 576 columns. 0 is the calling thread, and whoever shares its memory.
 class Spare {
  public:
   struct Block {
