@@ -183,6 +183,15 @@ def test_compress_model_takes_the_smallest_format_that_pays():
     torch.testing.assert_close(model(ids), want, rtol=0.05, atol=0.05)
 
 
+def test_compress_model_leaves_what_is_in_two_places():
+    twice = pruned(40, 40)
+    model = nn.ModuleDict({"a": twice, "b": nn.Sequential(twice, pruned(8, 40))})
+    assert compress_model(model) == {"a": "dense", "b.1": "sparse24"}
+    assert model["a"] is model["b"][0] is twice
+    with pytest.raises(LayerError, match="0: expected weights in memory"):
+        compress_model(nn.Sequential(nn.Linear(8, 8, device="meta")))
+
+
 def test_compress_model_by_name():
     model = Tied()
     assert compress_model(model, {"blocks.0": "bitmap"})["blocks.1"] == "dense"

@@ -233,7 +233,8 @@ def compress_model(
     """Replaces pruned linear modules of `model` (see `weight_of`) by `SparseLinear`, in place.
 
     Args:
-        model: any module. Weights shared with another module (tied embeddings) stay dense.
+        model: any module. Weights shared with another module (tied embeddings) stay dense, and so
+            do modules that are in more than one place.
         formats: those to choose from (per layer the smallest that saves a tenth of the bytes), or a
             mapping from module names to "sparse24", "bitmap" or "dense" for full control.
         int8: whether the layers that are replaced get int8 values.
@@ -242,7 +243,8 @@ def compress_model(
         The format of every linear module, "dense" for those left alone.
 
     Raises:
-        UserError: unknown format or module name. LayerError: a layer does not fit its format.
+        UserError: unknown format or module name. LayerError: a layer does not fit its format, or
+            has no weights (meta device).
     """
     names = [n for n, m in model.named_modules() if weight_of(m) is not None]
     if isinstance(formats, Mapping):
@@ -250,7 +252,7 @@ def compress_model(
         if unknown:
             raise UserError(f"formats: {unknown[0]!r} is not a linear layer of this model")
     owners: dict[int, int] = {}
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     chosen: dict[str, str] = {}
@@ -259,6 +261,8 @@ def compress_model(
         linear = model.get_submodule(name)
         weight = weight_of(linear)
         assert weight is not None  # by the choice of names
+        if weight.is_meta:
+            raise LayerError(name, "expected weights in memory, got the meta device")
         if isinstance(formats, Mapping):
             chosen[name] = formats.get(name, "dense")
         elif owners[id(linear.weight)] > 1:
