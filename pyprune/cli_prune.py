@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyprune import cli
 from pyprune.cli import (
     AsJson,
     BatchSize,
@@ -16,10 +17,6 @@ from pyprune.cli import (
     Model,
     Seqlen,
     TrustRemoteCode,
-    _quiet,
-    _resolve,
-    _show,
-    _stderr,
     app,
     examples,
 )
@@ -250,12 +247,12 @@ def prune(
     from pyprune.families import Run
 
     check_output(out)
-    _quiet()
-    with ProgressBar(_stderr(), "pruning") as bar:
-        source = _resolve(model, bar)
+    cli.quiet()
+    with ProgressBar(cli.stderr(), "pruning") as bar:
+        source = cli.resolve(model, bar)
         run = Run(source, out, full, bar, trust_remote_code, report, state, preserve_mask)
         outcome = family.run(run)
-    _show(outcome.to_dict(), as_json, outcome.table(), f"Saved in {out}")
+    cli.show(outcome.to_dict(), as_json, outcome.table(), f"Saved in {out}")
 
 
 def _named_values(option: str, given: list[str] | None) -> dict[str, Any] | None:

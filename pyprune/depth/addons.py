@@ -40,6 +40,14 @@ class AddOns:
         check_ridge(self.ridge)
 
 
+def check_add_ons(graph: ResidualGraph, options: AddOns) -> None:
+    """Raises UserError where the model's branches cannot have what `options` ask for: before a
+    search, which may take hours, not after it."""
+    for branch in graph.branches if options.refit or options.compensate else ():
+        if options.refit or _norm_after(graph, branch) is None:
+            writers(graph, branch)
+
+
 def apply_add_ons(
     graph: ResidualGraph, removed: Collection[Branch], batches: Sequence[Batch], options: AddOns
 ) -> tuple[dict[str, Any], ...]:

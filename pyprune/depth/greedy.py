@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.addons import AddOns, apply_add_ons
+from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, Unit, parameter_count
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Step, calibration_facts, name_of
@@ -113,6 +113,7 @@ class Greedy:
     removed: list[Unit] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check_add_ons(self.graph, self.options)
         self.budget = Budget.of(self.graph, self.config, self.units, self.tokens.batches[0])
         self.compare = self.options.compared(self.config)
         self.scorer = Scorer(

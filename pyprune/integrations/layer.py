@@ -35,10 +35,10 @@ def matrix(layer: nn.Module) -> Tensor:
 
 
 def like_weight(layer: nn.Module, w: Tensor) -> Tensor:
-    """`w [R, C]` in the shape and dtype of the layer's weight."""
+    """`w [R, C]` in the shape and dtype of the layer's weight, contiguous as that."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     w = w.T if isinstance(layer, Conv1D) else w
-    return w.reshape(weight.shape).to(weight.dtype)
+    return w.reshape(weight.shape).to(weight.dtype).contiguous()
 
 
 def tokens(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:

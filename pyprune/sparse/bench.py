@@ -48,7 +48,8 @@ class Protocol:
     def __post_init__(self) -> None:
         numbers = (*self.batches, self.prompt, self.steps, self.rounds)
         if not self.batches or min(numbers) < 1:
-            raise UserError(f"expected batches, prompt, steps and rounds above 0, got {self}")
+            given = f"{self.batches}, {self.prompt}, {self.steps} and {self.rounds}"
+            raise UserError(f"expected batches, prompt, steps and rounds above 0, got {given}")
 
 
 @dataclass(frozen=True)

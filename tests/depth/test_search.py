@@ -224,6 +224,14 @@ def test_add_ons_leave_the_search_alone(method):
     assert {t["kind"] for t in more.transforms} <= {"compensate", "refit"} and more.transforms
 
 
+def test_add_ons_that_a_model_cannot_have_are_refused_before_the_search(monkeypatch):
+    from pyprune.depth.score import Scorer
+
+    monkeypatch.setattr(Scorer, "rows", lambda *_: pytest.fail("it searches"))
+    with pytest.raises(UserError, match="end in a norm, not a linear map"):
+        search(model_of("gemma2"), config(refit=True))
+
+
 @pytest.mark.parametrize("mode", ["exact", "fast", "naive"])
 def test_progress_is_told(mode):
     told = []
