@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from pyprune import __version__
 from pyprune.errors import UserError
 from pyprune.progress import ProgressBar
 
@@ -68,6 +69,21 @@ TrustRemoteCode = Annotated[
         help="Run the model code that comes with MODEL. It can do anything you can: read it first.",
     ),
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"pyprune {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which it is.")
+    ] = False,
+) -> None:
+    """What comes before a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

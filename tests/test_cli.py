@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -437,3 +438,8 @@ def test_interrupt_leaves_nothing(model, tmp_path, number):
         assert process.wait(timeout=600) == 130  # long: machines that run tests are busy
         assert process.stderr.read() == "pyprune: interrupted\n"
     assert tree(tmp_path) == before
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pyprune {version('pyprune')}\n"

@@ -368,7 +368,9 @@ def _first(order: Sequence[int], enough: Enough, layers: int) -> tuple[int, ...]
 
 
 def _too_much(most: int, layers: int) -> UserError:
-    return UserError(f"expected a target that at most {most} of {layers} layers reach, got more")
+    return UserError(
+        f"expected a target within reach of the {most} of {layers} layers that may go, got more"
+    )
 
 
 def _with_add_ons(
