@@ -19,7 +19,7 @@ Update = Literal["joint", "grouped", "none"]
 GROUP = 2000
 # The joint update of elements stops where it is by `ops.kron_pcg`'s estimate this far above the
 # least loss. On matrices of SmolLM2-135M with 3 to 60 % of their weights pruned it was then 0.2 to
-# 1.3 % above it, after 3 to 17 iterations (2.4 % on one, after 36), and 1.7 to 2.6 % with more of
+# 1.4 % above it, after 3 to 17 iterations (2.4 % on one, after 36), and 1.7 to 2.6 % with more of
 # them pruned, after 8 to 13. Zeroing has 3 to 60 times the least loss.
 TOLERANCE = 2e-2
 ITERATIONS = 80

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -152,18 +151,27 @@ def _by_kept(problem: Scaled, found: Found | None, iterations: int, tolerance: f
     image = problem.curvature(d)
     loss = 0.5 * dot(image, d)
     noise = torch.finfo(d.dtype).eps * loss
-    made, least = (0, -math.inf) if found is None else (found.iterations, found.least)
+    made = 0 if found is None else found.iterations
     if found is not None and found.loss < loss:
         d, loss = found.d, found.loss
         image = problem.curvature(d)
     gains = list[float]()
+
+    def left() -> float:
+        """Above the least loss, by the gains, within what multipliers know of it."""
+        by_gains = left_to_gain(gains)
+        if found is None:
+            return by_gains
+        over = loss - found.least
+        return min(max(by_gains, over - found.unproven), over)
+
     residual = image.mul_(kept).neg_()
     preconditioner = _Preconditioner(problem)
     direction = preconditioner.apply(residual)
     rho = dot(residual, direction)
     # NaN ends it too: it is in the result by then.
     while rho > 0 and made + len(gains) < iterations:
-        if min(left_to_gain(gains), loss - least) <= tolerance * (loss + noise):
+        if left() <= tolerance * (loss + noise):
             break
         image = problem.curvature(direction).mul_(kept)
         bend = dot(direction, image)
@@ -177,8 +185,8 @@ def _by_kept(problem: Scaled, found: Found | None, iterations: int, tolerance: f
         z = preconditioner.apply(residual)
         previous, rho = rho, dot(residual, z)
         direction.mul_(rho / previous).add_(z)
-    left = min(left_to_gain(gains), loss - least) if rho > 0 else 0.0 * rho
-    gap = left / max(loss + noise, torch.finfo(torch.float64).tiny)
+    above = left() if rho > 0 else 0.0 * rho
+    gap = above / max(loss + noise, torch.finfo(torch.float64).tiny)
     return Found(d, loss, gap, made + len(gains))
 
 
@@ -222,8 +230,8 @@ def kron_pcg(
 
     - Up to 60 % pruned and from a tolerance of 1e-3 on, on the multipliers of what is pruned
       (`kron_multipliers`), for which A and G are inverted. With few pruned these are few
-      iterations. fp32 problems take their products in bf16 where the device has instructions for
-      it; the loss is that of the fp32 factors.
+      iterations. From 5e-3 on fp32 problems take their products in bf16 where the device has
+      instructions for it; the loss is that of the fp32 factors.
     - Otherwise, and from there where 32 iterations did not do, on the kept weights. The
       preconditioner takes either factor as a diagonal plus up to 32 directions, those in which it
       is largest, and inverts each on what a row or a column keeps: 12 R C K flops an iteration for

@@ -2,6 +2,8 @@ from importlib import import_module
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ops.test_kron_pcg import brute_force, definite, loss, problem
 
 from pyprune import ops
@@ -121,3 +123,29 @@ def test_sure_to_gain_is_the_least_of_the_rests():
     assert sure_to_gain(gains) == pytest.approx(0.5**7)
     assert sure_to_gain(gains[:3]) == 0
     assert sure_to_gain([1.0, 1.0, 1.0, 2.0]) == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 48),
+    cols=st.integers(1, 48),
+    sparsity=st.floats(0, 1),
+    fall=st.floats(0, 1.5),
+    seed=st.integers(0, 999),
+)
+def test_fuzz_at_a_coarse_tolerance(rows, cols, sparsity, fall, seed):
+    gen = torch.Generator().manual_seed(seed)
+    w = torch.randn(rows, cols, generator=gen).double()
+    w[torch.rand(rows, cols, generator=gen) < 0.1] = 0  # constraints without a loss
+    mask = torch.rand(rows, cols, generator=gen) >= sparsity
+    a, g = definite(cols, seed, fall), definite(rows, seed + 1, fall)
+    best, zeroed = loss(brute_force(w, mask, a, g), w, a, g), loss(w * mask, w, a, g)
+    for dtype in (torch.float64, torch.float32):
+        got = ops.kron_pcg(
+            w.to(dtype), mask, a.to(dtype), g.to(dtype), iterations=200, tolerance=0.02
+        )
+        assert got.converged(0.02) or int(got.iterations) == 200
+        after = loss(got.weight, w, a, g)
+        assert after <= zeroed * (1 + 1e-5) and not got.weight[~mask].any()
+        if got.converged(0.02):
+            assert after <= 1.08 * best + 1e-5 * zeroed
