@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pyprune import _native
 from pyprune.ops.kron_scaled import Scaled, dot, left_to_gain, sure_to_gain
 
 # Sweeps of a lift over A's and G's directions. A third changed little.
@@ -80,8 +81,7 @@ def has_fast_bfloat16(t: Tensor) -> bool:
         return False
     if t.is_cuda:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    able = torch.cpu.get_capabilities()
-    return any(bool(able.get(name)) for name in ("avx512_bf16", "amx_bf16"))
+    return _native.MODULE is not None and _native.MODULE.isa() == "avx512_bf16"
 
 
 class _Search:
