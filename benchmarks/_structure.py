@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import cpu_seconds_of_children, environment
+from _harness import cpu_seconds_of_children, environment, write_rows
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -90,7 +90,8 @@ def prune_and_measure(
             try:
                 report = prune(function, folder, config)
             except RuntimeError as error:
-                reason = str(error)
+                # What comes before the last line are the progress bars of loading.
+                reason = str(error).splitlines()[-1]
                 if not any(words in reason for words in UNREACHABLE):
                     raise
                 continue
@@ -188,9 +189,7 @@ def measure_all(args: argparse.Namespace, measure: Measure) -> None:
 
     def keep(row: Row) -> None:
         rows.append({**row, **common})
-        if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
+        write_rows(args.json, rows)
 
     if (DENSE, 0.0) not in done:
         keep({"variant": DENSE, "ratio": 0.0, "perplexity": evaluate(folder, args),

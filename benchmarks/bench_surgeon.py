@@ -22,7 +22,6 @@ quarter of it. By default that is 2,048 tokens and one turn, less than four minu
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import environment, gemm_rate, parse, time_turns
+from _harness import environment, gemm_rate, parse, time_turns, write_rows
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -324,9 +323,7 @@ def main() -> None:
     )
     made = rows(args)
     show(made)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
+    write_rows(args.json, made)
 
 
 if __name__ == "__main__":

@@ -129,11 +129,11 @@ def _fail(message: str) -> int:
     return USAGE
 
 
-def _stderr() -> Console:
+def stderr() -> Console:
     return Console(stderr=True)
 
 
-def _show(value: Any, as_json: bool, *renderables: Any) -> None:
+def show(value: Any, as_json: bool, *renderables: Any) -> None:
     """The result: JSON or tables, on stdout."""
     if as_json:
         text = json.dumps(value, indent=2, ensure_ascii=False)
@@ -146,7 +146,7 @@ def _show(value: Any, as_json: bool, *renderables: Any) -> None:
         console.print(renderable, markup=not plain, highlight=not plain, soft_wrap=plain)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """transformers' own warnings and bars would garble ours, and break `--json`."""
     import warnings
 
@@ -158,7 +158,7 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _resolve(model: str, bar: ProgressBar) -> str:
+def resolve(model: str, bar: ProgressBar) -> str:
     """The directory or hub id that MODEL means."""
     if model != PACKAGED:
         return model
