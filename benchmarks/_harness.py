@@ -274,10 +274,11 @@ def copies(nbytes: int, device: str) -> int:
 
 
 @cache
-def gemm_rate(device: str, dtype: torch.dtype, smoke: bool = False) -> float:
-    """Flops per second of the best of PyTorch's large square matrix products. A CPU multiplies the
-    16-bit types' values in fp32, so its rate for them is fp32's."""
-    if device == "cpu" and dtype in (torch.bfloat16, torch.float16):
+def gemm_rate(device: str, dtype: torch.dtype, smoke: bool = False, widened: bool = True) -> float:
+    """Flops per second of the best of PyTorch's large square matrix products. A CPU's kernels
+    multiply the 16-bit types' values in fp32, so its rate for them is fp32's unless not `widened`:
+    for products that are the library's own."""
+    if widened and device == "cpu" and dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32
     n = 256 if smoke else (8192 if device == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))

@@ -134,12 +134,12 @@ def test_an_update_that_stops_early_is_reported():
         assert f"about {layer.gap:.1%} above the least loss instead of 0.0%" in note
     assert "stopped after 5 iterations" in str(report.table().caption)
     assert Report.from_json(report.to_json()).layers == report.layers
-    report = surgeon(tiny_model("llama"), shots=1, iterations=3)
+    report = surgeon(tiny_model("llama"), shots=1, iterations=3, tolerance=1e-6)
     assert {layer.gap for layer in report.layers} == {None}
     assert "too early to tell" in report.layers[0].notes[0]
     report = surgeon(tiny_model("llama"), shots=1)
     assert not report.noted
-    assert all(4 <= layer.iterations < 80 and layer.gap <= 0.02 for layer in report.layers)
+    assert all(0 < layer.iterations < 80 and layer.gap <= 0.02 for layer in report.layers)
     assert surgeon(tiny_model("llama"), shots=1, update="none").layers[0].iterations is None
 
 
