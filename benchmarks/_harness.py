@@ -15,13 +15,11 @@ change of clock or a busy neighbour hits them alike: read ratios, not single tim
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
 import statistics
 import subprocess
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -45,7 +43,6 @@ SMOKE_SAMPLE_SECONDS = 0.0
 # in how many.
 PROVIDER_SECONDS = 6.0
 FEWEST_TURNS = 2
-RESIDENT_SECONDS = 0.002  # between two looks at the resident size
 
 
 def parse(
@@ -133,9 +130,7 @@ class Bench:
         return rows
 
     def finish(self) -> None:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text(json.dumps(self.rows, indent=1) + "\n")
+        write_rows(self.path, self.rows)
 
     def _row(self, case: Case, name: str, samples: dict[str, list[float]]) -> dict[str, Any]:
         median = statistics.median(samples[name])
@@ -190,6 +185,13 @@ class Bench:
                 f"{row['ratio_to_baseline']:.3f}",
             )
         self.console.print(table)
+
+
+def write_rows(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """As JSON, where `--json` named a file."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 def ratio(ours: list[float], baseline: list[float]) -> float:
@@ -272,10 +274,11 @@ def copies(nbytes: int, device: str) -> int:
 
 
 @cache
-def gemm_rate(device: str, dtype: torch.dtype, smoke: bool = False) -> float:
-    """Flops per second of the best of PyTorch's large square matrix products. A CPU multiplies the
-    16-bit types' values in fp32, so its rate for them is fp32's."""
-    if device == "cpu" and dtype in (torch.bfloat16, torch.float16):
+def gemm_rate(device: str, dtype: torch.dtype, smoke: bool = False, widened: bool = True) -> float:
+    """Flops per second of the best of PyTorch's large square matrix products. A CPU's kernels
+    multiply the 16-bit types' values in fp32, so its rate for them is fp32's unless not `widened`:
+    for products that are the library's own."""
+    if widened and device == "cpu" and dtype in (torch.bfloat16, torch.float16):
         dtype = torch.float32
     n = 256 if smoke else (8192 if device == "cuda" else 2048)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
@@ -292,32 +295,6 @@ def copy_bandwidth(device: str, smoke: bool = False) -> float:
     dst = torch.empty_like(src)
     times = time_interleaved({"copy": lambda i: dst.copy_(src)}, device, 5, 0.0)["copy"]
     return 2.0 * nbytes / min(times)
-
-
-class PeakResident:
-    """The highest resident size of this process within a `with` block, above that at its start."""
-
-    def __enter__(self) -> PeakResident:
-        gc.collect()
-        self.start = self.peak = self._resident()
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join()
-        self.bytes = self.peak - self.start
-
-    def _watch(self) -> None:
-        while not self._stop.wait(RESIDENT_SECONDS):
-            self.peak = max(self.peak, self._resident())
-
-    @staticmethod
-    def _resident() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def environment(device: str) -> dict[str, Any]:

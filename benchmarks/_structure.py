@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _harness import cpu_seconds_of_children, environment
+from _harness import cpu_seconds_of_children, environment, write_rows
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -103,7 +103,8 @@ def prune_and_measure(
             try:
                 report = prune(function, folder, config)
             except RuntimeError as error:
-                reason = str(error)
+                # What comes before the last line are the progress bars of loading.
+                reason = str(error).splitlines()[-1]
                 if not any(words in reason for words in UNREACHABLE):
                     raise
                 continue
@@ -228,21 +229,16 @@ def measure_all(args: argparse.Namespace, measure: Measure) -> None:
     dense = load(folder, args.device)
     common = {**environment(args.device), "calibration_tokens": args.nsamples * args.seqlen}
 
-    def write() -> None:
-        if args.json is not None:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(rows, indent=1) + "\n")
-
     def keep(row: Row) -> None:
         rows.append({**row, **common})
-        write()
+        write_rows(args.json, rows)
 
     if args.rates_only:
         for row in rows:
             wanted = row["variant"] in args.variants and row["ratio"] in args.ratios
             if wanted and "prefill" in row:
                 row |= rates_again(row, dense, args)
-                write()
+                write_rows(args.json, rows)
         show(rows)
         return
     if (DENSE, 0.0) not in done:

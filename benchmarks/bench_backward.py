@@ -20,17 +20,14 @@ loaded model and the tokens take, sums and gradients included.
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from _harness import PeakResident, environment, parse, ratio, time_turns
+from _harness import environment, parse, ratio, time_turns, write_rows
+from _memory import peak_of, print_peak
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -154,32 +151,11 @@ def check(model: nn.Module, tokens: TokenSet) -> None:
             raise SystemExit(f"{name}: gblm differs from reference by {error:.1e} of the largest")
 
 
-def measure_memory(name: str, args: Namespace) -> int:
-    """In a process of its own: what an earlier provider left in the allocator would hide this."""
-    command = [sys.executable, *sys.argv, "--memory-of", name]
-    # By default glibc keeps freed blocks below 32 MiB for itself; then size says little about use.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    if done.returncode != 0:
-        raise RuntimeError(f"the measured process failed:\n{done.stderr}")
-    return int(json.loads(done.stdout)["peak_bytes"])
-
-
 def print_memory(args: Namespace) -> None:
     model, tokens = build(args)
     with torch.no_grad():  # thread pools and libraries set themselves up
         model(tokens.batches[0].input_ids[:1, :8].to(args.device))
-    provider = PROVIDERS[args.memory_of]
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        start = torch.cuda.memory_allocated()
-        provider(model, tokens)
-        peak = torch.cuda.max_memory_allocated() - start
-    else:
-        with PeakResident() as resident:
-            provider(model, tokens)
-        peak = resident.bytes
-    print(json.dumps({"peak_bytes": peak}))
+    print_peak(args.device, lambda: PROVIDERS[args.memory_of](model, tokens))
 
 
 def rows(args: Namespace) -> list[dict[str, Any]]:
@@ -202,7 +178,7 @@ def rows(args: Namespace) -> list[dict[str, Any]]:
             "repetitions": len(taken),
             "baseline": BASELINE,
             "ratio_to_baseline": ratio(taken, samples[BASELINE]),
-            "peak_bytes": measure_memory(name, args),
+            "peak_bytes": peak_of(name),
             **environment(args.device),
         }
         for name, taken in samples.items()
@@ -242,9 +218,7 @@ def main() -> None:
         return
     made = rows(args)
     show(made)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
+    write_rows(args.json, made)
 
 
 if __name__ == "__main__":

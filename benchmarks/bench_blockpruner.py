@@ -14,7 +14,6 @@ its forwards spend in the decoder, for exact and fast everything but what they s
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from argparse import Namespace
@@ -23,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from _harness import environment, parse, ratio
+from _harness import environment, parse, ratio, write_rows
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -200,9 +199,7 @@ def main() -> None:
         args.count = 3
     made = rows(args)
     show(made)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
+    write_rows(args.json, made)
 
 
 if __name__ == "__main__":

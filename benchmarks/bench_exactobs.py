@@ -10,13 +10,12 @@ share of ExactOBS's removals that it makes too (`methods.oracle.gap_to_exact`).
 
 from __future__ import annotations
 
-import json
 import statistics
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from _harness import environment, parse
+from _harness import environment, parse, write_rows
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -93,9 +92,7 @@ def main() -> None:
             device=args.device,
         )  # fmt: skip
     show(made)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
+    write_rows(args.json, made)
 
 
 def show(made: list[dict[str, Any]]) -> None:

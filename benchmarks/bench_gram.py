@@ -2,11 +2,15 @@
 
 Providers: ours, per backend; `torch_mm`, the plain product `X.T @ X` in the input's dtype (MKL,
 cuBLAS); `toolkits`, what the pruning toolkits run: the input converted to fp32, scaled by
-sqrt(2 / n) and multiplied into an fp32 H with addmm_. The limit is half a matrix product's work at
-the measured GEMM rate: `share_of_limit` of `torch_mm` is therefore at most 50 %.
+sqrt(2 / n) and multiplied into an fp32 H with addmm_; `quack`, its symmetric GEMM (quack-kernels,
+the published interface: `A @ A.T` in the input's dtype), for 16-bit inputs on a GPU where it is
+installed, and otherwise a note in every row of the case that says why not. The limit is half a
+matrix product's work at the measured GEMM rate: `share_of_limit` of `torch_mm` is therefore at
+most 50 %.
 """
 
 import math
+from importlib.util import find_spec
 
 import torch
 from _harness import Bench, Case, copies, forced_backend, our_backends, parse
@@ -27,6 +31,15 @@ DTYPES = {
     "cuda": [torch.bfloat16, torch.float16, torch.float32],
 }
 TOLERANCE = 3e-5  # of the largest entry, for a sum of 16384 products in fp32
+
+
+def quack_missing(dtype: torch.dtype, device: str) -> str:
+    """Why quack does not take part; empty if it does."""
+    if device != "cuda":
+        return "needs a GPU"
+    if find_spec("quack") is None:
+        return "not installed"
+    return "" if dtype.itemsize == 2 else "16-bit inputs only"
 
 
 def case(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
@@ -53,16 +66,25 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
         x = inputs[i % count].float() * scale
         return out.baddbmm_(x.mT, x) if experts else out.addmm_(x.T, x)
 
+    def quack(i):
+        from quack.gemm_interface import gemm_symmetric
+
+        x = inputs[i % count]
+        return gemm_symmetric(x.mT, x)
+
     def check(name, got):
         # `out` accumulates over the providers, so it starts from zero for each first call.
         factor = scale**2 if name == "toolkits" else 1.0
         error = (got.double() / factor - want).abs().max() / want.abs().max()
         # A 16-bit product is rounded to its dtype on the way out.
-        limit = torch.finfo(dtype).eps if name == "torch_mm" else 0.0
+        limit = torch.finfo(dtype).eps if name in ("torch_mm", "quack") else 0.0
         assert error <= max(TOLERANCE, limit), f"{name}: relative error {error:.1e}"
         out.zero_()
 
     providers = {name: ours(name) for name in our_backends("gram", device, dtype)}
+    missing = quack_missing(dtype, device)
+    if not missing:
+        providers["quack"] = quack
     return Case(
         shape=shape,
         dtype=dtype,
@@ -70,6 +92,7 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
         bytes=size + 8 * out.numel(),
         providers={**providers, "toolkits": toolkits, "torch_mm": torch_mm},
         check=check,
+        note={"quack": missing} if missing else {},
     )
 
 

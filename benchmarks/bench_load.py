@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _harness import environment
+from _harness import environment, write_rows
 from bench_memory import SIZES, SMOKE_SIZES, make_checkpoint
 from rich.console import Console
 from rich.table import Table
@@ -103,9 +103,7 @@ def main() -> None:
                     file.unlink()
                 folder.rmdir()
     show(rows)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(args.json, rows)
 
 
 def show(rows: list[dict]) -> None:

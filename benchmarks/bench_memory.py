@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from _harness import environment
+from _harness import environment, write_rows
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save_file
@@ -184,9 +184,7 @@ def main() -> None:
                 "sparsity": check(dense, out), **environment(args.device),
             })  # fmt: skip
     show(rows)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(args.json, rows)
 
 
 def block_bytes(checkpoint: Checkpoint) -> int:

@@ -12,12 +12,11 @@ anything is timed, one decoding step of each model is compared with that of its 
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 
 import torch
-from _harness import environment
+from _harness import environment, write_rows
 from bench_memory import SIZES, SMOKE_SIZES, make_checkpoint
 from rich.console import Console
 
@@ -61,10 +60,7 @@ def main() -> None:
         result = bench(models, SMOKE_PROTOCOL if args.smoke else PROTOCOL)
     for renderable in (*bench_tables(result), *result.verdict()):
         Console().print(renderable)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        row = {"op": "model", **result.to_dict(), **environment(args.device)}
-        args.json.write_text(json.dumps([row], indent=1) + "\n")
+    write_rows(args.json, [{"op": "model", **result.to_dict(), **environment(args.device)}])
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ quarter of it. By default that is 2,048 tokens and one turn, less than four minu
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _harness import environment, gemm_rate, parse, time_turns
+from _harness import environment, gemm_rate, parse, time_turns, write_rows
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -44,6 +43,7 @@ from pyprune.calibration.tokens import TokenSet, calibration_tokens
 from pyprune.config import PruneConfig
 from pyprune.measure import Measure
 from pyprune.models.adapter import Adapter
+from pyprune.ops.kron_multipliers import has_fast_bfloat16
 from pyprune.surgeon.run import Surgeon
 
 BASELINE = "forward_backward"
@@ -175,7 +175,7 @@ def shot(model: Any, tokens: TokenSet, name: str, device: str) -> dict[str, Any]
     if steps:
         made["iterations_mean"] = statistics.mean(layer.iterations for layer in steps)
         made["gap_max"] = max(layer.gap for layer in steps)
-        # The first residual, the image of each direction.
+        # The image of each direction, and of what is answered or started from.
         made["update_flops"] = sum(
             2 * (layer.iterations + 1) * layer.elements * sum(layer.shape) for layer in steps
         )
@@ -240,11 +240,18 @@ def rows(args: Namespace) -> list[dict[str, Any]]:
         if name == "reference":
             row["costs_of_blocks"] = args.reference_blocks
         if "update_flops" in row:
-            floor = row["update_flops"] / gemm_rate(args.device, torch.float32, args.smoke)
+            products = gemm_rate(args.device, update_dtype(args), args.smoke, widened=False)
+            floor = row["update_flops"] / products
             row["update_floor_seconds"] = floor
             row["update_share_of_floor"] = floor / row["seconds_by_phase"]["update"]
         made.append(row)
     return made
+
+
+def update_dtype(args: Namespace) -> torch.dtype:
+    """Of the fastest products that the update takes."""
+    fast = has_fast_bfloat16(torch.empty(0, device=args.device))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def parts(found: list[dict[str, Any]], tokens: int, rate: float) -> dict[str, Any]:
@@ -316,9 +323,7 @@ def main() -> None:
     )
     made = rows(args)
     show(made)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
+    write_rows(args.json, made)
 
 
 if __name__ == "__main__":

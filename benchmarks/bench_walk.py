@@ -15,18 +15,15 @@ naive end with the same bits. Memory is measured in a process per mode: the high
 
 from __future__ import annotations
 
-import json
-import os
 import statistics
-import subprocess
-import sys
 import time
 from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from _harness import PeakResident, environment, parse, ratio
+from _harness import environment, parse, ratio, write_rows
+from _memory import peak_of, print_peak
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -124,28 +121,11 @@ def time_modes(
     return samples
 
 
-def measure_memory(name: str, args: Namespace) -> int:
-    """In a process of its own: what an earlier mode left in the allocator would hide this one."""
-    command = [sys.executable, *sys.argv, "--memory-of", name]
-    # By default glibc keeps freed blocks below 32 MiB for itself; then size says little about use.
-    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=env)
-    return int(json.loads(done.stdout)["peak_bytes"])
-
-
 def print_memory(args: Namespace) -> None:
     model, batches = build(args)
     with torch.no_grad():  # thread pools and libraries set themselves up
         model(batches[0].input_ids[:1, :8])
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        run(model, batches, args.memory_of, args)
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        with PeakResident() as resident:
-            run(model, batches, args.memory_of, args)
-        peak = resident.bytes
-    print(json.dumps({"peak_bytes": peak}))
+    print_peak(args.device, lambda: run(model, batches, args.memory_of, args))
 
 
 def rows(args: Namespace) -> list[dict[str, Any]]:
@@ -179,7 +159,7 @@ def rows(args: Namespace) -> list[dict[str, Any]]:
             "passes": report.passes,
             "held_bytes": report.held_bytes,
             "spilled_bytes": report.spilled_bytes,
-            "peak_bytes": measure_memory(name, args),
+            "peak_bytes": peak_of(name),
             **environment(args.device),
         })  # fmt: skip
     return made
@@ -225,9 +205,7 @@ def main() -> None:
         return
     made = rows(args)
     show(made)
-    if args.json is not None:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(made, indent=1) + "\n")
+    write_rows(args.json, made)
 
 
 if __name__ == "__main__":

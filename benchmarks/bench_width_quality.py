@@ -42,6 +42,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "slicegpt": ("slicegpt", {"multiple": 1}),
     "disp-llm": ("disp-llm", {"iterations": 200, "rate": 5e-3}),
     "multipruner": ("multipruner", {}),
+    "llm-surgeon-width": ("llm-surgeon-width", {}),
 }
 
 

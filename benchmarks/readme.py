@@ -7,17 +7,41 @@ python benchmarks/readme.py --check    # exit 1 if they are not what the rows sa
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
-from statistics import median
 from typing import Any
+
+from _headlines import headlines
+from _quality_tables import (
+    QUALITY,
+    REMOVED,
+    depth_quality,
+    quality,
+    structure_details,
+    width_quality,
+)
+from _run_tables import (
+    backward,
+    blockpruner,
+    exactobs,
+    load,
+    memory,
+    reconstruct_model,
+    sparse_linear,
+    surgeon,
+    walk,
+)
+from _tables import Row, device_of, table
+
+from pyprune.sparse.bench import BenchResult, Protocol, Rate
+from pyprune.sparse.plot import plot
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results -->", "<!-- end results -->"
-Row = dict[str, Any]
 OURS = ("cuda", "triton", "native")
 KERNELS = {
     "obs": "SparseGPT solve, H given",
@@ -28,82 +52,6 @@ KERNELS = {
     "pack": "Packing",
     "kron": "Quadratic forms and updates of LLM Surgeon",
 }
-
-
-def table(header: list[str], rows: list[list[str]]) -> list[str]:
-    return [
-        "| " + " | ".join(header) + " |",
-        "|" + "---|" * len(header),
-        *("| " + " | ".join(row) + " |" for row in rows),
-        "",
-    ]
-
-
-def device_of(rows: list[Row]) -> str:
-    row = rows[0]
-    threads = f", {row['threads']} threads" if row.get("threads") else ""
-    return f"{row['device']}{threads}, torch {row['torch']}"
-
-
-# What benchmarks/results/<name>.json of bench_quality.py is called.
-QUALITY = {
-    "quality": "Perplexity",
-    "gradient_quality": "Perplexity of gradient and Fisher methods",
-    "reconstruct_quality": "Least-squares weights after SparseGPT (`--reconstruct`)",
-}
-# Shares of rows and columns, or of an eigenbasis: nobody removes so few single weights.
-REMOVED = ("0.1", "0.2", "0.3")
-RECONSTRUCTED = {"default": "", "on": ", reconstructed", "off": ", not reconstructed"}
-
-
-def quality(title: str, rows: list[Row]) -> list[str]:
-    """A line per method, two columns per pattern: perplexity of each text, and seconds."""
-    first = rows[0]["perplexity"]
-    texts = list(first)
-    protocol = first[texts[0]]
-    patterns = [p for p in dict.fromkeys(r["pattern"] for r in rows) if p != "-"]
-    # Rows are added over time: each place names the patterns that it was measured for.
-    places: dict[str, list[str]] = {}
-    for row in rows:
-        found = places.setdefault(device_of([row]), [])
-        if row["pattern"] not in ("-", *found):
-            found.append(row["pattern"])
-    shown = sorted({r["calibration_tokens"] for r in rows if r["pattern"] != "-"})
-    timed = any("cpu_seconds" in r for r in rows)
-    vary = len(shown) > 1
-    lines: dict[tuple[str, ...], dict[str, Row]] = {}
-    for row in rows:
-        name = row["method"] + RECONSTRUCTED[row.get("reconstruct", "default")]
-        tokens = "" if row["method"] == "dense" else f"{row['calibration_tokens']:,}"
-        lines.setdefault((name, tokens) if vary else (name,), {})[row["pattern"]] = row
-    header = ["method", *(["calibration tokens"] if vary else [])]
-    for pattern in patterns:
-        header += [f"{pattern}: {' / '.join(texts)}", *(["CPU s"] if timed else [])]
-    header += ["peak GiB"] if timed else []
-
-    def cells(found: dict[str, Row]) -> Iterator[str]:
-        for pattern in patterns:
-            row = found.get(pattern, found.get("-"))
-            yield " / ".join(f"{row['perplexity'][t]['ppl']:.2f}" for t in texts) if row else ""
-            if timed:
-                yield f"{row['cpu_seconds']:.0f}" if row and "cpu_seconds" in row else ""
-        if timed:
-            peaks = [r["peak_memory_bytes"] for r in found.values() if "peak_memory_bytes" in r]
-            yield f"{max(peaks) / 2**30:.2f}" if peaks else ""
-
-    body = [[*key, *cells(found)] for key, found in lines.items()]
-    where = [f"{place} ({', '.join(found)})" for place, found in places.items() if found]
-    return [
-        f"### {title}",
-        "",
-        f"SmolLM2-135M (dequantised 4-bit release), evaluated in {protocol.get('dtype', 'float32')}"
-        f" on {protocol['tokens']:,} tokens of each text in windows of {protocol['seqlen']}, no "
-        f"BOS. Calibration: {' or '.join(f'{n:,}' for n in shown)} tokens of other Wikipedia "
-        f"articles, seed 0. {'; '.join(where)}. "
-        "`benchmarks/bench_quality.py`.",
-        "",
-        *table(header, body),
-    ]
 
 
 def demo(result: dict[str, Any]) -> list[str]:
@@ -176,7 +124,7 @@ def case_of(row: Row) -> tuple[str, ...]:
              "repetitions", "flops", "flops_rate", "bytes", "bytes_rate", "share_of_limit", "limit",
              "baseline", "ratio_to_baseline", "device", "threads", "torch", "commit",
              "ratio_to_reference", "share_of_floor", "mask_agreement", "max_error",
-             "others_share", "ceiling"}  # fmt: skip
+             "others_share", "ceiling", "quack"}  # fmt: skip
     note = " ".join(f"{k} {v}" for k, v in row.items() if k not in known)
     return row["op"], note, "x".join(map(str, row["shape"])), row["dtype"]
 
@@ -207,52 +155,6 @@ def kernels(name: str, rows: list[Row]) -> list[str]:
     ]
 
 
-def sparse_linear(rows: list[Row]) -> list[str]:
-    """Best dense time over each compressed format's, by rows of x."""
-    formats = ("sparse24", "bitmap", "dense_int8")
-    names = [n for n in dict.fromkeys(r["provider"] for r in rows) if n.startswith(formats)]
-    body = []
-    for (shape, m), members in groupby(rows, key=lambda r: (r["shape"], r["rows"])):
-        by = {r["provider"]: r for r in members}
-        best = by[by[names[0]]["best_dense"]]
-        body.append(
-            ["x".join(map(str, shape)), str(m), f"{best['seconds_median'] * 1e3:.2f} "
-             f"({best['provider']})",
-             *(f"{by[n]['ratio_to_best_dense']:.2f}" if n in by else "-" for n in names)]
-        )  # fmt: skip
-    first = rows[0]
-    return [
-        "### Sparse linear layers",
-        "",
-        f"How many times faster than the fastest dense product (PyTorch fp32 and bf16, our bf16 "
-        f"kernel). Weights rotate through {first['rotated_bytes'] / 2**20:,.0f} MiB; last-level "
-        f"cache {first['cache_bytes'] / 2**20:,.0f} MiB; reading "
-        f"{first['read_bandwidth'] / 1e9:.1f} GB/s. {device_of(rows)}. "
-        "`benchmarks/bench_sparse_linear.py`.",
-        "",
-        *table(["weight", "rows of x", "best dense, ms", *names], body),
-    ]
-
-
-def walk(rows: list[Row]) -> list[str]:
-    first = rows[0]
-    body = [
-        [r["provider"], f"{r['seconds_median']:.2f}", f"{r['ratio_to_baseline']:.2f}",
-         f"{r['passes']:.2f}", f"{r['peak_bytes'] / 1e6:.0f}"]
-        for r in rows
-    ]  # fmt: skip
-    return [
-        "### Calibration walk",
-        "",
-        f"Llama of {first['blocks']} blocks of width {first['hidden']} (random), "
-        f"{first['tokens']:,} tokens, {first['statistic']}. `single`, `single+disk` and `naive` "
-        f"are true-sequential and end with equal bits. {device_of(rows)}. "
-        "`benchmarks/bench_walk.py`.",
-        "",
-        *table(["mode", "seconds", "time / two-pass", "passes", "peak MB above the model"], body),
-    ]
-
-
 def model(rows: list[Row]) -> list[str]:
     (row,) = rows
     return [
@@ -265,182 +167,30 @@ def model(rows: list[Row]) -> list[str]:
     ]
 
 
-def memory(rows: list[Row]) -> list[str]:
-    body = [
-        [r["method"], f"{r['model_bytes'] / 1e6:,.0f}", f"{r['peak_rss_bytes'] / 1e6:,.0f}",
-         f"{r['imports_rss_bytes'] / 1e6:,.0f}"]
-        for r in rows
-    ]  # fmt: skip
-    return [
-        "### Memory of pruning a checkpoint",
-        "",
-        f"bf16 Llama of {rows[0]['blocks']} blocks (random), {rows[0]['calibration_tokens']:,} "
-        f"tokens, 50 %. {device_of(rows)}. `benchmarks/bench_memory.py`.",
-        "",
-        *table(["method", "checkpoint MB", "peak MB", "of which imports"], body),
-    ]
-
-
-def blockpruner(rows: list[Row]) -> list[str]:
-    first = rows[0]
-    body = [
-        [r["provider"], str(r["evaluations"]), f"{r['seconds_median']:.1f}",
-         f"{r['seconds_naive_over_this']:.2f}", f"{r['without_head_naive_over_this']:.2f}",
-         f"{r['perplexity']:.3f}"]
-        for r in rows
-    ]  # fmt: skip
-    return [
-        "### BlockPruner's search",
-        "",
-        f"{len(first['removed'])} of {2 * first['layers']} branches of SmolLM2-135M, "
-        f"{first['calibration_tokens']:,} tokens; `exact` removes the same branches as `naive` in "
-        f"the same order. {device_of(rows)}. `benchmarks/bench_blockpruner.py`.",
-        "",
-        *table(["mode", "evaluations", "seconds", "naive / this", "without the head",
-                "perplexity"], body),
-    ]  # fmt: skip
-
-
-def structure(rows: list[Row], title: str, words: str, script: str) -> list[str]:
-    """A line per method, ratios side by side; what a method cannot reach is said below."""
-    (dense,) = (r for r in rows if r["variant"] == "dense")
-    texts = list(dense["perplexity"])
-    protocol = dense["perplexity"][texts[0]]
-    ratios = sorted({r["ratio"] for r in rows if r is not dense})
-    middle = 0.2 if 0.2 in ratios else ratios[len(ratios) // 2]
-    body, impossible = [], []
-    for name in dict.fromkeys(r["variant"] for r in rows if r is not dense):
-        own = {r["ratio"]: r for r in rows if r["variant"] == name}
-        refused = {ratio: r["impossible"] for ratio, r in own.items() if "impossible" in r}
-        cells = ["-" if ratio in refused else perplexities(own.get(ratio), texts)
-                 for ratio in ratios]  # fmt: skip
-        at = own.get(middle, {})
-        speed = [f"{at[phase]['over_dense']:.2f}" if phase in at else ""
-                 for phase in ("prefill", "decode")]  # fmt: skip
-        less = f"{at['realised_share']:.1%}" if "realised_share" in at else ""
-        body.append([name, *cells, less, *speed])
-        if refused:
-            these = ", ".join(f"{ratio:.0%}" for ratio in refused)
-            impossible.append(f"- {name} does not reach {these}: {next(iter(refused.values()))}.")
-    header = ["method", *(f"{ratio:.0%}" for ratio in ratios), f"smaller at {middle:.0%}",
-              "prefill x", "decode x"]  # fmt: skip
-    return [
-        f"### {title}",
-        "",
-        f"SmolLM2-135M: perplexity on {' / '.join(texts)} by the share of all parameters that went;"
-        f" dense {perplexities(dense, texts)}. {protocol['tokens']:,} tokens of each text in "
-        f"windows of {protocol['seqlen']}, {protocol.get('dtype', 'float32')}, no BOS. "
-        f"Calibration: {dense['calibration_tokens']:,} tokens of other Wikipedia articles, seed 0. "
-        f"{words} Of the models at {middle:.0%}: by how much the saved one is smaller, and "
-        f"tokens/s over the dense model's (float32, batch 1). {device_of(rows)}. "
-        f"`benchmarks/{script}`.",
-        "",
-        *table(header, body),
-        *impossible,
-        *([""] if impossible else []),
-    ]
-
-
-def perplexities(row: Row | None, texts: list[str]) -> str:
-    """On all texts; a wrecked model's as a power of ten."""
-    if row is None:
-        return ""
-    found = [row["perplexity"][text]["ppl"] for text in texts]
-    return " / ".join(
-        f"{ppl:.2f}" if ppl < 100 else f"{ppl:,.0f}" if ppl < 1e5 else f"{ppl:.0e}" for ppl in found
-    )
-
-
-def depth_quality(rows: list[Row]) -> list[str]:
-    return structure(
-        rows,
-        "Branches and layers removed",
-        "Where a layer keeps one branch the other is zero, and still there.",
-        "bench_depth_quality.py",
-    )
-
-
-def width_quality(rows: list[Row]) -> list[str]:
-    return structure(
-        rows,
-        "Channels and heads removed",
-        "A stock model has one size for all layers: what narrower ones lack is zero, and still "
-        "there. A basis per branch is no stock model, and not saved.",
-        "bench_width_quality.py",
-    )
-
-
-def load(rows: list[Row]) -> list[str]:
-    body = [
-        [r["provider"], f"{r['tensor_bytes'] / 1e6:,.0f}",
-         f"{(r['peak_rss_bytes'] - r['imports_rss_bytes']) / 1e6:,.0f}",
-         f"{r['peak_share']:.2f}", f"{r['seconds']:.1f}"]
-        for r in rows
-    ]  # fmt: skip
-    return [
-        "### Memory of loading a checkpoint",
-        "",
-        f"bf16 Llama (random), half of its blocks' weights zero, loaded and every weight touched. "
-        f"{device_of(rows)}. `benchmarks/bench_load.py`.",
-        "",
-        *table(["stored as", "checkpoint MB", "peak MB above imports", "peak / checkpoint",
-                "seconds"], body),
-    ]  # fmt: skip
-
-
-def backward(rows: list[Row]) -> list[str]:
-    first = rows[0]
-    body = [
-        [r["provider"], f"{r['seconds_median']:.2f}", f"{r['ratio_to_baseline']:.3f}",
-         f"{r['peak_bytes'] / 1e6:,.0f}"]
-        for r in rows
-    ]  # fmt: skip
-    return [
-        "### Gradient statistics",
-        "",
-        f"{first['model']} {first['dtype']}, {first['sequences']} x {first['seqlen']} tokens, "
-        f"block matrices {first['weight_bytes'] / 1e6:,.0f} MB. `bare`: forward and backward with "
-        "weight gradients thrown away; `reference`: each stored, its magnitude added up on the "
-        f"CPU. {device_of(rows)}. `benchmarks/bench_backward.py`.",
-        "",
-        *table(["provider", "seconds", "time / bare", "peak MB above the model"], body),
-    ]
-
-
-def exactobs(rows: list[Row]) -> list[str]:
-    body = []
-    for key in dict.fromkeys((r["pattern"], r["method"]) for r in rows):
-        mine = [r for r in rows if (r["pattern"], r["method"]) == key]
-        cells = [f"{median(r[name] for r in mine):.2f}" for name in ("error", "mask_error")]
-        body.append([*key, *cells, f"{median(r['agreement'] for r in mine):.0%}"])
-    layers = len({r["layer"] for r in rows})
-    return [
-        "### Layer error over that of exact greedy OBS",
-        "",
-        f"Medians over {layers} matrices of SmolLM2-135M, {max(r['rows'] for r in rows)} rows of "
-        f"each, {rows[0]['calibration_tokens']:,} tokens. {device_of(rows)}. "
-        "`benchmarks/bench_exactobs.py`.",
-        "",
-        *table(["pattern", "method", "as it is", "best weights for its mask", "same removals"],
-               body),
-    ]  # fmt: skip
-
-
-SPECIAL = {
-    "model": model,
+RUNS = {
+    "sparse_linear": sparse_linear,
     "walk": walk,
     "memory": memory,
     "load": load,
     "backward": backward,
+    "surgeon": surgeon,
     "exactobs": exactobs,
-    "sparse_linear": sparse_linear,
+    "reconstruct_model": reconstruct_model,
     "blockpruner": blockpruner,
 }
+STRUCTURES = {
+    "depth_quality": (depth_quality, "Branches and layers removed"),
+    "width_quality": (width_quality, "Channels and heads removed"),
+}
 RESULTS = ROOT / "benchmarks" / "results"
+PICTURE = ROOT / "docs" / "model.png"
 
 
 def section() -> str:
     lines = [BEGIN, ""]
+    for folder in sorted({p.parent for p in RESULTS.glob("*/*.json")}):
+        lines += headlines(folder, RESULTS)
+    lines += [f"![Prefill and decoding of a 1.8 GB model](docs/{PICTURE.name})", ""]
     for name, title in QUALITY.items():
         for path in sorted(RESULTS.glob(f"**/{name}.json")):
             rows = json.loads(path.read_text())
@@ -449,26 +199,31 @@ def section() -> str:
                 lines += quality(
                     "Rows, columns and eigendirections removed", [rows[0], *structures]
                 )
-    for name, lines_of in (("depth_quality", depth_quality), ("width_quality", width_quality)):
+    for name, (lines_of, _) in STRUCTURES.items():
         for path in sorted(RESULTS.glob(f"**/{name}.json")):
             lines += lines_of(json.loads(path.read_text()))
     for path in sorted(RESULTS.glob("**/demo.json")):
         lines += demo(json.loads(path.read_text()))
-    for name, rows in rows_of(SPECIAL):
-        lines += SPECIAL[name](rows)
+    for _, rows in rows_of(["model"]):
+        lines += model(rows)
     return "\n".join([*lines, END])
 
 
 def measurements() -> str:
     lines = [
-        "# Kernel measurements",
+        "# Measurements in detail",
         "",
         "Generated from `benchmarks/results/` by `benchmarks/readme.py`. Providers of one line ran",
         "side by side in one process; their results were checked before they were timed.",
         "",
     ]
+    for name, rows in rows_of(RUNS):
+        lines += RUNS[name](rows)
     for name, rows in rows_of(KERNELS):
         lines += kernels(name, rows)
+    for name, (_, title) in STRUCTURES.items():
+        for path in sorted(RESULTS.glob(f"**/{name}.json")):
+            lines += structure_details(title, json.loads(path.read_text()))
     return "\n".join(lines)
 
 
@@ -479,6 +234,15 @@ def rows_of(names: Iterable[str]) -> Iterator[tuple[str, list[Row]]]:
             path = folder / f"{name}.json"
             if path.exists() and (rows := json.loads(path.read_text())):
                 yield name, rows
+
+
+def picture(bench: dict[str, Any], file: Path) -> None:
+    """What `pyprune bench` drew, from its row."""
+    fields = bench | {
+        "rates": [Rate(**rate) for rate in bench["rates"]],
+        "protocol": Protocol(**bench["protocol"]),
+    }
+    plot(BenchResult(**{f.name: fields[f.name] for f in dataclasses.fields(BenchResult)}), file)
 
 
 def main() -> int:
@@ -494,6 +258,9 @@ def main() -> int:
             print(f"{path.name} is not what benchmarks/results/ says: run benchmarks/readme.py")
         else:
             path.write_text(new[path])
+    if not args.check:
+        for _, (row,) in rows_of(["model"]):
+            picture(row, PICTURE)
     return int(args.check and bool(stale))
 
 

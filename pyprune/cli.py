@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from pyprune import __version__
 from pyprune.errors import UserError
 from pyprune.progress import ProgressBar
 
@@ -68,6 +69,21 @@ TrustRemoteCode = Annotated[
         help="Run the model code that comes with MODEL. It can do anything you can: read it first.",
     ),
 ]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        sys.stdout.write(f"pyprune {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say which it is.")
+    ] = False,
+) -> None:
+    """What comes before a command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,11 +145,11 @@ def _fail(message: str) -> int:
     return USAGE
 
 
-def _stderr() -> Console:
+def stderr() -> Console:
     return Console(stderr=True)
 
 
-def _show(value: Any, as_json: bool, *renderables: Any) -> None:
+def show(value: Any, as_json: bool, *renderables: Any) -> None:
     """The result: JSON or tables, on stdout."""
     if as_json:
         text = json.dumps(value, indent=2, ensure_ascii=False)
@@ -146,7 +162,7 @@ def _show(value: Any, as_json: bool, *renderables: Any) -> None:
         console.print(renderable, markup=not plain, highlight=not plain, soft_wrap=plain)
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """transformers' own warnings and bars would garble ours, and break `--json`."""
     import warnings
 
@@ -158,7 +174,7 @@ def _quiet() -> None:
     logging.disable_progress_bar()
 
 
-def _resolve(model: str, bar: ProgressBar) -> str:
+def resolve(model: str, bar: ProgressBar) -> str:
     """The directory or hub id that MODEL means."""
     if model != PACKAGED:
         return model

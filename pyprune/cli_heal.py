@@ -9,18 +9,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from pyprune.cli import (
-    AsJson,
-    BatchSize,
-    Device,
-    Model,
-    _quiet,
-    _resolve,
-    _show,
-    _stderr,
-    app,
-    examples,
-)
+from pyprune import cli
+from pyprune.cli import AsJson, BatchSize, Device, Model, app, examples
 from pyprune.progress import ProgressBar
 
 
@@ -73,10 +63,10 @@ def heal(
             dtype=dtype,
         ),
     )
-    _quiet()
-    with ProgressBar(_stderr(), "healing") as bar:
-        report = heal_checkpoint(_resolve(model, bar), out, config, bar.step)
+    cli.quiet()
+    with ProgressBar(cli.stderr(), "healing") as bar:
+        report = heal_checkpoint(cli.resolve(model, bar), out, config, bar.step)
     table = Table("", "before", "after", title=f"{model}: loss on held-out text")
     table.add_row("nats per token", f"{report.loss_before:.4f}", f"{report.loss_after:.4f}")
     words = f"{report.matrices} matrices, {report.zeros:,} zeros kept. Saved in {out}"
-    _show(asdict(report), as_json, table, words)
+    cli.show(asdict(report), as_json, table, words)

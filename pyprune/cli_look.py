@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from pyprune import cli
 from pyprune.cli import (
     AsJson,
     BatchSize,
@@ -16,10 +17,6 @@ from pyprune.cli import (
     Model,
     Seqlen,
     TrustRemoteCode,
-    _quiet,
-    _resolve,
-    _show,
-    _stderr,
     app,
     examples,
 )
@@ -65,12 +62,12 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity on a text. Dense or compressed models; states the protocol too."""
-    _quiet()
+    cli.quiet()
     from pyprune.evaluate import perplexity
     from pyprune.sparse.stored import StoredCheckpoint
 
-    with ProgressBar(_stderr(), "evaluating") as bar:
-        stored = StoredCheckpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
+    with ProgressBar(cli.stderr(), "evaluating") as bar:
+        stored = StoredCheckpoint.open(cli.resolve(model, bar), trust_remote_code=trust_remote_code)
         checkpoint = stored.checkpoint(trust_remote_code)
         given = {
             "seqlen": seqlen,
@@ -98,7 +95,7 @@ def evaluate(
         f"{result.tokens_per_second:,.0f}",
         f"{result.seconds:.1f}",
     )
-    _show({"model": model, **asdict(result)}, as_json, table, result.protocol)
+    cli.show({"model": model, **asdict(result)}, as_json, table, result.protocol)
 
 
 def _load(
@@ -130,14 +127,14 @@ def inspect(
     model: Model, trust_remote_code: TrustRemoteCode = False, as_json: AsJson = False
 ) -> None:
     """Show what every matrix is: shape, sparsity, pattern, bytes."""
-    _quiet()
+    cli.quiet()
     from pyprune.inspection import inspect_checkpoint
     from pyprune.sparse.stored import StoredCheckpoint
 
-    with ProgressBar(_stderr(), "reading") as bar:
-        stored = StoredCheckpoint.open(_resolve(model, bar), trust_remote_code=trust_remote_code)
+    with ProgressBar(cli.stderr(), "reading") as bar:
+        stored = StoredCheckpoint.open(cli.resolve(model, bar), trust_remote_code=trust_remote_code)
         found = inspect_checkpoint(stored, bar.step, trust_remote_code=trust_remote_code)
-    _show(found.to_dict(), as_json, found.table(), *filter(None, [found.note]))
+    cli.show(found.to_dict(), as_json, found.table(), *filter(None, [found.note]))
 
 
 @app.command()
@@ -160,7 +157,7 @@ def methods(as_json: AsJson = False) -> None:
             rows.append(row)
             notes += [f"{row['name']} -O {k}=...: {takes}" for k, takes in row["options"].items()]
         shown += [table, *notes]
-    _show([*rows, *_allocations(shown)], as_json, *shown)
+    cli.show([*rows, *_allocations(shown)], as_json, *shown)
 
 
 def _allocations(shown: list[Any]) -> list[dict[str, Any]]:
@@ -184,4 +181,4 @@ def doctor(as_json: AsJson = False) -> None:
     from pyprune.doctor import diagnose
 
     diagnosis = diagnose()
-    _show(diagnosis.to_dict(), as_json, diagnosis.render())
+    cli.show(diagnosis.to_dict(), as_json, diagnosis.render())

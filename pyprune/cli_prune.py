@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from pyprune import cli
 from pyprune.cli import (
     AsJson,
     BatchSize,
@@ -16,10 +17,6 @@ from pyprune.cli import (
     Model,
     Seqlen,
     TrustRemoteCode,
-    _quiet,
-    _resolve,
-    _show,
-    _stderr,
     app,
     examples,
 )
@@ -215,7 +212,7 @@ def prune(
         "scope": scope,
         "allocation": allocation,
         "allocation_strength": allocation_strength,
-        "allocation_options": _method_options(allocation_option) if allocation_option else None,
+        "allocation_options": _named_values("--allocation-option", allocation_option),
         "update": update,
         "reconstruct": reconstruct,
         "score_mass": score_mass,
@@ -223,7 +220,7 @@ def prune(
         "preserve_zeros": preserve_zeros,
         "damping": damping,
         "block_size": block_size,
-        "method_options": _method_options(method_option) if method_option else None,
+        "method_options": _named_values("--option", method_option),
         "gradient_checkpointing": gradient_checkpointing,
         "ratio": ratio,
         "count": count,
@@ -250,31 +247,35 @@ def prune(
     from pyprune.families import Run
 
     check_output(out)
-    _quiet()
-    with ProgressBar(_stderr(), "pruning") as bar:
-        source = _resolve(model, bar)
+    cli.quiet()
+    with ProgressBar(cli.stderr(), "pruning") as bar:
+        source = cli.resolve(model, bar)
         run = Run(source, out, full, bar, trust_remote_code, report, state, preserve_mask)
         outcome = family.run(run)
-    _show(outcome.to_dict(), as_json, outcome.table(), f"Saved in {out}")
+    cli.show(outcome.to_dict(), as_json, outcome.table(), f"Saved in {out}")
 
 
-def _method_options(given: list[str]) -> dict[str, Any]:
-    """`name=value` pairs, values by YAML's rules for scalars."""
+def _named_values(option: str, given: list[str] | None) -> dict[str, Any] | None:
+    """`name=value` pairs, values by YAML's rules for scalars; None without any."""
     import yaml
 
     from pyprune.config import load_yaml
 
-    options = {}
+    if not given:
+        return None
+    values = {}
     for pair in given:
         name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"{option}: expected name=value, got {pair!r}")
         try:
             parsed = load_yaml(value)
         except yaml.YAMLError:
             parsed = None
-        if not equals or not name or not isinstance(parsed, bool | int | float | str):
-            raise UserError(f"--option: expected name=value, got {pair!r}")
-        options[name] = parsed
-    return options
+        if not isinstance(parsed, bool | int | float | str):
+            raise UserError(f"{option} {name}: expected a number or a word, got {value!r}")
+        values[name] = parsed
+    return values
 
 
 def _prune_config(

@@ -64,7 +64,7 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Leave the zeros of a pruned checkpoint out. Layers that would not shrink stay dense."""
-    cli._quiet()
+    cli.quiet()
     from pyprune.sparse.convert import compress_checkpoint
     from pyprune.sparse.weight import FORMATS
 
@@ -77,8 +77,8 @@ def compress(
     if embeddings not in ("same", "int8"):
         raise UserError(f"--embeddings: expected same or int8, got {embeddings!r}")
     allowed = FORMATS if format == "auto" else (format,)
-    with ProgressBar(cli._stderr(), "compressing") as bar:
-        source = cli._resolve(model, bar)
+    with ProgressBar(cli.stderr(), "compressing") as bar:
+        source = cli.resolve(model, bar)
         report = compress_checkpoint(
             source,
             out,
@@ -88,7 +88,7 @@ def compress(
             measured_rows=rows if choose == "measured" else None,
             progress=bar.step,
         )
-    cli._show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
+    cli.show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
 
 
 @app.command(
@@ -98,12 +98,12 @@ def compress(
 )
 def decompress(model: Model, out: Out, as_json: AsJson = False) -> None:
     """Restore the dense checkpoint, bit for bit. Also reads compressed-tensors' old layouts."""
-    cli._quiet()
+    cli.quiet()
     from pyprune.sparse.convert import decompress_checkpoint
 
-    with ProgressBar(cli._stderr(), "decompressing") as bar:
-        report = decompress_checkpoint(cli._resolve(model, bar), out, progress=bar.step)
-    cli._show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
+    with ProgressBar(cli.stderr(), "decompressing") as bar:
+        report = decompress_checkpoint(cli.resolve(model, bar), out, progress=bar.step)
+    cli.show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
 
 
 @app.command(
@@ -124,7 +124,7 @@ def generate(
     as_json: AsJson = False,
 ) -> None:
     """Continue a text, streaming. With a dense or a compressed model."""
-    cli._quiet()
+    cli.quiet()
     from pyprune.sparse.generate import generate as run
 
     pieces: list[str] = []
@@ -135,8 +135,8 @@ def generate(
             sys.stdout.write(text)
             sys.stdout.flush()
 
-    with ProgressBar(cli._stderr(), "loading") as bar:
-        source = cli._resolve(model, bar)
+    with ProgressBar(cli.stderr(), "loading") as bar:
+        source = cli.resolve(model, bar)
     tokens = run(
         source,
         prompt,
@@ -149,7 +149,7 @@ def generate(
         write=write,
     )
     if as_json:
-        cli._show({"prompt": prompt, "text": "".join(pieces), "tokens": tokens}, True)
+        cli.show({"prompt": prompt, "text": "".join(pieces), "tokens": tokens}, True)
     else:
         sys.stdout.write("\n")
 
@@ -179,7 +179,7 @@ def bench(
     Both run in float32 and bfloat16; the dense yardstick is the fastest of these two and of
     bfloat16 with our own dense kernel.
     """
-    cli._quiet()
+    cli.quiet()
     from pyprune.pictures import require_matplotlib
     from pyprune.sparse import plot as drawing
     from pyprune.sparse.bench import Protocol, contestants
@@ -194,14 +194,14 @@ def bench(
         require_matplotlib()
         if not plot.absolute().parent.is_dir():
             raise UserError(f"--plot: {plot.parent}: no such directory")
-    with ProgressBar(cli._stderr(), "benchmark") as bar:
+    with ProgressBar(cli.stderr(), "benchmark") as bar:
         bar.step("loading the models")
-        dense = None if against is None else cli._resolve(against, bar)
+        dense = None if against is None else cli.resolve(against, bar)
         models = contestants({"sparse": model}, dense, device=_device(device))
         result = run(models, protocol, bar.step)
     if plot is not None:
         drawing.plot(result, plot)
-    cli._show(result.to_dict(), as_json, *bench_tables(result), *result.verdict())
+    cli.show(result.to_dict(), as_json, *bench_tables(result), *result.verdict())
 
 
 def bench_tables(result: BenchResult) -> list[Table]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyprune.calibration.text import SEPARATOR, documents
 from pyprune.calibration.tokens import bos_prefix, encode
 from pyprune.errors import UserError
+from pyprune.models.positions import positions_of
 
 # 48 windows of 1024, the protocol of the reference figures for the packaged model: 3.3 s of one
 # core a window there.
@@ -156,7 +157,7 @@ def _check_protocol(
 ) -> None:
     if seqlen < 2:
         raise UserError(f"seqlen: expected at least 2, got {seqlen}")
-    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    longest = positions_of(model.config) if hasattr(model, "config") else None
     if longest is not None and seqlen > longest:
         raise UserError(f"seqlen: the model has {longest} positions, got {seqlen}")
     if not 1 <= stride <= seqlen:

@@ -183,12 +183,15 @@ def _built_once(
 
 def _is_whole(directory: Path, member: WheelMember, version: int) -> bool:
     """Whether it is of this version, and every file that the receipt lists is there with its
-    size."""
+    size. A receipt that cannot be read (of a machine that stopped while writing) lists nothing."""
     receipt_path = directory / RECEIPT
     if not receipt_path.is_file():
         return False
-    receipt = json.loads(receipt_path.read_text(encoding="utf-8"))
-    if (receipt["sha256"], receipt.get("version")) != (member.sha256, version):
+    try:
+        receipt = json.loads(receipt_path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    if (receipt.get("sha256"), receipt.get("version")) != (member.sha256, version):
         return False
     return all(
         (directory / name).is_file() and (directory / name).stat().st_size == size

@@ -12,9 +12,7 @@ from torch import nn
 from pyprune.allocation import ALLOCATIONS
 from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.tokens import TokenSet
-from pyprune.calibration.walk import (
-    InMemoryStore,
-)
+from pyprune.calibration.walk import InMemoryStore
 from pyprune.checkpoint import (
     Checkpoint,
     StreamingStore,

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -245,7 +246,8 @@ BAD = [
     ("prune MODEL -m wanda -s 0.5 --calibration TEXT --seqlen 9999999 --out OUT", "token"),
     ("prune MODEL -m gblm -s 0.5 -O alhpa=3 --out OUT", "did you mean alpha?"),
     ("prune MODEL -m gblm -s 0.5 -O alpha --out OUT", "--option: expected name=value, got 'alpha'"),
-    ("prune MODEL -m gblm -s 0.5 -O alpha=[1] --out OUT", "--option: expected name=value"),
+    ("prune MODEL -m gblm -s 0.5 -O alpha=[1] --out OUT", "--option alpha: expected a number or"),
+    ("prune MODEL -s 0.5 -A x --out OUT", "--allocation-option: expected name=value, got 'x'"),
     ("prune MODEL -m wanda -s 0.5 -O alpha=1 --out OUT", "wanda has no option 'alpha'"),
     ("prune MODEL -m wanda -s 0.5 --nsamples 0 --out OUT", "nsamples: expected at least 1"),
     ("eval ./nowhere", "no such directory"),
@@ -436,3 +438,8 @@ def test_interrupt_leaves_nothing(model, tmp_path, number):
         assert process.wait(timeout=600) == 130  # long: machines that run tests are busy
         assert process.stderr.read() == "pyprune: interrupted\n"
     assert tree(tmp_path) == before
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pyprune {version('pyprune')}\n"

@@ -293,6 +293,27 @@ def test_half_precision_weights_stay_in_their_dtype():
         assert torch.equal(w, kept[ref.name] * (w != 0))
 
 
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("sparsegpt", {"reconstruct": False}),
+        ("sparsegpt", {"reconstruct": True}),
+        ("wanda", {"update": "sequential"}),
+        ("wanda", {"update": "iterative"}),
+    ],
+    ids=str,
+)
+def test_double_precision_weights_are_updated_as_single_ones_are(method, more):
+    single, double = tiny_model("llama"), tiny_model("llama").double()
+    for model in (single, double):
+        prune(model, tokens(), method, "2:4", **more)
+    assert {ref.weight().dtype for ref in linears(double)} == {torch.float64}
+    # Of the queries, keys and values of the first block the inputs are the same.
+    for a, b in zip(linears(single)[:3], linears(double)[:3], strict=True):
+        assert torch.equal(a.weight() != 0, b.weight() != 0)
+        assert (a.weight() - b.weight()).norm() < 3e-2 * a.weight().norm()
+
+
 @pytest.mark.parametrize("walk", ["single", "naive"])
 def test_walks_that_are_true_sequential_agree(walk):
     model, twin = tiny_model("llama"), tiny_model("llama")

@@ -141,3 +141,7 @@ def test_mistakes(pair, capsys):
         assert message in errors
     with pytest.raises(UserError):
         Protocol(batches=())
+    models = contestants({"sparse": pair[1]}, dtypes=[torch.float32])
+    for prompt, steps in ((127, 2), (2, 127), (500, 1)):
+        with pytest.raises(UserError, match="at most the model's 128 positions together"):
+            bench(models, Protocol((1,), prompt, steps, 1))

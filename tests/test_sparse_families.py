@@ -20,12 +20,12 @@ from pyprune.sparse.experts import SparseExperts
 EXPERTS = re.compile(r"\.experts\.\d+\.")
 
 
-def same_logits(dense, small):
+def same_logits(dense, small, within=1e-4):
     ids = tiny_tokens()
     with torch.no_grad():
         want = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(ids).logits
         got = pyprune.load(small, dtype=torch.float32)(ids).logits
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, want, rtol=within, atol=within)
 
 
 @pytest.fixture
@@ -131,14 +131,15 @@ def test_mixtures(family, int8, tmp_path):
     decompress_checkpoint(tmp_path / "small", tmp_path / "back")
     one, other = tensors_of(dense), tensors_of(tmp_path / "back")
     assert one.keys() == other.keys()
-    if int8:
-        with torch.no_grad():
-            model(tiny_tokens())
-        return
-    assert all(torch.equal(one[n], other[n]) for n in one)
-    same_logits(dense, tmp_path / "small")
-    model.save_pretrained(tmp_path / "again")
-    same_logits(dense, tmp_path / "again")
+    if int8:  # what comes back is what the compressed model computes with, rounded to bf16
+        same_logits(tmp_path / "back", tmp_path / "small", 0.05)
+        for name, w in one.items():
+            assert float((w - other[name]).float().norm()) <= 0.01 * float(w.float().norm())
+    else:
+        assert all(torch.equal(one[n], other[n]) for n in one)
+        same_logits(dense, tmp_path / "small")
+        model.save_pretrained(tmp_path / "again")
+        same_logits(dense, tmp_path / "again")
 
 
 def test_a_mixture_is_compressed_whole_or_not_at_all(tmp_path):

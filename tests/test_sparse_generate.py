@@ -6,9 +6,11 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from sparse_checkpoints import pruned_checkpoint
+from tiny_models import tiny_model
 from transformers import AutoModelForCausalLM
 
 from pyprune import cli
+from pyprune.errors import UserError
 from pyprune.sparse.convert import compress_checkpoint
 from pyprune.sparse.generate import generate
 
@@ -45,6 +47,16 @@ def test_sampling_is_seeded(pair):
         return "".join(pieces)
 
     assert text(1) == text(1) != text(2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])  # learned positions, and rotary ones
+def test_the_text_ends_where_positions_do(family, tmp_path):
+    tiny_model(family, vocab_size=258, eos_token_id=None).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    assert generate(tmp_path, "a" * 100, max_new_tokens=500, write=lambda _: None) == 28
+    assert generate(tmp_path, "a" * 127, max_new_tokens=500, write=lambda _: None) == 1
+    with pytest.raises(UserError, match="positions, 128, got 128"):
+        generate(tmp_path, "a" * 128, write=lambda _: None)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from torch import nn
 
 from pyprune.errors import LayerError, UserError
 from pyprune.sparse import SparseLinear, compress_model, compressed_bytes
+from pyprune.sparse.dense import use_own_kernels
 
 
 def pruned(rows=24, cols=40, dtype=torch.bfloat16, pattern="24", density=0.5, bias=True, seed=0):
@@ -182,6 +183,15 @@ def test_compress_model_takes_the_smallest_format_that_pays():
     torch.testing.assert_close(model(ids), want, rtol=0.05, atol=0.05)
 
 
+def test_compress_model_leaves_what_is_in_two_places():
+    twice = pruned(40, 40)
+    model = nn.ModuleDict({"a": twice, "b": nn.Sequential(twice, pruned(8, 40))})
+    assert compress_model(model) == {"a": "dense", "b.1": "sparse24"}
+    assert model["a"] is model["b"][0] is twice
+    with pytest.raises(LayerError, match="0: expected weights in memory"):
+        compress_model(nn.Sequential(nn.Linear(8, 8, device="meta")))
+
+
 def test_compress_model_by_name():
     model = Tied()
     assert compress_model(model, {"blocks.0": "bitmap"})["blocks.1"] == "dense"
@@ -190,6 +200,27 @@ def test_compress_model_by_name():
         compress_model(model, {"blocks.9": "bitmap"})
     with pytest.raises(LayerError, match=r"blocks.2: sparse24: expected"):
         compress_model(model, {"blocks.2": "sparse24"})
+
+
+@pytest.mark.parametrize("kind", ["sparse24", "bitmap", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_bias_can_be_trained_alone(kind, dtype):
+    """Nothing before the layer has a gradient then, and what is computed in advance must follow."""
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 8, dtype=dtype).requires_grad_(False)
+    linear.weight.data[:, 1::2] = 0
+    x, model = torch.randn(3, 16).to(dtype), nn.Sequential(linear)
+    layer = linear if kind == "dense" else SparseLinear.from_dense(linear, kind)
+    if kind == "dense":
+        use_own_kernels(model)
+        layer = model[0]
+    before = layer(x)
+    layer.bias.requires_grad_(True)
+    layer(x).sum().backward()
+    torch.testing.assert_close(layer.bias.grad, torch.full((8,), 3.0, dtype=dtype))
+    with torch.no_grad():
+        layer.bias += 2
+        torch.testing.assert_close(layer(x), before + 2, rtol=2**-6, atol=2**-6)
 
 
 @pytest.mark.parametrize(("format", "pattern"), CASES)

@@ -131,23 +131,24 @@ inline void prune_below(const int32_t* keys, int64_t cols, int lanes, const Keys
 }
 
 // The cut of one block of columns over all its strips, found by a team of threads. A sample
-// brackets it, each strip copies out its keys within the bracket, and the cut is searched among
-// those.
+// brackets it, for every thread to work out rather than wait for; each strip copies out its keys
+// within the bracket, and the cut is searched among those.
 class BlockCut {
  public:
   // Keys that a strip adds to the sample.
   static constexpr int kSampled = 64;
 
   // `keys`: strips of up to `strip_keys`, `rows` rows in all.
-  BlockCut(int64_t strips, int64_t strip_keys)
-      : strips_(strips),
+  BlockCut(const Deal& deal, int64_t strip_keys)
+      : deal_(deal),
         stride_(strip_keys + kSlack),
-        sample_(strips * kSampled),
-        inside_(strips * stride_),
-        joined_(strips * stride_),
-        scratch_(2 * std::max(strips * stride_, strips * kSampled + kSlack)),
-        count_(strips),
-        below_(strips) {}
+        sample_(deal.strips * kSampled),
+        inside_(deal, stride_),
+        joined_(deal.strips * stride_),
+        scratch_(2 * deal.strips * stride_),
+        sample_scratch_(deal.threads, 2 * (deal.strips * kSampled + kSlack)),
+        count_(deal.strips),
+        below_(deal.strips) {}
 
   // Strip s: `rows` of its `lanes` rows are there. The keys of the others become the largest.
   void add(int64_t s, int32_t* keys, int64_t cols, int lanes, int rows) const {
@@ -158,64 +159,70 @@ class BlockCut {
       sample_[s * kSampled + i] = keys[i * 53 % cols * lanes + i * 37 % rows];
   }
 
-  // After all strips, by the whole team: the cut that prunes the `wanted` smallest of `total` keys.
-  // keys_of(s) are those of strip s, `strip_keys` of them.
+  // By the whole team, each thread when it has added its strips: the cut that prunes the `wanted`
+  // smallest of `total` keys. keys_of(s) are those of strip s, `strip_keys` of them.
   template <class F>
   Cut find(int64_t wanted, int64_t total, int64_t strip_keys, F&& keys_of) {
-#pragma omp single
-    bracket(wanted, total);
-    while (!found_) {
-#pragma omp for schedule(static)
-      for (int64_t s = 0; s < strips_; ++s) {
+    if (wanted <= 0) return {kPreservedKey, 0};
+#pragma omp barrier
+    for (Bracket in = bracket(wanted, total);; in = next_) {
+      deal_.for_mine(0, deal_.strips, [&](int64_t s) {
         below_[s] = 0;
-        count_[s] =
-            gather_range(keys_of(s), strip_keys, lo_, hi_, inside_ + s * stride_, below_[s]);
-      }
-#pragma omp single
-      narrow(wanted);
+        count_[s] = gather_range(keys_of(s), strip_keys, in.lo, in.hi, inside_[s], below_[s]);
+      });
+#pragma omp barrier
+      if (omp_get_thread_num() == 0) narrow(wanted, in);
+#pragma omp barrier
+      if (found_) return cut_;
     }
-    return cut_;
   }
 
  private:
-  const int64_t strips_, stride_;
-  Buffer<int32_t> sample_, inside_, joined_, scratch_;
+  struct Bracket {
+    int32_t lo, hi;
+  };
+
+  const Deal deal_;
+  const int64_t stride_;
+  Buffer<int32_t> sample_;
+  PerStrip<int32_t> inside_;
+  Buffer<int32_t> joined_, scratch_;
+  PerThread<int32_t> sample_scratch_;
   Buffer<int64_t> count_, below_;
-  int32_t lo_ = 0, hi_ = 0;
+  // What narrow() leaves for all threads.
   bool found_ = false;
   Cut cut_{kPreservedKey, 0};
+  Bracket next_{kPreservedKey, kLargestKey};
 
   // Between the order statistics 3.5 standard deviations of the wanted one's rank to either side.
-  void bracket(int64_t wanted, int64_t total) {
-    lo_ = kPreservedKey, hi_ = kLargestKey;
-    found_ = wanted <= 0;
-    if (found_) cut_ = {kPreservedKey, 0};
-    if (found_) return;
-    const int64_t n = strips_ * kSampled;
+  Bracket bracket(int64_t wanted, int64_t total) const {
+    Bracket out{kPreservedKey, kLargestKey};
+    const int64_t n = deal_.strips * kSampled;
     const double share = static_cast<double>(wanted) / static_cast<double>(total);
     const int64_t rank = static_cast<int64_t>(share * static_cast<double>(n)) + 1;
     const int64_t margin =
         static_cast<int64_t>(3.5 * std::sqrt(static_cast<double>(n) * share * (1 - share))) + 2;
-    if (rank > margin) lo_ = find_cut(sample_, n, rank - margin, scratch_, kLargestKey).key;
-    if (rank + margin <= n) hi_ = find_cut(sample_, n, rank + margin, scratch_, kLargestKey).key;
+    int32_t* scratch = sample_scratch_.mine();
+    if (rank > margin) out.lo = find_cut(sample_, n, rank - margin, scratch, kLargestKey).key;
+    if (rank + margin <= n) out.hi = find_cut(sample_, n, rank + margin, scratch, kLargestKey).key;
+    return out;
   }
 
   // The cut among the keys inside, or, where the sample misled, a bracket that cannot miss.
-  void narrow(int64_t wanted) {
+  void narrow(int64_t wanted, Bracket in) {
     int64_t below = 0, inside = 0;
-    for (int64_t s = 0; s < strips_; ++s) {
-      std::copy_n(inside_ + s * stride_, count_[s], joined_ + inside);
+    for (int64_t s = 0; s < deal_.strips; ++s) {
+      std::copy_n(inside_[s], count_[s], joined_ + inside);
       inside += count_[s];
       below += below_[s];
     }
-    if (wanted <= below) {
-      hi_ = lo_ - 1, lo_ = kPreservedKey;
-    } else if (wanted > below + inside) {
-      lo_ = hi_ + 1, hi_ = kLargestKey;
-    } else {
+    found_ = below < wanted && wanted <= below + inside;
+    if (found_)
       cut_ = find_cut(joined_, inside, wanted - below, scratch_, kLargestKey);
-      found_ = true;
-    }
+    else if (wanted <= below)
+      next_ = {kPreservedKey, in.lo - 1};
+    else
+      next_ = {in.hi + 1, kLargestKey};
   }
 };
 

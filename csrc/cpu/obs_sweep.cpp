@@ -30,11 +30,26 @@ inline Rule rule_of(const ObsSweepArgs& a) {
   return a.counts->shape[1] == 1 ? Rule::block : Rule::row;
 }
 
-// One thread's masks and results of one strip x block, each [block][lanes].
-struct Scratch {
+// What a thread has of its own: the current block of columns, and masks and results of one strip in
+// it, each [block][lanes].
+struct Local {
+  float* panel_data;
+  Panel panel;         // U[:i2, i1:i2] for the block [i1, i2)
+  float* inv_diag;     // 1 / U_jj
+  const float* scale;  // the factor of |w_j| in its score
+  Cut cut;             // of the block, Rule::block
   int32_t *pruned, *preserved, *keys;
   float* kept;
+
+  int64_t begin() const { return panel.first; }
+  int64_t end() const { return panel.rows; }
+  int64_t width() const { return panel.rows - panel.first; }
 };
+
+// Every thread packs its own copy of a panel of up to this many floats, 2 MB: without a barrier,
+// and it then lies in the thread's own cache, where a shared one would mostly lie in others'.
+// Larger ones crowd each other out of the last-level cache.
+constexpr int64_t kOwnPanel = int64_t{1} << 19;
 
 template <int V>
 class Sweep {
@@ -46,16 +61,19 @@ class Sweep {
         cols_(args.w.shape[2]),
         block_(std::min(args.block, (cols_ + kCols - 1) / kCols * kCols)),
         strips_((rows_ + kLanes - 1) / kLanes),
-        errors_(strips_ * kLanes * cols_),
-        panel_((block_ + kCols) * cols_),
-        inv_diag_(cols_),
+        deal_{strips_, args.threads},
+        errors_(deal_, kLanes * cols_),
+        panel_floats_((block_ + kCols) * cols_),
+        own_panels_(args.threads > 1 && panel_floats_ <= kOwnPanel),
+        panel_(own_panels_ ? args.threads : 1, panel_floats_),
+        inv_diag_(args.threads, cols_),
         grid_(args.grid ? 3 * strips_ * kLanes : 0),
         loss_(strips_ * kLanes),
-        scratch_f_(args.threads * block_ * kLanes),
-        scratch_i_(3 * args.threads * block_ * kLanes),
-        block_keys_(rule_ == Rule::block ? strips_ * kLanes * block_ : 0),
+        scratch_f_(args.threads, block_ * kLanes),
+        scratch_i_(args.threads, 3 * block_ * kLanes),
+        block_keys_(deal_, rule_ == Rule::block ? kLanes * block_ : 0),
         row_ties_(strips_ * kLanes) {
-    if (rule_ == Rule::block) block_cut_.emplace(strips_, kLanes * block_);
+    if (rule_ == Rule::block) block_cut_.emplace(deal_, kLanes * block_);
   }
 
   void run() {
@@ -68,61 +86,58 @@ class Sweep {
   const ObsSweepArgs& a_;
   const Rule rule_;
   const int64_t rows_, cols_, block_, strips_;
-  Buffer<float> errors_;    // [strips][cols][lanes]
-  Buffer<float> panel_;     // U[:i2, i1:i2], see Panel
-  Buffer<float> inv_diag_;  // 1 / U_jj
-  Buffer<float> grid_;      // [strips][step, low, high][lanes]
+  const Deal deal_;
+  PerStrip<float> errors_;  // [cols][lanes]
+  const int64_t panel_floats_;
+  const bool own_panels_;
+  PerThread<float> panel_;
+  PerThread<float> inv_diag_;
+  Buffer<float> grid_;  // [strips][step, low, high][lanes]
   Buffer<double> loss_;
-  Buffer<float> scratch_f_;
-  Buffer<int32_t> scratch_i_;
-  Buffer<int32_t> block_keys_;  // [strips][block][lanes]
+  PerThread<float> scratch_f_;
+  PerThread<int32_t> scratch_i_;
+  PerStrip<int32_t> block_keys_;  // [block][lanes]
   Buffer<int32_t> row_ties_;
   std::optional<BlockCut> block_cut_;
 
-  // The current matrix of the batch and the current block of columns.
+  // The current matrix of the batch.
   int64_t b_ = 0;
   const float* u_ = nullptr;
-  const float* scale_ = nullptr;  // the factor of |w_j| in its score
-  int64_t i1_ = 0, i2_ = 0;
-  Cut cut_{kPreservedKey, 0};  // of the current block, Rule::block
 
-  Panel panel() const { return {panel_, i1_, i2_}; }
-  float* strip(int64_t s) const { return errors_ + s * kLanes * cols_; }
   int strip_rows(int64_t s) const {
     return static_cast<int>(std::min<int64_t>(kLanes, rows_ - s * kLanes));
   }
   int64_t element(int64_t s, int64_t col) const { return (b_ * rows_ + s * kLanes) * cols_ + col; }
 
-  Scratch scratch() const {
-    const int64_t n = block_ * kLanes, t = omp_get_thread_num();
-    int32_t* p = scratch_i_ + 3 * t * n;
-    return {p, p + n, p + 2 * n, scratch_f_ + t * n};
+  Local local() const {
+    const int64_t n = block_ * kLanes;
+    int32_t* p = scratch_i_.mine();
+    const float* scale = inv_diag_.mine();
+    if (a_.scale) scale = a_.scale->ptr<float>() + (a_.scale->shape[0] == 1 ? 0 : b_ * cols_);
+    float* panel = own_panels_ ? panel_.mine() : panel_[0];
+    return {panel, {panel, 0, 0}, inv_diag_.mine(), scale, {kPreservedKey, 0}, p,
+            p + n, p + 2 * n,     scratch_f_.mine()};
   }
 
   void matrix(int64_t b) {
     b_ = b;
     u_ = a_.u.ptr<float>() + (a_.u.shape[0] == 1 ? 0 : b * cols_ * cols_);
-    scale_ = inv_diag_;
-    if (a_.scale) scale_ = a_.scale->ptr<float>() + (a_.scale->shape[0] == 1 ? 0 : b * cols_);
     if (a_.grid) load_grid(a_.grid->ptr<float>() + b * 3 * rows_);
     std::fill_n(static_cast<double*>(loss_), strips_ * kLanes, 0.0);
 #pragma omp parallel num_threads(a_.threads)
     {
-      const Scratch mine = scratch();
+      Local mine = local();
       for (int64_t i1 = 0; i1 < cols_; i1 += block_) {
-#pragma omp single
-        i1_ = i1, i2_ = std::min(cols_, i1 + block_);
-        pack_panel();
-        if (rule_ == Rule::block) choose_in_block();
-#pragma omp for schedule(static)
-        for (int64_t s = 0; s < strips_; ++s) {
-          if (rule_ != Rule::block) advance(s);
+        take_block(i1, mine);
+        if (rule_ == Rule::block) choose_in_block(mine);
+        deal_.for_mine(0, strips_, [&](int64_t s) {
+          if (rule_ != Rule::block) advance(s, mine);
           solve(s, mine);
-          store_strip(mine.kept, kLanes, strip_rows(s), i2_ - i1_,
-                      a_.weight.ptr<float>() + element(s, i1_), cols_);
-          store_strip_unset(mine.pruned, kLanes, strip_rows(s), i2_ - i1_,
-                            a_.mask.ptr<uint8_t>() + element(s, i1_), cols_);
-        }
+          store_strip(mine.kept, kLanes, strip_rows(s), mine.width(),
+                      a_.weight.ptr<float>() + element(s, i1), cols_);
+          store_strip_unset(mine.pruned, kLanes, strip_rows(s), mine.width(),
+                            a_.mask.ptr<uint8_t>() + element(s, i1), cols_);
+        });
       }
     }
     float* loss = a_.loss.ptr<float>() + b * rows_;
@@ -138,14 +153,26 @@ class Sweep {
               l < strip_rows(s) ? grid[part * rows_ + s * kLanes + l] : part == 0;
   }
 
-  void pack_panel() {
-    const int64_t width = i2_ - i1_;
-#pragma omp for schedule(static)
-    for (int64_t k = 0; k < i2_; ++k) {
-      const float* row = u_ + k * cols_ + i1_;
-      if (k >= i1_) inv_diag_[k] = 1.0f / row[k - i1_];
+  // Goes on to the block of columns at i1. Called by the whole team.
+  void take_block(int64_t i1, Local& mine) const {
+    const int64_t i2 = std::min(cols_, i1 + block_);
+    mine.panel = {mine.panel_data, i1, i2};
+    for (int64_t k = i1; k < i2; ++k) mine.inv_diag[k] = 1.0f / u_[k * cols_ + k];
+    if (own_panels_) return pack_rows(0, i2, mine);
+#pragma omp barrier  // the others may still use the last panel
+    const int64_t team = omp_get_num_threads(), share = (i2 + team - 1) / team;
+    const int64_t k0 = std::min(i2, omp_get_thread_num() * share);
+    pack_rows(k0, std::min(i2, k0 + share), mine);
+#pragma omp barrier
+  }
+
+  // Rows [k0, k1) of the panel.
+  void pack_rows(int64_t k0, int64_t k1, const Local& mine) const {
+    const int64_t i1 = mine.begin(), i2 = mine.end(), width = mine.width();
+    for (int64_t k = k0; k < k1; ++k) {
+      const float* row = u_ + k * cols_ + i1;
       for (int64_t c = 0; c < width; c += kCols) {
-        float* out = panel_ + (c * i2_ + k * kCols);
+        float* out = mine.panel_data + (c * i2 + k * kCols);
         const int64_t inside = std::min<int64_t>(kCols, width - c);
         if (inside == kCols) {
           std::copy_n(row + c, kCols, out);
@@ -158,31 +185,33 @@ class Sweep {
   }
 
   // Loads the block's columns into strip s and applies all errors of earlier blocks to them.
-  void advance(int64_t s) {
-    const int64_t ld = a_.w.stride[1];
-    const float* w = a_.w.ptr<float>() + b_ * a_.w.stride[0] + s * kLanes * ld + i1_;
-    load_strip(w, ld, strip_rows(s), i2_ - i1_, strip(s) + i1_ * kLanes, kLanes);
-    update<V>(strip(s), panel(), i1_, i2_, 0, i1_);
+  void advance(int64_t s, const Local& mine) const {
+    const int64_t ld = a_.w.stride[1], i1 = mine.begin(), i2 = mine.end();
+    const float* w = a_.w.ptr<float>() + b_ * a_.w.stride[0] + s * kLanes * ld + i1;
+    load_strip(w, ld, strip_rows(s), i2 - i1, errors_[s] + i1 * kLanes, kLanes);
+    update<V>(errors_[s], mine.panel, i1, i2, 0, i1);
   }
 
   // Visits the block's columns of strip s. A mask is chosen when all columns before it have been
   // visited: N:M chooses group by group, the other rules once for the block.
-  void solve(int64_t s, const Scratch& mine) {
+  void solve(int64_t s, const Local& mine) const {
+    const int64_t i1 = mine.begin(), i2 = mine.end();
     if (a_.preserve)
-      load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1_), cols_, strip_rows(s),
-                       i2_ - i1_, mine.preserved, kLanes);
-    if (rule_ != Rule::nm) choose(s, i1_, mine);
-    const int64_t step = rule_ == Rule::nm ? a_.m : kDepth;
-    for (int64_t g = i1_; g < i2_; g += step) {
-      const int64_t end = std::min(i2_, g + step);
-      update<V>(strip(s), panel(), g, end, i1_, g);
+      load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1), cols_, strip_rows(s), i2 - i1,
+                       mine.preserved, kLanes);
+    if (rule_ != Rule::nm) choose(s, i1, mine);
+    const int64_t step = rule_ == Rule::nm ? a_.m : Panel::kDepth;
+    for (int64_t g = i1; g < i2; g += step) {
+      const int64_t end = std::min(i2, g + step);
+      update<V>(errors_[s], mine.panel, g, end, i1, g);
       if (rule_ == Rule::nm) choose(s, g, mine);
-      panel().for_tiles(g, end, [&](int64_t c, auto width) {
-        const int64_t at = (c - i1_) * kLanes;
+      for_tiles(mine.panel, g, end, [&](int64_t c, auto width) {
+        const int64_t at = (c - i1) * kLanes;
         const auto visit = [&](auto quantise) {
-          solve_tile<V, width, quantise>(
-              strip(s) + c * kLanes, strip(s) + g * kLanes, panel().at(g, c), c - g, inv_diag_ + c,
-              mine.pruned + at, mine.kept + at, loss_ + s * kLanes, grid_ + 3 * s * kLanes);
+          solve_tile<V, width, Panel::kStride, quantise>(
+              errors_[s] + c * kLanes, errors_[s] + g * kLanes, mine.panel.at(g, c), c - g,
+              mine.inv_diag + c, mine.pruned + at, mine.kept + at, loss_ + s * kLanes,
+              grid_ + 3 * s * kLanes);
         };
         a_.grid ? visit(std::true_type()) : visit(std::false_type());
       });
@@ -190,8 +219,9 @@ class Sweep {
   }
 
   // The mask of the group (N:M) or the block that starts at column g.
-  void choose(int64_t s, int64_t g, const Scratch& mine) {
-    const int64_t width = rule_ == Rule::nm ? a_.m : i2_ - i1_, at = (g - i1_) * kLanes;
+  void choose(int64_t s, int64_t g, const Local& mine) const {
+    const int64_t width = rule_ == Rule::nm ? a_.m : mine.width();
+    const int64_t at = (g - mine.begin()) * kLanes;
     int32_t *pruned = mine.pruned + at, *preserved = mine.preserved + at;
     switch (rule_) {
       case Rule::given:
@@ -199,73 +229,69 @@ class Sweep {
                          pruned, kLanes);
         break;
       case Rule::nm:
-        keys_of(s, g, width, preserved, mine.keys);
+        keys_of(s, g, width, mine, preserved, mine.keys);
         prune_group(mine.keys, width, kLanes, static_cast<int32_t>(a_.m - a_.n), pruned);
         break;
       case Rule::row:
-        keys_of(s, g, width, preserved, mine.keys);
-        choose_in_rows(s, width, mine.keys, pruned);
+        keys_of(s, g, width, mine, preserved, mine.keys);
+        choose_in_rows(s, mine, pruned);
         break;
       case Rule::block:
-        prune_to_cut(s, width, pruned);
+        prune_to_cut(s, mine, pruned);
         break;
     }
     if (a_.preserve)
       for (int64_t i = 0; i < width * kLanes; ++i) pruned[i] |= preserved[i];
   }
 
-  void keys_of(int64_t s, int64_t g, int64_t width, const int32_t* preserved, int32_t* keys) const {
-    score_keys(strip(s) + g * kLanes, scale_ + g, width, kLanes, keys);
+  void keys_of(int64_t s, int64_t g, int64_t width, const Local& mine, const int32_t* preserved,
+               int32_t* keys) const {
+    score_keys(errors_[s] + g * kLanes, mine.scale + g, width, kLanes, keys);
     static_assert(kPreservedKey == -1, "set by or-ing the lane mask in");
     if (a_.preserve)
       for (int64_t i = 0; i < width * kLanes; ++i) keys[i] |= preserved[i];
   }
 
-  void choose_in_rows(int64_t s, int64_t width, const int32_t* keys, int32_t* pruned) const {
+  void choose_in_rows(int64_t s, const Local& mine, int32_t* pruned) const {
     const int64_t blocks = a_.counts->shape[2];
     const int32_t* counts = a_.counts->ptr<int32_t>() + (b_ * rows_ + s * kLanes) * blocks;
     for (int l = 0; l < kLanes; l += Vec::kLanes) {
       Keys k = {}, threshold, ties;
       for (int i = 0; i < Vec::kLanes && l + i < strip_rows(s); ++i)
-        k[i] = counts[(l + i) * blocks + i1_ / block_];
-      row_thresholds(keys + l, width, kLanes, k, threshold, ties);
-      prune_below(keys + l, width, kLanes, threshold, ties, pruned + l);
+        k[i] = counts[(l + i) * blocks + mine.begin() / block_];
+      row_thresholds(mine.keys + l, mine.width(), kLanes, k, threshold, ties);
+      prune_below(mine.keys + l, mine.width(), kLanes, threshold, ties, pruned + l);
     }
   }
 
   // --- rows x block: one cut for all strips -------------------------------------------------
 
-  int32_t* block_keys(int64_t s) const { return block_keys_ + s * kLanes * block_; }
-
   // Brings the block up to date in every strip and finds its cut. Called by the whole team.
-  void choose_in_block() {
-    const int64_t width = i2_ - i1_;
-    const Scratch mine = scratch();
-    const int32_t count = a_.counts->ptr<int32_t>()[b_ * a_.counts->shape[2] + i1_ / block_];
+  void choose_in_block(Local& mine) {
+    const int64_t i1 = mine.begin(), width = mine.width();
+    const int32_t count = a_.counts->ptr<int32_t>()[b_ * a_.counts->shape[2] + i1 / block_];
     const int64_t wanted = std::min<int64_t>(count, rows_ * width);
-#pragma omp for schedule(static)
-    for (int64_t s = 0; s < strips_; ++s) {
-      advance(s);
+    deal_.for_mine(0, strips_, [&](int64_t s) {
+      advance(s, mine);
       if (a_.preserve)
-        load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1_), cols_, strip_rows(s), width,
+        load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1), cols_, strip_rows(s), width,
                          mine.preserved, kLanes);
-      keys_of(s, i1_, width, mine.preserved, block_keys(s));
-      block_cut_->add(s, block_keys(s), width, kLanes, strip_rows(s));
-    }
+      keys_of(s, i1, width, mine, mine.preserved, block_keys_[s]);
+      block_cut_->add(s, block_keys_[s], width, kLanes, strip_rows(s));
+    });
     const Cut cut = block_cut_->find(wanted, rows_ * width, width * kLanes,
-                                     [&](int64_t s) { return block_keys(s); });
-    if (cut.ties > 0 && cut.ties < kAllTies && !a_.all_ties) share_ties(cut);
-#pragma omp single
-    cut_ = a_.all_ties && wanted > 0 ? Cut{cut.key, kAllTies} : cut;
+                                     [&](int64_t s) { return block_keys_[s]; });
+    if (cut.ties > 0 && cut.ties < kAllTies && !a_.all_ties) share_ties(cut, width);
+    mine.cut = a_.all_ties && wanted > 0 ? Cut{cut.key, kAllTies} : cut;
   }
 
   // row_ties_: how many keys equal to the cut's each row prunes, earlier rows first.
-  void share_ties(const Cut& cut) {
+  void share_ties(const Cut& cut, int64_t width) {
 #pragma omp for schedule(static)
     for (int64_t s = 0; s < strips_; ++s)
       for (int l = 0; l < kLanes; ++l) {
         int32_t equal = 0;
-        for (int64_t c = 0; c < i2_ - i1_; ++c) equal += block_keys(s)[c * kLanes + l] == cut.key;
+        for (int64_t c = 0; c < width; ++c) equal += block_keys_[s][c * kLanes + l] == cut.key;
         row_ties_[s * kLanes + l] = equal;
       }
 #pragma omp single
@@ -278,11 +304,13 @@ class Sweep {
     }
   }
 
-  void prune_to_cut(int64_t s, int64_t width, int32_t* pruned) const {
-    if (cut_.ties == kAllTies) return prune_up_to(block_keys(s), width, kLanes, cut_.key, pruned);
-    if (cut_.ties == 0) return prune_up_to(block_keys(s), width, kLanes, cut_.key - 1, pruned);
+  void prune_to_cut(int64_t s, const Local& mine, int32_t* pruned) const {
+    const int64_t width = mine.width();
+    const Cut& cut = mine.cut;
+    if (cut.ties == kAllTies) return prune_up_to(block_keys_[s], width, kLanes, cut.key, pruned);
+    if (cut.ties == 0) return prune_up_to(block_keys_[s], width, kLanes, cut.key - 1, pruned);
     for (int l = 0; l < kLanes; l += Vec::kLanes)
-      prune_below(block_keys(s) + l, width, kLanes, Keys{} + cut_.key,
+      prune_below(block_keys_[s] + l, width, kLanes, Keys{} + cut.key,
                   keys_at(row_ties_ + s * kLanes + l), pruned + l);
   }
 };

@@ -2,8 +2,11 @@
 // and triangular solves with the upper triangular matrix of a panel.
 #pragma once
 
+#include <omp.h>
+
 #include <cstdint>
 #include <cstdlib>
+#include <deque>
 #include <new>
 #include <type_traits>
 #include <vector>
@@ -23,8 +26,8 @@ constexpr int kCols = 4, kMaxVecs = 3;
 constexpr int kCols = 4, kMaxVecs = 1;
 #endif
 
-// acc -= e[k] u[k] over k < depth; e is [depth][V vectors], u is [depth][kCols].
-template <int V, int W>
+// acc -= e[k] u[k] over k < depth; e is [depth][V vectors], u is [depth][S], W of each S are used.
+template <int V, int W, int S>
 inline void accumulate(Vec (&acc)[W][V], const float* e, const float* u, int64_t depth) {
   constexpr int L = Vec::kLanes;
   for (int64_t k = 0; k < depth; ++k) {
@@ -33,7 +36,7 @@ inline void accumulate(Vec (&acc)[W][V], const float* e, const float* u, int64_t
     for (int v = 0; v < V; ++v) err[v] = Vec::load(e + k * V * L + v * L);
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) {
-      const Vec b = Vec::set1(u[k * kCols + w]);
+      const Vec b = Vec::set1(u[k * S + w]);
 #pragma GCC unroll 3
       for (int v = 0; v < V; ++v) acc[w][v] = Vec::fnma(err[v], b, acc[w][v]);
     }
@@ -41,7 +44,7 @@ inline void accumulate(Vec (&acc)[W][V], const float* e, const float* u, int64_t
 }
 
 // W columns of a strip, all tiles of one panel column: tile -= e u.
-template <int V, int W>
+template <int V, int W, int S>
 void update_tile(float* tile, const float* e, const float* u, int64_t depth) {
   constexpr int L = Vec::kLanes;
   Vec acc[W][V];
@@ -49,7 +52,7 @@ void update_tile(float* tile, const float* e, const float* u, int64_t depth) {
   for (int w = 0; w < W; ++w)
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
-  accumulate<V, W>(acc, e, u, depth);
+  accumulate<V, W, S>(acc, e, u, depth);
 #pragma GCC unroll 8
   for (int w = 0; w < W; ++w)
 #pragma GCC unroll 3
@@ -69,7 +72,7 @@ inline Vec round_to_grid(Vec x, const float* grid, int v) {
 // Brings the tile up to date like update_tile, then visits its columns: `kept` gets the new
 // weights, `tile` the errors, `loss` their halved squares. `diag` is the panel at the tile's rows.
 // kQuantise: what is kept is rounded to the strip's `grid`, and its error is passed on as well.
-template <int V, int W, bool kQuantise = false>
+template <int V, int W, int S, bool kQuantise = false>
 void solve_tile(float* tile, const float* e, const float* u, int64_t depth, const float* inv_diag,
                 const int32_t* pruned, float* kept, double* loss, const float* grid = nullptr) {
   constexpr int L = Vec::kLanes;
@@ -78,8 +81,8 @@ void solve_tile(float* tile, const float* e, const float* u, int64_t depth, cons
   for (int w = 0; w < W; ++w)
 #pragma GCC unroll 3
     for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
-  accumulate<V, W>(acc, e, u, depth);
-  const float* diag = u + depth * kCols;
+  accumulate<V, W, S>(acc, e, u, depth);
+  const float* diag = u + depth * S;
 #pragma GCC unroll 3
   for (int v = 0; v < V; ++v) squares[v] = Vec::zero();
 #pragma GCC unroll 8
@@ -100,7 +103,7 @@ void solve_tile(float* tile, const float* e, const float* u, int64_t depth, cons
       squares[v] = Vec::fma(err, err, squares[v]);
 #pragma GCC unroll 8
       for (int x = w + 1; x < W; ++x)
-        acc[x][v] = Vec::fnma(err, Vec::set1(diag[w * kCols + x]), acc[x][v]);
+        acc[x][v] = Vec::fnma(err, Vec::set1(diag[w * S + x]), acc[x][v]);
     }
   }
 #pragma GCC unroll 3
@@ -120,12 +123,13 @@ inline void with_width(int64_t w, F&& f) {
   }
 }
 
-// Strip columns per pass over a panel: 128 x 48 floats are 24 KiB, half of a first-level cache.
-constexpr int64_t kDepth = 128;
-
 // Columns first <= c < `rows` of an upper triangular matrix, its rows 0 <= k < `rows`, as
 // [tiles of kCols columns][rows][kCols].
 struct Panel {
+  static constexpr int kStride = kCols;
+  // Strip columns per pass over the panel: 128 x 48 floats are 24 KiB, three quarters of a
+  // first-level cache.
+  static constexpr int64_t kDepth = 128;
   const float* data;
   int64_t first, rows;
 
@@ -133,35 +137,43 @@ struct Panel {
     const int64_t column = c - first, in_tile = column % kCols;
     return data + (column - in_tile) * rows + k * kCols + in_tile;
   }
-
-  // Calls f(first column, width) for the columns [a, b) cut at the tiles' borders.
-  template <class F>
-  void for_tiles(int64_t a, int64_t b, F&& f) const {
-    for (int64_t c = a; c < b;) {
-      const int64_t width = std::min(b - c, kCols - (c - first) % kCols);
-      with_width(width, [&](auto w) { f(c, w); });
-      c += width;
-    }
-  }
 };
 
-// strip[:, a:b] -= strip[:, k0:k1] U[k0:k1, a:b]
-template <int V>
-inline void update(float* strip, const Panel& u, int64_t a, int64_t b, int64_t k0, int64_t k1) {
-  constexpr int S = V * Vec::kLanes;
-  for (int64_t k = k0; k < k1; k += kDepth)
-    u.for_tiles(a, b, [&](int64_t c, auto width) {
-      update_tile<V, width>(strip + c * S, strip + k * S, u.at(k, c), std::min(kDepth, k1 - k));
+// Calls f(first column, width) for the columns [a, b) cut at the borders of a panel's tiles.
+template <class P, class F>
+inline void for_tiles(const P& panel, int64_t a, int64_t b, F&& f) {
+  for (int64_t c = a; c < b;) {
+    const int64_t width = std::min(b - c, kCols - (c - panel.first) % kCols);
+    with_width(width, [&](auto w) { f(c, w); });
+    c += width;
+  }
+}
+
+// strip[:, a:b] -= strip[:, k0:k1] U[k0:k1, a:b], u a panel: u.at(k, c) is where U[k, c] lies and
+// the columns to its right in the tile, P::kStride from row to row.
+// P::kDepth columns of the strip at a time, which does not change the result.
+template <int V, class P>
+inline void update(float* strip, const P& u, int64_t a, int64_t b, int64_t k0, int64_t k1) {
+  constexpr int L = V * Vec::kLanes;
+  for (int64_t k = k0; k < k1; k += P::kDepth)
+    for_tiles(u, a, b, [&](int64_t c, auto width) {
+      update_tile<V, width, P::kStride>(strip + c * L, strip + k * L, u.at(k, c),
+                                        std::min(P::kDepth, k1 - k));
     });
 }
 
 // Memory that one call gave back, for the next one: fresh pages fault when they are first touched,
 // which took as long as the rest of a 576 x 576 sweep's bookkeeping. At most kMost bytes a thread.
+//
+// A block goes to the same member of a team again, `owner`: lines that another core has written
+// come from its cache one by one. With strips that changed hands two threads took some 6 %
+// longer for a solve of 576 columns. 0 is the calling thread, and whoever shares its memory.
 class Spare {
  public:
   struct Block {
     void* data;
     size_t bytes;
+    int owner;
   };
 
   Spare() { blocks_.reserve(kBlocks); }
@@ -169,16 +181,16 @@ class Spare {
     for (const Block& block : blocks_) std::free(block.data);
   }
 
-  Block take(size_t bytes) {
+  Block take(size_t bytes, int owner) {
     for (Block& block : blocks_)
-      if (block.bytes >= bytes && block.bytes / 2 <= bytes) {
+      if (block.owner == owner && block.bytes >= bytes && block.bytes / 2 <= bytes) {
         const Block found = block;
         block = blocks_.back();
         blocks_.pop_back();
         held_ -= found.bytes;
         return found;
       }
-    return {std::aligned_alloc(64, bytes), bytes};
+    return {std::aligned_alloc(64, bytes), bytes, owner};
   }
 
   void give(Block block) {
@@ -193,7 +205,7 @@ class Spare {
   }
 
  private:
-  static constexpr size_t kBlocks = 64, kMost = size_t{32} << 20;
+  static constexpr size_t kBlocks = 256, kMost = size_t{32} << 20;
   std::vector<Block> blocks_;
   size_t held_ = 0;
 };
@@ -203,8 +215,8 @@ class Spare {
 template <class T>
 class Buffer {
  public:
-  explicit Buffer(int64_t count)
-      : block_(Spare::of_this_thread().take((count * sizeof(T) + 64) / 64 * 64)) {
+  explicit Buffer(int64_t count, int owner = 0)
+      : block_(Spare::of_this_thread().take((count * sizeof(T) + 64) / 64 * 64, owner)) {
     if (!block_.data) throw std::bad_alloc();
   }
   ~Buffer() { Spare::of_this_thread().give(block_); }
@@ -214,6 +226,56 @@ class Buffer {
 
  private:
   Spare::Block block_;
+};
+
+// A buffer of `count` elements for each thread of a team.
+template <class T>
+class PerThread {
+ public:
+  PerThread(int threads, int64_t count) {
+    for (int t = 0; t < threads; ++t) buffers_.emplace_back(count, t);
+  }
+  T* operator[](int64_t thread) const { return buffers_[thread]; }
+  T* mine() const { return buffers_[omp_get_thread_num()]; }
+
+ private:
+  std::deque<Buffer<T>> buffers_;  // which need not be movable
+};
+
+// Strips dealt out to threads. A strip stays with one thread, and so in its cache. Where later ones
+// have less to do, it matters that every other round goes backwards.
+struct Deal {
+  int64_t strips;
+  int threads;
+
+  int64_t owner(int64_t s) const {
+    const int64_t turn = s % (2 * threads);
+    return turn < threads ? turn : 2 * threads - 1 - turn;
+  }
+  // A team may turn out smaller than asked for.
+  bool is_mine(int64_t s) const { return owner(s) % omp_get_num_threads() == omp_get_thread_num(); }
+  // Calls f(s) for the thread's own strips in [s0, s1).
+  template <class F>
+  void for_mine(int64_t s0, int64_t s1, F&& f) const {
+    for (int64_t s = s0; s < s1; ++s)
+      if (is_mine(s)) f(s);
+  }
+};
+
+// `count` elements for each strip, in its thread's memory.
+template <class T>
+class PerStrip {
+ public:
+  PerStrip(const Deal& deal, int64_t count)
+      : deal_(deal),
+        count_(count),
+        memory_(deal.threads, (deal.strips + deal.threads - 1) / deal.threads * count) {}
+  T* operator[](int64_t s) const { return memory_[deal_.owner(s)] + s / deal_.threads * count_; }
+
+ private:
+  Deal deal_;
+  int64_t count_;
+  PerThread<T> memory_;
 };
 
 }  // namespace PYPRUNE_ISA

@@ -4,30 +4,19 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <string>
 #include <type_traits>
-#include <vector>
 
+#include "cpu/int8_wide.h"
 #include "cpu/sparse_bf16.h"
 #include "cpu/sparse_rows.h"
+#include "cpu/sparse_run.h"
 #include "cpu/sparse_table.h"
 #include "cpu/widen_int8.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
 namespace {
-
-inline void store_as(float* y, float value) { *y = value; }
-inline void store_as(bf16* y, float value) {
-  uint32_t u;
-  std::memcpy(&u, &value, 4);
-  // Round to nearest even; a NaN stays one.
-  u = value != value ? (u | 0x400000u) : u + 0x7fffu + ((u >> 16) & 1);
-  y->bits = static_cast<uint16_t>(u >> 16);
-}
 
 // Rows of x that one pass over W serves.
 constexpr int kInt8ChunkRows = 8;
@@ -274,16 +263,6 @@ void pack_words(const X* x, int64_t stride, int64_t m, int64_t cols, typename Ke
     }
 }
 
-struct AlignedFree {
-  void operator()(void* p) const { std::free(p); }
-};
-using Aligned = std::unique_ptr<void, AlignedFree>;
-inline Aligned aligned_bytes(int64_t bytes) {
-  Aligned p(std::aligned_alloc(64, static_cast<size_t>((bytes + 127) / 64 * 64)));
-  if (!p) throw std::bad_alloc();
-  return p;
-}
-
 // One thread's buffers: mask words of a block of rows, and their sums.
 struct FewScratch {
   uint64_t* words;
@@ -332,11 +311,9 @@ void few_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
   const int64_t n = mask_words(w.cols), blocks = (w.rows + kBlock - 1) / kBlock;
   const int64_t sum_floats = kBlock * M * Vec::kLanes;
   const int threads = a.linear.threads;
-  const Aligned packed =
-      aligned_bytes(n * M * kMaskColumns * Kernel::kParts * sizeof(typename Kernel::T));
-  const Aligned sums = aligned_bytes(threads * sum_floats * 4);
-  const Aligned words = aligned_bytes(threads * kBlock * n * 8);
-  auto* x = static_cast<typename Kernel::T*>(packed.get());
+  const Scratch packed(n * M * kMaskColumns * Kernel::kParts * sizeof(typename Kernel::T));
+  const Scratch sums(threads * sum_floats * 4), words(threads * kBlock * n * 8);
+  auto* x = packed.as<typename Kernel::T>();
   pack_words<Kernel>(a.linear.x.ptr<const X>(), a.linear.x.stride[0], M, w.cols, x);
   const float* scales = a.scales.ptr<const float>();
   const float* bias = a.linear.bias ? a.linear.bias->ptr<const float>() : nullptr;
@@ -345,14 +322,13 @@ void few_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
   for (int64_t g = 0; g < blocks; ++g) {
     const int64_t r0 = g * kBlock, count = std::min(kBlock, w.rows - r0);
     const int64_t me = omp_get_thread_num();
-    const FewScratch s{static_cast<uint64_t*>(words.get()) + me * kBlock * n,
-                       static_cast<float*>(sums.get()) + me * sum_floats};
+    const FewScratch s{words.as<uint64_t>() + me * kBlock * n, sums.as<float>() + me * sum_floats};
     prefetch_meta(w, r0 + kBlock, kBlock);
     if (!few_block<Kernel, M>(w, r0, count, x, s, broken)) continue;
     for (int64_t r = 0; r < count; ++r)
       for (int64_t m = 0; m < M; ++m) {
         const float sum = Vec::load(s.sums + (r * M + m) * Vec::kLanes).sum();
-        store_as(y + m * w.rows + r0 + r, sum * scales[r0 + r] + (bias ? bias[r0 + r] : 0.0f));
+        store(y + m * w.rows + r0 + r, sum * scales[r0 + r] + (bias ? bias[r0 + r] : 0.0f));
       }
   }
 }
@@ -363,99 +339,6 @@ void few_rows(const SparseInt8Args& a, const Weights& w, int64_t m, std::atomic<
     few_rows<Kernel, X, M>(a, w, broken);
   else if constexpr (M > 1)
     few_rows<Kernel, X, M - 1>(a, w, m, broken);
-}
-
-// Rows of W that are widened at a time: enough that packing x anew for each costs about one
-// per cent, and few enough that the widened values stay in the last-level cache.
-constexpr int64_t kWideRows = 1024;
-
-TensorView view_of(void* data, DType dtype, int64_t rows, int64_t cols) {
-  TensorView v;
-  v.data = data;
-  v.dtype = dtype;
-  v.ndim = 2;
-  v.shape[0] = rows;
-  v.shape[1] = v.stride[0] = cols;
-  v.stride[1] = 1;
-  return v;
-}
-
-TensorView view_of(void* data, DType dtype, int64_t n) {
-  TensorView v = view_of(data, dtype, 1, n);
-  v.ndim = 1;
-  v.shape[0] = n;
-  v.stride[0] = 1;
-  return v;
-}
-
-// Rows [r0, r0 + count): values as bf16 (at most as many as they have columns), offsets counted
-// from the first; false, and the row noted, when one is inconsistent.
-bool widen_rows(const Weights& w, int64_t r0, int64_t count, int threads, bf16* values,
-                int64_t* offsets, std::atomic<int64_t>* broken) {
-  const bool bitmap = w.format == WeightFormat::bitmap;
-  const int64_t first = w.begin(r0);
-  for (int64_t r = 0; bitmap && r < count; ++r) {
-    const int64_t begin = w.offsets[r0 + r], end = w.offsets[r0 + r + 1];
-    if (begin < 0 || begin > end || end > w.nnz || end - begin > w.cols) {
-      broken->store(r0 + r, std::memory_order_relaxed);
-      return false;
-    }
-    offsets[r] = begin - first;
-  }
-  const int64_t n = (bitmap ? w.offsets[r0 + count] : w.begin(r0 + count)) - first;
-  offsets[count] = n;
-  const int8_t* q = static_cast<const int8_t*>(w.values) + first;
-#pragma omp parallel for schedule(static) num_threads(threads)
-  for (int64_t i = 0; i < n; ++i) {
-    const float f = static_cast<float>(q[i]);
-    uint32_t u;
-    std::memcpy(&u, &f, 4);
-    values[i] = {static_cast<uint16_t>(u >> 16)};
-  }
-  std::vector<uint64_t> words(static_cast<size_t>(mask_words(w.cols)));
-  for (int64_t r = 0; bitmap && r < count; ++r)
-    if (!row_mask(w, r0 + r, words.data())) {
-      broken->store(r0 + r, std::memory_order_relaxed);
-      return false;
-    }
-  return true;
-}
-
-// bf16 x: a sum is rounded to bf16 before it is scaled, and rounded once more then.
-template <class X>
-void many_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
-  const SparseLinearArgs& args = a.linear;
-  const bool bitmap = w.format == WeightFormat::bitmap;
-  const int64_t tokens = args.x.shape[0], most = std::min(kWideRows, w.rows);
-  const Aligned values = aligned_bytes(std::min(most * w.cols, w.nnz) * 2);
-  const Aligned offsets = aligned_bytes((most + 1) * 8);
-  const Aligned block = aligned_bytes(tokens * most * static_cast<int64_t>(sizeof(X)));
-  auto* wide = static_cast<bf16*>(values.get());
-  auto* begins = static_cast<int64_t*>(offsets.get());
-  const auto* sums = static_cast<const X*>(block.get());
-  const float* scales = a.scales.ptr<const float>();
-  const float* bias = args.bias ? args.bias->ptr<const float>() : nullptr;
-  X* y = args.y.ptr<X>();
-  for (int64_t r0 = 0; r0 < w.rows; r0 += kWideRows) {
-    const int64_t count = std::min(kWideRows, w.rows - r0);
-    if (!widen_rows(w, r0, count, args.threads, wide, begins, broken)) return;
-    TensorView meta =
-        view_of(const_cast<uint8_t*>(w.meta) + r0 * w.meta_stride, DType::u8, count, w.meta_stride);
-    TensorView starts = view_of(begins, DType::i64, count + 1);
-    SparseLinearArgs part = args;
-    part.y = view_of(block.get(), args.y.dtype, tokens, count);
-    part.rows = count;
-    part.values = view_of(wide, DType::bf16, bitmap ? begins[count] : count * w.cols / 2);
-    part.meta = &meta;
-    part.offsets = bitmap ? &starts : nullptr;
-    part.bias = nullptr;
-    PYPRUNE_ISA::sparse_linear(part);
-#pragma omp parallel for schedule(static) num_threads(args.threads)
-    for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t r = 0; r < count; ++r)
-        store_as(y + t * w.rows + r0 + r,
-                 to_float(sums[t * count + r]) * scales[r0 + r] + (bias ? bias[r0 + r] : 0.0f));
-  }
 }
 
 // At most kInt8ChunkRows rows of x.

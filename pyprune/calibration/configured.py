@@ -10,6 +10,7 @@ from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.tokens import TokenSet, calibration_tokens
 from pyprune.config import CalibrationConfig
 from pyprune.errors import UserError
+from pyprune.models.positions import positions_of
 
 
 def configured_tokens(data: object, wanted: CalibrationConfig, config: Any) -> TokenSet:
@@ -20,7 +21,7 @@ def configured_tokens(data: object, wanted: CalibrationConfig, config: Any) -> T
     or batches that do not fit the model.
     """
     text_config = config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", None)
+    positions = positions_of(config)
     if isinstance(data, PreTrainedTokenizerBase):
         data = calibration_tokens(
             wanted.source,

@@ -15,7 +15,7 @@ from transformers import Conv1D
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.graph import Branch, ResidualGraph, State
 from pyprune.depth.hidden import real_tokens
-from pyprune.depth.ridge import HELD_OUT, Moments, choose_ridge
+from pyprune.depth.ridge import HELD_OUT, Moments, check_ridge, choose_ridge
 from pyprune.errors import UserError
 
 # Last linear maps of a branch, by name, in every supported family.
@@ -35,6 +35,17 @@ class AddOns:
     compensate: bool = False
     refit: bool = False
     ridge: float | None = None
+
+    def __post_init__(self) -> None:
+        check_ridge(self.ridge)
+
+
+def check_add_ons(graph: ResidualGraph, options: AddOns) -> None:
+    """Raises UserError where the model's branches cannot have what `options` ask for: before a
+    search, which may take hours, not after it."""
+    for branch in graph.branches if options.refit or options.compensate else ():
+        if options.refit or _norm_after(graph, branch) is None:
+            writers(graph, branch)
 
 
 def apply_add_ons(
@@ -233,8 +244,7 @@ def refit(
     relative squared errors of the stream at the gap's end on this text. The branches to remove must
     be removed afterwards.
     """
-    if ridge is not None and not ridge > 0:
-        raise UserError(f"ridge: expected a positive number, got {ridge}")
+    check_ridge(ridge)
     found = [gap for gap in gaps(removed, len(graph.layouts)) if gap[0] > 0]
     gone = set(removed)
     for start, _ in found:

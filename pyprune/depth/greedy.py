@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.addons import AddOns, apply_add_ons
+from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, Unit, parameter_count
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Refinement, Step, calibration_facts, name_of
@@ -52,6 +52,7 @@ class GreedyOptions(AddOns):
     state: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("every", "memory_mb", "width", "looks"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
@@ -126,6 +127,7 @@ class Greedy:
     remarks: list[str] = field(default_factory=list)  # for the decision, from elsewhere
 
     def __post_init__(self) -> None:
+        check_add_ons(self.graph, self.options)
         self.compare = self.options.compared(self.config)
         self.objective = self.options.scored(self.config)
         if self.shares is None:
@@ -206,9 +208,9 @@ class Greedy:
         return {branch for unit in self.removed for branch in unit}
 
     def _left(self) -> list[Unit]:
-        gone = self._branches
-        left = [unit for unit in self.units if not gone & set(unit)]
-        if not left or len(gone) + min(map(len, left)) >= len(self.graph.branches):
+        gone, most = self._branches, len(self.graph.branches) - 1
+        left = [u for u in self.units if not gone & set(u) and len(gone) + len(u) <= most]
+        if not left:
             raise UserError(
                 f"expected a target that leaves one branch, got {self.budget.target:g} "
                 f"({self.budget.spent(self.removed):g} is all that can go)"
@@ -264,7 +266,7 @@ class Greedy:
         """The mean loss behind a score."""
         if self.objective == "kl":
             return score
-        return math.log(score) if score > 0 else -math.inf
+        return -math.inf if score == 0 else math.log(score)  # NaN stays NaN
 
     # ---- the lazy round
 

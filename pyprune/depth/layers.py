@@ -52,6 +52,14 @@ class ShortGptOptions(AddOns):
     keep_first: int = 0
     keep_last: int = 0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.keep_first, self.keep_last) < 0:
+            raise UserError(
+                f"keep_first, keep_last: expected 0 or more, got {self.keep_first} and "
+                f"{self.keep_last}"
+            )
+
 
 @dataclass(frozen=True)
 class ShortenedOptions(AddOns):
@@ -165,8 +173,6 @@ def shortgpt(
     progress: Progress | None = None,
 ) -> LayerChoice:
     """ShortGPT: the layers of least Block Influence, at once."""
-    if min(options.keep_first, options.keep_last) < 0:
-        raise UserError("keep_first, keep_last: expected 0 or more")
     influence = block_influence(graph.adapter, batches)
     layers = len(influence)
     free = range(options.keep_first, layers - options.keep_last)
@@ -362,7 +368,9 @@ def _first(order: Sequence[int], enough: Enough, layers: int) -> tuple[int, ...]
 
 
 def _too_much(most: int, layers: int) -> UserError:
-    return UserError(f"expected a target that at most {most} of {layers} layers reach, got more")
+    return UserError(
+        f"expected a target within reach of the {most} of {layers} layers that may go, got more"
+    )
 
 
 def _with_add_ons(

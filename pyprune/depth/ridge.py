@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from pyprune.errors import UserError
+
 # Ridges that are tried, in mean squared outputs: half decades.
 LADDER = tuple(10.0 ** (k / 2) for k in range(-8, 7))
 HELD_OUT = 4  # every so many-th sequence is held out
+
+
+def check_ridge(ridge: float | None) -> None:
+    if ridge is not None and not 0 < ridge < math.inf:
+        raise UserError(f"ridge: expected a positive number or none, got {ridge}")
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ class Moments:
 
 
 def held_out_errors(fitted: Moments, held: Moments, ridges: tuple[float, ...]) -> list[float]:
-    """Errors on `held` of the solutions of `fitted`, one per ridge.
+    """Errors on `held` of the solutions of `fitted`, one per ridge; none is negative.
 
     With the eigenvectors Q of the Gram matrix, W = Q S C with C = Q'M'E and S = 1 / (eigenvalues +
     ridge) diagonal; so the error is a quadratic form in S, and each ridge takes d^2 operations.
@@ -62,7 +70,8 @@ def held_out_errors(fitted: Moments, held: Moments, ridges: tuple[float, ...]) -
     errors = []
     for ridge in ridges:
         s = 1 / (values.clamp(min=0) + ridge * fitted.unit)
-        errors.append(float(held.error - 2 * (s * linear).sum() + s @ (square @ s)))
+        error = float(held.error - 2 * (s * linear).sum() + s @ (square @ s))
+        errors.append(max(error, 0.0))  # what rounding leaves of a perfect fit
     return errors
 
 

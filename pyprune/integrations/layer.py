@@ -18,7 +18,9 @@ LOG = logging.getLogger(__name__)
 def matrix(layer: nn.Module) -> Tensor:
     """The weight as `[R, C]`, a view; of a Conv2d, C is channels x kernel height x width. Raises
     UserError for any other layer than Linear, Conv1D and Conv2d."""
-    weight: Tensor = layer.weight.detach()  # type: ignore[operator]
+    if not isinstance(layer, nn.Linear | Conv1D | nn.Conv2d):
+        raise UserError(f"layer: expected Linear, Conv1D or Conv2d, got {type(layer).__name__}")
+    weight: Tensor = layer.weight.detach()
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1:
             raise UserError(f"layer: expected a Conv2d with one group, got {layer.groups}")
@@ -26,26 +28,24 @@ def matrix(layer: nn.Module) -> Tensor:
             raise UserError(
                 f"layer: expected a Conv2d with padding in numbers, got {layer.padding!r}"
             )
+        if layer.padding_mode != "zeros":
+            raise UserError(f"layer: expected a Conv2d padded with zeros, got {layer.padding_mode}")
         return weight.flatten(1)
-    if isinstance(layer, Conv1D):
-        return weight.T
-    if isinstance(layer, nn.Linear):
-        return weight
-    raise UserError(f"layer: expected Linear, Conv1D or Conv2d, got {type(layer).__name__}")
+    return weight.T if isinstance(layer, Conv1D) else weight
 
 
 def like_weight(layer: nn.Module, w: Tensor) -> Tensor:
-    """`w [R, C]` in the shape and dtype of the layer's weight."""
+    """`w [R, C]` in the shape and dtype of the layer's weight, contiguous as that."""
     weight: Tensor = layer.weight  # type: ignore[assignment]
     w = w.T if isinstance(layer, Conv1D) else w
-    return w.reshape(weight.shape).to(weight.dtype)
+    return w.reshape(weight.shape).to(weight.dtype).contiguous()
 
 
 def tokens(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
     """The inputs as `[T, C]`, and how many sequences (or images) they are.
 
-    Linear and Conv1D: `[B, ..., C]`, or `[T, C]`, which is one sequence. Conv2d: `[B, C, H, W]`, or
-    without B; a token is what one position of the output is computed from.
+    Linear and Conv1D: `[B, ..., C]`, or one sequence, `[T, C]`, or token, `[C]`. Conv2d: `[B, C, H,
+    W]`, or without B; a token is what one position of the output is computed from.
     """
     if isinstance(layer, nn.Conv2d):
         images = inputs if inputs.dim() == 4 else inputs[None]
@@ -54,13 +54,15 @@ def tokens(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
             images, layer.kernel_size, layer.dilation, padding, layer.stride
         )
         return patches.transpose(1, 2).flatten(0, 1), images.shape[0]
-    sequences = 1 if inputs.dim() == 2 else inputs.shape[0]
+    sequences = 1 if inputs.dim() <= 2 else inputs.shape[0]
     return inputs.reshape(-1, inputs.shape[-1]), sequences
 
 
 def accumulate(add: Callable[[Tensor], object], acc: Tensor, scale: float, n: int, new: int) -> int:
     """Goes on with a mean that is kept as `acc = scale / n * sum`, in place: `add` adds raw sums.
     Returns the new n."""
+    if not new:
+        return n
     acc.mul_(n / scale)
     add(acc)
     acc.mul_(scale / (n + new))
@@ -81,7 +83,10 @@ def sweep(
     """SparseGPT for `w [R, C]` and `h [C, C]`, weights of dead inputs taken for 0, with
     `pruned` of every `group` weights removed, or, if those are 0, `sparsity` of every block of
     columns by the threshold rule of the SparseGPT code (one more than that share, and all ties).
-    With `preserve` (False: stays pruned) the count is exact instead."""
+    With `preserve` (False: stays pruned) the count is exact instead. Raises UserError where no
+    input was seen, or zeros alone: all weights would go."""
+    if not bool(h.diagonal().any()):
+        raise UserError("inputs: expected some that are not zero before the layer is pruned")
     factor = ops.obs_factor(h, damping=damping)
     if float(factor.damping) > damping:
         LOG.warning("the Hessian needed a damping of %g instead of %g", factor.damping, damping)

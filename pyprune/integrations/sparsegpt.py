@@ -61,8 +61,8 @@ class SparseGPT:
             prints.
 
         Raises:
-            UserError: `quantizer` is set. ValueError: a pattern that does not fit, or inputs that
-            were not finite.
+            UserError: `quantizer` is set, or no input but zeros was seen. ValueError: a pattern
+                that does not fit, or inputs that were not finite.
         """
         if getattr(self, "quantizer", None) is not None:
             raise UserError("quantizer: expected none; pyprune prune -O quantise_bits=4 rounds too")

@@ -4,11 +4,12 @@ it: `F = (1 - shrinkage) S + shrinkage diag(S) + lambda I` with S the sum of out
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pyprune.calibration.gradient_stats import GradientSamples
+from pyprune.calibration.gradient_stats import GradientFactory, GradientSamples
 from pyprune.errors import UserError
 from pyprune.methods.base import LayerInputs, MethodOptions, given_gradient
 from pyprune.ops.obs_factor import NotPositiveDefiniteError, damping_ladder
@@ -34,6 +35,11 @@ class SampleOptions:
             )
 
 
+def sampled_gradients(options: MethodOptions) -> GradientFactory:
+    """What the backward pass accumulates for S."""
+    return partial(GradientSamples, samples=options.own_as(SampleOptions).samples)
+
+
 @dataclass(frozen=True, eq=False)
 class LowRankFisher:
     """`F = diag(d) + s^T s` of a layer's weights, per predicted token, fp64.
@@ -46,11 +52,11 @@ class LowRankFisher:
     damping: float
 
     @classmethod
-    def of(
-        cls, name: str, inputs: LayerInputs, options: MethodOptions, own: SampleOptions
-    ) -> LowRankFisher:
-        """From what the backward pass accumulated. S has no full rank: a damping of 0 becomes the
-        next one of `damping_ladder`. Raises NotPositiveDefiniteError where that ends."""
+    def of(cls, name: str, inputs: LayerInputs, options: MethodOptions) -> LowRankFisher:
+        """From what the backward pass accumulated for method `name`. S has no full rank: a damping
+        of 0 becomes the next one of `damping_ladder`. Raises NotPositiveDefiniteError where that
+        ends."""
+        shrinkage = options.own_as(SampleOptions).shrinkage
         statistic = given_gradient(name, inputs, GradientSamples)
         s = statistic.per_token().to(inputs.squared_norms.device, torch.float64)
         diagonal = s.square().sum(0)
@@ -62,7 +68,7 @@ class LowRankFisher:
                 f"{name}: expected gradients and a damping above 0, got {damping:g} times their "
                 f"mean square {float(diagonal.sum()):g}"
             )
-        return cls(s * (1 - own.shrinkage) ** 0.5, own.shrinkage * diagonal + shift, damping)
+        return cls(s * (1 - shrinkage) ** 0.5, shrinkage * diagonal + shift, damping)
 
 
 def live_weight(w: Tensor, inputs: LayerInputs) -> Tensor:

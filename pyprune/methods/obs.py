@@ -12,15 +12,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from pyprune.calibration.gradient_stats import GradientFactory, GradientSamples
 from pyprune.errors import UserError
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given
-from pyprune.methods.fisher import LowRankFisher, SampleOptions, live_weight, with_dead
+from pyprune.methods.fisher import (
+    LowRankFisher,
+    SampleOptions,
+    live_weight,
+    sampled_gradients,
+    with_dead,
+)
 from pyprune.methods.selection import select_mask
 from pyprune.patterns import NM, Pattern, Unstructured, scope_of
 
@@ -84,14 +88,10 @@ class Survivors:
         self.x = torch.where(self.kept, self.x + change.view_as(self.x) / self._root, 0)
 
 
-def gradient(options: MethodOptions) -> GradientFactory:
-    return partial(GradientSamples, samples=options.own_as(ObsOptions).samples)
-
-
 def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
     """`[R, C]`: 1 / sqrt(diag(F^-1)) of the dense layer; 0 for inputs that were always zero."""
     inputs = given("obs", inputs)
-    fisher = LowRankFisher.of("obs", inputs, options, options.own_as(ObsOptions))
+    fisher = LowRankFisher.of("obs", inputs, options)
     diagonal = Survivors(torch.zeros_like(fisher.d), fisher).inverse_diagonal()
     return torch.where(inputs.dead, 0.0, diagonal.rsqrt())
 
@@ -108,7 +108,7 @@ def obs(
     the values that are best without them (Hassibi & Stork 1992; weights of one round jointly).
     See `Solver`."""
     inputs, own = given("obs", inputs), options.own_as(ObsOptions)
-    fisher = LowRankFisher.of("obs", inputs, options, own)
+    fisher = LowRankFisher.of("obs", inputs, options)
     survivors = Survivors(live_weight(w, inputs), fisher)
     if mask is not None:
         survivors.keep(mask)
@@ -141,6 +141,6 @@ METHOD = Method(
     updates_weights=True,
     solve=obs,
     column_scale=column_scale,
-    gradient=gradient,
+    gradient=sampled_gradients,
     options_type=ObsOptions,
 )

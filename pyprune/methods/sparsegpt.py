@@ -96,7 +96,7 @@ def solve_stack(
         rule["reference_count"] = options.reference_count
     swept = ops.obs_sweep(
         without_dead(w, factor),
-        factor.u,
+        factor.u.to(w.dtype),  # statistics are fp32
         **rule,
         preserve=preserve,
         block_size=options.block_size,

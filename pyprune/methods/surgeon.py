@@ -172,7 +172,7 @@ def surgeon(
         damping=there.a_damping,
         loss=new.loss,
         iterations=new.iterations,
-        # JSON knows no infinity: with a few iterations there is no estimate.
+        # JSON knows no infinity: with a few iterations there may be no estimate.
         gap=new.gap if new.gap is not None and math.isfinite(new.gap) else None,
         notes=_stopped_early(new, own),
     )

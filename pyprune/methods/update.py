@@ -60,7 +60,11 @@ def sequential(
     and 4)."""
     factor = inputs.factor(options)
     swept = ops.obs_sweep(
-        without_dead(w, factor), factor.u, mask=mask, block_size=options.block_size, grid=grid
+        without_dead(w, factor),
+        factor.u.to(w.dtype),
+        mask=mask,
+        block_size=options.block_size,
+        grid=grid,
     )
     return swept_solution(w, swept, factor, inputs, grid)
 
@@ -88,7 +92,7 @@ def iterative(
     )
     swept = ops.obs_sweep(
         without_dead(w, factor),
-        factor.u,
+        factor.u.to(w.dtype),  # statistics are fp32
         **rule,
         preserve=preserve,
         block_size=options.block_size,

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyprune.calibration.gradient_stats import GradientFactory, GradientSamples
 from pyprune.errors import UserError
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given
-from pyprune.methods.fisher import LowRankFisher, SampleOptions, live_weight, with_dead
+from pyprune.methods.fisher import (
+    LowRankFisher,
+    SampleOptions,
+    live_weight,
+    sampled_gradients,
+    with_dead,
+)
 from pyprune.methods.greedy import GreedyPlan
 from pyprune.methods.selection import select_mask
 from pyprune.patterns import NM, Pattern, scope_of
@@ -75,6 +79,11 @@ class Blocks:
             f = torch.diag_embed(self._d[part]).baddbmm_(s, s.mT)
             yield part, torch.cholesky_inverse(torch.linalg.cholesky(f))
 
+    def inverse_diagonal(self) -> Tensor:
+        """`[F^-1]_jj`, `[R, C]`."""
+        diagonals = [inverse.diagonal(dim1=1, dim2=2) for _, inverse in self.inverses()]
+        return self.join(torch.cat(diagonals))
+
 
 def joint_update(x: Tensor, inverse: Tensor, mask: Tensor) -> Tensor:
     """The minimiser of `1/2 (y - x) F (y - x)^T` with `y = 0` off the mask:
@@ -95,17 +104,12 @@ def summed_update(x: Tensor, inverse: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, x - (inverse @ multiplier[:, :, None])[:, :, 0], 0)
 
 
-def gradient(options: MethodOptions) -> GradientFactory:
-    return partial(GradientSamples, samples=options.own_as(WoodFisherOptions).samples)
-
-
 def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
     """`[R, C]`: 1 / sqrt(diag(F^-1)) of the dense layer; 0 for inputs that were always zero."""
     inputs, own = given("woodfisher", inputs), options.own_as(WoodFisherOptions)
-    fisher = LowRankFisher.of("woodfisher", inputs, options, own)
-    blocks = Blocks(fisher, own.block_size)
-    diagonals = [inverse.diagonal(dim1=1, dim2=2) for _, inverse in blocks.inverses()]
-    return torch.where(inputs.dead, 0.0, blocks.join(torch.cat(diagonals)).rsqrt())
+    fisher = LowRankFisher.of("woodfisher", inputs, options)
+    diagonal = Blocks(fisher, own.block_size).inverse_diagonal()
+    return torch.where(inputs.dead, 0.0, diagonal.rsqrt())
 
 
 def woodfisher(
@@ -119,7 +123,7 @@ def woodfisher(
     """Least loss first within the layer unless the pattern says otherwise, with the update of the
     weights that share a block with what went (Singh & Alistarh 2020). See `Solver`."""
     inputs, own = given("woodfisher", inputs), options.own_as(WoodFisherOptions)
-    fisher = LowRankFisher.of("woodfisher", inputs, options, own)
+    fisher = LowRankFisher.of("woodfisher", inputs, options)
     size = own.block_size
     if isinstance(pattern, NM):
         size = max(size - size % pattern.m, pattern.m)
@@ -127,8 +131,7 @@ def woodfisher(
     if mask is None and own.joint:
         mask = _greedy(x, blocks, pattern, preserve, w.dtype)
     elif mask is None:
-        diagonals = [inverse.diagonal(dim1=1, dim2=2) for _, inverse in blocks.inverses()]
-        scores = x.square() / (2 * blocks.join(torch.cat(diagonals)))
+        scores = x.square() / (2 * blocks.inverse_diagonal())
         mask = select_mask(
             scores, pattern, scope=scope_of(pattern, METHOD.default_scope), preserve=preserve
         )
@@ -165,6 +168,6 @@ METHOD = Method(
     updates_weights=True,
     solve=woodfisher,
     column_scale=column_scale,
-    gradient=gradient,
+    gradient=sampled_gradients,
     options_type=WoodFisherOptions,
 )

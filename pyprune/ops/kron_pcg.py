@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +10,13 @@ from torch import Tensor
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_rows, check_same_device, check_shape
 from pyprune.ops.kron import FACTOR_DTYPES, check_factors
-from pyprune.ops.masked_cg import largest_directions
+from pyprune.ops.kron_multipliers import LEAST_TOLERANCE, Found, by_multipliers
+from pyprune.ops.kron_scaled import Scaled, dot, left_to_gain
 
-# Iterations whose gains are compared with those of as many before them. Two follow what the first
-# few iterations do; four are not misled by a pair that happens to gain little.
-WINDOWS = (2, 4)
+# Up to this share pruned the multipliers of what is pruned are tried first, and for so many
+# iterations. On SmolLM2-135M (fp32, products in bf16) one of them took 0.4 of the time of one on
+# the kept; 4 to 17 were enough up to 60 % pruned but for one matrix, and 17 to 43 above.
+MULTIPLIERS_SHARE, MULTIPLIERS_ITERATIONS = 0.6, 32
 
 PcgTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -59,50 +59,6 @@ class _Pcg(NamedTuple):
         check_same_device(w, mask)
 
 
-class _Scaled(NamedTuple):
-    """The problem in coordinates in which what `low` leaves of A's and G's diagonals is one.
-
-    x `[R, C]` is `row_size [R, 1]` times w times `column_size [C]`; kept `[R, C]` is 1 or 0.
-    a = low_a^T low_a + I and g = low_g^T low_g + I, about.
-    """
-
-    x: Tensor
-    kept: Tensor
-    a: Tensor
-    g: Tensor
-    low_a: Tensor
-    low_g: Tensor
-    row_size: Tensor
-    column_size: Tensor
-
-    @classmethod
-    def of(cls, w: Tensor, mask: Tensor, a: Tensor, g: Tensor) -> _Scaled:
-        low_a, column_size = _unit_left(a)
-        low_g, row_size = _unit_left(g)
-        return cls(
-            w * row_size[:, None] * column_size,
-            mask.to(w.dtype),
-            a / column_size[:, None] / column_size,
-            g / row_size[:, None] / row_size,
-            low_a,
-            low_g,
-            row_size[:, None],
-            column_size,
-        )
-
-    def curvature(self, v: Tensor) -> Tensor:
-        return self.g @ v @ self.a
-
-
-def _unit_left(h: Tensor) -> tuple[Tensor, Tensor]:
-    """`largest_directions` of H in the scale in which they leave a diagonal of ones, ordered from
-    the largest on, and that scale `[C]`: h / size / size^T is about low^T low + I."""
-    low, left = largest_directions(h)
-    low = low / left.sqrt()
-    turned = torch.linalg.eigh(low @ low.mT).eigenvectors.flip(1)
-    return turned.mT @ low, (h.diagonal() * left).sqrt()
-
-
 class _Lines:
     """(low^T low + I) cut to what each of n lines keeps: `gram [n, K, K]`, low low^T there, serves
     to invert it (Woodbury). `kept [n, C]`, `low [K, C]`."""
@@ -141,7 +97,7 @@ class _Preconditioner:
     share that is kept, not by their eigenvalue.
     """
 
-    def __init__(self, problem: _Scaled) -> None:
+    def __init__(self, problem: Scaled) -> None:
         self.kept, self.low_a, self.low_g = problem.kept, problem.low_a, problem.low_g
         self.root = _Lines(self.low_a, self.kept).root()
         self.inverse = _Lines(self.low_g, self.kept.mT).inverse()
@@ -160,25 +116,6 @@ def _times(cores: Tensor, lines: Tensor) -> Tensor:
     return torch.bmm(cores, lines[..., None])[..., 0]
 
 
-def _dot(x: Tensor, y: Tensor) -> float:
-    """Over a whole layer: in fp64, or the step lengths lose the last digits of convergence."""
-    return float((x * y).sum(dtype=torch.float64))
-
-
-def left_to_gain(gains: Sequence[float]) -> float:
-    """What further iterations would gain, as far as those so far tell: the rest of a geometric
-    series that falls as the last two windows of gains did, the larger of two window lengths.
-    Infinite while gains do not fall, and before there are two windows."""
-    return max((_rest(gains, n) for n in WINDOWS if len(gains) >= 2 * n), default=math.inf)
-
-
-def _rest(gains: Sequence[float], n: int) -> float:
-    recent, before = sum(gains[-n:]), sum(gains[-2 * n : -n])
-    if not recent < before:
-        return math.inf if recent > 0 else 0.0
-    return recent * recent / (before - recent)
-
-
 def kron_pcg_reference(*values: Any) -> PcgTensors:
     """On library products: two of them an iteration are most of its cost."""
     args = _Pcg(*values)
@@ -191,22 +128,53 @@ def kron_pcg_reference(*values: Any) -> PcgTensors:
 
 
 def _solve(args: _Pcg) -> PcgTensors:
-    problem = _Scaled.of(*args[:4])
+    problem = Scaled.of(*args[:4])
+    found = None
+    pruned = 1 - float(problem.kept.mean())
+    if 0 < pruned <= MULTIPLIERS_SHARE and args.tolerance >= LEAST_TOLERANCE:
+        most = min(args.iterations, MULTIPLIERS_ITERATIONS)
+        found = by_multipliers(problem, most, args.tolerance)
+    if found is None or not found.gap <= args.tolerance:
+        found = _by_kept(problem, found, args.iterations, args.tolerance)
+    change = found.d / problem.row_size / problem.column_size
+    numbers = args.w.new_tensor([found.loss, found.gap], dtype=torch.float64)
+    count = args.w.new_tensor(found.iterations, dtype=torch.int32)
+    weight = torch.where(args.mask, args.w + change, 0.0)
+    return weight, numbers[0].clone(), numbers[1].clone(), count
+
+
+def _by_kept(problem: Scaled, found: Found | None, iterations: int, tolerance: float) -> Found:
+    """Conjugate gradients on the kept, from what was found if it is better than plain zeroing, with
+    the iterations that were made for it among `iterations`."""
     kept = problem.kept
     d = problem.x * (kept - 1)
     image = problem.curvature(d)
-    loss, gains = 0.5 * _dot(image, d), list[float]()
-    noise = torch.finfo(args.w.dtype).eps * loss
+    loss = 0.5 * dot(image, d)
+    noise = torch.finfo(d.dtype).eps * loss
+    made = 0 if found is None else found.iterations
+    if found is not None and found.loss < loss:
+        d, loss = found.d, found.loss
+        image = problem.curvature(d)
+    gains = list[float]()
+
+    def left() -> float:
+        """Above the least loss, by the gains, within what multipliers know of it."""
+        by_gains = left_to_gain(gains)
+        if found is None:
+            return by_gains
+        over = loss - found.least
+        return min(max(by_gains, over - found.unproven), over)
+
     residual = image.mul_(kept).neg_()
     preconditioner = _Preconditioner(problem)
     direction = preconditioner.apply(residual)
-    rho = _dot(residual, direction)
+    rho = dot(residual, direction)
     # NaN ends it too: it is in the result by then.
-    while rho > 0 and len(gains) < args.iterations:
-        if left_to_gain(gains) <= args.tolerance * (loss + noise):
+    while rho > 0 and made + len(gains) < iterations:
+        if left() <= tolerance * (loss + noise):
             break
         image = problem.curvature(direction).mul_(kept)
-        bend = _dot(direction, image)
+        bend = dot(direction, image)
         if not bend > 0:  # the direction is rounding noise
             break
         step = rho / bend
@@ -215,15 +183,11 @@ def _solve(args: _Pcg) -> PcgTensors:
         d.add_(direction, alpha=step)
         residual.sub_(image, alpha=step)
         z = preconditioner.apply(residual)
-        previous, rho = rho, _dot(residual, z)
+        previous, rho = rho, dot(residual, z)
         direction.mul_(rho / previous).add_(z)
-    left = left_to_gain(gains) if rho > 0 else 0.0 * rho
-    gap = left / max(loss + noise, torch.finfo(torch.float64).tiny)
-    change = d / problem.row_size / problem.column_size
-    numbers = args.w.new_tensor([loss, gap], dtype=torch.float64)
-    count = args.w.new_tensor(len(gains), dtype=torch.int32)
-    weight = torch.where(args.mask, args.w + change, 0.0)
-    return weight, numbers[0].clone(), numbers[1].clone(), count
+    above = left() if rho > 0 else 0.0 * rho
+    gap = above / max(loss + noise, torch.finfo(torch.float64).tiny)
+    return Found(d, loss, gap, made + len(gains))
 
 
 def _kron_pcg_fake(*values: Any) -> PcgTensors:
@@ -258,16 +222,20 @@ def kron_pcg(
 ) -> KronPcg:
     """Joint exact correction of all kept weights for a set of removed ones.
 
-    Minimises `1/2 tr(D^T G D A)` over D with `D_ij = -W_ij` where pruned, by conjugate gradients on
-    the kept entries; every iterate is feasible and the quadratic loss never rises above that of
-    plain zeroing. An iteration is two matrix products, 2 R C (R + C) flops, however many weights
-    are pruned; with few of them there are more iterations. Converged it equals the closed form
+    Minimises `1/2 tr(D^T G D A)` over D with `D_ij = -W_ij` where pruned, and answers with a
+    feasible D whose loss is never above that of plain zeroing. Converged it equals the closed form
     `-G^-1 M A^-1` of LLM Surgeon (arXiv 2312.17244, eq. 8) for the whole set, which the paper
-    solves in groups that disturb one another.
+    solves in groups that disturb one another. Two kinds of conjugate gradients, in which an
+    iteration is two matrix products, 2 R C (R + C) flops, however many weights are pruned:
 
-    The preconditioner takes either factor as a diagonal plus up to 32 directions, those in which it
-    is largest, and inverts each on what a row or a column keeps: 12 R C K flops an iteration for K
-    directions.
+    - Up to 60 % pruned and from a tolerance of 1e-3 on, on the multipliers of what is pruned
+      (`kron_multipliers`), for which A and G are inverted. With few pruned these are few
+      iterations. From 5e-3 on fp32 problems take their products in bf16 where the device has
+      instructions for it; the loss is that of the fp32 factors.
+    - Otherwise, and from there where 32 iterations did not do, on the kept weights. The
+      preconditioner takes either factor as a diagonal plus up to 32 directions, those in which it
+      is largest, and inverts each on what a row or a column keeps: 12 R C K flops an iteration for
+      K directions.
 
     Args:
         w: weights `[R, C]`, fp32 or fp64.
@@ -279,12 +247,15 @@ def kron_pcg(
     Returns:
         `weight`: the new weights `[R, C]`, exactly zero where pruned.
         `loss`: `1/2 tr(D^T G D A)`.
-        `gap`: an estimate of how far the loss is above the least possible one, relative to the loss
-            (plus 1e-7 of that of plain zeroing, below which fp32 resolves nothing; 2e-16 for fp64),
-            from how the gains of the last two iterations compare with those of the two before, and
-            of four with the four before; infinite with fewer than four iterations. The
-            truth was up to 1.5 times as much on matrices with a fifth or more of their weights
-            pruned, and 3.5 times on one with 8 %.
+        `gap`: an estimate of how far the loss is above the least possible one, relative to it. From
+            multipliers: the loss over what they prove to be unavoidable, less what further
+            iterations were going to prove by how their gains fall, but at most half of it: so the
+            truth is at most twice as much; it was 0.3 to 1.2 times. On the kept weights: what
+            further iterations were going to gain, relative to the loss (plus 1e-7 of that of plain
+            zeroing, below which fp32 resolves nothing; 2e-16 for fp64), from how the gains of the
+            last two iterations compare with those of the two before, and of four with the four
+            before; infinite with fewer than four iterations. The truth was up to 1.5 times as much
+            on matrices with a fifth or more of their weights pruned.
         `iterations`: how many were made.
 
     Where `iterations` came before the tolerance, `gap` is larger: see `KronPcg.converged`. NaN and
@@ -293,7 +264,8 @@ def kron_pcg(
     Raises:
         ValueError: a shape, dtype, device or range rule is broken.
         torch.linalg.LinAlgError: a or g, of 32 rows or more, is not finite, or not positive
-            definite among its largest directions. Smaller ones are not looked at.
+            definite among its largest directions. Smaller ones are not looked at. One that is
+            not positive definite elsewhere has no multipliers.
     """
     args = _Pcg(w, mask, a, g, iterations, float(tolerance))
     args.check()

@@ -226,17 +226,19 @@ def _obs_factor_native(
     judgement of H and the pivots included. What it gives up is the rare case."""
     if h.dtype != torch.float32:
         return obs_factor_blocked(h, damping, max_damping)
-    stack = h if h.dim() == 3 else h[None]
-    rows = stack if stack.stride(2) == 1 or stack.shape[2] <= 1 else stack.contiguous()
-    u = torch.empty(stack.shape)
-    dead = torch.empty(stack.shape[:2], dtype=torch.bool)
-    used = torch.full(stack.shape[:1], damping, dtype=torch.float64)
+    rows = h if h.stride(-1) == 1 or h.shape[-1] <= 1 else h.contiguous()
+    u = torch.empty(h.shape)
+    dead = torch.empty(h.shape[:-1], dtype=torch.bool)
+    if h.dim() == 2:
+        if not _native.call("obs_factor", u, dead, rows, damping):
+            return obs_factor_blocked(h, damping, max_damping)
+        return u, dead, torch.tensor(damping, dtype=torch.float64)
+    used = torch.full(h.shape[:1], damping, dtype=torch.float64)
     good = [_native.call("obs_factor", u[b], dead[b], rows[b], damping) for b in range(len(u))]
     if not all(good):
         bad = [b for b, fine in enumerate(good) if not fine]
-        u[bad], dead[bad], used[bad] = obs_factor_blocked(stack[bad], damping, max_damping)
-    result = (u, dead, used)
-    return result if h.dim() == 3 else (u[0], dead[0], used[0])
+        u[bad], dead[bad], used[bad] = obs_factor_blocked(h[bad], damping, max_damping)
+    return u, dead, used
 
 
 def _obs_factor_fake(

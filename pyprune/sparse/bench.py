@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyprune.errors import UserError
+from pyprune.models.positions import positions_of
 from pyprune.sparse.dense import DenseLinear, use_own_kernels
 from pyprune.sparse.embedding import Int8Embedding
 from pyprune.sparse.linear import SparseLinear
@@ -47,7 +48,8 @@ class Protocol:
     def __post_init__(self) -> None:
         numbers = (*self.batches, self.prompt, self.steps, self.rounds)
         if not self.batches or min(numbers) < 1:
-            raise UserError(f"expected batches, prompt, steps and rounds above 0, got {self}")
+            given = f"{self.batches}, {self.prompt}, {self.steps} and {self.rounds}"
+            raise UserError(f"expected batches, prompt, steps and rounds above 0, got {given}")
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,16 @@ def touch(model: nn.Module) -> None:
 def bench(
     models: list[Contestant], protocol: Protocol, progress: Progress | None = None
 ) -> BenchResult:
-    """Times every model's prefill and greedy decoding with a key-value cache."""
+    """Times every model's prefill and greedy decoding with a key-value cache.
+
+    Raises UserError where that takes more positions than a model has.
+    """
+    for positions in (positions_of(c.model.config) for c in models):
+        if positions is not None and protocol.prompt + protocol.steps > positions:
+            raise UserError(
+                f"prompt, steps: expected at most the model's {positions} positions together, got "
+                f"{protocol.prompt} and {protocol.steps}"
+            )
     samples: dict[tuple[str, str, str, int, str], list[float]] = {}
     vocabulary = min(int(c.model.config.get_text_config().vocab_size) for c in models)
     gen = torch.Generator().manual_seed(protocol.seed)

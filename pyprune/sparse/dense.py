@@ -58,13 +58,17 @@ class DenseLinear(nn.Linear):
             and self.weight.dtype is torch.bfloat16
             and self.weight.device.type == "cpu"
             and self.weight.is_contiguous()
-            and not (torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad))
+            and not (torch.is_grad_enabled() and self._trains(x))
             and _native.MODULE is not None
             and "PYPRUNE_BACKEND" not in os.environ
             and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
             and not torch._C._functorch.is_functorch_wrapped_tensor(x)
             and forward_ad._current_level < 0
         )
+
+    def _trains(self, x: Tensor) -> bool:
+        bias = self.bias is not None and self.bias.requires_grad
+        return x.requires_grad or self.weight.requires_grad or bias
 
 
 def use_own_kernels(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from pyprune.errors import UserError
+from pyprune.models.positions import positions_of
 from pyprune.sparse.load import load
 
 
@@ -38,9 +39,11 @@ def generate(
 ) -> int:
     """Continues `prompt` with the model in `source` (as for `load`); returns how many tokens came.
 
+    max_new_tokens: fewer come where the model's positions end, or where it ends the text.
     temperature: 0 takes the likeliest token each time. chat: put the prompt into the tokenizer's
     chat template. write: called with each piece of text. Raises UserError as `load` does, and for a
-    prompt without tokens, a number out of range, or a tokenizer that does not load.
+    prompt without tokens or too long for the model, a number out of range, or a tokenizer that does
+    not load.
     """
     if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise UserError(
@@ -60,6 +63,14 @@ def generate(
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     if not ids.numel():
         raise UserError("prompt: expected some text, it has no tokens")
+    positions = positions_of(model.config)
+    if positions is not None:
+        if ids.shape[1] >= positions:
+            raise UserError(
+                f"prompt: expected fewer tokens than the model has positions, {positions}, got "
+                f"{ids.shape[1]}"
+            )
+        max_new_tokens = min(max_new_tokens, positions - ids.shape[1])
     options: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
     if temperature > 0:
         options["temperature"] = temperature

@@ -67,7 +67,8 @@ class SparseLinear(StoredWeight):
     """`y = x @ W^T + bias` with `W [out_features, in_features]` kept compressed.
 
     Made by `from_dense`, or by `SparseLinear(...)` followed by `load_state_dict`. Gradients flow
-    through it to x; there is none with respect to the weights: they are buffers. `decompress()`
+    through it to x, and to the bias if that is asked to have one; there is none with respect to the
+    weights: they are buffers. `decompress()`
     returns the dense weight, equal to the original but for negative zeros, which become +0, and for
     int8 values, which are off by up to half of their row's scale.
 
@@ -104,7 +105,7 @@ class SparseLinear(StoredWeight):
         self.register_buffer(
             "bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None
         )
-        self._prepared: tuple[tuple[Tensor | None, ...], tuple[Any, ...]] | None = None
+        self._prepared: tuple[tuple[Tensor | None, ...], int, tuple[Any, ...]] | None = None
 
     @classmethod
     def from_dense(cls, linear: nn.Module, format: str, int8: bool = False) -> SparseLinear:
@@ -158,6 +159,7 @@ class SparseLinear(StoredWeight):
             (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
             and x.shape[-1:] == (self.in_features,)
             and not x.requires_grad
+            and not (self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled())
             and _native.MODULE is not None
             and values.device.type == "cpu"
             and values.dtype is not torch.float64
@@ -179,19 +181,24 @@ class SparseLinear(StoredWeight):
 
     def _capsules(self) -> tuple[Any, ...]:
         """The weight and the bias ready for the native call (scales and bias as fp32); made anew
-        whenever a buffer was replaced. Each capsule keeps the memory it describes alive."""
-        buffers = (*self._weight, self.bias)
-        if self._prepared is None or any(
-            a is not b for a, b in zip(buffers, self._prepared[0], strict=True)
+        whenever a buffer was replaced, or the bias written to. Each capsule keeps the memory it
+        describes alive."""
+        bias = self.bias
+        written = 0 if bias is None or bias.is_inference() else bias._version
+        buffers = (*self._weight, bias)
+        known = self._prepared
+        if (
+            known is None
+            or known[1] != written
+            or any(a is not b for a, b in zip(buffers, known[0], strict=True))
         ):
             weight = list(self._weight)
             if self.int8:
                 weight[-1] = weight[-1].float()
             ready = [_native.capsule(t.contiguous()) for t in weight]
-            bias = self.bias
             wide = None if bias is None else _native.capsule(bias.float().contiguous())
-            self._prepared = (buffers, (*ready, wide))
-        return self._prepared[1]
+            self._prepared = known = (buffers, written, (*ready, wide))
+        return known[2]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_prepared": None}  # capsules can be neither copied nor pickled
@@ -226,7 +233,8 @@ def compress_model(
     """Replaces pruned linear modules of `model` (see `weight_of`) by `SparseLinear`, in place.
 
     Args:
-        model: any module. Weights shared with another module (tied embeddings) stay dense.
+        model: any module. Weights shared with another module (tied embeddings) stay dense, and so
+            do modules that are in more than one place.
         formats: those to choose from (per layer the smallest that saves a tenth of the bytes), or a
             mapping from module names to "sparse24", "bitmap" or "dense" for full control.
         int8: whether the layers that are replaced get int8 values.
@@ -235,7 +243,8 @@ def compress_model(
         The format of every linear module, "dense" for those left alone.
 
     Raises:
-        UserError: unknown format or module name. LayerError: a layer does not fit its format.
+        UserError: unknown format or module name. LayerError: a layer does not fit its format, or
+            has no weights (meta device).
     """
     names = [n for n, m in model.named_modules() if weight_of(m) is not None]
     if isinstance(formats, Mapping):
@@ -243,7 +252,7 @@ def compress_model(
         if unknown:
             raise UserError(f"formats: {unknown[0]!r} is not a linear layer of this model")
     owners: dict[int, int] = {}
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     chosen: dict[str, str] = {}
@@ -252,6 +261,8 @@ def compress_model(
         linear = model.get_submodule(name)
         weight = weight_of(linear)
         assert weight is not None  # by the choice of names
+        if weight.is_meta:
+            raise LayerError(name, "expected weights in memory, got the meta device")
         if isinstance(formats, Mapping):
             chosen[name] = formats.get(name, "dense")
         elif owners[id(linear.weight)] > 1:

@@ -55,11 +55,6 @@ class WidthDecision:
             found[name] = stays.nonzero()[:, 0]
         return found
 
-    @property
-    def share_removed(self) -> float:
-        """Of all parameters, in the model as it is."""
-        return 1 - self.parameters[1] / self.parameters[0]
-
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers: what `from_dict` takes back."""
         return asdict(self)

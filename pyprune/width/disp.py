@@ -18,9 +18,8 @@ from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.hypernet import BASE, Gate, Training, train
 from pyprune.width.registry import width_method
-from pyprune.width.select import best, prunable, uniform_sizes
+from pyprune.width.select import best, check_multiple, prunable, uniform_sizes
 from pyprune.width.structure import Group, Widths
-from pyprune.width.wanda_sp import check_multiple
 
 NOT_STOCK = (
     "the subsets of the residual stream that each matrix reads and writes are stored as zeros: no "

@@ -20,9 +20,8 @@ from pyprune.width.cut import enable_biases
 from pyprune.width.decision import WidthDecision
 from pyprune.width.observe import too_few, visit_writers
 from pyprune.width.registry import width_method
-from pyprune.width.select import Units, best, globally, prunable, uniform_sizes
+from pyprune.width.select import UnitOptions, best, globally, prunable, uniform_sizes
 from pyprune.width.structure import Group, Kept, Kind, Widths
-from pyprune.width.wanda_sp import check_multiple
 
 _WORDS: dict[Kind, str] = {"heads": "heads", "mlp": "channels"}
 # Field of the configuration that gives a family's writers (and readers) biases.
@@ -30,20 +29,15 @@ BIAS_FIELDS: dict[Kind, str] = {"heads": "attention_bias", "mlp": "mlp_bias"}
 
 
 @dataclass(frozen=True)
-class FlapOptions:
+class FlapOptions(UnitOptions):
     """structure: uniform (equally many units per layer, so that the stock model is smaller by all
     that is removed) or adaptive (one ranking over all layers, AL-AM in the paper; a stock model is
     cut to its widest layer only). bias: put the means of removed inputs into biases where the
-    family can have them. units, multiple: as in wanda-sp; multiple applies to uniform.
+    family can have them. And those of `UnitOptions`.
     """
 
     structure: Literal["uniform", "adaptive"] = "uniform"
     bias: bool = True
-    units: Units = "stock"
-    multiple: int = 8
-
-    def __post_init__(self) -> None:
-        check_multiple(self.multiple)
 
 
 @width_method(

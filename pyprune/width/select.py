@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -14,6 +15,24 @@ from pyprune.width.cut import fitting_sizes
 from pyprune.width.structure import Group, Widths
 
 Units = Literal["stock", "all", "mlp", "heads"]
+
+
+@dataclass(frozen=True)
+class UnitOptions:
+    """units: which may go: stock (channels and KV groups that a stock model can have fewer of), all
+    (others too, as zeros), mlp or heads. multiple: of which the channels left are a multiple, where
+    all layers keep equally many."""
+
+    units: Units = "stock"
+    multiple: int = 8
+
+    def __post_init__(self) -> None:
+        check_multiple(self.multiple)
+
+
+def check_multiple(multiple: int) -> None:
+    if multiple < 1:
+        raise UserError(f"options.multiple: expected at least 1, got {multiple}")
 
 
 def prunable(widths: Widths, units: Units) -> list[Group]:

@@ -15,8 +15,8 @@ from pyprune.width.config import WidthConfig
 from pyprune.width.cut import TOLERANCE_EPS, TOLERANCE_MOST
 from pyprune.width.decision import WidthDecision
 from pyprune.width.registry import width_method
+from pyprune.width.select import check_multiple
 from pyprune.width.stream import Stream, one_basis, projected_states
-from pyprune.width.wanda_sp import check_multiple
 
 NOTE = (
     "one basis for all layers: the published method has one per block and a matrix on every "

@@ -33,24 +33,22 @@ from pyprune.width.apply import remove
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.registry import width_method
-from pyprune.width.select import Units, best, globally, prunable, uniform_sizes
+from pyprune.width.select import UnitOptions, best, globally, prunable, uniform_sizes
 from pyprune.width.structure import Group, Widths
-from pyprune.width.wanda_sp import check_multiple
 
 # Score of units that went in an earlier shot: below all costs.
 GONE = -1.0
 
 
 @dataclass(frozen=True)
-class SurgeonWidthOptions:
+class SurgeonWidthOptions(UnitOptions):
     """structure: uniform (equally many units per layer, so that the stock model is smaller by all
     that is removed) or adaptive (one threshold for the cost per parameter of all units; a stock
     model is cut to its widest layer only).
     shots: the curvature is taken anew before each; shot t of T goes to t / T of the ratio.
     update: of the writers: joint, the optimum, or none. damping, gradient_damping: fractions of the
     mean diagonal added to the factors of the inputs and of the gradients.
-    factor_memory, fisher_samples: as in llm-surgeon. units, multiple: as in wanda-sp; multiple
-    applies to uniform.
+    factor_memory, fisher_samples: as in llm-surgeon. And those of `UnitOptions`.
     """
 
     structure: Literal["uniform", "adaptive"] = "uniform"
@@ -60,11 +58,9 @@ class SurgeonWidthOptions:
     gradient_damping: float = 0.01
     factor_memory: float = 8.0
     fisher_samples: int = 0
-    units: Units = "stock"
-    multiple: int = 8
 
     def __post_init__(self) -> None:
-        check_multiple(self.multiple)
+        super().__post_init__()
         if self.shots < 1:
             raise UserError(f"options.shots: expected at least 1, got {self.shots}")
         for name in ("damping", "gradient_damping"):

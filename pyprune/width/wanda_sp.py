@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,39 +10,21 @@ from torch import Tensor
 
 from pyprune.calibration.stats import NormStatistic, Statistic
 from pyprune.calibration.tokens import TokenSet
-from pyprune.errors import UserError
 from pyprune.progress import Progress
 from pyprune.width.apply import remove
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.observe import too_few, visit_writers
 from pyprune.width.registry import width_method
-from pyprune.width.select import Units, best, prunable, uniform_sizes
+from pyprune.width.select import UnitOptions, best, prunable, uniform_sizes
 from pyprune.width.structure import Group, Widths
-
-
-@dataclass(frozen=True)
-class WandaSpOptions:
-    """units: which may go: stock (channels and KV groups that a stock model can have fewer of), all
-    (others too, as zeros), mlp or heads. multiple: of which the channels left are a multiple."""
-
-    units: Units = "stock"
-    multiple: int = 8
-
-    def __post_init__(self) -> None:
-        check_multiple(self.multiple)
-
-
-def check_multiple(multiple: int) -> None:
-    if multiple < 1:
-        raise UserError(f"options.multiple: expected at least 1, got {multiple}")
 
 
 @width_method(
     "wanda-sp",
     title="Wanda-sp: channels and heads by weight times input norm, equally many per layer",
     paper="arXiv 2312.11983",
-    options=WandaSpOptions,
+    options=UnitOptions,
     removes="channels and heads",
 )
 @torch.no_grad()
@@ -51,7 +32,7 @@ def wanda_sp(
     model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
 ) -> WidthDecision:
     """Layer after layer in one forward: every score sees inputs that come from pruned layers."""
-    options: WandaSpOptions = config.own_options()
+    options: UnitOptions = config.own_options()
     dense = sum(p.numel() for p in model.parameters())
     widths = Widths.of(model)
     groups = prunable(widths, options.units)

@@ -107,7 +107,9 @@ def test_wiki_is_downloaded_once_and_split_by_article(cache, tiny_wiki):
     assert [path.name for path in cache.iterdir()] == ["wiki"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "receipt", "old", "other content"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "missing", "receipt", "half a receipt", "old", "other content"]
+)
 def test_incomplete_cache_is_rebuilt(cache, tiny_wiki, damage):
     expected = packaged.packaged_documents("wiki")
     articles, receipt = cache / "wiki" / "articles.jsonl", cache / "wiki" / packaged.RECEIPT
@@ -117,6 +119,8 @@ def test_incomplete_cache_is_rebuilt(cache, tiny_wiki, damage):
         articles.unlink()
     elif damage == "receipt":
         receipt.unlink()
+    elif damage == "half a receipt":
+        receipt.write_text(receipt.read_text()[:20])
     elif damage == "old":
         receipt.write_text(receipt.read_text().replace('"version": 1', '"version": 0'))
     else:

@@ -17,6 +17,7 @@ from pyprune.depth.addons import (
     streams,
     untie,
 )
+from pyprune.depth.config import StructureConfig
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
 from pyprune.depth.hidden import visit_states
 from pyprune.depth.repack import repack
@@ -166,6 +167,9 @@ def test_a_ridge_is_chosen_or_given_or_too_much_of_a_change():
     for bad in (0.0, -1.0, float("nan")):
         with pytest.raises(UserError, match="ridge: expected a positive number"):
             refit(ResidualGraph.of(model_of("llama")), layers(2), [Batch(ids)], bad)
+        for method in ("blockpruner", "shortgpt", "angular", "llm-drop"):  # before any search
+            with pytest.raises(UserError, match="ridge: expected a positive number or none"):
+                StructureConfig(method, count=1, method_options={"ridge": bad})
     # Too few tokens to say anything: the model stays as it was.
     model = model_of("llama")
     before = [p.clone() for p in model.parameters()]

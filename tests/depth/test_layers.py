@@ -89,6 +89,8 @@ def test_rankings_by_hand():
     order = influence.argsort().tolist()
     assert list(choose("shortgpt", model, 3).removed) == order[:3]
     kept = choose("shortgpt", model, 3, keep_first=1, keep_last=1).removed
+    with pytest.raises(UserError, match="expected 0 or more, got 0 and -1"):
+        choose("shortgpt", model, 3, keep_last=-1)
     assert sorted(kept) == [1, 2, 3]
     assert choose("reverse", model, 3).removed == (4, 3, 2)
     start = int(angular_distances(adapter, [Batch(IDS)]).diagonal(3).argmin())

@@ -2,11 +2,11 @@
 
 import json
 import math
-from itertools import pairwise
 
 import pytest
 import torch
-from tiny_models import FAMILIES, tiny_model, tiny_tokens
+from depth_searches import close, config, model_of, search, tokens
+from tiny_models import FAMILIES, tiny_tokens
 from torch.nn import functional as F
 
 from pyprune.calibration.batches import as_token_set
@@ -15,39 +15,9 @@ from pyprune.config import CalibrationConfig
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, load_decision
 from pyprune.depth.graph import Branch, ResidualGraph
-from pyprune.depth.greedy import rate
 from pyprune.depth.registry import DEPTH_METHODS, run_search
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
-
-
-def model_of(family, layers=3):
-    more = {"n_layer": layers} if family in ("gpt2", "bloom") else {"num_hidden_layers": layers}
-    if "gemma" in family:
-        kinds = ["sliding_attention", "full_attention"]
-        more["layer_types"] = [kinds[i % 2] for i in range(layers)]
-    return tiny_model(family, **more)
-
-
-def tokens(rows=(2, 2), length=12):
-    data = [tiny_tokens(r, length, seed=k) for k, r in enumerate(rows)]
-    return as_token_set(data, vocabulary=None, positions=None)
-
-
-def search(model, config, data=None):
-    return run_search(model, Adapter.of(model), data or tokens(), config)
-
-
-def config(method="blockpruner", count=3, **options):
-    return StructureConfig(method, count=count, method_options=options)
-
-
-def close(a, b):
-    assert a.removed == b.removed
-    for x, y in zip(a.steps, b.steps, strict=True):
-        assert x.candidates.keys() == y.candidates.keys()
-        for name, score in x.candidates.items():
-            assert score == pytest.approx(y.candidates[name], rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -223,112 +193,6 @@ def test_ratio_is_reached_by_one_unit(by):
         assert 1 <= len(found.removed) < 8
 
 
-def of_share(ratio, by="params", method="blockpruner", **options):
-    """The greedy list alone: exchanges have tests of their own."""
-    alone = {"refine": "none"} if method == "blockpruner" else {}
-    return StructureConfig(method, ratio=ratio, by=by, method_options=alone | options)
-
-
-def seconds_of(graph, _batch):
-    """Instead of timing: attention twice an MLP, later layers a little longer."""
-    seconds = {b: (2.0 if b.kind == "attention" else 1.0) + b.layer / 100 for b in graph.branches}
-    return seconds, sum(seconds.values()) + 3.0
-
-
-def test_rates_compare_what_is_lost_with_what_is_saved():
-    assert rate(0.2, 4.0) == 0.05 and rate(0.0, 4.0) == 0.0
-    assert rate(0.1, 0.0) == math.inf and rate(math.inf, 3.0) == math.inf
-    assert math.isnan(rate(math.nan, 3.0))
-    # A lower rise and a larger saving are better, whatever the sign.
-    rises, costs = [-2.0, -0.5, 0.5, 2.0], [0.5, 1.0, 4.0]
-    for low, high in pairwise(rises):
-        assert all(rate(low, cost) < rate(high, cost) for cost in costs)
-    for small, large in pairwise(costs):
-        assert all(rate(rise, large) < rate(rise, small) for rise in rises)
-
-
-@pytest.mark.parametrize(("by", "blocks"), [("params", "pairs"), ("latency", "pairs"),
-                                            ("params", "mixed")])  # fmt: skip
-@pytest.mark.parametrize("family", ["llama", "phi", "gemma2"])  # one with shared norms
-def test_exact_is_naive_by_rate_and_both_are_the_definition(family, by, blocks, monkeypatch):
-    from pyprune.depth import budget
-
-    monkeypatch.setattr(budget, "branch_seconds", seconds_of)
-    model, data = model_of(family, 4), tokens()
-    graph = ResidualGraph.of(model)
-    exact = search(model, of_share(0.45, by, blocks=blocks), data)
-    close(exact, search(model, of_share(0.45, by, blocks=blocks, mode="naive"), data))
-    fast = of_share(0.45, by, blocks=blocks, mode="fast", audit_every=1)
-    audited = search(model, fast, data)
-    assert audited.removed == exact.removed
-    assert exact.compare == "rate"
-
-    seconds, whole = seconds_of(graph, None)
-    if by == "params":
-        whole = sum(p.numel() for p in model.parameters())
-
-    def saved(gone):
-        return graph.removed_parameters(gone) if by == "params" else sum(seconds[b] for b in gone)
-
-    @torch.no_grad()
-    def loss(gone):
-        with graph.skipping(gone):
-            rows = [
-                F.cross_entropy(model(r[None], use_cache=False).logits[0, :-1].double(), r[1:])
-                for batch in data.batches
-                for r in batch.input_ids
-            ]
-        return float(sum(rows) / len(rows))
-
-    single = [(b,) for kind in ("attention", "mlp") for b in graph.branches if b.kind == kind]
-    pairs = list(pairwise(graph.branches)) if blocks == "pairs" else []
-    gone = []
-    for step in exact.steps:
-        missing, now = 0.45 * whole - saved(gone), loss(gone)
-        assert missing > 0
-        left = [u for u in single + pairs if not set(u) & set(gone)]
-        assert len(step.candidates) == len(left)
-        rates = []
-        for unit in left:
-            after = [*gone, *unit]
-            rise, cost = loss(after) - now, min(saved(after) - saved(gone), missing)
-            rates.append(rise / cost if rise > 0 else rise * cost)
-        assert step.unit == left[rates.index(min(rates))]
-        gone += step.unit
-    assert saved(gone) >= 0.45 * whole
-
-
-def test_what_is_compared_by_default_and_by_option():
-    model = model_of("llama", 4)
-    assert search(model, config(count=2)).compare == "score"
-    assert search(model, of_share(0.3, "count")).compare == "score"
-    assert search(model, of_share(0.3)).compare == "rate"
-    published = search(model, of_share(0.3, compare="score"))
-    assert published.compare == "score" and {len(s.unit) for s in published.steps} == {1}
-    counted = search(model, config(count=len(published.steps)))
-    assert published.removed == counted.removed
-    # Where all units are alike it makes no difference.
-    assert search(model, config(count=4, compare="rate")).removed == (
-        search(model, config(count=4)).removed
-    )
-    layers = [search(model, of_share(0.3, method="sleb", compare=c)) for c in ("score", "rate")]
-    close(*layers)
-    assert search(model, of_share(0.3)).importance.keys() == counted.importance.keys()
-    assert len(search(model, of_share(0.3, blocks="pairs")).importance) == 8 + 7
-    with pytest.raises(UserError, match="blocks=pairs: expected a share"):
-        search(model, config(count=2, blocks="pairs"))
-
-
-def test_ties_by_rate_go_to_the_first():
-    model = model_of("llama", 4)
-    with torch.no_grad():
-        for parameter in model.model.layers.parameters():
-            parameter.zero_()
-    for mode in ("naive", "exact"):
-        found = search(model, of_share(0.3, mode=mode))
-        assert [str(b) for b in found.removed][:3] == ["A0", "A1", "A2"]
-
-
 def test_llm_drop_against_hooks():
     model = model_of("gemma2", 4)
     data = tokens((2,))
@@ -352,99 +216,20 @@ def test_llm_drop_against_hooks():
     }
 
 
-def test_continues_from_its_state_file(tmp_path, monkeypatch):
-    from pyprune.depth import walkdown
-
-    file = str(tmp_path / "state.json")
-    model = model_of("llama", 4)
-    for mode in ("exact", "fast"):
-        options = {"mode": mode, "audit_every": 3}
-        whole = search(model, config(count=5, **options))
-        search(model, config(count=3, state=file, **options))
-        scored = []
-        original = walkdown.WalkDown.score
-
-        def counted(self, units, *args, _of=original, _to=scored):
-            _to.append(len(units))
-            return _of(self, units, *args)
-
-        monkeypatch.setattr(walkdown.WalkDown, "score", counted)
-        close(search(model, config(count=5, state=file, **options)), whole)
-        assert sum(scored) == whole.steps[3].evaluations + whole.steps[4].evaluations
-        monkeypatch.setattr(walkdown.WalkDown, "score", original)
-        (tmp_path / "state.json").unlink()
-    search(model, config(count=2, state=file))
-    with pytest.raises(UserError, match="of another configuration"):
-        search(model, config(count=2, state=file, objective="kl"))
-    with pytest.raises(UserError, match="of another calibration text"):
-        search(model, config(count=2, state=file), tokens((2, 3)))
-    with pytest.raises(UserError, match="of another model"):
-        search(tiny_model("llama", 1, num_hidden_layers=4), config(count=2, state=file))
-    (tmp_path / "state.json").write_text("{")
-    with pytest.raises(UserError, match="cannot continue"):
-        search(model, config(count=2, state=file))
-
-
-@pytest.mark.parametrize("mode", ["exact", "fast"])
-@pytest.mark.parametrize("by", ["params", "latency"])
-def test_a_state_file_serves_any_share(mode, by, tmp_path, monkeypatch):
-    """Also where the target had cut off what the last removals count for."""
-    from pyprune.depth import budget
-
-    model, data = model_of("llama", 6), tokens((2, 2, 2, 2))
-    ratios = (0.25, 0.5, 0.1, 0.4, 0.25)
-    options = {"mode": mode, "audit_every": 3, "blocks": "pairs"}
-    monkeypatch.setattr(budget, "branch_seconds", seconds_of)
-    fresh = {ratio: search(model, of_share(ratio, by, **options), data) for ratio in set(ratios)}
-    lists = [fresh[ratio].removed for ratio in sorted(fresh)]
-    assert any(b[: len(a)] != a for a, b in pairwise(lists))  # worth a test
-    times = 1.0
-    for ratio in ratios:
-        monkeypatch.setattr(
-            budget, "branch_seconds",
-            lambda graph, batch, t=times: tuple(
-                {b: s * t for b, s in x.items()} if isinstance(x, dict) else x * t
-                for x in seconds_of(graph, batch)
-            ),
-        )  # fmt: skip
-        times *= 1.5  # what was measured first stays what counts
-        state = str(tmp_path / "state.json")
-        close(search(model, of_share(ratio, by, state=state, **options), data), fresh[ratio])
-    with pytest.raises(UserError, match="of another configuration"):
-        search(model, of_share(0.3, by, state=state, compare="score", **options), data)
-    other = "latency" if by == "params" else "params"
-    with pytest.raises(UserError, match="of another configuration"):
-        search(model, of_share(0.3, other, state=state, **options), data)
-
-
-def test_notes_are_of_rounds_that_were_made(tmp_path):
-    """Also when the state file is of a search that went further."""
-    model, data = model_of("llama", 8), tokens((2, 2, 2, 2))
-    options = {"mode": "fast", "audit_every": 1, "looks": 1, "state": str(tmp_path / "state.json")}
-    long = search(model, config(count=8, **options), data)
-    short = search(model, config(count=2, **options), data)
-    rounds = [int(note.split(":")[0].removeprefix("round ")) for note in long.notes]
-    assert rounds == sorted(rounds) and rounds[-1] > 2
-    assert short.notes == tuple(n for n, r in zip(long.notes, rounds, strict=True) if r <= 2)
-    assert search(model, config(count=8, **options), data).notes == long.notes
-
-
-def test_states_that_were_cached_before_a_resumption_are_not_used(tmp_path):
-    """A lazy round may begin deep down, at a state of the model without what a file named."""
-    file, model = str(tmp_path / "state.json"), model_of("llama", 6)
-    options = {"mode": "fast", "audit_every": 0, "looks": 2}
-    whole = search(model, config(count=6, **options))
-    for count in range(1, 6):
-        search(model, config(count=count, state=file, **options))
-    close(search(model, config(count=6, state=file, **options)), whole)
-
-
 @pytest.mark.parametrize("method", ["blockpruner", "sleb", "llm-drop"])
 def test_add_ons_leave_the_search_alone(method):
     plain = search(model_of("llama", 4), config(method, count=2))
     more = search(model_of("llama", 4), config(method, count=2, compensate=True, refit=True))
     assert more.steps == plain.steps and plain.transforms == ()
     assert {t["kind"] for t in more.transforms} <= {"compensate", "refit"} and more.transforms
+
+
+def test_add_ons_that_a_model_cannot_have_are_refused_before_the_search(monkeypatch):
+    from pyprune.depth.score import Scorer
+
+    monkeypatch.setattr(Scorer, "rows", lambda *_: pytest.fail("it searches"))
+    with pytest.raises(UserError, match="end in a norm, not a linear map"):
+        search(model_of("gemma2"), config(refit=True))
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast", "naive"])

@@ -51,7 +51,7 @@ def test_sparsegpt_does_what_the_repository_does(kind, rule):
     n, m = rule.get("nm", (0, 0))
     loss = gpt.fasterprune(rule.get("sparsity", 0.0), prunen=m - n, prunem=m)
     torch.testing.assert_close(layer.weight.detach(), own(layer, want).float(), rtol=0, atol=1e-4)
-    assert torch.equal(layer.weight != 0, own(layer, kept))
+    assert torch.equal(layer.weight != 0, own(layer, kept)) and layer.weight.is_contiguous()
     change = want - w
     hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
     assert loss == pytest.approx(float((change @ hessian * change).sum()) / 2, rel=1e-3)
@@ -92,8 +92,12 @@ def test_what_does_not_fit_is_refused():
         SparseGPT(nn.Embedding(3, 4))
     with pytest.raises(UserError, match="one group"):
         WrappedGPT(nn.Conv2d(4, 4, 1, groups=2))
+    with pytest.raises(UserError, match="got ReLU"):
+        SparseGPT(nn.ReLU())
     with pytest.raises(UserError, match="padding"):
         WrappedGPT(nn.Conv2d(4, 4, 3, padding="same"))
+    with pytest.raises(UserError, match="padded with zeros, got circular"):
+        WrappedGPT(nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"))
     layer, shape = layer_of("linear")
     gpt = SparseGPT(layer)
     gpt.add_batch(torch.randn(shape))
@@ -102,6 +106,31 @@ def test_what_does_not_fit_is_refused():
     gpt.quantizer = object()
     with pytest.raises(UserError, match="quantizer"):
         gpt.fasterprune(0.5)
+
+
+def test_nothing_seen_is_not_a_reason_to_zero_a_layer():
+    """An expert that no token was routed to, say."""
+    layer, shape = layer_of("linear")
+    before = layer.weight.detach().clone()
+    gpt = SparseGPT(layer)
+    for x in (None, torch.zeros(0, 30, 48), torch.zeros(2, 0, 48), torch.zeros(shape)):
+        if x is not None:
+            gpt.add_batch(x)
+        with pytest.raises(UserError, match="inputs: expected some that are not zero"):
+            gpt.fasterprune(0.5)
+    assert torch.equal(layer.weight, before)
+
+
+def test_one_token_and_none():
+    layer, _ = layer_of("linear")
+    gpt, wrapped = SparseGPT(layer), WrappedGPT(layer)
+    x = torch.randn(48)
+    for into in (gpt, wrapped):
+        into.add_batch(x)
+        into.add_batch(torch.zeros(0, 30, 48))
+        assert into.nsamples == 1
+    torch.testing.assert_close(gpt.H, 2 * torch.outer(x, x))
+    torch.testing.assert_close(wrapped.scaler_row, x.square())
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])

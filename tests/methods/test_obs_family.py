@@ -98,7 +98,7 @@ def test_woodfisher_of_a_mask_is_least_squares_in_its_blocks(size):
 
 def test_the_inverse_diagonal_is_that_of_the_weights_still_there():
     w, inputs, f = layer()
-    survivors = Survivors(w, LowRankFisher.of("obs", inputs, MethodOptions(), SampleOptions()))
+    survivors = Survivors(w, LowRankFisher.of("obs", inputs, MethodOptions()))
     f = shrunk(f)
     want = torch.linalg.inv(f).diagonal()
     torch.testing.assert_close(survivors.inverse_diagonal().flatten(), want)
@@ -111,7 +111,7 @@ def test_the_inverse_diagonal_is_that_of_the_weights_still_there():
 
 def test_joint_is_sequential_in_any_order():
     w, inputs, _ = layer()
-    made = LowRankFisher.of("obs", inputs, MethodOptions(), SampleOptions())
+    made = LowRankFisher.of("obs", inputs, MethodOptions())
     gone = [3, 17, 8, 25]
     results = []
     for order in (gone, gone[::-1], [gone]):
@@ -127,7 +127,7 @@ def test_joint_is_sequential_in_any_order():
 
 def test_losses_single_joint_and_without_compensation():
     w, inputs, f = layer()
-    made = LowRankFisher.of("obs", inputs, MethodOptions(), SampleOptions())
+    made = LowRankFisher.of("obs", inputs, MethodOptions())
     f, scores = shrunk(f), Survivors(w, made).scores().flatten()
     gone = [3, 17, 8, 25]
     for q in gone:  # the score is what removing one weight achieves
@@ -225,7 +225,7 @@ def test_woodfisher_as_in_the_paper_adds_up_single_updates():
 def test_woodfisher_is_the_rank_one_recursion():
     """F^-1 by Sherman-Morrison, sample by sample, as the paper builds it."""
     _, inputs, _ = layer(method="woodfisher")
-    made = LowRankFisher.of("woodfisher", inputs, MethodOptions(), SampleOptions(shrinkage=0.0))
+    made = LowRankFisher.of("woodfisher", inputs, MethodOptions(own=SampleOptions(shrinkage=0.0)))
     s = made.s[:, 1]
     inverse = torch.eye(8, dtype=s.dtype) / float(made.d[0, 0])
     for g in s:

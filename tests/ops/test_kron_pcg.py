@@ -1,5 +1,6 @@
 import itertools
 import math
+from importlib import import_module
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from pyprune import ops
 from pyprune.ops import masked_cg
-from pyprune.ops.kron_pcg import _Lines, _Preconditioner, _Scaled, left_to_gain
+from pyprune.ops.kron_pcg import _Lines, _Preconditioner
+from pyprune.ops.kron_scaled import Scaled, left_to_gain
 
 OP = "kron_pcg"
 
@@ -61,7 +63,9 @@ def test_equals_brute_force(backend, device, use_backend, shape, sparsity):
 
 @pytest.mark.parametrize("shape", [(40, 72), (72, 40)])
 @pytest.mark.parametrize("sparsity", [0.03, 0.5])
-def test_directions_save_iterations(backend, device, use_backend, shape, sparsity, monkeypatch):
+def test_directions_save_iterations(
+    backend, device, use_backend, shape, sparsity, monkeypatch, by_kept
+):
     use_backend(backend, OP, device, torch.float64)
     w, mask, a, g = problem(*shape, sparsity=sparsity)
     mine = ops.kron_pcg(w, mask, a, g, tolerance=1e-3)
@@ -81,7 +85,7 @@ def test_preconditioner_is_the_inverse_without_a_mask_and_of_either_side_alone()
     def apply(low_a, low_g, kept, r):
         unused = torch.empty(0)
         parts = (unused, kept.double(), unused, unused, low_a, low_g, unused, unused)
-        return _Preconditioner(_Scaled(*parts)).apply(r)
+        return _Preconditioner(Scaled(*parts)).apply(r)
 
     both = torch.linalg.solve(g, torch.linalg.solve(a, r, left=False))
     torch.testing.assert_close(apply(low_a, low_g, kept, r), both)
@@ -122,9 +126,15 @@ def test_loss_falls_with_every_iteration(backend, device, use_backend):
     assert [int(result.iterations) for result in results] == list(range(12))
 
 
+@pytest.fixture
+def by_kept(monkeypatch):
+    """Whatever is pruned, the multipliers are not tried."""
+    monkeypatch.setattr(import_module("pyprune.ops.kron_pcg"), "MULTIPLIERS_SHARE", -1.0)
+
+
 @pytest.mark.parametrize("tolerance", [0.05, 0.01, 1e-4])
 @pytest.mark.parametrize("fall", [0.5, 1.5])
-def test_gap_is_about_what_there_is_left(backend, device, use_backend, tolerance, fall):
+def test_gap_is_about_what_there_is_left(backend, device, use_backend, tolerance, fall, by_kept):
     use_backend(backend, OP, device, torch.float64)
     w, mask, a, g = problem(48, 64, fall=fall)
     least = float(ops.kron_pcg(w, mask, a, g, iterations=500, tolerance=1e-12).loss)
@@ -135,7 +145,7 @@ def test_gap_is_about_what_there_is_left(backend, device, use_backend, tolerance
     assert not short.converged(tolerance) and float(short.gap) > tolerance
 
 
-def test_gap_is_unknown_with_few_iterations():
+def test_gap_is_unknown_with_few_iterations(by_kept):
     w, mask, a, g = problem(36, 48)
     few, more = (ops.kron_pcg(w, mask, a, g, iterations=i) for i in (3, 4))
     assert math.isinf(float(few.gap)) and not few.converged(0.9)

@@ -224,18 +224,38 @@ def test_fuzz_every_split(n, tokens, leaf, seed, scale):
     assert residual(u, damped(h)) < 1e-9
 
 
-def test_independent_of_thread_count(use_backend):
-    use_backend("native", OP, "cpu", torch.float32)
-    h = hessian(500).float()
+@pytest.fixture
+def with_threads():
+    """Calls a function with a number of threads; the number is restored in the end."""
     threads = torch.get_num_threads()
-    try:
-        factors = []
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            factors.append(ops.obs_factor(h).u)
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(factors[0], factors[1]) and torch.equal(factors[0], factors[2])
+
+    def run(count, function):
+        torch.set_num_threads(count)
+        return function()
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("n", [1, 49, 96, 145, 500])
+def test_independent_of_thread_count(use_backend, with_threads, n):
+    """From strips for all threads to threads without a strip."""
+    use_backend("native", OP, "cpu", torch.float32)
+    h = hessian(n).float()
+    want = with_threads(1, lambda: ops.obs_factor(h).u)
+    for count in (2, 3, 5):
+        assert torch.equal(with_threads(count, lambda: ops.obs_factor(h).u), want)
+
+
+@pytest.mark.parametrize("at", [0, 130, 399])
+def test_a_pivot_that_fails_stops_all_threads(use_backend, with_threads, at):
+    """Whichever block it is in: no thread waits for what is not coming."""
+    use_backend("native", OP, "cpu", torch.float32)
+    h = hessian(400).float()
+    h[at, at] = -1e6
+    for count in (1, 2, 3):
+        with pytest.raises(ops.NotPositiveDefiniteError):
+            with_threads(count, lambda: ops.obs_factor(h, max_damping=0.01))
 
 
 @pytest.mark.parametrize("at", [(90, 7), (7, 90), (50, 50), (99, 99)], ids=str)

@@ -347,21 +347,26 @@ def test_nan_weights_are_kept_and_stay_in_their_place(backend, device, use_backe
         assert bool(got.mask[2, 5]) and int(got.weight.isnan().sum()) == 1
 
 
-def test_independent_of_thread_count():
-    w, h = random_layer(200, 300)
+@pytest.mark.parametrize("rule", [
+    {"sparsity": 0.5}, {"sparsity": 0.5, "scope": "row"}, {"nm": (2, 4)},
+    {"sparsity": 0.5, "scope": "layer"},
+])  # fmt: skip
+@pytest.mark.parametrize("shape", [(200, 300), (30, 800)])
+def test_independent_of_thread_count(shape, rule):
+    """5 threads take the narrow strips; 800 columns in one block, one panel for all threads."""
+    w, h = random_layer(*shape)
     w, u = w.float(), ops.obs_factor(h).u.float()
     threads = torch.get_num_threads()
     try:
-        for rule in ({"sparsity": 0.5}, {"sparsity": 0.5, "scope": "row"}, {"nm": (2, 4)}):
-            results = []
-            for count in (1, 2, 5):  # 5 threads take the narrow strips
-                torch.set_num_threads(count)
-                results.append(ops.obs_sweep(w, u, **rule))
-            for other in results[1:]:
-                for a, b in zip(other, results[0], strict=True):
-                    assert torch.equal(a, b)
+        results = []
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            results.append(ops.obs_sweep(w, u, **rule))
     finally:
         torch.set_num_threads(threads)
+    for other in results[1:]:
+        for a, b in zip(other, results[0], strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pyprune import cli_prune
 def test_2_of_4_is_no_number_in_base_60():
     given = ["structure=2:4", "shots=3", "cap=0.5", "update=none"]
     want = {"structure": "2:4", "shots": 3, "cap": 0.5, "update": "none"}
-    assert cli_prune._method_options(given) == want
+    assert cli_prune._named_values("--option", given) == want
 
 
 def test_prunes_into_a_directory_and_goes_on_from_its_state(model, tmp_path, capsys):  # noqa: F811

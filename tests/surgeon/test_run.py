@@ -1,13 +1,12 @@
-"""LLM Surgeon on whole models: counts, optimality, resumption, and what it refuses or keeps."""
+"""LLM Surgeon on whole models: counts, optimality, and what it refuses or keeps."""
 
 import json
 
 import pytest
 import torch
 from methods.test_surgeon import EXACT, brute_force
-from safetensors.torch import load_file, save_file
+from surgeon_runs import loss, refs_of, same, surgeon, tokens
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
-from transformers import AutoModelForCausalLM
 
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.factors import collect_factors
@@ -18,34 +17,10 @@ from pyprune.methods import kronecker
 from pyprune.methods.kronecker import Curvature
 from pyprune.models.adapter import Adapter
 from pyprune.patterns import pruned_count
-from pyprune.prune import prune, prune_checkpoint
-from pyprune.report import Report, model_card
+from pyprune.prune import prune
+from pyprune.report import Report
 from pyprune.surgeon import run as run_module
 from pyprune.surgeon.run import STORED_AS_ZEROS
-
-
-def tokens(rows=4, length=16):
-    return [tiny_tokens(rows, length, seed) for seed in range(2)]
-
-
-def surgeon(model, target=0.5, batches=None, config=None, state=None, **own):
-    options = {"method_options": own, **(config or {})}
-    return prune(model, batches or tokens(), "llm-surgeon", target, state=state, **options)
-
-
-def refs_of(model):
-    adapter = Adapter.of(model)
-    return [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
-
-
-def same(a, b):
-    state = b.state_dict()
-    return all(torch.equal(state[name], value) for name, value in a.state_dict().items())
-
-
-def loss(model, batches):
-    with torch.no_grad():
-        return sum(float(model(input_ids=ids, labels=ids).loss) for ids in batches)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,12 +134,12 @@ def test_an_update_that_stops_early_is_reported():
         assert f"about {layer.gap:.1%} above the least loss instead of 0.0%" in note
     assert "stopped after 5 iterations" in str(report.table().caption)
     assert Report.from_json(report.to_json()).layers == report.layers
-    report = surgeon(tiny_model("llama"), shots=1, iterations=3)
+    report = surgeon(tiny_model("llama"), shots=1, iterations=3, tolerance=1e-6)
     assert {layer.gap for layer in report.layers} == {None}
     assert "too early to tell" in report.layers[0].notes[0]
     report = surgeon(tiny_model("llama"), shots=1)
     assert not report.noted
-    assert all(4 <= layer.iterations < 80 and layer.gap <= 0.02 for layer in report.layers)
+    assert all(0 < layer.iterations < 80 and layer.gap <= 0.02 for layer in report.layers)
     assert surgeon(tiny_model("llama"), shots=1, update="none").layers[0].iterations is None
 
 
@@ -258,134 +233,6 @@ def test_recomputed_activations_change_nothing():
     surgeon(plain, shots=1)
     surgeon(again, shots=1, config={"gradient_checkpointing": True})
     assert same(plain, again)
-
-
-@pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
-def test_a_checkpoint_is_the_model_pruned_in_memory(family, tmp_path):
-    tiny_model(family).save_pretrained(tmp_path / "in")
-    own = {"structure": "rows-columns", "shots": 2}
-    config = PruneConfig(method="llm-surgeon", sparsity=0.3, method_options=own)
-    report = prune_checkpoint(tmp_path / "in", tmp_path / "out", config, batches=tokens())
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
-    prune(model, tokens(), config=config)
-    assert same(model, AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
-    old, new = (load_file(tmp_path / at / "model.safetensors") for at in ("in", "out"))
-    assert old.keys() == new.keys()
-    assert Report.from_json((tmp_path / "out" / "pyprune.json").read_text()).layers
-    card = model_card(report)
-    assert "norms and routers are those of the original" in card
-    assert "- Options: structure rows-columns, shots 2" in card
-    assert "structure rows-columns, shots 2: 2" in str(report.table().title)
-    assert STORED_AS_ZEROS in (tmp_path / "out" / "README.md").read_text()
-
-
-def test_bf16_checkpoints_are_pruned_in_fp32_or_bf16(tmp_path):
-    tiny_model("llama").bfloat16().save_pretrained(tmp_path / "in")
-    for dtype in ("auto", "float32"):
-        config = PruneConfig(
-            method="llm-surgeon", pattern="2:4", dtype=dtype, method_options={"shots": 2}
-        )
-        out = tmp_path / dtype
-        prune_checkpoint(tmp_path / "in", out, config, batches=tokens())
-        for name, value in load_file(out / "model.safetensors").items():
-            assert value.dtype == torch.bfloat16
-            if "proj.weight" in name:
-                assert (value == 0).view(-1, 4).sum(1).unique().tolist() == [2]
-
-
-# Resumption.
-
-
-class Interrupted(Exception):
-    pass
-
-
-def interrupted_in(shot, monkeypatch):
-    """The run breaks in the middle of the update of `shot`, counted from 1."""
-    real, seen = run_module.Surgeon._cut, []
-
-    def cut(self, matrix, *rest):
-        seen.append(matrix)
-        if len(seen) == (shot - 1) * len(self.matrices) + 3:
-            raise Interrupted
-        return real(self, matrix, *rest)
-
-    monkeypatch.setattr(run_module.Surgeon, "_cut", cut)
-
-
-@pytest.mark.parametrize(
-    "own",
-    [{}, {"structure": "rows-columns"}, {"corrections": 2, "fisher_samples": 1}],
-    ids=["element", "rows", "lora"],
-)
-def test_an_interrupted_run_ends_with_the_same_bytes(own, tmp_path, monkeypatch):
-    tiny_model("llama").save_pretrained(tmp_path / "in")
-    config = PruneConfig(method="llm-surgeon", sparsity=0.4, method_options={"shots": 4, **own})
-
-    def run(out, state=None):
-        return prune_checkpoint(
-            tmp_path / "in", tmp_path / out, config, batches=tokens(), state=state
-        )
-
-    whole = run("whole")
-    with monkeypatch.context() as patch:
-        interrupted_in(3, patch)
-        with pytest.raises(Interrupted):
-            run("broken", tmp_path / "state")
-    assert not (tmp_path / "broken").exists()
-    saved = json.loads((tmp_path / "state" / "state.json").read_text())
-    assert saved["shots"] == 2
-    assert [p.name for p in (tmp_path / "state").glob("*.safetensors")] == ["shot-2.safetensors"]
-    counted = []
-    real = run_module.Surgeon._shot
-    monkeypatch.setattr(
-        run_module.Surgeon, "_shot", lambda self, t: counted.append(t) or real(self, t)
-    )
-    resumed = run("resumed", tmp_path / "state")
-    assert counted == [3, 4]
-    a, b = ((tmp_path / at / "model.safetensors").read_bytes() for at in ("whole", "resumed"))
-    assert a == b
-    first, second = (report.to_dict() for report in (whole, resumed))
-    assert {**first, "run": None} == {**second, "run": None}
-    counted.clear()
-    run("finished", tmp_path / "state")  # nothing is left to do
-    assert counted == []
-    assert (tmp_path / "finished" / "model.safetensors").read_bytes() == a
-
-
-def test_the_state_of_something_else_is_refused(tmp_path):
-    state = tmp_path / "state"
-    surgeon(tiny_model("llama"), state=state, shots=2)
-    with pytest.raises(UserError, match=r"belongs to another model: expected model [0-9a-f]+, got"):
-        surgeon(tiny_model("llama", seed=1), state=state, shots=2)
-    with pytest.raises(UserError, match="another configuration: method_options is"):
-        surgeon(tiny_model("llama"), state=state, shots=3)
-    with pytest.raises(UserError, match="belongs to another text"):
-        surgeon(tiny_model("llama"), batches=[tiny_tokens(2, 8)], state=state, shots=2)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").write_text("")
-    with pytest.raises(UserError, match="expected an empty directory or that of an interrupted"):
-        surgeon(tiny_model("llama"), state=tmp_path / "full")
-    (state / "state.json").write_text("{")
-    with pytest.raises(UserError, match=r"state\.json cannot be read"):
-        surgeon(tiny_model("llama"), state=state, shots=2)
-
-
-def test_weights_that_are_missing_from_the_state_are_an_error(tmp_path):
-    state = tmp_path / "state"
-    surgeon(tiny_model("llama"), state=state, shots=1)
-    (file,) = state.glob("*.safetensors")
-    save_file({"a": torch.zeros(1)}, file)
-    with pytest.raises(UserError, match="holds other matrices"):
-        surgeon(tiny_model("llama"), state=state, shots=1)
-    file.unlink()
-    with pytest.raises(UserError, match="cannot be read"):
-        surgeon(tiny_model("llama"), state=state, shots=1)
-
-
-def test_a_method_on_a_walk_has_no_state(tmp_path):
-    with pytest.raises(UserError, match="state: wanda is not pruned in shots, expected none"):
-        prune(tiny_model("llama"), tokens(), "wanda", 0.5, state=tmp_path)
 
 
 # Corrections.

@@ -1,0 +1,120 @@
+"""README's first table: the few figures that say whether the package is worth a look."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from _tables import Row, device_of, table
+
+Rows = list[Row]
+
+
+def headlines(folder: Path, results: Path) -> list[str]:
+    """folder: of one device's rows; results: of the quality benches."""
+
+    def rows(name: str, where: Path = folder) -> Any:
+        path = where / f"{name}.json"
+        return json.loads(path.read_text()) if path.exists() else []
+
+    lines = [
+        *_model(rows("model")), *_layers(rows("sparse_linear")), *_solve(rows("obs")),
+        *_reconstruction(rows("reconstruct_model")), *_search(rows("blockpruner")),
+        *_perplexity(rows("gradient_quality", results)),
+        *_structure(rows("depth_quality", results)),
+    ]  # fmt: skip
+    if not lines:
+        return []
+    return ["### At a glance", "", f"{device_of(rows('obs') or rows('sparse_linear'))}.", "",
+            *table(["what", "measured", "beside"], [list(line) for line in lines])]  # fmt: skip
+
+
+Line = tuple[str, str, str]
+
+
+def _model(rows: Rows) -> Iterator[Line]:
+    for row in rows:
+        rates = [r for r in row["rates"] if (r["phase"], r["batch"]) == ("decode", 1)]
+        dense = [r for r in rates if r["name"] == "dense"]
+        best = max(r["median"] for r in dense)
+        torch = max(r["median"] for r in dense if r["kernels"] == "torch")
+        sizes = {m["name"]: m["weight_bytes"] for m in row["models"]}
+        for rate in rates:
+            if rate["name"] != "dense":
+                mine = rate["median"]
+                yield (
+                    f"{sizes['dense'] / 1e9:.1f} GB model decoding in {rate['name']}",
+                    f"{mine / torch:.2f}x PyTorch's fastest dense, "
+                    f"{mine / best:.2f}x our dense kernel, "
+                    f"{sizes[rate['name']] / sizes['dense']:.2f} of the bytes",
+                    f"{mine:.0f} tokens/s at batch 1, bf16",
+                )
+
+
+def _layers(rows: Rows) -> Iterator[Line]:
+    for name, words in (("sparse24", "2:4"), ("bitmap50", "50 % bitmap")):
+        mine = [r for r in rows if r["provider"] == name]
+        by_rows = {n: [r for r in mine if r["rows"] == n] for n in (1, 16, 512)}
+        counts = [n for n, found in by_rows.items() if found]
+        cells = [
+            f"{least:.2f}-{most:.2f}x at {count}"
+            for count in counts
+            for least, most in [
+                _range(r["ratio_to_best_dense"] for r in mine if r["rows"] == count)
+            ]
+        ]
+        if cells:
+            yield (f"linear layer, {words}, bf16", ", ".join(cells) + " rows of x",
+                   "the fastest dense product of PyTorch's and ours")  # fmt: skip
+
+
+def _solve(rows: Rows) -> Iterator[Line]:
+    gains = [1 / r["ratio_to_baseline"] for r in rows if r["provider"] == "native"]
+    if gains:
+        yield ("SparseGPT solve, 576 to 2,048 columns", f"{min(gains):.0f}-{max(gains):.0f}x",
+               "the reference algorithm, column by column")  # fmt: skip
+
+
+def _reconstruction(rows: Rows) -> Iterator[Line]:
+    for row in rows:
+        if row["provider"] == "native":
+            yield (
+                "least-squares weights of a whole model",
+                f"{1 / row['ratio_to_baseline']:.1f}x at {row['weight_error_worst']:.0e}",
+                "a Cholesky solve per row",
+            )
+
+
+def _search(rows: Rows) -> Iterator[Line]:
+    for row in rows:
+        if row["provider"] in ("exact", "fast"):
+            gain = f"{row['seconds_naive_over_this']:.1f}x"
+            yield f"BlockPruner's search, {row['provider']}", gain, "every candidate from scratch"
+
+
+def _perplexity(rows: Rows) -> Iterator[Line]:
+    by = {(r["method"], r["pattern"]): r["perplexity"]["wiki"]["ppl"] for r in rows}
+    names = [n for n in ("magnitude", "wanda", "sparsegpt", "llm-surgeon-1shot", "llm-surgeon")
+             if (n, "0.5") in by]  # fmt: skip
+    if names:
+        yield ("perplexity of SmolLM2-135M at 50 %",
+               ", ".join(f"{n} {by[n, '0.5']:.1f}" for n in names),
+               f"dense {by['dense', '-']:.1f}; 8k calibration tokens")  # fmt: skip
+
+
+def _structure(rows: Rows) -> Iterator[Line]:
+    by = {(r["variant"], r["ratio"]): r for r in rows}
+    names = [n for n in ("shortgpt", "sleb", "blockpruner", "shortgpt, refit")
+             if (n, 0.1) in by]  # fmt: skip
+    if names:
+        yield ("perplexity without 10 % of the parameters",
+               ", ".join(f"{n} {by[n, 0.1]['perplexity']['wiki']['ppl']:.1f}" for n in names),
+               f"dense {by['dense', 0.0]['perplexity']['wiki']['ppl']:.1f}; "
+               "2k calibration tokens")  # fmt: skip
+
+
+def _range(values: Iterator[float]) -> tuple[float, float]:
+    found = list(values)
+    return min(found), max(found)
