@@ -206,10 +206,11 @@ class LocalSearch:
         margin: float,
     ) -> None:
         self.search, self.known, self.start = search, known, start
+        search.walk.tick = lambda done, total: self._tell(f", batch {done}/{total}")
         self.limit, self.margin = limit, margin
         self.allowed = sorted(allowed, key=lambda branch: branch.position)
         self.exchanges: list[Exchange] = []
-        self._now = _set(start)
+        self._now, self._score = _set(start), _score(start)
         (self._score,) = known.scores([self._now], known.at)
         budget = search.budget
         self._cost = {branch: budget.saved([branch]) for branch in self.allowed}
@@ -352,9 +353,9 @@ class LocalSearch:
     def _meets(self, after: Removed) -> bool:
         return meets(self.search.budget, after, len(self.search.graph.branches))
 
-    def _tell(self) -> None:
+    def _tell(self, more: str = "") -> None:
         if self.search.progress is not None:
-            words = f"{len(self.exchanges)} exchanges, score {self._score:.4g}"
+            words = f"{len(self.exchanges)} exchanges, score {self._score:.4g}{more}"
             self.search.progress(words, len(self.known.asked), self.limit)
 
 

@@ -317,6 +317,16 @@ def test_what_need_not_go_comes_back():
     assert cases == {True: 2, False: 2}
 
 
+def test_progress_is_told():
+    told = []
+    config = StructureConfig(ratio=0.3, method_options={"mode": "fast", "exchange_limit": 40})
+    model = model_of("llama", 5)
+    run_search(model, Adapter.of(model), tokens(), config, lambda *of: told.append(of))
+    mine = [(done, total) for words, done, total in told if "exchanges, score" in words]
+    assert any("exchanges, score" in w and w.endswith("batch 2/2") for w, _, _ in told)
+    assert mine == sorted(mine) and 0 < mine[-1][0] <= 40 and {t for _, t in mine} == {40}
+
+
 def test_the_limit_holds():
     model = model_of("llama", 6)
     lists = search(model, exchange_limit=1)
