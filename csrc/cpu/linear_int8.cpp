@@ -170,6 +170,7 @@ struct Pairs {
 // W as pairs of bf16 for the tiles, in the order of Widen64.
 struct TilePairs : AsPairs {
   using Value = int8_t;
+  static constexpr bool kPairs = false;  // its columns have an order of their own
   static constexpr bool kExpands = false;
   static void pack(const bf16* x, int64_t c0, int64_t c1, int64_t t, float* panel) {
     for (int64_t c = c0; c < c1; c += 2) {

@@ -25,7 +25,7 @@ bool run_avx512(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t
   const bool pairs = std::is_same_v<T, bf16> && current_isa() == Isa::avx512_bf16;
   const bool is_24 = a.format == WeightFormat::sparse24;
   if constexpr (kBothBf16) {
-    const int64_t dot_rows = a.format == WeightFormat::dense ? kDotRowsDense : kDotRows;
+    const int64_t dot_rows = a.format == WeightFormat::dense ? kDotRowsDense : kDotRowsBitmap;
     if (pairs && is_24 && m > kGatherPairRows) return run_table<bf16, X>(a, w), true;
     if (pairs && is_24) return run_gather<GatherBf16, X>(a, w), true;
     if (pairs && m > dot_rows) return run_multiply<AsPairs, X>(a, w, broken), true;

@@ -204,6 +204,27 @@ def test_empty_full_and_zero_rows(isa, m, use_isa):
     assert_product(ops.linear_bitmap(x, *pack_bitmap(w, everything)), x, w)
 
 
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("density", [0.02, 0.5, 0.8, 1.0])
+def test_bitmap_tiles_of_any_density_and_width(density, isa, use_isa):
+    """Whole tiles of rows and a rest; rows so long that half a tile is taken (9001 columns at 0.5)
+    and that nothing is fetched as a stream (at 1.0); empty rows, one value, runs, long gaps."""
+    use_isa(isa)
+    gen = torch.Generator().manual_seed(9)
+    for rows, cols, counts in ((101, 197, (11, 24, 25, 33, 49, 600)), (53, 9001, (25, 40))):
+        w = torch.randn(rows, cols, generator=gen).bfloat16()
+        mask = torch.rand(rows, cols, generator=gen) < density
+        mask[[0, 1, 2, 30, 31, 52]] = False
+        mask[0, -1] = mask[1, 0] = mask[52, 64] = True
+        mask[30, 40:150] = True
+        mask[31, ::61] = True
+        for m in counts:
+            x = activations(m, cols, torch.bfloat16)
+            bias = activations(1, rows, seed=m)[0] if m % 2 else None
+            got = ops.linear_bitmap(x, *pack_bitmap(w, mask), bias=bias)
+            assert_product(got, x, w * mask, bias)
+
+
 @pytest.mark.parametrize("provider", ["reference", "native", "triton"])
 def test_stored_zeros_of_either_sign(provider, use_backend):
     use_backend(provider, "linear_24", "cpu")
