@@ -238,8 +238,10 @@ def test_fuzz_against_brute_force(rows, cols, sparsity, seed):
     a, g = definite(cols, seed), definite(rows, seed + 1)
     want = brute_force(w, mask, a, g)
     got = ops.kron_pcg(w, mask, a, g, iterations=500, tolerance=1e-14)
-    torch.testing.assert_close(got.weight, want, rtol=0, atol=1e-6)
-    got = ops.kron_pcg(w.float(), mask, a.float(), g.float(), iterations=500, tolerance=1e-6)
     best = loss(want, w, a, g)
+    # The promise is of the loss, by estimate; what is above the least is that of the distance.
+    assert loss(got.weight, want, a, g) <= 1e-13 * best + 1e-20
+    assert not got.weight[~mask].any()
+    got = ops.kron_pcg(w.float(), mask, a.float(), g.float(), iterations=500, tolerance=1e-6)
     limit = best * (1 + 1e-3) + 1e-5 * loss(0 * w, w, a, g)
     assert loss(got.weight, w, a, g) <= limit
