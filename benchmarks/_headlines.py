@@ -106,7 +106,7 @@ def _perplexity(rows: Rows) -> Iterator[Line]:
 
 def _structure(rows: Rows) -> Iterator[Line]:
     by = {(r["variant"], r["ratio"]): r for r in rows}
-    names = [n for n in ("shortgpt", "sleb", "blockpruner", "shortgpt, refit")
+    names = [n for n in ("shortgpt", "sleb", "blockpruner", "blockpruner, refit")
              if (n, 0.1) in by]  # fmt: skip
     if names:
         yield ("perplexity without 10 % of the parameters",
