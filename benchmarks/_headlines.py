@@ -71,9 +71,11 @@ def _layers(rows: Rows) -> Iterator[Line]:
 
 
 def _solve(rows: Rows) -> Iterator[Line]:
-    gains = [1 / r["ratio_to_baseline"] for r in rows if r["provider"] == "native"]
+    mine = [r for r in rows if r["provider"] == "native"]
+    gains = [1 / r["ratio_to_baseline"] for r in mine]
     if gains:
-        yield ("SparseGPT solve, 576 to 2,048 columns", f"{min(gains):.0f}-{max(gains):.0f}x",
+        columns = [r["shape"][-1] for r in mine]
+        yield (f"SparseGPT solve, {min(columns):,} to {max(columns):,} columns", f"{min(gains):.0f}-{max(gains):.0f}x",
                "the reference algorithm, column by column")  # fmt: skip
 
 
@@ -95,13 +97,19 @@ def _search(rows: Rows) -> Iterator[Line]:
 
 
 def _perplexity(rows: Rows) -> Iterator[Line]:
-    by = {(r["method"], r["pattern"]): r["perplexity"]["wiki"]["ppl"] for r in rows}
+    # More text for some methods would be no comparison: the least that any had.
+    tokens = min((r["calibration_tokens"] for r in rows if r["pattern"] == "0.5"), default=0)
+    by = {
+        (r["method"], r["pattern"]): r["perplexity"]["wiki"]["ppl"]
+        for r in rows
+        if r["method"] == "dense" or r["calibration_tokens"] == tokens
+    }
     names = [n for n in ("magnitude", "wanda", "sparsegpt", "llm-surgeon-1shot", "llm-surgeon")
              if (n, "0.5") in by]  # fmt: skip
     if names:
         yield ("perplexity of SmolLM2-135M at 50 %",
                ", ".join(f"{n} {by[n, '0.5']:.1f}" for n in names),
-               f"dense {by['dense', '-']:.1f}; 8k calibration tokens")  # fmt: skip
+               f"dense {by['dense', '-']:.1f}; {tokens:,} calibration tokens")  # fmt: skip
 
 
 def _structure(rows: Rows) -> Iterator[Line]:
@@ -109,10 +117,11 @@ def _structure(rows: Rows) -> Iterator[Line]:
     names = [n for n in ("shortgpt", "sleb", "blockpruner", "blockpruner, refit")
              if (n, 0.1) in by]  # fmt: skip
     if names:
+        dense = by["dense", 0.0]
         yield ("perplexity without 10 % of the parameters",
                ", ".join(f"{n} {by[n, 0.1]['perplexity']['wiki']['ppl']:.1f}" for n in names),
-               f"dense {by['dense', 0.0]['perplexity']['wiki']['ppl']:.1f}; "
-               "2k calibration tokens")  # fmt: skip
+               f"dense {dense['perplexity']['wiki']['ppl']:.1f}; "
+               f"{dense['calibration_tokens']:,} calibration tokens")  # fmt: skip
 
 
 def _range(values: Iterator[float]) -> tuple[float, float]:

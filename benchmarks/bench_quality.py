@@ -48,7 +48,7 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("0.5", "2:4"),
     ),
     # For models smaller than the packaged one, or patience: greedy over every row of every matrix,
-    # and the paper's update of groups (stopped after 25 minutes of CPU time).
+    # and the paper's update of groups (7e13 flops of dense solves for the packaged model at 50 %).
     "slow": (("exactobs", "llm-surgeon-grouped"), ("0.5", "2:4")),
     "structures": (("llm-surgeon-structures",), ("0.1", "0.2", "0.3")),
     "eigendamage": (("eigendamage", "eigendamage-ekfac"), ("0.1", "0.2", "0.3", "0.5")),
