@@ -75,8 +75,9 @@ def _solve(rows: Rows) -> Iterator[Line]:
     gains = [1 / r["ratio_to_baseline"] for r in mine]
     if gains:
         columns = [r["shape"][-1] for r in mine]
-        yield (f"SparseGPT solve, {min(columns):,} to {max(columns):,} columns", f"{min(gains):.0f}-{max(gains):.0f}x",
-               "the reference algorithm, column by column")  # fmt: skip
+        what = f"SparseGPT solve, {min(columns):,} to {max(columns):,} columns"
+        gain = f"{min(gains):.0f}-{max(gains):.0f}x"
+        yield what, gain, "the reference algorithm, column by column"
 
 
 def _reconstruction(rows: Rows) -> Iterator[Line]:
