@@ -50,7 +50,10 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # For models smaller than the packaged one, or patience: greedy over every row of every matrix,
     # and the paper's update of groups (7e13 flops of dense solves for the packaged model at 50 %).
     "slow": (("exactobs", "llm-surgeon-grouped"), ("0.5", "2:4")),
-    "structures": (("llm-surgeon-structures",), ("0.1", "0.2", "0.3")),
+    "structures": (
+        ("llm-surgeon-structures", "llm-surgeon-structures, sum"),
+        ("0.1", "0.2", "0.3"),
+    ),
     "eigendamage": (("eigendamage", "eigendamage-ekfac"), ("0.1", "0.2", "0.3", "0.5")),
     "eigendamage-elements": (("eigendamage-elements", "eigendamage-elements-ekfac"), ("0.5",)),
     # With plain Wanda beside them: the baselines have it at 0.5 only.
@@ -97,6 +100,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llm-surgeon-structures": {
         "method": "llm-surgeon",
         "method_options": {"structure": "rows-columns"},
+    },
+    # The paper's update: the sum of what removing rows and columns one by one would do.
+    "llm-surgeon-structures, sum": {
+        "method": "llm-surgeon",
+        "method_options": {"structure": "rows-columns", "update": "grouped"},
     },
     "eigendamage-ekfac": {"method": EIGENDAMAGE, "method_options": {"reestimate": True}},
     "eigendamage-elements": {"method": EIGENDAMAGE, "method_options": {"unit": "elements"}},
