@@ -9,6 +9,7 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_rows, check_same_device, check_shape
+from pyprune.ops._precision import full_precision
 
 FACTOR_DTYPES = (torch.float32, torch.float64)
 # Rows whose product with the factor exists at a time.
@@ -37,6 +38,7 @@ def _check_kron_quadratic(w: Tensor, h: Tensor) -> None:
     check_factors(w, {"h": (h, w.shape[1])})
 
 
+@full_precision()
 def kron_quadratic_reference(w: Tensor, h: Tensor) -> Tensor:
     """A panel of rows at a time. H is symmetric, so each block column of it needs only the rows of
     its upper triangle: the strictly upper blocks count twice."""
@@ -59,7 +61,7 @@ def _kron_quadratic_fake(w: Tensor, h: Tensor) -> Tensor:
 
 
 def _kron_quadratic_native(w: Tensor, h: Tensor) -> Tensor:
-    out = torch.empty(len(w), dtype=w.dtype)
+    out = w.new_empty(len(w))
     along_rows_or_columns = w if 1 in w.stride() else w.contiguous()
     unit_columns = h if h.stride(1) == 1 or len(h) <= 1 else h.contiguous()
     _native.call("kron_quadratic", out, along_rows_or_columns, unit_columns)
@@ -113,6 +115,7 @@ def _check_kron_remove(
     check_same_device(w, rows, columns)
 
 
+@full_precision()
 def kron_remove_reference(
     w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
 ) -> Tensor:
@@ -125,6 +128,7 @@ def kron_remove_reference(
     return w
 
 
+@full_precision()
 def _remove_at_once(
     w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
 ) -> Tensor:

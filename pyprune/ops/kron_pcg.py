@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_rows, check_same_device, check_shape
+from pyprune.ops._precision import full_precision
 from pyprune.ops.kron import FACTOR_DTYPES, check_factors
 from pyprune.ops.kron_multipliers import LEAST_TOLERANCE, Found, by_multipliers
 from pyprune.ops.kron_scaled import Scaled, dot, left_to_gain
@@ -116,6 +117,7 @@ def _times(cores: Tensor, lines: Tensor) -> Tensor:
     return torch.bmm(cores, lines[..., None])[..., 0]
 
 
+@full_precision()
 def kron_pcg_reference(*values: Any) -> PcgTensors:
     """On library products: two of them an iteration are most of its cost."""
     args = _Pcg(*values)
