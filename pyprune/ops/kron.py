@@ -30,6 +30,11 @@ def check_factors(w: Tensor, factors: dict[str, tuple[Tensor | None, int]]) -> N
     check_same_device(w, *(t for t, _ in factors.values()))
 
 
+def widened(w: Tensor) -> Tensor:
+    """16-bit weights as fp32: there is no 16-bit arithmetic here."""
+    return w.float() if w.dtype in (torch.bfloat16, torch.float16) else w
+
+
 # --- kron_quadratic ------------------------------------------------------------------------------
 
 
@@ -87,15 +92,16 @@ def kron_quadratic(w: Tensor, h: Tensor) -> Tensor:
     costs (van der Ouderaa et al. 2024, arXiv 2312.17244, section 3.3).
 
     Args:
-        w: weights `[R, C]`, fp32 or fp64, any strides.
-        h: symmetric `[C, C]` of the dtype of `w`; only blocks on and above the diagonal are read.
+        w: weights `[R, C]`, fp32 or fp64 (bf16 and fp16 are widened to fp32), any strides.
+        h: symmetric `[C, C]` of that dtype; only blocks on and above the diagonal are read.
 
     Returns:
-        `[R]`, in the dtype of `w`. NaN and infinite inputs propagate.
+        `[R]`, in that dtype. NaN and infinite inputs propagate.
 
     Raises:
         ValueError: a shape, dtype or device does not match.
     """
+    w = widened(w)
     _check_kron_quadratic(w, h)
     out: Tensor = torch.ops.pyprune.kron_quadratic(w, h)
     return out
@@ -175,9 +181,10 @@ def kron_remove(
     original W and lacks their cross term.
 
     Args:
-        w: weights `[R, C]`, fp32 or fp64, any strides. Not modified.
+        w: weights `[R, C]`, fp32 or fp64 (bf16 and fp16 are widened to fp32), any strides. Not
+            modified.
         rows, columns: int64 `[p]` and `[q]`, distinct indices of what goes; either may be empty.
-        a_inverse, g_inverse: `[C, C]` and `[R, R]`, inverses of the damped factors, dtype of `w`.
+        a_inverse, g_inverse: `[C, C]` and `[R, R]`, inverses of the damped factors, of that dtype.
 
     Returns:
         The new weights `[R, C]`, exactly zero in `rows` and `columns`.
@@ -186,6 +193,7 @@ def kron_remove(
         ValueError: a shape, dtype or device does not match.
         torch.linalg.LinAlgError: a block of an inverse is singular (an index given twice, say).
     """
+    w = widened(w)
     _check_kron_remove(w, rows, columns, a_inverse, g_inverse)
     out: Tensor = torch.ops.pyprune.kron_remove(w, rows, columns, a_inverse, g_inverse)
     return out

@@ -13,6 +13,7 @@ from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_float, check_same_device, check_shape
 from pyprune.ops._precision import full_precision
+from pyprune.ops.pack import bits_of
 from pyprune.ops.row_grid import RowGrid, round_to_grid
 
 Scope = Literal["row", "block", "layer"]
@@ -26,6 +27,10 @@ class ObsSweep(NamedTuple):
     weight: Tensor
     mask: Tensor
     loss: Tensor
+
+    def packed_mask(self) -> Tensor:
+        """The mask as bits, uint8 `[..., R, ceil(C/8)]`: the bitmap that `pack_bitmap` makes."""
+        return bits_of(self.mask)
 
 
 class SweepArgs(NamedTuple):
