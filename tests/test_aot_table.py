@@ -21,7 +21,9 @@ def launched():
 def entries():
     """Kernels of the CUDA C++ files, by file."""
     for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
-        for name in re.findall(r"__global__\s+void\s+(?:__\w+__\([^)]*\)\s+)?(\w+)", path.read_text()):
+        for name in re.findall(
+            r"__global__\s+void\s+(?:__\w+__\([^)]*\)\s+)?(\w+)", path.read_text()
+        ):
             yield f"cuda/{path.stem}", name
 
 
