@@ -1,6 +1,7 @@
-"""Every kernel of the pruning ops once, on sizes that divide nothing. Small enough for
+"""Every kernel once, on sizes that divide nothing. Small enough for
 compute-sanitizer: `make gpu-sanitize` runs what is called `sanitized`. On the CPU Triton's
-interpreter runs the same calls, so that they are known to be right before a GPU sees them."""
+interpreter runs the same calls, so that they are known to be right before a GPU sees them. The CUDA
+C++ kernels of compressed layers have tests of their own."""
 
 import pytest
 import torch
@@ -21,9 +22,32 @@ def hessian():
     return x.mT @ x
 
 
-def pruned():
-    w = random(ROWS, COLS, dtype=torch.bfloat16)
+def pruned(device):
+    w = random(ROWS, COLS, dtype=torch.bfloat16).to(device)
     return w * ops.mask_nm(w, 2, 4)
+
+
+def compressed(layout, device):
+    """x and the tensors of a product with a compressed matrix, int8 with scales or not."""
+    w = pruned(device).float()
+    numbers, scales = ops.quantize_rows(w)
+    packed = {
+        "linear_24": lambda: ops.pack_24(w),
+        "linear_bitmap": lambda: ops.pack_bitmap(w),
+        "linear_24_int8": lambda: (*int8_of(ops.pack_24, numbers), scales),
+        "linear_bitmap_int8": lambda: (*int8_of(ops.pack_bitmap, numbers), scales),
+        "linear_int8": lambda: (numbers, scales),
+    }[layout]()
+    return random(3, COLS).to(device), *packed
+
+
+def int8_of(pack, numbers):
+    values, *rest = pack(numbers.float())
+    return values.to(torch.int8), *rest
+
+
+def products(layout):
+    return [lambda d: getattr(ops, layout)(*compressed(layout, d))]
 
 
 def sweep(device, **rule):
@@ -91,18 +115,23 @@ CALLS = {
     ],
     "mask_topk": [lambda d: ops.mask_topk(random(ROWS, COLS).to(d), 11, **terms(d))],
     "mask_global": [by_lists],
-    "pack_24": [lambda d: ops.pack_24(pruned().to(d))],
-    "unpack_24": [lambda d: ops.unpack_24(*(t.to(d) for t in ops.pack_24(pruned())))],
-    "pack_bitmap": [lambda d: ops.pack_bitmap(pruned().to(d))],
-    "unpack_bitmap": [
-        lambda d: ops.unpack_bitmap(*(t.to(d) for t in ops.pack_bitmap(pruned())), COLS)
-    ],
+    "pack_24": [lambda d: ops.pack_24(pruned(d))],
+    "unpack_24": [lambda d: ops.unpack_24(*ops.pack_24(pruned(d)))],
+    "pack_bitmap": [lambda d: ops.pack_bitmap(pruned(d))],
+    "unpack_bitmap": [lambda d: ops.unpack_bitmap(*ops.pack_bitmap(pruned(d)), COLS)],
+    "linear_24": products("linear_24"),
+    "linear_bitmap": products("linear_bitmap"),
+    "linear_24_int8": products("linear_24_int8"),
+    "linear_bitmap_int8": products("linear_bitmap_int8"),
+    "linear_int8": products("linear_int8"),
 }
+# Kernels for sizes, dtypes or patterns of their own: tested where they are.
+ELSEWHERE = {("linear_24", "cuda"), ("linear_bitmap", "cuda")}
 CASES = [
     pytest.param(op, backend, device, marks=[pytest.mark.gpu] if device == "cuda" else [])
     for op in CALLS
     for backend, device in (("triton", "cpu"), ("triton", "cuda"), ("cuda", "cuda"))
-    if backend in IMPLS[op]
+    if backend in IMPLS[op] and (op, backend) not in ELSEWHERE
 ]
 
 
