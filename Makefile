@@ -111,8 +111,8 @@ gpu:
 	$(MAKE) gpu-sanitize PYTHON=$(PYTHON)
 	$(PYTHON) benchmarks/run_all.py --device cuda
 
-# Small products under compute-sanitizer: reads outside an allocation (without PyTorch's pools, whose
-# blocks hide them) and races in shared memory.
+# Every kernel once, small, under compute-sanitizer: reads outside an allocation (without PyTorch's
+# pools, whose blocks hide them) and races in shared memory.
 SANITIZE = PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 --tool
 gpu-sanitize:
 	for tool in memcheck racecheck; do \

@@ -11,7 +11,8 @@ from _harness import Bench, Case, copies, forced_backend, our_backends, parse
 
 from pyprune import ops
 
-# Sequences, tokens, rows (out features), columns (in features).
+# Sequences, tokens, rows (out features), columns (in features): SmolLM2-135M, a 2k model,
+# Llama-3-8B, Llama-3-70B's attention (on a GPU only).
 SHAPES = {
     "cpu": [
         (2, 2048, 576, 576),
@@ -19,7 +20,12 @@ SHAPES = {
         (1, 2048, 2048, 2048),
         (1, 2048, 4096, 4096),
     ],
-    "cuda": [(8, 2048, 1536, 576), (8, 2048, 4096, 4096), (8, 2048, 14336, 4096)],
+    "cuda": [
+        (8, 2048, 1536, 576),
+        (8, 2048, 4096, 4096),
+        (8, 2048, 14336, 4096),
+        (4, 2048, 8192, 8192),
+    ],
 }
 DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
 TOLERANCE = 3e-5

@@ -12,10 +12,11 @@ from _harness import Bench, Case, copies, forced_backend, our_backends, parse
 
 from pyprune import ops
 
-# Rows x columns: SmolLM2-135M's gate/up and down_proj; a 2k model; Llama-3-8B's layers.
+# Rows x columns: SmolLM2-135M's gate/up and down_proj; a 2k model; Llama-3-8B's layers;
+# Llama-3-70B's attention (on a GPU only).
 SHAPES = {
     "cpu": [(1536, 576), (576, 1536), (2048, 2048), (4096, 4096)],
-    "cuda": [(1536, 576), (2048, 2048), (4096, 4096), (14336, 4096)],
+    "cuda": [(1536, 576), (2048, 2048), (4096, 4096), (14336, 4096), (8192, 8192)],
 }
 REMOVED = 64  # one in 64 rows and columns, about what one of LLM Surgeon's shots takes
 TOLERANCE = 1e-5

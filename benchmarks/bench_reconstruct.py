@@ -8,6 +8,9 @@ Providers: ours, per backend, and `products` (a dense product an iteration, the 
 that pruning uses; `loop`, one `torch.linalg.cholesky` and solve a row. All get the damped factor
 that SparseGPT has made already. Before timing, every result is checked against fp64 solves.
 
+`share_of_limit` is what the loop's flops would take at the measured GEMM rate over a provider's
+time: above 100 % where conjugate gradients need fewer.
+
 `--model` times the loop on `--rows` rows of each matrix and scales by the number of rows; ours runs
 on all of them, in turns with the loop, matrix by matrix. At most MODEL_TURNS turns each: what
 counts is the sum over the matrices.
@@ -18,7 +21,7 @@ import statistics
 import time
 
 import torch
-from _harness import Bench, Case, environment, forced_backend, our_backends, parse
+from _harness import Bench, Case, environment, forced_backend, gemm_rate, our_backends, parse
 from rich.table import Table
 
 from pyprune import ops
@@ -51,6 +54,11 @@ def damped(h, factor):
     alive = h.diagonal().masked_fill(factor.dead, 1).double().mean()
     h.diagonal().add_((factor.dead + factor.damping * alive).to(h.dtype))
     return h
+
+
+def direct_flops(rows, cols):
+    """Of a Cholesky factorisation a row, half of it kept, and the right-hand sides."""
+    return rows * cols**3 / 24 + 2 * rows * cols**2
 
 
 def loop(w, h, mask):
@@ -117,7 +125,7 @@ def case(rows, cols, device):
     return Case(
         shape=(rows, cols),
         dtype=torch.float32,
-        flops=rows * cols**3 / 24 + 2 * rows * cols**2,
+        flops=direct_flops(rows, cols),
         bytes=4 * (3 * rows * cols + 2 * cols**2) + rows * cols,
         providers={**providers, "loop": lambda i: loop(problem.w, problem.damped, problem.mask)},
         check=check,
@@ -188,12 +196,15 @@ def whole_model(args):
         for name, values in taken.items():
             seconds[name] += statistics.median(values)
     worst = max(errors)
+    flops = sum(direct_flops(*w.shape) for _, w, _ in layers)
+    limit = flops / gemm_rate(args.device, torch.float32, args.smoke)
     rows = [
         {
             "op": "reconstruct_model", "provider": name, "matrices": len(layers),
             "calibration_tokens": args.tokens, "loop_rows": args.rows,
             "repetitions": turns, "seconds": total, "baseline": "loop",
             "ratio_to_baseline": total / seconds["loop"],
+            "flops": flops, "share_of_limit": limit / total, "limit": "gemm",
             "weight_error_median": statistics.median(errors), "weight_error_worst": worst,
             **environment(args.device),
         }

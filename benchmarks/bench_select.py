@@ -6,15 +6,18 @@ scatter for each group of columns in a Python loop); `same_copy`, a copy that re
 many bytes as the op must (weights in, mask bytes out), timed in turns with the others: the limit.
 """
 
+import math
+
 import torch
 from _harness import Bench, Case, copies, forced_backend, our_backends, parse
 
 from pyprune import ops
 
-# Linear layers of SmolLM2-135M, Llama-3-8B (two) and Llama-3-70B (one, on a GPU only).
+# Linear layers of SmolLM2-135M, Llama-3-8B (two) and Llama-3-70B (one, on a GPU only); gate or up
+# of some experts of Qwen3-30B-A3B, each with column scales of its own.
 SHAPES = {
-    "cpu": [(576, 576), (1536, 576), (4096, 4096), (4096, 14336)],
-    "cuda": [(1536, 576), (4096, 4096), (4096, 14336), (8192, 28672)],
+    "cpu": [(576, 576), (1536, 576), (4096, 4096), (4096, 14336), (4, 768, 2048)],
+    "cuda": [(1536, 576), (4096, 4096), (4096, 14336), (8192, 28672), (16, 768, 2048)],
 }
 DTYPES = (torch.bfloat16, torch.float32)
 # The Python loop takes seconds beyond this many groups a row.
@@ -22,7 +25,7 @@ MAX_LOOP_COLUMNS = 4096
 
 
 def score_of(w, scale):
-    return w.float().abs() * scale
+    return w.float().abs() * scale[..., None, :]
 
 
 def torch_nm(w, scale, n, m):
@@ -33,16 +36,16 @@ def torch_nm(w, scale, n, m):
 
 def loop_nm(w, scale, n, m):
     score, mask = score_of(w, scale), torch.ones_like(w, dtype=torch.bool)
-    for start in range(0, w.shape[1], m):
-        lowest = score[:, start : start + m].topk(m - n, dim=1, largest=False).indices
-        mask.scatter_(1, start + lowest, False)
+    for start in range(0, w.shape[-1], m):
+        lowest = score[..., start : start + m].topk(m - n, dim=-1, largest=False).indices
+        mask.scatter_(-1, start + lowest, False)
     return mask
 
 
 def torch_rows(w, scale, pruned):
     score = score_of(w, scale)
-    order = score.sort(dim=1, stable=True).indices[:, :pruned]
-    return torch.ones_like(score, dtype=torch.bool).scatter_(1, order, False)
+    order = score.sort(dim=-1, stable=True).indices[..., :pruned]
+    return torch.ones_like(score, dtype=torch.bool).scatter_(-1, order, False)
 
 
 def torch_layer(w, scale, pruned):
@@ -79,12 +82,13 @@ def selections(cols, numel):
 
 
 def case(shape, dtype, device, pattern) -> Case:
-    rows, cols = shape
-    op, ours, composition, loop = selections(cols, rows * cols)[pattern]
-    nbytes = rows * cols * (dtype.itemsize + 1)
+    *experts, _, cols = shape
+    numel = math.prod(shape)
+    op, ours, composition, loop = selections(cols, numel)[pattern]
+    nbytes = numel * (dtype.itemsize + 1)
     count = copies(nbytes, device)
     weights = [torch.randn(shape, device=device).to(dtype) for _ in range(count)]
-    scale = torch.rand(cols, device=device) + 0.5
+    scale = torch.rand(*experts, cols, device=device) + 0.5
     source = [torch.ones(nbytes // 2, dtype=torch.uint8, device=device) for _ in range(count)]
     target = torch.empty_like(source[0])
     want = [None]
@@ -100,7 +104,7 @@ def case(shape, dtype, device, pattern) -> Case:
         if name == "same_copy":
             return
         kept = int(mask.sum())
-        assert abs(kept - rows * cols // 2) <= rows, f"{name}: {kept} kept"
+        assert abs(kept - numel // 2) <= numel // cols, f"{name}: {kept} kept"
         if name in ("torch", "loop"):  # topk breaks ties as it likes
             agreement = (mask == want[0]).double().mean().item()
             assert agreement > 0.98, f"{name}: agrees in {agreement:.2%}"
@@ -123,10 +127,10 @@ def case(shape, dtype, device, pattern) -> Case:
 def main() -> None:
     args = parse(__doc__)
     bench = Bench("select", args)
-    shapes = [(64, 64)] if args.smoke else SHAPES[args.device]
+    shapes = [(64, 64), (2, 16, 64)] if args.smoke else SHAPES[args.device]
     for shape in shapes:
         for dtype in DTYPES:
-            for pattern in ("2:4", "4:8", "row 50%", "layer 50%"):
+            for pattern in ("2:4", "4:8", "row 50%", "layer 50%")[: 3 if len(shape) == 3 else 4]:
                 bench.run(case(shape, dtype, args.device, pattern))
     bench.finish()
 

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pyprune.ops._precision import full_precision
 from pyprune.ops.obs_sweep import SweepArgs, keys_of_scores, scored, smallest_in_groups
 
 # 32 x 64 floats over 256 threads: the weights, their masks and the scores stay in registers on
@@ -279,6 +280,7 @@ class _Sweep:
             self.weight[:, :, last:].baddbmm_(error.mT, right, alpha=-1)
 
 
+@full_precision()
 def obs_sweep_triton(*values: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     args = SweepArgs(*values)
     counts, n, m, block_size = args.counts, args.n, args.m, args.block_size
@@ -292,18 +294,12 @@ def obs_sweep_triton(*values: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         block_size, m = m, 0
     block = cols if counts is None else block_size
     step = BLOCK_C // m * m if m else BLOCK_C
-    # cuBLAS would round the inputs of the trailing products to TF32 if the user allows that.
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        for start in range(0, cols, block):
-            end = min(cols, start + block)
-            if counts is not None:
-                sweep.choose(start, end, counts[:, :, start // block], args.all_ties)
-            for first in range(start, end, step):
-                sweep.columns(first, min(end, first + step), n, m)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+    for start in range(0, cols, block):
+        end = min(cols, start + block)
+        if counts is not None:
+            sweep.choose(start, end, counts[:, :, start // block], args.all_ties)
+        for first in range(start, end, step):
+            sweep.columns(first, min(end, first + step), n, m)
     return sweep.weight, sweep.mask, sweep.loss.to(args.w.dtype)
 
 

@@ -27,8 +27,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fills what `torch.empty*` returns with NaN (or the largest integer): an element that a kernel
-    forgets to write then fails the comparison instead of passing by luck."""
+    """Fills what `torch.empty*` and `new_empty` return with NaN (or the largest integer): what a
+    kernel forgets to write then fails the comparison instead of passing by luck."""
 
     def poisoned(allocate):
         def wrapper(*args, **kwargs):
@@ -44,6 +44,7 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ALLOCATORS:
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -10,6 +10,7 @@ from pyprune.ops import _registry
 from pyprune.ops._checks import (
     accumulation_dtype,
     check_accumulator,
+    check_matrices,
     check_rows,
     check_same_device,
     check_token_weight,
@@ -58,10 +59,11 @@ def column_norms(x: Tensor, *, weight: Tensor | None = None, out: Tensor | None 
     """Squared L2 norm of every column, accumulated: `out[j] += sum_t weight[t] * x[t, j]**2`.
 
     Args:
-        x: activations `[T, C]` (rows are tokens), bf16, fp16, fp32 or fp64; any strides.
-        weight: token weights `[T]`, non-negative. A token of weight 0 contributes nothing,
-            whatever it holds (infinities and NaN in padding included). None means ones.
-        out: accumulator `[C]`, fp32 (fp64 when `x` is fp64). None starts from zeros.
+        x: activations `[T, C]` (rows are tokens), or a stack `[B, T, C]`; bf16, fp16, fp32 or fp64;
+            any strides.
+        weight: token weights `[T]` or `[B, T]`, non-negative. A token of weight 0 contributes
+            nothing, whatever it holds (infinities and NaN in padding included). None means ones.
+        out: accumulator `[C]` or `[B, C]`, fp32 (fp64 when `x` is fp64). None starts from zeros.
 
     Returns:
         `out`. Not divided by the token count and not square-rooted, so that partial results of
@@ -69,11 +71,19 @@ def column_norms(x: Tensor, *, weight: Tensor | None = None, out: Tensor | None 
         eq. 1). NaN and infinite inputs propagate to their column.
 
     Raises:
-        ValueError: `x` is not two-dimensional, or a shape, dtype or device does not match.
+        ValueError: `x` has another number of dimensions, or a shape, dtype or device does not
+            match.
     """
+    check_matrices("x", x)
+    shape = (*x.shape[:-2], x.shape[-1])
     if out is None:
-        check_rows("x", x)
-        out = torch.zeros(x.shape[1], dtype=accumulation_dtype(x), device=x.device)
+        out = torch.zeros(shape, dtype=accumulation_dtype(x), device=x.device)
+    if x.dim() == 3:
+        check_accumulator("out", out, shape, x)
+        check_token_weight(weight, x)
+        for b in range(len(x)):
+            column_norms(x[b], weight=None if weight is None else weight[b], out=out[b])
+        return out
     _check_column_norms(out, x, weight)
     if x.numel():
         torch.ops.pyprune.column_norms(out, x, weight)

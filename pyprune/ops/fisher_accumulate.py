@@ -8,6 +8,7 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_accumulator, check_matrices, check_same_device, check_shape
+from pyprune.ops._precision import full_precision
 
 
 def _check_fisher_accumulate(acc: Tensor, g: Tensor, x: Tensor, power: int, scale: float) -> None:
@@ -22,6 +23,7 @@ def _check_fisher_accumulate(acc: Tensor, g: Tensor, x: Tensor, power: int, scal
         raise ValueError(f"power: expected 1 or 2, got {power}")
 
 
+@full_precision()
 def fisher_accumulate_reference(
     acc: Tensor, g: Tensor, x: Tensor, power: int, scale: float
 ) -> None:

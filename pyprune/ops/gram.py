@@ -15,6 +15,7 @@ from pyprune.ops._checks import (
     check_token_weight,
     drop_unweighted,
 )
+from pyprune.ops._precision import full_precision
 
 
 def _check_gram(out: Tensor, x: Tensor, weight: Tensor | None) -> None:
@@ -26,6 +27,7 @@ def _check_gram(out: Tensor, x: Tensor, weight: Tensor | None) -> None:
     check_same_device(x, out, weight)
 
 
+@full_precision()
 def gram_reference(out: Tensor, x: Tensor, weight: Tensor | None) -> None:
     rows = x.to(out.dtype)
     if out.shape[-1] > x.shape[-1]:

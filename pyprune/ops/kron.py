@@ -9,6 +9,7 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_rows, check_same_device, check_shape
+from pyprune.ops._precision import full_precision
 
 FACTOR_DTYPES = (torch.float32, torch.float64)
 # Rows whose product with the factor exists at a time.
@@ -29,6 +30,11 @@ def check_factors(w: Tensor, factors: dict[str, tuple[Tensor | None, int]]) -> N
     check_same_device(w, *(t for t, _ in factors.values()))
 
 
+def widened(w: Tensor) -> Tensor:
+    """16-bit weights as fp32: there is no 16-bit arithmetic here."""
+    return w.float() if w.dtype in (torch.bfloat16, torch.float16) else w
+
+
 # --- kron_quadratic ------------------------------------------------------------------------------
 
 
@@ -37,6 +43,7 @@ def _check_kron_quadratic(w: Tensor, h: Tensor) -> None:
     check_factors(w, {"h": (h, w.shape[1])})
 
 
+@full_precision()
 def kron_quadratic_reference(w: Tensor, h: Tensor) -> Tensor:
     """A panel of rows at a time. H is symmetric, so each block column of it needs only the rows of
     its upper triangle: the strictly upper blocks count twice."""
@@ -59,7 +66,7 @@ def _kron_quadratic_fake(w: Tensor, h: Tensor) -> Tensor:
 
 
 def _kron_quadratic_native(w: Tensor, h: Tensor) -> Tensor:
-    out = torch.empty(len(w), dtype=w.dtype)
+    out = w.new_empty(len(w))
     along_rows_or_columns = w if 1 in w.stride() else w.contiguous()
     unit_columns = h if h.stride(1) == 1 or len(h) <= 1 else h.contiguous()
     _native.call("kron_quadratic", out, along_rows_or_columns, unit_columns)
@@ -85,15 +92,16 @@ def kron_quadratic(w: Tensor, h: Tensor) -> Tensor:
     costs (van der Ouderaa et al. 2024, arXiv 2312.17244, section 3.3).
 
     Args:
-        w: weights `[R, C]`, fp32 or fp64, any strides.
-        h: symmetric `[C, C]` of the dtype of `w`; only blocks on and above the diagonal are read.
+        w: weights `[R, C]`, fp32 or fp64 (bf16 and fp16 are widened to fp32), any strides.
+        h: symmetric `[C, C]` of that dtype; only blocks on and above the diagonal are read.
 
     Returns:
-        `[R]`, in the dtype of `w`. NaN and infinite inputs propagate.
+        `[R]`, in that dtype. NaN and infinite inputs propagate.
 
     Raises:
         ValueError: a shape, dtype or device does not match.
     """
+    w = widened(w)
     _check_kron_quadratic(w, h)
     out: Tensor = torch.ops.pyprune.kron_quadratic(w, h)
     return out
@@ -113,6 +121,7 @@ def _check_kron_remove(
     check_same_device(w, rows, columns)
 
 
+@full_precision()
 def kron_remove_reference(
     w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
 ) -> Tensor:
@@ -125,6 +134,7 @@ def kron_remove_reference(
     return w
 
 
+@full_precision()
 def _remove_at_once(
     w: Tensor, rows: Tensor, columns: Tensor, a_inverse: Tensor, g_inverse: Tensor
 ) -> Tensor:
@@ -171,9 +181,10 @@ def kron_remove(
     original W and lacks their cross term.
 
     Args:
-        w: weights `[R, C]`, fp32 or fp64, any strides. Not modified.
+        w: weights `[R, C]`, fp32 or fp64 (bf16 and fp16 are widened to fp32), any strides. Not
+            modified.
         rows, columns: int64 `[p]` and `[q]`, distinct indices of what goes; either may be empty.
-        a_inverse, g_inverse: `[C, C]` and `[R, R]`, inverses of the damped factors, dtype of `w`.
+        a_inverse, g_inverse: `[C, C]` and `[R, R]`, inverses of the damped factors, of that dtype.
 
     Returns:
         The new weights `[R, C]`, exactly zero in `rows` and `columns`.
@@ -182,6 +193,7 @@ def kron_remove(
         ValueError: a shape, dtype or device does not match.
         torch.linalg.LinAlgError: a block of an inverse is singular (an index given twice, say).
     """
+    w = widened(w)
     _check_kron_remove(w, rows, columns, a_inverse, g_inverse)
     out: Tensor = torch.ops.pyprune.kron_remove(w, rows, columns, a_inverse, g_inverse)
     return out

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_rows, check_same_device, check_shape
-from pyprune.ops.kron import FACTOR_DTYPES, check_factors
+from pyprune.ops._precision import full_precision
+from pyprune.ops.kron import FACTOR_DTYPES, check_factors, widened
 from pyprune.ops.kron_multipliers import LEAST_TOLERANCE, Found, by_multipliers
 from pyprune.ops.kron_scaled import Scaled, dot, left_to_gain
 
@@ -116,6 +117,7 @@ def _times(cores: Tensor, lines: Tensor) -> Tensor:
     return torch.bmm(cores, lines[..., None])[..., 0]
 
 
+@full_precision()
 def kron_pcg_reference(*values: Any) -> PcgTensors:
     """On library products: two of them an iteration are most of its cost."""
     args = _Pcg(*values)
@@ -238,9 +240,9 @@ def kron_pcg(
       K directions.
 
     Args:
-        w: weights `[R, C]`, fp32 or fp64.
+        w: weights `[R, C]`, fp32 or fp64 (bf16 and fp16 are widened to fp32).
         mask: bool `[R, C]`, True = kept. Weights that are zero already and shall stay so are False.
-        a, g: damped positive definite factors `[C, C]` and `[R, R]`, dtype of `w`.
+        a, g: damped positive definite factors `[C, C]` and `[R, R]`, of that dtype.
         iterations: most of them.
         tolerance: stop when `gap` is at most this; 0 runs all iterations.
 
@@ -267,6 +269,7 @@ def kron_pcg(
             definite among its largest directions. Smaller ones are not looked at. One that is
             not positive definite elsewhere has no multipliers.
     """
+    w = widened(w)
     args = _Pcg(w, mask, a, g, iterations, float(tolerance))
     args.check()
     if w.numel() == 0:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _registry
+from pyprune.ops._precision import full_precision
 
 # Below this size the blocked recursion hands over to LAPACK. Tried from 64 to 384 on a CPU: flat
 # from 96 on. Launch latency asks for larger leaves on a GPU.
@@ -197,6 +198,7 @@ class _Stack:
         return not len(self.waiting)
 
 
+@full_precision()
 def _obs_factor(
     h: Tensor, damping: float, max_damping: float, factorise: Factorise
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,13 +229,12 @@ def _obs_factor_native(
     if h.dtype != torch.float32:
         return obs_factor_blocked(h, damping, max_damping)
     rows = h if h.stride(-1) == 1 or h.shape[-1] <= 1 else h.contiguous()
-    u = torch.empty(h.shape)
-    dead = torch.empty(h.shape[:-1], dtype=torch.bool)
+    u, dead = h.new_empty(h.shape), h.new_empty(h.shape[:-1], dtype=torch.bool)
     if h.dim() == 2:
         if not _native.call("obs_factor", u, dead, rows, damping):
             return obs_factor_blocked(h, damping, max_damping)
-        return u, dead, torch.tensor(damping, dtype=torch.float64)
-    used = torch.full(h.shape[:1], damping, dtype=torch.float64)
+        return u, dead, h.new_tensor(damping, dtype=torch.float64)
+    used = h.new_full(h.shape[:1], damping, dtype=torch.float64)
     good = [_native.call("obs_factor", u[b], dead[b], rows[b], damping) for b in range(len(u))]
     if not all(good):
         bad = [b for b, fine in enumerate(good) if not fine]

@@ -10,6 +10,7 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_same_device, check_shape
+from pyprune.ops._precision import full_precision
 
 GREEDY_DTYPES = (torch.float32, torch.float64)
 # Bytes of removed columns that the reference holds at a time; problems are split accordingly.
@@ -99,6 +100,7 @@ class _Greedy:
         return True
 
 
+@full_precision()
 def obs_greedy_reference(
     w: Tensor, inverse: Tensor, first: Tensor | None, steps: int, n: int, m: int
 ) -> tuple[Tensor, Tensor]:
@@ -119,8 +121,7 @@ def obs_greedy_reference(
 def _obs_greedy_native(
     w: Tensor, inverse: Tensor, first: Tensor | None, steps: int, n: int, m: int
 ) -> tuple[Tensor, Tensor]:
-    order = torch.empty(len(w), steps, dtype=torch.int64)
-    loss = torch.empty(len(w), steps)
+    order, loss = w.new_empty(len(w), steps, dtype=torch.int64), w.new_empty(len(w), steps)
     stack = (inverse if inverse.dim() == 3 else inverse[None]).contiguous()
     flags = _native.optional_capsule(None if first is None else first.contiguous())
     _native.call("obs_greedy", order, loss, w.contiguous(), stack, flags, n, m)

@@ -11,6 +11,7 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_float, check_same_device, check_shape
+from pyprune.ops._precision import full_precision
 from pyprune.ops.gram import gram
 from pyprune.ops.masked_cg import NearHessian, Problem, near_hessian, solve_by_products
 from pyprune.ops.obs_factor import ObsFactor, obs_factor
@@ -159,6 +160,7 @@ def _solve_rows(problem: Problem) -> tuple[Problem, Tensor, Tensor]:
     return problem._replace(x=solved, loss=loss.clamp_min_(0)), gap, count
 
 
+@full_precision()
 def obs_reconstruct_reference(*values: Any) -> ReconstructTensors:
     args = _Args(*values)
     return _collect([_solve_rows(p) for p in args.problems()], args.w)
@@ -168,13 +170,14 @@ def _solve_native(
     problem: Problem, tolerance: float, max_iterations: int
 ) -> tuple[Problem, Tensor, Tensor]:
     x, residual, mask, h, near, loss, noise = problem
-    gap = torch.zeros(len(x), dtype=torch.float64)
-    count = torch.zeros(len(x), dtype=torch.int32)
+    gap = torch.zeros_like(loss)
+    count = torch.zeros_like(loss, dtype=torch.int32)
     tensors = (x, residual, mask, h, near.low, near.diagonal, loss, noise, gap, count)
     _native.call("obs_reconstruct", *tensors, near.least, tolerance, max_iterations)
     return problem, gap, count
 
 
+@full_precision()
 def _obs_reconstruct_native(*values: Any) -> ReconstructTensors:
     args = _Args(*values)
     solve = _solve_native if args.w.shape[2] < NATIVE_COLUMNS else solve_by_products
@@ -182,6 +185,7 @@ def _obs_reconstruct_native(*values: Any) -> ReconstructTensors:
     return _collect(solved, args.w)
 
 
+@full_precision()
 def _obs_reconstruct_triton(*values: Any) -> ReconstructTensors:
     from pyprune.kernels.obs_reconstruct import TritonSteps
 

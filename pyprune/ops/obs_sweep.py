@@ -12,6 +12,8 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_float, check_same_device, check_shape
+from pyprune.ops._precision import full_precision
+from pyprune.ops.pack import bits_of
 from pyprune.ops.row_grid import RowGrid, round_to_grid
 
 Scope = Literal["row", "block", "layer"]
@@ -25,6 +27,10 @@ class ObsSweep(NamedTuple):
     weight: Tensor
     mask: Tensor
     loss: Tensor
+
+    def packed_mask(self) -> Tensor:
+        """The mask as bits, uint8 `[..., R, ceil(C/8)]`: the bitmap that `pack_bitmap` makes."""
+        return bits_of(self.mask)
 
 
 class SweepArgs(NamedTuple):
@@ -177,6 +183,7 @@ def _sweep_matrix(w: Tensor, args: SweepArgs) -> tuple[Tensor, Tensor]:
     return ~pruned, loss.to(w.dtype)
 
 
+@full_precision()
 def obs_sweep_reference(*values: Any) -> SweepTensors:
     args = SweepArgs(*values)
     weight = args.w.clone(memory_format=torch.contiguous_format)
@@ -191,9 +198,8 @@ def _obs_sweep_native(*values: Any) -> SweepTensors:
     args = SweepArgs(*values)
     w = args.w
     rows = w if w.stride(2) == 1 or w.shape[2] <= 1 else w.contiguous()
-    weight = torch.empty(w.shape, dtype=w.dtype)
-    kept = torch.empty(w.shape, dtype=torch.bool)
-    loss = torch.zeros(w.shape[:2], dtype=w.dtype)
+    weight, kept = w.new_empty(w.shape), w.new_empty(w.shape, dtype=torch.bool)
+    loss = w.new_zeros(w.shape[:2])
     optional = (
         _native.optional_capsule(None if t is None else t.contiguous())
         for t in (args.counts, args.mask, args.preserve, args.column_scale, args.grid)

@@ -6,7 +6,8 @@
 bitmap  values `[nnz]`, row after row; bitmap uint8 `[R, ceil(C/8)]`, column c in bit c % 8 of byte
         c // 8, unused bits zero; row_offsets int64 `[R + 1]`, where row i's values begin.
 
-Elements move as bit patterns: negative zeros, infinities and NaN payloads survive.
+Elements move as bit patterns: negative zeros, infinities and NaN payloads survive. Rows know
+nothing of one another: a stack of matrices `[B, R, C]` packs as `w.flatten(0, 1)`.
 """
 
 from __future__ import annotations
@@ -272,12 +273,17 @@ def _row_offsets(counts: Tensor) -> Tensor:
     return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
 
 
+def bits_of(mask: Tensor) -> Tensor:
+    """A bool mask `[..., C]` as uint8 `[..., ceil(C/8)]`, laid out as `pack_bitmap`'s bitmap."""
+    *rows, cols = mask.shape
+    padded = torch.nn.functional.pad(mask, (0, -cols % 8)).reshape(*rows, (cols + 7) // 8, 8)
+    weight = 1 << torch.arange(8, device=mask.device)
+    return (padded * weight).sum(-1).to(torch.uint8)
+
+
 def pack_bitmap_reference(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     keep = _kept(w, mask)
-    rows, cols = w.shape
-    padded = torch.nn.functional.pad(keep, (0, -cols % 8)).view(rows, (cols + 7) // 8, 8)
-    weight = 1 << torch.arange(8, device=w.device)
-    bitmap = (padded * weight).sum(2).to(torch.uint8)
+    bitmap = bits_of(keep)
     return _bits(w)[keep].view(w.dtype), bitmap, _row_offsets(keep.sum(1))
 
 

@@ -16,14 +16,20 @@ pruned even where the quota is smaller.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _registry
-from pyprune.ops._checks import check_float, check_rows, check_same_device, check_shape
+from pyprune.ops._checks import (
+    check_float,
+    check_matrices,
+    check_rows,
+    check_same_device,
+    check_shape,
+)
 
 Terms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
@@ -91,6 +97,24 @@ def _native_terms(terms: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def _unit_columns(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+
+
+def _stacked(select: Callable[..., Tensor], w: Tensor, *terms: Tensor | None) -> Tensor:
+    """`select(w, *terms)` of a stack `[B, R, C]`: one call on all rows, which do not know of one
+    another, or one for each matrix where each has column scales of its own."""
+    check_matrices("w", w)
+    batch, rows, _ = w.shape
+    names = ("column_scale", "row_scale", "addend", "preserve")
+    column_scale, *by_row = terms
+    for name, t, sizes in zip(names[1:], by_row, ((batch, rows), w.shape, w.shape), strict=True):
+        if t is not None:
+            check_shape(name, t, tuple(sizes))
+    if column_scale is None or column_scale.dim() == 1:
+        flat = [None if t is None else t.flatten(0, 1) for t in by_row]
+        return select(w.flatten(0, 1), column_scale, *flat).view(w.shape)
+    check_shape("column_scale", column_scale, (batch, w.shape[2]))
+    each = [select(w[b], *(None if t is None else t[b] for t in terms)) for b in range(batch)]
+    return torch.stack(each) if each else w.new_empty(w.shape, dtype=torch.bool)
 
 
 # --- mask_nm -------------------------------------------------------------------------------------
@@ -162,21 +186,29 @@ def mask_nm(
     Score, tie rule and NaN rule: see the module's docstring.
 
     Args:
-        w: weights `[R, C]`, bf16, fp16, fp32 or fp64; any strides. `m` divides C.
+        w: weights `[R, C]`, or a stack `[B, R, C]`; bf16, fp16, fp32 or fp64; any strides. `m`
+            divides C.
         n, m: n kept of m, `1 <= n <= m` (2:4 and 4:8 in Zhou et al. 2021, arXiv 2102.04010).
-        column_scale: `[C]`, e.g. Wanda's activation norms (Sun et al. 2023, eq. 1).
+        column_scale: `[C]`, e.g. Wanda's activation norms (Sun et al. 2023, eq. 1). Of a stack also
+            `[B, C]`; the other terms have one for each matrix.
         row_scale: `[R]`.
         addend: `[R, C]`, added to the column scale, e.g. GBLM's scaled gradient magnitude.
         preserve: bool `[R, C]`; False positions stay pruned and count among the pruned.
 
     Returns:
-        bool mask `[R, C]`, contiguous, True = kept: exactly n in each group, fewer only where
+        bool mask like `w`, contiguous, True = kept: exactly n in each group, fewer only where
         `preserve` leaves fewer.
 
     Raises:
         ValueError: a shape, dtype, device or n:m rule is broken.
     """
     terms = (column_scale, row_scale, addend, preserve)
+    if w.dim() == 3:
+        return _stacked(lambda w, *terms: _mask_nm(w, n, m, *terms), w, *terms)
+    return _mask_nm(w, n, m, *terms)
+
+
+def _mask_nm(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
     _check_mask_nm(w, n, m, *terms)
     if w.numel() == 0:
         return w.new_empty(w.shape, dtype=torch.bool)
@@ -237,18 +269,24 @@ def mask_topk(
     see the module's docstring.
 
     Args:
-        w: weights `[R, C]`, bf16, fp16, fp32 or fp64; any strides.
+        w: weights `[R, C]`, or a stack `[B, R, C]`; bf16, fp16, fp32 or fp64; any strides.
         pruned: how many of a row's C weights go, 0 to C.
         column_scale, row_scale, addend, preserve: as for `mask_nm`.
 
     Returns:
-        bool mask `[R, C]`, contiguous, True = kept: exactly C - pruned in each row, fewer only
+        bool mask like `w`, contiguous, True = kept: exactly C - pruned in each row, fewer only
         where `preserve` leaves fewer. Masks are nested in `pruned`.
 
     Raises:
         ValueError: a shape, dtype, device or range rule is broken.
     """
     terms = (column_scale, row_scale, addend, preserve)
+    if w.dim() == 3:
+        return _stacked(lambda w, *terms: _mask_topk(w, pruned, *terms), w, *terms)
+    return _mask_topk(w, pruned, *terms)
+
+
+def _mask_topk(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
     _check_mask_topk(w, pruned, *terms)
     if w.numel() == 0:
         return w.new_empty(w.shape, dtype=torch.bool)

@@ -97,7 +97,9 @@ def test_independent_of_thread_count():
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"x": torch.zeros(3)}, "x: expected 2 dimensions"),
+        ({"x": torch.zeros(3)}, "x: expected 2 or 3 dimensions"),
+        ({"x": torch.zeros(4, 3, 2), "weight": torch.zeros(3)}, "weight: expected shape"),
+        ({"x": torch.zeros(4, 3, 2), "out": torch.zeros(2)}, "out: expected shape"),
         ({"x": torch.zeros(3, 2, dtype=torch.int32)}, "x: expected bf16, fp16, fp32 or fp64"),
         ({"x": torch.zeros(3, 2), "weight": torch.zeros(2)}, "weight: expected shape"),
         ({"x": torch.zeros(3, 2), "out": torch.zeros(3)}, "out: expected shape"),
@@ -107,6 +109,19 @@ def test_independent_of_thread_count():
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         ops.column_norms(kwargs.pop("x"), **kwargs)
+
+
+def test_a_stack_is_its_matrices(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    x, weight = torch.randn(3, 9, 20, device=device), torch.rand(3, 9, device=device)
+    out = torch.ones(3, 20, device=device)
+    want = [1 + ops.column_norms(one, weight=w) for one, w in zip(x, weight, strict=True)]
+    got = ops.column_norms(x, weight=weight, out=out)
+    assert got is out
+    torch.testing.assert_close(got, torch.stack(want))
+    strided = torch.zeros(20, 3, device=device).T
+    ops.column_norms(x, out=strided)
+    torch.testing.assert_close(strided, x.square().sum(1))
 
 
 def test_opcheck():

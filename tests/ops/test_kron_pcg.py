@@ -202,6 +202,13 @@ def test_nan_is_not_convergence():
         ops.kron_pcg(w, mask, a, g)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_are_widened(dtype):
+    w, mask, a, g = problem(dtype=torch.float32)
+    got = ops.kron_pcg(w.to(dtype), mask, a, g)
+    assert torch.equal(got.weight, ops.kron_pcg(w.to(dtype).float(), mask, a, g).weight)
+
+
 def test_opcheck():
     w, mask, a, g = problem(33, 34, dtype=torch.float32)
     torch.library.opcheck(torch.ops.pyprune.kron_pcg.default, (w, mask, a, g, 5, 1e-3))

@@ -95,6 +95,14 @@ def test_independent_of_thread_count(use_backend):
     assert all(torch.equal(other, results[0]) for other in results[1:])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_are_widened(dtype):
+    w, h = problem(5, 7, torch.float32)
+    got = ops.kron_quadratic(w.to(dtype), h)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, ops.kron_quadratic(w.to(dtype).float(), h))
+
+
 def test_opcheck():
     w, h = problem(5, 7, torch.float32)
     torch.library.opcheck(torch.ops.pyprune.kron_quadratic.default, (w, h))
@@ -106,9 +114,10 @@ def test_opcheck():
         (torch.ones(2, 3), torch.ones(3, 2), "h: expected shape"),
         (torch.ones(3), torch.ones(3, 3), "w: expected 2 dimensions"),
         (torch.ones(2, 3), torch.ones(3, 3).double(), "h: expected torch.float32 as w"),
-        (torch.ones(2, 3).half(), torch.ones(3, 3).half(), "w: expected fp32 or fp64"),
+        (torch.ones(2, 3).half(), torch.ones(3, 3).half(), "h: expected torch.float32 as w"),
+        (torch.ones(2, 3).int(), torch.ones(3, 3), "w: expected bf16, fp16, fp32 or fp64"),
     ],
-    ids=["square", "matrix", "dtypes", "half"],
+    ids=["square", "matrix", "dtypes", "half", "integers"],
 )
 def test_wrong_arguments(w, h, message):
     with pytest.raises(ValueError, match=message):

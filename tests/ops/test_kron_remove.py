@@ -56,6 +56,14 @@ def test_strided_input_is_untouched(backend, device, use_backend):
     assert torch.equal(turned, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_weights_are_widened(dtype):
+    w, p, q, _, _, ai, gi = problem(5, 7, 2, 3)
+    given = (p, q, ai.float(), gi.float())
+    got = ops.kron_remove(w.to(dtype), *given)
+    assert torch.equal(got, ops.kron_remove(w.to(dtype).float(), *given))
+
+
 def test_opcheck():
     w, p, q, _, _, ai, gi = problem(5, 7, 2, 3)
     torch.library.opcheck(torch.ops.pyprune.kron_remove.default, (w, p, q, ai, gi))
@@ -65,13 +73,14 @@ def test_opcheck():
     ("change", "message"),
     [
         ({"w": torch.ones(3)}, "w: expected 2 dimensions"),
-        ({"w": torch.ones(5, 7).half()}, "w: expected fp32 or fp64"),
+        ({"w": torch.ones(5, 7).int()}, "w: expected bf16, fp16, fp32 or fp64"),
+        ({"w": torch.ones(5, 7).half()}, "a_inverse: expected torch.float32 as w"),
         ({"rows": torch.ones(2)}, "rows: expected int64"),
         ({"columns": torch.ones(2, 2).long()}, "columns: expected int64"),
         ({"a_inverse": torch.eye(5).double()}, "a_inverse: expected shape"),
         ({"g_inverse": torch.eye(5)}, "g_inverse: expected torch.float64"),
     ],
-    ids=["matrix", "half", "rows", "columns", "side", "dtype"],
+    ids=["matrix", "integers", "half", "rows", "columns", "side", "dtype"],
 )
 def test_wrong_arguments(change, message):
     w, p, q, _, _, ai, gi = problem(5, 7, 2, 3)

@@ -153,6 +153,20 @@ def test_matches_float64_on_a_gpu(use_backend, dtype, shape):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(37, 192), (70, 4160)])
+def test_sanitized_on_a_gpu(use_backend, dtype, shape):
+    """Small enough for compute-sanitizer (`make gpu-sanitize`): rows that fill no block, columns
+    that are split."""
+    use_backend("cuda", "linear_24", "cuda", dtype)
+    tensors, dense = weight(*shape, dtype)
+    on_gpu = [t.cuda() for t in tensors]
+    for m in (1, 8, 33, 64):
+        x = torch.randn(m, shape[1], generator=torch.Generator().manual_seed(m)).to(dtype)
+        assert_product(ops.linear_24(x.cuda(), *on_gpu).cpu(), x, dense)
+
+
+@pytest.mark.gpu
 def test_same_result_every_time_on_a_gpu(use_backend):
     use_backend("cuda", "linear_24", "cuda", torch.bfloat16)
     tensors, _ = weight(256, 8192)

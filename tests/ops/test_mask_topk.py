@@ -206,6 +206,37 @@ def test_bad_count(pruned):
         ops.mask_topk(torch.zeros(2, 8), pruned)
 
 
+@pytest.mark.parametrize("names", selection.TERMS.values(), ids=selection.TERMS)
+@pytest.mark.parametrize("shared", [False, True], ids=["own scales", "shared scales"])
+def test_a_stack_is_its_matrices(names, shared):
+    w = torch.stack([selection.weights("ties", 3, 12, torch.bfloat16, seed=b) for b in range(4)])
+    each = [selection.terms(names, 3, 12, "cpu", seed=b) for b in range(4)]
+    given = {name: torch.stack([one[name] for one in each]) for name in names}
+    if shared and "column_scale" in given:
+        given["column_scale"] = given["column_scale"][0]
+        each = [one | {"column_scale": given["column_scale"]} for one in each]
+    want = torch.stack([ops.mask_topk(w[b], 5, **one) for b, one in enumerate(each)])
+    assert torch.equal(ops.mask_topk(w, 5, **given), want)
+    view = w.transpose(0, 1).contiguous().transpose(0, 1)
+    assert torch.equal(ops.mask_topk(view, 5, **given), want)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"column_scale": torch.ones(2, 8)}, "column_scale: expected shape"),
+        ({"row_scale": torch.ones(3)}, "row_scale: expected shape"),
+        ({"addend": torch.ones(3, 8)}, "addend: expected shape"),
+        ({"preserve": torch.ones(2, 3, 8, dtype=torch.bool)}, "preserve: expected shape"),
+        ({"w": torch.ones(2, 2, 3, 8)}, "w: expected 2"),
+    ],
+)
+def test_bad_stacks(change, message):
+    w = change.pop("w", torch.zeros(4, 3, 8))
+    with pytest.raises(ValueError, match=message):
+        ops.mask_topk(w, 5, **change)
+
+
 def test_opcheck():
     torch.library.opcheck(torch.ops.pyprune.mask_topk, (torch.randn(5, 12), 3, *[None] * 4))
 

@@ -3,6 +3,9 @@ import sys
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ops.isa import AVAILABLE, restricted
 
 from pyprune import ops
 
@@ -178,6 +181,32 @@ def test_every_instruction_set(isa, use_isa, use_backend):
     got = ops.obs_greedy(w, inverse, steps=20)
     assert torch.equal(got.order, want.order)
     close(got.loss, want.loss)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    count=st.integers(1, 4),
+    cols=st.integers(1, 40),
+    share=st.floats(0, 1),
+    isa=st.sampled_from(AVAILABLE),
+    seed=st.integers(0, 999),
+)
+def test_fuzz_native_against_float64(count, cols, share, isa, seed):
+    """Each step costs what the exact inverse says, and next to nothing more than the best one."""
+    w = torch.randn(count, cols, generator=torch.Generator().manual_seed(seed)).double()
+    inverse = torch.linalg.inv(spd(cols, seed=seed))
+    with restricted(isa):
+        found = ops.obs_greedy(w.float(), inverse.float(), steps=round(share * cols))
+    for x, order, losses in zip(w, found.order.tolist(), found.loss.tolist(), strict=True):
+        assert len(set(order)) == len(order)
+        left, rest = inverse.clone(), x.clone()
+        for j, loss in zip(order, losses, strict=True):
+            costs = rest.square() / left.diagonal() / 2
+            assert loss <= 1.01 * float(costs.min()) + 1e-5
+            assert abs(loss - float(costs[j])) <= 0.01 * loss + 1e-5
+            rest -= rest[j] / left[j, j] * left[:, j]
+            left -= torch.outer(left[:, j], left[j]) / left[j, j]
+            rest[j], left[j, j] = float("inf"), 1.0
 
 
 def test_opcheck():

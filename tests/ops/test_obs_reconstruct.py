@@ -182,6 +182,15 @@ def test_rows_with_all_or_nothing(backend, use_backend):
     assert got.iterations[[1, 4]].tolist() == [0, 0] and bool(got.converged(1e-3).all())
 
 
+def test_a_row_of_zeros_stays_one(backend, use_backend):
+    use_backend(backend, OP, "cpu")
+    w, h, mask = problem(3, 20)
+    w[1] = 0
+    got = ops.obs_reconstruct(w.float(), h.float(), mask, tolerance=TIGHT)
+    assert not got.weight[1].any() and got.loss[1] == 0 and got.gap[1] == 0
+    assert_solution(got, w, h, mask)
+
+
 def test_a_pruned_zero_costs_nothing(backend, use_backend):
     """The least loss is zero: no fraction of it can be reached, rounding is the limit."""
     use_backend(backend, OP, "cpu")

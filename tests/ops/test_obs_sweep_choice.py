@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.layers import random_layer, random_mask
-from ops.sweep import ISAS, OP, RULES, fewer
+from ops.sweep import ISAS, ONE_OF_EACH, OP, RULES, fewer
 
 from pyprune import ops
 from pyprune.patterns import pruned_count
@@ -196,3 +196,21 @@ def test_fuzz_selection_with_many_ties(
     got = ops.obs_sweep(w, torch.eye(cols), **kwargs)
     assert torch.equal(got.mask, want.mask)
     assert torch.equal(got.weight, want.weight.float())
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (5, 13), (2, 3, 9), (0, 8), (4, 0)], ids=str)
+def test_packed_mask_is_the_bitmap(shape):
+    w = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    swept = ops.obs_sweep(w, torch.eye(shape[-1]), sparsity=0.4)
+    _, bitmap, _ = ops.pack_bitmap(swept.weight.flatten(0, -2), swept.mask.flatten(0, -2))
+    assert torch.equal(swept.packed_mask(), bitmap.view(*shape[:-1], -(-shape[-1] // 8)))
+
+
+@pytest.mark.parametrize("rule", ONE_OF_EACH, ids=str)
+def test_a_row_of_zeros_stays_one(backend, device, use_backend, rule):
+    use_backend(backend, OP, device)
+    w, h = (t.float().to(device) for t in random_layer(5, fewer(backend, 40, 16)))
+    w[2] = 0
+    got = ops.obs_sweep(w, ops.obs_factor(h).u, **rule)
+    assert not got.weight[2].any() and got.loss[2] == 0
+    assert bool(got.loss[[0, 1, 3, 4]].gt(0).any())

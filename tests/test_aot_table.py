@@ -1,0 +1,46 @@
+"""docs/aot.md, which `make aot` writes, is of the kernels that there are."""
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = {"sm_80", "sm_90", "sm_100"}
+ROWS = json.loads((ROOT / "benchmarks" / "results" / "aot.json").read_text())
+
+
+def launched():
+    """Kernel and label of every configuration that a Triton launcher says it uses."""
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for spec in importlib.import_module(f"pyprune.kernels.{path.stem}").AOT:
+            kernel = spec["kernel"]
+            yield path.stem, getattr(kernel, "fn", kernel).__name__, spec.get("label", "")
+
+
+def entries():
+    """Kernels of the CUDA C++ files, by file."""
+    for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")):
+        for name in re.findall(
+            r"__global__\s+void\s+(?:__\w+__\([^)]*\)\s+)?(\w+)", path.read_text()
+        ):
+            yield f"cuda/{path.stem}", name
+
+
+def test_every_configuration_has_a_row_for_every_target():
+    found = {(r["family"], r["kernel"], r["label"], r["target"]) for r in ROWS}
+    triton = {row for row in found if not row[0].startswith("cuda/")}
+    assert triton == {(*one, target) for one in launched() for target in TARGETS}
+    cuda = {(family, kernel, target) for family, kernel, _, target in found - triton}
+    assert cuda == {(*one, target) for one in entries() for target in TARGETS}
+
+
+def test_no_kernel_spills():
+    assert not [row for row in ROWS if row["spill_bytes"] or not 0 < row["registers"] <= 255]
+
+
+def test_the_page_has_the_same_rows():
+    page = (ROOT / "docs" / "aot.md").read_text()
+    assert page.count("\n| ") == len(ROWS) + 2  # the head, and the line below it
+    for row in ROWS:
+        assert f"| {row['kernel']} | {row['label']} | {row['target']} |" in page
