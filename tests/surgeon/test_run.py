@@ -272,6 +272,18 @@ def test_corrections_need_a_batch_to_hold_out():
         surgeon(tiny_model("llama"), batches=[tiny_tokens(4, 16)], corrections=2)
 
 
+def test_corrections_leave_fused_experts_as_they_are():
+    """Beside a dense MLP, whose names peft takes for those of experts."""
+    plain, corrected = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
+    surgeon(plain, shots=1)
+    surgeon(corrected, shots=1, corrections=3)
+    for a, b in zip(refs_of(plain), refs_of(corrected), strict=True):
+        assert torch.equal(a.weight(), b.weight()) == (a.index is not None), a.name
+        assert torch.equal(a.weight() == 0, b.weight() == 0)
+    with pytest.raises(UserError, match="corrections: expected a matrix that is not one of fused"):
+        surgeon(tiny_model("mixtral"), config={"include": ["*experts*"]}, corrections=2)
+
+
 # What it cannot judge, and refuses.
 
 
@@ -329,6 +341,8 @@ def test_a_matrix_whose_readers_are_gone_goes_for_nothing():
     gone = {layer.name for layer in report.layers if layer.sparsity == 1}
     assert {f"model.layers.1.mlp.{n}_proj" for n in ("down", "up", "gate")} <= gone
     assert not report.noted
+    (note,) = (note for note in report.notes if "no weight left" in note)
+    assert note.startswith(f"{len(gone)} of 14 matrices have no weight left, the first is model.l")
 
 
 def test_a_sequence_of_one_token_is_refused():
