@@ -45,6 +45,9 @@ STORED_DENSE = (
     "what is left is stored as dense matrices: nothing is smaller or faster by itself (thin "
     "factors of a model in memory are)"
 )
+# Share of the entries by which less may go than was asked for before the report says why: whole
+# directions do not add up to every number.
+SHORT = 0.01
 ROW: dict[str, Any] = {
     "name": METHOD,
     "title": "OBD in the eigenbasis of the Kronecker-factored Fisher information",
@@ -190,16 +193,22 @@ def _prune(
         layers = damage(
             adapter, tokens, config, factored=factored, device=device, progress=progress
         )
-    return EigenDamageReport(
+    report = EigenDamageReport(
         model=model_name(model),
         config=config,
         layers=tuple(layers),
         calibration=CalibrationReport(
             tokens.source, tokens.sha256, tokens.tokens, tokens.nsamples, tokens.seqlen
         ),
-        notes=() if factored else (STORED_DENSE,),
         run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
     )
+    notes = [] if factored else [STORED_DENSE]
+    if report.sparsity < config.sparsity - SHORT:
+        notes.append(
+            f"{report.sparsity:.1%} of the entries went, {config.sparsity:.1%} were asked for: the "
+            "cap or matrices that are kept leave no more"
+        )
+    return replace(report, notes=tuple(notes))
 
 
 def _adapter(model: nn.Module, config: EigenDamageConfig) -> Adapter:

@@ -354,6 +354,9 @@ def test_what_is_not_known_is_kept_and_named():
     layers = {lay.name: lay for lay in damage(adapter, tokens, config_of(0.5))}
     for name in ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"):
         assert layers[name].note == "no gradient but zero: kept" and layers[name].rows == 64
+    report = prune_eigendamage(model, tokens, config_of(0.5))
+    assert report.sparsity < 0.45
+    assert f"{report.sparsity:.1%} of the entries went, 50.0% were asked for" in report.notes[-1]
 
 
 def test_bad_input_changes_nothing():

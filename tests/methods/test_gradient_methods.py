@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from calibration.test_backward import autograd, model64
 from methods.golden import SEQUENCES, golden, quadratic, show
 from methods.gradients import output_gradients, statistic
 from methods.test_properties import example, inputs_of
@@ -266,6 +267,22 @@ def test_batches_and_padding_give_the_sums_of_single_sequences(method):
             if hasattr(got, key):
                 a, b = getattr(got, key), getattr(alone[name], key)
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.max()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_statistics_are_sums_of_what_autograd_gives_for_single_sequences(family):
+    model, ids = model64(family), tiny_tokens(3, 12)
+    alone = [autograd(model, [row]) for row in ids]  # |gradient of the mean loss|
+    tokens = as_token_set([ids], vocabulary=64, positions=None)
+    for method, own, power, scale in (
+        ("gblm", GblmOptions(norm="l1"), 1, 1),
+        ("gblm", GblmOptions(norm="l2"), 2, 1),
+        ("obd", None, 2, 11),  # of the summed loss
+    ):
+        factory = METHODS[method].gradient(MethodOptions(own=own))
+        for name, got in collect_gradients(Adapter.of(model), tokens, factory).items():
+            want = sum((scale * g[name]) ** power for g in alone)
+            torch.testing.assert_close(got.total, want, rtol=1e-4, atol=1e-5 * float(want.max()))
 
 
 @pytest.mark.parametrize("method", GRADIENT)

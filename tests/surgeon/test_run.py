@@ -54,6 +54,21 @@ def test_two_of_four_everywhere(family):
             assert groups.unique().tolist() == [2], ref.name
 
 
+def test_two_of_four_with_dead_inputs_and_ties():
+    """Groups are those of the whole matrix, whatever is cut out of it to be solved."""
+    for target, own in (("2:4", {}), (0.5, {"structure": "2:4"})):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.model.layers[1].input_layernorm.weight[[3, 4, 10]] = 0
+            model.model.layers[0].mlp.up_proj.weight[:8] = 0.1
+        report = surgeon(model, target, shots=2, **own)
+        dead = {layer.name: layer.dead_inputs for layer in report.layers if layer.dead_inputs}
+        assert dead == {f"model.layers.1.self_attn.{name}_proj": 3 for name in "qkv"}
+        for ref in refs_of(model):
+            groups = (ref.weight() == 0).reshape(-1, 4).sum(1)
+            assert groups.unique().tolist() == [2], ref.name
+
+
 def test_part_of_the_groups():
     model = tiny_model("llama")
     report = surgeon(model, 0.25, structure="2:4", shots=2)

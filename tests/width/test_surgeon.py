@@ -147,7 +147,7 @@ def test_an_interrupted_run_ends_with_the_same_bytes(family, tmp_path, monkeypat
         again, second = run(out, state)
         assert shots == left and again == whole
         assert {**second, "run": None} == {**report, "run": None}
-    with pytest.raises(UserError, match="belongs to another configuration: ratio is 0.3 here"):
+    with pytest.raises(UserError, match=r"belongs to another configuration: ratio is 0\.3 here"):
         prune_width(tiny_model(family), batches, replace(config, ratio=0.3), state=state)
     with pytest.raises(UserError, match="state: flap is not pruned in shots, expected none"):
         prune_width(tiny_model(family), batches, WidthConfig("flap"), state=state)
