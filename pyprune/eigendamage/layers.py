@@ -28,6 +28,7 @@ from pyprune.methods.structure_budget import select_structures
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
 from pyprune.patterns import Unstructured, pruned_count
+from pyprune.sparse.factored import FactoredLinear
 from pyprune.surgeon.matrix import Matrix
 from pyprune.surgeon.store import GIB, TensorStore, grouped
 
@@ -65,7 +66,6 @@ def damage(
     tokens: TokenSet,
     config: EigenDamageConfig,
     *,
-    factored: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> list[EigenLayer]:
@@ -75,7 +75,8 @@ def damage(
     all zero stay as they are and are named. Biases stay as they are.
 
     Args:
-        factored: put thin factors into the model where they are smaller than the dense weight.
+        config: with `factored` a `FactoredLinear` takes the place of a linear layer where it is
+            smaller.
         device: where the backward passes run; eigenvectors are computed on the CPU, in fp64.
         progress: called with (what happens, done, total).
 
@@ -86,9 +87,10 @@ def damage(
     """
     blocks = [[Matrix(ref) for ref in adapter.linears(i)] for i in range(len(adapter.blocks))]
     refs = [matrix.ref for block in blocks for matrix in block]
-    if factored:
+    own = config.own_options()
+    if own.factored:
         _check_linear(refs)
-    groups = grouped(blocks, config.own_options().factor_memory * GIB, COPIES)
+    groups = grouped(blocks, own.factor_memory * GIB, COPIES)
     run = _Run(adapter, tokens, config, device, progress)
     with TensorStore(len(groups) > 1, "cpu") as store:
         for number, group in enumerate(groups):
@@ -100,7 +102,7 @@ def damage(
                 layers.append(_kept(ref, run.notes[ref.name]))
             else:
                 known = _Known.of(store.take(ref.name))
-                layers.append(_write(adapter, ref, known, chosen[ref.name], factored))
+                layers.append(_write(adapter, ref, known, chosen[ref.name], own.factored))
     return layers
 
 
@@ -311,14 +313,4 @@ def _install(model: nn.Module, ref: LinearRef, factors: Factors) -> None:
     """Two thin linear layers in place of one."""
     linear = ref.module
     assert isinstance(linear, nn.Linear)
-    dtype, device = linear.weight.dtype, linear.weight.device
-    made = []
-    for weight, bias in ((factors.down, None), (factors.up, linear.bias)):
-        out, into = weight.shape
-        thin = nn.Linear(into, out, bias=bias is not None, device="meta")
-        thin.weight = nn.Parameter(weight.to(device, dtype).contiguous(), requires_grad=False)
-        if bias is not None:
-            thin.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        made.append(thin)
-    parent, _, leaf = ref.name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Sequential(*made).train(linear.training))
+    model.set_submodule(ref.name, FactoredLinear.of(factors.up, factors.down, linear))
