@@ -28,8 +28,9 @@ class EigenDamageOptions:
         weights, which no storage of today can make use of: it says what the basis is worth.
     reestimate: take the curvature from a second backward pass in the basis (EK-FAC) instead of the
         factors' eigenvalues.
-    factored: store two thin matrices in the place of one where these have fewer parameters, which
-        takes pyprune to load; else every matrix stays dense. With unit directions only.
+    factored: store two thin matrices in the place of a linear layer's where these have fewer
+        parameters, which takes pyprune to load; else every matrix stays dense. With unit directions
+        only.
     cap: the most of one layer's output, and of its input directions that may go.
     fisher_samples: 0: gradients of the text's own tokens. S > 0: of S tokens drawn from the model
         at each place, with a backward pass each; the paper draws one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -75,21 +75,18 @@ def damage(
     all zero stay as they are and are named. Biases stay as they are.
 
     Args:
-        config: with `factored` a `FactoredLinear` takes the place of a linear layer where it is
-            smaller.
+        config: with `factored` a `FactoredLinear` takes the place of an `nn.Linear` where it is
+            smaller; fused experts and Conv1D stay dense.
         device: where the backward passes run; eigenvectors are computed on the CPU, in fp64.
         progress: called with (what happens, done, total).
 
     Raises:
-        LayerError, UserError: see `collect_factors`; nothing has changed then. `factored` and
-            a matrix is not the weight of an `nn.Linear`. New weights that do not fit into the
-            parameter's dtype: the matrices before that one have changed.
+        LayerError, UserError: see `collect_factors`; nothing has changed then. New weights that do
+            not fit into the parameter's dtype: the matrices before that one have changed.
     """
     blocks = [[Matrix(ref) for ref in adapter.linears(i)] for i in range(len(adapter.blocks))]
     refs = [matrix.ref for block in blocks for matrix in block]
     own = config.own_options()
-    if own.factored:
-        _check_linear(refs)
     groups = grouped(blocks, own.factor_memory * GIB, COPIES)
     run = _Run(adapter, tokens, config, device, progress)
     with TensorStore(len(groups) > 1, "cpu") as store:
@@ -274,7 +271,8 @@ def _write(
     rotated = torch.where(kept, rotated, 0)
     out, into = _left(rows, choice.rows), _left(columns, choice.columns)
     thin = min(len(out), len(into)) * (rows + columns)
-    form: Form = "factored" if factored and thin < rows * columns else "dense"
+    smaller = thin < rows * columns and type(ref.module) is nn.Linear
+    form: Form = "factored" if factored and smaller else "dense"
     if form == "factored":
         _install(adapter.model, ref, thin_factors(known.basis, rotated, out, into))
     else:
@@ -297,16 +295,6 @@ def _left(count: int, gone: Tensor) -> Tensor:
     stay = torch.ones(count, dtype=torch.bool)
     stay[gone] = False
     return stay.nonzero()[:, 0]
-
-
-def _check_linear(refs: Iterable[LinearRef]) -> None:
-    for ref in refs:
-        if type(ref.module) is not nn.Linear:
-            raise LayerError(
-                ref.name,
-                f"factored: expected the weight of an nn.Linear, got one of "
-                f"{type(ref.module).__name__}",
-            )
 
 
 def _install(model: nn.Module, ref: LinearRef, factors: Factors) -> None:

@@ -48,7 +48,10 @@ STORED_DENSE = (
     "what is left is stored as dense matrices: nothing is smaller or faster by itself (thin "
     "factors, -O factored=true, are)"
 )
-NONE_SMALLER = "thin factors would be smaller for none of the matrices: all are dense"
+NONE_FACTORED = (
+    "no matrix is stored as thin factors: these take the place of plain linear layers, where they "
+    "are smaller"
+)
 # Share of the entries by which less may go than was asked for before the report says why: whole
 # directions do not add up to every number.
 SHORT = 0.01
@@ -212,7 +215,7 @@ def _prune(
     )
     notes = []
     if not report.factored:
-        notes.append(NONE_SMALLER if config.own_options().factored else STORED_DENSE)
+        notes.append(NONE_FACTORED if config.own_options().factored else STORED_DENSE)
     if report.sparsity < config.sparsity - SHORT:
         notes.append(
             f"{report.sparsity:.1%} of the entries went, {config.sparsity:.1%} were asked for: the "
@@ -262,12 +265,17 @@ def prune_eigendamage_checkpoint(
         data = checkpoint.tokenizer() if batches is None else batches
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         factored = config.own_options().factored
-        tensors = _tensor_names(checkpoint) if factored else {}
+        pieces = _pieces(checkpoint) if factored else {}
         model: Any = checkpoint.load_model("cpu", dtype)
+        changing = list(_changed(model, config))
     report = _prune(model, data, config, progress, measure)
     report = replace(report, model=source_name(source))
     if factored:
-        return _write_factored(checkpoint, out, model, tensors, report, measure)
+        weights = _written(model, {name: pieces[name] for name in changing})
+        with measure.phase("write"), write_factored(checkpoint.path, out, weights) as folder:
+            report = replace(report, run=replace(report.run, seconds=measure.total()))
+            write_report(folder, report.to_dict(), report.card())
+        return report
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
         streamed = not checkpoint.streamable()
         copy_auxiliary(checkpoint, folder, index=streamed)
@@ -280,36 +288,31 @@ def prune_eigendamage_checkpoint(
     return report
 
 
-def _tensor_names(checkpoint: Checkpoint) -> dict[str, str]:
-    """Which tensor of the checkpoint each parameter of the model is; only those that are one whole
-    tensor. UserError where thin factors could not be loaded."""
+def _pieces(checkpoint: Checkpoint) -> dict[str, list[Piece]]:
+    """The tensors of the checkpoint that each parameter of the model is made of. UserError where
+    thin factors could not be loaded."""
     if checkpoint.trust_remote_code:
         raise UserError(f"{METHOD}: factored: expected a model of transformers' own code")
     names = map_names(checkpoint.tensors, checkpoint.build_model("meta", None))
     if names.problem:
         raise UserError(f"{METHOD}: factored: {names.problem}")
-    return {name: p[0].tensor for name, p in names.pieces.items() if p == [Piece(p[0].tensor)]}
+    return names.pieces
 
 
-def _write_factored(
-    checkpoint: Checkpoint,
-    out: str | Path,
-    model: nn.Module,
-    tensors: Mapping[str, str],
-    report: EigenDamageReport,
-    measure: Measure,
-) -> EigenDamageReport:
+def _written(
+    model: nn.Module, pieces: Mapping[str, list[Piece]]
+) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+    """What `write_factored` takes. pieces: by the parameters that were pruned."""
     weights: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
-    for layer in report.layers:
-        module, tensor = model.get_submodule(layer.name), tensors[f"{layer.name}.weight"]
-        if isinstance(module, FactoredLinear):
-            weights[tensor] = module.up.weight, module.down.weight
-        elif isinstance(module, nn.Linear):
-            weights[tensor] = module.weight
-    with measure.phase("write"), write_factored(checkpoint.path, out, weights) as folder:
-        report = replace(report, run=replace(report.run, seconds=measure.total()))
-        write_report(folder, report.to_dict(), report.card())
-    return report
+    for parameter, parts in pieces.items():
+        path, _, leaf = parameter.rpartition(".")
+        module = model.get_submodule(path)
+        for piece in parts:
+            if isinstance(module, FactoredLinear):
+                weights[piece.tensor] = module.up.weight, module.down.weight
+            else:
+                weights[piece.tensor] = piece.view(getattr(module, leaf))
+    return weights
 
 
 def _changed(model: nn.Module, config: EigenDamageConfig) -> dict[str, Tensor]:
