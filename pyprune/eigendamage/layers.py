@@ -301,4 +301,7 @@ def _install(model: nn.Module, ref: LinearRef, factors: Factors) -> None:
     """Two thin linear layers in place of one."""
     linear = ref.module
     assert isinstance(linear, nn.Linear)
+    for part in factors:
+        if not bool(part.to(linear.weight.dtype).isfinite().all()):
+            raise LayerError(ref.name, f"its factors do not fit into {linear.weight.dtype}")
     model.set_submodule(ref.name, FactoredLinear.of(factors.up, factors.down, linear))

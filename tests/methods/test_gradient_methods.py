@@ -302,6 +302,19 @@ def test_a_dead_layer_and_an_idle_expert_go_by_magnitude_and_are_listed(method):
     assert all("tokens" in layer.notes[0] for layer in experts)
 
 
+@pytest.mark.parametrize("method", ["gblm", "llm-surgeon"])
+def test_what_two_modules_share_stays_and_is_said(method):
+    model = tiny_model("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    before = mlp.up_proj.weight.clone()
+    report = prune(model, [tiny_tokens(4, 16)], method, 0.5)
+    assert torch.equal(mlp.up_proj.weight, before) and len(report.layers) == 12
+    (note,) = report.notes
+    assert note.startswith("2 matrices share their parameter with another module and stay as")
+    assert note.endswith("model.layers.0.mlp.gate_proj")
+
+
 def test_a_sequence_of_one_token_is_refused():
     with pytest.raises(UserError, match="batch 1, sequence 1: expected at least two tokens"):
         batch = Batch(tiny_tokens(2, 4), torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]]))
