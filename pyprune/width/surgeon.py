@@ -237,7 +237,7 @@ class _Shots:
         self.done.records[group.name].kept = why
         if why:
             scores = group.per_unit(w[:, : group.columns.numel()].square().sum(0)).sum(1)
-            if self.options.structure == "adaptive":  # not to be compared with costs
+            if self.options.structure == "adaptive":
                 scores = torch.full_like(scores, math.inf)
         else:
             columns = group.columns.to(self.device)
@@ -250,18 +250,30 @@ class _Shots:
         needed = 1.0
         if group.writer.index is not None:
             needed = minimum_tokens(group.columns.numel(), Unstructured(0.0))
+        judged = "judged by its weights alone and not corrected"
+        if self.options.structure == "adaptive":  # weights are not to be compared with costs
+            judged = "kept as it was"
         if factors.tokens < needed:
-            return "too few tokens, judged by its weights alone and not corrected"
+            return f"too few tokens, {judged}"
         if factors.dead() and number == 1:
-            return "no gradient but zero, judged by its weights alone and not corrected"
+            return f"no gradient but zero, {judged}"
         return ""
 
     def _choose(self, scores: Mapping[str, Tensor], target: int) -> dict[str, Tensor]:
         if self.options.structure == "uniform":
             sizes = uniform_sizes(self.widths, self.groups, target, self.options.multiple)
             return best(scores, sizes)
-        per_parameter = {g.name: scores[g.name] / g.unit_parameters for g in self.groups}
-        return globally(self.widths, self.groups, per_parameter, target)
+        known = [group for group in self.groups if not self.done.records[group.name].kept]
+        if not known:
+            raise UserError(
+                "options.structure: expected uniform where no module can be judged (more "
+                "calibration text?), got adaptive"
+            )
+        gone = self.widths.removed_parameters(
+            {name: units for name, units in self.kept().items() if self.done.records[name].kept}
+        )
+        per_parameter = {g.name: scores[g.name] / g.unit_parameters for g in known}
+        return globally(self.widths, known, per_parameter, target - gone)
 
     def _remove(self, group: Group, units: Tensor, factors: KroneckerFactors) -> None:
         """Corrects the writer for the columns of `units`, in place."""

@@ -177,6 +177,14 @@ def test_idle_experts_and_dead_layers_are_named_and_not_corrected():
     model = tiny_model("mixtral", num_hidden_layers=2)
     decision = prune(model, ratio=0.05, shots=2, tokens=token_set(1, 3))
     assert any("experts" in note and "too few tokens" in note for note in decision.notes)
+    # Where costs decide, what has none keeps all it has, however much the others lose for it.
+    model = tiny_model("mixtral", num_hidden_layers=2)
+    own = {"structure": "adaptive", "units": "all", "shots": 2}
+    decision = prune(model, ratio=0.05, tokens=token_set(1, 8), **own)
+    kept = {note.split(":")[0] for note in decision.notes if "tokens, kept as it was" in note}
+    assert kept and not kept & set(decision.removed) and decision.removed
+    with pytest.raises(UserError, match=r"structure: expected uniform where no module can be jud"):
+        prune(model, ratio=0.05, tokens=token_set(1, 2), **{**own, "units": "mlp"})
     model = model_of()
     with torch.no_grad():
         model.model.norm.weight.zero_()
