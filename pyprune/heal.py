@@ -28,6 +28,8 @@ from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 from pyprune.progress import Progress
 
+BOX = "model"
+
 
 @dataclass(frozen=True)
 class HealConfig:
@@ -119,13 +121,15 @@ def heal_model(
     training, required = model.training, {id(p): p.requires_grad for p in model.parameters()}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
+        # Of a mixture's model peft takes names like `mlp.up_proj` for experts that transformers
+        # has fused, and would put its adapters there. A box without a configuration has none.
         wrapped = lora.get_peft_model(
-            model,
+            nn.ModuleDict({BOX: model}),
             lora.LoraConfig(
                 r=config.rank,
                 lora_alpha=config.alpha,
                 lora_dropout=config.dropout,
-                target_modules=names,
+                target_modules=[f"{BOX}.{name}" for name in names],
                 fan_in_fan_out=isinstance(modules[names[0]], Conv1D),
                 bias="none",
             ),
@@ -135,8 +139,8 @@ def heal_model(
         for layer in masked:
             layer.forward = _masked_forward(layer)
         try:
-            trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-            seen = _train(wrapped, train, config, progress)
+            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            seen = _train(model, train, config, progress)
             for layer in layers:
                 _merge(layer)
         finally:
@@ -298,13 +302,15 @@ def _train(model: nn.Module, batches: list[Batch], config: HealConfig, say: Any)
 
 
 def _token_losses(model: Any, batch: Batch) -> Tensor:
-    """float32 [n]: of every real token that has one before it."""
+    """float32 [n]: of every real token that follows a real one."""
     device = next(model.parameters()).device
     ids = batch.input_ids.to(device)
     mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses if mask is None else losses[mask[:, 1:].flatten() != 0]
+    if mask is None:
+        return losses
+    return losses[((mask[:, 1:] != 0) & (mask[:, :-1] != 0)).flatten()]
 
 
 @torch.no_grad()

@@ -99,14 +99,15 @@ def prune(
     if config.in_shots():
         surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
         layers = surgeon.run()
-        return _report(model_name(model), config, tokens, layers, measure, surgeon.notes())
+        notes = (*surgeon.notes(), *_shared(adapter))
+        return _report(model_name(model), config, tokens, layers, measure, notes)
     _no_state(config, state)
     look = look_at_whole(config, adapter, tokens, device, measure, progress)
     with InMemoryStore(adapter, device) as store:
         pruned = Session(
             config, adapter, tokens, store, store.flush, device, measure, progress, look, masks
         ).run()
-    notes = (*pruned.notes, *describe_masks(masks))
+    notes = (*pruned.notes, *describe_masks(masks), *_shared(adapter))
     return _report(model_name(model), config, tokens, pruned.layers, measure, notes)
 
 
@@ -188,7 +189,7 @@ def prune_checkpoint(
                 ).run()
             with measure.phase("write"):
                 model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        notes = (*pruned.notes, *describe_masks(masks))
+        notes = (*pruned.notes, *describe_masks(masks), *_shared(adapter))
         if not streamed:
             notes = (f"loaded whole, not streamed block by block: {problem}", *notes)
         report = _report(name, config, tokens, pruned.layers, measure, notes)
@@ -221,7 +222,8 @@ def _shots(
         with measure.phase("write"):
             empty = _adapter(checkpoint.build_model("meta", dtype), config) if streamed else None
             write_parameters(checkpoint, model, empty, surgeon.parameters(), folder)
-        report = _report(name, config, tokens, layers, measure, surgeon.notes())
+        notes = (*surgeon.notes(), *_shared(adapter))
+        report = _report(name, config, tokens, layers, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
     return report
 
@@ -288,6 +290,16 @@ def _adapter(model: nn.Module, config: PruneConfig) -> Adapter:
     for i in range(len(adapter.blocks)):
         check_shapes(adapter.linears(i), config.target(), limit)
     return adapter
+
+
+def _shared(adapter: Adapter) -> tuple[str, ...]:
+    """What is said of matrices that stay as they are for it."""
+    if not adapter.shared:
+        return ()
+    return (
+        f"{len(adapter.shared)} matrices share their parameter with another module and stay as "
+        f"they are, the first is {adapter.shared[0]}",
+    )
 
 
 def _dtype(config: PruneConfig) -> torch.dtype | None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from pyprune import heal
 from pyprune.calibration.batches import as_token_set
+from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint.output import save_model
 from pyprune.cli import main
 from pyprune.config import CalibrationConfig
@@ -39,7 +40,7 @@ def config(**more):
     return HealConfig(**{"steps": 12, "learning_rate": 5e-3, "rank": 4, **more})
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "qwen3_moe"])
 def test_zeros_stay_and_loss_falls(family):
     model = half_pruned(family)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -78,6 +79,19 @@ def test_merged_model_is_the_trained_one(family, monkeypatch):
         merged = model(ids, use_cache=False).logits
     torch.testing.assert_close(merged, trained[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(merged, dense, atol=1e-2)
+
+
+def test_padding_neither_predicts_nor_is_predicted():
+    model, ids = tiny_model("llama"), tiny_tokens(2, 8)
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = mask[1, 6:] = 0
+    with torch.no_grad():
+        losses = heal._token_losses(model, Batch(ids, mask))
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    rows = [logits[0, 3:7], logits[1, :5]]
+    labels = torch.cat([ids[0, 4:], ids[1, 1:6]])
+    want = torch.nn.functional.cross_entropy(torch.cat(rows), labels, reduction="none")
+    torch.testing.assert_close(losses, want)
 
 
 def test_same_seed_same_weights():

@@ -185,7 +185,7 @@ def test_tampered_tensors_are_refused_by_file_and_name(pattern_and_case, compres
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=4), "expected a format_version among 1, 2, 3, got 4"),
+        (lambda c: c.update(format_version=5), "expected a format_version among 1, 2, 3, 4, got 5"),
         (lambda c: c.update(layers=[]), "object named layers"),
         (lambda c: c["layers"].update(x={"format": "csr", "shape": [2, 8]}), "layer x: format"),
         (lambda c: c["layers"][LAYER].update(shape=[64, -32]), "shape: expected two positive"),
@@ -193,6 +193,24 @@ def test_tampered_tensors_are_refused_by_file_and_name(pattern_and_case, compres
         (
             lambda c: c["layers"].update(x={"format": "sparse24", "shape": [2, 8]}),
             "x.values is m",
+        ),
+        (
+            lambda c: c["layers"].update(x={"format": "factored", "shape": [9, 8], "rank": 2}),
+            "needs format_version 4, got 1",
+        ),
+        (
+            lambda c: c["layers"].update(x={"format": "factored", "shape": [9, 8]}),
+            "layer x: rank: expected a positive integer, got None",
+        ),
+        (
+            lambda c: c["layers"][LAYER].update(rank=2),
+            "rank: expected none with format sparse24, got 2",
+        ),
+        (
+            lambda c: c["layers"].update(
+                x={"format": "factored", "shape": [9, 8], "rank": 2, "transposed": True}
+            ),
+            "layer x: factored: expected neither values nor transposed",
         ),
     ],
 )

@@ -3,9 +3,9 @@ Kronecker-factored Fisher matrix, by one threshold over all layers.
 
 Rotated weights are not sparse weights: what is left of a matrix is a product of two thin ones, and
 stock transformers layers hold one dense matrix. So there are two results. Dense reconstruction, the
-default, fits every loader and saves nothing. Thin factors, two `nn.Linear` in a row, save bytes and
-time where `k (R + C) < R C`, that is where more than half of a square matrix's directions went on
-one side; a checkpoint of them needs model code that builds those pairs.
+default, fits every loader and saves nothing. Thin factors (`factored`), two linear maps in a row,
+save bytes and time where `k (R + C) < R C`, that is where more than half of a square matrix's
+directions went on one side; a checkpoint of them takes `import pyprune` to load (docs/format.md).
 """
 
 from pyprune.eigendamage.config import EigenDamageConfig, EigenDamageOptions

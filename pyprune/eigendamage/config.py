@@ -28,6 +28,9 @@ class EigenDamageOptions:
         weights, which no storage of today can make use of: it says what the basis is worth.
     reestimate: take the curvature from a second backward pass in the basis (EK-FAC) instead of the
         factors' eigenvalues.
+    factored: store two thin matrices in the place of a linear layer's where these have fewer
+        parameters, which takes pyprune to load; else every matrix stays dense. With unit directions
+        only.
     cap: the most of one layer's output, and of its input directions that may go.
     fisher_samples: 0: gradients of the text's own tokens. S > 0: of S tokens drawn from the model
         at each place, with a backward pass each; the paper draws one.
@@ -37,11 +40,14 @@ class EigenDamageOptions:
 
     unit: Unit = "directions"
     reestimate: bool = False
+    factored: bool = False
     cap: float = 0.95
     fisher_samples: int = 0
     factor_memory: float = 8.0
 
     def __post_init__(self) -> None:
+        if self.factored and self.unit != "directions":
+            raise _wrong("factored", "unit directions", self.unit)
         if not 0 < self.cap < 1:
             raise _wrong("cap", "a fraction between 0 and 1", self.cap)
         if self.fisher_samples < 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +28,7 @@ from pyprune.methods.structure_budget import select_structures
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
 from pyprune.patterns import Unstructured, pruned_count
+from pyprune.sparse.factored import FactoredLinear
 from pyprune.surgeon.matrix import Matrix
 from pyprune.surgeon.store import GIB, TensorStore, grouped
 
@@ -65,7 +66,6 @@ def damage(
     tokens: TokenSet,
     config: EigenDamageConfig,
     *,
-    factored: bool = False,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> list[EigenLayer]:
@@ -75,20 +75,19 @@ def damage(
     all zero stay as they are and are named. Biases stay as they are.
 
     Args:
-        factored: put thin factors into the model where they are smaller than the dense weight.
+        config: with `factored` a `FactoredLinear` takes the place of an `nn.Linear` where it is
+            smaller; fused experts and Conv1D stay dense.
         device: where the backward passes run; eigenvectors are computed on the CPU, in fp64.
         progress: called with (what happens, done, total).
 
     Raises:
-        LayerError, UserError: see `collect_factors`; nothing has changed then. `factored` and
-            a matrix is not the weight of an `nn.Linear`. New weights that do not fit into the
-            parameter's dtype: the matrices before that one have changed.
+        LayerError, UserError: see `collect_factors`; nothing has changed then. New weights that do
+            not fit into the parameter's dtype: the matrices before that one have changed.
     """
     blocks = [[Matrix(ref) for ref in adapter.linears(i)] for i in range(len(adapter.blocks))]
     refs = [matrix.ref for block in blocks for matrix in block]
-    if factored:
-        _check_linear(refs)
-    groups = grouped(blocks, config.own_options().factor_memory * GIB, COPIES)
+    own = config.own_options()
+    groups = grouped(blocks, own.factor_memory * GIB, COPIES)
     run = _Run(adapter, tokens, config, device, progress)
     with TensorStore(len(groups) > 1, "cpu") as store:
         for number, group in enumerate(groups):
@@ -100,7 +99,7 @@ def damage(
                 layers.append(_kept(ref, run.notes[ref.name]))
             else:
                 known = _Known.of(store.take(ref.name))
-                layers.append(_write(adapter, ref, known, chosen[ref.name], factored))
+                layers.append(_write(adapter, ref, known, chosen[ref.name], own.factored))
     return layers
 
 
@@ -272,7 +271,8 @@ def _write(
     rotated = torch.where(kept, rotated, 0)
     out, into = _left(rows, choice.rows), _left(columns, choice.columns)
     thin = min(len(out), len(into)) * (rows + columns)
-    form: Form = "factored" if factored and thin < rows * columns else "dense"
+    smaller = thin < rows * columns and type(ref.module) is nn.Linear
+    form: Form = "factored" if factored and smaller else "dense"
     if form == "factored":
         _install(adapter.model, ref, thin_factors(known.basis, rotated, out, into))
     else:
@@ -297,28 +297,11 @@ def _left(count: int, gone: Tensor) -> Tensor:
     return stay.nonzero()[:, 0]
 
 
-def _check_linear(refs: Iterable[LinearRef]) -> None:
-    for ref in refs:
-        if type(ref.module) is not nn.Linear:
-            raise LayerError(
-                ref.name,
-                f"factored: expected the weight of an nn.Linear, got one of "
-                f"{type(ref.module).__name__}",
-            )
-
-
 def _install(model: nn.Module, ref: LinearRef, factors: Factors) -> None:
     """Two thin linear layers in place of one."""
     linear = ref.module
     assert isinstance(linear, nn.Linear)
-    dtype, device = linear.weight.dtype, linear.weight.device
-    made = []
-    for weight, bias in ((factors.down, None), (factors.up, linear.bias)):
-        out, into = weight.shape
-        thin = nn.Linear(into, out, bias=bias is not None, device="meta")
-        thin.weight = nn.Parameter(weight.to(device, dtype).contiguous(), requires_grad=False)
-        if bias is not None:
-            thin.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        made.append(thin)
-    parent, _, leaf = ref.name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Sequential(*made).train(linear.training))
+    for part in factors:
+        if not bool(part.to(linear.weight.dtype).isfinite().all()):
+            raise LayerError(ref.name, f"its factors do not fit into {linear.weight.dtype}")
+    model.set_submodule(ref.name, FactoredLinear.of(factors.up, factors.down, linear))

@@ -22,6 +22,7 @@ from pyprune.checkpoint import (
     write_parameters,
     write_report,
 )
+from pyprune.checkpoint.names import Piece, map_names
 from pyprune.checkpoint.output import AUXILIARY_BYTES
 from pyprune.devices import find_device
 from pyprune.eigendamage.config import METHOD, EigenDamageConfig, EigenDamageOptions
@@ -40,11 +41,20 @@ from pyprune.report import (
     source_name,
     versions,
 )
+from pyprune.sparse.convert import write_factored
+from pyprune.sparse.factored import FactoredLinear
 
 STORED_DENSE = (
     "what is left is stored as dense matrices: nothing is smaller or faster by itself (thin "
-    "factors of a model in memory are)"
+    "factors, -O factored=true, are)"
 )
+NONE_FACTORED = (
+    "no matrix is stored as thin factors: these take the place of plain linear layers, where they "
+    "are smaller"
+)
+# Share of the entries by which less may go than was asked for before the report says why: whole
+# directions do not add up to every number.
+SHORT = 0.01
 ROW: dict[str, Any] = {
     "name": METHOD,
     "title": "OBD in the eigenbasis of the Kronecker-factored Fisher information",
@@ -73,6 +83,11 @@ class EigenDamageReport:
     def sparsity(self) -> float:
         total = sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
         return sum(layer.removed for layer in self.layers) / total
+
+    @property
+    def factored(self) -> int:
+        """Matrices that are two thin ones now."""
+        return sum(layer.form == "factored" for layer in self.layers)
 
     @property
     def predicted_loss(self) -> float:
@@ -129,8 +144,7 @@ class EigenDamageReport:
             f"# {self.model}, pruned: {METHOD}",
             "",
             f"{self.sparsity:.1%} of the entries of all matrices removed in their "
-            f"Kronecker-factored eigenbases ({own.unit}), stored as dense matrices. An ordinary "
-            "model of its family, which any loader reads.",
+            f"Kronecker-factored eigenbases ({own.unit}), {self._stored()}",
             "",
             f"- Method: {METHOD}, {ROW['title']} ({ROW['paper']})",
             f"- Calibration: {text.source}, {text.tokens:,} tokens in {text.sequences} sequences "
@@ -143,14 +157,22 @@ class EigenDamageReport:
         ]
         return "\n".join(lines)
 
+    def _stored(self) -> str:
+        if not self.factored:
+            return (
+                "stored as dense matrices. An ordinary model of its family, which any loader reads."
+            )
+        return (
+            f"{self.factored} of {len(self.layers)} stored as products of two thin ones: "
+            "`import pyprune` before loading it, or `pyprune decompress` it."
+        )
+
 
 def prune_eigendamage(
     model: nn.Module,
     tokenizer_or_batches: object,
     config: EigenDamageConfig,
     progress: Progress | None = None,
-    *,
-    factored: bool = False,
 ) -> EigenDamageReport:
     """Prunes the decoder blocks of a transformers model in memory, in place.
 
@@ -160,8 +182,6 @@ def prune_eigendamage(
             themselves, see `calibration.batches.as_token_set`.
         config: what to do. Its dtype is a checkpoint's business: expected "auto".
         progress: called with (what happens, done, total).
-        factored: put two thin `nn.Linear` in the place of a matrix where they are smaller; else
-            every matrix stays dense. With `unit` "directions" only.
 
     Raises:
         UserError: the request, the data or a layer (LayerError, named) make it impossible; see
@@ -169,10 +189,7 @@ def prune_eigendamage(
     """
     if config.dtype != "auto":
         raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
-    unit = config.own_options().unit
-    if factored and unit != "directions":
-        raise UserError(f"factored: expected unit directions, got {unit!r}")
-    return _prune(model, tokenizer_or_batches, config, progress, factored, Measure())
+    return _prune(model, tokenizer_or_batches, config, progress, Measure())
 
 
 def _prune(
@@ -180,26 +197,31 @@ def _prune(
     data: object,
     config: EigenDamageConfig,
     progress: Progress | None,
-    factored: bool,
     measure: Measure,
 ) -> EigenDamageReport:
     adapter, device = _adapter(model, config), find_device(config.device)
     with measure.phase("tokens"):
         tokens = configured_tokens(data, config.calibration, model.config)
     with measure.phase("eigendamage"):
-        layers = damage(
-            adapter, tokens, config, factored=factored, device=device, progress=progress
-        )
-    return EigenDamageReport(
+        layers = damage(adapter, tokens, config, device=device, progress=progress)
+    report = EigenDamageReport(
         model=model_name(model),
         config=config,
         layers=tuple(layers),
         calibration=CalibrationReport(
             tokens.source, tokens.sha256, tokens.tokens, tokens.nsamples, tokens.seqlen
         ),
-        notes=() if factored else (STORED_DENSE,),
         run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
     )
+    notes = []
+    if not report.factored:
+        notes.append(NONE_FACTORED if config.own_options().factored else STORED_DENSE)
+    if report.sparsity < config.sparsity - SHORT:
+        notes.append(
+            f"{report.sparsity:.1%} of the entries went, {config.sparsity:.1%} were asked for: the "
+            "cap or matrices that are kept leave no more"
+        )
+    return replace(report, notes=tuple(notes))
 
 
 def _adapter(model: nn.Module, config: EigenDamageConfig) -> Adapter:
@@ -216,8 +238,9 @@ def prune_eigendamage_checkpoint(
     batches: object = None,
     trust_remote_code: bool = False,
 ) -> EigenDamageReport:
-    """`prune_eigendamage` from a checkpoint, all of it in memory, into a new directory that every
-    loader reads: dense matrices in the dtype they were stored in.
+    """`prune_eigendamage` from a checkpoint, all of it in memory, into a new directory, in the
+    dtype that it was stored in. Any loader reads it unless some matrices are thin factors
+    (`factored`).
 
     Args:
         source: a Hugging Face directory with safetensors, or a hub id.
@@ -241,8 +264,18 @@ def prune_eigendamage_checkpoint(
         checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
         data = checkpoint.tokenizer() if batches is None else batches
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        factored = config.own_options().factored
+        pieces = _pieces(checkpoint) if factored else {}
         model: Any = checkpoint.load_model("cpu", dtype)
-    report = _prune(model, data, config, progress, False, measure)
+        changing = list(_changed(model, config))
+    report = _prune(model, data, config, progress, measure)
+    report = replace(report, model=source_name(source))
+    if factored:
+        weights = _written(model, {name: pieces[name] for name in changing})
+        with measure.phase("write"), write_factored(checkpoint.path, out, weights) as folder:
+            report = replace(report, run=replace(report.run, seconds=measure.total()))
+            write_report(folder, report.to_dict(), report.card())
+        return report
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
         streamed = not checkpoint.streamable()
         copy_auxiliary(checkpoint, folder, index=streamed)
@@ -250,12 +283,36 @@ def prune_eigendamage_checkpoint(
             # Built again, empty, it says where in the shards its parameters are.
             empty = Adapter.of(checkpoint.build_model("meta", dtype)) if streamed else None
             write_parameters(checkpoint, model, empty, _changed(model, config), folder)
-        seconds = measure.total()
-        report = replace(
-            report, model=source_name(source), run=replace(report.run, seconds=seconds)
-        )
+        report = replace(report, run=replace(report.run, seconds=measure.total()))
         write_report(folder, report.to_dict(), report.card())
     return report
+
+
+def _pieces(checkpoint: Checkpoint) -> dict[str, list[Piece]]:
+    """The tensors of the checkpoint that each parameter of the model is made of. UserError where
+    thin factors could not be loaded."""
+    if checkpoint.trust_remote_code:
+        raise UserError(f"{METHOD}: factored: expected a model of transformers' own code")
+    names = map_names(checkpoint.tensors, checkpoint.build_model("meta", None))
+    if names.problem:
+        raise UserError(f"{METHOD}: factored: {names.problem}")
+    return names.pieces
+
+
+def _written(
+    model: nn.Module, pieces: Mapping[str, list[Piece]]
+) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+    """What `write_factored` takes. pieces: by the parameters that were pruned."""
+    weights: dict[str, Tensor | tuple[Tensor, Tensor]] = {}
+    for parameter, parts in pieces.items():
+        path, _, leaf = parameter.rpartition(".")
+        module = model.get_submodule(path)
+        for piece in parts:
+            if isinstance(module, FactoredLinear):
+                weights[piece.tensor] = module.up.weight, module.down.weight
+            else:
+                weights[piece.tensor] = piece.view(getattr(module, leaf))
+    return weights
 
 
 def _changed(model: nn.Module, config: EigenDamageConfig) -> dict[str, Tensor]:

@@ -44,7 +44,8 @@ class SurgeonOptions:
         the paper). S > 0: of S tokens drawn from the model at each place, with a backward pass
         each; `calibration.seed` and the shot say which.
     corrections: steps of low-rank training after each shot, on the calibration text; what is
-        pruned stays so. correction_rank, correction_rate: rank and learning rate of it.
+        pruned stays so, and fused experts stay as the shot left them. correction_rank,
+        correction_rate: rank and learning rate of it.
     """
 
     structure: Structure = "element"

@@ -33,6 +33,8 @@ class Adapter:
         decoder: the module that runs the blocks, without a language-model head:
             `decoder(input_ids=..., attention_mask=..., use_cache=False)`.
         blocks, block_names: the decoder blocks in order, and their dotted paths in `model`.
+        shared: names of the matrices that `linears` leaves out, because another module holds their
+            parameter too: what is best for one is not for the other.
     """
 
     def __init__(self, model: nn.Module, decoder: nn.Module, blocks: list[nn.Module]) -> None:
@@ -42,10 +44,9 @@ class Adapter:
         names = {id(module): name for name, module in model.named_modules()}
         self.block_names = [names[id(block)] for block in blocks]
         shared = _shared_parameters(model, blocks)
-        self._linears = [
-            [ref for ref in _linears(block, name) if id(_owner(ref)) not in shared]
-            for block, name in zip(blocks, self.block_names, strict=True)
-        ]
+        found = [list(_linears(*pair)) for pair in zip(blocks, self.block_names, strict=True)]
+        self._linears = [[ref for ref in refs if id(_owner(ref)) not in shared] for refs in found]
+        self.shared = tuple(ref.name for refs in found for ref in refs if id(_owner(ref)) in shared)
 
     @classmethod
     def of(cls, model: nn.Module) -> Adapter:
@@ -74,8 +75,8 @@ class Adapter:
         return adapter
 
     def linears(self, i: int) -> list[LinearRef]:
-        """The prunable matrices of block `i` in definition order, without routers and without
-        parameters that more than one module holds: what is best for one is not for the other."""
+        """The prunable matrices of block `i` in definition order, without routers and what is
+        `shared`."""
         return list(self._linears[i])
 
     def restricted(self, names: Collection[str]) -> Adapter:

@@ -24,6 +24,7 @@ from pyprune.errors import UserError
 from pyprune.models.positions import positions_of
 from pyprune.sparse.dense import DenseLinear, use_own_kernels
 from pyprune.sparse.embedding import Int8Embedding
+from pyprune.sparse.factored import FactoredLinear
 from pyprune.sparse.linear import SparseLinear
 from pyprune.sparse.load import load
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
@@ -174,7 +175,9 @@ def densified(model: PreTrainedModel) -> PreTrainedModel:
     dense = _sharing_copy(model)
     made: dict[nn.Module, nn.Parameter] = {}
     for name, module in list(dense.named_modules()):
-        if isinstance(module, SparseLinear | Int8Embedding):
+        if isinstance(module, FactoredLinear):
+            dense.set_submodule(name, module.to_dense())
+        elif isinstance(module, SparseLinear | Int8Embedding):
             plain: Any = module.to_dense()
             plain.weight = made.setdefault(module.tied_to or module, plain.weight)
             dense.set_submodule(name, plain)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from pyprune.checkpoint import Checkpoint
+from pyprune.checkpoint import Checkpoint, TensorEntry
 from pyprune.checkpoint.names import EXPERT, owners
 from pyprune.errors import UserError
 from pyprune.models.experts import FUSED_EXPERTS, PROJECTIONS
@@ -23,7 +23,8 @@ from pyprune.sparse.weight import DENSE_INT8
 
 @dataclass(frozen=True)
 class LayerConversion:
-    """What became of one linear layer or embedding. format: "dense", "sparse24" or "bitmap".
+    """What became of one linear layer or embedding. format: "dense", "sparse24", "bitmap" or
+    "factored".
     values: their dtype as stored; dtype: that of the dense weight. shape: outputs by inputs.
     density: the share of elements that are stored. error: `|W - stored W| / |W|` where values are
     int8, else None. seconds: of a product, by format, where that was measured."""
@@ -68,6 +69,9 @@ class Chooser:
         self._measured = None if measured_rows is None else MeasuredChoice(measured_rows, total)
 
     def choose(self, tensor: str) -> Decision:
+        kept = self._stored.layers.get(tensor.removesuffix(formats.WEIGHT))
+        if kept is not None and kept.format == formats.FACTORED:
+            return _as_it_is(kept, self._stored.entries[tensor])
         dense, transposed = self._stored.read(tensor), self._transposed[tensor]
         weight = dense.T if transposed else dense
         sizes, nnz = formats.candidates(weight, self._allowed)
@@ -128,6 +132,14 @@ class Chooser:
         except UserError as error:
             file = self._stored.entries[tensor].file
             raise UserError(f"{file}: tensor {tensor}: {error}") from error
+
+
+def _as_it_is(layer: LayerFormat, dense: TensorEntry) -> Decision:
+    """Factors have no zeros to leave out, and their product is larger."""
+    dtype, nbytes = str(dense.dtype).removeprefix("torch."), layer.nbytes(0, dense.dtype)
+    density = nbytes / dense.nbytes
+    report = LayerConversion(layer.format, dtype, dtype, layer.shape, density, dense.nbytes, nbytes)
+    return Decision(layer, 0, report)
 
 
 def whole_mixtures(decisions: Mapping[str, Decision]) -> dict[str, Decision]:

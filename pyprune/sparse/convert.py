@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ from pyprune.sparse.stored import CONFIG, DENSE, StoredCheckpoint
 from pyprune.sparse.weight import DENSE_INT8, FORMATS
 
 Progress = Callable[[str, float, float | None], None]
+# What becomes of each dense tensor: the tensors that are written for it, by name.
+Plan = Mapping[str, Mapping[str, TensorEntry]]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8
 
@@ -121,10 +124,7 @@ def compress_checkpoint(
             layers[name] = decision.layer
             plan[tensor] = _parts(name, decision.layer, decision.nnz, stored.entries[tensor])
     raw = stored.dense_raw
-    raw["quantization_config"] = formats.quantization_config(layers)
-    # Without pyprune transformers skips a method that it does not know, and fills the layers with
-    # random numbers. It stops at this instead, and quotes it; pyprune's hook takes it out.
-    raw["transformers_weights"] = formats.HOW_TO_LOAD
+    raw |= _compressed(layers)
 
     def convert(tensor: str) -> dict[str, Tensor]:
         name = tensor.removesuffix(formats.WEIGHT)
@@ -172,6 +172,61 @@ def decompress_checkpoint(
     return ConversionReport(str(out), layers, stored.nbytes, after, stored.dense_nbytes)
 
 
+@contextmanager
+def write_factored(
+    source: str | Path, out: str | Path, weights: Mapping[str, Tensor | tuple[Tensor, Tensor]]
+) -> Iterator[Path]:
+    """Writes the dense checkpoint `source` with other weights; yields the directory, to which the
+    report and the card still have to be added, before it becomes `out` (all or nothing).
+
+    Args:
+        weights: by the tensor's name in the checkpoint: another one in its place, or `up [R, k]`
+            and `down [k, C]` of a linear layer that is to be stored as these. Rounded to the dtype
+            of the tensor.
+
+    Raises:
+        UserError: `source` is not dense, or `out` cannot be written.
+    """
+    check_output(out)
+    stored = StoredCheckpoint.open(source)
+    if stored.kind != DENSE:
+        raise UserError(f"{stored.path}: expected a dense checkpoint, it is {stored.kind}")
+    layers: dict[str, LayerFormat] = {}
+    plan = {tensor: {tensor: entry} for tensor, entry in stored.entries.items()}
+    for tensor, value in weights.items():
+        if isinstance(value, tuple):
+            up, down = value
+            name = tensor.removesuffix(formats.WEIGHT)
+            shape = (up.shape[0], down.shape[1])
+            layers[name] = LayerFormat(formats.FACTORED, shape, rank=up.shape[1])
+            plan[tensor] = _parts(name, layers[name], 0, stored.entries[tensor])
+
+    def convert(tensor: str) -> dict[str, Tensor]:
+        value = weights.get(tensor)
+        if value is None:
+            return {tensor: stored.read(tensor)}
+        given = value if isinstance(value, tuple) else (value,)
+        dtype = stored.entries[tensor].dtype
+        return {n: t.detach().cpu().to(dtype) for n, t in zip(plan[tensor], given, strict=True)}
+
+    raw = stored.dense_raw
+    if layers:
+        raw |= _compressed(layers)
+    with _directory(stored, out, plan, raw) as folder:
+        _write_tensors(stored, folder, plan, convert, _Steps(None, len(plan)))
+        yield folder
+
+
+def _compressed(layers: Mapping[str, LayerFormat]) -> dict[str, Any]:
+    """Fields of config.json."""
+    return {
+        "quantization_config": formats.quantization_config(layers),
+        # Without pyprune transformers skips a method that it does not know, and fills the layers
+        # with random numbers. It stops at this instead, and quotes it; pyprune's hook takes it out.
+        "transformers_weights": formats.HOW_TO_LOAD,
+    }
+
+
 class _Steps:
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
@@ -195,42 +250,62 @@ def _parts(name: str, layer: LayerFormat, nnz: int, entry: TensorEntry) -> dict[
 def _write(
     stored: StoredCheckpoint,
     out: str | Path,
-    plan: Mapping[str, Mapping[str, TensorEntry]],
+    plan: Plan,
     convert: Callable[[str], dict[str, Tensor]],
     raw: Mapping[str, Any],
     card: str,
     steps: _Steps,
 ) -> int:
     """Writes the output directory; returns the bytes of its tensors."""
-    total = sum(entry.nbytes for made in plan.values() for entry in made.values())
-    with output_directory(out, needed=total + AUXILIARY_BYTES) as folder:
-        copy_auxiliary(stored.checkpoint(), folder, index=False)
-        (folder / CONFIG).write_text(_json(raw), encoding="utf-8")
+    with _directory(stored, out, plan, raw) as folder:
         (folder / CARD).write_text(card, encoding="utf-8")
         if (stored.path / REPORT).is_file():
             shutil.copyfile(stored.path / REPORT, folder / REPORT)
-        weight_map: dict[str, str] = {}
-        for file, tensors in _by_file(stored, plan):
-            made = {n: e for tensor in tensors for n, e in plan[tensor].items()}
-            placed = _create(folder / file.name, made)
-            weight_map |= dict.fromkeys(placed, file.name)
-            for tensor in tensors:
-                steps.next(tensor)
-                for name, value in convert(tensor).items():
-                    write_tensor(placed[name], value, folder / file.name)
-        if (stored.path / INDEX).is_file():
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (folder / INDEX).write_text(_json(index), encoding="utf-8")
-    return total
+        _write_tensors(stored, folder, plan, convert, steps)
+    return _nbytes(plan)
+
+
+@contextmanager
+def _directory(
+    stored: StoredCheckpoint, out: str | Path, plan: Plan, raw: Mapping[str, Any]
+) -> Iterator[Path]:
+    """The output directory without tensors, report and card, before it becomes `out`."""
+    with output_directory(out, needed=_nbytes(plan) + AUXILIARY_BYTES) as folder:
+        copy_auxiliary(stored.checkpoint(), folder, index=False)
+        (folder / CONFIG).write_text(_json(raw), encoding="utf-8")
+        yield folder
+
+
+def _write_tensors(
+    stored: StoredCheckpoint,
+    folder: Path,
+    plan: Plan,
+    convert: Callable[[str], dict[str, Tensor]],
+    steps: _Steps,
+) -> None:
+    weight_map: dict[str, str] = {}
+    for file, tensors in _by_file(stored, plan):
+        made = {n: e for tensor in tensors for n, e in plan[tensor].items()}
+        placed = _create(folder / file.name, made)
+        weight_map |= dict.fromkeys(placed, file.name)
+        for tensor in tensors:
+            steps.next(tensor)
+            for name, value in convert(tensor).items():
+                write_tensor(placed[name], value, folder / file.name)
+    if (stored.path / INDEX).is_file():
+        index = {"metadata": {"total_size": _nbytes(plan)}, "weight_map": weight_map}
+        (folder / INDEX).write_text(_json(index), encoding="utf-8")
+
+
+def _nbytes(plan: Plan) -> int:
+    return sum(entry.nbytes for made in plan.values() for entry in made.values())
 
 
 def _json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _by_file(
-    stored: StoredCheckpoint, plan: Mapping[str, Mapping[str, TensorEntry]]
-) -> Iterator[tuple[Path, list[str]]]:
+def _by_file(stored: StoredCheckpoint, plan: Plan) -> Iterator[tuple[Path, list[str]]]:
     files = sorted({stored.entries[tensor].file for tensor in plan})
     for file in files:
         yield file, [tensor for tensor in plan if stored.entries[tensor].file == file]
@@ -265,12 +340,15 @@ def _create(file: Path, made: Mapping[str, TensorEntry]) -> dict[str, TensorEntr
 
 
 def _compressed_card(layers: Mapping[str, LayerFormat]) -> str:
-    kinds = [layer.label for layer in layers.values() if layer.format != DENSE_INT8]
+    whole = (DENSE_INT8, formats.FACTORED)  # these leave no zeros out
+    kinds = [layer.label for layer in layers.values() if layer.format not in whole]
     counts = ", ".join(f"{kinds.count(kind)} as {kind}" for kind in sorted(set(kinds)))
     int8 = any(layer.int8 for layer in layers.values())
     exact = "with int8 values rounded to a scale a row" if int8 else "bit for bit"
     rows = sorted(name for name, layer in layers.items() if layer.format == DENSE_INT8)
     also = f"\nint8 with a scale a row, zeros and all: {', '.join(rows)}." if rows else ""
+    thin = sum(layer.format == formats.FACTORED for layer in layers.values())
+    also += f"\n{thin} linear layers are products of two thin matrices." if thin else ""
     return f"""---
 tags: [pyprune, sparse]
 ---

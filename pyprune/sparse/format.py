@@ -1,4 +1,4 @@
-"""The compressed checkpoint format, versions 1 to 3; `docs/format.md` describes it.
+"""The compressed checkpoint format, versions 1 to 4; `docs/format.md` describes it.
 
 Here are the rules: what config.json says of a compressed checkpoint, which tensors a compressed
 weight consists of, and what must hold of them before they are used.
@@ -19,19 +19,22 @@ from pyprune.checkpoint.shards import TensorEntry
 from pyprune.errors import UserError
 from pyprune.ops.pack import pack_24, pack_bitmap
 from pyprune.ops.sparse_int8 import dequantize_rows, quantize_rows, row_blocks
+from pyprune.sparse import factored
 from pyprune.sparse import weight as weights
 from pyprune.sparse.linear import WORTHWHILE
 from pyprune.sparse.weight import DENSE_INT8, FORMATS
 
 METHOD = "pyprune"
 # What a checkpoint says is the least that describes it: older releases read all that they can.
-VERSIONS = (1, 2, 3)
+VERSIONS = (1, 2, 3, 4)
 WEIGHT = ".weight"
 PARTS = {
     "sparse24": ("values", "metadata"),
     "bitmap": ("values", "bitmap", "row_offsets"),
     DENSE_INT8: ("values",),
+    "factored": ("up.weight", "down.weight"),
 }
+FACTORED = "factored"  # a product of two thin matrices
 INT8 = "int8"
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 HOW_TO_LOAD = (
@@ -44,12 +47,13 @@ _PATTERN = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 @dataclass(frozen=True)
 class LayerFormat:
     """How one weight is stored. shape: `(R, C)`, outputs by inputs. int8: values are int8 with a
-    scale a row. transposed: the dense tensor is `[C, R]` (Conv1D)."""
+    scale a row. transposed: the dense tensor is `[C, R]` (Conv1D). rank: of factors, else 0."""
 
     format: str
     shape: tuple[int, int]
     int8: bool = False
     transposed: bool = False
+    rank: int = 0
 
     @property
     def label(self) -> str:
@@ -57,6 +61,8 @@ class LayerFormat:
 
     @property
     def version(self) -> int:
+        if self.format == FACTORED:
+            return 4
         if self.format == DENSE_INT8:
             return 3
         return 2 if self.int8 or self.transposed else 1
@@ -70,6 +76,11 @@ class LayerFormat:
     def parts(self) -> tuple[str, ...]:
         return (*PARTS[self.format], "scales") if self.int8 else PARTS[self.format]
 
+    @property
+    def main(self) -> str:
+        """The part that has the dtype of the values."""
+        return self.parts[0]
+
     def part_shapes(self, nnz: int) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor of the weight; `nnz` counts for a bitmap only."""
         rows, cols = self.shape
@@ -78,6 +89,8 @@ class LayerFormat:
             shapes = {"values": (rows, cols // 2), "metadata": (rows, cols // 8)}
         elif self.format == DENSE_INT8:
             shapes = {"values": (rows, cols)}
+        elif self.format == FACTORED:
+            shapes = {"up.weight": (rows, self.rank), "down.weight": (self.rank, cols)}
         else:
             bitmap = (rows, -(-cols // 8))
             shapes = {"values": (nnz,), "bitmap": bitmap, "row_offsets": (rows + 1,)}
@@ -100,6 +113,8 @@ class LayerFormat:
             fields["values"] = INT8
         if self.transposed:
             fields["transposed"] = True
+        if self.rank:
+            fields["rank"] = self.rank
         return fields
 
 
@@ -160,7 +175,13 @@ def _layer(value: Any, where: str) -> LayerFormat:
         raise UserError(f"{where}: values: expected {INT8} with format {kind}, got {values!r}")
     if type(transposed) is not bool:
         raise UserError(f"{where}: transposed: expected true or false, got {transposed!r}")
-    return LayerFormat(kind, (rows, cols), values == INT8, transposed)
+    rank = value.get("rank", 0)
+    if type(rank) is not int or (rank > 0) != (kind == FACTORED) or rank < 0:
+        wanted = "a positive integer" if kind == FACTORED else f"none with format {kind}"
+        raise UserError(f"{where}: rank: expected {wanted}, got {value.get('rank')!r}")
+    if kind == FACTORED and (values is not None or transposed):
+        raise UserError(f"{where}: {kind}: expected neither values nor transposed")
+    return LayerFormat(kind, (rows, cols), values == INT8, transposed, rank)
 
 
 def check_entries(
@@ -178,7 +199,7 @@ def check_entries(
         parts[part] = entries[tensor]
     if name + WEIGHT in entries:
         raise UserError(f"{entries[name + WEIGHT].file}: tensor {name}{WEIGHT} is there twice")
-    values = parts["values"]
+    values = parts[layer.main]
     shapes = layer.part_shapes(values.shape[0] if len(values.shape) == 1 else -1)
     for part, entry in parts.items():
         wanted = dict.fromkeys(layer.part_dtype(part, dtype) for dtype in VALUE_DTYPES)
@@ -202,6 +223,8 @@ def check_entries(
 
 def check_tensors(name: str, layer: LayerFormat, parts: Mapping[str, Tensor], where: str) -> None:
     """Raises UserError, naming `where` and the tensor, unless the metadata describes a weight."""
+    if layer.format == FACTORED:  # it has none
+        return
     arrays = [parts[part] for part in layer.parts]
     try:
         weights.validate(layer.format, layer.int8, arrays, layer.shape[1])
@@ -213,8 +236,11 @@ def check_tensors(name: str, layer: LayerFormat, parts: Mapping[str, Tensor], wh
 
 def unpack(layer: LayerFormat, parts: Mapping[str, Tensor]) -> Tensor:
     """The dense tensor (`layer.dense_shape`) of tensors that `check_tensors` let pass: bit for bit,
-    or with int8 values each multiplied by its row's scale and rounded to the scales' dtype."""
+    or with int8 values each multiplied by its row's scale and rounded to the scales' dtype, or the
+    product of factors."""
     arrays = [parts[part] for part in layer.parts]
+    if layer.format == FACTORED:
+        return factored.product(*arrays)
     weight = weights.unpack(layer.format, layer.int8, arrays, layer.shape[1])
     return weight.T.contiguous() if layer.transposed else weight
 

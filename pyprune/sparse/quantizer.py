@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from functools import wraps
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -39,8 +40,9 @@ class PyPruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts empty `SparseLinear` layers and `Int8Embedding`s into the model before its weights are
-    read, so that these go straight to their layers, and checks them afterwards."""
+    """Puts empty `SparseLinear` and `FactoredLinear` layers and `Int8Embedding`s into the model
+    before its weights are read, so that these go straight to their layers, and checks them
+    afterwards."""
 
     requires_calibration = True
 
@@ -203,10 +205,14 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
     def _empty_linear(
         self, name: str, dtype: torch.dtype, bias: bool, tied_to: StoredWeight | None = None
     ) -> nn.Module:
+        from pyprune.sparse.factored import FactoredLinear
+        from pyprune.sparse.format import FACTORED
         from pyprune.sparse.linear import SparseLinear
 
         layer = self._layers[name]
         rows, cols = layer.shape
+        if layer.format == FACTORED:
+            return FactoredLinear(cols, rows, layer.rank, bias=bias, dtype=dtype, device="meta")
         nnz = self._parts[name]["values"].shape[0]
         return SparseLinear(
             cols, rows, layer.format,
@@ -214,17 +220,19 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         )  # fmt: skip
 
     def _refuse(self, name: str, expected: str, model_has: nn.Module | None) -> NoReturn:
-        file, got = self._parts[name]["values"].file, str(model_has or "none").splitlines()[0]
-        raise UserError(f"{file}: tensor {name}.values: the model lacks {expected}: got {got}")
+        part = self._layers[name].main
+        file, got = self._parts[name][part].file, str(model_has or "none").splitlines()[0]
+        raise UserError(f"{file}: tensor {name}.{part}: the model lacks {expected}: got {got}")
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from pyprune.sparse import format as formats
 
         for name, path in self._placed.items():
-            module = model.get_submodule(path)
-            tensors = {part: getattr(module, part) for part in module.weight_buffers}  # type: ignore[union-attr]
-            where = self._entries[f"{name}.values"].file
-            formats.check_tensors(name, self._layers[name], tensors, str(where))
+            module, layer = model.get_submodule(path), self._layers[name]
+            owned = getattr(module, "weight_buffers", layer.parts)
+            tensors = {part: attrgetter(part)(module) for part in owned}
+            where = self._entries[f"{name}.{layer.main}"].file
+            formats.check_tensors(name, layer, tensors, str(where))
         return model
 
     def is_serializable(self) -> bool:

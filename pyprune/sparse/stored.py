@@ -83,7 +83,7 @@ class StoredCheckpoint:
             parts[name + formats.WEIGHT] = found
             for part in found:
                 del dense[f"{name}.{part}"]
-            typed = found["scales" if layer.int8 else "values"]
+            typed = found["scales" if layer.int8 else layer.main]
             dense[name + formats.WEIGHT] = _dense_entry(typed, layer.dense_shape)
         return cls(path, raw, formats.METHOD, stored, dense, layers, parts)
 
@@ -156,7 +156,8 @@ class StoredCheckpoint:
         """The tensors that a layer of pyprune's is stored in, checked. Raises as `read`."""
         parts = self.parts[layer + formats.WEIGHT]
         tensors = {part: read_tensor(entry) for part, entry in parts.items()}
-        formats.check_tensors(layer, self.layers[layer], tensors, str(parts["values"].file))
+        form = self.layers[layer]
+        formats.check_tensors(layer, form, tensors, str(parts[form.main].file))
         return tensors
 
 

@@ -122,6 +122,11 @@ class Surgeon:
                     "method_options: llm-surgeon corrections: expected two batches of text or "
                     "more, one of them to be held out, got 1 (lower --batch-size)"
                 )
+            if all(matrix.ref.index is not None for matrix in self.matrices):
+                raise UserError(
+                    "method_options: llm-surgeon corrections: expected a matrix that is not one of "
+                    "fused experts, which are not trained, got none"
+                )
 
     def run(self) -> list[LayerReport]:
         """All shots that are not done yet; the reports, in the order of the blocks."""
@@ -150,8 +155,15 @@ class Surgeon:
         notes = list(self.done.notes)
         if self.own.of_structures:
             notes.append(STORED_AS_ZEROS)
-        elements = sum(matrix.ref.weight().numel() for matrix in self.matrices)
-        gone = sum(matrix.zeros() for matrix in self.matrices) / elements
+        zeros = {matrix.name: matrix.zeros() for matrix in self.matrices}
+        sizes = {matrix.name: matrix.ref.weight().numel() for matrix in self.matrices}
+        empty = [name for name, count in zeros.items() if count == sizes[name]]
+        if empty:
+            notes.append(
+                f"{len(empty)} of {len(zeros)} matrices have no weight left, the first is "
+                f"{empty[0]} (-O cap=0.9 would leave something of every one)"
+            )
+        gone = sum(zeros.values()) / sum(sizes.values())
         if gone < self.target.sparsity - SHORT:
             notes.append(
                 f"{gone:.1%} of the weights are zero, {self.target.sparsity:.1%} were asked for: "

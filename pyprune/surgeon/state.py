@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pyprune.calibration.tokens import TokenSet
-from pyprune.config import PruneConfig
+from pyprune.config import ConfigFile
 from pyprune.errors import UserError
 from pyprune.models.fingerprint import fingerprint
 
@@ -52,14 +52,15 @@ class Progress:
 
 
 class State:
-    """A directory that holds the weights after the last shot and says whose they are.
+    """A directory that holds the weights (and other tensors of the run) after the last shot and
+    says whose they are.
 
     The manifest is replaced last and in one step: whenever a run is interrupted, it names weights
     that are complete.
     """
 
     def __init__(
-        self, folder: str | Path, model: nn.Module, config: PruneConfig, tokens: TokenSet
+        self, folder: str | Path, model: nn.Module, config: ConfigFile, tokens: TokenSet
     ) -> None:
         self.folder = Path(folder)
         # As JSON gives it back, so that it can be compared.

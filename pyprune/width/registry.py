@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pyprune.errors import UserError
 from pyprune.registry import MethodRow, MethodTable
 
 if TYPE_CHECKING:
@@ -33,28 +35,41 @@ class WidthMethod(MethodRow):
 
     prune: `(model, tokens, config, progress) -> WidthDecision`. It changes the model in place and
         leaves it such that it saves and loads as an ordinary one of its family.
+    in_shots: `prune` also takes `state`, the directory of what it needs to go on after its last
+        shot, or None.
     """
 
     prune: Prune
+    in_shots: bool = False
 
 
 WIDTH_METHODS: MethodTable[WidthMethod] = MethodTable("pyprune.width", MODULES)
 
 
 def width_method(
-    name: str, *, title: str, paper: str, options: type, removes: str
+    name: str, *, title: str, paper: str, options: type, removes: str, in_shots: bool = False
 ) -> Callable[[Prune], Prune]:
     """Registers the decorated function under `name`."""
 
     def register(prune: Prune) -> Prune:
-        WIDTH_METHODS.add(WidthMethod(name, title, paper, options, removes, prune))
+        WIDTH_METHODS.add(WidthMethod(name, title, paper, options, removes, prune, in_shots))
         return prune
 
     return register
 
 
 def run_width(
-    model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
+    model: Any,
+    tokens: TokenSet,
+    config: WidthConfig,
+    progress: Progress | None = None,
+    state: str | Path | None = None,
 ) -> WidthDecision:
-    """Runs the method that `config` names on a model in memory, which is narrower afterwards."""
-    return WIDTH_METHODS.find(config.method).prune(model, tokens, config, progress)
+    """Runs the method that `config` names on a model in memory, which is narrower afterwards.
+    state: see `WidthMethod`; UserError for a method that is not in shots."""
+    method = WIDTH_METHODS.find(config.method)
+    if method.in_shots:
+        return method.prune(model, tokens, config, progress, state=state)
+    if state is not None:
+        raise UserError(f"state: {config.method} is not pruned in shots, expected none")
+    return method.prune(model, tokens, config, progress)

@@ -89,6 +89,8 @@ def prune_width(
     tokenizer_or_batches: object,
     config: WidthConfig,
     progress: Progress | None = None,
+    *,
+    state: str | Path | None = None,
 ) -> WidthReport:
     """Removes channels and heads from a transformers model in memory, in place.
 
@@ -98,6 +100,9 @@ def prune_width(
             themselves, see `calibration.batches.as_token_set`.
         config: what to do. Its device and dtype are a checkpoint's business: expected "auto".
         progress: called with (what happens, done, total or None).
+        state: for a method in shots, a directory for what an interrupted run needs to go on after
+            its last shot. Given again, with the model as it was before pruning, the run ends with
+            the same bytes.
 
     Returns:
         The report. `model` is an ordinary, narrower model of its class: it saves, loads and
@@ -108,16 +113,21 @@ def prune_width(
             been changed then.
     """
     check_in_memory(config)
-    return _prune(model, tokenizer_or_batches, config, progress, Measure())
+    return _prune(model, tokenizer_or_batches, config, progress, Measure(), state)
 
 
 def _prune(
-    model: Any, data: object, config: WidthConfig, progress: Progress | None, measure: Measure
+    model: Any,
+    data: object,
+    config: WidthConfig,
+    progress: Progress | None,
+    measure: Measure,
+    state: str | Path | None,
 ) -> WidthReport:
     with measure.phase("tokens"):
         tokens = configured_tokens(data, config.calibration, model.config)
     with evaluation(model), measure.phase("prune"):
-        decision = run_width(model, tokens, config, progress)
+        decision = run_width(model, tokens, config, progress, state)
     run = RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes())
     return WidthReport(model_name(model), decision, versions=versions(), run=run)
 
@@ -129,6 +139,7 @@ def prune_width_checkpoint(
     progress: Progress | None = None,
     *,
     batches: object = None,
+    state: str | Path | None = None,
     trust_remote_code: bool = False,
 ) -> WidthReport:
     """`prune_width` from a checkpoint into a new directory, in the checkpoint's own dtype. The
@@ -139,6 +150,7 @@ def prune_width_checkpoint(
         out: a directory that does not exist or is empty. It appears when everything is written.
         batches: token ids to calibrate on; None reads `config.calibration` with the checkpoint's
             own tokenizer.
+        state: see `prune_width`.
         trust_remote_code: run the model code that comes with the checkpoint, if any; it is copied
             into `out` then.
 
@@ -151,7 +163,7 @@ def prune_width_checkpoint(
     """
 
     def prune(model: Any, data: object, measure: Measure) -> WidthReport:
-        return _prune(model, data, config, progress, measure)
+        return _prune(model, data, config, progress, measure, state)
 
     return prune_loaded(
         source, out, config, prune, batches=batches, trust_remote_code=trust_remote_code
@@ -159,7 +171,9 @@ def prune_width_checkpoint(
 
 
 def _run(run: Run) -> WidthReport:
-    run.needs_none("state", "preserve_mask")
+    run.needs_none("preserve_mask")
+    if not WIDTH_METHODS.find(run.config.method).in_shots:
+        run.needs_none("state")
     if run.pictures is not None:
         check_pictures(run.pictures)
     report = prune_width_checkpoint(
@@ -167,6 +181,7 @@ def _run(run: Run) -> WidthReport:
         run.out,
         run.config,
         run.bar.step,
+        state=run.state,
         trust_remote_code=run.trust_remote_code,
     )
     if run.pictures is not None:

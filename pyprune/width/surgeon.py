@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -26,8 +27,9 @@ from pyprune.methods.kronecker import Curvature
 from pyprune.models.adapter import Adapter
 from pyprune.ops.obs_factor import NotPositiveDefiniteError
 from pyprune.patterns import Unstructured
-from pyprune.progress import Progress
+from pyprune.progress import Progress as Say
 from pyprune.surgeon.matrix import Matrix
+from pyprune.surgeon.state import Progress, Record, State
 from pyprune.surgeon.store import GIB, FactorStore, grouped
 from pyprune.width.apply import remove
 from pyprune.width.config import WidthConfig
@@ -84,37 +86,49 @@ class SurgeonWidthOptions(UnitOptions):
     paper="arXiv 2312.17244",
     options=SurgeonWidthOptions,
     removes="channels and heads",
+    in_shots=True,
 )
 @torch.no_grad()
 def surgeon_width(
-    model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
+    model: Any,
+    tokens: TokenSet,
+    config: WidthConfig,
+    progress: Say | None = None,
+    state: str | Path | None = None,
 ) -> WidthDecision:
     """Removed units stay as zeros between the shots and are cut at the end."""
     options: SurgeonWidthOptions = config.own_options()
     dense = sum(p.numel() for p in model.parameters())
     widths = Widths.of(model)
     groups = prunable(widths, options.units)
+    saved = None if state is None else State(state, model, config, tokens)
     run = _Shots(widths, groups, tokens, options, config.calibration.seed, progress)
+    if saved is not None:
+        done = saved.load(run.tensors())
+        run.done = done if done.shots else run.done
     target = math.ceil(config.ratio * dense)
-    kept: dict[str, Tensor] = {}
-    for shot in range(1, options.shots + 1):
-        kept = run.shot(shot, math.ceil(target * shot / options.shots))
+    for shot in range(run.done.shots + 1, options.shots + 1):
+        run.shot(shot, math.ceil(target * shot / options.shots))
+        if saved is not None:
+            saved.save(run.done, run.tensors())
+    losses = {name: record.loss for name, record in run.done.records.items() if record.loss}
     return remove(
         widths,
-        kept,
+        run.kept(),
         tokens=tokens,
         config=config,
         dense_parameters=dense,
-        notes=[f"{name}: {why}" for name, why in run.unknown.items()],
-        transforms=[{"columns of writers corrected": run.losses}] if run.losses else [],
+        notes=[f"{name}: {r.kept}" for name, r in run.done.records.items() if r.kept],
+        transforms=[{"columns of writers corrected": losses}] if losses else [],
         scores=run.first,
         objective="cost, nats per token",
     )
 
 
 class _Shots:
-    """unknown: groups that cannot be judged, and why. losses: writer -> rise of the loss that the
-    curvature predicts, nats per token, over all shots."""
+    """done: shots, and of each group's writer the rise of the loss that the curvature predicts, or
+    why it cannot be judged (`Record.kept`). gone: `[units]` bool, of each group. first: `[units]`,
+    scores in the first shot."""
 
     def __init__(
         self,
@@ -123,21 +137,39 @@ class _Shots:
         tokens: TokenSet,
         options: SurgeonWidthOptions,
         seed: int,
-        progress: Progress | None,
+        progress: Say | None,
     ) -> None:
         self.widths, self.groups, self.tokens = widths, groups, tokens
         self.options, self.seed, self.progress = options, seed, progress
         self.adapter: Adapter = widths.adapter
         self.device = next(widths.model.parameters()).device
-        self.unknown: dict[str, str] = {}
-        self.losses: dict[str, float] = {}
-        self.first: dict[str, Tensor] = {}  # scores in the first shot
+        self.done = Progress(records={group.name: Record() for group in groups})
         self.gone: dict[str, Tensor] = {
             group.name: torch.zeros(group.units, dtype=torch.bool) for group in groups
         }
+        self.first: dict[str, Tensor] = {
+            group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups
+        }
 
-    def shot(self, number: int, target: int) -> dict[str, Tensor]:
-        """Removes units until `target` parameters are gone in all; returns those that stay."""
+    def kept(self) -> dict[str, Tensor]:
+        """The units that stay: none that ever went, though the last shot may need fewer channels
+        gone than one before it that took fewer heads."""
+        return {name: (~gone).nonzero()[:, 0] for name, gone in self.gone.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that shots change."""
+        names = {id(p): name for name, p in self.widths.model.named_parameters()}
+        found = {f"gone.{name}": gone for name, gone in self.gone.items()}
+        found |= {f"first.{name}": scores for name, scores in self.first.items()}
+        for group in self.groups:
+            found |= Matrix(group.writer).parameters()
+            for part in group.slices:
+                parameter: Tensor = getattr(part.module, part.parameter)
+                found[names[id(parameter)]] = parameter.detach()
+        return found
+
+    def shot(self, number: int, target: int) -> None:
+        """Removes units until `target` parameters are gone in all."""
         matrices = [[Matrix(group.writer)] for group in self.groups]
         parts = grouped(matrices, self.options.factor_memory * GIB)
         by_name = {group.name: group for group in self.groups}
@@ -150,14 +182,15 @@ class _Shots:
                     scores[group.name] = self._scores(group, matrix, factors[matrix.name], number)
                 store.put_factors(factors)
                 del factors
-            self.first = self.first or scores
+            if number == 1:
+                self.first = scores
             kept = self._choose(scores, target)
             for group, units in self.widths.removed(kept):
                 if group.name in by_name:
                     factors_of = store.take_factors(group.name)
                     self._remove(group, units, factors_of)
         self.widths.mask(kept)
-        return kept
+        self.done.shots = number
 
     def _collect(
         self, part: list[Matrix], number: int, index: int, parts: int
@@ -201,10 +234,10 @@ class _Shots:
         """`[units]`: their costs; larger = stays."""
         w = matrix.read(self.device)
         why = self._why_unknown(group, factors, number)
+        self.done.records[group.name].kept = why
         if why:
-            self.unknown[group.name] = why
             scores = group.per_unit(w[:, : group.columns.numel()].square().sum(0)).sum(1)
-            if self.options.structure == "adaptive":  # not to be compared with costs
+            if self.options.structure == "adaptive":
                 scores = torch.full_like(scores, math.inf)
         else:
             columns = group.columns.to(self.device)
@@ -212,33 +245,46 @@ class _Shots:
         return torch.where(self.gone[group.name], GONE, scores.double().cpu())
 
     def _why_unknown(self, group: Group, factors: KroneckerFactors, number: int) -> str:
-        if group.name in self.unknown:
-            return self.unknown[group.name]
+        if self.done.records[group.name].kept:
+            return self.done.records[group.name].kept
         needed = 1.0
         if group.writer.index is not None:
             needed = minimum_tokens(group.columns.numel(), Unstructured(0.0))
+        judged = "judged by its weights alone and not corrected"
+        if self.options.structure == "adaptive":  # weights are not to be compared with costs
+            judged = "kept as it was"
         if factors.tokens < needed:
-            return "too few tokens, judged by its weights alone and not corrected"
+            return f"too few tokens, {judged}"
         if factors.dead() and number == 1:
-            return "no gradient but zero, judged by its weights alone and not corrected"
+            return f"no gradient but zero, {judged}"
         return ""
 
     def _choose(self, scores: Mapping[str, Tensor], target: int) -> dict[str, Tensor]:
         if self.options.structure == "uniform":
             sizes = uniform_sizes(self.widths, self.groups, target, self.options.multiple)
             return best(scores, sizes)
-        per_parameter = {g.name: scores[g.name] / g.unit_parameters for g in self.groups}
-        return globally(self.widths, self.groups, per_parameter, target)
+        known = [group for group in self.groups if not self.done.records[group.name].kept]
+        if not known:
+            raise UserError(
+                "options.structure: expected uniform where no module can be judged (more "
+                "calibration text?), got adaptive"
+            )
+        gone = self.widths.removed_parameters(
+            {name: units for name, units in self.kept().items() if self.done.records[name].kept}
+        )
+        per_parameter = {g.name: scores[g.name] / g.unit_parameters for g in known}
+        return globally(self.widths, known, per_parameter, target - gone)
 
     def _remove(self, group: Group, units: Tensor, factors: KroneckerFactors) -> None:
         """Corrects the writer for the columns of `units`, in place."""
         self.gone[group.name][units] = True
-        if not len(units) or group.name in self.unknown or self.options.update == "none":
+        record = self.done.records[group.name]
+        if not len(units) or record.kept or self.options.update == "none":
             return
         matrix = Matrix(group.writer)
         w = matrix.read(self.device)
         there = self._curvature(w, matrix, factors)
         columns = group.columns[units].flatten().to(self.device)
         new = there.without_structures(w, columns[:0], columns)
-        self.losses[group.name] = self.losses.get(group.name, 0.0) + there.loss(new - w)
+        record.loss += there.loss(new - w)
         matrix.write(new)

@@ -96,6 +96,17 @@ def test_equals_autograd_sequence_by_sequence(family, checkpointing, monkeypatch
     assert (report.sequences, report.tokens) == (3, 33)
 
 
+def test_gradients_pass_through_tied_parameters():
+    """Embedding and head, and a matrix in two blocks; these have no visit of their own."""
+    model = model64("llama", tie_word_embeddings=True)
+    model.model.layers[0].mlp.up_proj.weight = model.model.layers[1].mlp.up_proj.weight
+    got, _ = collect(model, [Batch(tiny_tokens(2, 12))])
+    assert len(got) == 12 and not any("up_proj" in name for name in got)
+    want = autograd(model, tiny_tokens(2, 12))
+    for name, sums in got.items():
+        assert_close(sums.absolute, want[name])
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
 def test_padding_is_as_if_it_were_not_there(family):
     model = model64(family)

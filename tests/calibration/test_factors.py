@@ -151,6 +151,46 @@ def test_golden_nearest_kronecker_product():
     assert float((f - torch.kron(h, a)).norm()) == pytest.approx(best, rel=1e-7)
 
 
+def test_of_a_linear_model_with_a_bias():
+    """One token a sequence: the Fisher matrix is that of autograd's gradients of weight and bias.
+    A single token's is a Kronecker product, and of many the nearest one is nearer."""
+    gen = torch.Generator().manual_seed(0)
+    x = torch.randn(40, 5, generator=gen, dtype=torch.float64)
+    labels = (x[:, 0] > 0).long()
+    w, b = (torch.randn(*s, generator=gen, dtype=torch.float64) for s in ((3, 5), (3,)))
+    w.requires_grad_(), b.requires_grad_()
+
+    def factors_and_fisher(count):
+        factors = KroneckerFactors(3, 5, torch.device("cpu"), torch.float64, bias=True)
+        rows, samples = [], []
+        for token, label in zip(x[:count], labels, strict=False):
+            y = torch.nn.functional.linear(token, w, b)
+            loss = torch.nn.functional.cross_entropy(y, label)
+            dw, db, dy = torch.autograd.grad(loss, (w, b, y))
+            rows.append(torch.cat([dw, db[:, None]], dim=1).flatten())
+            samples.append(Sample(token[None, None], dy[None, None], 1, "leader"))
+            factors.update(samples[-1])
+        factors.sequences = factors.targets = count
+        rows = torch.stack(rows)
+        return factors, samples, rows.T @ rows / count
+
+    def error(factors, f):
+        a, g = factors.normalised()
+        return float((f - torch.kron(g, a)).norm())
+
+    one, _, f = factors_and_fisher(1)
+    assert error(one, f) < 1e-14
+    many, samples, f = factors_and_fisher(40)
+    independent = error(many, f)
+    for step in range(6):
+        refinement = Refinement(many, of_inputs=step % 2 == 1)
+        for sample in samples:
+            refinement.update(sample)
+        refinement.finish()
+    best = rearranged_optimum(f, 3, 6)
+    assert best == pytest.approx(error(many, f), rel=1e-3) and best < 0.95 * independent
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_refined_factors_are_nearer_to_the_fisher_information(family):
     model, ids = model64(family), tiny_tokens(3, 12)

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
+import pyprune
 from pyprune import cli
 from pyprune.calibration.backward import backward_pass
 from pyprune.calibration.batches import as_token_set
@@ -24,8 +25,13 @@ from pyprune.eigendamage import (
     prune_eigendamage_checkpoint,
 )
 from pyprune.errors import LayerError, UserError
+from pyprune.inspection import inspect_checkpoint
 from pyprune.methods import eigendamage as maths
 from pyprune.models.adapter import Adapter
+from pyprune.sparse.bench import densified
+from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
+from pyprune.sparse.factored import FactoredLinear
+from pyprune.sparse.stored import StoredCheckpoint
 
 
 def layer(rows=5, columns=7, tokens=60):
@@ -215,7 +221,7 @@ def test_nothing_removed_is_the_model_to_rounding():
 def test_thin_factors_go_in_only_where_they_are_smaller_and_compute_the_same():
     model, adapter, tokens = setup()
     dense_model, dense_adapter, _ = setup()
-    layers = damage(adapter, tokens, config_of(0.7), factored=True)
+    layers = damage(adapter, tokens, config_of(0.7, factored=True))
     dense = damage(dense_adapter, tokens, config_of(0.7))
     forms = {layer.form for layer in layers}
     assert forms == {"dense", "factored"}
@@ -224,8 +230,10 @@ def test_thin_factors_go_in_only_where_they_are_smaller_and_compute_the_same():
         size = layer.shape[0] * layer.shape[1]
         assert other.form == "dense" and other.factored_parameters == layer.factored_parameters
         if layer.form == "factored":
-            assert isinstance(module, nn.Sequential) and len(module) == 2
-            assert sum(m.weight.numel() for m in module) == layer.parameters < size
+            assert isinstance(module, FactoredLinear)
+            assert module.rank == min(layer.rows, layer.columns)
+            parts = module.up.weight.numel(), module.down.weight.numel()
+            assert sum(parts) == layer.parameters < size
         else:
             assert isinstance(module, nn.Linear) and layer.factored_parameters >= size
     ids = tiny_tokens(2, 16)
@@ -282,6 +290,84 @@ def test_the_dense_result_is_a_stock_checkpoint(checkpoint, tmp_path, monkeypatc
     assert all(map(torch.equal, anew.parameters(), pruned.parameters()))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_thin_factors_are_a_smaller_checkpoint_that_loads(checkpoint, tmp_path, dtype):
+    AutoModelForCausalLM.from_pretrained(checkpoint).to(getattr(torch, dtype)).save_pretrained(
+        checkpoint
+    )
+    config = EigenDamageConfig(
+        sparsity=0.7,
+        method_options={"factored": True},
+        calibration=CalibrationConfig(source=str(tmp_path / "text.txt"), nsamples=4, seqlen=16),
+    )
+    out, ids = tmp_path / "out", tiny_tokens(2, 16)
+    report = prune_eigendamage_checkpoint(checkpoint, out, config)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
+    again = prune_eigendamage(model, tokenizer, config)
+    assert again.layers == report.layers and 0 < report.factored < 14
+    loaded = pyprune.load(out)
+    layers = {layer.name: layer for layer in report.layers}
+    for name, layer in layers.items():
+        kind = FactoredLinear if layer.form == "factored" else nn.Linear
+        assert isinstance(loaded.get_submodule(name), kind)
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, model(ids).logits)
+    # Smaller by what the factors lack, and the rest as it was.
+    old, new = (load_file(at / "model.safetensors") for at in (checkpoint, out))
+    saved = sum(lay.shape[0] * lay.shape[1] - lay.parameters for lay in layers.values())
+    assert saved > 0
+    assert sum(t.numel() for t in new.values()) == sum(t.numel() for t in old.values()) - saved
+    assert {t.dtype for t in new.values()} == {getattr(torch, dtype)}
+    assert all(torch.equal(new[name], old[name]) for name in new if "proj" not in name)
+    assert f"{report.factored} of 14 stored as products of two" in (out / "README.md").read_text()
+    # The other commands read it; what has factors keeps them.
+    seen = inspect_checkpoint(StoredCheckpoint.open(out))
+    assert {layer.format for layer in seen.layers} == {"dense", "factored"}
+    compress_checkpoint(out, tmp_path / "small")
+    assert load_file(tmp_path / "small" / "model.safetensors").keys() >= {
+        f"{name}.up.weight" for name, layer in layers.items() if layer.form == "factored"
+    }
+    decompress_checkpoint(out, tmp_path / "dense")
+    dense, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    tolerance = {"float32": 1e-4, "bfloat16": 0.15}[dtype]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            dense(ids).logits, model(ids).logits, rtol=tolerance, atol=tolerance
+        )
+    copied = densified(loaded)
+    assert all(type(copied.get_submodule(name)) is nn.Linear for name in layers)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt2", "qwen3"])
+def test_what_is_no_plain_linear_layer_stays_dense(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path / "in")
+    config, batches, out = config_of(0.8, factored=True), [tiny_tokens(4, 24)], tmp_path / "out"
+    report = prune_eigendamage_checkpoint(tmp_path / "in", out, config, batches=batches)
+    thin = {layer.name for layer in report.layers if layer.form == "factored"}
+    assert not any("experts" in name for name in thin) and bool(thin) is (family != "gpt2")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "in")
+    prune_eigendamage(model, batches, config)
+    with torch.no_grad():
+        want = model(tiny_tokens()).logits
+        torch.testing.assert_close(pyprune.load(out)(tiny_tokens()).logits, want)
+
+
+def test_where_no_factors_are_smaller_the_checkpoint_is_a_stock_one(checkpoint, tmp_path, capsys):
+    arguments = [
+        "prune", checkpoint, "-m", "eigendamage", "-s", "0.1", "--out", tmp_path / "out",
+        "-O", "factored=true", "--calibration", tmp_path / "text.txt", "--nsamples", "4",
+        "--seqlen", "16", "--json",
+    ]  # fmt: skip
+    assert cli.main([str(a) for a in arguments]) == 0
+    assert "no matrix is stored as thin factors" in json.loads(capsys.readouterr().out)["notes"][0]
+    assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert bool(model(tiny_tokens(2, 16)).logits.isfinite().all())
+    assert "any loader reads" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_is_a_method_of_the_one_command(checkpoint, tmp_path, capsys):
     """`pyprune prune`, with options, in bf16: and nothing but the pruned matrices differs."""
     model = AutoModelForCausalLM.from_pretrained(checkpoint).bfloat16()
@@ -312,7 +398,7 @@ def test_is_a_method_of_the_one_command(checkpoint, tmp_path, capsys):
     assert cli.main(["methods", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert set(rows["eigendamage"]["options"]) == {
-        "unit", "reestimate", "cap", "fisher_samples", "factor_memory",
+        "unit", "reestimate", "factored", "cap", "fisher_samples", "factor_memory",
     }  # fmt: skip
 
 
@@ -354,6 +440,9 @@ def test_what_is_not_known_is_kept_and_named():
     layers = {lay.name: lay for lay in damage(adapter, tokens, config_of(0.5))}
     for name in ("model.layers.1.mlp.gate_proj", "model.layers.1.mlp.up_proj"):
         assert layers[name].note == "no gradient but zero: kept" and layers[name].rows == 64
+    report = prune_eigendamage(model, tokens, config_of(0.5))
+    assert report.sparsity < 0.45
+    assert f"{report.sparsity:.1%} of the entries went, 50.0% were asked for" in report.notes[-1]
 
 
 def test_bad_input_changes_nothing():
@@ -364,9 +453,6 @@ def test_bad_input_changes_nothing():
     with pytest.raises(LayerError, match=r"model\.layers\.\S+: expected finite gradients"):
         damage(adapter, tokens, config_of(0.5))
     assert all(torch.equal(w, dense[name]) for name, w in weights(adapter).items())
-    _, adapter, tokens = setup("gpt2")
-    with pytest.raises(LayerError, match=r"factored: expected the weight of an nn\.Linear"):
-        damage(adapter, tokens, config_of(0.5), factored=True)
 
 
 @pytest.mark.parametrize(
@@ -389,9 +475,11 @@ def test_options_are_checked(values, message):
 
 def test_factors_and_entries_or_a_dtype_in_memory_do_not_go_together():
     model, _, tokens = setup()
-    with pytest.raises(UserError, match="factored: expected unit directions, got 'elements'"):
-        prune_eigendamage(model, tokens, config_of(0.3, unit="elements"), factored=True)
+    with pytest.raises(UserError, match="factored: expected unit directions, got elements"):
+        config_of(0.3, unit="elements", factored=True)
     with pytest.raises(UserError, match="dtype: expected auto for a model in memory"):
         prune_eigendamage(model, tokens, EigenDamageConfig(dtype="float32"))
-    report = prune_eigendamage(model, tokens, config_of(0.7), factored=True)
-    assert report.notes == () and "factored" in {layer.form for layer in report.layers}
+    report = prune_eigendamage(model, tokens, config_of(0.7, factored=True))
+    assert report.notes == () and 0 < report.factored < 14
+    report = prune_eigendamage(tiny_model("llama"), tokens, config_of(0.1, factored=True))
+    assert report.factored == 0 and "no matrix is stored as thin factors" in report.notes[0]

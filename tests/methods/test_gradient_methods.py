@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from calibration.test_backward import autograd, model64
 from methods.golden import SEQUENCES, golden, quadratic, show
 from methods.gradients import output_gradients, statistic
 from methods.test_properties import example, inputs_of
@@ -268,6 +269,22 @@ def test_batches_and_padding_give_the_sums_of_single_sequences(method):
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.max()))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_statistics_are_sums_of_what_autograd_gives_for_single_sequences(family):
+    model, ids = model64(family), tiny_tokens(3, 12)
+    alone = [autograd(model, [row]) for row in ids]  # |gradient of the mean loss|
+    tokens = as_token_set([ids], vocabulary=64, positions=None)
+    for method, own, power, scale in (
+        ("gblm", GblmOptions(norm="l1"), 1, 1),
+        ("gblm", GblmOptions(norm="l2"), 2, 1),
+        ("obd", None, 2, 11),  # of the summed loss
+    ):
+        factory = METHODS[method].gradient(MethodOptions(own=own))
+        for name, got in collect_gradients(Adapter.of(model), tokens, factory).items():
+            want = sum((scale * g[name]) ** power for g in alone)
+            torch.testing.assert_close(got.total, want, rtol=1e-4, atol=1e-5 * float(want.max()))
+
+
 @pytest.mark.parametrize("method", GRADIENT)
 def test_a_dead_layer_and_an_idle_expert_go_by_magnitude_and_are_listed(method):
     model = tiny_model("llama")
@@ -283,6 +300,19 @@ def test_a_dead_layer_and_an_idle_expert_go_by_magnitude_and_are_listed(method):
     experts = [layer for layer in report.layers if "experts" in layer.name]
     assert experts and all(layer.method == "magnitude" for layer in experts)
     assert all("tokens" in layer.notes[0] for layer in experts)
+
+
+@pytest.mark.parametrize("method", ["gblm", "llm-surgeon"])
+def test_what_two_modules_share_stays_and_is_said(method):
+    model = tiny_model("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.up_proj.weight = mlp.gate_proj.weight
+    before = mlp.up_proj.weight.clone()
+    report = prune(model, [tiny_tokens(4, 16)], method, 0.5)
+    assert torch.equal(mlp.up_proj.weight, before) and len(report.layers) == 12
+    (note,) = report.notes
+    assert note.startswith("2 matrices share their parameter with another module and stay as")
+    assert note.endswith("model.layers.0.mlp.gate_proj")
 
 
 def test_a_sequence_of_one_token_is_refused():

@@ -54,6 +54,21 @@ def test_two_of_four_everywhere(family):
             assert groups.unique().tolist() == [2], ref.name
 
 
+def test_two_of_four_with_dead_inputs_and_ties():
+    """Groups are those of the whole matrix, whatever is cut out of it to be solved."""
+    for target, own in (("2:4", {}), (0.5, {"structure": "2:4"})):
+        model = tiny_model("llama")
+        with torch.no_grad():
+            model.model.layers[1].input_layernorm.weight[[3, 4, 10]] = 0
+            model.model.layers[0].mlp.up_proj.weight[:8] = 0.1
+        report = surgeon(model, target, shots=2, **own)
+        dead = {layer.name: layer.dead_inputs for layer in report.layers if layer.dead_inputs}
+        assert dead == {f"model.layers.1.self_attn.{name}_proj": 3 for name in "qkv"}
+        for ref in refs_of(model):
+            groups = (ref.weight() == 0).reshape(-1, 4).sum(1)
+            assert groups.unique().tolist() == [2], ref.name
+
+
 def test_part_of_the_groups():
     model = tiny_model("llama")
     report = surgeon(model, 0.25, structure="2:4", shots=2)
@@ -272,6 +287,18 @@ def test_corrections_need_a_batch_to_hold_out():
         surgeon(tiny_model("llama"), batches=[tiny_tokens(4, 16)], corrections=2)
 
 
+def test_corrections_leave_fused_experts_as_they_are():
+    """Beside a dense MLP, whose names peft takes for those of experts."""
+    plain, corrected = tiny_model("qwen3_moe"), tiny_model("qwen3_moe")
+    surgeon(plain, shots=1)
+    surgeon(corrected, shots=1, corrections=3)
+    for a, b in zip(refs_of(plain), refs_of(corrected), strict=True):
+        assert torch.equal(a.weight(), b.weight()) == (a.index is not None), a.name
+        assert torch.equal(a.weight() == 0, b.weight() == 0)
+    with pytest.raises(UserError, match="corrections: expected a matrix that is not one of fused"):
+        surgeon(tiny_model("mixtral"), config={"include": ["*experts*"]}, corrections=2)
+
+
 # What it cannot judge, and refuses.
 
 
@@ -329,6 +356,8 @@ def test_a_matrix_whose_readers_are_gone_goes_for_nothing():
     gone = {layer.name for layer in report.layers if layer.sparsity == 1}
     assert {f"model.layers.1.mlp.{n}_proj" for n in ("down", "up", "gate")} <= gone
     assert not report.noted
+    (note,) = (note for note in report.notes if "no weight left" in note)
+    assert note.startswith(f"{len(gone)} of 14 matrices have no weight left, the first is model.l")
 
 
 def test_a_sequence_of_one_token_is_refused():

@@ -1,6 +1,7 @@
 """LLM Surgeon for channels and heads: the writer's update, the choice, and that models shrink."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,8 +16,9 @@ from pyprune.methods.kronecker import Curvature
 from pyprune.surgeon.matrix import Matrix
 from pyprune.width.config import WidthConfig
 from pyprune.width.registry import run_width
+from pyprune.width.run import prune_width, prune_width_checkpoint
 from pyprune.width.structure import Widths
-from pyprune.width.surgeon import SurgeonWidthOptions
+from pyprune.width.surgeon import SurgeonWidthOptions, _Shots
 
 GQA = {"num_attention_heads": 8, "num_key_value_heads": 4}
 
@@ -107,6 +109,50 @@ def test_factors_on_disk_change_nothing():
     assert same(memory, disk)
 
 
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_an_interrupted_run_ends_with_the_same_bytes(family, tmp_path, monkeypatch):
+    tiny_model(family).save_pretrained(tmp_path / "in")
+    options = {"shots": 3, "multiple": 1, "factor_memory": 1e-9}
+    config = WidthConfig("llm-surgeon-width", ratio=0.2, method_options=options)
+    batches = [tiny_tokens(2, 16), tiny_tokens(2, 16, 1)]
+
+    def run(out, state=None):
+        report = prune_width_checkpoint(
+            tmp_path / "in", tmp_path / out, config, batches=batches, state=state
+        )
+        return (tmp_path / out / "model.safetensors").read_bytes(), report.to_dict()
+
+    whole, report = run("whole")
+    shots, cuts, state = [], [], tmp_path / "state"
+    real, cut = _Shots.shot, _Shots._remove
+
+    def remove(self, *rest):
+        cuts.append(self)
+        if len(shots) == 2 and len(cuts) == len(self.groups) + 2:
+            raise Interrupted
+        cut(self, *rest)
+
+    monkeypatch.setattr(_Shots, "shot", lambda self, *at: shots.append(at[0]) or real(self, *at))
+    monkeypatch.setattr(_Shots, "_remove", remove)
+    with pytest.raises(Interrupted):
+        run("broken", state)
+    assert not (tmp_path / "broken").exists()
+    assert [p.name for p in state.glob("*.safetensors")] == ["shot-1.safetensors"]
+    for out, left in (("resumed", [2, 3]), ("finished", [])):
+        shots.clear()
+        again, second = run(out, state)
+        assert shots == left and again == whole
+        assert {**second, "run": None} == {**report, "run": None}
+    with pytest.raises(UserError, match=r"belongs to another configuration: ratio is 0\.3 here"):
+        prune_width(tiny_model(family), batches, replace(config, ratio=0.3), state=state)
+    with pytest.raises(UserError, match="state: flap is not pruned in shots, expected none"):
+        prune_width(tiny_model(family), batches, WidthConfig("flap"), state=state)
+
+
 def test_drawn_labels_give_another_curvature():
     text, drawn, again = model_of(), model_of(), model_of()
     prune(text, shots=1)
@@ -131,6 +177,14 @@ def test_idle_experts_and_dead_layers_are_named_and_not_corrected():
     model = tiny_model("mixtral", num_hidden_layers=2)
     decision = prune(model, ratio=0.05, shots=2, tokens=token_set(1, 3))
     assert any("experts" in note and "too few tokens" in note for note in decision.notes)
+    # Where costs decide, what has none keeps all it has, however much the others lose for it.
+    model = tiny_model("mixtral", num_hidden_layers=2)
+    own = {"structure": "adaptive", "units": "all", "shots": 2}
+    decision = prune(model, ratio=0.05, tokens=token_set(1, 8), **own)
+    kept = {note.split(":")[0] for note in decision.notes if "tokens, kept as it was" in note}
+    assert kept and not kept & set(decision.removed) and decision.removed
+    with pytest.raises(UserError, match=r"structure: expected uniform where no module can be jud"):
+        prune(model, ratio=0.05, tokens=token_set(1, 2), **{**own, "units": "mlp"})
     model = model_of()
     with torch.no_grad():
         model.model.norm.weight.zero_()
