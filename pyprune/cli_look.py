@@ -15,7 +15,6 @@ from pyprune.cli import (
     Device,
     Dtype,
     Model,
-    Seqlen,
     TrustRemoteCode,
     app,
     examples,
@@ -47,7 +46,12 @@ def evaluate(
             "file, a directory, or hub:ID."
         ),
     ] = "wiki",
-    seqlen: Seqlen = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in a window; 1024 by default, or the model's positions if it has fewer."
+        ),
+    ] = None,
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows; the sequence length by default.")
     ] = None,
@@ -63,7 +67,7 @@ def evaluate(
 ) -> None:
     """Measure perplexity on a text. Dense or compressed models; states the protocol too."""
     cli.quiet()
-    from pyprune.evaluate import perplexity
+    from pyprune.evaluate import DEFAULT_SEQLEN, perplexity
     from pyprune.sparse.stored import StoredCheckpoint
 
     with ProgressBar(cli.stderr(), "evaluating") as bar:
@@ -95,7 +99,13 @@ def evaluate(
         f"{result.tokens_per_second:,.0f}",
         f"{result.seconds:.1f}",
     )
-    cli.show({"model": model, **asdict(result)}, as_json, table, result.protocol)
+    notes = [result.protocol]
+    if seqlen is None and result.seqlen < DEFAULT_SEQLEN:
+        notes.append(
+            f"The model has {result.seqlen:,} positions: windows are that long, not "
+            f"{DEFAULT_SEQLEN:,} tokens."
+        )
+    cli.show({"model": model, **asdict(result)}, as_json, table, *notes)
 
 
 def _load(

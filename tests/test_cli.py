@@ -184,6 +184,21 @@ def test_prune_prints_a_table(model, tmp_path, capsys):
     assert "Saved in" in captured.out and "magnitude" in captured.out and captured.err == ""
 
 
+def test_sequences_longer_than_the_model_are_cut_and_that_is_said(model, tmp_path, capsys, caplog):
+    text = model.parent / "text.txt"
+    shown = ["--calibration", text, "--nsamples", "4", "--seqlen", "500"]
+    arguments = ["-m", "wanda", "-s", "0.5", *shown, "--out", tmp_path / "out"]
+    assert run("prune", model, *arguments, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["calibration"]["seqlen"] == 128
+    assert "sequences of 128 tokens instead of 500" in caplog.text
+
+    assert run("eval", model, "--text", text) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "in 15 windows of 128" in said and "The model has 128 positions" in said
+    assert run("eval", model, "--text", text, "--seqlen", "128") == 0
+    assert "positions" not in capsys.readouterr().out
+
+
 def test_options_of_an_allocation(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text(

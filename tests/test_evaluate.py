@@ -100,6 +100,15 @@ def test_stride_scores_each_token_once(stride):
     assert f"stride {stride}" in result.protocol
 
 
+def test_a_window_is_no_longer_than_the_model_unless_asked():
+    ids = IDS.repeat(2)
+    assert perplexity(tiny(), ids).seqlen == 64
+    assert perplexity(tiny(), ids).nll == perplexity(tiny(), ids, seqlen=64).nll
+    assert perplexity(tiny("bloom"), IDS.repeat(11)).seqlen == evaluate.DEFAULT_SEQLEN
+    with pytest.raises(UserError, match="stride: expected 1 to seqlen = 64, got 65"):
+        perplexity(tiny(), ids, stride=65)
+
+
 def test_bos_takes_one_place_and_every_text_token_is_scored():
     model = tiny()
     result = perplexity(model, IDS, seqlen=24, bos=True, bos_token_id=1)

@@ -52,7 +52,13 @@ def test_command(pair, tmp_path, capsys):
     assert sizes["sparse", "bfloat16"]["weight_bytes"] < sizes["dense", "bfloat16"]["weight_bytes"]
     assert sizes["dense", "float32"]["weight_bytes"] == 2 * sizes["dense", "bfloat16"]["file_bytes"]
     assert cli.main(arguments) == 0
-    assert "tokens/s" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    (title,) = [line for line in lines if "tokens/s, median" in line]
+    rates = lines[lines.index(title) :]
+    # Each in one line of a pipe's eighty columns.
+    for label in ("dense bfloat16, own kernel", "sparse bfloat16"):
+        rows = [line for line in rates if f" {label} " in line and line.rstrip().endswith("x")]
+        assert len(rows) == 4
 
 
 def test_the_dense_model_is_the_same_one(pair):
@@ -137,7 +143,7 @@ def test_mistakes(pair, capsys):
     assert cli.main(["bench", str(pair[1]), "--batches", "1,a"]) == 2
     assert cli.main(["bench", str(pair[1]), "--rounds", "0"]) == 2
     errors = capsys.readouterr().err
-    for message in ("it is dense", "expected a dense", "numbers with commas", "above 0"):
+    for message in ("it is stored as dense", "expected a dense", "numbers with commas", "above 0"):
         assert message in errors
     with pytest.raises(UserError):
         Protocol(batches=())

@@ -72,11 +72,13 @@ def test_negative_zeros_infinities_and_nans_survive(tmp_path):
     assert_same(dense, tmp_path / "back")
 
 
-@pytest.mark.parametrize("key", ["quantization_config", "compression_config"])
+@pytest.mark.parametrize(
+    ("key", "early"), [("quantization_config", False), ("compression_config", True)]
+)
 @pytest.mark.parametrize("kind", ["sparse-24-bitmask", "sparse-bitmask"])
-def test_old_layouts_are_read_and_converted(kind, key, tmp_path):
+def test_old_layouts_are_read_and_converted(kind, key, early, tmp_path):
     dense = pruned_checkpoint(tmp_path / "dense")
-    write_legacy(dense, tmp_path / "old", kind, key)
+    write_legacy(dense, tmp_path / "old", kind, key, early)
     decompress_checkpoint(tmp_path / "old", tmp_path / "back")
     assert_same(dense, tmp_path / "back")
     report = compress_checkpoint(tmp_path / "old", tmp_path / "small")
@@ -85,19 +87,29 @@ def test_old_layouts_are_read_and_converted(kind, key, tmp_path):
     assert_same(dense, tmp_path / "again")
 
 
+@pytest.mark.parametrize("early", [False, True])
 @pytest.mark.parametrize("part", ["bitmask", "row_offsets", "shape", "compressed"])
-def test_old_layouts_that_do_not_add_up(part, tmp_path):
+def test_old_layouts_that_do_not_add_up(part, early, tmp_path):
     dense = pruned_checkpoint(tmp_path / "dense")
-    write_legacy(dense, tmp_path / "old", "sparse-bitmask")
+    write_legacy(dense, tmp_path / "old", "sparse-bitmask", early=early)
     file = tmp_path / "old" / "model.safetensors"
     state = load_file(file)
-    name = "model.layers.0.mlp.up_proj.weight"
+    name = "model.layers.0.mlp.up_proj" + (".weight" if early else "")
     t = state[f"{name}.{part}"]
     state[f"{name}.{part}"] = t[:-1] if part == "compressed" else t ^ 1
     save_file(state, file, {"format": "pt"})
     with pytest.raises(UserError, match=rf"model\.safetensors: tensor {name}\."):
         decompress_checkpoint(tmp_path / "old", tmp_path / "back")
     assert not (tmp_path / "back").exists()
+
+
+def test_an_old_layout_with_a_weight_twice(tmp_path):
+    write_legacy(pruned_checkpoint(tmp_path / "dense"), tmp_path / "old", "sparse-bitmask")
+    file = tmp_path / "old" / "model.safetensors"
+    name = "model.layers.0.mlp.up_proj"
+    save_file({**load_file(file), f"{name}.weight": torch.ones(2)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=rf"tensor {name}\.weight is there twice"):
+        decompress_checkpoint(tmp_path / "old", tmp_path / "back")
 
 
 def test_choice():

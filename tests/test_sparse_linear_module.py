@@ -8,7 +8,7 @@ from torch import nn
 
 from pyprune.errors import LayerError, UserError
 from pyprune.sparse import SparseLinear, compress_model, compressed_bytes
-from pyprune.sparse.dense import use_own_kernels
+from pyprune.sparse.dense import DenseLinear, use_own_kernels
 
 
 def pruned(rows=24, cols=40, dtype=torch.bfloat16, pattern="24", density=0.5, bias=True, seed=0):
@@ -221,6 +221,40 @@ def test_a_bias_can_be_trained_alone(kind, dtype):
     with torch.no_grad():
         layer.bias += 2
         torch.testing.assert_close(layer(x), before + 2, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("kind", ["sparse24", "bitmap", "int8", "dense"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_is_that_of_a_dense_layer(kind, dtype):
+    linear = pruned(dtype=torch.float32)
+    if kind == "dense":
+        layer = DenseLinear.of(linear)
+    else:
+        format = "bitmap" if kind == "int8" else kind
+        layer = SparseLinear.from_dense(linear, format, kind == "int8")
+    x = tokens(3, 40).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        for of in (torch.float32, torch.bfloat16, torch.float16):
+            want = linear(x.to(of))
+            for got in (layer(x.to(of)), layer(x.detach().to(of))):
+                assert got.dtype == want.dtype == dtype
+                near = {"rtol": 2**-6, "atol": 2**-4 if kind == "int8" else 2**-6}
+                torch.testing.assert_close(got, want, **near)
+        layer(x).sum().backward()
+        assert x.grad.dtype == torch.float32
+        with torch.autocast("cpu", enabled=False):
+            assert layer(x).dtype == torch.float32
+        if kind != "dense":  # of what nobody casts
+            assert layer(x.double()).dtype == torch.float64
+            assert layer.to("meta")(x.to("meta")).dtype == torch.float32
+
+
+def test_autocast_compiles_without_graph_breaks():
+    sparse = SparseLinear.from_dense(pruned(), "sparse24")
+    x = tokens(3, 40)
+    with torch.autocast("cpu", torch.bfloat16):
+        compiled = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), sparse(x)) and compiled(x).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(("format", "pattern"), CASES)

@@ -116,6 +116,11 @@ def test_saved_again_the_advice_stays(compressed, tmp_path):
     assert "transformers_weights" not in json.loads((tmp_path / "dense/config.json").read_text())
 
 
+def test_dequantize_says_how(compressed):
+    with pytest.raises(UserError, match="pyprune decompress DIR"):
+        pyprune.load(compressed["2:4"]).dequantize()
+
+
 def test_import_stays_light():
     done = shell("import sys, pyprune; sys.exit('torch' in sys.modules)")
     assert not done.returncode, done.stderr

@@ -213,7 +213,10 @@ def contestants(
     opened = {name: StoredCheckpoint.open(source) for name, source in sources.items()}
     for name, stored in opened.items():
         if stored.kind != "pyprune":
-            raise UserError(f"{stored.path}: {name}: expected a compressed checkpoint, it is dense")
+            raise UserError(
+                f"{stored.path}: {name}: expected a checkpoint of `pyprune compress`, it is stored "
+                f"as {stored.kind}"
+            )
     base = None if against is None else StoredCheckpoint.open(against)
     if base is not None and base.kind != DENSE:
         raise UserError(f"{base.path}: expected a dense checkpoint, it is {base.kind}")

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from pyprune import _native
+from pyprune.sparse.weight import autocast
 
 # Up to so many rows of x our bf16 kernel reads weights at the memory's pace, which PyTorch's does
 # not; with more of them PyTorch multiplies faster (benchmarks/bench_sparse_linear.py).
@@ -37,6 +38,7 @@ class DenseLinear(nn.Linear):
         return new.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        input = autocast(input)
         if not self._own(input):
             return F.linear(input, self.weight, self.bias)
         flat = input.reshape(-1, self.in_features)

@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 
 from pyprune import _native, ops
 from pyprune.errors import LayerError, UserError
-from pyprune.sparse.weight import DENSE_INT8, FORMATS, StoredWeight, pack
+from pyprune.sparse.weight import DENSE_INT8, FORMATS, StoredWeight, autocast, pack
 
 # Compressing a layer must save at least this share of its bytes to be worth a format of its own.
 WORTHWHILE = 0.1
@@ -68,9 +68,9 @@ class SparseLinear(StoredWeight):
 
     Made by `from_dense`, or by `SparseLinear(...)` followed by `load_state_dict`. Gradients flow
     through it to x, and to the bias if that is asked to have one; there is none with respect to the
-    weights: they are buffers. `decompress()`
-    returns the dense weight, equal to the original but for negative zeros, which become +0, and for
-    int8 values, which are off by up to half of their row's scale.
+    weights: they are buffers. Within `torch.autocast` x and the result have its dtype, as with
+    `nn.Linear`. `decompress()` returns the dense weight, equal to the original but for negative
+    zeros, which become +0, and for int8 values, which are off by up to half of their row's scale.
 
     Args:
         in_features, out_features: C and R.
@@ -138,6 +138,7 @@ class SparseLinear(StoredWeight):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = autocast(x)
         if self._direct(x):
             return self._forward_native(x)
         if x.shape[-1:] != (self.in_features,):

@@ -235,6 +235,11 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
             formats.check_tensors(name, layer, tensors, str(where))
         return model
 
+    def _dequantize(self, model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
+        raise UserError(
+            "dequantize: not in memory; `pyprune decompress DIR --out DENSE` writes it dense"
+        )
+
     def is_serializable(self) -> bool:
         return True
 

@@ -92,13 +92,16 @@ class StoredCheckpoint:
         cls, path: Path, raw: dict[str, Any], stored: dict[str, TensorEntry], kind: str
     ) -> StoredCheckpoint:
         parts, dense = {}, dict(stored)
-        for name in legacy.names_of(stored):
-            found = legacy.parts_of(name, kind, stored)
+        for stem in legacy.stems_of(stored):
+            found = legacy.parts_of(stem, kind, stored)
+            name, first = legacy.dense_name(stem), found["compressed"]
+            if name in dense:
+                raise UserError(f"{first.file}: tensor {name} is there twice: beside {stem}.*")
             parts[name] = found
             for part in found:
-                del dense[f"{name}.{part}"]
-            shape = legacy.shape_of(name, found, read_tensor)
-            dense[name] = _dense_entry(found["compressed"], shape)
+                del dense[f"{stem}.{part}"]
+            shape = legacy.shape_of(stem, found, read_tensor)
+            dense[name] = _dense_entry(first, shape)
         return cls(path, raw, kind, stored, dense, {}, parts)
 
     @property
@@ -148,7 +151,8 @@ class StoredCheckpoint:
         if parts is None:
             return read_tensor(self.stored[name])
         if self.kind != formats.METHOD:
-            return legacy.unpack_legacy(name, parts, read_tensor)
+            stem = legacy.stem_of(name, self.stored)
+            return legacy.unpack_legacy(stem, parts, read_tensor)
         layer = name.removesuffix(formats.WEIGHT)
         return formats.unpack(self.layers[layer], self.read_parts(layer))
 

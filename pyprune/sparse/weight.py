@@ -43,6 +43,16 @@ FORMATS: tuple[str, ...] = get_args(Format)
 DENSE_INT8 = "dense"
 
 
+def autocast(x: Tensor) -> Tensor:
+    """`x` in the dtype that `nn.Linear` computes in: within `torch.autocast` that one's (fp64 stays
+    what it is), else its own. Stored values need no cast: products are summed in fp32 anyway."""
+    kind = x.device.type
+    if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+        return x
+    eligible = x.is_floating_point() and x.dtype is not torch.float64
+    return x.to(torch.get_autocast_dtype(kind)) if eligible else x
+
+
 class StoredWeight(nn.Module):
     """A module whose weight `[R, C]` is kept in one of the formats, in buffers, or in those of
     another module.

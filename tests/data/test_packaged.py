@@ -130,6 +130,16 @@ def test_incomplete_cache_is_rebuilt(cache, tiny_wiki, damage):
     assert [path.name for path in cache.iterdir()] == ["wiki"]
 
 
+def test_versions_of_a_conversion_share_a_cache_in_peace(cache, tiny_wiki, monkeypatch):
+    """Two installs that differ in it: each builds its own once, and none the other's again."""
+    for version in (1, 2, 1, 2):
+        monkeypatch.setattr(packaged, "CLEANER_VERSION", version)
+        assert len(packaged.packaged_documents("wiki")) == 3
+    assert len(tiny_wiki) == 2
+    assert sorted(path.name for path in cache.iterdir()) == ["v2", "wiki"]
+    assert [path.name for path in (cache / "v2").iterdir()] == ["wiki"]
+
+
 def test_interruption_leaves_nothing(cache, tiny_wiki, monkeypatch):
     def interrupted(_markup):
         raise KeyboardInterrupt
