@@ -33,7 +33,14 @@ from pyprune.width.apply import remove
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.registry import width_method
-from pyprune.width.select import UnitOptions, best, globally, prunable, uniform_sizes
+from pyprune.width.select import (
+    UnitOptions,
+    best,
+    check_reachable,
+    globally,
+    prunable,
+    uniform_sizes,
+)
 from pyprune.width.structure import Group, Widths
 
 # Score of units that went in an earlier shot: below all costs.
@@ -96,6 +103,7 @@ def surgeon_width(
     groups = prunable(widths, options.units)
     run = _Shots(widths, groups, tokens, options, config.calibration.seed, progress)
     target = math.ceil(config.ratio * dense)
+    check_reachable(widths, groups, target)  # not after the shots that are within reach
     kept: dict[str, Tensor] = {}
     for shot in range(1, options.shots + 1):
         kept = run.shot(shot, math.ceil(target * shot / options.shots))
