@@ -7,9 +7,8 @@ least L1 norm go first, so that a width says which units are left.
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -19,10 +18,12 @@ from torch import Tensor
 
 from pyprune.calibration.tokens import TokenSet
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.graph import Branch, Context, ResidualGraph, State
+from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.greedy import PARTS, in_parts
 from pyprune.depth.registry import run_search
 from pyprune.depth.repack import repack
 from pyprune.depth.score import Scorer
+from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
 from pyprune.progress import Progress
 from pyprune.width.apply import remove
@@ -32,6 +33,9 @@ from pyprune.width.registry import width_method
 from pyprune.width.structure import Group, Widths
 
 MEGABYTE = 1 << 20
+WIDTH = 4  # streams that run through a branch at once
+# Of what is removed as branches and as KV groups, without and with grouped queries.
+PAPER_SHARES = {False: (0.44, 0.04), True: (0.3, 0.0)}
 _WORDS = {"mlp": "channels", "heads": "KV groups"}
 Module = tuple[Group, ...]  # all groups of one branch: one, or one per expert
 
@@ -39,29 +43,40 @@ Module = tuple[Group, ...]  # all groups of one branch: one, or one per expert
 @dataclass(frozen=True)
 class MultiPrunerOptions:
     """blocks, heads: the shares of what is removed that go as whole branches and as KV groups; the
-    rest goes as channels (paper: 0.44 and 0.04, with grouped queries 0.3 and 0). steps: into which
-    each MLP's channels are divided. mode: exact (everything is scored at every step, also in the
-    search for branches) or fast (lazily: only what was best when last scored). memory_mb: for
-    cached hidden states.
+    rest goes as channels. None: the paper's, 0.44 and 0.04, with grouped queries 0.3 and 0. steps:
+    into which each MLP's channels are divided. mode: exact (everything is scored at every step,
+    also in the search for branches) or fast (lazily: what raised perplexity least when last seen,
+    `looks` of them at a step). every: score each n-th token (1: all). memory_mb: for cached hidden
+    states and live streams.
     """
 
-    blocks: float = 0.44
-    heads: float = 0.04
+    blocks: float | None = None
+    heads: float | None = None
     steps: int = 10
     mode: Literal["exact", "fast"] = "fast"
+    looks: int = 4
+    every: int = 1
     memory_mb: int = 2048
 
     def __post_init__(self) -> None:
-        if not (self.blocks >= 0 and self.heads >= 0 and self.blocks + self.heads <= 1):
-            raise UserError(
-                "options: expected shares blocks and heads of 0 or more and at most 1 together, "
-                f"got {self.blocks} and {self.heads}"
-            )
-        if self.steps < 2 or self.memory_mb < 1:
-            raise UserError(
-                f"options: expected 2 steps or more and 1 MB or more, got {self.steps} and "
-                f"{self.memory_mb}"
-            )
+        for grouped in (False, True):
+            blocks, heads = self.shares(grouped)
+            if not (blocks >= 0 and heads >= 0 and blocks + heads <= 1):
+                raise UserError(
+                    "options: expected shares blocks and heads of 0 or more and at most 1 "
+                    f"together, got {blocks} and {heads}"
+                )
+        for name, least in (("steps", 2), ("looks", 1), ("every", 1), ("memory_mb", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    def shares(self, grouped: bool) -> tuple[float, float]:
+        """`blocks` and `heads` of a model. grouped: whether several query heads share a key."""
+        blocks, heads = PAPER_SHARES[grouped]
+        return (
+            blocks if self.blocks is None else self.blocks,
+            heads if self.heads is None else self.heads,
+        )
 
 
 @width_method(
@@ -83,11 +98,13 @@ def multipruner(
     widths = Widths.of(model)
     graph = ResidualGraph(model, widths.adapter)
     graph.check()
-    removed = _branches(graph, tokens, config, options, progress)
+    kv_groups = widths.of_kind("heads")
+    blocks, share = options.shares(any(g.fields["num_attention_heads"] > 1 for g in kv_groups))
+    removed = _branches(graph, tokens, config, blocks, progress)
     search = WidthSearch(graph, widths, tokens, removed, options, progress)
     gone = graph.removed_parameters(removed)
     norms = {group.name: norm_of_rows(group) for group in widths.groups}
-    heads = int(target * options.heads) if widths.of_kind("heads") else 0
+    heads = int(target * share) if kv_groups else 0
     gone += search.remove("mlp", math.ceil(target) - gone - heads)
     if heads:
         gone += search.remove("heads", math.ceil(target) - gone)
@@ -97,7 +114,9 @@ def multipruner(
         tokens=tokens,
         config=config,
         dense_parameters=dense,
-        transforms=[{"steps": [list(step) for step in search.log]}],
+        transforms=[
+            {"steps": [list(step) for step in search.log], "evaluations": search.evaluations}
+        ],
         scores=norms,
         objective="L1 norm",
     )
@@ -124,20 +143,28 @@ def _branches(
     graph: ResidualGraph,
     tokens: TokenSet,
     config: WidthConfig,
-    options: MultiPrunerOptions,
+    blocks: float,
     progress: Progress | None,
 ) -> list[Branch]:
-    """The branches that BlockPruner removes, in order; greedily, as the widths after them."""
-    if not options.blocks:
+    """The branches that BlockPruner removes, in order; greedily, as the widths after them, and in
+    mode fast without audits."""
+    if not blocks:
         return []
-    given = {"mode": options.mode, "memory_mb": options.memory_mb, "refine": "none"}
+    options: MultiPrunerOptions = config.own_options()
+    given = {name: getattr(options, name) for name in ("mode", "looks", "every", "memory_mb")}
+    given |= {"refine": "none", "audit_every": 0}
     wanted = StructureConfig(
         "blockpruner",
-        ratio=config.ratio * options.blocks,
+        ratio=config.ratio * blocks,
         method_options=given,
         calibration=config.calibration,
     )
-    return run_search(graph.model, graph.adapter, tokens, wanted, progress).removed
+    try:
+        return run_search(graph.model, graph.adapter, tokens, wanted, progress).removed
+    except UserError as error:
+        raise UserError(
+            f"ratio {config.ratio:g}, of which blocks={blocks:g} as branches: {error}"
+        ) from error
 
 
 class WidthSearch:
@@ -145,6 +172,7 @@ class WidthSearch:
 
     Attributes:
         log: (module, units left, perplexity) of every step, in order.
+        evaluations: of candidates so far, on all calibration text; on part of it, that part.
     """
 
     def __init__(
@@ -156,19 +184,23 @@ class WidthSearch:
         options: MultiPrunerOptions,
         progress: Progress | None = None,
     ) -> None:
-        self._graph = graph
         self._removed = frozenset(removed)
         self._options = options
         self._progress = progress
-        self._scorer = Scorer(graph, tokens.batches)
         self._modules = _modules(widths)
         self._order = {group.name: _by_norm(group) for group in widths.groups}
         self._left = {group.name: group.units for group in widths.groups}
+        fast = options.mode == "fast"
+        batches = in_parts(tokens.batches) if fast else tokens.batches
+        self._scorer = Scorer(graph, batches, every=options.every)
+        memory = options.memory_mb * MEGABYTE
+        most = max(len(self._candidates(kind)) for kind in _WORDS)
+        self._walk = WalkDown(graph, self._scorer, memory, WIDTH, most, self._narrower)
+        self._perplexity = self._walk.reference(self._removed)
+        # Of each module's next step: the rise of the mean loss when last seen.
+        self._rises: dict[Branch, float] = {}
         self.log: list[tuple[str, int, float]] = []
-        self._cache: list[dict[int, State]] = []
-        self._contexts: list[Context] = []
-        self._stride = 1
-        self._fill(0)
+        self.evaluations = 0.0
 
     def groups(self, branch: Branch) -> Module:
         """What of the branch has units; nothing if its family has none."""
@@ -188,29 +220,22 @@ class WidthSearch:
 
         Raises UserError: there is not that much to remove while each keeps a step.
         """
-        gone = step = 0
-        by_position = {branch.position: branch for branch in self._modules}
-        # Score, position of the branch, the step at which it was scored. An old score is taken for
-        # a bound of the new one (damage grows with what is gone already); none is below all.
-        queue = [(-math.inf, branch.position, -1) for branch in self._candidates(kind)]
+        gone = 0
+        self._rises = {}
+        self._walk.forget_streams()
         while gone < parameters:
-            if not queue:
+            left = self._candidates(kind)
+            if not left:
                 raise UserError(
                     f"ratio: expected {_WORDS[kind]} that still can go, "
                     f"{parameters - gone:,} parameters are missing"
                 )
-            score, position, scored = heapq.heappop(queue)
-            branch = by_position[position]
-            if scored != step:
-                heapq.heappush(queue, (self._score(branch), position, step))
-                continue
-            gone += self._accept(branch, score)
-            step += 1
-            if self._next(branch) is not None:
-                queue.append((-math.inf, position, -1))
-            if self._options.mode == "exact":
-                queue = [(-math.inf, at, -1) for _, at, _ in queue]
-            heapq.heapify(queue)
+            scores = self._lazily(left) if self._options.mode == "fast" else self._scores(left)
+            # The first of equals; a score that is no number is never best.
+            branch = min(scores, key=lambda b: (_or_inf(scores[b]), b.position))
+            if math.isnan(scores[branch]):
+                raise UserError("calibration: every step gives NaN; expected finite scores")
+            gone += self._accept(branch, scores[branch])
             if self._progress is not None:
                 self._progress(f"{branch} narrowed", gone, parameters)
         return gone
@@ -236,18 +261,51 @@ class WidthSearch:
             found.append((group, self._left[group.name] - step))
         return found if all(left >= 1 for _, left in found) else None
 
-    def _score(self, branch: Branch) -> float:
-        """Perplexity with the branch one step narrower."""
-        narrower = self._next(branch)
-        assert narrower is not None
-        with _without(self._going(narrower)):
-            start = branch.position // self._stride * self._stride
-            rows = []
-            for i, context in enumerate(self._contexts):
-                state = self._cache[i][start]
-                hidden = self._graph.run_from(start, state, context, self._removed)
-                rows.append(self._scorer.rows(i, hidden))
-        return self._scorer.total(rows)[0]
+    def _scores(
+        self, branches: Sequence[Branch], batches: int | None = None
+    ) -> dict[Branch, float]:
+        """Perplexity with each of `branches` one step narrower; batches: only the first so many."""
+        every = len(self._scorer.batches)
+        self.evaluations += len(branches) * (every if batches is None else batches) / every
+        scores = self._walk.score([(branch,) for branch in branches], self._removed, batches)
+        return dict(zip(branches, scores, strict=True))
+
+    def _lazily(self, left: Sequence[Branch]) -> dict[Branch, float]:
+        """Looks at the steps that raised the loss least when last seen, until none is left that may
+        be better, or at `looks` of them.
+
+        What a step costs mostly grows as more is removed, so an old rise is a bound from below, and
+        so is that of the module's step before (its units go by ascending norm).
+        """
+        seen = {} if self._rises else self._halving(left)
+        for _ in range(self._options.looks):
+            best = min(left, key=lambda b: (self._rises[b], b.position))
+            if best in seen:
+                break
+            seen |= self._scores([best])
+            self._remember(seen, self._perplexity, [best])
+        return seen
+
+    def _halving(self, left: Sequence[Branch]) -> dict[Branch, float]:
+        """First rises: of all steps on a few batches, of the better half on twice as many, until
+        the batches are all in use; returns the scores of those that saw all."""
+        total = len(self._scorer.batches)
+        some, batches = list(left), max(1, total // PARTS)
+        while True:
+            reference = self._walk.reference(self._removed, batches)
+            scores = self._scores(some, batches)
+            self._remember(scores, reference, some)
+            if batches == total:
+                return scores
+            some = sorted(some, key=lambda b: (self._rises[b], b.position))
+            some, batches = some[: max(1, len(some) // 2)], min(total, 2 * batches)
+
+    def _remember(
+        self, scores: Mapping[Branch, float], reference: float, of: Sequence[Branch]
+    ) -> None:
+        for branch in of:
+            ratio = scores[branch] / reference
+            self._rises[branch] = _or_inf(math.log(ratio) if ratio > 0 else ratio)
 
     def _accept(self, branch: Branch, score: float) -> int:
         """Narrows the branch for good; returns the parameters that this removes."""
@@ -260,7 +318,8 @@ class WidthSearch:
         for group, left in narrower:
             self._left[group.name] = left
         self.log.append((str(branch), narrower[0][1], score))
-        self._fill(branch.position + 1)
+        self._walk.accept((branch,))
+        self._perplexity = score
         return gone
 
     def _going(self, narrower: Sequence[tuple[Group, int]]) -> list[tuple[Group, Tensor]]:
@@ -269,26 +328,22 @@ class WidthSearch:
             for group, left in narrower
         ]
 
-    def _fill(self, position: int) -> None:
-        """Recomputes the cached states from `position` on."""
-        if not self._contexts:
-            for batch in self._scorer.batches:
-                state, context = self._graph.start(batch)
-                self._cache.append({0: state})
-                self._contexts.append(context)
-            size = sum(c[0].total.numel() * c[0].total.element_size() for c in self._cache)
-            fitting = max(1, self._options.memory_mb * MEGABYTE // size)
-            self._stride = -(-len(self._graph.branches) // fitting)
-        start = max(0, position - 1) // self._stride * self._stride
-        for cached, context in zip(self._cache, self._contexts, strict=True):
-            state = cached[start]
-            for branch in self._graph.branches[start:]:
-                if branch.position % self._stride == 0:
-                    cached[branch.position] = state
-                if branch in self._removed:
-                    state = self._graph.skip(branch, state)
-                else:
-                    state = self._graph.run(branch, state, context)
+    @contextmanager
+    def _narrower(self, branch: Branch) -> Iterator[None]:
+        """Within it the units of the branch's next step write nothing."""
+        narrower = self._next(branch)
+        assert narrower is not None
+        going = self._going(narrower)
+        held = [
+            (group.slices[-1].tensor(), group.slices[-1].tensor().clone()) for group, _ in going
+        ]
+        try:
+            for group, units in going:
+                group.slices[-1].zero(units)
+            yield
+        finally:
+            for live, copy in held:
+                live.copy_(copy)
 
 
 def _modules(widths: Widths) -> dict[Branch, Module]:
@@ -313,14 +368,5 @@ def _by_norm(group: Group) -> Tensor:
     return norm_of_rows(group).sort(descending=True, stable=True).indices
 
 
-@contextmanager
-def _without(units: Sequence[tuple[Group, Tensor]]) -> Iterator[None]:
-    """Within it the units write nothing."""
-    held = [(group.slices[-1].tensor(), group.slices[-1].tensor().clone()) for group, _ in units]
-    try:
-        for group, gone in units:
-            group.slices[-1].zero(gone)
-        yield
-    finally:
-        for live, copy in held:
-            live.copy_(copy)
+def _or_inf(value: float) -> float:
+    return math.inf if math.isnan(value) else value
