@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from pyprune.calibration.tokens import TokenSet
 from pyprune.depth.config import StructureConfig
+from pyprune.depth.decision import Decision
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import PARTS, in_parts
 from pyprune.depth.registry import run_search
@@ -100,10 +102,12 @@ def multipruner(
     graph.check()
     kv_groups = widths.of_kind("heads")
     blocks, share = options.shares(any(g.fields["num_attention_heads"] > 1 for g in kv_groups))
-    removed = _branches(graph, tokens, config, blocks, progress)
+    found = _branches(graph, tokens, config, blocks, progress)
+    removed = [] if found is None else found.removed
     search = WidthSearch(graph, widths, tokens, removed, options, progress)
     gone = graph.removed_parameters(removed)
     norms = {group.name: norm_of_rows(group) for group in widths.groups}
+    curve = _curve(found, dense, search.perplexity)
     heads = int(target * share) if kv_groups else 0
     gone += search.remove("mlp", math.ceil(target) - gone - heads)
     if heads:
@@ -135,8 +139,22 @@ def multipruner(
         zeroed={k: v for k, v in decision.zeroed.items() if k not in whole},
         parameters=(dense, after),
         wanted=dense - gone,
+        curve=(*curve, *search.curve(curve[-1][1])),
         notes=(*decision.notes, *filter(None, [packing.reason])),
     )
+
+
+def _curve(found: Decision | None, dense: int, perplexity: float) -> list[tuple[str, int, float]]:
+    """See `WidthDecision.curve`: up to the last branch; perplexity: of the dense model where no
+    branch went."""
+    if found is None:
+        return [("dense", dense, perplexity)]
+    assert found.dense is not None
+    points = [("dense", dense, found.dense)]
+    for step in found.steps:
+        assert step.parameters is not None and step.score is not None  # of a search over rounds
+        points.append((str(step.unit[0]), step.parameters, step.score))
+    return points
 
 
 def _branches(
@@ -145,11 +163,11 @@ def _branches(
     config: WidthConfig,
     blocks: float,
     progress: Progress | None,
-) -> list[Branch]:
-    """The branches that BlockPruner removes, in order; greedily, as the widths after them, and in
-    mode fast without audits."""
+) -> Decision | None:
+    """BlockPruner's: greedily, as the widths after them, and in mode fast without audits; None
+    where no branches are wanted."""
     if not blocks:
-        return []
+        return None
     options: MultiPrunerOptions = config.own_options()
     given = {name: getattr(options, name) for name in ("mode", "looks", "every", "memory_mb")}
     given |= {"refine": "none", "audit_every": 0}
@@ -160,7 +178,7 @@ def _branches(
         calibration=config.calibration,
     )
     try:
-        return run_search(graph.model, graph.adapter, tokens, wanted, progress).removed
+        return run_search(graph.model, graph.adapter, tokens, wanted, progress)
     except UserError as error:
         raise UserError(
             f"ratio {config.ratio:g}, of which blocks={blocks:g} as branches: {error}"
@@ -172,6 +190,7 @@ class WidthSearch:
 
     Attributes:
         log: (module, units left, perplexity) of every step, in order.
+        perplexity: with what is left.
         evaluations: of candidates so far, on all calibration text; on part of it, that part.
     """
 
@@ -196,10 +215,11 @@ class WidthSearch:
         memory = options.memory_mb * MEGABYTE
         most = max(len(self._candidates(kind)) for kind in _WORDS)
         self._walk = WalkDown(graph, self._scorer, memory, WIDTH, most, self._narrower)
-        self._perplexity = self._walk.reference(self._removed)
+        self.perplexity = self._walk.reference(self._removed)
         # Of each module's next step: the rise of the mean loss when last seen.
         self._rises: dict[Branch, float] = {}
         self.log: list[tuple[str, int, float]] = []
+        self._gone: list[int] = []  # parameters, in every step
         self.evaluations = 0.0
 
     def groups(self, branch: Branch) -> Module:
@@ -214,6 +234,15 @@ class WidthSearch:
                 left = 0 if branch in self._removed else self._left[group.name]
                 found[group.name] = self._order[group.name][:left].sort().values
         return found
+
+    def curve(self, before: int) -> list[tuple[str, int, float]]:
+        """See `WidthDecision.curve`; before: parameters before the first step."""
+        sizes = accumulate(self._gone, lambda left, gone: left - gone, initial=before)
+        next(sizes)
+        return [
+            (f"{name}: {left} left", size, score)
+            for (name, left, score), size in zip(self.log, sizes, strict=True)
+        ]
 
     def remove(self, kind: Literal["mlp", "heads"], parameters: int) -> int:
         """Narrows modules of a kind until at least `parameters` are gone; returns how many are.
@@ -283,7 +312,7 @@ class WidthSearch:
             if best in seen:
                 break
             seen |= self._scores([best])
-            self._remember(seen, self._perplexity, [best])
+            self._remember(seen, self.perplexity, [best])
         return seen
 
     def _halving(self, left: Sequence[Branch]) -> dict[Branch, float]:
@@ -318,8 +347,9 @@ class WidthSearch:
         for group, left in narrower:
             self._left[group.name] = left
         self.log.append((str(branch), narrower[0][1], score))
+        self._gone.append(gone)
         self._walk.accept((branch,))
-        self._perplexity = score
+        self.perplexity = score
         return gone
 
     def _going(self, narrower: Sequence[tuple[Group, int]]) -> list[tuple[Group, Tensor]]:

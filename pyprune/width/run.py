@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from rich.table import Table
 
 from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.coroutine import evaluation
+from pyprune.calibration.tokens import TokenSet
+from pyprune.depth.graph import ResidualGraph
+from pyprune.depth.score import perplexities
 from pyprune.families import Family, Run
 from pyprune.measure import Measure
+from pyprune.models.adapter import Adapter
 from pyprune.pictures import check_pictures
 from pyprune.progress import Progress
 from pyprune.registry import HEADERS, MethodRow
@@ -89,6 +94,8 @@ def prune_width(
     tokenizer_or_batches: object,
     config: WidthConfig,
     progress: Progress | None = None,
+    *,
+    curve: bool = False,
 ) -> WidthReport:
     """Removes channels and heads from a transformers model in memory, in place.
 
@@ -98,6 +105,7 @@ def prune_width(
             themselves, see `calibration.batches.as_token_set`.
         config: what to do. Its device and dtype are a checkpoint's business: expected "auto".
         progress: called with (what happens, done, total or None).
+        curve: whether to measure perplexity before and after, see `WidthDecision.curve`.
 
     Returns:
         The report. `model` is an ordinary, narrower model of its class: it saves, loads and
@@ -108,18 +116,34 @@ def prune_width(
             been changed then.
     """
     check_in_memory(config)
-    return _prune(model, tokenizer_or_batches, config, progress, Measure())
+    return _prune(model, tokenizer_or_batches, config, progress, curve, Measure())
 
 
 def _prune(
-    model: Any, data: object, config: WidthConfig, progress: Progress | None, measure: Measure
+    model: Any,
+    data: object,
+    config: WidthConfig,
+    progress: Progress | None,
+    curve: bool,
+    measure: Measure,
 ) -> WidthReport:
     with measure.phase("tokens"):
         tokens = configured_tokens(data, config.calibration, model.config)
-    with evaluation(model), measure.phase("prune"):
-        decision = run_width(model, tokens, config, progress)
+    with evaluation(model):
+        before = _perplexity(model, tokens) if curve else math.nan
+        with measure.phase("prune"):
+            decision = run_width(model, tokens, config, progress)
+        if curve and not decision.curve:
+            with measure.phase("curve"):
+                after = _perplexity(model, tokens)
+            ends = ("dense", decision.parameters[0], before), ("pruned", decision.wanted, after)
+            decision = replace(decision, curve=ends)
     run = RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes())
     return WidthReport(model_name(model), decision, versions=versions(), run=run)
+
+
+def _perplexity(model: Any, tokens: TokenSet) -> float:
+    return perplexities(ResidualGraph(model, Adapter.of(model)), tokens.batches)[0]
 
 
 def prune_width_checkpoint(
@@ -130,6 +154,7 @@ def prune_width_checkpoint(
     *,
     batches: object = None,
     trust_remote_code: bool = False,
+    curve: bool = False,
 ) -> WidthReport:
     """`prune_width` from a checkpoint into a new directory, in the checkpoint's own dtype. The
     model is held in memory.
@@ -141,6 +166,7 @@ def prune_width_checkpoint(
             own tokenizer.
         trust_remote_code: run the model code that comes with the checkpoint, if any; it is copied
             into `out` then.
+        curve: see `prune_width`.
 
     Returns:
         The report, which is in `out` as pyprune.json too.
@@ -151,7 +177,7 @@ def prune_width_checkpoint(
     """
 
     def prune(model: Any, data: object, measure: Measure) -> WidthReport:
-        return _prune(model, data, config, progress, measure)
+        return _prune(model, data, config, progress, curve, measure)
 
     return prune_loaded(
         source, out, config, prune, batches=batches, trust_remote_code=trust_remote_code
@@ -168,6 +194,7 @@ def _run(run: Run) -> WidthReport:
         run.config,
         run.bar.step,
         trust_remote_code=run.trust_remote_code,
+        curve=run.pictures is not None,
     )
     if run.pictures is not None:
         draw(report.model, report.decision, run.pictures)

@@ -164,6 +164,17 @@ def test_saved_is_the_masked_model(family, blocks, tmp_path):
     dense = model_of(family)
     names = decision.branches
     assert bool(names) == (blocks > 0)
+    # What the search saw is what is there in the end.
+    went = [name for name, _, _ in decision.curve]
+    assert went[0] == "dense" and tuple(went[1 : 1 + len(names)]) == names
+    assert decision.curve[0][1:] == (
+        before,
+        pytest.approx(perplexity(model_of(family), tokens_of())),
+    )
+    assert decision.curve[-1][1] == decision.wanted
+    assert decision.curve[-1][2] == pytest.approx(perplexity(model, tokens_of()), rel=1e-4)
+    sizes = [size for _, size, _ in decision.curve]
+    assert sizes == sorted(sizes, reverse=True)
     removed = [Branch("attention" if n[0] == "A" else "mlp", int(n[1:])) for n in names]
     Widths.of(dense).mask(decision.kept())
     with ResidualGraph.of(dense).skipping(removed):
