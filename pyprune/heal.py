@@ -120,12 +120,12 @@ def heal_model(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         wrapped = lora.get_peft_model(
-            model,
+            _Plain(model),
             lora.LoraConfig(
                 r=config.rank,
                 lora_alpha=config.alpha,
                 lora_dropout=config.dropout,
-                target_modules=names,
+                target_modules=[f"model.{name}" for name in names],
                 fan_in_fan_out=isinstance(modules[names[0]], Conv1D),
                 bias="none",
             ),
@@ -136,7 +136,7 @@ def heal_model(
             layer.forward = _masked_forward(layer)
         try:
             trained = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-            seen = _train(wrapped, train, config, progress)
+            seen = _train(model, train, config, progress)
             for layer in layers:
                 _merge(layer)
         finally:
@@ -159,6 +159,16 @@ def heal_model(
         config=asdict(config),
         text_sha256=tokens.sha256,
     )
+
+
+class _Plain(nn.Module):
+    """Hides that there is a transformers model inside. Of some mixtures of experts peft takes names
+    as transformers 4 gave them: the matrices of a dense layer's MLP would count as those of all
+    experts, which are fused parameters now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
 
 
 def heal_checkpoint(

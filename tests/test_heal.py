@@ -39,7 +39,7 @@ def config(**more):
     return HealConfig(**{"steps": 12, "learning_rate": 5e-3, "rank": 4, **more})
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "qwen3_moe"])
 def test_zeros_stay_and_loss_falls(family):
     model = half_pruned(family)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
