@@ -8,7 +8,7 @@ least L1 norm go first, so that a width says which units are left.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -47,7 +47,7 @@ class MultiPrunerOptions:
     """blocks, heads: the shares of what is removed that go as whole branches and as KV groups; the
     rest goes as channels. None: the paper's, 0.44 and 0.04, with grouped queries 0.3 and 0. steps:
     into which each MLP's channels are divided. mode: exact (everything is scored at every step,
-    also in the search for branches) or fast (lazily: what raised perplexity least when last seen,
+    also in the search for branches) or fast (lazily: what left the least perplexity when last seen,
     `looks` of them at a step). every: score each n-th token (1: all). memory_mb: for cached hidden
     states and live streams.
     """
@@ -216,8 +216,8 @@ class WidthSearch:
         most = max(len(self._candidates(kind)) for kind in _WORDS)
         self._walk = WalkDown(graph, self._scorer, memory, WIDTH, most, self._narrower)
         self.perplexity = self._walk.reference(self._removed)
-        # Of each module's next step: the rise of the mean loss when last seen.
-        self._rises: dict[Branch, float] = {}
+        # Of each module's next step: perplexity when last seen.
+        self._seen: dict[Branch, float] = {}
         self.log: list[tuple[str, int, float]] = []
         self._gone: list[int] = []  # parameters, in every step
         self.evaluations = 0.0
@@ -250,7 +250,7 @@ class WidthSearch:
         Raises UserError: there is not that much to remove while each keeps a step.
         """
         gone = 0
-        self._rises = {}
+        self._seen = {}
         self._walk.forget_streams()
         while gone < parameters:
             left = self._candidates(kind)
@@ -300,41 +300,37 @@ class WidthSearch:
         return dict(zip(branches, scores, strict=True))
 
     def _lazily(self, left: Sequence[Branch]) -> dict[Branch, float]:
-        """Looks at the steps that raised the loss least when last seen, until none is left that may
-        be better, or at `looks` of them.
+        """Looks at the steps after which perplexity was least when last seen, until none is left
+        that may be better, or at `looks` of them.
 
-        What a step costs mostly grows as more is removed, so an old rise is a bound from below, and
-        so is that of the module's step before (its units go by ascending norm).
+        Perplexity mostly grows as more is removed, so an old one is a bound from below; also that
+        after the module's last step for its next one. Rises over what was left then would be
+        tighter bounds, but steps that lower perplexity are common: rises fall as well, and a module
+        that once looked bad would hardly be looked at again.
         """
-        seen = {} if self._rises else self._halving(left)
+        seen = {} if self._seen else self._halving(left)
         for _ in range(self._options.looks):
-            best = min(left, key=lambda b: (self._rises[b], b.position))
+            best = min(left, key=lambda b: (self._seen[b], b.position))
             if best in seen:
                 break
             seen |= self._scores([best])
-            self._remember(seen, self.perplexity, [best])
+            self._seen[best] = _or_inf(seen[best])
         return seen
 
     def _halving(self, left: Sequence[Branch]) -> dict[Branch, float]:
-        """First rises: of all steps on a few batches, of the better half on twice as many, until
+        """First looks: at all steps on a few batches, of the better half on twice as many, until
         the batches are all in use; returns the scores of those that saw all."""
         total = len(self._scorer.batches)
         some, batches = list(left), max(1, total // PARTS)
         while True:
             reference = self._walk.reference(self._removed, batches)
             scores = self._scores(some, batches)
-            self._remember(scores, reference, some)
+            for branch in some:
+                self._seen[branch] = _or_inf(self.perplexity * scores[branch] / reference)
             if batches == total:
                 return scores
-            some = sorted(some, key=lambda b: (self._rises[b], b.position))
+            some = sorted(some, key=lambda b: (self._seen[b], b.position))
             some, batches = some[: max(1, len(some) // 2)], min(total, 2 * batches)
-
-    def _remember(
-        self, scores: Mapping[Branch, float], reference: float, of: Sequence[Branch]
-    ) -> None:
-        for branch in of:
-            ratio = scores[branch] / reference
-            self._rises[branch] = _or_inf(math.log(ratio) if ratio > 0 else ratio)
 
     def _accept(self, branch: Branch, score: float) -> int:
         """Narrows the branch for good; returns the parameters that this removes."""

@@ -112,7 +112,7 @@ def test_fast_scores_less_and_agrees_at_first():
     # on one, two on two, one on four.
     assert searched(model_of(), tokens, mode="fast", parameters=1).evaluations == 1 + 1 + 1
     few = searched(model_of(), tokens, mode="fast", looks=1)
-    assert few.evaluations < fast.evaluations and len(few.log) == len(exact.log)
+    assert few.evaluations <= 3 + len(few.log) and len(few.log) == len(exact.log)
 
 
 @pytest.mark.parametrize("kind, parameters", [("mlp", 12000), ("heads", 4000)])
