@@ -79,7 +79,7 @@ def test_exact_equals_a_naive_loop(kind, stride, monkeypatch):
     model = model_of()
     graph = ResidualGraph.of(model)
     widths = Widths(model, graph.adapter, Widths.of(model).groups, {})
-    options = MultiPrunerOptions(steps=4, mode="exact", memory_mb=1)
+    options = MultiPrunerOptions(steps=4, mode="exact", memory_mb=1, every=1)
     if stride > 1:  # half of the memory is for cached states
         whole = len(graph.branches) * tokens.tokens * 32 * 4
         monkeypatch.setattr("pyprune.width.multipruner.MEGABYTE", 2 * whole // stride)
@@ -96,7 +96,9 @@ def test_exact_equals_a_naive_loop(kind, stride, monkeypatch):
 def searched(model, tokens, removed=(), kind="mlp", parameters=12000, **options):
     graph = ResidualGraph.of(model)
     widths = Widths(model, graph.adapter, Widths.of(model).groups, {})
-    search = WidthSearch(graph, widths, tokens, removed, MultiPrunerOptions(**options))
+    search = WidthSearch(
+        graph, widths, tokens, removed, MultiPrunerOptions(**{"every": 1, **options})
+    )
     search.remove(kind, parameters)
     return search
 
@@ -153,7 +155,7 @@ def test_scores_that_are_no_numbers_never_win(monkeypatch):
 @pytest.mark.parametrize("blocks", [0.5, 0.0])
 def test_saved_is_the_masked_model(family, blocks, tmp_path):
     ids, model = tiny_tokens(2, 9), model_of(family)
-    options = {"blocks": blocks, "steps": 8, "heads": 0.1}
+    options = {"blocks": blocks, "steps": 8, "heads": 0.1, "every": 1}
     decision = run_width(
         model, tokens_of(), WidthConfig("multipruner", ratio=0.3, method_options=options)
     )
