@@ -21,7 +21,6 @@ from pyprune.calibration.tokens import TokenSet
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
 from pyprune.depth.graph import Branch, ResidualGraph
-from pyprune.depth.greedy import PARTS, in_parts
 from pyprune.depth.registry import run_search
 from pyprune.depth.repack import repack
 from pyprune.depth.score import Scorer
@@ -47,17 +46,15 @@ class MultiPrunerOptions:
     """blocks, heads: the shares of what is removed that go as whole branches and as KV groups; the
     rest goes as channels. None: the paper's, 0.44 and 0.04, with grouped queries 0.3 and 0. steps:
     into which each MLP's channels are divided. mode: exact (everything is scored at every step,
-    also in the search for branches) or fast (lazily: what left the least perplexity when last seen,
-    `looks` of them at a step). every: score each n-th token (1: all, as published); the head and
-    its loss are half of the time of a small model's scores. memory_mb: for cached hidden states and
-    live streams.
+    also in the search for branches) or fast (lazily: only what was best when last scored). every:
+    score each n-th token (1: all, as published); the head and its loss are half of the time of a
+    small model's scores. memory_mb: for cached hidden states and live streams.
     """
 
     blocks: float | None = None
     heads: float | None = None
     steps: int = 10
     mode: Literal["exact", "fast"] = "fast"
-    looks: int = 4
     every: int = 2
     memory_mb: int = 2048
 
@@ -69,7 +66,7 @@ class MultiPrunerOptions:
                     "options: expected shares blocks and heads of 0 or more and at most 1 "
                     f"together, got {blocks} and {heads}"
                 )
-        for name, least in (("steps", 2), ("looks", 1), ("every", 1), ("memory_mb", 1)):
+        for name, least in (("steps", 2), ("every", 1), ("memory_mb", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
@@ -170,7 +167,7 @@ def _branches(
     if not blocks:
         return None
     options: MultiPrunerOptions = config.own_options()
-    given = {name: getattr(options, name) for name in ("mode", "looks", "every", "memory_mb")}
+    given = {name: getattr(options, name) for name in ("mode", "every", "memory_mb")}
     given |= {"refine": "none", "audit_every": 0}
     wanted = StructureConfig(
         "blockpruner",
@@ -192,7 +189,7 @@ class WidthSearch:
     Attributes:
         log: (module, units left, perplexity) of every step, in order.
         perplexity: with what is left.
-        evaluations: of candidates so far, on all calibration text; on part of it, that part.
+        evaluations: of candidates so far.
     """
 
     def __init__(
@@ -210,9 +207,7 @@ class WidthSearch:
         self._modules = _modules(widths)
         self._order = {group.name: _by_norm(group) for group in widths.groups}
         self._left = {group.name: group.units for group in widths.groups}
-        fast = options.mode == "fast"
-        batches = in_parts(tokens.batches) if fast else tokens.batches
-        self._scorer = Scorer(graph, batches, every=options.every)
+        self._scorer = Scorer(graph, tokens.batches, every=options.every)
         memory = options.memory_mb * MEGABYTE
         most = max(len(self._candidates(kind)) for kind in _WORDS)
         self._walk = WalkDown(graph, self._scorer, memory, WIDTH, most, self._narrower)
@@ -221,7 +216,7 @@ class WidthSearch:
         self._seen: dict[Branch, float] = {}
         self.log: list[tuple[str, int, float]] = []
         self._gone: list[int] = []  # parameters, in every step
-        self.evaluations = 0.0
+        self.evaluations = 0
 
     def groups(self, branch: Branch) -> Module:
         """What of the branch has units; nothing if its family has none."""
@@ -291,47 +286,25 @@ class WidthSearch:
             found.append((group, self._left[group.name] - step))
         return found if all(left >= 1 for _, left in found) else None
 
-    def _scores(
-        self, branches: Sequence[Branch], batches: int | None = None
-    ) -> dict[Branch, float]:
-        """Perplexity with each of `branches` one step narrower; batches: only the first so many."""
-        every = len(self._scorer.batches)
-        self.evaluations += len(branches) * (every if batches is None else batches) / every
-        scores = self._walk.score([(branch,) for branch in branches], self._removed, batches)
-        return dict(zip(branches, scores, strict=True))
+    def _scores(self, branches: Sequence[Branch]) -> dict[Branch, float]:
+        """Perplexity with each of `branches` one step narrower."""
+        self.evaluations += len(branches)
+        scores = self._walk.score([(branch,) for branch in branches], self._removed)
+        found = dict(zip(branches, scores, strict=True))
+        self._seen |= {branch: _or_inf(score) for branch, score in found.items()}
+        return found
 
     def _lazily(self, left: Sequence[Branch]) -> dict[Branch, float]:
         """Looks at the steps after which perplexity was least when last seen, until none is left
-        that may be better, or at `looks` of them.
-
-        Perplexity mostly grows as more is removed, so an old one is a bound from below; also that
-        after the module's last step for its next one. Rises over what was left then would be
-        tighter bounds, but steps that lower perplexity are common: rises fall as well, and a module
-        that once looked bad would hardly be looked at again.
-        """
-        seen = {} if self._seen else self._halving(left)
-        for _ in range(self._options.looks):
+        that may be better. Perplexity mostly grows as more is removed, so an old one is a bound
+        from below."""
+        new = [branch for branch in left if branch not in self._seen]
+        seen = self._scores(new) if new else {}
+        while True:
             best = min(left, key=lambda b: (self._seen[b], b.position))
             if best in seen:
-                break
+                return seen
             seen |= self._scores([best])
-            self._seen[best] = _or_inf(seen[best])
-        return seen
-
-    def _halving(self, left: Sequence[Branch]) -> dict[Branch, float]:
-        """First looks: at all steps on a few batches, of the better half on twice as many, until
-        the batches are all in use; returns the scores of those that saw all."""
-        total = len(self._scorer.batches)
-        some, batches = list(left), max(1, total // PARTS)
-        while True:
-            reference = self._walk.reference(self._removed, batches)
-            scores = self._scores(some, batches)
-            for branch in some:
-                self._seen[branch] = _or_inf(self.perplexity * scores[branch] / reference)
-            if batches == total:
-                return scores
-            some = sorted(some, key=lambda b: (self._seen[b], b.position))
-            some, batches = some[: max(1, len(some) // 2)], min(total, 2 * batches)
 
     def _accept(self, branch: Branch, score: float) -> int:
         """Narrows the branch for good; returns the parameters that this removes."""
@@ -346,6 +319,7 @@ class WidthSearch:
         self.log.append((str(branch), narrower[0][1], score))
         self._gone.append(gone)
         self._walk.accept((branch,))
+        del self._seen[branch]  # its next step is another one
         self.perplexity = score
         return gone
 
