@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,8 @@ from pyprune.errors import UserError
 COLOURS = {"attention": "#1f77b4", "mlp": "#ff7f0e", "layer": "#1f77b4", "rest": "#8c8c8c"}
 # Wide enough for the labels of so many layers; every fifth is named where there are more.
 NAMED_LAYERS = 48
+# A logarithmic axis where the largest value is so many times the least.
+LOGARITHMIC = 20.0
 
 
 @dataclass(frozen=True)
@@ -90,3 +92,34 @@ def millions(parameters: int) -> tuple[float, str]:
 def calibration_words(text: Mapping[str, Any]) -> str:
     """For a title; text: source and tokens."""
     return f"; calibration {text['source']}, {text['tokens']:,} tokens" if text else ""
+
+
+def paint_perplexity(
+    axis: Any,
+    points: Sequence[tuple[str, int, float]],
+    *,
+    labelled: Collection[int],
+    whole: bool,
+) -> None:
+    """Perplexity over parameters.
+
+    points: what went, the parameters left and the perplexity then; the dense model's first.
+    labelled: which of them are named. whole: every removal is there, not only the two ends.
+    """
+    scale, unit = millions(points[0][1])
+    sizes, scores = [size / scale for _, size, _ in points], [score for _, _, score in points]
+    axis.plot(sizes, scores, "o-" if whole else "o--", markersize=4)
+    for i, (name, _, _) in enumerate(points):
+        if i in labelled:
+            axis.annotate(
+                name, (sizes[i], scores[i]), xytext=(3, 5), textcoords="offset points", fontsize=7,
+                rotation=45,
+            )  # fmt: skip
+    if max(scores) > LOGARITHMIC * min(scores):
+        axis.set_yscale("log")
+    axis.margins(x=0.06, y=0.2)
+    axis.set_xlabel(f"parameters, {unit}", fontsize=8)
+    axis.set_ylabel("perplexity")
+    axis.tick_params(labelsize=8)
+    when = "after every removal" if whole else "before and after"
+    axis.set_title(f"perplexity on the calibration text {when}", fontsize=9)

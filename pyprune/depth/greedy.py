@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pyprune.calibration.tokens import TokenSet
+from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, Unit, parameter_count
 from pyprune.depth.config import StructureConfig
@@ -25,6 +25,8 @@ from pyprune.progress import Progress
 
 Mode = Literal["exact", "fast", "naive"]
 Compare = Literal["auto", "score", "rate"]
+# Halving begins with one of so many parts of the batches.
+PARTS = 4
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,22 @@ def rate(rise: float, cost: float) -> float:
     return rise / cost if cost > 0 else math.inf
 
 
+def in_parts(batches: Sequence[Batch]) -> list[Batch]:
+    """The batches, cut into smaller ones where they are fewer than `PARTS`: all sequences in one
+    batch would leave halving nothing to halve."""
+    if len(batches) >= PARTS:
+        return list(batches)
+    parts = -(-PARTS // len(batches))
+    found = []
+    for batch in batches:
+        ids, mask = batch.input_ids, batch.attention_mask
+        rows = -(-len(ids) // parts)
+        for at in range(0, len(ids), rows):
+            some = slice(at, at + rows)
+            found.append(Batch(ids[some], None if mask is None else mask[some]))
+    return found
+
+
 @dataclass
 class _Found:
     """The winner of a round, and how it was found."""
@@ -133,9 +151,13 @@ class Greedy:
         if self.shares is None:
             self.budget = Budget.of(self.graph, self.config, self.units, self.tokens.batches[0])
             batches, every = self.tokens.batches, self.options.every
+            if self.options.mode == "fast":
+                batches = in_parts(batches)
             self.scorer = Scorer(self.graph, batches, self.objective, every)
             memory = self.options.memory_mb << 20
-            self.walk = WalkDown(self.graph, self.scorer, memory, self.options.width)
+            self.walk = WalkDown(
+                self.graph, self.scorer, memory, self.options.width, len(self.units)
+            )
         else:
             other = self.shares
             self.budget, self.scorer, self.walk = other.budget, other.scorer, other.walk
@@ -315,7 +337,7 @@ class Greedy:
     def _halving(self, left: Sequence[Unit]) -> tuple[int, dict[str, float]]:
         """Costs of all candidates; those that reached the last stage were seen on everything."""
         total = len(self.scorer.batches)
-        units, batches, evaluations = list(left), max(1, total // 4), 0
+        units, batches, evaluations = list(left), max(1, total // PARTS), 0
         dense = self.score
         while True:
             self.score = self.walk.reference([], batches)
@@ -335,7 +357,7 @@ class Greedy:
     def _remove(self, unit: Unit) -> None:
         self.removed.append(unit)
         self.stale.pop(name_of(unit), None)
-        self.walk.forget_after(unit[0].position)
+        self.walk.accept(unit)
 
     def _step(self, found: _Found) -> Step:
         left = parameter_count(self.graph.model) - self.graph.removed_parameters(self._branches)

@@ -59,24 +59,25 @@ def real_tokens(state: Tensor, batch: Batch) -> Tensor:
     """[n, d] float32: the states of `batch` that are no padding. Raises UserError on NaN or
     infinity (the published code scores them as 0.5)."""
     if batch.attention_mask is None:
-        rows = state.flatten(0, 1)
-    else:
-        rows = state[batch.attention_mask.to(state.device) != 0]
-    rows = rows.float()
+        return _finite(state.flatten(0, 1))
+    return _finite(state[batch.attention_mask.to(state.device) != 0])
+
+
+def _finite(rows: Tensor) -> Tensor:
     if not rows.isfinite().all():
         raise UserError("the model's hidden states have NaN or infinite values on this text")
-    return rows
+    return rows.float()
 
 
 def last_tokens(state: Tensor, batch: Batch) -> Tensor:
-    """[B, d] float32: the states of each row's last real token."""
+    """[B, d] float32: the states of each row's last real token. Raises UserError on NaN or
+    infinity."""
     if batch.attention_mask is None:
-        return state[:, -1].float()
+        return _finite(state[:, -1])
     mask = batch.attention_mask.to(state.device) != 0
     places = torch.arange(mask.shape[1], device=state.device).expand_as(mask)
     last = places.masked_fill(~mask, -1).amax(1)
-    chosen: Tensor = state[last >= 0, last[last >= 0]]
-    return chosen.float()
+    return _finite(state[last >= 0, last[last >= 0]])
 
 
 def block_influence(adapter: Adapter, batches: Iterable[Batch]) -> Tensor:

@@ -13,6 +13,7 @@ from pyprune.depth.budget import Budget, parameter_count, units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Step, calibration_facts
 from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.hidden import real_tokens
 from pyprune.depth.registry import depth_method
 from pyprune.depth.score import Scorer
 from pyprune.errors import UserError
@@ -86,19 +87,19 @@ def llm_drop(
 def branch_similarity(
     graph: ResidualGraph, scorer: Scorer, removed: list[Branch]
 ) -> dict[Branch, float]:
-    """Mean over tokens of cos(stream before, stream after) of every branch that is left."""
+    """Mean over tokens of cos(stream before, stream after) of every branch that is left. Raises
+    UserError where the stream is NaN or infinite."""
     sums = {branch: 0.0 for branch in graph.branches if branch not in removed}
     tokens = 0
     for batch in scorer.batches:
-        mask = batch.attention_mask
-        real = torch.ones_like(batch.input_ids) if mask is None else mask
-        tokens += int(real.sum())
         state, context = graph.start(batch)
+        rows = real_tokens(state.total, batch).double()
+        tokens += len(rows)
         for branch in graph.branches:
             if branch in removed:
                 state = graph.skip(branch, state)
                 continue
-            before, state = state.total, graph.run(branch, state, context)
-            cosine = torch.cosine_similarity(before.double(), state.total.double(), dim=-1)
-            sums[branch] += float(cosine[real.bool()].sum())
+            state = graph.run(branch, state, context)
+            before, rows = rows, real_tokens(state.total, batch).double()
+            sums[branch] += float(torch.cosine_similarity(before, rows, dim=-1).sum())
     return {branch: value / tokens for branch, value in sums.items()}

@@ -16,13 +16,11 @@ from pyprune.pictures import (
     calibration_words,
     draw_panels,
     layer_axis,
-    millions,
+    paint_perplexity,
 )
 
 LABELS = {"attention": "attention", "mlp": "MLP", "layer": "layer"}
 KEPT, FRAME = "#e9e9e9", "#d62728"
-# A logarithmic axis where the largest value is so many times the least.
-LOGARITHMIC = 20.0
 # Bars longer than so many times this quantile of all are cut off.
 CUT, QUANTILE = 1.5, 0.85
 Points = Sequence[tuple[int, float]]
@@ -153,21 +151,8 @@ def _scores(decision: Decision, kind: str) -> list[tuple[int, float | None]]:
 
 
 def _curve(axis: Any, decision: Decision, curve: Points) -> None:
-    scale, unit = millions(curve[0][0])
-    sizes, scores = [size / scale for size, _ in curve], [score for _, score in curve]
     # Of a method that changed weights there are only the two ends.
     whole = len(curve) == len(decision.steps) + 1
-    axis.plot(sizes, scores, "o-" if whole else "o--", markersize=4)
     names = [name_of(step.unit) for step in decision.steps] if whole else ["pruned"]
-    for x, y, name in zip(sizes, scores, ["dense", *names], strict=True):
-        axis.annotate(
-            name, (x, y), xytext=(3, 5), textcoords="offset points", fontsize=7, rotation=45
-        )  # fmt: skip
-    if max(scores) > LOGARITHMIC * min(scores):
-        axis.set_yscale("log")
-    axis.margins(x=0.06, y=0.2)
-    axis.set_xlabel(f"parameters, {unit}", fontsize=8)
-    axis.set_ylabel("perplexity")
-    axis.tick_params(labelsize=8)
-    when = "after every removal" if whole else "before and after"
-    axis.set_title(f"perplexity on the calibration text {when}", fontsize=9)
+    points = [(name, *point) for name, point in zip(["dense", *names], curve, strict=True)]
+    paint_perplexity(axis, points, labelled=range(len(points)), whole=whole)

@@ -7,8 +7,6 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import TokenSet
@@ -20,7 +18,7 @@ from pyprune.depth.plot import draw
 from pyprune.depth.registry import DEPTH_METHODS, run_search
 from pyprune.depth.repack import repack
 from pyprune.depth.report import StructureReport
-from pyprune.depth.score import Scorer
+from pyprune.depth.score import perplexities
 from pyprune.families import Family, Run
 from pyprune.measure import Measure
 from pyprune.models.adapter import Adapter
@@ -78,7 +76,7 @@ def _prune(
         tokens = configured_tokens(data, config.calibration, model.config)
     before = parameter_count(model)
     with evaluation(model):
-        dense = _perplexities(model, adapter, tokens, [[]]) if curve else []
+        dense = perplexities(ResidualGraph(model, adapter), tokens.batches) if curve else []
         with measure.phase("search"):
             decision = run_search(model, adapter, tokens, config, progress)
         decision = replace(decision, model=model_name(model))
@@ -171,24 +169,8 @@ def _curve(
     if not decision.transforms:
         ends = list(accumulate(len(step.unit) for step in steps))
         prefixes = [decision.removed[:end] for end in ends]
-    scores = [*dense, *_perplexities(model, adapter, tokens, prefixes)]
+    scores = [*dense, *perplexities(ResidualGraph(model, adapter), tokens.batches, prefixes)]
     return tuple(zip(sizes, scores, strict=True))
-
-
-def _perplexities(
-    model: Any, adapter: Adapter, tokens: TokenSet, removals: list[list[Branch]]
-) -> list[float]:
-    graph = ResidualGraph(model, adapter)
-    scorer = Scorer(graph, tokens.batches)
-    found = []
-    for removed in removals:
-        rows = []
-        with torch.no_grad():
-            for i, batch in enumerate(scorer.batches):
-                state, context = graph.start(batch)
-                rows.append(scorer.rows(i, graph.run_from(0, state, context, removed)))
-        found += scorer.total(rows)
-    return found
 
 
 def _run(run: Run) -> StructureReport:

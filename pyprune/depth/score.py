@@ -147,3 +147,21 @@ class Scorer:
         if self.objective == "kl":
             return mean
         return math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
+
+
+@torch.no_grad()
+def perplexities(
+    graph: ResidualGraph,
+    batches: Sequence[Batch],
+    removals: Sequence[Collection[Branch]] = ((),),
+) -> list[float]:
+    """Perplexity (see `Scorer`) of the model without each of `removals`."""
+    scorer = Scorer(graph, batches)
+    found = []
+    for removed in removals:
+        rows = []
+        for i, batch in enumerate(scorer.batches):
+            state, context = graph.start(batch)
+            rows.append(scorer.rows(i, graph.run_from(0, state, context, removed)))
+        found += scorer.total(rows)
+    return found

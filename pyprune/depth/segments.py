@@ -82,7 +82,8 @@ def group_count(losses: list[float]) -> int:
 def segment_order(importance: Tensor, starts: list[int]) -> list[int]:
     """Layers in the order of removal: each time one of the segment that has kept the largest share
     of its layers, the least important one in it; a segment's last layer goes only after all others
-    have one left. Ties by the lower index. A permutation of 0..L-1."""
+    have one left. Of segments that have kept equal shares (at first: all of them) the one whose
+    layer matters least; ties by the lower index. A permutation of 0..L-1."""
     layers = len(importance)
     ends = [*starts[1:], layers]
     sizes = [b - a for a, b in zip(starts, ends, strict=True)]
@@ -94,7 +95,12 @@ def segment_order(importance: Tensor, starts: list[int]) -> list[int]:
     while len(order) < layers:
         group = max(
             (g for g in range(len(left)) if left[g]),
-            key=lambda g: (len(left[g]) > 1, len(left[g]) / sizes[g], -g),
+            key=lambda g: (
+                len(left[g]) > 1,
+                len(left[g]) / sizes[g],
+                -float(importance[left[g][-1]]),
+                -g,
+            ),
         )
         order.append(left[group].pop())
     return order

@@ -12,6 +12,7 @@ the next sweep goes on with them from there.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from pyprune.depth.score import Scorer
 # Positions at which a sweep keeps its streams for the next one, at most.
 CHECKPOINTS = 16
 Tick = Callable[[int, int], None]
+Change = Callable[[Branch], AbstractContextManager[object]]
 REFERENCE: Unit = ()  # the stream that skips nothing
 
 
@@ -33,14 +35,25 @@ class WalkDown:
     reference comes first; if it does not fit, only every s-th position is kept. What is left of it
     says at how many positions streams are kept. Where live streams do not fit, the candidates go in
     groups, each from the reference's state where the last one ended: the same work, weights read
-    more often. width: streams that run through a branch at once. tick: told how
-    many batches of how many a sweep is through with.
+    more often. width: streams that run through a branch at once. units: candidates that there are
+    at most; None: one a branch. change: within `change(branch)`
+    the model's branch is what a candidate makes of it; None: candidates leave theirs out. tick:
+    told how many batches of how many a sweep is through with.
     """
 
-    def __init__(self, graph: ResidualGraph, scorer: Scorer, memory: int, width: int) -> None:
+    def __init__(
+        self,
+        graph: ResidualGraph,
+        scorer: Scorer,
+        memory: int,
+        width: int,
+        units: int | None = None,
+        change: Change | None = None,
+    ) -> None:
         self.graph = graph
         self.scorer = scorer
         self.width = width
+        self.change = change
         parameter = next(iter(graph.model.parameters()))
         config = graph.model.config.get_text_config()
         # A state is two tensors before the MLP of a parallel layer.
@@ -51,8 +64,10 @@ class WalkDown:
         whole = branches * sum(tokens) * size  # a state of all batches at every position
         self._room = [max(1, memory // 2 // (n * size)) for n in tokens]
         self.stride = -(-whole // cache)
-        # At a position there is a stream of each branch before it: half of them on average.
-        self.checkpoints = max(0, min(CHECKPOINTS, branches - 1, 2 * (cache - whole) // whole))
+        # At a position there is a stream of each candidate before it: half of them on average.
+        streams = whole * (branches if units is None else units) // (2 * branches)
+        fitting = (cache - whole) // max(1, streams)
+        self.checkpoints = max(0, min(CHECKPOINTS, branches - 1, fitting))
         step = branches / (self.checkpoints + 1)
         self._kept_at = {round(k * step) for k in range(1, self.checkpoints + 1)}
         self._cache: list[dict[int, State]] = [{} for _ in tokens]
@@ -62,11 +77,19 @@ class WalkDown:
         self.tick: Tick = lambda done, total: None
 
     def forget_after(self, position: int) -> None:
-        """The branch at `position` has been removed: cached states behind it are no longer true,
-        and its own streams no longer needed."""
+        """The branch at `position` is no longer what it was: cached states behind it are no longer
+        true."""
         for states in [*self._cache, *(s for unit in self._streams for s in unit.values())]:
             for at in [at for at in states if at > position]:
                 del states[at]
+
+    def accept(self, unit: Unit) -> None:
+        """What `unit` stands for has been done: the reference is from now on what its streams were
+        in the last sweep, as far as they were kept."""
+        own = [streams.pop(unit, {}) for streams in self._streams]
+        self.forget_after(unit[0].position)
+        for cache, states in zip(self._cache, own, strict=True):
+            cache |= states
 
     def forget_streams(self) -> None:
         """Other units will be asked for from now on: room for theirs."""
@@ -168,11 +191,23 @@ class WalkDown:
     ) -> dict[Unit, State]:
         """All streams after `branch`: those that it is left out of, and those that it ran on."""
         gone = branch in removed
-        out = [unit for unit in live if gone != (branch in unit)]
-        through = [unit for unit in live if gone == (branch in unit)]
-        after = {unit: self.graph.skip(branch, live[unit]) for unit in out}
-        after |= dict(zip(through, self._ran(i, branch, [live[u] for u in through]), strict=True))
+        own = {unit: live[unit] for unit in live if branch in unit}
+        others = {unit: live[unit] for unit in live if branch not in unit}
+        after = self._each(i, branch, others, not gone)
+        if own and self.change is not None:
+            with self.change(branch):
+                after |= self._each(i, branch, own, True)
+        else:
+            after |= self._each(i, branch, own, gone)
         return {unit: after[unit] for unit in live}
+
+    def _each(
+        self, i: int, branch: Branch, streams: Mapping[Unit, State], through: bool
+    ) -> dict[Unit, State]:
+        """Streams after `branch`, which ran on them or (not `through`) was left out."""
+        if not through:
+            return {unit: self.graph.skip(branch, state) for unit, state in streams.items()}
+        return dict(zip(streams, self._ran(i, branch, [*streams.values()]), strict=True))
 
     def _ran(self, i: int, branch: Branch, streams: list[State]) -> list[State]:
         rows = len(self.scorer.batches[i].input_ids)

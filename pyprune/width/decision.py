@@ -28,6 +28,9 @@ class WidthDecision:
         cannot say it; zeroed: group -> units that are zeros but still there; notes say why.
     calibration: source, sha256, tokens, seqlen, sequences. config: `WidthConfig.to_dict`.
     transforms: what else the method did to the kept weights.
+    curve: (what went, parameters left without zeros, perplexity on the calibration text): the dense
+        model, then every step of a method that goes by perplexity, or "pruned" where both ends were
+        measured; empty where nothing was.
     """
 
     method: str
@@ -45,6 +48,7 @@ class WidthDecision:
     branches: tuple[str, ...] = ()
     importance: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     objective: str = ""
+    curve: tuple[tuple[str, int, float], ...] = ()
 
     def kept(self) -> dict[str, Tensor]:
         """What `Widths.mask` and `cut` take: repeats the removal on a dense model."""
@@ -68,6 +72,7 @@ class WidthDecision:
             for key in ("parameters", "notes", "transforms"):
                 given[key] = tuple(given[key])
             given["branches"] = tuple(given.get("branches", ()))
+            given["curve"] = tuple(tuple(point) for point in given.get("curve", ()))
             for key in ("groups", "importance"):
                 given[key] = {name: tuple(v) for name, v in given.get(key, {}).items()}
             return cls(**given)

@@ -110,7 +110,7 @@ def flap_scores(group: Group, variance: Tensor) -> Tensor:
         metric = metric.square()
     spread = metric.std() if len(metric) > 1 else metric.new_zeros(())
     centred = metric - metric.mean()
-    standard = centred / spread if bool(spread > 0) else torch.zeros_like(metric)
+    standard = torch.zeros_like(metric) if bool(spread == 0) else centred / spread
     return group.per_unit(standard).mean(dim=1)
 
 

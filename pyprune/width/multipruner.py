@@ -7,11 +7,11 @@ least L1 norm go first, so that a width says which units are left.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any, Literal
 
 import torch
@@ -19,10 +19,12 @@ from torch import Tensor
 
 from pyprune.calibration.tokens import TokenSet
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.graph import Branch, Context, ResidualGraph, State
+from pyprune.depth.decision import Decision
+from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.registry import run_search
 from pyprune.depth.repack import repack
 from pyprune.depth.score import Scorer
+from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
 from pyprune.progress import Progress
 from pyprune.width.apply import remove
@@ -32,6 +34,9 @@ from pyprune.width.registry import width_method
 from pyprune.width.structure import Group, Widths
 
 MEGABYTE = 1 << 20
+WIDTH = 4  # streams that run through a branch at once
+# Of what is removed as branches and as KV groups, without and with grouped queries.
+PAPER_SHARES = {False: (0.44, 0.04), True: (0.3, 0.0)}
 _WORDS = {"mlp": "channels", "heads": "KV groups"}
 Module = tuple[Group, ...]  # all groups of one branch: one, or one per expert
 
@@ -39,29 +44,39 @@ Module = tuple[Group, ...]  # all groups of one branch: one, or one per expert
 @dataclass(frozen=True)
 class MultiPrunerOptions:
     """blocks, heads: the shares of what is removed that go as whole branches and as KV groups; the
-    rest goes as channels (paper: 0.44 and 0.04, with grouped queries 0.3 and 0). steps: into which
-    each MLP's channels are divided. mode: exact (everything is scored at every step, also in the
-    search for branches) or fast (lazily: only what was best when last scored). memory_mb: for
-    cached hidden states.
+    rest goes as channels. None: the paper's, 0.44 and 0.04, with grouped queries 0.3 and 0. steps:
+    into which each MLP's channels are divided. mode: exact (everything is scored at every step,
+    also in the search for branches) or fast (lazily: only what was best when last scored). every:
+    score each n-th token (1: all, as published); the head and its loss are half of the time of a
+    small model's scores. memory_mb: for cached hidden states and live streams.
     """
 
-    blocks: float = 0.44
-    heads: float = 0.04
+    blocks: float | None = None
+    heads: float | None = None
     steps: int = 10
     mode: Literal["exact", "fast"] = "fast"
+    every: int = 2
     memory_mb: int = 2048
 
     def __post_init__(self) -> None:
-        if not (self.blocks >= 0 and self.heads >= 0 and self.blocks + self.heads <= 1):
-            raise UserError(
-                "options: expected shares blocks and heads of 0 or more and at most 1 together, "
-                f"got {self.blocks} and {self.heads}"
-            )
-        if self.steps < 2 or self.memory_mb < 1:
-            raise UserError(
-                f"options: expected 2 steps or more and 1 MB or more, got {self.steps} and "
-                f"{self.memory_mb}"
-            )
+        for grouped in (False, True):
+            blocks, heads = self.shares(grouped)
+            if not (blocks >= 0 and heads >= 0 and blocks + heads <= 1):
+                raise UserError(
+                    "options: expected shares blocks and heads of 0 or more and at most 1 "
+                    f"together, got {blocks} and {heads}"
+                )
+        for name, least in (("steps", 2), ("every", 1), ("memory_mb", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+
+    def shares(self, grouped: bool) -> tuple[float, float]:
+        """`blocks` and `heads` of a model. grouped: whether several query heads share a key."""
+        blocks, heads = PAPER_SHARES[grouped]
+        return (
+            blocks if self.blocks is None else self.blocks,
+            heads if self.heads is None else self.heads,
+        )
 
 
 @width_method(
@@ -83,11 +98,15 @@ def multipruner(
     widths = Widths.of(model)
     graph = ResidualGraph(model, widths.adapter)
     graph.check()
-    removed = _branches(graph, tokens, config, options, progress)
+    kv_groups = widths.of_kind("heads")
+    blocks, share = options.shares(any(g.fields["num_attention_heads"] > 1 for g in kv_groups))
+    found = _branches(graph, tokens, config, blocks, progress)
+    removed = [] if found is None else found.removed
     search = WidthSearch(graph, widths, tokens, removed, options, progress)
     gone = graph.removed_parameters(removed)
     norms = {group.name: norm_of_rows(group) for group in widths.groups}
-    heads = int(target * options.heads) if widths.of_kind("heads") else 0
+    curve = _curve(found, dense, search.perplexity)
+    heads = int(target * share) if kv_groups else 0
     gone += search.remove("mlp", math.ceil(target) - gone - heads)
     if heads:
         gone += search.remove("heads", math.ceil(target) - gone)
@@ -97,7 +116,9 @@ def multipruner(
         tokens=tokens,
         config=config,
         dense_parameters=dense,
-        transforms=[{"steps": [list(step) for step in search.log]}],
+        transforms=[
+            {"steps": [list(step) for step in search.log], "evaluations": search.evaluations}
+        ],
         scores=norms,
         objective="L1 norm",
     )
@@ -116,28 +137,50 @@ def multipruner(
         zeroed={k: v for k, v in decision.zeroed.items() if k not in whole},
         parameters=(dense, after),
         wanted=dense - gone,
+        curve=(*curve, *search.curve(curve[-1][1])),
         notes=(*decision.notes, *filter(None, [packing.reason])),
     )
+
+
+def _curve(found: Decision | None, dense: int, perplexity: float) -> list[tuple[str, int, float]]:
+    """See `WidthDecision.curve`: up to the last branch; perplexity: of the dense model where no
+    branch went."""
+    if found is None:
+        return [("dense", dense, perplexity)]
+    assert found.dense is not None
+    points = [("dense", dense, found.dense)]
+    for step in found.steps:
+        assert step.parameters is not None and step.score is not None  # of a search over rounds
+        points.append((str(step.unit[0]), step.parameters, step.score))
+    return points
 
 
 def _branches(
     graph: ResidualGraph,
     tokens: TokenSet,
     config: WidthConfig,
-    options: MultiPrunerOptions,
+    blocks: float,
     progress: Progress | None,
-) -> list[Branch]:
-    """The branches that BlockPruner removes, in order; greedily, as the widths after them."""
-    if not options.blocks:
-        return []
-    given = {"mode": options.mode, "memory_mb": options.memory_mb, "refine": "none"}
+) -> Decision | None:
+    """BlockPruner's: greedily, as the widths after them, and in mode fast without audits; None
+    where no branches are wanted."""
+    if not blocks:
+        return None
+    options: MultiPrunerOptions = config.own_options()
+    given = {name: getattr(options, name) for name in ("mode", "every", "memory_mb")}
+    given |= {"refine": "none", "audit_every": 0}
     wanted = StructureConfig(
         "blockpruner",
-        ratio=config.ratio * options.blocks,
+        ratio=config.ratio * blocks,
         method_options=given,
         calibration=config.calibration,
     )
-    return run_search(graph.model, graph.adapter, tokens, wanted, progress).removed
+    try:
+        return run_search(graph.model, graph.adapter, tokens, wanted, progress)
+    except UserError as error:
+        raise UserError(
+            f"ratio {config.ratio:g}, of which blocks={blocks:g} as branches: {error}"
+        ) from error
 
 
 class WidthSearch:
@@ -145,6 +188,8 @@ class WidthSearch:
 
     Attributes:
         log: (module, units left, perplexity) of every step, in order.
+        perplexity: with what is left.
+        evaluations: of candidates so far.
     """
 
     def __init__(
@@ -156,19 +201,22 @@ class WidthSearch:
         options: MultiPrunerOptions,
         progress: Progress | None = None,
     ) -> None:
-        self._graph = graph
         self._removed = frozenset(removed)
         self._options = options
         self._progress = progress
-        self._scorer = Scorer(graph, tokens.batches)
         self._modules = _modules(widths)
         self._order = {group.name: _by_norm(group) for group in widths.groups}
         self._left = {group.name: group.units for group in widths.groups}
+        self._scorer = Scorer(graph, tokens.batches, every=options.every)
+        memory = options.memory_mb * MEGABYTE
+        most = max(len(self._candidates(kind)) for kind in _WORDS)
+        self._walk = WalkDown(graph, self._scorer, memory, WIDTH, most, self._narrower)
+        self.perplexity = self._walk.reference(self._removed)
+        # Of each module's next step: perplexity when last seen.
+        self._seen: dict[Branch, float] = {}
         self.log: list[tuple[str, int, float]] = []
-        self._cache: list[dict[int, State]] = []
-        self._contexts: list[Context] = []
-        self._stride = 1
-        self._fill(0)
+        self._gone: list[int] = []  # parameters, in every step
+        self.evaluations = 0
 
     def groups(self, branch: Branch) -> Module:
         """What of the branch has units; nothing if its family has none."""
@@ -183,34 +231,36 @@ class WidthSearch:
                 found[group.name] = self._order[group.name][:left].sort().values
         return found
 
+    def curve(self, before: int) -> list[tuple[str, int, float]]:
+        """See `WidthDecision.curve`; before: parameters before the first step."""
+        sizes = accumulate(self._gone, lambda left, gone: left - gone, initial=before)
+        next(sizes)
+        return [
+            (f"{name}: {left} left", size, score)
+            for (name, left, score), size in zip(self.log, sizes, strict=True)
+        ]
+
     def remove(self, kind: Literal["mlp", "heads"], parameters: int) -> int:
         """Narrows modules of a kind until at least `parameters` are gone; returns how many are.
 
         Raises UserError: there is not that much to remove while each keeps a step.
         """
-        gone = step = 0
-        by_position = {branch.position: branch for branch in self._modules}
-        # Score, position of the branch, the step at which it was scored. An old score is taken for
-        # a bound of the new one (damage grows with what is gone already); none is below all.
-        queue = [(-math.inf, branch.position, -1) for branch in self._candidates(kind)]
+        gone = 0
+        self._seen = {}
+        self._walk.forget_streams()
         while gone < parameters:
-            if not queue:
+            left = self._candidates(kind)
+            if not left:
                 raise UserError(
                     f"ratio: expected {_WORDS[kind]} that still can go, "
                     f"{parameters - gone:,} parameters are missing"
                 )
-            score, position, scored = heapq.heappop(queue)
-            branch = by_position[position]
-            if scored != step:
-                heapq.heappush(queue, (self._score(branch), position, step))
-                continue
-            gone += self._accept(branch, score)
-            step += 1
-            if self._next(branch) is not None:
-                queue.append((-math.inf, position, -1))
-            if self._options.mode == "exact":
-                queue = [(-math.inf, at, -1) for _, at, _ in queue]
-            heapq.heapify(queue)
+            scores = self._lazily(left) if self._options.mode == "fast" else self._scores(left)
+            # The first of equals; a score that is no number is never best.
+            branch = min(scores, key=lambda b: (_or_inf(scores[b]), b.position))
+            if math.isnan(scores[branch]):
+                raise UserError("calibration: every step gives NaN; expected finite scores")
+            gone += self._accept(branch, scores[branch])
             if self._progress is not None:
                 self._progress(f"{branch} narrowed", gone, parameters)
         return gone
@@ -236,18 +286,25 @@ class WidthSearch:
             found.append((group, self._left[group.name] - step))
         return found if all(left >= 1 for _, left in found) else None
 
-    def _score(self, branch: Branch) -> float:
-        """Perplexity with the branch one step narrower."""
-        narrower = self._next(branch)
-        assert narrower is not None
-        with _without(self._going(narrower)):
-            start = branch.position // self._stride * self._stride
-            rows = []
-            for i, context in enumerate(self._contexts):
-                state = self._cache[i][start]
-                hidden = self._graph.run_from(start, state, context, self._removed)
-                rows.append(self._scorer.rows(i, hidden))
-        return self._scorer.total(rows)[0]
+    def _scores(self, branches: Sequence[Branch]) -> dict[Branch, float]:
+        """Perplexity with each of `branches` one step narrower."""
+        self.evaluations += len(branches)
+        scores = self._walk.score([(branch,) for branch in branches], self._removed)
+        found = dict(zip(branches, scores, strict=True))
+        self._seen |= {branch: _or_inf(score) for branch, score in found.items()}
+        return found
+
+    def _lazily(self, left: Sequence[Branch]) -> dict[Branch, float]:
+        """Looks at the steps after which perplexity was least when last seen, until none is left
+        that may be better. Perplexity mostly grows as more is removed, so an old one is a bound
+        from below."""
+        new = [branch for branch in left if branch not in self._seen]
+        seen = self._scores(new) if new else {}
+        while True:
+            best = min(left, key=lambda b: (self._seen[b], b.position))
+            if best in seen:
+                return seen
+            seen |= self._scores([best])
 
     def _accept(self, branch: Branch, score: float) -> int:
         """Narrows the branch for good; returns the parameters that this removes."""
@@ -260,7 +317,10 @@ class WidthSearch:
         for group, left in narrower:
             self._left[group.name] = left
         self.log.append((str(branch), narrower[0][1], score))
-        self._fill(branch.position + 1)
+        self._gone.append(gone)
+        self._walk.accept((branch,))
+        del self._seen[branch]  # its next step is another one
+        self.perplexity = score
         return gone
 
     def _going(self, narrower: Sequence[tuple[Group, int]]) -> list[tuple[Group, Tensor]]:
@@ -269,26 +329,22 @@ class WidthSearch:
             for group, left in narrower
         ]
 
-    def _fill(self, position: int) -> None:
-        """Recomputes the cached states from `position` on."""
-        if not self._contexts:
-            for batch in self._scorer.batches:
-                state, context = self._graph.start(batch)
-                self._cache.append({0: state})
-                self._contexts.append(context)
-            size = sum(c[0].total.numel() * c[0].total.element_size() for c in self._cache)
-            fitting = max(1, self._options.memory_mb * MEGABYTE // size)
-            self._stride = -(-len(self._graph.branches) // fitting)
-        start = max(0, position - 1) // self._stride * self._stride
-        for cached, context in zip(self._cache, self._contexts, strict=True):
-            state = cached[start]
-            for branch in self._graph.branches[start:]:
-                if branch.position % self._stride == 0:
-                    cached[branch.position] = state
-                if branch in self._removed:
-                    state = self._graph.skip(branch, state)
-                else:
-                    state = self._graph.run(branch, state, context)
+    @contextmanager
+    def _narrower(self, branch: Branch) -> Iterator[None]:
+        """Within it the units of the branch's next step write nothing."""
+        narrower = self._next(branch)
+        assert narrower is not None
+        going = self._going(narrower)
+        held = [
+            (group.slices[-1].tensor(), group.slices[-1].tensor().clone()) for group, _ in going
+        ]
+        try:
+            for group, units in going:
+                group.slices[-1].zero(units)
+            yield
+        finally:
+            for live, copy in held:
+                live.copy_(copy)
 
 
 def _modules(widths: Widths) -> dict[Branch, Module]:
@@ -313,14 +369,5 @@ def _by_norm(group: Group) -> Tensor:
     return norm_of_rows(group).sort(descending=True, stable=True).indices
 
 
-@contextmanager
-def _without(units: Sequence[tuple[Group, Tensor]]) -> Iterator[None]:
-    """Within it the units write nothing."""
-    held = [(group.slices[-1].tensor(), group.slices[-1].tensor().clone()) for group, _ in units]
-    try:
-        for group, gone in units:
-            group.slices[-1].zero(gone)
-        yield
-    finally:
-        for live, copy in held:
-            live.copy_(copy)
+def _or_inf(value: float) -> float:
+    return math.inf if math.isnan(value) else value

@@ -10,19 +10,19 @@ from typing import Any
 
 from pyprune.pictures import (
     COLOURS,
+    LOGARITHMIC,
     Panel,
     calibration_words,
     draw_panels,
     layer_axis,
     millions,
+    paint_perplexity,
 )
 from pyprune.width.decision import WidthDecision
 
 # Kind of group -> its colour, how it is called, and how a whole branch of it is.
 KINDS = {"heads": ("attention", "KV groups", "A"), "mlp": ("mlp", "MLP channels", "M")}
 ZEROS = "#d9d9d9"
-# A logarithmic axis where the largest value is so many times the least.
-LOGARITHMIC = 20.0
 # Share of what belongs to no unit that is left at least, if only whole units went: norms of whole
 # branches belong to none.
 WHOLE_UNITS = 0.95
@@ -31,8 +31,8 @@ GONE = "#b0b0b0"
 
 def draw(model: str, decision: WidthDecision, path: Path) -> list[Path]:
     """Writes kept.png (share of units left in every layer), importance-heads.png and
-    importance-mlp.png (scores of units, by layer; of methods that have some) and parameters.png;
-    see `pyprune.pictures.draw_panels`."""
+    importance-mlp.png (scores of units, by layer; of methods that have some), parameters.png and,
+    where the decision has a curve, perplexity.png; see `pyprune.pictures.draw_panels`."""
     layers = 1 + max((layer for _, layer, _ in decision.groups.values()), default=0)
     panels = []
     if decision.groups:
@@ -48,6 +48,8 @@ def draw(model: str, decision: WidthDecision, path: Path) -> list[Path]:
                 )
             )
     panels.append(Panel("parameters", 2.2, lambda axis: _parameters(axis, decision)))
+    if decision.curve:
+        panels.append(Panel("perplexity", 3.8, lambda axis: _curve(axis, decision)))
     return draw_panels(panels, _title(model, decision), layers, path)
 
 
@@ -196,3 +198,11 @@ def _parameters(axis: Any, decision: WidthDecision) -> None:
         f"{after / before:.1%} of them",
         fontsize=9,
     )
+
+
+def _curve(axis: Any, decision: WidthDecision) -> None:
+    """Branches are named where they went; steps of width are too many."""
+    named = {"dense", "pruned", *decision.branches}
+    labelled = [i for i, (name, _, _) in enumerate(decision.curve) if name in named]
+    whole = decision.curve[-1][0] != "pruned"
+    paint_perplexity(axis, decision.curve, labelled=labelled, whole=whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,12 @@ from rich.table import Table
 
 from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.coroutine import evaluation
+from pyprune.calibration.tokens import TokenSet
+from pyprune.depth.graph import ResidualGraph
+from pyprune.depth.score import perplexities
 from pyprune.families import Family, Run
 from pyprune.measure import Measure
+from pyprune.models.adapter import Adapter
 from pyprune.pictures import check_pictures
 from pyprune.progress import Progress
 from pyprune.registry import HEADERS, MethodRow
@@ -91,6 +96,7 @@ def prune_width(
     progress: Progress | None = None,
     *,
     state: str | Path | None = None,
+    curve: bool = False,
 ) -> WidthReport:
     """Removes channels and heads from a transformers model in memory, in place.
 
@@ -103,6 +109,7 @@ def prune_width(
         state: for a method in shots, a directory for what an interrupted run needs to go on after
             its last shot. Given again, with the model as it was before pruning, the run ends with
             the same bytes.
+        curve: whether to measure perplexity before and after, see `WidthDecision.curve`.
 
     Returns:
         The report. `model` is an ordinary, narrower model of its class: it saves, loads and
@@ -113,7 +120,7 @@ def prune_width(
             been changed then.
     """
     check_in_memory(config)
-    return _prune(model, tokenizer_or_batches, config, progress, Measure(), state)
+    return _prune(model, tokenizer_or_batches, config, progress, Measure(), state, curve)
 
 
 def _prune(
@@ -123,13 +130,25 @@ def _prune(
     progress: Progress | None,
     measure: Measure,
     state: str | Path | None,
+    curve: bool,
 ) -> WidthReport:
     with measure.phase("tokens"):
         tokens = configured_tokens(data, config.calibration, model.config)
-    with evaluation(model), measure.phase("prune"):
-        decision = run_width(model, tokens, config, progress, state)
+    with evaluation(model):
+        before = _perplexity(model, tokens) if curve else math.nan
+        with measure.phase("prune"):
+            decision = run_width(model, tokens, config, progress, state)
+        if curve and not decision.curve:
+            with measure.phase("curve"):
+                after = _perplexity(model, tokens)
+            ends = ("dense", decision.parameters[0], before), ("pruned", decision.wanted, after)
+            decision = replace(decision, curve=ends)
     run = RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes())
     return WidthReport(model_name(model), decision, versions=versions(), run=run)
+
+
+def _perplexity(model: Any, tokens: TokenSet) -> float:
+    return perplexities(ResidualGraph(model, Adapter.of(model)), tokens.batches)[0]
 
 
 def prune_width_checkpoint(
@@ -141,6 +160,7 @@ def prune_width_checkpoint(
     batches: object = None,
     state: str | Path | None = None,
     trust_remote_code: bool = False,
+    curve: bool = False,
 ) -> WidthReport:
     """`prune_width` from a checkpoint into a new directory, in the checkpoint's own dtype. The
     model is held in memory.
@@ -153,6 +173,7 @@ def prune_width_checkpoint(
         state: see `prune_width`.
         trust_remote_code: run the model code that comes with the checkpoint, if any; it is copied
             into `out` then.
+        curve: see `prune_width`.
 
     Returns:
         The report, which is in `out` as pyprune.json too.
@@ -163,7 +184,7 @@ def prune_width_checkpoint(
     """
 
     def prune(model: Any, data: object, measure: Measure) -> WidthReport:
-        return _prune(model, data, config, progress, measure, state)
+        return _prune(model, data, config, progress, measure, state, curve)
 
     return prune_loaded(
         source, out, config, prune, batches=batches, trust_remote_code=trust_remote_code
@@ -183,6 +204,7 @@ def _run(run: Run) -> WidthReport:
         run.bar.step,
         state=run.state,
         trust_remote_code=run.trust_remote_code,
+        curve=run.pictures is not None,
     )
     if run.pictures is not None:
         draw(report.model, report.decision, run.pictures)

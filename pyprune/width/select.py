@@ -138,13 +138,23 @@ def _first(last: int, holds: Callable[[int], bool]) -> int | None:
 
 
 def best(scores: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """The units of largest score, `sizes[group]` of each; ties: the lower index goes first."""
-    return {name: _largest(scores[name], size) for name, size in sizes.items()}
+    """The units of largest score, `sizes[group]` of each; ties: the lower index goes first. Raises
+    UserError where a score is NaN."""
+    found = {}
+    for name, size in sizes.items():
+        order = _numbers(name, scores[name]).sort(stable=True).indices
+        found[name] = order[len(order) - size :].sort().values
+    return found
 
 
-def _largest(scores: Tensor, size: int) -> Tensor:
-    order = scores.double().cpu().sort(stable=True).indices
-    return order[len(order) - size :].sort().values
+def _numbers(name: str, scores: Tensor) -> Tensor:
+    """Double, on the CPU."""
+    if scores.isnan().any():
+        raise UserError(
+            f"{name}: expected scores that are numbers, got NaN: its weights or its inputs on this "
+            "text are NaN or infinite"
+        )
+    return scores.double().cpu()
 
 
 def globally(
@@ -153,9 +163,9 @@ def globally(
     """Units of least score first, of all groups together, until `target` parameters are gone; one
     unit of each group stays. Ties go by group, then by index.
 
-    Raises UserError: more is asked for than can go.
+    Raises UserError: more is asked for than can go, or a score is NaN.
     """
-    flat = torch.cat([scores[group.name].double().cpu() for group in groups])
+    flat = torch.cat([_numbers(group.name, scores[group.name]) for group in groups])
     owner = torch.cat([torch.full((g.units,), i) for i, g in enumerate(groups)])
     index = torch.cat([torch.arange(group.units) for group in groups])
     stays = [torch.ones(group.units, dtype=torch.bool) for group in groups]
@@ -173,6 +183,13 @@ def globally(
     if gone < target:
         raise _too_much(widths, target, gone)
     return {g.name: s.nonzero()[:, 0] for g, s in zip(groups, stays, strict=True)}
+
+
+def check_reachable(widths: Widths, groups: Sequence[Group], target: int) -> None:
+    """Raises UserError unless `target` parameters can go while one unit of each group stays."""
+    most = sum(group.unit_parameters * (group.units - 1) for group in groups)
+    if most < target:
+        raise _too_much(widths, target, most)
 
 
 def _too_much(widths: Widths, target: int, most: int) -> UserError:

@@ -35,7 +35,14 @@ from pyprune.width.apply import remove
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.registry import width_method
-from pyprune.width.select import UnitOptions, best, globally, prunable, uniform_sizes
+from pyprune.width.select import (
+    UnitOptions,
+    best,
+    check_reachable,
+    globally,
+    prunable,
+    uniform_sizes,
+)
 from pyprune.width.structure import Group, Widths
 
 # Score of units that went in an earlier shot: below all costs.
@@ -101,12 +108,13 @@ def surgeon_width(
     dense = sum(p.numel() for p in model.parameters())
     widths = Widths.of(model)
     groups = prunable(widths, options.units)
+    target = math.ceil(config.ratio * dense)
+    check_reachable(widths, groups, target)  # not after the shots that are within reach
     saved = None if state is None else State(state, model, config, tokens)
     run = _Shots(widths, groups, tokens, options, config.calibration.seed, progress)
     if saved is not None:
         done = saved.load(run.tensors())
         run.done = done if done.shots else run.done
-    target = math.ceil(config.ratio * dense)
     for shot in range(run.done.shots + 1, options.shots + 1):
         run.shot(shot, math.ceil(target * shot / options.shots))
         if saved is not None:

@@ -153,3 +153,7 @@ def test_groups_and_order_within_segments():
     assert sorted(order) == list(range(6))
     assert order[:3] == [1, 4, 2]  # one of each segment with more than one, then the fuller
     assert sorted(order[3:]) == [0, 3, 5]
+    # Of equally full segments the one whose layer matters least, wherever it stands.
+    assert segment_order(torch.tensor([5.0, 4, 1, 2]), [0, 2]) == [2, 1, 3, 0]
+    assert segment_order(torch.tensor([9.0, 1, 5]), [0, 1, 2]) == [1, 2, 0]
+    assert segment_order(torch.ones(4), [0, 2]) == [0, 2, 1, 3]

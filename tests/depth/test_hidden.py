@@ -12,6 +12,7 @@ from pyprune.calibration.tokens import Batch
 from pyprune.depth.hidden import (
     angular_distances,
     block_influence,
+    last_tokens,
     real_tokens,
     token_states,
     visit_states,
@@ -99,5 +100,11 @@ def test_token_states():
 def test_not_finite_is_refused():
     state = torch.zeros(1, 2, 3)
     state[0, 1, 2] = float("nan")
-    with pytest.raises(UserError, match="NaN"):
-        real_tokens(state, Batch(torch.zeros(1, 2, dtype=torch.int64)))
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    for mask in (None, torch.ones_like(ids)):
+        for states_of_tokens in (real_tokens, last_tokens):
+            with pytest.raises(UserError, match="NaN"):
+                states_of_tokens(state, Batch(ids, mask))
+    padded = torch.tensor([[1, 0]])
+    assert real_tokens(state, Batch(ids, padded)).isfinite().all()
+    assert last_tokens(state, Batch(ids, padded)).isfinite().all()

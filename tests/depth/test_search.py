@@ -15,6 +15,7 @@ from pyprune.config import CalibrationConfig
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, load_decision
 from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.greedy import in_parts
 from pyprune.depth.registry import DEPTH_METHODS, run_search
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
@@ -62,8 +63,8 @@ def test_little_memory_changes_nothing(width, monkeypatch):
     roomy = search(model, config(count=4))
 
     class Tight(greedy.WalkDown):
-        def __init__(self, graph, scorer, memory, width):
-            super().__init__(graph, scorer, 20_000, width)
+        def __init__(self, graph, scorer, memory, width, units):
+            super().__init__(graph, scorer, 20_000, width, units)
             assert self.stride > 2 and self._room[0] == 3 and self.checkpoints == 0
 
     monkeypatch.setattr(greedy, "WalkDown", Tight)
@@ -93,7 +94,7 @@ def test_streams_go_on_where_they_were(family, method, mode, monkeypatch):
     for checkpoints, room in ((0, 99), (5, 99), (5, 3)):  # room: streams that live at once
         monkeypatch.setattr(walkdown, "CHECKPOINTS", checkpoints)
         monkeypatch.setattr(
-            walkdown.WalkDown, "_room", property(lambda _, n=room: [n, n], _ignore), raising=False
+            walkdown.WalkDown, "_room", property(lambda _, n=room: [n] * 4, _ignore), raising=False
         )
         ran.append(0)
         found.append(search(model, config(method, count=5, mode=mode)))
@@ -167,6 +168,29 @@ def test_fast_audited_every_round_is_exact_and_lazy_looks_at_less():
         assert step.score == pytest.approx(math.exp(sum(rows) / len(rows)), rel=1e-4)
 
 
+def test_halving_has_parts_to_halve_however_the_batches_are():
+    masks = torch.ones(8, 12, dtype=torch.int64)
+    for sizes, parts in (((8,), [2, 2, 2, 2]), ((3, 2), [2, 1, 1, 1]), ((1,), [1]),
+                         ((2, 2, 1, 1, 1), [2, 2, 1, 1, 1])):  # fmt: skip
+        data = [Batch(tiny_tokens(n, 12), masks[:n]) for n in sizes]
+        cut = in_parts(data)
+        assert [len(b.input_ids) for b in cut] == parts
+        assert [b.attention_mask.shape for b in cut] == [b.input_ids.shape for b in cut]
+        whole = [torch.cat([b.input_ids for b in of]) for of in (data, cut)]
+        assert torch.equal(*whole)
+    assert all(b.attention_mask is None for b in in_parts([Batch(tiny_tokens(8, 12))]))
+    model = model_of("llama", 6)
+    ids = tiny_tokens(8, 12)
+    one, four = (
+        search(model, config(count=1, mode="fast"), as_token_set(
+            list(ids.split(rows)), vocabulary=None, positions=None
+        ))
+        for rows in (8, 2)
+    )  # fmt: skip
+    assert one.evaluations == four.evaluations == 12 + 6 + 3
+    close(one, four)
+
+
 def test_modes_of_blocks_and_protection():
     model = model_of("llama", 4)
     only = search(model, config(blocks="attention", protect_first=1, protect_last=1, count=2))
@@ -214,6 +238,13 @@ def test_llm_drop_against_hooks():
     assert {b.kind for b in search(model, config("llm-drop", iterative=True)).removed} == {
         "attention"
     }
+
+
+def test_llm_drop_refuses_states_that_are_no_numbers():
+    model = model_of("llama")
+    model.model.layers[1].self_attn.o_proj.weight.data[2, 3] = math.nan
+    with pytest.raises(UserError, match="hidden states have NaN or infinite"):
+        search(model, config("llm-drop", count=1))
 
 
 @pytest.mark.parametrize("method", ["blockpruner", "sleb", "llm-drop"])

@@ -359,8 +359,23 @@ def test_what_cannot_be_asked_for():
         WidthConfig("flap", ratio=0.1, method_options={"strukture": "uniform"})
     with pytest.raises(UserError, match="ratio: expected at most"):
         run_width(llama(), token_set(), WidthConfig("wanda-sp", ratio=0.95))
+    for structure in ("uniform", "adaptive"):  # the whole request, not the first shot's share
+        config = WidthConfig(
+            "llm-surgeon-width", ratio=0.95, method_options={"structure": structure}
+        )
+        with pytest.raises(UserError, match=r"ratio: expected at most 0\..*, got 0.950"):
+            run_width(llama(), token_set(), config)
     with pytest.raises(UserError, match="units=stock"):
         prunable(Widths.of(tiny_model("bloom")), "stock")
+
+
+def test_weights_that_are_no_numbers_are_refused():
+    for method, options in (("wanda-sp", {}), ("flap", {}), ("flap", {"structure": "adaptive"})):
+        model = llama()
+        # Of the last layer: no later statistic sees it.
+        model.model.layers[-1].mlp.down_proj.weight.data[3, 5] = math.nan
+        with pytest.raises(UserError, match=r"mlp\.down_proj: expected scores that are numbers"):
+            run_width(model, token_set(), WidthConfig(method, ratio=0.2, method_options=options))
 
 
 def test_scores_of_wanda_sp():

@@ -1,5 +1,7 @@
 """MultiPruner: the search against a naive loop, and what is saved."""
 
+import math
+
 import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokens
@@ -11,7 +13,7 @@ from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.score import Scorer
 from pyprune.errors import UserError
 from pyprune.width.config import WidthConfig
-from pyprune.width.multipruner import MultiPrunerOptions, WidthSearch, _by_norm
+from pyprune.width.multipruner import PAPER_SHARES, MultiPrunerOptions, WidthSearch, _by_norm
 from pyprune.width.registry import run_width
 from pyprune.width.structure import Widths
 
@@ -68,22 +70,22 @@ def naive(model, tokens, removed, kind, parameters, steps):
     return log
 
 
-@pytest.mark.parametrize("states", [None, 3])
+@pytest.mark.parametrize("stride", [1, 3])
 @pytest.mark.parametrize("kind", ["mlp", "heads"])
-def test_exact_equals_a_naive_loop(kind, states, monkeypatch):
+def test_exact_equals_a_naive_loop(kind, stride, monkeypatch):
     tokens, removed = tokens_of(), [Branch("attention", 1), Branch("mlp", 2)]
     parameters = 9000 if kind == "mlp" else 4000
     expected = naive(model_of(), tokens, removed, kind, parameters, steps=4)
     model = model_of()
     graph = ResidualGraph.of(model)
     widths = Widths(model, graph.adapter, Widths.of(model).groups, {})
-    options = MultiPrunerOptions(steps=4, mode="exact", memory_mb=1)
-    if states:  # no more than so many of them fit
-        size = tokens.tokens * 32 * 4
-        monkeypatch.setattr("pyprune.width.multipruner.MEGABYTE", states * size)
+    options = MultiPrunerOptions(steps=4, mode="exact", memory_mb=1, every=1)
+    if stride > 1:  # half of the memory is for cached states
+        whole = len(graph.branches) * tokens.tokens * 32 * 4
+        monkeypatch.setattr("pyprune.width.multipruner.MEGABYTE", 2 * whole // stride)
     search = WidthSearch(graph, widths, tokens, removed, options)
     gone = search.remove(kind, parameters)
-    assert search._stride == (3 if states else 1)
+    assert search._walk.stride == stride and bool(search._walk.checkpoints) == (stride == 1)
     names = {g.name: str(b) for b, module in search._modules.items() for g in module}
     assert [(a, b) for a, b, _ in search.log] == [(names[a], b) for a, b, _ in expected]
     for (_, _, got), (_, _, want) in zip(search.log, expected, strict=True):
@@ -91,25 +93,65 @@ def test_exact_equals_a_naive_loop(kind, states, monkeypatch):
     assert gone >= parameters
 
 
+def searched(model, tokens, removed=(), kind="mlp", parameters=12000, **options):
+    graph = ResidualGraph.of(model)
+    widths = Widths(model, graph.adapter, Widths.of(model).groups, {})
+    search = WidthSearch(
+        graph, widths, tokens, removed, MultiPrunerOptions(**{"every": 1, **options})
+    )
+    search.remove(kind, parameters)
+    return search
+
+
 def test_fast_scores_less_and_agrees_at_first():
-    tokens = tokens_of()
-    logs, counts = {}, {}
-    for mode in ("exact", "fast"):
+    tokens = as_token_set([tiny_tokens(4, 12)], vocabulary=64, positions=128)
+    exact = searched(model_of(), tokens, mode="exact")
+    fast = searched(model_of(), tokens, mode="fast")
+    assert fast.log[0][:2] == exact.log[0][:2] and len(fast.log) == len(exact.log)
+    assert fast.evaluations < 0.7 * exact.evaluations
+    assert exact.evaluations == 4 * len(exact.log)  # no module has come to its end
+    assert searched(model_of(), tokens, mode="fast", parameters=1).evaluations == 4
+
+
+@pytest.mark.parametrize("kind, parameters", [("mlp", 12000), ("heads", 4000)])
+def test_every_accepted_score_is_that_of_the_narrowed_model(kind, parameters):
+    """Also where streams go on from earlier sweeps, and a module loses several steps."""
+    tokens, removed = tokens_of(), [Branch("attention", 1), Branch("mlp", 2)]
+    found = searched(model_of(), tokens, removed, kind, parameters, steps=8)
+    taken = {}
+    for n, (name, left, score) in enumerate(found.log):
+        taken[name] = left
         model = model_of()
-        graph = ResidualGraph.of(model)
-        search = WidthSearch(graph, Widths.of(model), tokens, [], MultiPrunerOptions(mode=mode))
-        score, count = search._score, []
-        search._score = lambda b, score=score, count=count: (count.append(b), score(b))[1]
-        search.remove("mlp", 12000)
-        logs[mode], counts[mode] = search.log, len(count)
-    assert counts["fast"] < counts["exact"] and logs["fast"][0] == logs["exact"][0]
+        widths = Widths.of(model)
+        modules = {str(b): module for b, module in found._modules.items()}
+        groups = {group.name: at for at, of in modules.items() for group in of if at in taken}
+        widths.mask({
+            g.name: _by_norm(g)[: taken[groups[g.name]]].sort().values
+            for g in widths.groups if g.name in groups
+        })  # fmt: skip
+        assert score == pytest.approx(perplexity(model, tokens, removed), rel=1e-4), n
+    assert len(taken) < len(found.log)
+
+
+def test_scores_that_are_no_numbers_never_win(monkeypatch):
+    from pyprune.depth import walkdown
+
+    def broken(self, units, removed, batches=None):
+        return [math.nan if unit[0].layer != 2 else 5.0 for unit in units]
+
+    monkeypatch.setattr(walkdown.WalkDown, "score", broken)
+    for mode in ("exact", "fast"):
+        found = searched(model_of(), tokens_of(), mode=mode, parameters=3000)
+        assert {name for name, _, _ in found.log} == {"M2"}
+        with pytest.raises(UserError, match="every step gives NaN"):
+            searched(model_of(), tokens_of(), [Branch("mlp", 2)], mode=mode, parameters=1)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2_moe", "gpt2"])
 @pytest.mark.parametrize("blocks", [0.5, 0.0])
 def test_saved_is_the_masked_model(family, blocks, tmp_path):
     ids, model = tiny_tokens(2, 9), model_of(family)
-    options = {"blocks": blocks, "steps": 8, "heads": 0.1}
+    options = {"blocks": blocks, "steps": 8, "heads": 0.1, "every": 1}
     decision = run_width(
         model, tokens_of(), WidthConfig("multipruner", ratio=0.3, method_options=options)
     )
@@ -120,6 +162,17 @@ def test_saved_is_the_masked_model(family, blocks, tmp_path):
     dense = model_of(family)
     names = decision.branches
     assert bool(names) == (blocks > 0)
+    # What the search saw is what is there in the end.
+    went = [name for name, _, _ in decision.curve]
+    assert went[0] == "dense" and tuple(went[1 : 1 + len(names)]) == names
+    assert decision.curve[0][1:] == (
+        before,
+        pytest.approx(perplexity(model_of(family), tokens_of())),
+    )
+    assert decision.curve[-1][1] == decision.wanted
+    assert decision.curve[-1][2] == pytest.approx(perplexity(model, tokens_of()), rel=1e-4)
+    sizes = [size for _, size, _ in decision.curve]
+    assert sizes == sorted(sizes, reverse=True)
     removed = [Branch("attention" if n[0] == "A" else "mlp", int(n[1:])) for n in names]
     Widths.of(dense).mask(decision.kept())
     with ResidualGraph.of(dense).skipping(removed):
@@ -144,10 +197,41 @@ def test_order_is_by_norm():
     assert torch.equal(_by_norm(group), expected)
 
 
+def test_shares_are_the_papers_unless_given(monkeypatch):
+    assert MultiPrunerOptions().shares(grouped=False) == (0.44, 0.04)
+    assert MultiPrunerOptions().shares(grouped=True) == (0.3, 0.0)
+    assert MultiPrunerOptions(heads=0.2).shares(grouped=True) == (0.3, 0.2)
+    asked = []
+
+    def remove(self, kind, parameters):
+        asked.append((kind, parameters))
+        return parameters
+
+    monkeypatch.setattr(WidthSearch, "remove", remove)
+    config = WidthConfig("multipruner", ratio=0.2)
+    for family, kinds in (("llama", ["mlp"]), ("gpt2", ["mlp", "heads"])):
+        model = model_of(family)
+        target = 0.2 * sum(p.numel() for p in model.parameters())
+        asked.clear()
+        gone = run_width(model, tokens_of(), config).branches
+        assert [kind for kind, _ in asked] == kinds and gone
+        graph = ResidualGraph.of(model_of(family))
+        sizes = [graph.parameters(Branch("attention" if n[0] == "A" else "mlp", int(n[1:])))
+                 for n in gone]  # fmt: skip
+        share = PAPER_SHARES[family == "llama"][0] * target
+        assert sum(sizes) >= share > sum(sizes[:-1])
+
+
 def test_bad_requests():
-    for bad in ({"blocks": 0.9, "heads": 0.2}, {"steps": 1}, {"heads": -0.1}):
+    for bad in ({"blocks": 0.9, "heads": 0.2}, {"heads": -0.1}, {"blocks": 0.98}):
         with pytest.raises(UserError, match="options: expected"):
             WidthConfig("multipruner", ratio=0.1, method_options=bad)
+    for name, least in (("steps", 2), ("every", 1), ("memory_mb", 1)):
+        with pytest.raises(UserError, match=f"{name}: expected at least {least}, got {least - 1}"):
+            WidthConfig("multipruner", ratio=0.1, method_options={name: least - 1})
+    config = WidthConfig("multipruner", ratio=0.9, method_options={"blocks": 1.0, "heads": 0.0})
+    with pytest.raises(UserError, match=r"ratio 0\.9, of which blocks=1 as branches: expected"):
+        run_width(model_of(), tokens_of(), config)
     config = WidthConfig("multipruner", ratio=0.6, method_options={"blocks": 0.0, "heads": 1.0})
     with pytest.raises(UserError, match="expected KV groups that still can go"):
         run_width(model_of(), tokens_of(), config)

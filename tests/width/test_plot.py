@@ -26,7 +26,7 @@ def decided(method, family="llama", ratio=0.2, **options):
 @pytest.mark.parametrize("method, family, options, names", [
     ("flap", "llama", {"structure": "adaptive"}, BOTH),
     ("wanda-sp", "mixtral", {"units": "mlp"}, {"kept", "importance-mlp", "parameters"}),
-    ("multipruner", "llama", {"steps": 4}, BOTH),
+    ("multipruner", "llama", {"steps": 4}, {*BOTH, "perplexity"}),
     ("slicegpt", "llama", {}, {"parameters"}),  # has no units
     ("disp-llm", "llama", {"iterations": 2}, {"kept", "importance-mlp", "parameters"}),
     ("llm-surgeon-width", "llama", {"shots": 1}, BOTH),

@@ -1,6 +1,7 @@
 """`pyprune prune` with methods that narrow a model, end to end."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -77,6 +78,27 @@ def test_zeros_are_reported(source, capsys):
                                           "parameters")}  # fmt: skip
     shown = " ".join(capsys.readouterr().out.split())
     assert "without the zeros" in shown and "a stock model has one size" in shown
+
+
+def test_report_has_both_ends_of_the_curve(source, capsys):
+    assert run(source, "-m", "wanda-sp", "--ratio", "0.2", "--json",
+               "--report", str(source / "pictures")) == 0  # fmt: skip
+    report = json.loads(capsys.readouterr().out)
+    assert (source / "pictures" / "perplexity.png").exists()
+    (dense, before, first), (pruned, after, second) = report["decision"]["curve"]
+    assert (dense, pruned) == ("dense", "pruned") and after < before
+    assert (before, after) == (report["parameters"]["before"], report["parameters"]["after"])
+    tokens = [torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])]
+    model, config = load(source / "in"), WidthConfig("wanda-sp", ratio=0.2)
+    assert prune_width(model, tokens, config).decision.curve == ()
+    found = prune_width(load(source / "in"), tokens, config, curve=True).decision.curve
+    for point, of in zip(found, (load(source / "in"), model), strict=True):
+        with torch.no_grad():
+            losses = torch.nn.functional.cross_entropy(
+                of(tokens[0], use_cache=False).logits[0, :-1], tokens[0][0, 1:]
+            )
+        assert point[2] == pytest.approx(math.exp(losses), rel=1e-4)
+    assert first > 1 and second > 1
 
 
 def test_memory_equals_checkpoint(source):
