@@ -75,7 +75,7 @@ def test_zeros_are_reported(source, capsys):
     assert run(source, "-m", "flap", "--ratio", "0.1", *options, out="b") == 0
     names = {file.name for file in (source / "pictures").iterdir()}
     assert names == {f"{n}.png" for n in ("kept", "importance-heads", "importance-mlp",
-                                          "parameters")}  # fmt: skip
+                                          "parameters", "perplexity")}  # fmt: skip
     shown = " ".join(capsys.readouterr().out.split())
     assert "without the zeros" in shown and "a stock model has one size" in shown
 
