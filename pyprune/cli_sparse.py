@@ -170,6 +170,13 @@ def bench(
     prompt: Annotated[int, typer.Option(help="Tokens of each sequence in prefill.")] = 32,
     steps: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 16,
     rounds: Annotated[int, typer.Option(help="Turns of each model.")] = 3,
+    graph: Annotated[
+        bool | None,
+        typer.Option(
+            "--graph/--no-graph",
+            help="Decode by replaying a CUDA graph of one step; by default on CUDA devices.",
+        ),
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG to write (needs matplotlib).")] = None,
     device: Device = None,
     as_json: AsJson = False,
@@ -189,7 +196,7 @@ def bench(
         sizes = tuple(int(size) for size in batches.split(","))
     except ValueError as error:
         raise UserError(f"--batches: expected numbers with commas, got {batches!r}") from error
-    protocol = Protocol(sizes, prompt, steps, rounds)
+    protocol = Protocol(sizes, prompt, steps, rounds, graph=graph)
     if plot is not None:
         require_matplotlib()
         if not plot.absolute().parent.is_dir():
@@ -223,9 +230,12 @@ def bench_tables(result: BenchResult) -> list[Table]:
         file, weights = (f"{m[key] / 1e6:,.1f}" for key in ("file_bytes", "weight_bytes"))
         share = f"{shares[name]:.1%}" if name in shares else ""
         sizes.add_row(name, file, weights, share, seconds)
+    where = f"{result.threads} threads"
+    if result.protocol.graph:
+        where = "decoding by CUDA graphs"
     title = (
         f"tokens/s, median (least - greatest), and ratio to the fastest dense model; "
-        f"{result.device}, {result.threads} threads"
+        f"{result.device}, {where}"
     )
     rates = table(title, "phase", "batch", "model", "tokens/s", "", "ratio", left=3)
     for rate in sorted(result.rates, key=lambda r: (r.phase, r.batch)):

@@ -137,13 +137,30 @@ def test_models_take_turns(pair):
     assert [m.seconds is None for m in models] == [False, True, False]
 
 
+@pytest.mark.gpu
+def test_graphs_decode_what_single_steps_do(pair):
+    """`bench` raises where the two differ."""
+    models = contestants({"sparse": pair[1]}, dtypes=[torch.bfloat16], device="cuda")
+    result = bench(models, Protocol((1, 3), 4, 9, 1))
+    assert result.protocol.graph and {r.phase for r in result.rates} == {"prefill", "decode"}
+    result = bench(models, Protocol((1,), 4, 1, 1, graph=False))
+    assert result.protocol.graph is False
+
+
 def test_mistakes(pair, capsys):
     assert cli.main(["bench", str(pair[0])]) == 2
     assert cli.main(["bench", str(pair[1]), "--against", str(pair[1])]) == 2
     assert cli.main(["bench", str(pair[1]), "--batches", "1,a"]) == 2
     assert cli.main(["bench", str(pair[1]), "--rounds", "0"]) == 2
+    assert cli.main(["bench", str(pair[1]), "--device", "cpu", "--graph"]) == 2
     errors = capsys.readouterr().err
-    for message in ("it is stored as dense", "expected a dense", "numbers with commas", "above 0"):
+    for message in (
+        "it is stored as dense",
+        "expected a dense",
+        "numbers with commas",
+        "above 0",
+        "this is the CPU",
+    ):
         assert message in errors
     with pytest.raises(UserError):
         Protocol(batches=())

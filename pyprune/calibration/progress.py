@@ -6,7 +6,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal, get_args
+
+import torch
 
 Phase = Literal["forward", "statistics", "prune", "load", "flush"]
 
@@ -32,7 +35,7 @@ class WalkReport:
     """What the walk cost.
 
     Attributes:
-        seconds: by phase, on the host's clock (work queued on a GPU is charged to whoever waits).
+        seconds: by phase; see `PhaseClock`.
         held_bytes: the most that the tensors handed over by waiting batches took in memory.
         spilled_bytes: written to host memory or disk in all.
         passes: forwards of a block per batch, on average.
@@ -46,13 +49,23 @@ class WalkReport:
     tokens: int = 0
 
 
-class PhaseClock:
-    """Charges each moment to one phase: an inner phase interrupts the outer one."""
+# Moments on a GPU that are kept before the elapsed time between them is read, which waits for it.
+MOMENTS = 4096
 
-    def __init__(self, seconds: dict[Phase, float]) -> None:
+
+class PhaseClock:
+    """Charges each moment to one phase: an inner phase interrupts the outer one.
+
+    On a GPU the moments are events in its queue, so that a phase is charged what the GPU spent on
+    it, whoever waits on the host; `settle` then completes `seconds`.
+    """
+
+    def __init__(self, seconds: dict[Phase, float], device: torch.device) -> None:
         self._seconds = seconds
+        self._device = device
         self._phase: Phase | None = None
-        self._since = 0.0
+        self._since = time.perf_counter()
+        self._moments: list[tuple[Phase | None, torch.cuda.Event]] = []
 
     @contextmanager
     def charge(self, phase: Phase) -> Iterator[None]:
@@ -62,9 +75,27 @@ class PhaseClock:
         finally:
             self._switch(outer)
 
+    def settle(self) -> None:
+        """Adds what is not yet in `seconds`."""
+        if not self._moments:
+            return
+        self._moments[-1][1].synchronize()
+        for (phase, begin), (_, end) in pairwise(self._moments):
+            if phase is not None:
+                self._seconds[phase] += begin.elapsed_time(end) * 1e-3
+        del self._moments[:-1]
+
     def _switch(self, phase: Phase | None) -> Phase | None:
+        outer, self._phase = self._phase, phase
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record(torch.cuda.current_stream(self._device))
+            self._moments.append((phase, event))
+            if len(self._moments) > MOMENTS:
+                self.settle()
+            return outer
         now = time.perf_counter()
-        if self._phase is not None:
-            self._seconds[self._phase] += now - self._since
-        outer, self._phase, self._since = self._phase, phase, now
+        if outer is not None:
+            self._seconds[outer] += now - self._since
+        self._since = now
         return outer

@@ -33,7 +33,8 @@ class InMemoryStore:
 
     def __init__(self, adapter: Adapter, device: torch.device | str) -> None:
         self._adapter = adapter
-        self._device = torch.device(device)
+        # "cuda" is one of its devices, and tensors say which.
+        self._device = torch.empty(0, device=device).device
         self._homes: dict[tuple[nn.Module, str], torch.device] = {}
 
     def __enter__(self) -> InMemoryStore:

@@ -158,7 +158,7 @@ class _Walk:
         self._device = device
         self._progress = progress
         self._prepare_block = prepare_block
-        self._clock = PhaseClock(self.report.seconds)
+        self._clock = PhaseClock(self.report.seconds, device)
         self._block = 0
         self._pruned = 0
         self._block_forwards = 0
@@ -170,6 +170,7 @@ class _Walk:
             for ref in self._adapter.linears(i):
                 self._prune(Group([ref], None, i))
             self._flush(i)
+        self._clock.settle()
         return self.report
 
     def run(
@@ -201,6 +202,7 @@ class _Walk:
             else:
                 self._prune_then_run(sites, stages, following, at_once=mode == "two-pass")
             self._flush(i)
+        self._clock.settle()
         self.report.spilled_bytes = spill.spilled_bytes
         self.report.passes = self._block_forwards / (len(forwards) * len(names))
 

@@ -3,6 +3,9 @@
 All models are in memory at once and take turns, so that whatever else the machine does meets them
 alike; every figure is a median with its least and greatest. Ratios are against the fastest dense
 model of that line: PyTorch's kernels in each dtype, or our own dense bf16 kernel.
+
+On a CUDA device every model, dense or compressed, decodes by replaying a CUDA graph of one step
+(`sparse.decoding`): launched from Python, a step takes as long as Python does.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from transformers import PreTrainedModel
 
 from pyprune.errors import UserError
 from pyprune.models.positions import positions_of
+from pyprune.sparse.decoding import WARM_UP, StaticDecoding
 from pyprune.sparse.dense import DenseLinear, use_own_kernels
 from pyprune.sparse.embedding import Int8Embedding
 from pyprune.sparse.factored import FactoredLinear
@@ -32,19 +36,22 @@ from pyprune.sparse.stored import DENSE, StoredCheckpoint
 TORCH, OWN = "torch", "pyprune"  # whose kernels multiply the linear layers
 DTYPES = (torch.float32, torch.bfloat16)
 PHASES = ("prefill", "decode")
+CHECKED_STEPS = 8  # of a graph, against the same steps launched one by one
 Progress = Callable[[str, float, float | None], None]
 
 
 @dataclass(frozen=True)
 class Protocol:
     """prompt: tokens of every sequence in prefill. steps: tokens decoded after it. rounds: how
-    often each model takes its turn, after one that does not count."""
+    often each model takes its turn, after one that does not count. graph: decode by CUDA graphs;
+    None: on CUDA devices."""
 
     batches: tuple[int, ...] = (1, 4, 16, 64)
     prompt: int = 32
     steps: int = 16
     rounds: int = 3
     seed: int = 0
+    graph: bool | None = None
 
     def __post_init__(self) -> None:
         numbers = (*self.batches, self.prompt, self.steps, self.rounds)
@@ -172,7 +179,7 @@ def weight_bytes(model: nn.Module) -> int:
 def densified(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of `model` with plain `nn.Linear` and embeddings everywhere; weights that are dense
     are shared, and those that were tied stay tied."""
-    dense = _sharing_copy(model)
+    dense = sharing_copy(model)
     made: dict[nn.Module, nn.Parameter] = {}
     for name, module in list(dense.named_modules()):
         if isinstance(module, FactoredLinear):
@@ -189,12 +196,13 @@ def densified(model: PreTrainedModel) -> PreTrainedModel:
 def with_own_kernels(model: PreTrainedModel) -> PreTrainedModel:
     """A copy of a dense `model`, with the same weights in memory, whose linear layers use our dense
     kernel."""
-    own = _sharing_copy(model)
+    own = sharing_copy(model)
     use_own_kernels(own)
     return own
 
 
-def _sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """Other modules, the same tensors."""
     memo = {id(t): t for t in (*model.parameters(), *model.buffers())}
     return deepcopy(model, memo)
 
@@ -268,8 +276,13 @@ def bench(
 ) -> BenchResult:
     """Times every model's prefill and greedy decoding with a key-value cache.
 
-    Raises UserError where that takes more positions than a model has.
+    Raises UserError where that takes more positions than a model has, or graphs are asked for that
+    cannot be had.
     """
+    on_cuda = all(c.model.device.type == "cuda" for c in models)
+    if protocol.graph and not on_cuda:
+        raise UserError("graph: expected a CUDA device, this is the CPU")
+    protocol = replace(protocol, graph=on_cuda if protocol.graph is None else protocol.graph)
     for positions in (positions_of(c.model.config) for c in models):
         if positions is not None and protocol.prompt + protocol.steps > positions:
             raise UserError(
@@ -282,12 +295,15 @@ def bench(
     total, done = len(protocol.batches) * (protocol.rounds + 1) * len(models), 0
     for batch in protocol.batches:
         ids = torch.randint(0, vocabulary, (batch, protocol.prompt), generator=gen)
+        recorded: dict[int, StaticDecoding] = {}
         for turn in range(protocol.rounds + 1):
-            for c in models:
+            for k, c in enumerate(models):
                 if progress is not None:
                     progress(f"batch {batch}, {c.label}", done, total)
                 done += 1
-                prefill, decode = _time(c.model, ids, protocol.steps)
+                if protocol.graph and turn == 0:
+                    recorded[k] = _recorded(c, ids, protocol.steps)
+                prefill, decode = _time(c.model, ids, protocol.steps, recorded.get(k))
                 if turn:
                     for phase, rate in (("prefill", prefill), ("decode", decode)):
                         key = (c.name, c.dtype, phase, batch, c.kernels)
@@ -312,8 +328,23 @@ def _device(models: list[Contestant]) -> str:
     return os.uname().machine
 
 
+def _recorded(found: Contestant, ids: Tensor, steps: int) -> StaticDecoding:
+    """A graph of the model's step on as many sequences as `ids` has; checked against the same steps
+    launched one by one."""
+    positions = ids.shape[1] + max(steps, WARM_UP)
+    decoding = StaticDecoding(found.model, len(ids), positions)
+    few = min(steps, CHECKED_STEPS)
+    expected = decoding.continued(ids, few)
+    decoding.record(ids)
+    if not torch.equal(decoding.continued(ids, few), expected):
+        raise RuntimeError(f"{found.label}: the CUDA graph of a step decodes other tokens")
+    return decoding
+
+
 @torch.inference_mode()
-def _time(model: PreTrainedModel, ids: Tensor, steps: int) -> tuple[float, float]:
+def _time(
+    model: PreTrainedModel, ids: Tensor, steps: int, recorded: StaticDecoding | None = None
+) -> tuple[float, float]:
     """Tokens per second in prefill and in decoding."""
     ids = ids.to(model.device)
     _wait(model)
@@ -321,13 +352,21 @@ def _time(model: PreTrainedModel, ids: Tensor, steps: int) -> tuple[float, float
     out = model(ids, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1, keepdim=True)
     _wait(model)
-    middle = time.perf_counter()
-    for _ in range(steps):
-        out = model(token, past_key_values=out.past_key_values, use_cache=True)
-        token = out.logits[:, -1].argmax(-1, keepdim=True)
+    prefilled = begun = time.perf_counter()
+    if recorded is not None:
+        del out
+        recorded.start(ids)
+        _wait(model)
+        begun = time.perf_counter()
+        for _ in range(steps):
+            recorded.step()
+    else:
+        for _ in range(steps):
+            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
     _wait(model)
     end = time.perf_counter()
-    return ids.numel() / (middle - started), len(ids) * steps / (end - middle)
+    return ids.numel() / (prefilled - started), len(ids) * steps / (end - begun)
 
 
 def _wait(model: PreTrainedModel) -> None:

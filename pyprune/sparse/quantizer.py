@@ -59,6 +59,9 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
             del config.transformers_weights
         return config
 
+    # What older releases (5.17 is one) call at the same place instead.
+    update_tp_plan = update_attn_implementation
+
     def _process_model_before_weight_loading(
         self,
         model: nn.Module,
