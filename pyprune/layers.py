@@ -4,7 +4,7 @@ read the same input and reports on each."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -22,6 +22,7 @@ from pyprune.methods.selection import forced_first
 from pyprune.methods.update import reconstructed
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
+from pyprune.ops._split import SplitMatrix
 from pyprune.ops.obs_factor import NotPositiveDefiniteError
 from pyprune.patterns import NM, Pattern, Unstructured
 from pyprune.report import LayerReport
@@ -354,9 +355,10 @@ class LayerPruner:
         )
         if inputs is None:
             return report
-        total = _output_energy(w, inputs)
-        before = _output_energy(torch.where(solution.mask, 0, w), inputs)
-        after = _output_energy(written - w, inputs)
+        energy = _output_energy(inputs)
+        total = energy(w)
+        before = energy(torch.where(solution.mask, 0, w))
+        after = energy(written - w)
         return replace(
             report,
             tokens=inputs.tokens,
@@ -383,13 +385,23 @@ def _same_kind(
             yield other, inputs
 
 
-def _output_energy(d: Tensor, inputs: LayerInputs) -> float:
-    """tr(D H D^T), the squared norm of what `d [R, C]` gives on the calibration inputs; with
+def _output_energy(inputs: LayerInputs) -> Callable[[Tensor], float]:
+    """tr(D H D^T) of D `[R, C]`, the squared norm of what it gives on the calibration inputs; with
     diag(H) for H where only that is known."""
-    if inputs.gram is None:
-        return float((d.square() @ inputs.squared_norms.to(d.dtype)).sum(dtype=torch.float64))
-    product = (d @ inputs.gram.to(d.dtype)).mul_(d)
-    return max(0.0, float(product.sum(dtype=torch.float64)))
+    gram, norms = inputs.gram, inputs.squared_norms
+    if gram is None:
+        return lambda d: float((d.square() @ norms.to(d.dtype)).sum(dtype=torch.float64))
+    # In fp32 three of these products would take a GPU as long as pruning the layer.
+    split = SplitMatrix(gram, parts=2) if gram.device.type == "cuda" else None
+
+    def energy(d: Tensor) -> float:
+        if split is None or d.dtype != torch.float32:
+            product = d @ gram.to(d.dtype)
+        else:
+            product = split.times(d)
+        return max(0.0, float(product.mul_(d).sum(dtype=torch.float64)))
+
+    return energy
 
 
 def write_weight(ref: LinearRef, weight: Tensor) -> None:

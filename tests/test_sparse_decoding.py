@@ -1,5 +1,4 @@
-"""Decoding with a cache of fixed size gives the tokens that `generate` does; a graph of a step gives
-those of the step."""
+"""Decoding with a cache of fixed size gives the tokens that `generate` does; a graph of a step, too."""
 
 import pytest
 import torch

@@ -13,7 +13,13 @@ from pyprune.ops import _registry
 from pyprune.ops._checks import check_float, check_same_device, check_shape
 from pyprune.ops._precision import full_precision
 from pyprune.ops.gram import gram
-from pyprune.ops.masked_cg import NearHessian, Problem, near_hessian, solve_by_products
+from pyprune.ops.masked_cg import (
+    NearHessian,
+    Problem,
+    near_hessian,
+    product_with,
+    solve_by_products,
+)
 from pyprune.ops.obs_factor import ObsFactor, obs_factor
 
 # Columns from which the native solver's packed triangles no longer stay in any cache and two dense
@@ -119,7 +125,7 @@ def _problem(
     if bool(untouched.any()):  # nothing is lost in a row that loses nothing
         x[untouched] = w[untouched]
     change = w - x
-    pull = change @ damped
+    pull = product_with(damped)(change, change.new_empty(change.shape))
     loss = (pull * change).sum(1, dtype=torch.float64)
     eps = torch.finfo(w.dtype).eps
     noise = eps * (w.square() * damped.diagonal()).sum(1, dtype=torch.float64)
