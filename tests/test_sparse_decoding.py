@@ -1,4 +1,4 @@
-"""Decoding with a cache of fixed size gives the tokens that `generate` does; a graph of a step, too."""
+"""A cache of fixed size decodes what `generate` does; a graph of a step decodes what the step does."""
 
 import pytest
 import torch
