@@ -1,4 +1,4 @@
-"""A cache of fixed size decodes what `generate` does; a graph of a step decodes what the step does."""
+"""A cache of fixed size decodes what `generate` does; a graph of a step what the step does."""
 
 import pytest
 import torch
