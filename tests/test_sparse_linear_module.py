@@ -65,6 +65,20 @@ def test_direct_call_and_op_agree(format, pattern, monkeypatch):
     assert torch.equal(sparse(strided), sparse(strided.contiguous()))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("format", "pattern"), CASES)
+def test_direct_call_and_op_agree_on_a_gpu(format, pattern, dtype, int8):
+    dense = pruned(48, 128, dtype=dtype, pattern=pattern)
+    sparse = SparseLinear.from_dense(dense, format, int8).cuda()
+    for rows in (1, 16, 70):
+        x = tokens(rows, 128, dtype=dtype).cuda()
+        assert sparse._direct(x) and not sparse._direct(x.clone().requires_grad_())
+        assert not sparse._direct(x.cpu())
+        assert torch.equal(sparse(x), sparse(x.clone().requires_grad_()))
+
+
 def test_activations_of_other_kinds_take_the_op():
     sparse = SparseLinear.from_dense(pruned(), "sparse24")
     for x in (tokens(2, 40).double(), tokens(2, 40).half(), tokens(2, 40).to("meta")):

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 
 from pyprune import _native, ops
 from pyprune.errors import LayerError, UserError
+from pyprune.ops import _registry
 from pyprune.sparse.weight import DENSE_INT8, FORMATS, StoredWeight, autocast, pack
 
 # Compressing a layer must save at least this share of its bytes to be worth a format of its own.
@@ -140,7 +141,10 @@ class SparseLinear(StoredWeight):
     def forward(self, x: Tensor) -> Tensor:
         x = autocast(x)
         if self._direct(x):
-            return self._forward_native(x)
+            if x.device.type == "cpu":
+                return self._forward_native(x)
+            result: Tensor = _registry.call(self._op, x, *self._weight, self.bias)
+            return result
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x: expected [..., {self.in_features}], got shape {tuple(x.shape)}")
         product: Callable[..., Tensor] = getattr(ops, self._op)
@@ -153,16 +157,20 @@ class SparseLinear(StoredWeight):
     def _direct(self, x: Tensor) -> bool:
         # A decode step of a small model is hundreds of these calls, each of some microseconds of
         # work: the op's dispatch (schema, fake mode, Python key) would cost more than the product.
-        if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type != "cpu":
+        if torch.compiler.is_compiling() or type(x) is not Tensor:
             return False
-        values = self._values
+        values, device = self._values, x.device
+        if device.type == "cuda":
+            kernel = x.dtype in _registry.HALF_OR_SINGLE
+        else:
+            fits = x.dtype is torch.float32 or x.dtype is torch.bfloat16
+            kernel = fits and device.type == "cpu" and _native.MODULE is not None
         return (
-            (x.dtype is torch.float32 or x.dtype is torch.bfloat16)
+            kernel
             and x.shape[-1:] == (self.in_features,)
             and not x.requires_grad
             and not (self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled())
-            and _native.MODULE is not None
-            and values.device.type == "cpu"
+            and values.device == device
             and values.dtype is not torch.float64
             and "PYPRUNE_BACKEND" not in os.environ
             and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
