@@ -81,26 +81,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def use_backend(monkeypatch: pytest.MonkeyPatch):
-    """Forces a backend for the rest of the test, as PYPRUNE_BACKEND does; it must be able to run
-    the op. Other ops take it where they can and choose freely where they cannot: those that prepare
-    inputs or check results, perhaps on the CPU while the op itself is on a GPU."""
-    select = ops._registry.select
+    """Forces an op's backend for the rest of the test; it must be able to run. Other ops, which
+    prepare or check, run wherever their tensors are."""
 
     def force(backend: str, op: str, device: str, dtype: torch.dtype = torch.float32) -> None:
         reason = ops._registry.unavailable(op, backend, device, dtype)
         assert not reason, reason
-
-        def chosen(name, args):
-            with pytest.MonkeyPatch.context() as forced:
-                forced.setenv("PYPRUNE_BACKEND", backend)
-                try:
-                    return select(name, args)
-                except RuntimeError:
-                    if name == op:
-                        raise
-            return select(name, args)
-
-        monkeypatch.setattr(ops._registry, "select", chosen)
+        monkeypatch.setenv("PYPRUNE_BACKEND", f"{op}={backend}")
 
     return force
 
