@@ -14,6 +14,14 @@ LLAMA_3_8B: Sizes = {
     "num_key_value_heads": 8,
     "vocab_size": 128256,
 }
+SMOLLM_135M: Sizes = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+}
 TINY: Sizes = {
     "hidden_size": 128,
     "intermediate_size": 256,

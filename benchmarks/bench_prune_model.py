@@ -1,10 +1,12 @@
-"""Pruning a whole model in memory, end to end, by phase: Llama-3-8B's shapes with random weights.
+"""Pruning a whole model in memory, end to end, by phase, with random weights.
 
     python benchmarks/bench_prune_model.py --device cuda --json prune_model.json
     python benchmarks/bench_prune_model.py --device cuda --layers 4 --methods sparsegpt
     python benchmarks/bench_prune_model.py --device cuda --layers 1 --profile
 
-128 sequences of 2048 random tokens go through `pyprune.prune` as a user would call it, 2:4, by
+On a CUDA device a model of Llama-3-8B's shapes and 128 sequences of 2048 random tokens; on the CPU
+four blocks of SmolLM2-135M's and 16 of 512. They go through `pyprune.prune` as a user would call
+it, 2:4, by
 
 sparsegpt        as it is by default: the sweep, then `obs_reconstruct` for its mask
 sparsegpt-sweep  the sweep alone (reconstruct=False), as in the paper
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 from _harness import environment, gemm_rate, parse, write_rows
-from _llama import LLAMA_3_8B, TINY, Sizes, random_llama
+from _llama import LLAMA_3_8B, SMOLLM_135M, TINY, Sizes, random_llama
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -126,7 +128,6 @@ def row_of(sizes: Sizes, name: str, args: Namespace) -> dict[str, Any]:
     flops = floor_flops(sizes, name, args.sequences, args.tokens)
     floor = flops / gemm_rate(args.device, torch.bfloat16, args.smoke)
     errors = [x.relative_error_after for x in report.layers if x.relative_error_after is not None]
-    reconstructed = sum(x.iterations is not None for x in report.layers)
     return {
         "op": "prune_model",
         "method": name,
@@ -142,7 +143,7 @@ def row_of(sizes: Sizes, name: str, args: Namespace) -> dict[str, Any]:
         "floor_seconds": floor,
         "share_of_floor": floor / seconds,
         "layers": len(report.layers),
-        "reconstructed": reconstructed,
+        "notes": list(report.notes),
         "mean_relative_error": sum(errors) / len(errors) if errors else None,
         "sparsity": report.sparsity,
         "peak_cuda_bytes": report.run.peak_cuda_bytes if args.device == "cuda" else None,
@@ -208,16 +209,21 @@ def main() -> None:
     args = parse(
         __doc__,
         repetitions=1,
-        layers={"type": int, "help": "blocks (default: all 32)"},
+        layers={"type": int, "help": "blocks (default: all 32, on the CPU 4)"},
         methods={"nargs": "+", "choices": list(METHODS), "default": list(METHODS)},
-        sequences={"type": int, "default": 128},
-        tokens={"type": int, "default": 2048, "help": "of each sequence"},
+        sequences={"type": int, "help": "default: 128, on the CPU 16"},
+        tokens={"type": int, "help": "of each sequence (default: 2048, on the CPU 512)"},
         batch_size={"type": int, "default": 8, "help": "sequences that run at once"},
         profile={"action": "store_true", "help": "print the longest operators instead of rows"},
     )
-    sizes = dict(TINY if args.smoke else LLAMA_3_8B)
     if args.smoke:
-        args.sequences, args.tokens, args.batch_size = 8, 128, 4
+        sizes, sequences, tokens = dict(TINY), 8, 128
+        args.batch_size = 4
+    elif args.device == "cuda":
+        sizes, sequences, tokens = dict(LLAMA_3_8B), 128, 2048
+    else:
+        sizes, sequences, tokens = {**SMOLLM_135M, "num_hidden_layers": 4}, 16, 512
+    args.sequences, args.tokens = args.sequences or sequences, args.tokens or tokens
     if args.layers is not None:
         sizes["num_hidden_layers"] = args.layers
     console, rows = Console(), []
