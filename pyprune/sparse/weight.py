@@ -47,7 +47,7 @@ def autocast(x: Tensor) -> Tensor:
     """`x` in the dtype that `nn.Linear` computes in: within `torch.autocast` that one's (fp64 stays
     what it is), else its own. Stored values need no cast: products are summed in fp32 anyway."""
     kind = x.device.type
-    # Not torch.amp.is_autocast_available, which torch.compile cannot trace before 2.13.
+    # Not torch.amp.is_autocast_available, which torch.compile cannot trace in torch 2.11.
     if not (kind in ("cpu", "cuda") and torch.is_autocast_enabled(kind)):
         return x
     eligible = x.is_floating_point() and x.dtype is not torch.float64
