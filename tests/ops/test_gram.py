@@ -162,6 +162,7 @@ def test_triton_splits_the_tokens(use_backend, monkeypatch):
 
     use_backend("triton", OP, "cpu")
     monkeypatch.setattr(kernel, "MIN_SPLIT_TOKENS", 64)
+    monkeypatch.setattr(kernel, "SPLIT_COST", 0)
     reduced = []
     launch = kernel._gram_reduce_kernel.__getitem__
 
@@ -173,7 +174,7 @@ def test_triton_splits_the_tokens(use_backend, monkeypatch):
     monkeypatch.setattr(kernel, "_gram_reduce_kernel", Recorder())
     x, start = randn(190, 20), torch.eye(20)
     got = ops.gram(x, out=start.clone())
-    assert reduced == [(1, 1, 2)]
+    assert reduced == [(1, 2)]
     assert_gram(got, expected(x) + start, torch.float32)
 
 
@@ -184,9 +185,11 @@ def test_triton_tiles_cover_the_triangle_once(monkeypatch, use_backend, group, b
     from pyprune.kernels import gram as kernel
 
     use_backend("triton", OP, "cpu")
-    blocks = {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}
+    blocks = {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 32, "PART": 16}
+    blocks |= {"num_warps": 4, "num_stages": 1}
     monkeypatch.setattr(kernel, "_blocks", lambda x, upcast: blocks)
-    monkeypatch.setattr(kernel, "_group", lambda side, tile: group)
+    monkeypatch.setattr(kernel, "GROUP", group)
+    monkeypatch.setattr(kernel, "_tiles", kernel._tiles.__wrapped__)
     x = randn(20, 150)
     assert_gram(ops.gram(x), expected(x), torch.float32)
 
