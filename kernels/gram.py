@@ -90,7 +90,11 @@ def _locate_tile(tiles_ptr, tile, tiles):
     return tile // tiles, place >> 16, place & 0xFFFF
 
 
-@triton.jit
+# Counts that differ with every shape: code of their own for multiples of 16 would gain nothing.
+_COUNTS = ["tiles", "whole", "splits"]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _gram_kernel(
     x_ptr,
     panels_m,
@@ -166,7 +170,7 @@ def _gram_kernel(
         tl.store(slot + (m * BLOCK_N + n), acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _gram_reduce_kernel(
     part_ptr,
     out_ptr,
