@@ -193,7 +193,9 @@ def _gram_reduce_kernel(
     for _ in range(splits):
         acc += tl.load(part_ptr + (m * BLOCK_N + n))
         part_ptr += BLOCK_M * BLOCK_N
-    _store_mirrored(out_ptr + batch.to(tl.int64) * N * N, acc, tile_m * BLOCK_M + first, tile_n * BLOCK_N, N)
+    _store_mirrored(
+        out_ptr + batch.to(tl.int64) * N * N, acc, tile_m * BLOCK_M + first, tile_n * BLOCK_N, N
+    )
 
 
 def _is_interpreted() -> bool:

@@ -8,12 +8,13 @@ mask     | u8    | [B, R, C] | contiguous; 1 = kept; read if given, else written
 preserve | u8    | [B, R, C] | contiguous, optional; 0 = stays pruned
 scale    | fp32  | [b, C]    | contiguous, optional; scores are |w| scale, without it |w| / U_jj
 grid     | fp32  | [B, 3, R] | contiguous, optional; step, low, high of what kept weights round to
-error    | fp32  | [B, S, R] | contiguous; errors of the S columns of this sub-block, transposed
+error    | fp32  | [B, S, R] | contiguous; errors of the S columns of a panel, transposed
 loss     | fp64  | [B, R]    | contiguous; accumulated
 keys     | i32   | [B, N]    | contiguous; scores as order-preserving integers
 
 A program owns BLOCK_R rows and keeps the sub-block's columns in registers from the first to the
-last. What lies to the right of the sub-block follows as one full-precision matrix product.
+last. What lies to the right of the sub-block follows as full-precision matrix products: one as far
+as the panel of sub-blocks goes, and after its last one for all columns right of the panel.
 """
 
 from typing import Any
@@ -28,8 +29,11 @@ from pyprune.ops.obs_sweep import SweepArgs, keys_of_scores, scored, smallest_in
 # 32 x 64 floats over 256 threads: the weights, their masks and the scores stay in registers on
 # sm_80, 90 and 100 (at most 142). 16 x 64 over 128 threads spills 8 bytes on sm_90.
 # Interpreted, a column costs milliseconds whatever the shape: there a strip takes more rows, and a
-# sub-block fewer columns so that few of them already make several sub-blocks.
-BLOCK_R, BLOCK_C = (64, 16) if triton.knobs.runtime.interpret else (32, 64)
+# sub-block fewer columns so that few of them already make several sub-blocks and panels.
+#
+# Columns of a PANEL: every product reads and writes the weights to its right, and one for all of
+# them after each sub-block would take as long to move as to multiply.
+BLOCK_R, BLOCK_C, PANEL = (64, 16, 32) if triton.knobs.runtime.interpret else (32, 64, 512)
 NUM_WARPS = 8
 
 # Radix select, digit by digit from the top: (shift, shift of the digits above, bins). The keys are
@@ -61,7 +65,10 @@ def _obs_sweep_kernel(
     loss_ptr,
     R,
     C,
+    first,
     width,
+    panel_first,
+    panel_width,
     u_batch_stride,
     scale_batch_stride,
     KEEP: tl.constexpr,
@@ -73,21 +80,22 @@ def _obs_sweep_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Pointers are to the sub-block's first column (`u`: first row and column; not `grid`'s)."""
+    """Columns [first, first + width) of a panel that starts at `panel_first`."""
     batch = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     cols = tl.arange(0, BLOCK_C)
     in_rows = rows < R
     inside = in_rows[:, None] & (cols < width)[None, :]
-    at = (batch * R + rows)[:, None] * C + cols[None, :]
-    u_ptr += batch * u_batch_stride
+    at = (batch * R + rows)[:, None] * C + (first + cols)[None, :]
+    u_ptr += batch * u_batch_stride + first.to(tl.int64) * (C + 1)
+    error_ptr += (batch * panel_width + (first - panel_first)) * R + rows
 
     w = tl.load(w_ptr + at, mask=inside, other=0.0)
     pruned = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.int32)
     if GIVEN:
         pruned = (tl.load(mask_ptr + at, mask=inside, other=1) == 0).to(tl.int32)
     if HAS_SCALE:
-        scale_ptr += batch * scale_batch_stride
+        scale_ptr += batch * scale_batch_stride + first
         factor = tl.load(scale_ptr + cols, mask=cols < width, other=0.0)
     else:
         diag = tl.load(u_ptr + cols * (C + 1), mask=cols < width, other=1.0)
@@ -97,6 +105,10 @@ def _obs_sweep_kernel(
         low = tl.load(grid_ptr + R, mask=in_rows, other=0.0)
         high = tl.load(grid_ptr + 2 * R, mask=in_rows, other=0.0)
     loss = tl.zeros([BLOCK_R], dtype=tl.float32)
+    # A row of U is loaded a column before it is needed: the columns follow from one another, and
+    # nothing else would hide how long that takes.
+    d = tl.load(u_ptr)
+    u_row = tl.load(u_ptr + cols, mask=(cols > 0) & (cols < width), other=0.0)
 
     for group in range(0, width, GROUP):
         if not GIVEN:
@@ -120,7 +132,9 @@ def _obs_sweep_kernel(
         for j in range(group, min(group + GROUP, width)):
             this = (cols == j)[None, :]
             prune = tl.sum(tl.where(this, pruned, 0), axis=1) > 0
-            d = tl.load(u_ptr + j * (C + 1))
+            after = u_ptr + (j + 1) * C
+            next_d = tl.load(after + j + 1, mask=j + 1 < width, other=1.0)
+            next_row = tl.load(after + cols, mask=(cols > j + 1) & (cols < width), other=0.0)
             column = tl.sum(tl.where(this, w, 0.0), axis=1)
             if QUANTISE:
                 new = tl.where(prune, 0.0, _round_to_grid(column, step, low, high))
@@ -128,14 +142,13 @@ def _obs_sweep_kernel(
             else:
                 error = tl.where(prune, column / d, 0.0)
             loss += 0.5 * error * error
-            right = (cols > j) & (cols < width)
-            u_row = tl.load(u_ptr + j * C + cols, mask=right, other=0.0)
             w -= error[:, None] * u_row[None, :]
             if QUANTISE:
                 w = tl.where(this, new[:, None], w)
             else:
                 w = tl.where(this & prune[:, None], 0.0, w)
-            tl.store(error_ptr + (batch * width + j) * R + rows, error, mask=in_rows)
+            tl.store(error_ptr + j * R, error, mask=in_rows)
+            d, u_row = next_d, next_row
 
     tl.store(w_ptr + at, w, mask=inside)
     if not GIVEN:
@@ -231,6 +244,7 @@ class _Sweep:
         )
         self.mask = torch.ones(w.shape, dtype=torch.bool, device=w.device)
         self.loss = torch.zeros(w.shape[:2], dtype=torch.float64, device=w.device)
+        self.first = self.last = 0
 
     def choose(self, first: int, last: int, count: torch.Tensor, all_ties: bool) -> None:
         """The mask of columns [first, last) by their scores now; `count` `[B, 1 or R]` of them."""
@@ -241,28 +255,47 @@ class _Sweep:
         stay = None if self.preserve is None else self.preserve[..., span]
         self.mask[..., span] = _choose(scores, count, stay, all_ties)
 
+    def open_panel(self, first: int, last: int) -> None:
+        """Columns [first, last) come next. What lies right of them is behind until they are
+        done."""
+        batch, rows, _ = self.weight.shape
+        self.first, self.last = first, last
+        shape = (batch, last - first, rows)
+        self.error = torch.empty(shape, dtype=torch.float32, device=self.weight.device)
+
+    def close_panel(self) -> None:
+        self._update(self.first, self.last, self.weight.shape[2])
+
+    def _update(self, first: int, last: int, until: int) -> None:
+        """Columns [last, until), by the errors of columns [first, last)."""
+        if last < until:
+            error = self.error[:, first - self.first : last - self.first].mT
+            right = self.u[:, first:last, last:until].expand(len(error), -1, -1)
+            self.weight[:, :, last:until].baddbmm_(error, right, alpha=-1)
+
     def columns(self, first: int, last: int, keep: int, group: int) -> None:
-        """Solves columns [first, last), at most BLOCK_C, and updates all columns to the right.
+        """Solves columns [first, last), at most BLOCK_C, and updates the panel to their right.
         Without a `group` their mask is there already."""
         batch, rows, cols = self.weight.shape
-        width = last - first
-        error = torch.empty(batch, width, rows, dtype=torch.float32, device=self.weight.device)
         mask = self.mask.view(torch.uint8)
         preserve = mask if self.preserve is None else self.preserve.view(torch.uint8)
         # A pointer that is not used must still be one.
         unused = self.loss
         _obs_sweep_kernel[(triton.cdiv(rows, BLOCK_R), batch)](
-            self.weight[:, :, first:],
-            self.u[:, first:, first:],
-            mask[:, :, first:],
-            preserve[:, :, first:],
-            unused if self.scale is None else self.scale[:, first:],
+            self.weight,
+            self.u,
+            mask,
+            preserve,
+            unused if self.scale is None else self.scale,
             unused if self.grid is None else self.grid,
-            error,
+            self.error,
             self.loss,
             rows,
             cols,
-            width,
+            first,
+            last - first,
+            self.first,
+            self.last - self.first,
             self.u.stride(0) if len(self.u) > 1 else 0,
             cols if self.scale is not None and len(self.scale) > 1 else 0,
             KEEP=keep,
@@ -275,9 +308,7 @@ class _Sweep:
             BLOCK_C=BLOCK_C,
             num_warps=NUM_WARPS,
         )
-        if last < cols:
-            right = self.u[:, first:last, last:].expand(batch, -1, -1)
-            self.weight[:, :, last:].baddbmm_(error.mT, right, alpha=-1)
+        self._update(first, last, self.last)
 
 
 @full_precision()
@@ -292,14 +323,19 @@ def obs_sweep_triton(*values: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Te
         shape, device = (batch, rows, cols // m), args.w.device
         counts = torch.full(shape, m - n, dtype=torch.int32, device=device)
         block_size, m = m, 0
-    block = cols if counts is None else block_size
     step = BLOCK_C // m * m if m else BLOCK_C
-    for start in range(0, cols, block):
-        end = min(cols, start + block)
-        if counts is not None:
-            sweep.choose(start, end, counts[:, :, start // block], args.all_ties)
-        for first in range(start, end, step):
-            sweep.columns(first, min(end, first + step), n, m)
+    block = step if counts is None else block_size
+    panel = max(1, PANEL // block) * block
+    for left in range(0, cols, panel):
+        right = min(cols, left + panel)
+        sweep.open_panel(left, right)
+        for start in range(left, right, block):
+            end = min(right, start + block)
+            if counts is not None:
+                sweep.choose(start, end, counts[:, :, start // block], args.all_ties)
+            for first in range(start, end, step):
+                sweep.columns(first, min(end, first + step), n, m)
+        sweep.close_panel()
     return sweep.weight, sweep.mask, sweep.loss.to(args.w.dtype)
 
 
@@ -318,7 +354,10 @@ def _aot(label: str, keep: int, group: int, **flags: bool) -> dict:
             "loss_ptr": "*fp64",
             "R": "i32",
             "C": "i32",
+            "first": "i32",
             "width": "i32",
+            "panel_first": "i32",
+            "panel_width": "i32",
             "u_batch_stride": "i64",
             "scale_batch_stride": "i64",
         },
@@ -334,6 +373,7 @@ def _aot(label: str, keep: int, group: int, **flags: bool) -> dict:
         },
         "num_warps": NUM_WARPS,
         "num_stages": 3,
+        "aligned": ["R", "C", "first", "width", "panel_first", "panel_width", "u_batch_stride"],
     }
 
 
