@@ -2,15 +2,17 @@
 
 tensor | dtype            | shape                   | layout
 -------|------------------|-------------------------|------------------------------------------
-x      | fp32, bf16, fp16 | [B, T, C]               | any strides
+x      | fp32, bf16, fp16 | [B, T, C]               | any strides; `panels` are its descriptors
 weight | fp32             | [B, T]                  | contiguous, optional
 out    | fp32             | [B, N, N]               | contiguous, symmetric; N = C, or C + 1 with
        |                  |                         | a virtual column of ones
-part   | fp32             | [S, B, P, M, N of tile] | tiles of the token splits, when S > 1
+part   | fp32             | [P, S, M, N of tile]    | tiles whose tokens S programs share
+tiles  | i32              | [tiles of a matrix]     | row of the tile << 16 | column of the tile
 
-A program owns one tile on or below the diagonal, walks all tokens (of its split), and stores the
-tile and its mirror image. 16-bit inputs go to the matrix units as they are: their products are
-exact in the fp32 accumulator.
+A program owns one tile on or below the diagonal, walks all tokens, and stores the tile and its
+mirror image. Where the tiles do not fill the GPU a whole number of times, the last ones are shared:
+several programs take some of the tokens each, and a second stage adds up. 16-bit inputs go to the
+matrix units as they are: their products are exact in the fp32 accumulator.
 """
 
 import functools
@@ -33,8 +35,8 @@ MIN_SPLIT_TOKENS, SPLIT_COST = 1024, 512
 
 WEIGHT_NONE, WEIGHT_MASK, WEIGHT_ANY = 0, 1, 2
 
-_LARGE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "PART": 32}
-_MEDIUM = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PART": 32}
+_LARGE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "PART": 16}
+_MEDIUM = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PART": 16}
 _SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PART": 32}
 
 
@@ -207,7 +209,8 @@ def _blocks(x: torch.Tensor, upcast: bool) -> dict[str, int]:
 
     16-bit: two warpgroups of 64 rows each feed the matrix units. What limits these is how fast the
     L2 cache and then shared memory deliver the operands, so that a tile of 128 x 256 beats one of
-    128 x 128; Hopper has the room for its stages. fp32 runs on the ordinary multipliers and wants smaller tiles.
+    128 x 128; Hopper has the room for its stages. fp32 runs on the ordinary multipliers and wants
+    smaller tiles.
     """
     if _is_interpreted():
         small = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "PART": 16}

@@ -178,6 +178,64 @@ def test_triton_splits_the_tokens(use_backend, monkeypatch):
     assert_gram(got, expected(x) + start, torch.float32)
 
 
+def test_triton_shares_the_tokens_of_the_last_tiles(use_backend, monkeypatch):
+    """Ten tiles of each matrix, twelve programs at a time: three share each of the last eight."""
+    from pyprune.kernels import gram as kernel
+
+    use_backend("triton", OP, "cpu")
+    monkeypatch.setattr(kernel, "_slots", lambda x, num_warps: 12)
+    monkeypatch.setattr(kernel, "MIN_SPLIT_TOKENS", 64)
+    monkeypatch.setattr(kernel, "SPLIT_COST", 0)
+    launches = []
+    for name in ("_gram_kernel", "_gram_reduce_kernel"):
+        launch = getattr(kernel, name).__getitem__
+        recorder = type("Recorder", (), {})
+        recorder.__getitem__ = lambda self, grid, launch=launch: (
+            launches.append(grid) or launch(grid)
+        )
+        monkeypatch.setattr(kernel, name, recorder())
+    for dtype in (torch.bfloat16, torch.float32):
+        x, start = randn(2, 300, 104).to(dtype), torch.eye(104)
+        got = ops.gram(x, out=start.repeat(2, 1, 1))
+        assert_gram(got, expected(x) + start, dtype)
+    assert launches == 2 * [(12 + 8 * 3,), (8, 2)]
+
+
+@pytest.mark.parametrize(("tiles", "slots"), [(8, 132), (100, 132), (131, 132), (0, 132), (1, 1)])
+def test_splits_never_take_longer_than_whole_tiles(tiles, slots):
+    from pyprune.kernels import gram as kernel
+
+    def steps(splits: int) -> float:
+        return -(-tiles * splits // slots) * (16384 / splits + (splits > 1) * kernel.SPLIT_COST)
+
+    splits = kernel._splits(tiles, slots, 16384)
+    assert 1 <= splits <= 16384 // kernel.MIN_SPLIT_TOKENS
+    assert steps(splits) == min(steps(s) for s in range(1, 17))
+    assert kernel._splits(tiles, slots, 100) == 1
+
+
+def test_bulk_copies_read_aligned_rows_only(use_backend):
+    """The descriptors' path and the pointers' path, by what the layout allows; and one token or one
+    matrix, whose strides mean nothing."""
+    from pyprune.kernels import gram as kernel
+
+    use_backend("triton", OP, "cpu")
+    big = randn(3, 70, 96).to(torch.float16)
+    for x, aligned in [
+        (big, True),
+        (big[:, ::2, 8:72], True),
+        (big[1:2, :1, :33], True),
+        (big[:1, :, :33].contiguous()[:, :1], True),
+        (big[:, :, 1:], False),
+        (big[..., :90].contiguous(), False),
+        (big.mT, False),
+        (big[:1].expand(3, -1, -1), False),
+        (big[:, :, ::2], False),
+    ]:
+        assert kernel._describable(x) == aligned
+        assert_gram(ops.gram(x), expected(x), x.dtype)
+
+
 @pytest.mark.parametrize("group", [1, 2, 3])
 @pytest.mark.parametrize("block_n", [32, 64])
 def test_triton_tiles_cover_the_triangle_once(monkeypatch, use_backend, group, block_n):
