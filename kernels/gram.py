@@ -35,9 +35,13 @@ MIN_SPLIT_TOKENS, SPLIT_COST = 1024, 512
 
 WEIGHT_NONE, WEIGHT_MASK, WEIGHT_ANY = 0, 1, 2
 
-_LARGE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "PART": 16}
-_MEDIUM = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "PART": 16}
-_SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "PART": 32}
+# Matrix units drop bits whenever they add to their accumulator: after this many tokens it is added
+# to an ordinary sum and starts again.
+CHUNK = 4096
+
+_LARGE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "CHUNK": 0, "PART": 16}
+_MEDIUM = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "CHUNK": CHUNK, "PART": 16}
+_SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "CHUNK": 0, "PART": 32}
 
 
 @triton.jit
@@ -92,6 +96,65 @@ def _locate_tile(tiles_ptr, tile, tiles):
     return tile // tiles, place >> 16, place & 0xFFFF
 
 
+@triton.jit
+def _sum_tokens(
+    x_ptr,
+    panels_m,
+    panels_n,
+    weight_ptr,
+    batch,
+    row,
+    col,
+    first,
+    last,
+    T,
+    C,
+    stride_b,
+    stride_t,
+    stride_c,
+    DESCRIPTORS: tl.constexpr,
+    ONES: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The tile at (row, col) of X^T diag(weight) X, over the tokens [first, last)."""
+    if not DESCRIPTORS:
+        # Where a tile starts takes 64 bits; inside it 32 do (`indexable` sees to that).
+        x_ptr += batch.to(tl.int64) * stride_b + first.to(tl.int64) * stride_t
+        weight_ptr += batch.to(tl.int64) * T + first
+        k, rows_m, cols_n = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        a_ptrs = x_ptr + row.to(tl.int64) * stride_c
+        b_ptrs = x_ptr + col.to(tl.int64) * stride_c
+        a_ptrs += k[:, None] * stride_t + rows_m[None, :] * stride_c
+        b_ptrs += k[:, None] * stride_t + cols_n[None, :] * stride_c
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for t in range(first, last, BLOCK_K):
+        if DESCRIPTORS:
+            a = panels_m.load([batch, t, row]).reshape(BLOCK_K, BLOCK_M)
+            b = panels_n.load([batch, t, col]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            live = k < last - t
+            if WEIGHT != 0:
+                w = tl.load(weight_ptr + k, mask=live, other=0.0)
+                live = live & (w != 0.0)
+                weight_ptr += BLOCK_K
+            a = _load_columns(a_ptrs, live, row + rows_m, C, ONES)
+            b = _load_columns(b_ptrs, live, col + cols_n, C, ONES)
+            a_ptrs += BLOCK_K * stride_t
+            b_ptrs += BLOCK_K * stride_t
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        if WEIGHT == 2:
+            a = a * w[:, None]
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    return acc
+
+
 # Counts that differ with every shape: code of their own for multiples of 16 would gain nothing.
 _COUNTS = ["tiles", "whole", "splits"]
 
@@ -123,6 +186,7 @@ def _gram_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
     PART: tl.constexpr,
 ):
     work = tl.program_id(0)
@@ -134,36 +198,21 @@ def _gram_kernel(
     tile = tl.minimum(work, whole) + shared // splits
     batch, tile_m, tile_n = _locate_tile(tiles_ptr, tile, tiles)
     row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
-    if not DESCRIPTORS:
-        # Where a tile starts takes 64 bits; inside it 32 do (`indexable` sees to that).
-        x_ptr += batch.to(tl.int64) * stride_b + first.to(tl.int64) * stride_t
-        weight_ptr += batch.to(tl.int64) * T + first
-        k, rows_m, cols_n = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
-        a_ptrs = x_ptr + row.to(tl.int64) * stride_c
-        b_ptrs = x_ptr + col.to(tl.int64) * stride_c
-        a_ptrs += k[:, None] * stride_t + rows_m[None, :] * stride_c
-        b_ptrs += k[:, None] * stride_t + cols_n[None, :] * stride_c
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for t in range(first, last, BLOCK_K):
-        if DESCRIPTORS:
-            a = panels_m.load([batch, t, row]).reshape(BLOCK_K, BLOCK_M)
-            b = panels_n.load([batch, t, col]).reshape(BLOCK_K, BLOCK_N)
-        else:
-            live = k < last - t
-            if WEIGHT != 0:
-                w = tl.load(weight_ptr + k, mask=live, other=0.0)
-                live = live & (w != 0.0)
-                weight_ptr += BLOCK_K
-            a = _load_columns(a_ptrs, live, row + rows_m, C, ONES)
-            b = _load_columns(b_ptrs, live, col + cols_n, C, ONES)
-            a_ptrs += BLOCK_K * stride_t
-            b_ptrs += BLOCK_K * stride_t
-        if UPCAST:
-            a = a.to(tl.float32)
-            b = b.to(tl.float32)
-        if WEIGHT == 2:
-            a = a * w[:, None]
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    if CHUNK == 0:
+        acc = _sum_tokens(
+            x_ptr, panels_m, panels_n, weight_ptr, batch, row, col, first, last, T, C, stride_b,
+            stride_t, stride_c, DESCRIPTORS, ONES, WEIGHT, UPCAST, PRECISION, BLOCK_M, BLOCK_N,
+            BLOCK_K,
+        )  # fmt: skip
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for i in range(tl.cdiv(last - first, CHUNK)):
+            start = first + i * CHUNK
+            acc += _sum_tokens(
+                x_ptr, panels_m, panels_n, weight_ptr, batch, row, col, start,
+                tl.minimum(start + CHUNK, last), T, C, stride_b, stride_t, stride_c, DESCRIPTORS,
+                ONES, WEIGHT, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
     if work < whole:
         _store_in_parts(out_ptr + batch.to(tl.int64) * N * N, acc, row, col, N, PART)
     else:
@@ -213,7 +262,7 @@ def _blocks(x: torch.Tensor, upcast: bool) -> dict[str, int]:
     smaller tiles.
     """
     if _is_interpreted():
-        small = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "PART": 16}
+        small = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "CHUNK": 256, "PART": 16}
         return small | {"num_warps": 4, "num_stages": 1}
     if x.dtype == torch.float32 or upcast:
         return _SMALL | {"num_warps": 4, "num_stages": 3}

@@ -214,6 +214,15 @@ def test_splits_never_take_longer_than_whole_tiles(tiles, slots):
     assert kernel._splits(tiles, slots, 100) == 1
 
 
+def test_triton_restarts_the_accumulator(use_backend):
+    """More tokens than go into one, the last ones few."""
+    use_backend("triton", OP, "cpu")
+    for x in (randn(520, 40).to(torch.bfloat16), randn(520, 33)):
+        weight = randn(520, seed=1).abs()
+        assert_gram(ops.gram(x), expected(x), x.dtype)
+        assert_gram(ops.gram(x, weight=weight), expected(x, weight), x.dtype)
+
+
 def test_bulk_copies_read_aligned_rows_only(use_backend):
     """The descriptors' path and the pointers' path, by what the layout allows; and one token or one
     matrix, whose strides mean nothing."""
@@ -243,7 +252,7 @@ def test_triton_tiles_cover_the_triangle_once(monkeypatch, use_backend, group, b
     from pyprune.kernels import gram as kernel
 
     use_backend("triton", OP, "cpu")
-    blocks = {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 32, "PART": 16}
+    blocks = {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 32, "CHUNK": 0, "PART": 16}
     blocks |= {"num_warps": 4, "num_stages": 1}
     monkeypatch.setattr(kernel, "_blocks", lambda x, upcast: blocks)
     monkeypatch.setattr(kernel, "GROUP", group)
