@@ -39,8 +39,7 @@ WEIGHT_NONE, WEIGHT_MASK, WEIGHT_ANY = 0, 1, 2
 # to an ordinary sum and starts again.
 CHUNK = 4096
 
-_LARGE = {"BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "CHUNK": 0, "PART": 16}
-_MEDIUM = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "CHUNK": CHUNK, "PART": 16}
+_LARGE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "CHUNK": CHUNK, "PART": 16}
 _SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "CHUNK": 0, "PART": 32}
 
 
@@ -254,21 +253,15 @@ def _is_interpreted() -> bool:
 
 
 def _blocks(x: torch.Tensor, upcast: bool) -> dict[str, int]:
-    """Tile sides and launch options.
-
-    16-bit: two warpgroups of 64 rows each feed the matrix units. What limits these is how fast the
-    L2 cache and then shared memory deliver the operands, so that a tile of 128 x 256 beats one of
-    128 x 128; Hopper has the room for its stages. fp32 runs on the ordinary multipliers and wants
-    smaller tiles.
-    """
+    """Tile sides and launch options. 16-bit: two warpgroups of 64 rows each feed the matrix units;
+    fp32 runs on the ordinary multipliers and wants smaller tiles."""
     if _is_interpreted():
         small = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "CHUNK": 256, "PART": 16}
         return small | {"num_warps": 4, "num_stages": 1}
     if x.dtype == torch.float32 or upcast:
         return _SMALL | {"num_warps": 4, "num_stages": 3}
-    if torch.cuda.get_device_capability(x.device)[0] == 9:
-        return _LARGE | {"num_warps": 8, "num_stages": 4}
-    return _MEDIUM | {"num_warps": 8, "num_stages": 3}
+    stages = 4 if torch.cuda.get_device_capability(x.device)[0] in (9, 10) else 3
+    return _LARGE | {"num_warps": 8, "num_stages": stages}
 
 
 @functools.lru_cache(maxsize=64)
@@ -409,7 +402,7 @@ def _aot(dtype: str, label: str, blocks: dict[str, int], warps: int, stages: int
     pointers = ["weight_ptr", "out_ptr", "part_ptr"]
     return {
         "kernel": _gram_kernel,
-        **({"targets": ["sm_90"]} if blocks is _LARGE else {}),
+        **({"targets": ["sm_90"]} if flags.get("DESCRIPTORS", False) else {}),
         "signature": {"x_ptr": f"*{dtype}", **panels, "tiles_ptr": "*i32"}
         | dict.fromkeys(pointers, "*fp32")
         | dict.fromkeys(sizes, "i32"),
@@ -424,13 +417,10 @@ def _aot(dtype: str, label: str, blocks: dict[str, int], warps: int, stages: int
 
 
 AOT = [
-    _aot("bf16", "bf16 128x256x64 bulk copies", _LARGE, 8, 4, DESCRIPTORS=True),
-    _aot("bf16", "bf16 128x256x64", _LARGE, 8, 4),
-    _aot("bf16", "bf16 128x128x64", _MEDIUM, 8, 3),
-    _aot("fp16", "fp16 128x128x64 masked", _MEDIUM, 8, 3, WEIGHT=WEIGHT_MASK),
-    _aot("fp16", "fp16 128x256x64 masked", _LARGE, 8, 4, WEIGHT=WEIGHT_MASK),
-    _aot("bf16", "bf16 128x128x64 ones column", _MEDIUM, 8, 3, ONES=True),
-    _aot("bf16", "bf16 128x256x64 ones column", _LARGE, 8, 4, ONES=True),
+    _aot("bf16", "bf16 128x128x64 bulk copies", _LARGE, 8, 4, DESCRIPTORS=True),
+    _aot("bf16", "bf16 128x128x64", _LARGE, 8, 3),
+    _aot("fp16", "fp16 128x128x64 masked", _LARGE, 8, 3, WEIGHT=WEIGHT_MASK),
+    _aot("bf16", "bf16 128x128x64 ones column", _LARGE, 8, 3, ONES=True),
     _aot("bf16", "bf16 64x64x32 weighted", _SMALL, 4, 3, WEIGHT=WEIGHT_ANY, UPCAST=True),
     _aot("fp32", "fp32 64x64x32", _SMALL, 4, 3),
     {
@@ -441,10 +431,10 @@ AOT = [
             "tiles_ptr": "*i32",
             **dict.fromkeys(["N", "tiles", "whole", "splits"], "i32"),
         },
-        "constexprs": {"BLOCK_M": 128, "BLOCK_N": 256, "ROWS": 16},
+        "constexprs": {"BLOCK_M": 128, "BLOCK_N": 128, "ROWS": 16},
         "num_warps": 4,
         "num_stages": 3,
         "aligned": ["N"],
-        "label": "fp32 16x256 of a tile",
+        "label": "fp32 16x128 of a tile",
     },
 ]

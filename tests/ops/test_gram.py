@@ -26,7 +26,9 @@ def expected(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tenso
 
 def assert_gram(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
     """Within rounding of the largest sum, and symmetric to the bit."""
-    tolerance = TOLERANCE[dtype] * want.abs().max().item()
+    # Matrix units cut off bits where other sums round.
+    tolerance = 5e-6 if got.is_cuda and dtype.itemsize == 2 else TOLERANCE[dtype]
+    tolerance *= want.abs().max().item()
     torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=tolerance)
     assert torch.equal(got, got.mT)
 
