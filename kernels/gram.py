@@ -39,7 +39,7 @@ WEIGHT_NONE, WEIGHT_MASK, WEIGHT_ANY = 0, 1, 2
 # to an ordinary sum and starts again.
 CHUNK = 4096
 
-_LARGE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "CHUNK": CHUNK, "PART": 16}
+_LARGE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "CHUNK": CHUNK, "PART": 32}
 _SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "CHUNK": 0, "PART": 32}
 
 
