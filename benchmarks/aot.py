@@ -4,8 +4,9 @@
     python benchmarks/aot.py --json benchmarks/results/aot.json --markdown docs/aot.md
 
 Each `pyprune/kernels/<family>.py` lists the configurations it launches in `AOT`: dicts with
-`kernel`, `signature`, `constexprs`, and optionally `num_warps`, `num_stages`, `label`, and
-`aligned` (integer arguments that are multiples of 16 in practice; pointers always are). Strides
+`kernel`, `signature`, `constexprs`, and optionally `num_warps`, `num_stages`, `label`, `targets`
+(the only ones that it is launched on), and `aligned` (integer arguments that are multiples of 16 in
+practice; pointers always are). Strides
 that are 1 in practice belong in `constexprs`, as Triton specialises them when it launches.
 Registers, spills and shared
 memory come from `ptxas -v`; the instruction mix is counted in the PTX. `csrc/cuda/<file>.cu` is the
@@ -201,6 +202,7 @@ def main() -> int:
         compile_one(family, spec, target)
         for family, spec in specs(args.families)
         for target in args.target or TARGETS
+        if target in spec.get("targets", TARGETS)
     ]
     rows += [
         row

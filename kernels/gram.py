@@ -2,48 +2,45 @@
 
 tensor | dtype            | shape                   | layout
 -------|------------------|-------------------------|------------------------------------------
-x      | fp32, bf16, fp16 | [B, T, C]               | any strides
+x      | fp32, bf16, fp16 | [B, T, C]               | any strides; `panels` are its descriptors
 weight | fp32             | [B, T]                  | contiguous, optional
 out    | fp32             | [B, N, N]               | contiguous, symmetric; N = C, or C + 1 with
        |                  |                         | a virtual column of ones
-part   | fp32             | [S, B, P, M, N of tile] | tiles of the token splits, when S > 1
+part   | fp32             | [P, S, M, N of tile]    | tiles whose tokens S programs share
+tiles  | i32              | [tiles of a matrix]     | row of the tile << 16 | column of the tile
 
-A program owns one tile on or below the diagonal, walks all tokens (of its split), and stores the
-tile and its mirror image. 16-bit inputs go to the matrix units as they are: their products are
-exact in the fp32 accumulator.
+A program owns one tile on or below the diagonal, walks all tokens, and stores the tile and its
+mirror image. Where the tiles do not fill the GPU a whole number of times, the last ones are shared:
+several programs take some of the tokens each, and a second stage adds up. 16-bit inputs go to the
+matrix units as they are: their products are exact in the fp32 accumulator.
 """
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 # How fp32 operands are multiplied. "ieee" keeps full fp32 products; "tf32x3" runs on the matrix
 # units and loses the products' last two or three bits.
 FP32_PRECISION = "ieee"
 
-# Tiles of a square of this many column tiles run next to each other, so that the panels they share
-# are still in the L2 cache.
-GROUP = 8
+# Tiles of this many rows of tiles run next to each other, so that the panels they share are still
+# in the L2 cache.
+GROUP = 16
 
-# Fewer tokens than this a split are not worth a second stage.
-MIN_SPLIT_TOKENS = 1024
+# Fewer tokens than this a split are not worth a second stage, and what that costs, in tokens.
+MIN_SPLIT_TOKENS, SPLIT_COST = 1024, 512
 
 WEIGHT_NONE, WEIGHT_MASK, WEIGHT_ANY = 0, 1, 2
 
+# Matrix units drop bits whenever they add to their accumulator: after this many tokens it is added
+# to an ordinary sum and starts again.
+CHUNK = 4096
 
-@triton.jit
-def _locate_tile(pid, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Row and column tile of program `pid`: groups of the lower triangle row by row, tiles of a
-    group row by row."""
-    rows_in_group: tl.constexpr = GROUP * (BLOCK_N // BLOCK_M)
-    group = pid // (rows_in_group * GROUP)
-    inside = pid % (rows_in_group * GROUP)
-    i = ((tl.sqrt(8.0 * group.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    # The square root is rounded: settle i(i+1)/2 <= group < (i+1)(i+2)/2 in integers.
-    i = tl.where(i * (i + 1) // 2 > group, i - 1, i)
-    i = tl.where((i + 1) * (i + 2) // 2 <= group, i + 1, i)
-    j = group - i * (i + 1) // 2
-    return i * rows_in_group + inside // GROUP, j * GROUP + inside % GROUP
+_LARGE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "CHUNK": CHUNK, "PART": 16}
+_SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "CHUNK": 0, "PART": 32}
 
 
 @triton.jit
@@ -56,104 +53,199 @@ def _load_columns(x_ptrs, live, cols, C, ONES: tl.constexpr):
 
 
 @triton.jit
-def _store_mirrored(out_ptr, acc, rows, cols, N):
-    """Adds the tile to the lower triangle and copies it to its mirror image. What the tile holds
-    above the diagonal is dropped: both halves come from one value, so they are equal bits."""
-    r, c = rows.to(tl.int64)[:, None], cols.to(tl.int64)[None, :]
-    keep = (r >= c) & (r < N) & (c < N)
-    acc += tl.load(out_ptr + r * N + c, mask=keep, other=0.0)
-    tl.store(out_ptr + r * N + c, acc, mask=keep)
-    tl.store(out_ptr + c * N + r, acc, mask=keep & (r > c))
+def _store_mirrored(out_ptr, acc, row, col, N):
+    """Adds the tile at (row, col) to the lower triangle and copies it to its mirror image. What the
+    tile holds above the diagonal is dropped: both halves come from one value, so they are equal
+    bits."""
+    M: tl.constexpr = acc.shape[0]
+    W: tl.constexpr = acc.shape[1]
+    m, n = tl.arange(0, M)[:, None], tl.arange(0, W)[None, :]
+    # Where a tile starts takes 64 bits; inside it 32 do.
+    lower = out_ptr + row.to(tl.int64) * N + col + (m * N + n)
+    upper = out_ptr + col.to(tl.int64) * N + row + (n * N + m)
+    if (row >= col + W) & (row + M <= N):
+        acc += tl.load(lower)
+        tl.store(lower, acc)
+        tl.store(upper, acc)
+    else:
+        keep = (row + m >= col + n) & (row + m < N) & (col + n < N)
+        acc += tl.load(lower, mask=keep, other=0.0)
+        tl.store(lower, acc, mask=keep)
+        tl.store(upper, acc, mask=keep & (row + m > col + n))
 
 
 @triton.jit
+def _store_in_parts(out_ptr, acc, row, col, N, WIDTH: tl.constexpr):
+    """`_store_mirrored`, WIDTH columns at a time: the old values of a whole tile do not fit in the
+    registers beside the new ones."""
+    if acc.shape[1] <= WIDTH:
+        _store_mirrored(out_ptr, acc, row, col, N)
+    else:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        halves = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1)
+        left, right = tl.split(halves)
+        _store_in_parts(out_ptr, left, row, col, N, WIDTH)
+        _store_in_parts(out_ptr, right, row, col + HALF, N, WIDTH)
+
+
+@triton.jit
+def _locate_tile(tiles_ptr, tile, tiles):
+    """Matrix of the batch, row tile and column tile of `tile`."""
+    place = tl.load(tiles_ptr + tile % tiles)
+    return tile // tiles, place >> 16, place & 0xFFFF
+
+
+@triton.jit
+def _sum_tokens(
+    x_ptr,
+    panels_m,
+    panels_n,
+    weight_ptr,
+    batch,
+    row,
+    col,
+    first,
+    last,
+    T,
+    C,
+    stride_b,
+    stride_t,
+    stride_c,
+    DESCRIPTORS: tl.constexpr,
+    ONES: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The tile at (row, col) of X^T diag(weight) X, over the tokens [first, last)."""
+    if not DESCRIPTORS:
+        # Where a tile starts takes 64 bits; inside it 32 do (`indexable` sees to that).
+        x_ptr += batch.to(tl.int64) * stride_b + first.to(tl.int64) * stride_t
+        weight_ptr += batch.to(tl.int64) * T + first
+        k, rows_m, cols_n = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
+        a_ptrs = x_ptr + row.to(tl.int64) * stride_c
+        b_ptrs = x_ptr + col.to(tl.int64) * stride_c
+        a_ptrs += k[:, None] * stride_t + rows_m[None, :] * stride_c
+        b_ptrs += k[:, None] * stride_t + cols_n[None, :] * stride_c
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for t in range(first, last, BLOCK_K):
+        if DESCRIPTORS:
+            a = panels_m.load([batch, t, row]).reshape(BLOCK_K, BLOCK_M)
+            b = panels_n.load([batch, t, col]).reshape(BLOCK_K, BLOCK_N)
+        else:
+            live = k < last - t
+            if WEIGHT != 0:
+                w = tl.load(weight_ptr + k, mask=live, other=0.0)
+                live = live & (w != 0.0)
+                weight_ptr += BLOCK_K
+            a = _load_columns(a_ptrs, live, row + rows_m, C, ONES)
+            b = _load_columns(b_ptrs, live, col + cols_n, C, ONES)
+            a_ptrs += BLOCK_K * stride_t
+            b_ptrs += BLOCK_K * stride_t
+        if UPCAST:
+            a = a.to(tl.float32)
+            b = b.to(tl.float32)
+        if WEIGHT == 2:
+            a = a * w[:, None]
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    return acc
+
+
+# Counts that differ with every shape: code of their own for multiples of 16 would gain nothing.
+_COUNTS = ["tiles", "whole", "splits"]
+
+
+@triton.jit(do_not_specialize=_COUNTS)
 def _gram_kernel(
     x_ptr,
+    panels_m,
+    panels_n,
     weight_ptr,
     out_ptr,
     part_ptr,
+    tiles_ptr,
     T,
     C,
     N,
     stride_b,
     stride_t,
     stride_c,
+    tiles,
+    whole,
+    splits,
     tokens_per_split,
+    DESCRIPTORS: tl.constexpr,
     ONES: tl.constexpr,
     WEIGHT: tl.constexpr,
-    SPLIT: tl.constexpr,
     UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
-    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    tile_m, tile_n = _locate_tile(tl.program_id(0), GROUP, BLOCK_M, BLOCK_N)
-    batch = tl.program_id(1).to(tl.int64)
-    split = tl.program_id(2)
-    # Above the diagonal, or past the matrix's edge: part of a group, but no work.
-    if (tile_m + 1) * BLOCK_M > tile_n * BLOCK_N and tile_m * BLOCK_M < N:
-        rows_m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        cols_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-        first = split.to(tl.int64) * tokens_per_split
+    work = tl.program_id(0)
+    # The first `whole` programs take all tokens of a tile, the others a share of them each.
+    shared = tl.maximum(work - whole, 0)
+    first, last = (shared % splits) * tokens_per_split, T
+    if work >= whole:
         last = tl.minimum(first + tokens_per_split, T)
-        # Where a tile starts takes 64 bits; inside it 32 do (`gram_triton` sees to that).
-        x_ptr += batch * stride_b + first * stride_t
-        weight_ptr += batch * T + first
-        k = tl.arange(0, BLOCK_K)
-        a_ptrs = x_ptr + (tile_m * BLOCK_M).to(tl.int64) * stride_c
-        b_ptrs = x_ptr + (tile_n * BLOCK_N).to(tl.int64) * stride_c
-        a_ptrs += k[:, None] * stride_t + tl.arange(0, BLOCK_M)[None, :] * stride_c
-        b_ptrs += k[:, None] * stride_t + tl.arange(0, BLOCK_N)[None, :] * stride_c
+    tile = tl.minimum(work, whole) + shared // splits
+    batch, tile_m, tile_n = _locate_tile(tiles_ptr, tile, tiles)
+    row, col = tile_m * BLOCK_M, tile_n * BLOCK_N
+    if CHUNK == 0:
+        acc = _sum_tokens(
+            x_ptr, panels_m, panels_n, weight_ptr, batch, row, col, first, last, T, C, stride_b,
+            stride_t, stride_c, DESCRIPTORS, ONES, WEIGHT, UPCAST, PRECISION, BLOCK_M, BLOCK_N,
+            BLOCK_K,
+        )  # fmt: skip
+    else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for left in range((last - first).to(tl.int32), 0, -BLOCK_K):
-            live = k < left
-            if WEIGHT != 0:
-                w = tl.load(weight_ptr + k, mask=live, other=0.0)
-                live = live & (w != 0.0)
-                weight_ptr += BLOCK_K
-            a = _load_columns(a_ptrs, live, rows_m, C, ONES)
-            b = _load_columns(b_ptrs, live, cols_n, C, ONES)
-            a_ptrs += BLOCK_K * stride_t
-            b_ptrs += BLOCK_K * stride_t
-            if UPCAST:
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            if WEIGHT == 2:
-                a = a * w[:, None]
-            acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
-        if SPLIT:
-            slot = (split * tl.num_programs(1) + batch) * tl.num_programs(0) + tl.program_id(0)
-            m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
-            tl.store(part_ptr + slot * (BLOCK_M * BLOCK_N) + m * BLOCK_N + n, acc)
-        else:
-            _store_mirrored(out_ptr + batch * N * N, acc, rows_m, cols_n, N)
+        for i in range(tl.cdiv(last - first, CHUNK)):
+            start = first + i * CHUNK
+            acc += _sum_tokens(
+                x_ptr, panels_m, panels_n, weight_ptr, batch, row, col, start,
+                tl.minimum(start + CHUNK, last), T, C, stride_b, stride_t, stride_c, DESCRIPTORS,
+                ONES, WEIGHT, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    if work < whole:
+        _store_in_parts(out_ptr + batch.to(tl.int64) * N * N, acc, row, col, N, PART)
+    else:
+        m, n = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :]
+        slot = part_ptr + shared.to(tl.int64) * (BLOCK_M * BLOCK_N)
+        tl.store(slot + (m * BLOCK_N + n), acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_COUNTS)
 def _gram_reduce_kernel(
     part_ptr,
     out_ptr,
+    tiles_ptr,
     N,
-    SPLITS,
-    GROUP: tl.constexpr,
+    tiles,
+    whole,
+    splits,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Second stage: sums ROWS rows of a tile over the splits in order, adds and mirrors them."""
-    tile_m, tile_n = _locate_tile(tl.program_id(0), GROUP, BLOCK_M, BLOCK_N)
-    batch = tl.program_id(1).to(tl.int64)
-    first = tl.program_id(2) * ROWS
-    if (tile_m + 1) * BLOCK_M > tile_n * BLOCK_N and tile_m * BLOCK_M < N:
-        m, n = first + tl.arange(0, ROWS), tl.arange(0, BLOCK_N)
-        acc = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
-        for split in range(SPLITS):
-            slot = (split * tl.num_programs(1) + batch) * tl.num_programs(0) + tl.program_id(0)
-            tile_ptr = part_ptr + slot * (BLOCK_M * BLOCK_N)
-            acc += tl.load(tile_ptr + m[:, None] * BLOCK_N + n[None, :])
-        _store_mirrored(out_ptr + batch * N * N, acc, tile_m * BLOCK_M + m, tile_n * BLOCK_N + n, N)
+    shared = tl.program_id(0)
+    first = tl.program_id(1) * ROWS
+    batch, tile_m, tile_n = _locate_tile(tiles_ptr, whole + shared, tiles)
+    m, n = tl.arange(0, ROWS)[:, None], tl.arange(0, BLOCK_N)[None, :]
+    part_ptr += shared.to(tl.int64) * splits * (BLOCK_M * BLOCK_N) + first * BLOCK_N
+    acc = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+    for _ in range(splits):
+        acc += tl.load(part_ptr + (m * BLOCK_N + n))
+        part_ptr += BLOCK_M * BLOCK_N
+    _store_mirrored(
+        out_ptr + batch.to(tl.int64) * N * N, acc, tile_m * BLOCK_M + first, tile_n * BLOCK_N, N
+    )
 
 
 def _is_interpreted() -> bool:
@@ -164,15 +256,23 @@ def _blocks(x: torch.Tensor, upcast: bool) -> dict[str, int]:
     """Tile sides and launch options. 16-bit: two warpgroups of 64 rows each feed the matrix units;
     fp32 runs on the ordinary multipliers and wants smaller tiles."""
     if _is_interpreted():
-        return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
+        small = {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "CHUNK": 256, "PART": 16}
+        return small | {"num_warps": 4, "num_stages": 1}
     if x.dtype == torch.float32 or upcast:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-    stages = 4 if torch.cuda.get_device_capability(x.device)[0] >= 9 else 3
-    return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": stages}
+        return _SMALL | {"num_warps": 4, "num_stages": 3}
+    stages = 4 if torch.cuda.get_device_capability(x.device)[0] in (9, 10) else 3
+    return _LARGE | {"num_warps": 8, "num_stages": stages}
 
 
-def _group(side: int, tile: int) -> int:
-    return 1 if _is_interpreted() else min(GROUP, triton.cdiv(side, tile))
+@functools.lru_cache(maxsize=64)
+def _tiles(side: int, block_m: int, block_n: int, device: torch.device) -> torch.Tensor:
+    """The tiles with a part on or below the diagonal, int32 `row tile << 16 | column tile`, in the
+    order in which programs take them: GROUP rows of tiles, column by column, then the next ones."""
+    down, across = triton.cdiv(side, block_m), triton.cdiv(side, block_n)
+    row, col = torch.arange(down)[:, None], torch.arange(across)
+    order = ((row // GROUP * across + col) * GROUP + row % GROUP).flatten().argsort()
+    below = ((row + 1) * block_m > col * block_n).flatten()[order]
+    return (row << 16 | col).flatten()[order][below].int().to(device)
 
 
 def _weight_mode(weight: torch.Tensor | None) -> int:
@@ -183,12 +283,39 @@ def _weight_mode(weight: torch.Tensor | None) -> int:
     return WEIGHT_MASK if bool(((weight == 0) | (weight == 1)).all()) else WEIGHT_ANY
 
 
-def _splits(x: torch.Tensor, programs: int) -> int:
-    """Token splits that give every multiprocessor two tiles when the matrix alone does not."""
-    wanted = 2
-    if x.device.type == "cuda":
-        wanted = 2 * torch.cuda.get_device_properties(x.device).multi_processor_count
-    return max(1, min(wanted // programs, x.shape[1] // MIN_SPLIT_TOKENS))
+def _splits(tiles: int, slots: int, tokens: int) -> int:
+    """Into how many shares the tokens of `tiles` tiles are cut, to keep all of `slots` programs
+    that run at a time busy: the number that takes the fewest tokens one after the other."""
+
+    def steps(splits: int) -> float:
+        overhead = 0 if splits == 1 else SPLIT_COST
+        return triton.cdiv(tiles * splits, slots) * (tokens / splits + overhead)
+
+    return min(range(1, max(1, tokens // MIN_SPLIT_TOKENS) + 1), key=steps)
+
+
+def _slots(x: torch.Tensor, num_warps: int) -> int:
+    """How many programs run at a time: eight warps fill a multiprocessor's registers."""
+    if x.device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(x.device).multi_processor_count * 8 // num_warps
+
+
+def _describable(x: torch.Tensor) -> bool:
+    """Whether Hopper's bulk copy engine (or the interpreter in its place) can read `x` `[B, T, C]`:
+    its rows are contiguous and all start at multiples of 16 bytes."""
+    engine = _is_interpreted() or torch.cuda.get_device_capability(x.device)[0] == 9
+    steps = [x.stride(dim) for dim in (0, 1) if x.shape[dim] > 1]
+    aligned = all(step > 0 and step * x.element_size() % 16 == 0 for step in steps)
+    return engine and x.stride(2) == 1 and x.data_ptr() % 16 == 0 and aligned
+
+
+def _descriptor(x: torch.Tensor, block_k: int, block: int) -> TensorDescriptor:
+    # A dimension of one element takes any stride; what it has may not be a multiple of 16 bytes.
+    row = triton.cdiv(x.shape[2], 8) * 8
+    step_t = x.stride(1) if x.shape[1] > 1 else row
+    step_b = x.stride(0) if x.shape[0] > 1 else step_t
+    return TensorDescriptor(x, list(x.shape), [step_b, step_t, 1], [1, block_k, block])
 
 
 def indexable(x: torch.Tensor) -> torch.Tensor:
@@ -204,79 +331,112 @@ def gram_triton(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None)
     mode = _weight_mode(weight)
     w = x3 if weight is None else weight.float().contiguous()
     blocks = _blocks(x3, upcast=mode == WEIGHT_ANY)
-    tile_m, tile_n = blocks["BLOCK_M"], blocks["BLOCK_N"]
-    group = _group(side, tile_n)
-    across = triton.cdiv(triton.cdiv(side, tile_n), group)
-    programs = across * (across + 1) // 2 * group * group * (tile_n // tile_m)
-    splits = _splits(x3, batch * programs)
-    span = triton.cdiv(triton.cdiv(tokens, splits), blocks["BLOCK_K"]) * blocks["BLOCK_K"]
+    if side > columns:  # the column of ones leaves too few registers for a second sum
+        blocks = blocks | {"CHUNK": 0}
+    tile_m, tile_n, block_k = blocks["BLOCK_M"], blocks["BLOCK_N"], blocks["BLOCK_K"]
+    places = _tiles(side, tile_m, tile_n, x.device)
+    tiles = batch * len(places)
+    # All tokens of a tile to one program, as long as that keeps all of them busy.
+    slots = _slots(x3, blocks["num_warps"])
+    whole = tiles // slots * slots
+    splits = _splits(tiles - whole, slots, tokens)
+    span = triton.cdiv(triton.cdiv(tokens, splits), block_k) * block_k
     splits = triton.cdiv(tokens, span)
+    if splits == 1:
+        whole = tiles
+    shared = tiles - whole
     part = target
-    if splits > 1:
-        shape = (splits, batch, programs, tile_m, tile_n)
+    if shared:
+        shape = (shared, splits, tile_m, tile_n)
         part = torch.empty(shape, dtype=torch.float32, device=x.device)
-    _gram_kernel[(programs, batch, splits)](
+    described = mode == WEIGHT_NONE and side == columns and x3.element_size() == 2
+    described = described and _describable(x3)
+    _gram_kernel[(whole + shared * splits,)](
         x3,
+        _descriptor(x3, block_k, tile_m) if described else None,
+        _descriptor(x3, block_k, tile_n) if described else None,
         w,
         target,
         part,
+        places,
         tokens,
         columns,
         side,
         *x3.stride(),
+        len(places),
+        whole,
+        splits,
         span,
+        DESCRIPTORS=described,
         ONES=side > columns,
         WEIGHT=mode,
-        SPLIT=splits > 1,
         UPCAST=_is_interpreted() or mode == WEIGHT_ANY,
         PRECISION=FP32_PRECISION,
-        GROUP=group,
         **blocks,
     )
-    if splits > 1:
+    if shared:
         rows = min(16, tile_m)
-        _gram_reduce_kernel[(programs, batch, tile_m // rows)](
-            part, target, side, splits, GROUP=group, BLOCK_M=tile_m, BLOCK_N=tile_n, ROWS=rows
+        _gram_reduce_kernel[(shared, tile_m // rows)](
+            part,
+            target,
+            places,
+            side,
+            len(places),
+            whole,
+            splits,
+            BLOCK_M=tile_m,
+            BLOCK_N=tile_n,
+            ROWS=rows,
         )
     if target.data_ptr() != out.data_ptr():
         out.copy_(target.view_as(out))
 
 
-def _aot(dtype: str, label: str, warps: int, stages: int, **constexprs: int | bool) -> dict:
-    pointers = {"x_ptr": f"*{dtype}", "weight_ptr": "*fp32", "out_ptr": "*fp32"}
-    sizes = dict.fromkeys(["T", "C", "N", "stride_b", "stride_t", "tokens_per_split"], "i32")
-    fixed = {"ONES": False, "WEIGHT": 0, "SPLIT": False, "UPCAST": False}
+def _aot(dtype: str, label: str, blocks: dict[str, int], warps: int, stages: int, **flags) -> dict:
+    sizes = ["T", "C", "N", "stride_b", "stride_t", "tiles", "whole", "splits", "tokens_per_split"]
+    panels = {
+        f"panels_{side.lower()}": f"tensordesc<{dtype}[1, {blocks['BLOCK_K']}, {blocks[name]}]>"
+        for side, name in (("m", "BLOCK_M"), ("n", "BLOCK_N"))
+    }
+    fixed = {"DESCRIPTORS": False, "ONES": False, "WEIGHT": 0, "UPCAST": False, "stride_c": 1}
+    if not flags.get("DESCRIPTORS", False):
+        fixed |= dict.fromkeys(panels)
+    pointers = ["weight_ptr", "out_ptr", "part_ptr"]
     return {
         "kernel": _gram_kernel,
-        "signature": pointers | {"part_ptr": "*fp32"} | sizes | {"stride_c": "constexpr"},
-        "constexprs": fixed
-        | {"stride_c": 1, "PRECISION": FP32_PRECISION, "GROUP": GROUP}
-        | constexprs,
+        **({"targets": ["sm_90"]} if flags.get("DESCRIPTORS", False) else {}),
+        "signature": {"x_ptr": f"*{dtype}", **panels, "tiles_ptr": "*i32"}
+        | dict.fromkeys(pointers, "*fp32")
+        | dict.fromkeys(sizes, "i32"),
+        "constexprs": fixed | {"PRECISION": FP32_PRECISION} | blocks | flags,
         "num_warps": warps,
         "num_stages": stages,
         # Launches find these out by themselves; without them no load is wide enough to be
         # asynchronous.
-        "aligned": [*pointers, "part_ptr", "C", "N", "stride_b", "stride_t"],
+        "aligned": ["T", "C", "N", "stride_b", "stride_t", "tokens_per_split"],
         "label": label,
     }
 
 
-_LARGE = {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64}
-_SMALL = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
 AOT = [
-    _aot("bf16", "bf16 128x128x64", 8, 3, **_LARGE),
-    _aot("fp16", "fp16 128x128x64 masked", 8, 3, **_LARGE, WEIGHT=WEIGHT_MASK),
-    _aot("bf16", "bf16 128x128x64 split", 8, 3, **_LARGE, SPLIT=True),
-    _aot("bf16", "bf16 128x128x64 ones column", 8, 3, **_LARGE, ONES=True),
-    _aot("bf16", "bf16 64x64x32 weighted", 4, 3, **_SMALL, WEIGHT=WEIGHT_ANY, UPCAST=True),
-    _aot("fp32", "fp32 64x64x32", 4, 3, **_SMALL),
+    _aot("bf16", "bf16 128x128x64 bulk copies", _LARGE, 8, 4, DESCRIPTORS=True),
+    _aot("bf16", "bf16 128x128x64", _LARGE, 8, 3),
+    _aot("fp16", "fp16 128x128x64 masked", _LARGE, 8, 3, WEIGHT=WEIGHT_MASK),
+    _aot("bf16", "bf16 128x128x64 ones column", _LARGE | {"CHUNK": 0}, 8, 3, ONES=True),
+    _aot("bf16", "bf16 64x64x32 weighted", _SMALL, 4, 3, WEIGHT=WEIGHT_ANY, UPCAST=True),
+    _aot("fp32", "fp32 64x64x32", _SMALL, 4, 3),
     {
         "kernel": _gram_reduce_kernel,
-        "signature": {"part_ptr": "*fp32", "out_ptr": "*fp32", "N": "i32", "SPLITS": "i32"},
-        "constexprs": {"GROUP": GROUP, "BLOCK_M": 128, "BLOCK_N": 128, "ROWS": 16},
+        "signature": {
+            "part_ptr": "*fp32",
+            "out_ptr": "*fp32",
+            "tiles_ptr": "*i32",
+            **dict.fromkeys(["N", "tiles", "whole", "splits"], "i32"),
+        },
+        "constexprs": {"BLOCK_M": 128, "BLOCK_N": 128, "ROWS": 16},
         "num_warps": 4,
         "num_stages": 3,
-        "aligned": ["part_ptr", "out_ptr", "N"],
+        "aligned": ["N"],
         "label": "fp32 16x128 of a tile",
     },
 ]

@@ -214,3 +214,28 @@ def test_a_row_of_zeros_stays_one(backend, device, use_backend, rule):
     got = ops.obs_sweep(w, ops.obs_factor(h).u, **rule)
     assert not got.weight[2].any() and got.loss[2] == 0
     assert bool(got.loss[[0, 1, 3, 4]].gt(0).any())
+
+
+@pytest.mark.parametrize("all_ties", [False, True])
+@pytest.mark.parametrize("n", [1, 64, 777])
+def test_triton_radix_select_takes_the_first_of_equal_keys(use_backend, monkeypatch, n, all_ties):
+    """Many equal keys over many programs, keys in every digit, those that must stay pruned (-1),
+    NaN above infinity; from no key to all of them."""
+    from pyprune.kernels import obs_sweep as kernel
+
+    use_backend("triton", "obs_sweep", "cpu")
+    monkeypatch.setattr(kernel, "KEYS_PER_PROGRAM", 64)
+    gen = torch.Generator().manual_seed(n)
+    some = torch.tensor([-1, 0, 1, 255, 256, 65536, 2**24, 2**31 - 1, 0x7F800000, 0x7FC00000])
+    keys = some[torch.randint(len(some), (4, n), generator=gen)].int()
+    keys[3] = torch.randn(n, generator=gen).abs().view(torch.int32)
+    for count in ([0, 1, n, n // 2], [n // 3, n, 1, 0]):
+        wanted = torch.tensor(count, dtype=torch.int32)
+        kept = kernel._keep_but_smallest(keys, wanted, all_ties)
+        for row, few, got in zip(keys, count, kept, strict=True):
+            pruned = torch.zeros(n, dtype=torch.bool)
+            order = row.argsort(stable=True)
+            pruned[order[:few]] = True
+            if all_ties:
+                pruned = row <= row[order[max(few, 1) - 1]]
+            assert torch.equal(got, ~pruned & (row >= 0))
