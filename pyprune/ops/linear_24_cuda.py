@@ -91,13 +91,9 @@ def _few_rows(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> T
         return y
     if bias is not None:
         bias = bias.float().contiguous()
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    splits = _native.call("linear_24_splits", m, rows, cols, processors)
-    workspace = x.new_empty(splits, m, rows, dtype=torch.float32) if splits > 1 else None
-    extra = map(_native.optional_capsule, (bias, workspace))
     stream = torch.cuda.current_stream(x.device).cuda_stream
     with torch.cuda.device(x.device):
-        _native.call("linear_24_cuda", y, x, values, meta, *extra, splits, stream)
+        _native.call("linear_24_cuda", y, x, values, meta, _native.optional_capsule(bias), stream)
     return y
 
 

@@ -38,13 +38,14 @@ def pointer(t):
     return ctypes.c_void_p(t.data_ptr())
 
 
-@pytest.mark.parametrize("cols", [64, 256])
-@pytest.mark.parametrize("seed", range(4))
-def test_a_warp_multiplies_what_it_reads(warp, cols, seed):
+@pytest.mark.parametrize("cols", [64, 320])
+@pytest.mark.parametrize("words", [2, 4])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_warp_multiplies_what_it_reads(warp, cols, words, seed):
     (values, meta), dense = weight(16, cols, seed=seed)
     x = torch.randn(8, cols, generator=torch.Generator().manual_seed(9 + seed)).bfloat16()
     y = torch.full((16, 8), float("nan"))
-    warp.emulate_tile(pointer(values), pointer(meta), pointer(x), cols, pointer(y))
+    warp.emulate_tile(pointer(values), pointer(meta), pointer(x), cols, words, pointer(y))
     want = dense.double() @ x.double().T
     scale = dense.double().abs() @ x.double().abs().T
     assert ((y.double() - want).abs() <= 2e-6 * scale).all()
@@ -59,17 +60,17 @@ def test_every_column_meets_its_own_weight(warp):
         x = torch.zeros(8, 64, dtype=torch.bfloat16)
         x[:, column] = torch.arange(1, 9, dtype=torch.bfloat16)
         y = torch.empty(16, 8)
-        warp.emulate_tile(pointer(values), pointer(meta), pointer(x), 64, pointer(y))
+        warp.emulate_tile(pointer(values), pointer(meta), pointer(x), 64, 2, pointer(y))
         assert torch.equal(y, torch.outer(torch.arange(1.0, 17.0), torch.arange(1.0, 9.0)))
 
 
-def test_staging_fills_every_word_once_without_bank_conflicts(warp):
-    count = (ctypes.c_int * warp.tile_words())()
-    warp.staged_words(count)
-    # The last word of each step is the gap that spreads the banks.
-    assert [n for i, n in enumerate(count) if i % warp.step_words() == 128] == [0, 0]
-    assert [n for i, n in enumerate(count) if i % warp.step_words() != 128] == [1] * 256
-    assert warp.worst_bank_conflict() == 1
+@pytest.mark.parametrize("words", [2, 4])
+def test_staging_fills_every_piece_once_without_bank_conflicts(warp, words):
+    for rows, pieces in ((16, 4 * words), (8, 8 * words)):
+        count = (ctypes.c_int * (rows * pieces))()
+        warp.staged_pieces(rows, pieces, count)
+        assert list(count) == [1] * (rows * pieces)
+    assert warp.worst_bank_conflict(words) == 1
 
 
 def test_documented_metadata_agrees_with_pytorch(warp):
