@@ -118,17 +118,11 @@ PYPRUNE_LANES uint32_t chunks_of(uint32_t place, uint32_t count) {
   return (place + count + kChunkValues - 1) / kChunkValues;
 }
 
-// Of `chunks` chunks from number `first` those that a matrix has in full: offsets that contradict
-// the bits must not lead outside. The last values of a matrix, which may fill a part of one only,
-// are copied one by one.
-PYPRUNE_LANES uint32_t whole_chunks(uint32_t first, uint32_t chunks, uint32_t values) {
+// Bytes of chunk number `chunk` that a matrix of `values` values has: offsets that contradict the
+// bits must not lead outside, and the last values may fill a part of a chunk only.
+PYPRUNE_LANES uint32_t chunk_bytes(uint32_t chunk, uint32_t values) {
   const uint32_t whole = values / kChunkValues;
-  const uint32_t left = first < whole ? whole - first : 0;
-  return chunks < left ? chunks : left;
-}
-PYPRUNE_LANES bool ends_with_part(uint32_t first, uint32_t chunks, uint32_t values) {
-  const uint32_t whole = values / kChunkValues;
-  return values % kChunkValues && first <= whole && whole - first < chunks;
+  return chunk < whole ? kChunkBytes : chunk == whole ? 2 * (values % kChunkValues) : 0;
 }
 
 // Bytes of (high, low) chosen by the four low nibbles of `selector`, 0 to 7 each; bits above them

@@ -22,6 +22,7 @@
 
 #include "cuda/fragments_24.h"
 #include "cuda/linear_24.h"
+#include "cuda/overlap.h"
 
 namespace pyprune {
 namespace {
@@ -127,19 +128,6 @@ __device__ __forceinline__ void close_copies() {
 template <int kOpen>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kOpen) : "memory");
-}
-
-// Programmatic dependent launch (compute capability 9.0): this kernel may begin while the one
-// before it ends, whose results, x among them, are there after wait_for_kernel_before().
-__device__ __forceinline__ void wait_for_kernel_before() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_next_kernel_begin() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
 }
 
 __device__ __forceinline__ void cluster_barrier() {
@@ -292,7 +280,6 @@ struct Warp {
   // Asks the second-level cache for the beginning of the block's rows. What it fetches may change
   // until it is read: copies read the cache, not memory.
   __device__ void prefetch() const {
-#if __CUDA_ARCH__ >= 900
     constexpr int kBytes = 64 * 1024;  // a block
     const int block_row = row - in_team * S::kWarpRows;
     int words = kBytes / S::kRows / (kValuePieces * kPieceBytes);
@@ -300,18 +287,10 @@ struct Warp {
     const int r = threadIdx.x;
     if (r < S::kRows && block_row + r < p.rows && words > 0) {
       const int64_t word = static_cast<int64_t>(block_row + r) * p.words + begin;
-      asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                   :
-                   : "l"(p.values + word * kValuePieces * kPieceBytes),
-                     "r"(words * kValuePieces * kPieceBytes)
-                   : "memory");
-      if (p.words % 2 == 0)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     :
-                     : "l"(p.meta + word * kMetaBytes), "r"(words * kMetaBytes)
-                     : "memory");
+      prefetch_bytes(p.values + word * kValuePieces * kPieceBytes,
+                     words * kValuePieces * kPieceBytes);
+      if (p.words % 2 == 0) prefetch_bytes(p.meta + word * kMetaBytes, words * kMetaBytes);
     }
-#endif
   }
 
   template <class T>
@@ -451,11 +430,7 @@ cudaError_t launch_shape(Problem p, int splits, bool overlap, cudaStream_t strea
     a.val.clusterDim.y = splits;
     a.val.clusterDim.z = 1;
   }
-  if (overlap) {
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    a.val.programmaticStreamSerializationAllowed = 1;
-  }
+  if (overlap) add_overlap(config, attributes);
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 

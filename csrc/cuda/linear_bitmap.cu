@@ -33,6 +33,7 @@
 
 #include "cuda/bitmap_lanes.h"
 #include "cuda/linear_bitmap.h"
+#include "cuda/overlap.h"
 
 namespace pyprune {
 namespace {
@@ -43,15 +44,18 @@ constexpr int kMaxWarps = 8;
 constexpr int kStages = 3;  // turns of a warp in shared memory: one being read, two arriving
 constexpr int kParts = 3;   // bf16 numbers that an fp32 one is the sum of
 
-// Rows of x as the tensor cores see them: kTokens rounded up to a power of two, 1 to 16.
-template <int kTokens>
+// How a warp works.
+//   kTokens    rows of x as the tensor cores see them, a power of two, 1 to 16
+//   kSegments  see bitmap_lanes.h
+//   kTurns     turns on different rows of W that share what a warp holds of x: with 8 rows, 16 rows
+//              of W would read about as many bytes of x, though from the second-level cache, as of
+//              W
+template <int kTokens_, int kSegments_, int kTurns_>
 struct Shape {
-  static constexpr int kSegments = kTokens >= 8 ? 1 : 8 / kTokens;
+  static constexpr int kTokens = kTokens_, kSegments = kSegments_, kTurns = kTurns_;
   using L = Lanes<kSegments>;
-  static constexpr int kTiles = kTokens > 8 ? 2 : 1;  // of eight rows of x
-  // Turns on different rows of W that share what a warp holds of x: with 8 rows, 16 rows of W would
-  // read about as many bytes of x, though from the second-level cache, as of W.
-  static constexpr int kTurns = kTokens >= 8 ? 2 : 1;
+  static constexpr int kTiles = (kTokens + L::kTokens - 1) / L::kTokens;  // instructions a step
+  static_assert(kTurns == 1 || kTurns == 2);
   static constexpr int kWarpRows = kTurns * L::kRows;
   // Threads that count the bits of one row and slab, see count_slabs().
   static constexpr int kCounters = 2 * kSegments / kTurns;
@@ -69,6 +73,7 @@ struct Problem {
   // A block's warps: along_rows next to each other in rows; along_columns share a row, each having
   // a slab of slab_turns turns.
   int along_rows, along_columns, slab_turns;
+  bool prefetch;
 };
 
 template <class T>
@@ -91,6 +96,13 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;"
                :
                : "r"(to), "l"(from)
+               : "memory");
+}
+// The first `bytes` of them and zeros.
+__device__ __forceinline__ void copy_part(uint32_t to, const void* from, uint32_t bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(to), "l"(from), "r"(bytes)
                : "memory");
 }
 __device__ __forceinline__ void close_copies() {
@@ -118,6 +130,12 @@ __device__ __forceinline__ Tables load_tables() {
   return t;
 }
 
+__device__ __forceinline__ void load_window(uint32_t at, uint32_t (&w)[3]) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(w[0]) : "r"(at) : "memory");
+  asm volatile("ld.shared.u32 %0, [%1+4];" : "=r"(w[1]) : "r"(at) : "memory");
+  asm volatile("ld.shared.u32 %0, [%1+8];" : "=r"(w[2]) : "r"(at) : "memory");
+}
+
 // Set bits of words first, first + step, ... below n (whole vectors where rows are aligned so).
 template <int kStep>
 __device__ inline int count_words(const uint32_t* row, int first, int n, bool vectors) {
@@ -136,6 +154,21 @@ __device__ inline int count_words(const uint32_t* row, int first, int n, bool ve
   return sum;
 }
 
+// Asks the second-level cache for the block's bits and its first values. Offsets may be read that
+// are about to change: they are held within the values.
+__device__ inline void prefetch_rows(const Problem& p, int64_t block_row, int rows) {
+  constexpr uint32_t kMostBytes = 64 * 1024;
+  if (threadIdx.x != 0) return;
+  const int64_t end_row = min(block_row + rows, p.rows + int64_t{0});
+  const uint32_t bits = static_cast<uint32_t>(end_row - block_row) * p.words * 4;
+  prefetch_bytes(p.bitmap + block_row * p.words, p.words % 4 == 0 ? min(bits, kMostBytes) : 0);
+  const int64_t chunks = p.values / kChunkValues;
+  const int64_t begin = max(min(__ldcg(p.row_offsets + block_row) / kChunkValues, chunks), int64_t{0});
+  const int64_t end = max(min(__ldcg(p.row_offsets + end_row) / kChunkValues, chunks), begin);
+  prefetch_bytes(p.chunks + begin,
+                 static_cast<uint32_t>(min((end - begin) * kChunkBytes, int64_t{kMostBytes})));
+}
+
 // counts[row * along_columns + slab] = stored values of each of the block's rows in each slab, so
 // that every warp of a row knows where its own begin. A thread or a few have one row and slab each.
 template <class S>
@@ -152,6 +185,17 @@ __device__ inline void count_slabs(const Problem& p, int64_t block_row, int* cou
   if (counter == 0) counts[pair] = sum;
 }
 
+// v and that of the lane `d` below among kWidth, where there is one: the shuffle says so itself.
+template <int kWidth>
+__device__ __forceinline__ uint32_t add_from_below(uint32_t v, int d) {
+  asm volatile(
+      "{\n\t.reg .pred p;\n\t.reg .u32 r;\n\t"
+      "shfl.sync.up.b32 r|p, %0, %1, %2, 0xffffffff;\n\t@p add.u32 %0, %0, r;\n\t}"
+      : "+r"(v)
+      : "r"(d), "n"((32 - kWidth) << 8));
+  return v;
+}
+
 // A turn's bits as a lane has them: its words, and where in shared memory, in values, those of each
 // begin.
 struct Bits {
@@ -159,16 +203,15 @@ struct Bits {
   uint32_t before;
 };
 
-template <class T, class X, int kTokens>
+template <class T, class X, class S>
 struct Warp {
-  using S = Shape<kTokens>;
   using L = typename S::L;
 
   const Problem& p;
   const int lane, place;
   const int first_turn, items;  // an item is a turn on one of kTurns groups of rows
   const int end_word;
-  char* const shared;
+  const uint32_t shared;             // its address
   const uint32_t first_stage;        // where in it the warp's turns are, in bytes
   uint32_t stage;                    // and the one to fill next
   uint32_t row_words[S::kTurns][2];  // where the bits of this lane's rows begin, its place included
@@ -183,24 +226,26 @@ struct Warp {
                       __ldg(p.bitmap + (row_words[kTurn][1] + word)));
   }
 
-  // Starts copying the chunks that `count` values from number `at` lie in to `row`.
+  // Starts copying the chunks that `count` values from number `at` lie in to `row`. Offsets that
+  // contradict the bits must not lead outside the values, whose last chunk may be partly filled.
   __device__ __forceinline__ void copy_values(uint32_t row, uint32_t at, uint32_t count) const {
     const uint32_t first = at / kChunkValues;
     const uint32_t chunks = chunks_of(at % kChunkValues, count);
-    const uint32_t whole = whole_chunks(first, chunks, p.values);
     const uint4* from = p.chunks + (first + place);
-    uint32_t to =
-        static_cast<uint32_t>(__cvta_generic_to_shared(shared)) + row + place * kChunkBytes;
+    uint32_t to = shared + row + place * kChunkBytes;
     asm volatile("" : "+l"(from), "+r"(to));  // else they are computed anew for every copy
+    const int own = static_cast<int>(chunks) - place;
+    if (first + chunks <= p.values / kChunkValues) {
 #pragma unroll
-    for (int k = 0; k < L::kCopies; ++k)
-      if (place + k * L::kAcross < whole)
-        copy_chunk(to + k * L::kAcross * kChunkBytes, from + k * L::kAcross);
-    if (place == 0 && ends_with_part(first, chunks, p.values)) {
-      uint16_t* part = reinterpret_cast<uint16_t*>(shared + row) + whole * kChunkValues;
-      const uint16_t* values = reinterpret_cast<const uint16_t*>(p.chunks + first + whole);
+      for (int k = 0; k < L::kCopies; ++k)
+        if (own > k * L::kAcross)
+          copy_chunk(to + k * L::kAcross * kChunkBytes, from + k * L::kAcross);
+    } else {
 #pragma unroll 1
-      for (uint32_t i = 0; i < p.values % kChunkValues; ++i) part[i] = __ldg(values + i);
+      for (int k = 0; k < L::kCopies; ++k)
+        if (own > k * L::kAcross)
+          copy_part(to + k * L::kAcross * kChunkBytes, from + k * L::kAcross,
+                    chunk_bytes(first + place + k * L::kAcross, p.values));
     }
   }
 
@@ -210,10 +255,7 @@ struct Warp {
     const uint32_t own = pack_counts(count_bits(words.x), count_bits(words.y));
     uint32_t sum = own;
 #pragma unroll
-    for (int d = 1; d < L::kAcross; d *= 2) {
-      const uint32_t other = __shfl_up_sync(~0u, sum, d, L::kAcross);
-      if (place >= d) sum += other;
-    }
+    for (int d = 1; d < L::kAcross; d *= 2) sum = add_from_below<L::kAcross>(sum, d);
     const uint32_t all = __shfl_sync(~0u, sum, L::kAcross - 1, L::kAcross);
     uint32_t start[2];
 #pragma unroll
@@ -233,6 +275,24 @@ struct Warp {
   // The B fragments of a turn's columns: of every step and tile four elements of this lane's row of
   // x, zeros outside.
   __device__ __forceinline__ void load_x(int turn, uint32_t (&x)[kSteps][S::kTiles][2]) const {
+    if constexpr (!std::is_same_v<X, float>) {
+      // All of it inside, as but for the last turn of some widths: no address needs a question.
+      if ((turn + 1) * L::kColumns <= p.cols && p.m == S::kTokens) {
+#pragma unroll
+        for (int tile = 0; tile < S::kTiles; ++tile) {
+          const int token = tile * L::kTokens + L::token_of(lane);
+          const X* from = static_cast<const X*>(p.x) + static_cast<int64_t>(token) * p.cols +
+                          turn * L::kColumns + L::column_of(0, place);
+#pragma unroll
+          for (int step = 0; step < kSteps; ++step) {
+            const uint2 v = __ldg(reinterpret_cast<const uint2*>(from + L::column_of(step, 0)));
+            x[step][tile][0] = v.x;
+            x[step][tile][1] = v.y;
+          }
+        }
+        return;
+      }
+    }
 #pragma unroll
     for (int step = 0; step < kSteps; ++step)
 #pragma unroll
@@ -272,8 +332,8 @@ struct Warp {
         const uint32_t at = position_of(word, shift, unpack_count(before, half));
         uint32_t first = at >> 1;
         asm volatile("" : "+r"(first));  // else it is turned into two steps to a byte address
-        const uint32_t* window = reinterpret_cast<const uint32_t*>(shared) + first;
-        const uint32_t w[3] = {window[0], window[1], window[2]};
+        uint32_t w[3];
+        load_window(shared + 4 * first, w);
         uint32_t pair[2];
         expand(tables, w, at, word >> shift, pair);
         a[half] = pair[0];
@@ -318,9 +378,8 @@ struct Warp {
 };
 
 // The sums of all warps and segments, in a fixed order: the result does not depend on timing.
-template <class X, int kTokens>
+template <class X, class S>
 __device__ inline void store_sums(const Problem& p, int64_t block_row, const float* sums) {
-  using S = Shape<kTokens>;
   using L = typename S::L;
   constexpr int kTile = kTileRows * kTileColumns;
   constexpr int kOfX = std::is_same_v<X, float> ? kParts : 1;
@@ -346,30 +405,32 @@ __device__ inline void store_sums(const Problem& p, int64_t block_row, const flo
   }
 }
 
-template <class T, class X, int kTokens>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_kernel(Problem p) {
-  using S = Shape<kTokens>;
+template <class T, class X, class S>
+__global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_kernel(const Problem p) {
   using L = typename S::L;
   extern __shared__ __align__(16) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int along_rows = warp % p.along_rows, along_columns = warp / p.along_rows;
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * p.along_rows * S::kWarpRows;
+  if (p.prefetch) prefetch_rows(p, block_row, p.along_rows * S::kWarpRows);
+  wait_for_kernel_before();
+  let_next_kernel_begin();
   const int turns = (p.words + L::kWords - 1) / L::kWords;
   const int begin = min(along_columns * p.slab_turns, turns);
   const int end = min(begin + p.slab_turns, turns);
 
   const uint32_t first_stage = warp * kStages * L::kTurnBytes;
-  Warp<T, X, kTokens> w{p,
-                        lane,
-                        L::place_of(lane),
-                        begin,
-                        (end - begin) * S::kTurns,
-                        min(end * L::kWords, p.words),
-                        shared,
-                        first_stage,
-                        first_stage,
-                        {},
-                        {}};
+  Warp<T, X, S> w{p,
+                  lane,
+                  L::place_of(lane),
+                  begin,
+                  (end - begin) * S::kTurns,
+                  min(end * L::kWords, p.words),
+                  static_cast<uint32_t>(__cvta_generic_to_shared(shared)),
+                  first_stage,
+                  first_stage,
+                  {},
+                  {}};
   int row[S::kTurns][2];  // this lane's, in the block
 #pragma unroll
   for (int turn = 0; turn < S::kTurns; ++turn)
@@ -408,7 +469,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_kernel(Proble
              product_row_of(lane, i) * kTileColumns + product_column_of(lane, i)] =
             sum[turn][tile][i];
   __syncthreads();
-  store_sums<X, kTokens>(p, block_row, sums);
+  store_sums<X, S>(p, block_row, sums);
 }
 
 // Eight warps a block where shared memory has room for them, four where it has not (compute
@@ -418,21 +479,23 @@ size_t shared_bytes(int warps) {
   return static_cast<size_t>(warps) * kStages * S::L::kTurnBytes + S::L::kPadBytes;
 }
 
-template <class T, class X, int kTokens>
-cudaError_t launch(Problem p, cudaStream_t stream) {
-  using S = Shape<kTokens>;
-  int device, most;
+template <class T, class X, class S>
+cudaError_t launch(Problem p, cudaStream_t stream, bool overlap = true) {
+  int device, most, major;
   cudaError_t status = cudaGetDevice(&device);
   if (status != cudaSuccess) return status;
   status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
   if (status != cudaSuccess) return status;
   const int warps =
       shared_bytes<S>(kMaxWarps) <= static_cast<size_t>(most) ? kMaxWarps : kMaxWarps / 2;
+  status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status != cudaSuccess) return status;
+  p.prefetch = overlap && major >= 9;
   p.along_rows = S::kSegments < warps ? S::kSegments : warps;
   p.along_columns = warps / p.along_rows;
   const int turns = (p.words + S::L::kWords - 1) / S::L::kWords;
   p.slab_turns = (turns + p.along_columns - 1) / p.along_columns;
-  const auto kernel = linear_bitmap_kernel<T, X, kTokens>;
+  const auto kernel = linear_bitmap_kernel<T, X, S>;
   const size_t bytes = shared_bytes<S>(warps);
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                 static_cast<int>(bytes));
@@ -442,24 +505,31 @@ cudaError_t launch(Problem p, cudaStream_t stream) {
                                 cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return status;
   const int block_rows = p.along_rows * S::kWarpRows;
-  kernel<<<(p.rows + block_rows - 1) / block_rows, 32 * warps, bytes, stream>>>(p);
-  return cudaGetLastError();
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((p.rows + block_rows - 1) / block_rows);
+  config.blockDim = dim3(32 * warps);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[1];
+  config.attrs = attributes;
+  if (p.prefetch) add_overlap(config, attributes);
+  return cudaLaunchKernelEx(&config, kernel, p);
 }
 
 template <class T>
 cudaError_t launch_16_bit(const Problem& p, cudaStream_t stream) {
-  if (p.m <= 1) return launch<T, T, 1>(p, stream);
-  if (p.m <= 2) return launch<T, T, 2>(p, stream);
-  if (p.m <= 4) return launch<T, T, 4>(p, stream);
-  if (p.m <= 8) return launch<T, T, 8>(p, stream);
-  return launch<T, T, 16>(p, stream);
+  if (p.m <= 1) return launch<T, T, Shape<1, 8, 1>>(p, stream);
+  if (p.m <= 2) return launch<T, T, Shape<2, 4, 1>>(p, stream);
+  if (p.m <= 4) return launch<T, T, Shape<4, 2, 1>>(p, stream);
+  if (p.m <= 8) return launch<T, T, Shape<8, 1, 2>>(p, stream);
+  return launch<T, T, Shape<16, 1, 2>>(p, stream);
 }
 
 cudaError_t launch_fp32(const Problem& p, cudaStream_t stream) {
   const int tokens = kParts * p.m;
-  if (tokens <= 4) return launch<__nv_bfloat16, float, 4>(p, stream);
-  if (tokens <= 8) return launch<__nv_bfloat16, float, 8>(p, stream);
-  return launch<__nv_bfloat16, float, 16>(p, stream);
+  if (tokens <= 4) return launch<__nv_bfloat16, float, Shape<4, 2, 1>>(p, stream);
+  if (tokens <= 8) return launch<__nv_bfloat16, float, Shape<8, 1, 2>>(p, stream);
+  return launch<__nv_bfloat16, float, Shape<16, 1, 2>>(p, stream);
 }
 
 }  // namespace

@@ -71,18 +71,16 @@ struct Warp {
     const int place = L::place_of(lane);
     const uint32_t first = at / kChunkValues, chunks = chunks_of(at % kChunkValues, count);
     const uint32_t values = static_cast<uint32_t>(w.count);
-    const uint32_t whole = whole_chunks(first, chunks, values);
     if (chunks > uint32_t(L::kCopies * L::kAcross) || chunks * kChunkBytes > L::kRowBytes)
       return false;
     for (int k = 0; k < L::kCopies; ++k) {
       const uint32_t c = place + k * L::kAcross;
-      if (c < whole)
-        std::memcpy(&shared[row + c * kChunkBytes], w.values + (first + c) * kChunkValues,
-                    kChunkBytes);
+      if (c >= chunks) break;
+      uint8_t* to = &shared[row + c * kChunkBytes];
+      const uint32_t bytes = chunk_bytes(first + c, values);
+      std::memset(to, 0, kChunkBytes);
+      if (bytes) std::memcpy(to, w.values + int64_t(first + c) * kChunkValues, bytes);
     }
-    if (place == 0 && ends_with_part(first, chunks, values))
-      std::memcpy(&shared[row + whole * kChunkBytes], w.values + (first + whole) * kChunkValues,
-                  2 * (values % kChunkValues));
     return true;
   }
 
