@@ -35,9 +35,11 @@ from rich.table import Table
 
 Provider = Callable[[int], Any]
 
-# A timed sample holds as many calls as fill this many seconds: far above the clock's resolution
-# and, on a GPU, above the jitter of one launch.
-SAMPLE_SECONDS = 0.02
+# A timed sample holds as many calls as fill this many seconds: far above the clock's resolution.
+# A GPU's events resolve half a microsecond, so less will do there, and MOST_CALLS bounds how long
+# the GPU is made to wait while they are queued.
+SAMPLE_SECONDS = {"cpu": 0.02, "cuda": 0.004}
+MOST_CALLS = {"cpu": 1000, "cuda": 100}
 SMOKE_SAMPLE_SECONDS = 0.0
 # On a CPU a provider whose calls are long is timed in fewer turns, but two at least; its row says
 # in how many.
@@ -84,6 +86,8 @@ class Case:
         or the name of a provider whose time is the limit.
     check: called with each provider's name and the result of its first call; raises if it is wrong.
     baseline: the provider that ratios are given against; None takes the last one.
+    graphs: on a GPU, time replays of a CUDA graph of calls. What the host does between kernels then
+        stays out, also where it takes longer than they do; no provider may wait for the device.
     """
 
     shape: tuple[int, ...]
@@ -95,6 +99,7 @@ class Case:
     check: Callable[[str, Any], None] | None = None
     baseline: str | None = None
     note: Mapping[str, Any] = field(default_factory=dict)
+    graphs: bool = False
 
 
 class Bench:
@@ -120,8 +125,9 @@ class Bench:
             case.providers,
             self.device,
             self.repetitions,
-            SMOKE_SAMPLE_SECONDS if self.smoke else SAMPLE_SECONDS,
+            SMOKE_SAMPLE_SECONDS if self.smoke else SAMPLE_SECONDS[self.device],
             first if self.device == "cpu" else {},  # on a GPU it compiles, and does not wait
+            graphs=case.graphs,
         )
         rows = [self._row(case, name, samples) for name in case.providers]
         self.rows += rows
@@ -205,11 +211,12 @@ def time_interleaved(
     repetitions: int,
     sample_seconds: float,
     first: Mapping[str, float] | None = None,
+    graphs: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds per call of each provider, `repetitions` samples taken in turns. `first`: seconds
     that a call has taken before. A provider whose calls are longer than a sample is spared those
     that find out how many a sample holds, and takes part in the first turns only if its samples
-    would take longer than PROVIDER_SECONDS."""
+    would take longer than PROVIDER_SECONDS. graphs: on a GPU, see `Case`."""
     sample = _sample_cuda if device == "cuda" else _sample_cpu
     calls, turns = {}, {}
     for name, provider in providers.items():
@@ -219,13 +226,38 @@ def time_interleaved(
             turns[name] = min(repetitions, max(FEWEST_TURNS, int(PROVIDER_SECONDS / seconds)))
         if seconds <= sample_seconds:
             seconds = sample(provider, 2, 0)
-        calls[name] = max(1, min(1000, int(sample_seconds / max(seconds, 1e-9))))
+        calls[name] = max(1, min(MOST_CALLS[device], int(sample_seconds / max(seconds, 1e-9))))
+    if graphs and device == "cuda":
+        return _time_graphs(providers, repetitions, sample_seconds)
     samples: dict[str, list[float]] = {name: [] for name in providers}
     for turn in range(repetitions):
         for name, provider in providers.items():
             if turn < turns[name]:
                 samples[name].append(sample(provider, calls[name], turn))
     return samples
+
+
+# Calls in a graph: as many as the most copies that inputs are rotated through, and enough that the
+# gap between two replays does not count.
+GRAPH_CALLS = 32
+
+
+def _time_graphs(
+    providers: Mapping[str, Provider], repetitions: int, sample_seconds: float
+) -> dict[str, list[float]]:
+    """`time_interleaved` with every provider's calls captured once and replayed."""
+    replays = {}
+    for name, provider in providers.items():
+        for i in range(3):  # what is set up at a first call cannot be captured
+            provider(i)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for i in range(GRAPH_CALLS):
+                provider(i)
+        replays[name] = lambda _, graph=graph: graph.replay()
+    times = time_interleaved(replays, "cuda", repetitions, sample_seconds)
+    return {name: [t / GRAPH_CALLS for t in taken] for name, taken in times.items()}
 
 
 def time_turns(
@@ -251,11 +283,22 @@ def _sample_cpu(provider: Provider, calls: int, turn: int) -> float:
     return (time.perf_counter() - start) / calls
 
 
+# Cycles a second of `torch.cuda._sleep`, no fewer than any GPU's clock makes.
+SLEEP_CYCLES = 2e9
+MOST_SLEEP = 0.1
+
+
 def _sample_cuda(provider: Provider, calls: int, turn: int) -> float:
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize()
-    # The GPU is kept busy while the calls are queued: launch overhead then stays out of the time.
-    torch.cuda._sleep(min(200_000 * calls, 20_000_000))
+    if calls > 1:
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        provider(turn)
+        queueing = (time.perf_counter() - started) * calls
+        torch.cuda.synchronize()
+        # The GPU is kept busy while the calls are queued: launch overhead stays out of the time. A
+        # long call is timed with what its launches cost, as its user pays it.
+        torch.cuda._sleep(int(min(1.5 * queueing + 1e-4, MOST_SLEEP) * SLEEP_CYCLES))
     begin.record()
     for i in range(calls):
         provider(turn + i)
@@ -291,7 +334,8 @@ def gemm_rate(device: str, dtype: torch.dtype, smoke: bool = False, widened: boo
 def copy_bandwidth(device: str, smoke: bool = False) -> float:
     """Bytes per second, read plus written, of a copy far larger than any cache."""
     nbytes = 1 << (20 if smoke else 30)
-    src = torch.ones(nbytes, dtype=torch.uint8, device=device)
+    # Random: constant data can move faster than what is timed against it.
+    src = torch.randint(256, (nbytes,), dtype=torch.uint8, device=device)
     dst = torch.empty_like(src)
     times = time_interleaved({"copy": lambda i: dst.copy_(src)}, device, 5, 0.0)["copy"]
     return 2.0 * nbytes / min(times)

@@ -194,7 +194,7 @@ def bench_rows(bench: Bench, m: int, copies: Weights, dense: dict[str, torch.Ten
         dtypes[name] = got.dtype
     repetitions = bench.repetitions if m <= MEMORY_BOUND_TOKENS else LONG_REPETITIONS
     # A GPU's samples hold many calls; a product on the CPU is long enough by itself.
-    seconds = SAMPLE_SECONDS if bench.device == "cuda" and not bench.smoke else 0.0
+    seconds = SAMPLE_SECONDS["cuda"] if bench.device == "cuda" and not bench.smoke else 0.0
     samples = time_interleaved(providers, bench.device, 1 if bench.smoke else repetitions, seconds)
     baselines = [name for name in DENSE if name in samples]
     best = min(baselines, key=lambda name: statistics.median(samples[name]))

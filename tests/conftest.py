@@ -81,12 +81,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def use_backend(monkeypatch: pytest.MonkeyPatch):
-    """Forces a backend for the rest of the test; it must be able to run."""
+    """Forces an op's backend for the rest of the test; it must be able to run. Other ops, which
+    prepare or check, run wherever their tensors are."""
 
     def force(backend: str, op: str, device: str, dtype: torch.dtype = torch.float32) -> None:
         reason = ops._registry.unavailable(op, backend, device, dtype)
         assert not reason, reason
-        monkeypatch.setenv("PYPRUNE_BACKEND", backend)
+        monkeypatch.setenv("PYPRUNE_BACKEND", f"{op}={backend}")
 
     return force
 

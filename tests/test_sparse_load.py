@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ import pyprune
 from pyprune.errors import UserError
 from pyprune.sparse import SparseLinear
 from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
+from pyprune.sparse.quantizer import PyPruneConfig, PyPruneQuantizer
 
 LAYER = "model.layers.0.mlp.up_proj"
 
@@ -234,3 +236,11 @@ def test_missing_dense_tensor_and_truncation(tmp_path):
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"model\.safetensors: truncated"):
         pyprune.load(tmp_path / "small")
+
+
+@pytest.mark.parametrize("hook", ["update_attn_implementation", "update_tp_plan"])
+def test_the_advice_is_no_file_name_in_any_release(hook):
+    """transformers calls the first from 5.18 on, the second before."""
+    config = SimpleNamespace(transformers_weights="how to load", hidden_size=8)
+    kept = getattr(PyPruneQuantizer(PyPruneConfig()), hook)(config)
+    assert kept is config and vars(config) == {"hidden_size": 8}

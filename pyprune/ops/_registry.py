@@ -2,8 +2,9 @@
 
 `IMPLS[op][backend]` is an `Impl`. An op has one schema, registered on the `pyprune` library;
 calling it runs the fastest backend that can serve the tensors' device and dtype, or the one that
-`PYPRUNE_BACKEND` names. A forced backend that lacks the op raises; an implementation that fails
-raises: nothing falls back after an exception.
+`PYPRUNE_BACKEND` names: `triton` for all ops, or `gram=triton,linear_24=cuda` for some. A forced
+backend that lacks the op raises; an implementation that fails raises: nothing falls back after an
+exception.
 """
 
 from __future__ import annotations
@@ -117,14 +118,24 @@ def backends(op: str, device: str, dtype: torch.dtype = torch.float32) -> list[s
     return [b for b in PREFERENCE[device] if not unavailable(op, b, device, dtype)]
 
 
+def forced_backend(op: str) -> str:
+    """What `PYPRUNE_BACKEND` names for `op`, or an empty string."""
+    setting = os.environ.get("PYPRUNE_BACKEND", "")
+    if "=" not in setting:
+        return setting
+    chosen = dict(item.partition("=")[::2] for item in setting.split(","))
+    if unknown := set(chosen) - set(IMPLS):
+        raise RuntimeError(f"PYPRUNE_BACKEND={setting}: no op is called {sorted(unknown)}")
+    return chosen.get(op, "")
+
+
 def select(op: str, args: Sequence[Any]) -> str:
     """The backend that serves this call."""
     tensor = args[_DTYPE_ARG[op]]
     if isinstance(tensor, (list, tuple)):  # an op on a list: its check has made the items alike
         tensor = tensor[0]
     device, dtype = tensor.device.type, tensor.dtype
-    forced = os.environ.get("PYPRUNE_BACKEND")
-    if forced:
+    if forced := forced_backend(op):
         reason = unavailable(op, forced, device, dtype, args)
         if reason:
             raise RuntimeError(f"PYPRUNE_BACKEND={forced}: {reason}")

@@ -59,6 +59,9 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
             del config.transformers_weights
         return config
 
+    # What transformers before 5.18 calls between making the quantizer and looking for files.
+    update_tp_plan = update_attn_implementation
+
     def _process_model_before_weight_loading(
         self,
         model: nn.Module,

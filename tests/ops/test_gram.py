@@ -25,8 +25,10 @@ def expected(x: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tenso
 
 
 def assert_gram(got: torch.Tensor, want: torch.Tensor, dtype: torch.dtype) -> None:
-    """Within rounding of the largest sum, and symmetric to the bit."""
-    tolerance = TOLERANCE[dtype] * want.abs().max().item()
+    """Within rounding of the largest sum, and symmetric to the bit. A GPU's matrix units add
+    16-bit products up without rounding to nearest, which costs some bits more."""
+    looser = 5 if got.is_cuda and dtype.itemsize == 2 else 1
+    tolerance = looser * TOLERANCE[dtype] * want.abs().max().item()
     torch.testing.assert_close(got.cpu().double(), want, rtol=0, atol=tolerance)
     assert torch.equal(got, got.mT)
 
