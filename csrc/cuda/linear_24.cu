@@ -20,6 +20,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/block_sums.h"
 #include "cuda/fragments_24.h"
 #include "cuda/linear_24.h"
 #include "cuda/overlap.h"
@@ -54,9 +55,7 @@ struct Shape {
   // Of a warp and turn, in bytes.
   static constexpr int kValues = kWarpRows * kValueRow * kPieceBytes;
   static constexpr int kMeta = kWarpRows * kMetaRow;
-  // Sums of a block, [team][row of x][row of W]; the gap spreads a tile's over the banks.
-  static constexpr int kSumRow = kRows + 4;
-  static constexpr int kSums = kAcross * kTiles * kTileTokens * kSumRow * 4;
+  using Sums = BlockSums<kRows, kTiles * kTileTokens, kAcross>;
   static_assert(kWords % 2 == 0 && (kTeam == 1 || kAcross <= 15));  // named barriers
 
   PYPRUNE_HD static constexpr int stage_bytes(int m) {
@@ -64,7 +63,7 @@ struct Shape {
   }
   PYPRUNE_HD static constexpr int shared_bytes(int m) {
     const int stages = kAcross * kStages * stage_bytes(m) + kPieceBytes;
-    return stages > kSums ? stages : kSums;
+    return stages > Sums::kBytes ? stages : Sums::kBytes;
   }
 };
 
@@ -129,26 +128,6 @@ template <int kOpen>
 __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kOpen) : "memory");
 }
-
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ float load_of_block(const float* shared, int block) {
-  float v = *shared;
-#if __CUDA_ARCH__ >= 900
-  uint32_t at;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;"
-      : "=r"(at)
-      : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))), "r"(block));
-  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
-#endif
-  return v;
-}
-
-__device__ inline void convert(float v, __nv_bfloat16* out) { *out = __float2bfloat16(v); }
-__device__ inline void convert(float v, __half* out) { *out = __float2half(v); }
 
 template <class S>
 struct Warp {
@@ -321,41 +300,6 @@ struct Warp {
   }
 };
 
-// Adds the sums of a block's teams, and of the blocks that share its rows, in a fixed order: the
-// result does not depend on timing.
-template <class T, class S>
-__device__ inline void store_sums(const Problem& p, float* sums) {
-  constexpr int kTeamSums = S::kTiles * kTileTokens * S::kSumRow;
-  const int splits = gridDim.y, split = blockIdx.y;
-  const int size = S::kRows * p.m;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * S::kRows;
-  const auto store = [&](int r, int m, float v) {
-    if (first_row + r >= p.rows) return;
-    if (p.bias) v += p.bias[first_row + r];
-    convert(v, static_cast<T*>(p.y) + static_cast<int64_t>(m) * p.rows + first_row + r);
-  };
-  for (int i = threadIdx.x; i < size; i += S::kThreads) {
-    const int r = i % S::kRows, m = i / S::kRows;
-    float* at = sums + m * S::kSumRow + r;
-    float total = *at;
-#pragma unroll
-    for (int team = 1; team < S::kAcross; ++team) total += at[team * kTeamSums];
-    if (splits == 1)
-      store(r, m, total);
-    else
-      *at = total;
-  }
-  if (splits == 1) return;
-  cluster_barrier();
-  for (int i = split * S::kThreads + threadIdx.x; i < size; i += splits * S::kThreads) {
-    const int r = i % S::kRows, m = i / S::kRows;
-    float total = 0.0f;
-    for (int k = 0; k < splits; ++k) total += load_of_block(sums + m * S::kSumRow + r, k);
-    store(r, m, total);
-  }
-  cluster_barrier();  // the others may still read this block's
-}
-
 template <class T, class S>
 __global__ void __launch_bounds__(S::kThreads, S::kBlocks) linear_24_kernel(const Problem p) {
   extern __shared__ __align__(1024) char shared[];
@@ -387,21 +331,21 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) linear_24_kernel(cons
       for (int i = 0; i < 4; ++i) {
         const int m = j * kTileTokens + product_token(lane, i);
         const int r = in_team * S::kWarpRows + h * kTileRows + product_row(lane, i);
-        sums[(team * S::kTiles * kTileTokens + m) * S::kSumRow + r] = sum[h][j][i];
+        sums[team * S::Sums::kPart + m * S::Sums::kPitch + r] = sum[h][j][i];
       }
   __syncthreads();
-  store_sums<T, S>(p, sums);
+  S::Sums::template store<T>(sums, static_cast<T*>(p.y), p.bias,
+                             static_cast<int64_t>(blockIdx.x) * S::kRows, p.rows, p.m);
 }
 
 // Blocks of a cluster that share the columns of their rows: so many that each multiprocessor has
 // one, as long as each has four turns of its own.
 template <class S>
 int splits_of(const Problem& p, int processors, int major) {
-  constexpr int kMost = 8;  // blocks of a cluster on any device
   if (major < 9) return 1;
   const int blocks = (p.rows + S::kRows - 1) / S::kRows;
   int splits = 1;
-  while (2 * splits <= kMost && 2 * splits * blocks <= S::kBlocks * processors &&
+  while (2 * splits <= kMostSplits && 2 * splits * blocks <= S::kBlocks * processors &&
          p.words >= 2 * splits * 2 * S::kTurnWords)
     splits *= 2;
   return splits;
@@ -423,13 +367,7 @@ cudaError_t launch_shape(Problem p, int splits, bool overlap, cudaStream_t strea
   config.stream = stream;
   cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
-  if (splits > 1) {
-    cudaLaunchAttribute& a = attributes[config.numAttrs++];
-    a.id = cudaLaunchAttributeClusterDimension;
-    a.val.clusterDim.x = 1;
-    a.val.clusterDim.y = splits;
-    a.val.clusterDim.z = 1;
-  }
+  add_cluster(config, attributes);
   if (overlap) add_overlap(config, attributes);
   return cudaLaunchKernelEx(&config, kernel, p);
 }

@@ -32,6 +32,7 @@
 #include <type_traits>
 
 #include "cuda/bitmap_lanes.h"
+#include "cuda/block_sums.h"
 #include "cuda/linear_bitmap.h"
 #include "cuda/overlap.h"
 
@@ -41,8 +42,7 @@ namespace {
 using namespace bitmap_lanes;
 
 constexpr int kMaxWarps = 8;
-constexpr int kStages = 3;  // turns of a warp in shared memory: one being read, two arriving
-constexpr int kParts = 3;   // bf16 numbers that an fp32 one is the sum of
+constexpr int kParts = 3;  // bf16 numbers that an fp32 one is the sum of
 
 // How a warp works.
 //   kTokens    rows of x as the tensor cores see them, a power of two, 1 to 16
@@ -50,8 +50,9 @@ constexpr int kParts = 3;   // bf16 numbers that an fp32 one is the sum of
 //   kTurns     turns on different rows of W that share what a warp holds of x: with 8 rows, 16 rows
 //              of W would read about as many bytes of x, though from the second-level cache, as of
 //              W
-template <int kTokens_, int kSegments_, int kTurns_>
+template <int kTokens_, int kSegments_, int kTurns_, int kStages_ = 3>
 struct Shape {
+  static constexpr int kStages = kStages_;
   static constexpr int kTokens = kTokens_, kSegments = kSegments_, kTurns = kTurns_;
   using L = Lanes<kSegments>;
   static constexpr int kTiles = (kTokens + L::kTokens - 1) / L::kTokens;  // instructions a step
@@ -113,10 +114,6 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kOpen) : "memory");
 }
 
-__device__ inline void convert(float v, __nv_bfloat16* out) { *out = __float2bfloat16(v); }
-__device__ inline void convert(float v, __half* out) { *out = __float2half(v); }
-__device__ inline void convert(float v, float* out) { *out = v; }
-
 // The constants of expand() where the compiler cannot see them: it knows what a literal, a
 // parameter or a shuffle of either is worth, and would rather load it again, 32 times a turn, than
 // keep it.
@@ -163,7 +160,8 @@ __device__ inline void prefetch_rows(const Problem& p, int64_t block_row, int ro
   const uint32_t bits = static_cast<uint32_t>(end_row - block_row) * p.words * 4;
   prefetch_bytes(p.bitmap + block_row * p.words, p.words % 4 == 0 ? min(bits, kMostBytes) : 0);
   const int64_t chunks = p.values / kChunkValues;
-  const int64_t begin = max(min(__ldcg(p.row_offsets + block_row) / kChunkValues, chunks), int64_t{0});
+  const int64_t begin =
+      max(min(__ldcg(p.row_offsets + block_row) / kChunkValues, chunks), int64_t{0});
   const int64_t end = max(min(__ldcg(p.row_offsets + end_row) / kChunkValues, chunks), begin);
   prefetch_bytes(p.chunks + begin,
                  static_cast<uint32_t>(min((end - begin) * kChunkBytes, int64_t{kMostBytes})));
@@ -267,8 +265,8 @@ struct Warp {
       at += unpack_count(all, half);
     }
     close_copies();
-    stage =
-        stage == first_stage + (kStages - 1) * L::kTurnBytes ? first_stage : stage + L::kTurnBytes;
+    stage = stage == first_stage + (S::kStages - 1) * L::kTurnBytes ? first_stage
+                                                                    : stage + L::kTurnBytes;
     return {{words.x, words.y}, sum - own + pack_counts(start[0], start[1])};
   }
 
@@ -346,7 +344,7 @@ struct Warp {
 
   template <int kTurn>
   __device__ __forceinline__ void turn(const Tables& tables, int item, uint2& words,
-                                       Bits (&bits)[kStages],
+                                       Bits (&bits)[S::kStages],
                                        const uint32_t (&x)[kSteps][S::kTiles][2],
                                        float (&sum)[S::kTiles][4]) {
     bits[2] = fetch<kTurn>(words);  // of item + 2: kTurns divides 2, so the group is the same
@@ -364,7 +362,7 @@ struct Warp {
     const Tables tables = load_tables();
     const uint2 words0 = load_words<0>(0), words1 = load_words<kSecond>(1);
     uint2 words = load_words<0>(2);
-    Bits bits[kStages];
+    Bits bits[S::kStages];
     bits[0] = fetch<0>(words0);
     bits[1] = fetch<kSecond>(words1);
     for (int item = 0; item < items; item += S::kTurns) {
@@ -419,7 +417,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_kernel(const 
   const int begin = min(along_columns * p.slab_turns, turns);
   const int end = min(begin + p.slab_turns, turns);
 
-  const uint32_t first_stage = warp * kStages * L::kTurnBytes;
+  const uint32_t first_stage = warp * S::kStages * L::kTurnBytes;
   Warp<T, X, S> w{p,
                   lane,
                   L::place_of(lane),
@@ -476,7 +474,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_kernel(const 
 // capability 12.0: 99 KB).
 template <class S>
 size_t shared_bytes(int warps) {
-  return static_cast<size_t>(warps) * kStages * S::L::kTurnBytes + S::L::kPadBytes;
+  return static_cast<size_t>(warps) * S::kStages * S::L::kTurnBytes + S::L::kPadBytes;
 }
 
 template <class T, class X, class S>

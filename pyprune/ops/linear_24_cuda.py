@@ -85,8 +85,7 @@ def linear_24_cuda(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None)
 
 
 def _few_rows(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
-    (m, cols), rows = x.shape, values.shape[0]
-    y = x.new_empty(m, rows)
+    y = x.new_empty(x.shape[0], values.shape[0])
     if y.numel() == 0:
         return y
     if bias is not None:
