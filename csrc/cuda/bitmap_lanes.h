@@ -89,6 +89,11 @@ struct Lanes {
   PYPRUNE_LANES static int product_column(int token, int s) { return token * kSegments + s; }
 };
 
+// Where piece `piece`, eight columns, of a turn's 128 columns of row `token` of x is among the
+// row's pieces in shared memory: four neighbouring rows have the same pair of pieces in different
+// banks.
+PYPRUNE_LANES int wide_x_piece(int token, int piece) { return piece ^ (2 * (token & 3)); }
+
 // Where element i of the product's four registers of a lane is.
 PYPRUNE_LANES int product_row_of(int lane, int i) { return (lane >> 2) + 8 * (i >> 1); }
 PYPRUNE_LANES int product_column_of(int lane, int i) { return 2 * (lane & 3) + (i & 1); }

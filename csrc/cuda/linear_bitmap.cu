@@ -133,6 +133,10 @@ __device__ __forceinline__ void load_window(uint32_t at, uint32_t (&w)[3]) {
   asm volatile("ld.shared.u32 %0, [%1+8];" : "=r"(w[2]) : "r"(at) : "memory");
 }
 
+__device__ __forceinline__ void load_pair(uint32_t at, uint32_t (&b)[2]) {
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(b[0]), "=r"(b[1]) : "r"(at) : "memory");
+}
+
 // Set bits of words first, first + step, ... below n (whole vectors where rows are aligned so).
 template <int kStep>
 __device__ inline int count_words(const uint32_t* row, int first, int n, bool vectors) {
@@ -316,27 +320,33 @@ struct Warp {
       }
   }
 
+  // The A fragment of a step.
+  __device__ __forceinline__ void expand_step(const Tables& tables, const Bits& bits, int step,
+                                              uint32_t (&a)[4]) const {
+    const int owner = L::owner_of(step, place), shift = L::shift_of(step, place);
+    const uint32_t before = __shfl_sync(~0u, bits.before, owner, L::kAcross);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t word = __shfl_sync(~0u, bits.word[half], owner, L::kAcross);
+      const uint32_t at = position_of(word, shift, unpack_count(before, half));
+      uint32_t first = at >> 1;
+      asm volatile("" : "+r"(first));  // else it is turned into two steps to a byte address
+      uint32_t w[3];
+      load_window(shared + 4 * first, w);
+      uint32_t pair[2];
+      expand(tables, w, at, word >> shift, pair);
+      a[half] = pair[0];
+      a[2 + half] = pair[1];
+    }
+  }
+
   __device__ __forceinline__ void multiply(const Tables& tables, const Bits& bits,
                                            const uint32_t (&x)[kSteps][S::kTiles][2],
                                            float (&sum)[S::kTiles][4]) const {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      const int owner = L::owner_of(step, place), shift = L::shift_of(step, place);
-      const uint32_t before = __shfl_sync(~0u, bits.before, owner, L::kAcross);
       uint32_t a[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const uint32_t word = __shfl_sync(~0u, bits.word[half], owner, L::kAcross);
-        const uint32_t at = position_of(word, shift, unpack_count(before, half));
-        uint32_t first = at >> 1;
-        asm volatile("" : "+r"(first));  // else it is turned into two steps to a byte address
-        uint32_t w[3];
-        load_window(shared + 4 * first, w);
-        uint32_t pair[2];
-        expand(tables, w, at, word >> shift, pair);
-        a[half] = pair[0];
-        a[2 + half] = pair[1];
-      }
+      expand_step(tables, bits, step, a);
 #pragma unroll
       for (int tile = 0; tile < S::kTiles; ++tile) mma<T>(sum[tile], a, x[step][tile]);
     }
@@ -470,6 +480,116 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_kernel(const 
   store_sums<X, S>(p, block_row, sums);
 }
 
+// More rows of x than sixteen: what a block reads of x then outweighs what it reads of W. So its
+// warps lie next to each other in rows, 128 of them, and share the turn's columns of x in shared
+// memory. Where that leaves too few blocks, those of a cluster divide the columns.
+template <int kTiles>
+struct Wide {
+  using S = Shape<kTiles * kTileColumns, 1, 1, 2>;
+  using L = typename S::L;
+  static constexpr int kThreads = 32 * kMaxWarps;
+  static constexpr int kRows = kMaxWarps * L::kRows;
+  static constexpr int kXRow = 2 * L::kColumns;  // bytes
+  static constexpr int kPieces = kXRow / kChunkBytes;
+  static constexpr int kXStage = kTiles * kTileColumns * kXRow;
+  static constexpr int kX = kMaxWarps * S::kStages * L::kTurnBytes + L::kPadBytes;  // its address
+  static constexpr int kStageBytes = kX + S::kStages * kXStage;
+  using Sums = BlockSums<kRows, kTiles * kTileColumns, 1>;
+  static constexpr int kBytes = kStageBytes > Sums::kBytes ? kStageBytes : Sums::kBytes;
+
+  // Starts copying a turn's columns of x, zeros outside.
+  template <class X>
+  __device__ static __forceinline__ void copy_x(const Problem& p, uint32_t to, int turn) {
+#pragma unroll
+    for (int k = 0; k < kTiles * kTileColumns * kPieces; k += kThreads) {
+      const int i = k + threadIdx.x, token = i / kPieces, piece = i % kPieces;
+      const int column = turn * L::kColumns + piece * kChunkBytes / 2;
+      const bool inside = token < p.m && column < p.cols;
+      const X* from = static_cast<const X*>(p.x);
+      if (inside) from += static_cast<int64_t>(token) * p.cols + column;
+      copy_part(to + token * kXRow + wide_x_piece(token, piece) * kChunkBytes, from,
+                inside ? kChunkBytes : 0);
+    }
+  }
+};
+
+template <class T, int kTiles>
+__global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_wide_kernel(const Problem p) {
+  using W = Wide<kTiles>;
+  using S = typename W::S;
+  using L = typename W::L;
+  extern __shared__ __align__(16) char shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, place = L::place_of(lane);
+  const int64_t block_row = static_cast<int64_t>(blockIdx.x) * W::kRows;
+  if (p.prefetch && blockIdx.y == 0) prefetch_rows(p, block_row, W::kRows);
+  wait_for_kernel_before();
+  let_next_kernel_begin();
+  const int turns = (p.words + L::kWords - 1) / L::kWords;
+  const int begin = min(static_cast<int>(blockIdx.y) * p.slab_turns, turns);
+  const int end = min(begin + p.slab_turns, turns);
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const uint32_t first_stage = warp * S::kStages * L::kTurnBytes;
+  Warp<T, T, S> w{
+      p,       lane,        place,       begin, end - begin, min(end * L::kWords, p.words),
+      address, first_stage, first_stage, {},    {}};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t row = block_row + warp * L::kRows + L::row_of(lane, half);
+    // Rows past the matrix repeat its last one; their sums are not stored.
+    const int r = static_cast<int>(min(row, p.rows - int64_t{1}));
+    // The lanes of a row count what lies in front of the block's columns.
+    const uint32_t* bits = p.bitmap + static_cast<int64_t>(r) * p.words;
+    int before = count_words<L::kAcross>(bits, place, begin * L::kWords, p.words % 4 == 0);
+#pragma unroll
+    for (int d = 1; d < L::kAcross; d *= 2) before += __shfl_xor_sync(~0u, before, d);
+    w.row_words[0][half] = static_cast<uint32_t>(r) * p.words + place;
+    w.position[0][half] = static_cast<uint32_t>(__ldg(p.row_offsets + r)) + before;
+  }
+
+  const Tables tables = load_tables();
+  float sum[kTiles][4] = {};
+  uint2 words = w.template load_words<0>(0);
+  W::template copy_x<T>(p, address + W::kX, begin);
+  Bits bits = w.template fetch<0>(words);
+  words = w.template load_words<0>(1);
+  // Of a row of x the lane's four columns of the first step.
+  const uint32_t x_lane = address + W::kX + L::token_of(lane) * W::kXRow + place % 2 * 8;
+  for (int item = 0; item < w.items; ++item) {
+    wait_copies<0>();
+    __syncthreads();  // all warps' copies are there, and the stage before this has been read
+    const uint32_t x_stage = item % 2 * W::kXStage;
+    W::template copy_x<T>(p, address + W::kX + (W::kXStage - x_stage), begin + item + 1);
+    const Bits next = w.template fetch<0>(words);
+    words = w.template load_words<0>(item + 2);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      uint32_t a[4];
+      w.expand_step(tables, bits, step, a);
+      const uint32_t x =
+          x_lane + x_stage +
+          wide_x_piece(L::token_of(lane), 2 * step + place / 2) * static_cast<int>(kChunkBytes);
+#pragma unroll
+      for (int tile = 0; tile < kTiles; ++tile) {
+        uint32_t b[2];
+        load_pair(x + tile * kTileColumns * W::kXRow, b);
+        mma<T>(sum[tile], a, b);
+      }
+    }
+    bits = next;
+  }
+  wait_copies<0>();
+  __syncthreads();
+  float* sums = reinterpret_cast<float*>(shared);
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      sums[(tile * kTileColumns + product_column_of(lane, i)) * W::Sums::kPitch + warp * L::kRows +
+           product_row_of(lane, i)] = sum[tile][i];
+  __syncthreads();
+  W::Sums::template store<T>(sums, static_cast<T*>(p.y), p.bias, block_row, p.rows, p.m);
+}
+
 // Eight warps a block where shared memory has room for them, four where it has not (compute
 // capability 12.0: 99 KB).
 template <class S>
@@ -514,13 +634,51 @@ cudaError_t launch(Problem p, cudaStream_t stream, bool overlap = true) {
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
+// splits 0: as many blocks share a row's columns as fill the device, each with four turns or more.
+template <class T, int kTiles>
+cudaError_t launch_wide(Problem p, cudaStream_t stream, bool overlap = true, int splits = 0) {
+  using W = Wide<kTiles>;
+  int device, processors, major;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status != cudaSuccess) return status;
+  const auto kernel = linear_bitmap_wide_kernel<T, kTiles>;
+  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, W::kBytes);
+  if (status != cudaSuccess) return status;
+  const int blocks = (p.rows + W::kRows - 1) / W::kRows;
+  const int turns = (p.words + W::L::kWords - 1) / W::L::kWords;
+  if (splits == 0) {
+    splits = 1;
+    while (major >= 9 && 2 * splits <= kMostSplits && 2 * splits * blocks <= 2 * processors &&
+           turns >= 4 * 2 * splits)
+      splits *= 2;
+  }
+  p.prefetch = overlap && major >= 9;
+  p.slab_turns = (turns + splits - 1) / splits;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks, splits);
+  config.blockDim = dim3(W::kThreads);
+  config.dynamicSmemBytes = W::kBytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  add_cluster(config, attributes);
+  if (p.prefetch) add_overlap(config, attributes);
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
 template <class T>
 cudaError_t launch_16_bit(const Problem& p, cudaStream_t stream) {
   if (p.m <= 1) return launch<T, T, Shape<1, 8, 1>>(p, stream);
   if (p.m <= 2) return launch<T, T, Shape<2, 4, 1>>(p, stream);
   if (p.m <= 4) return launch<T, T, Shape<4, 2, 1>>(p, stream);
   if (p.m <= 8) return launch<T, T, Shape<8, 1, 2>>(p, stream);
-  return launch<T, T, Shape<16, 1, 2>>(p, stream);
+  if (p.m <= 16) return launch<T, T, Shape<16, 1, 2>>(p, stream);
+  if (p.m <= 32) return launch_wide<T, 4>(p, stream);
+  return launch_wide<T, 8>(p, stream);
 }
 
 cudaError_t launch_fp32(const Problem& p, cudaStream_t stream) {
@@ -532,7 +690,7 @@ cudaError_t launch_fp32(const Problem& p, cudaStream_t stream) {
 
 }  // namespace
 
-int64_t linear_bitmap_rows(DType x) { return x == DType::f32 ? 16 / kParts : 16; }
+int64_t linear_bitmap_rows(DType x) { return x == DType::f32 ? 16 / kParts : 64; }
 
 cudaError_t launch_linear_bitmap(const LinearBitmap& a, cudaStream_t stream) {
   Problem p = {};

@@ -29,8 +29,8 @@ Route = Literal["kernel", "triton", "expand"]
 # UNMEASURED, see above.
 Table = tuple[tuple[int | None, Route], ...]
 ROUTES: dict[tuple[torch.dtype, torch.dtype], Table] = {
-    (torch.bfloat16, torch.bfloat16): ((16, "kernel"), (None, "expand")),
-    (torch.float16, torch.float16): ((16, "kernel"), (None, "expand")),
+    (torch.bfloat16, torch.bfloat16): ((64, "kernel"), (None, "expand")),
+    (torch.float16, torch.float16): ((64, "kernel"), (None, "expand")),
     (torch.float32, torch.bfloat16): ((5, "kernel"), (16, "triton"), (None, "expand")),
 }
 OTHER_DTYPES: Table = ((16, "triton"), (None, "expand"))

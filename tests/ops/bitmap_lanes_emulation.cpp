@@ -239,6 +239,32 @@ void parts(const float* v, int64_t count, float* out) {
     for (int part = 0; part < 3; ++part) out[3 * i + part] = float_of(bf16_part(v[i], part) << 16);
 }
 
+// Eight rows of 128 columns of x, numbered through, staged as linear_bitmap_wide_kernel() does:
+// what each lane reads for each step [8][32][4]. Returns the most of sixteen lanes that meet in a
+// bank.
+int wide_x(int* columns) {
+  using L = Lanes<1>;
+  std::vector<uint16_t> stage(8 * L::kColumns);
+  for (int token = 0; token < 8; ++token)
+    for (int piece = 0; piece < L::kColumns / 8; ++piece)
+      for (int i = 0; i < 8; ++i)
+        stage[token * L::kColumns + wide_x_piece(token, piece) * 8 + i] =
+            token * L::kColumns + piece * 8 + i;
+  int worst = 0;
+  for (int step = 0; step < kSteps; ++step) {
+    int lanes_of[2][16] = {};  // half the warp; banks in pairs
+    for (int lane = 0; lane < 32; ++lane) {
+      const int token = L::token_of(lane), place = L::place_of(lane);
+      const int at = token * 2 * L::kColumns + place % 2 * 8 +
+                     wide_x_piece(token, 2 * step + place / 2) * int(kChunkBytes);
+      const int n = ++lanes_of[lane / 16][at / 8 % 16];
+      worst = n > worst ? n : worst;
+      for (int i = 0; i < 4; ++i) columns[(step * 32 + lane) * 4 + i] = stage.at(at / 2 + i);
+    }
+  }
+  return worst;
+}
+
 // [turn bytes, row bytes, rows of a turn, columns of a turn, copies of a lane]
 void sizes(int segments, int* out) {
 #define PYPRUNE_SIZES(S)                                                           \
