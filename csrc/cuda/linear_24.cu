@@ -338,8 +338,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) linear_24_kernel(cons
                              static_cast<int64_t>(blockIdx.x) * S::kRows, p.rows, p.m);
 }
 
-// Blocks of a cluster that share the columns of their rows: so many that each multiprocessor has
-// one, as long as each has four turns of its own.
+// Blocks of a cluster that share the columns of their rows: as many as give each multiprocessor
+// its kBlocks, as long as each has two turns of its own.
 template <class S>
 int splits_of(const Problem& p, int processors, int major) {
   if (major < 9) return 1;
@@ -387,12 +387,11 @@ cudaError_t launch(Problem p, cudaStream_t stream) {
     using S = decltype(shape);
     return launch_shape<T, S>(p, splits_of<S>(p, processors, major), overlap, stream);
   };
-  // Shapes whose pipeline fits the 99 KB a block of compute capabilities 8.6 and 12.0.
   if (p.m <= 2) return with(Shape<1, 1, 1, 8, 2, 4, 2>());
-  if (p.m <= 8) return with(Shape<1, 1, 2, 4, 2, 4, 2>());
-  if (p.m <= 16) return with(Shape<2, 2, 2, 4, 2, 3, 2>());
-  if (p.m <= 32) return with(Shape<4, 2, 4, 2, 2, 3, 2>());
-  return with(Shape<8, 2, 4, 2, 2, 3, 1>());
+  if (p.m <= 8) return with(Shape<1, 1, 2, 4, 2, 3, 3>());
+  if (p.m <= 16) return with(Shape<2, 1, 4, 2, 2, 3, 2>());
+  if (p.m <= 32) return with(Shape<4, 2, 4, 2, 2, 2, 2>());
+  return with(Shape<8, 2, 4, 1, 2, 3, 2>());
 }
 
 }  // namespace
