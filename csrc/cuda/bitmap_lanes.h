@@ -106,16 +106,16 @@ PYPRUNE_LANES int count_bits(uint32_t word) {
 #endif
 }
 
-// Counts of a lane's two words, sums of them over lanes, or numbers of values in a block's shared
-// memory (52224 of them) of two rows in one register.
+// Counts of a lane's two words, sums of them over lanes, or bytes of a warp's stages (13056 of
+// them) of two rows in one register.
 PYPRUNE_LANES uint32_t pack_counts(uint32_t first, uint32_t second) { return first | second << 16; }
 PYPRUNE_LANES uint32_t unpack_count(uint32_t packed, int half) {
   return half ? packed >> 16 : packed & 0xffff;
 }
 
-// The number of the value that a nibble begins with: those before its word and those below it.
+// The byte at which the values of a nibble begin: those before its word and those below it.
 PYPRUNE_LANES uint32_t position_of(uint32_t word, int shift, uint32_t before) {
-  return before + count_bits(word & ((1u << shift) - 1));
+  return before + 2 * count_bits(word & ((1u << shift) - 1));
 }
 
 // Chunks that hold `count` values of which the first is number `place` (0..7) of its chunk.
@@ -164,28 +164,33 @@ PYPRUNE_LANES uint32_t shift_pair_far(uint32_t low, uint32_t high, uint32_t bits
 #endif
 }
 
-// Constants of expand(). A kernel should keep them in registers that the compiler knows nothing of:
-// an instruction takes one literal at most, and the others would be loaded again at every use.
+// Constants of expansion. A kernel should keep them in registers that the compiler knows nothing
+// of: an instruction takes one literal at most, and the others would be loaded again at every use.
 struct Tables {
   uint32_t low = 0x10441044, spread = 0x0004, twice = 0x11;
 };
 
-// Four elements, two a register, from the words at position / 2 and the four low bits of `bits`,
-// which say which of them are stored: value by value where a bit is set, zero elsewhere. What
-// `word[]` holds besides the stored values does not matter, nor do the other bits.
-PYPRUNE_LANES void expand(const Tables& t, const uint32_t (&word)[3], uint32_t position,
-                          uint32_t bits, uint32_t (&out)[2]) {
-  // Of two bits, which of the next two values (bytes 0 to 3) or zero (bytes 4 to 7) makes the low
-  // half and the high half of a register: bytes of `low` and of kHigh.
+// What makes four elements of the next values, from the four low bits of `bits`, which say which of
+// them are stored: for each pair of elements a selector of four bytes, of the next two values (0 to
+// 3) or zero (4). The first pair's in the low half.
+PYPRUNE_LANES uint32_t selectors_of(const Tables& t, uint32_t bits) {
+  // Of two bits, which of those bytes make the low and the high half: bytes of `low` and kHigh.
   constexpr uint32_t kHigh = 0x32104444;
+  // Both pairs of bits, each twice: as indices into `low` (0 to 3) and kHigh (4 to 7).
+  const uint32_t index =
+      ((bits << 6 & 0x300) | (bits & 3) | t.spread) * t.twice + (0x4040u - 0x11 * 0x0004);
+  return permute(t.low, kHigh, index);
+}
+
+// Four elements, two a register, from the words at byte `position` (its lowest two bits dropped)
+// and the four low bits of `bits`: value by value where a bit is set, zero elsewhere. What `word[]`
+// holds besides the stored values does not matter, nor do the other bits.
+PYPRUNE_LANES void expand(const Tables& t, uint32_t selectors, const uint32_t (&word)[3],
+                          uint32_t position, uint32_t bits, uint32_t (&out)[2]) {
   // 16 bits for every value that a pair takes: 0, 16, 16, 32.
   constexpr uint32_t kTaken = 0x20101000;
-  const uint32_t first_bits = (bits & 3) | t.spread;
-  // Both pairs of bits, each twice: as indices into `low` (0 to 3) and kHigh (4 to 7).
-  const uint32_t index = ((bits << 6 & 0x300) | first_bits) * t.twice + (0x4040u - 0x11 * 0x0004);
-  const uint32_t selectors = permute(t.low, kHigh, index);
-  const uint32_t taken = permute(0, kTaken, first_bits);
-  const uint32_t unaligned = position << 4;
+  const uint32_t taken = permute(0, kTaken, (bits & 3) | t.spread);
+  const uint32_t unaligned = position << 3;
   const uint32_t first = shift_pair(word[0], word[1], unaligned);
   const uint32_t second = shift_pair(word[1], word[2], unaligned);
   out[0] = permute(first, 0, selectors);

@@ -1,4 +1,4 @@
-// y = x W^T for a bitmap compressed W [R, C] and up to 16 rows of x: a warp streams the values of a
+// y = x W^T for a bitmap compressed W [R, C] and up to 64 rows of x: a warp streams the values of a
 // few rows of W through shared memory, expands them in registers and lets tensor cores multiply.
 //
 // The floor. W is read once: 2 nnz + R C / 8 + 8 R bytes, at 50 % 1.125 bytes an element against 2
@@ -7,21 +7,18 @@
 // count: x is read by every block, but out of the caches.
 //
 // Bytes in flight. By Little's law 4.3 TB/s over 132 multiprocessors at 0.8 us of loaded latency
-// ask for 26 KB each. A warp copies two turns ahead of the one it expands, on average 2 KB of
-// values each at 50 %; two blocks of eight warps make 64 KB. The address of a value does not depend
-// on values, only on bits: those are read one more turn ahead, straight into registers, where a
-// scan over a row's lanes yields where the next turn's values begin.
+// ask for 26 KB each. A warp copies one or two turns ahead of the one it expands, on average 2 KB
+// of values each at 50 %; 24 warps make 48 KB, 16 warps and two turns 64 KB. The address of a value
+// does not depend on values, only on bits: those are read one more turn ahead, straight into
+// registers, where a scan over a row's lanes yields where the next turn's values begin.
 //
-// Instructions. To keep up at 50 % a multiprocessor at 1.75 GHz must expand 16.5 elements a cycle
-// for 4.3 TB/s and 11.5 for 3.0 TB/s. A step of a turn, 256 elements, is in sm_90 code 78
-// instructions a warp for one row of x, 68 for 8 and 72 for 16, everything in the loop included
-// (copies, scan, loads of x), of which four can issue a cycle: 13.1, 15.1 and 14.2 elements. (fp32
-// x, split into its parts on the way in: 96 and more.) In shared memory a step takes six loads of
-// values, each 1.4 cycles for one row of x and 2.2 for 8 (conflicts counted by
-// tests/ops/bitmap_lanes_emulation.cpp), three shuffles, and what copies and the scan need,
-// together 14 and 19 cycles: 18 and 13.5 elements. So an H100's memory should be the limit; on an
-// H200 it is these, at about 0.8 of its bandwidth, and on either they are above 50 % sparsity. None
-// of this has been measured: no GPU has run this file yet.
+// Instructions are the limit. To keep up at 50 % a multiprocessor at 1.98 GHz must expand 14.6
+// elements a cycle. Shifts, permutations and logic go through units of 64 lanes a cycle: of them a
+// step of a turn, 256 elements, takes about 33 for one row of x and 30 for 8, everything in the
+// loop included, which alone is 15.5 and 17 elements a cycle. Shared memory serves 32 lanes a
+// cycle: six loads of values a step, each 1.4 cycles for one row of x and 2.2 for 8 (conflicts
+// counted by tests/ops/bitmap_lanes_emulation.cpp), and five shuffles. Hence as many warps as
+// registers allow where x needs few of them.
 //
 // int8 values are not taken: at 5 bits an element their bytes arrive 1.8 times as fast, which the
 // counts above do not allow, and widening them would come on top.
@@ -50,13 +47,15 @@ constexpr int kParts = 3;  // bf16 numbers that an fp32 one is the sum of
 //   kTurns     turns on different rows of W that share what a warp holds of x: with 8 rows, 16 rows
 //              of W would read about as many bytes of x, though from the second-level cache, as of
 //              W
-template <int kTokens_, int kSegments_, int kTurns_, int kStages_ = 3>
+template <int kTokens_, int kSegments_, int kTurns_, int kStages_ = 3, int kBlocks_ = 2,
+          bool kLookUp_ = true>
 struct Shape {
-  static constexpr int kStages = kStages_;
+  static constexpr bool kLookUp = kLookUp_;
+  static constexpr int kStages = kStages_, kBlocks = kBlocks_;
   static constexpr int kTokens = kTokens_, kSegments = kSegments_, kTurns = kTurns_;
   using L = Lanes<kSegments>;
   static constexpr int kTiles = (kTokens + L::kTokens - 1) / L::kTokens;  // instructions a step
-  static_assert(kTurns == 1 || kTurns == 2);
+  static_assert((kTurns == 1 || kTurns == 2) && (kStages == 2 || kStages == 3));
   static constexpr int kWarpRows = kTurns * L::kRows;
   // Threads that count the bits of one row and slab, see count_slabs().
   static constexpr int kCounters = 2 * kSegments / kTurns;
@@ -198,8 +197,8 @@ __device__ __forceinline__ uint32_t add_from_below(uint32_t v, int d) {
   return v;
 }
 
-// A turn's bits as a lane has them: its words, and where in shared memory, in values, those of each
-// begin.
+// A turn's bits as a lane has them: its words, and at which byte of the warp's stages the values of
+// each begin.
 struct Bits {
   uint32_t word[2];
   uint32_t before;
@@ -218,6 +217,7 @@ struct Warp {
   uint32_t stage;                    // and the one to fill next
   uint32_t row_words[S::kTurns][2];  // where the bits of this lane's rows begin, its place included
   uint32_t position[S::kTurns][2];   // the number of their next value
+  const uint32_t nibble_selectors;   // of the lane's number
 
   // The bits of an item; none past the last. kTurn: which of the groups of rows it is on.
   template <int kTurn>
@@ -264,14 +264,14 @@ struct Warp {
     for (int half = 0; half < 2; ++half) {
       uint32_t& at = position[kTurn][half];
       const uint32_t row = stage + L::row_of(lane, half) * L::kRowBytes;
-      start[half] = row / 2 + at % kChunkValues;
+      start[half] = row - first_stage + 2 * (at % kChunkValues);
       copy_values(row, at, unpack_count(all, half));
       at += unpack_count(all, half);
     }
     close_copies();
     stage = stage == first_stage + (S::kStages - 1) * L::kTurnBytes ? first_stage
                                                                     : stage + L::kTurnBytes;
-    return {{words.x, words.y}, sum - own + pack_counts(start[0], start[1])};
+    return {{words.x, words.y}, 2 * (sum - own) + pack_counts(start[0], start[1])};
   }
 
   // The B fragments of a turn's columns: of every step and tile four elements of this lane's row of
@@ -329,12 +329,16 @@ struct Warp {
     for (int half = 0; half < 2; ++half) {
       const uint32_t word = __shfl_sync(~0u, bits.word[half], owner, L::kAcross);
       const uint32_t at = position_of(word, shift, unpack_count(before, half));
-      uint32_t first = at >> 1;
-      asm volatile("" : "+r"(first));  // else it is turned into two steps to a byte address
+      const uint32_t bits = word >> shift;
       uint32_t w[3];
-      load_window(shared + 4 * first, w);
+      load_window(shared + first_stage + (at & ~3u), w);
+      uint32_t selectors;
+      if constexpr (S::kLookUp)
+        selectors = __shfl_sync(~0u, nibble_selectors, bits);  // of its five low bits
+      else
+        selectors = selectors_of(tables, bits);
       uint32_t pair[2];
-      expand(tables, w, at, word >> shift, pair);
+      expand(tables, selectors, w, at, bits, pair);
       a[half] = pair[0];
       a[2 + half] = pair[1];
     }
@@ -357,24 +361,31 @@ struct Warp {
                                        Bits (&bits)[S::kStages],
                                        const uint32_t (&x)[kSteps][S::kTiles][2],
                                        float (&sum)[S::kTiles][4]) {
-    bits[2] = fetch<kTurn>(words);  // of item + 2: kTurns divides 2, so the group is the same
-    words = load_words<(kTurn + 3) % S::kTurns>(item + 3);
-    wait_copies<2>();
+    constexpr int kAhead = S::kStages - 1;
+    bits[kAhead] = fetch<(kTurn + kAhead) % S::kTurns>(words);
+    words = load_words<(kTurn + kAhead + 1) % S::kTurns>(item + kAhead + 1);
+    wait_copies<kAhead>();
     __syncwarp();  // what other lanes have copied is there
     multiply(tables, bits[0], x, sum);
     __syncwarp();  // all lanes have read it: the next copies may overwrite it
-    bits[0] = bits[1];
-    bits[1] = bits[2];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) bits[i] = bits[i + 1];
   }
 
   __device__ __forceinline__ void run(float (&sum)[S::kTurns][S::kTiles][4]) {
     constexpr int kSecond = 1 % S::kTurns;
     const Tables tables = load_tables();
-    const uint2 words0 = load_words<0>(0), words1 = load_words<kSecond>(1);
-    uint2 words = load_words<0>(2);
     Bits bits[S::kStages];
-    bits[0] = fetch<0>(words0);
-    bits[1] = fetch<kSecond>(words1);
+    const uint2 words0 = load_words<0>(0);
+    uint2 words = load_words<kSecond>(1);
+    if constexpr (S::kStages == 2) {
+      bits[0] = fetch<0>(words0);
+    } else {
+      const uint2 words1 = words;
+      words = load_words<0>(2);
+      bits[0] = fetch<0>(words0);
+      bits[1] = fetch<kSecond>(words1);
+    }
     for (int item = 0; item < items; item += S::kTurns) {
       uint32_t x[kSteps][S::kTiles][2];
       load_x(first_turn + item / S::kTurns, x);
@@ -414,7 +425,8 @@ __device__ inline void store_sums(const Problem& p, int64_t block_row, const flo
 }
 
 template <class T, class X, class S>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_kernel(const Problem p) {
+__global__ void __launch_bounds__(32 * kMaxWarps, S::kBlocks)
+    linear_bitmap_kernel(const Problem p) {
   using L = typename S::L;
   extern __shared__ __align__(16) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -438,7 +450,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_kernel(const 
                   first_stage,
                   first_stage,
                   {},
-                  {}};
+                  {},
+                  selectors_of(Tables(), lane)};
   int row[S::kTurns][2];  // this lane's, in the block
 #pragma unroll
   for (int turn = 0; turn < S::kTurns; ++turn)
@@ -531,7 +544,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_wide_kernel(c
   const uint32_t first_stage = warp * S::kStages * L::kTurnBytes;
   Warp<T, T, S> w{
       p,       lane,        place,       begin, end - begin, min(end * L::kWords, p.words),
-      address, first_stage, first_stage, {},    {}};
+      address, first_stage, first_stage, {},    {},          selectors_of(Tables(), lane)};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t row = block_row + warp * L::kRows + L::row_of(lane, half);
@@ -672,9 +685,9 @@ cudaError_t launch_wide(Problem p, cudaStream_t stream, bool overlap = true, int
 
 template <class T>
 cudaError_t launch_16_bit(const Problem& p, cudaStream_t stream) {
-  if (p.m <= 1) return launch<T, T, Shape<1, 8, 1>>(p, stream);
-  if (p.m <= 2) return launch<T, T, Shape<2, 4, 1>>(p, stream);
-  if (p.m <= 4) return launch<T, T, Shape<4, 2, 1>>(p, stream);
+  if (p.m <= 1) return launch<T, T, Shape<1, 8, 1, 2, 3>>(p, stream);
+  if (p.m <= 2) return launch<T, T, Shape<2, 4, 1, 2, 3>>(p, stream);
+  if (p.m <= 4) return launch<T, T, Shape<4, 2, 1, 2, 3>>(p, stream);
   if (p.m <= 8) return launch<T, T, Shape<8, 1, 2>>(p, stream);
   if (p.m <= 16) return launch<T, T, Shape<16, 1, 2>>(p, stream);
   if (p.m <= 32) return launch_wide<T, 4>(p, stream);

@@ -103,11 +103,11 @@ struct Warp {
       uint32_t start[2];
       for (int half = 0; half < 2; ++half) {
         const uint32_t row = stage * L::kTurnBytes + L::row_of(lane, half) * L::kRowBytes;
-        start[half] = row / 2 + position[lane][half] % kChunkValues;
+        start[half] = row + 2 * (position[lane][half] % kChunkValues);
         if (!copy_values(lane, row, position[lane][half], unpack_count(all, half))) return false;
         position[lane][half] += unpack_count(all, half);
       }
-      before[lane] = sum[lane] - own[lane] + pack_counts(start[0], start[1]);
+      before[lane] = 2 * (sum[lane] - own[lane]) + pack_counts(start[0], start[1]);
     }
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[32][4], b[2][32][2];
@@ -118,11 +118,12 @@ struct Warp {
           const int owner = lane - place + L::owner_of(step, place);
           const uint32_t at =
               position_of(word[owner][half], shift, unpack_count(before[owner], half));
-          first[lane] = at >> 1;
+          first[lane] = at / 4;
           uint32_t window[3], pair[2];
           if (4 * first[lane] + sizeof(window) > shared.size()) return false;
           std::memcpy(window, &shared[4 * first[lane]], sizeof(window));
-          expand(Tables(), window, at, word[owner][half] >> shift, pair);
+          const uint32_t bits = word[owner][half] >> shift;
+          expand(Tables(), selectors_of(Tables(), bits), window, at, bits, pair);
           a[lane][half] = pair[0];
           a[lane][2 + half] = pair[1];
           if (elements)
@@ -228,7 +229,8 @@ void expand_all(const uint16_t* values, uint32_t above, uint16_t* out) {
       uint32_t window[3];
       std::memcpy(window, values, 12);
       uint32_t pair[2];
-      expand(Tables(), window, position, nibble | above << 4, pair);
+      const uint32_t bits = nibble | above << 4;
+      expand(Tables(), selectors_of(Tables(), bits), window, 2 * position, bits, pair);
       std::memcpy(out + (nibble * 2 + position) * 4, pair, 8);
     }
 }

