@@ -10,7 +10,7 @@ expand   | the dense matrix, made anew by `unpack_bitmap`, and a dense product: 
 
 `ROUTES` has the numbers of rows at which one gives way to the next. On an H200 a 14336 x 4096
 matrix at 50 % takes Triton 0.12 ms for one row, 0.15 for two and 0.28 for eight, and 0.11 ms to be
-expanded and multiplied. `benchmarks/bench_sparse_linear.py --device cuda` times the routes side by side.
+expanded and multiplied. `benchmarks/bench_sparse_linear.py --device cuda` times the routes.
 """
 
 from __future__ import annotations
