@@ -2,6 +2,9 @@
 
 #include "bind/capsule.h"
 #include "huge_pages.h"
+#ifdef PYPRUNE_WITH_CUDA
+#include "cuda/pack_24.h"
+#endif
 
 namespace pyprune {
 namespace {
@@ -50,9 +53,59 @@ TensorView bitmap_of(const py::capsule& capsule, const TensorView& w) {
   return t;
 }
 
+#ifdef PYPRUNE_WITH_CUDA
+void check_status(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
+void require_aligned(const TensorView& t, int64_t bytes, const char* name) {
+  const bool rows = t.ndim < 2 || t.shape[0] <= 1 ||
+                    t.stride[0] * (t.dtype == DType::boolean ? 1 : element_bytes(t)) % bytes == 0;
+  require(rows && reinterpret_cast<uintptr_t>(t.data) % bytes == 0,
+          std::string(name) + ": expected rows that start at multiples of " +
+              std::to_string(bytes) + " bytes");
+}
+
+// What both directions check of their tensors.
+Pack24Cuda cuda_24(const py::capsule& values, const py::capsule& meta, const TensorView& w) {
+  require(w.on_cuda, "w: expected a CUDA tensor");
+  const Packed24 p = packed_24(values, meta, w);
+  require_aligned(w, 16, "w");
+  require_aligned(p.values, 16, "values");
+  return {p.values, p.meta, w, {}, {}};
+}
+
+void bind_pack_24_cuda(py::module_& m) {
+  m.def("pack_24_cuda", [](py::capsule values, py::capsule meta, py::capsule overfull,
+                           py::capsule w, OptionalCapsule mask, uintptr_t stream, int /*threads*/) {
+    const TensorView vw = matrix(w, "w");
+    Pack24Cuda args = cuda_24(values, meta, vw);
+    args.mask = mask_of(mask, vw);
+    if (mask) {
+      require(args.mask.contiguous(), "mask: expected a contiguous tensor");
+      require_aligned(args.mask, 8, "mask");
+    }
+    args.overfull = view(overfull);
+    require_dtype(args.overfull, DType::i64, "overfull");
+    require_shape(args.overfull, {1}, "overfull");
+    check_status(launch_pack_24(args, reinterpret_cast<cudaStream_t>(stream)));
+  });
+  m.def("unpack_24_cuda",
+        [](py::capsule w, py::capsule values, py::capsule meta, uintptr_t stream, int /*threads*/) {
+          const TensorView vw = matrix(w, "w");
+          require(vw.contiguous(), "w: expected a contiguous tensor");
+          check_status(
+              launch_unpack_24(cuda_24(values, meta, vw), reinterpret_cast<cudaStream_t>(stream)));
+        });
+}
+#endif
+
 }  // namespace
 
 void bind_pack(py::module_& m) {
+#ifdef PYPRUNE_WITH_CUDA
+  bind_pack_24_cuda(m);
+#endif
   m.def("pack_24",
         [](py::capsule values, py::capsule meta, py::capsule w, OptionalCapsule mask, int threads) {
           const TensorView vw = matrix(w, "w");

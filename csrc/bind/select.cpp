@@ -91,17 +91,28 @@ void bind_mask_global(py::module_& m) {
 }
 
 #ifdef PYPRUNE_WITH_CUDA
+void check_status(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
+TensorView cuda_weight(const py::capsule& capsule) {
+  const TensorView w = weight(capsule);
+  require(w.on_cuda, "w: expected a CUDA tensor");
+  return w;
+}
+
 void bind_mask_nm_cuda(py::module_& m) {
-  m.def("mask_24_cuda", [](py::capsule out, py::capsule w, OptionalCapsule column_scale,
-                           OptionalCapsule row_scale, OptionalCapsule addend,
-                           OptionalCapsule preserve, uintptr_t stream, int /*threads*/) {
-    const TensorView vw = weight(w);
-    require(vw.on_cuda, "w: expected a CUDA tensor");
-    const cudaError_t status =
-        launch_mask_24(mask(out, vw), vw, terms(vw, column_scale, row_scale, addend, preserve),
-                       reinterpret_cast<cudaStream_t>(stream));
-    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
-  });
+  m.def("mask_nm_cuda",
+        [](py::capsule out, py::capsule w, int64_t n, int64_t group, OptionalCapsule column_scale,
+           OptionalCapsule row_scale, OptionalCapsule addend, OptionalCapsule preserve,
+           uintptr_t stream, int /*threads*/) {
+          const TensorView vw = cuda_weight(w);
+          require(1 <= n && n <= group && mask_nm_takes(n, group) && vw.shape[1] % group == 0,
+                  "n, m: expected a pattern that the kernel takes, m a divisor of the columns");
+          check_status(launch_mask_nm(mask(out, vw), vw, n, group,
+                                      terms(vw, column_scale, row_scale, addend, preserve),
+                                      reinterpret_cast<cudaStream_t>(stream)));
+        });
 }
 #endif
 

@@ -148,14 +148,13 @@ def _mask_nm_native(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
 def _mask_nm_cuda(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
     mask = w.new_empty(w.shape, dtype=torch.bool)
     extra = map(_native.optional_capsule, _native_terms(terms))
-    stream = torch.cuda.current_stream(w.device).cuda_stream
-    with torch.cuda.device(w.device):
-        _native.call("mask_24_cuda", mask, _unit_columns(w), *extra, stream)
+    _native.launch("mask_nm_cuda", w.device, mask, _unit_columns(w), n, m, *extra)
     return mask
 
 
 def _mask_nm_cuda_limits(w: Tensor, n: int, m: int, *terms: Tensor | None) -> str:
-    return "" if (n, m) == (2, 4) else f"mask_nm's cuda implementation is for 2:4, not {n}:{m}"
+    taken = m in (4, 8) or (n, m) == (8, 16)
+    return "" if taken else f"mask_nm's cuda kernel is for n:4, n:8 and 8:16, not {n}:{m}"
 
 
 _TERMS = "Tensor? column_scale, Tensor? row_scale, Tensor? addend, Tensor? preserve"
