@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-
 # Columns that one program's loop step takes: 16 elements a thread.
 BLOCK = 2048
 

@@ -4,6 +4,7 @@
 #include "huge_pages.h"
 #ifdef PYPRUNE_WITH_CUDA
 #include "cuda/pack_24.h"
+#include "cuda/pack_bitmap.h"
 #endif
 
 namespace pyprune {
@@ -98,6 +99,41 @@ void bind_pack_24_cuda(py::module_& m) {
               launch_unpack_24(cuda_24(values, meta, vw), reinterpret_cast<cudaStream_t>(stream)));
         });
 }
+
+TensorView offsets_of(const py::capsule& capsule, const TensorView& w) {
+  const TensorView t = view(capsule);
+  require_dtype(t, DType::i64, "row_offsets");
+  require_contiguous(t, {w.shape[0] + 1}, "row_offsets");
+  return t;
+}
+
+void bind_pack_bitmap_cuda(py::module_& m) {
+  m.def("pack_bitmap_rows_cuda",
+        [](py::capsule bitmap, py::capsule row_offsets, py::capsule w, OptionalCapsule mask,
+           py::capsule state, uintptr_t stream, int /*threads*/) {
+          const TensorView vw = matrix(w, "w"), vm = mask_of(mask, vw), vs = view(state);
+          require(vw.on_cuda, "w: expected a CUDA tensor");
+          require(vm.contiguous(), "mask: expected a contiguous tensor");
+          require_dtype(vs, DType::i64, "state");
+          require_shape(vs, {1}, "state");
+          check_status(
+              launch_bitmap_rows({bitmap_of(bitmap, vw), offsets_of(row_offsets, vw), vw, vm, vs},
+                                 reinterpret_cast<cudaStream_t>(stream)));
+        });
+  m.def("move_bitmap_values_cuda",
+        [](py::capsule w, py::capsule values, py::capsule bitmap, py::capsule row_offsets,
+           bool pack, uintptr_t stream, int /*threads*/) {
+          const TensorView vw = matrix(w, "w"), vv = view(values);
+          require(vw.on_cuda, "w: expected a CUDA tensor");
+          require(pack || vw.contiguous(), "w: expected a contiguous tensor");
+          require_dtype(vv, vw.dtype, "values");
+          require(vv.ndim == 1 && vv.contiguous(), "values: expected one contiguous dimension");
+          require_aligned(vv, 16, "values");
+          check_status(launch_bitmap_values(
+              {vw, vv, bitmap_of(bitmap, vw), offsets_of(row_offsets, vw), pack},
+              reinterpret_cast<cudaStream_t>(stream)));
+        });
+}
 #endif
 
 }  // namespace
@@ -105,6 +141,7 @@ void bind_pack_24_cuda(py::module_& m) {
 void bind_pack(py::module_& m) {
 #ifdef PYPRUNE_WITH_CUDA
   bind_pack_24_cuda(m);
+  bind_pack_bitmap_cuda(m);
 #endif
   m.def("pack_24",
         [](py::capsule values, py::capsule meta, py::capsule w, OptionalCapsule mask, int threads) {

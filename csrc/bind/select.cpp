@@ -5,6 +5,7 @@
 #include "huge_pages.h"
 #ifdef PYPRUNE_WITH_CUDA
 #include "cuda/mask_nm.h"
+#include "cuda/mask_topk.h"
 #endif
 
 namespace pyprune {
@@ -114,6 +115,20 @@ void bind_mask_nm_cuda(py::module_& m) {
                                       reinterpret_cast<cudaStream_t>(stream)));
         });
 }
+
+void bind_mask_topk_cuda(py::module_& m) {
+  m.def("mask_topk_cuda",
+        [](py::capsule out, py::capsule w, int64_t pruned, OptionalCapsule column_scale,
+           OptionalCapsule row_scale, OptionalCapsule addend, OptionalCapsule preserve,
+           uintptr_t stream, int /*threads*/) {
+          const TensorView vw = cuda_weight(w);
+          require(1 <= pruned && pruned <= vw.shape[1] && vw.shape[1] <= kMaskTopkColumns,
+                  "pruned: out of range, or too many columns");
+          check_status(launch_mask_topk(mask(out, vw), vw, pruned,
+                                        terms(vw, column_scale, row_scale, addend, preserve),
+                                        reinterpret_cast<cudaStream_t>(stream)));
+        });
+}
 #endif
 
 }  // namespace
@@ -142,6 +157,7 @@ void bind_select(py::module_& m) {
   bind_mask_global(m);
 #ifdef PYPRUNE_WITH_CUDA
   bind_mask_nm_cuda(m);
+  bind_mask_topk_cuda(m);
 #endif
 }
 

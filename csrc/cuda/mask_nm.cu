@@ -73,7 +73,7 @@ __device__ inline float nth_highest(const float (&score)[M], int n) {
 // patterns moved down by two, so that all NaNs become the highest finite number.
 __device__ inline float finite_score(float score) {
   if (score < 0) return score;
-  const int32_t key = static_cast<int32_t>(min(__float_as_uint(score), kNaN)) - 2;
+  const int32_t key = static_cast<int32_t>(min(__float_as_uint(score), kInfinity + 1)) - 2;
   return key >= 0 ? __uint_as_float(key) : -__uint_as_float(-key);
 }
 

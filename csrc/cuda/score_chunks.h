@@ -177,7 +177,9 @@ __device__ inline bool is_allowed(uint2 allowed, int i) {
 
 // Order-preserving keys: the score's bits, one key for all NaNs. Where the matrix has `preserve`,
 // 0 is for what must stay pruned and the others are one higher. kPadding past the last column.
-constexpr uint32_t kInfinity = 0x7f800000u, kNaN = 0x7f800001u, kPadding = 0x7fffffffu;
+// kNaN lies above infinity and below the quiet NaNs, which are all that a product can be, and ends
+// in ten zeros as the keys of 16-bit weights do.
+constexpr uint32_t kInfinity = 0x7f800000u, kNaN = 0x7f800400u, kPadding = 0x7fffffffu;
 
 __device__ inline void keys_of(const Matrix& m, int64_t row, int64_t col,
                                const float (&score)[kChunk], uint32_t (&key)[kChunk]) {

@@ -49,9 +49,12 @@ def _unit_columns(t: Tensor) -> Tensor:
 def _aligned(t: Tensor, bytes_: int = 16) -> Tensor:
     """`t` with unit stride along columns and rows that start at multiples of `bytes_`, as the CUDA
     kernels' vector loads need them: a slice may begin anywhere."""
-    t = _unit_columns(t)
-    starts = (t.data_ptr(), t.stride(0) * t.element_size() if t.shape[0] > 1 else 0)
-    return t if all(s % bytes_ == 0 for s in starts) else t.clone(memory_format=torch.contiguous_format)
+    t = t.contiguous() if t.dim() == 1 else _unit_columns(t)
+    rows = t.dim() == 2 and t.shape[0] > 1
+    starts = (t.data_ptr(), t.stride(0) * t.element_size() if rows else 0)
+    if all(start % bytes_ == 0 for start in starts):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _row_blocks(t: Tensor) -> Iterator[slice]:
@@ -341,6 +344,20 @@ def _pack_bitmap_native(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor,
     return values, bitmap, row_offsets
 
 
+def _pack_bitmap_cuda(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = w.shape
+    w = _unit_columns(w)
+    bitmap = w.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+    row_offsets = w.new_empty(rows + 1, dtype=torch.int64)
+    state = w.new_zeros(1, dtype=torch.int64)
+    kept = None if mask is None else _native.capsule(mask.contiguous())
+    _native.launch("pack_bitmap_rows_cuda", w.device, bitmap, row_offsets, w, kept, state)
+    values = w.new_empty(int(row_offsets[-1]))
+    arrays = (w, values, bitmap, row_offsets)
+    _native.launch("move_bitmap_values_cuda", w.device, *arrays, True)
+    return values, bitmap, row_offsets
+
+
 _registry.register(
     "pack_bitmap(Tensor w, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     fake=_pack_bitmap_fake,
@@ -350,6 +367,7 @@ _registry.register(
         "triton": _registry.Impl(
             "pyprune.kernels.pack:pack_bitmap_triton", _registry.HALF_OR_SINGLE
         ),
+        "cuda": _registry.Impl(_pack_bitmap_cuda, _registry.HALF_OR_SINGLE),
     },
 )
 
@@ -444,6 +462,13 @@ def _unpack_bitmap_native(values: Tensor, bitmap: Tensor, row_offsets: Tensor, c
     return w
 
 
+def _unpack_bitmap_cuda(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> Tensor:
+    w = values.new_empty(bitmap.shape[0], cols)
+    arrays = (_aligned(values), bitmap.contiguous(), row_offsets.contiguous())
+    _native.launch("move_bitmap_values_cuda", w.device, w, *arrays, False)
+    return w
+
+
 _registry.register(
     "unpack_bitmap(Tensor values, Tensor bitmap, Tensor row_offsets, int cols) -> Tensor",
     fake=_unpack_bitmap_fake,
@@ -453,6 +478,7 @@ _registry.register(
         "triton": _registry.Impl(
             "pyprune.kernels.pack:unpack_bitmap_triton", _registry.HALF_OR_SINGLE
         ),
+        "cuda": _registry.Impl(_unpack_bitmap_cuda, _registry.HALF_OR_SINGLE),
     },
 )
 

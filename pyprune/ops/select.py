@@ -31,6 +31,9 @@ from pyprune.ops._checks import (
     check_shape,
 )
 
+# Of a row whose keys mask_topk's cuda kernel keeps in registers.
+TOPK_COLUMNS = 32768
+
 Terms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -240,6 +243,28 @@ def _mask_topk_native(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
     return mask
 
 
+def _mask_topk_cuda(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
+    if pruned == 0:
+        return _allowed(w, terms[3])
+    mask = w.new_empty(w.shape, dtype=torch.bool)
+    extra = map(_native.optional_capsule, _native_terms(terms))
+    _native.launch("mask_topk_cuda", w.device, mask, _unit_columns(w), pruned, *extra)
+    return mask
+
+
+def _mask_topk_cuda_limits(w: Tensor, pruned: int, *terms: Tensor | None) -> str:
+    if w.shape[1] <= TOPK_COLUMNS:
+        return ""
+    return f"mask_topk's cuda kernel takes up to {TOPK_COLUMNS} columns, not {w.shape[1]}"
+
+
+def _allowed(w: Tensor, preserve: Tensor | None) -> Tensor:
+    """The mask of `w` when nothing needs to go."""
+    if preserve is None:
+        return torch.ones_like(w, dtype=torch.bool, memory_format=torch.contiguous_format)
+    return preserve.clone(memory_format=torch.contiguous_format)
+
+
 _registry.register(
     f"mask_topk(Tensor w, int pruned, {_TERMS}) -> Tensor",
     fake=_mask_topk_fake,
@@ -249,6 +274,7 @@ _registry.register(
         "triton": _registry.Impl(
             "pyprune.kernels.select:mask_topk_triton", _registry.HALF_OR_SINGLE
         ),
+        "cuda": _registry.Impl(_mask_topk_cuda, _registry.HALF_OR_SINGLE, _mask_topk_cuda_limits),
     },
 )
 
