@@ -4,6 +4,7 @@
 #include "cpu/mask_topk.h"
 #include "huge_pages.h"
 #ifdef PYPRUNE_WITH_CUDA
+#include "cuda/mask_global.h"
 #include "cuda/mask_nm.h"
 #include "cuda/mask_topk.h"
 #endif
@@ -129,6 +130,34 @@ void bind_mask_topk_cuda(py::module_& m) {
                                         reinterpret_cast<cudaStream_t>(stream)));
         });
 }
+
+void bind_mask_global_cuda(py::module_& m) {
+  m.def("mask_global_cuda",
+        [](const py::list& masks, const py::list& ws, int64_t pruned, const py::list& column_scales,
+           const py::list& row_scales, const py::list& addends, const py::list& preserves,
+           py::capsule workspace, uintptr_t stream, int /*threads*/) {
+          require(!ws.empty() && masks.size() == ws.size(), "masks: expected as many as ws");
+          std::vector<GlobalMaskCuda> matrices;
+          int64_t elements = 0;
+          for (size_t i = 0; i < ws.size(); ++i) {
+            const TensorView w = cuda_weight(ws[i].cast<py::capsule>());
+            require_dtype(w, matrices.empty() ? w.dtype : matrices[0].w.dtype, "ws");
+            require(0 < w.numel() && w.shape[0] * ((w.shape[1] + 7) / 8) < int64_t{1} << 32,
+                    "ws: expected matrices of less than 2^35 elements, none empty");
+            matrices.push_back({mask(masks[i].cast<py::capsule>(), w), w,
+                                terms(w, item(column_scales, i), item(row_scales, i),
+                                      item(addends, i), item(preserves, i))});
+            elements += w.numel();
+          }
+          require(1 <= pruned && pruned <= elements, "pruned: out of range");
+          const TensorView space = view(workspace);
+          require_dtype(space, DType::i64, "workspace");
+          require(space.contiguous() && space.numel() >= mask_global_workspace(matrices),
+                  "workspace: too small");
+          check_status(launch_mask_global(matrices, pruned, space.ptr<uint64_t>(),
+                                          reinterpret_cast<cudaStream_t>(stream)));
+        });
+}
 #endif
 
 }  // namespace
@@ -158,6 +187,7 @@ void bind_select(py::module_& m) {
 #ifdef PYPRUNE_WITH_CUDA
   bind_mask_nm_cuda(m);
   bind_mask_topk_cuda(m);
+  bind_mask_global_cuda(m);
 #endif
 }
 

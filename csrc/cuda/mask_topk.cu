@@ -18,14 +18,6 @@ constexpr int kMostChunks = 4;  // of a thread
 static_assert(kMostThreads * kMostChunks * kChunk == kMaskTopkColumns, "a block takes a row");
 static_assert(kMaskTopkColumns / kChunk <= kMostBins, "a bin for each chunk");
 
-// The mask bytes of a chunk: keys above `cut`, which is signed so that -1 keeps them all.
-__device__ inline uint2 above(const uint32_t (&key)[kChunk], int32_t cut) {
-  uint32_t d[kChunk];  // keys have 31 bits: a sum's sign is that of key > cut
-#pragma unroll
-  for (int i = 0; i < kChunk; ++i) d[i] = key[i] - static_cast<uint32_t>(cut) - 1;
-  return make_uint2(positive_bytes(d[0], d[1], d[2], d[3]), positive_bytes(d[4], d[5], d[6], d[7]));
-}
-
 // digits: 3, or 2 where the keys' last ten bits are zero. bins: of the larger of the first digit's
 // and the chunks' numbers, a multiple of 32.
 template <class T, int kChunks>
@@ -111,7 +103,7 @@ __global__ void __launch_bounds__(kMostThreads)
     const int chunk = c * blockDim.x + threadIdx.x;
     if (chunk >= chunks) break;
     const int32_t from = static_cast<int32_t>(cut) - (chunk > last);
-    uint2 bytes = above(key[c], max(from, forbidden));
+    uint2 bytes = keys_above(key[c], max(from, forbidden));
     if (chunk == last && static_cast<int32_t>(cut) > forbidden) {
       uint32_t words[2] = {bytes.x, bytes.y}, seen = 0;
 #pragma unroll

@@ -205,6 +205,14 @@ __device__ inline uint32_t positive_bytes(uint32_t a, uint32_t b, uint32_t c, ui
   return ~permute_bytes(low, high, 0x5410) & 0x01010101u;
 }
 
+// The mask bytes of a chunk: keys above `cut`, which is signed so that -1 keeps them all.
+__device__ inline uint2 keys_above(const uint32_t (&key)[kChunk], int32_t cut) {
+  uint32_t d[kChunk];  // keys have 31 bits: the difference's sign says which is higher
+#pragma unroll
+  for (int i = 0; i < kChunk; ++i) d[i] = key[i] - static_cast<uint32_t>(cut) - 1;
+  return make_uint2(positive_bytes(d[0], d[1], d[2], d[3]), positive_bytes(d[4], d[5], d[6], d[7]));
+}
+
 __device__ inline void store_mask(const Matrix& m, int64_t row, int64_t col, uint2 bytes) {
   uint8_t* at = m.mask + row * m.cols + col;
   if (m.vector) {

@@ -357,16 +357,41 @@ def _mask_global_fake(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> l
     return [w.new_empty(w.shape, dtype=torch.bool) for w in ws]
 
 
-def _mask_global_native(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> list[Tensor]:
-    masks = [_native.empty_mask(tuple(w.shape)) for w in ws]
+def _capsules(
+    ws: Sequence[Tensor], masks: Sequence[Tensor], lists: Sequence[TermLists]
+) -> list[list[object]]:
+    """The masks, the weights and the four lists of terms as the kernels take them: of those that
+    are not empty; an absent term's list has no items."""
     filled = [i for i, w in enumerate(ws) if w.numel()]
     terms = [_native_terms(_terms_of(lists, i)) for i in filled]
-    groups = [
+    return [
         [_native.capsule(masks[i]) for i in filled],
         [_native.capsule(_unit_columns(ws[i])) for i in filled],
         *([_native.capsule(u) for t in terms if (u := t[j]) is not None] for j in range(4)),
     ]
+
+
+def _mask_global_native(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> list[Tensor]:
+    masks = [_native.empty_mask(tuple(w.shape)) for w in ws]
+    groups = _capsules(ws, masks, lists)
     _native.call("mask_global", *groups[:2], pruned, *groups[2:])
+    return masks
+
+
+# What mask_global's cuda kernels count in: words for digits, and one for each so many columns.
+_WORKSPACE_WORDS = 4096
+_TILE_CHUNKS, _CHUNK = 1024, 8
+
+
+def _mask_global_cuda(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> list[Tensor]:
+    if pruned == 0:
+        return [_allowed(w, _terms_of(lists, i)[3]) for i, w in enumerate(ws)]
+    masks = [w.new_empty(w.shape, dtype=torch.bool) for w in ws]
+    chunks = [w.shape[0] * -(-w.shape[1] // _CHUNK) for w in ws]
+    words = _WORKSPACE_WORDS + sum(-(-count // _TILE_CHUNKS) for count in chunks)
+    workspace = ws[0].new_empty(words, dtype=torch.int64)
+    groups = _capsules(ws, masks, lists)
+    _native.launch("mask_global_cuda", ws[0].device, *groups[:2], pruned, *groups[2:], workspace)
     return masks
 
 
@@ -380,6 +405,7 @@ _registry.register(
         "triton": _registry.Impl(
             "pyprune.kernels.select_global:mask_global_triton", _registry.HALF_OR_SINGLE
         ),
+        "cuda": _registry.Impl(_mask_global_cuda, _registry.HALF_OR_SINGLE),
     },
 )
 
