@@ -64,7 +64,7 @@ __device__ inline void load_keys(const Matrix& m, int64_t row, int64_t col,
 
 // Counts the digit `step` of the keys that share the digits before it.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 3)
     global_count_kernel(Matrix m, uint32_t chunks, Count* counts, const State* state, int step) {
   __shared__ uint32_t bins[kHighestBins];
   for (int i = threadIdx.x; i < kHighestBins; i += kThreads) bins[i] = 0;
