@@ -31,7 +31,7 @@ DTYPES = {
     "cuda": [torch.bfloat16, torch.float16, torch.float32],
 }
 TOLERANCE = 3e-5  # of the largest entry, for a sum of 16384 products in fp32
-MATRIX_UNITS = 1e-4  # where a GPU's matrix units add them up, which cut bits off instead of rounding
+MATRIX_UNITS = 1e-4  # where a GPU's matrix units add them up, which do not round to nearest
 
 
 def quack_missing(dtype: torch.dtype, device: str) -> str:
