@@ -28,7 +28,7 @@ SHAPES = {
 }  # fmt: skip
 DTYPES = {
     "cpu": [torch.float32, torch.bfloat16],
-    "cuda": [torch.bfloat16, torch.float16, torch.float32],
+    "cuda": [torch.bfloat16, torch.float32],
 }
 TOLERANCE = 3e-5  # of the largest entry, for a sum of 16384 products in fp32
 MATRIX_UNITS = 1e-4  # where a GPU's matrix units add them up, which do not round to nearest
