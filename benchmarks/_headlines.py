@@ -12,22 +12,28 @@ from _tables import Row, device_of, table
 Rows = list[Row]
 
 
-def headlines(folder: Path, results: Path) -> list[str]:
-    """folder: of one device's rows; results: of the quality benches."""
+# Ours in the rows of an op, fastest first.
+OURS = ("cuda", "triton", "native")
 
-    def rows(name: str, where: Path = folder) -> Any:
-        path = where / f"{name}.json"
-        return json.loads(path.read_text()) if path.exists() else []
+
+def headlines(folder: Path, results: Path | None) -> list[str]:
+    """folder: of one device's rows; results: of the quality benches, which are of no device."""
+
+    def rows(name: str, where: Path | None = folder) -> Any:
+        path = where / f"{name}.json" if where else None
+        return json.loads(path.read_text()) if path and path.exists() else []
 
     lines = [
-        *_model(rows("model")), *_layers(rows("sparse_linear")), *_solve(rows("obs")),
+        *_model(rows("model")), *_layers(rows("sparse_linear")), *_pruning(rows("prune_model")),
+        *_solve(rows("obs")), *_gram(rows("gram")),
         *_reconstruction(rows("reconstruct_model")), *_search(rows("blockpruner")),
         *_perplexity(rows("gradient_quality", results)),
         *_structure(rows("depth_quality", results)),
     ]  # fmt: skip
     if not lines:
         return []
-    return ["### At a glance", "", f"{device_of(rows('obs') or rows('sparse_linear'))}.", "",
+    of_device = next(filter(None, map(rows, ("obs", "sparse_linear", "prune_model", "model"))))
+    return [f"### At a glance: {of_device[0]['device']}", "", f"{device_of(of_device)}.", "",
             *table(["what", "measured", "beside"], [list(line) for line in lines])]  # fmt: skip
 
 
@@ -44,10 +50,10 @@ def _model(rows: Rows) -> Iterator[Line]:
         for rate in rates:
             if rate["name"] != "dense":
                 mine = rate["median"]
+                ours = f"{mine / best:.2f}x our dense kernel, " if best > torch else ""
                 yield (
                     f"{sizes['dense'] / 1e9:.1f} GB model decoding in {rate['name']}",
-                    f"{mine / torch:.2f}x PyTorch's fastest dense, "
-                    f"{mine / best:.2f}x our dense kernel, "
+                    f"{mine / torch:.2f}x PyTorch's fastest dense, {ours}"
                     f"{sizes[rate['name']] / sizes['dense']:.2f} of the bytes",
                     f"{mine:.0f} tokens/s at batch 1, bf16",
                 )
@@ -56,7 +62,7 @@ def _model(rows: Rows) -> Iterator[Line]:
 def _layers(rows: Rows) -> Iterator[Line]:
     for name, words in (("sparse24", "2:4"), ("bitmap50", "50 % bitmap")):
         mine = [r for r in rows if r["provider"] == name]
-        by_rows = {n: [r for r in mine if r["rows"] == n] for n in (1, 16, 512)}
+        by_rows = {n: [r for r in mine if r["rows"] == n] for n in (1, 16, 512, 4096)}
         counts = [n for n, found in by_rows.items() if found]
         cells = [
             f"{least:.2f}-{most:.2f}x at {count}"
@@ -70,8 +76,36 @@ def _layers(rows: Rows) -> Iterator[Line]:
                    "the fastest dense product of PyTorch's and ours")  # fmt: skip
 
 
+def _fastest(rows: Rows) -> Rows:
+    """Of every case our fastest provider's row."""
+    names = {r["provider"] for r in rows}
+    mine = next((name for name in OURS if name in names), None)
+    return [r for r in rows if r["provider"] == mine]
+
+
+def _pruning(rows: Rows) -> Iterator[Line]:
+    for row in rows:
+        if row["method"].startswith("sparsegpt"):
+            sizes = row["sizes"]
+            yield (
+                f"{row['method']} 2:4 of {sizes['num_hidden_layers']} blocks of width "
+                f"{sizes['hidden_size']:,} and {sizes['intermediate_size']:,}",
+                f"{row['seconds']:.1f} s; the least arithmetic takes {row['floor_seconds']:.1f} s",
+                f"{row['sequences']} x {row['tokens']} tokens, end to end",
+            )
+
+
+def _gram(rows: Rows) -> Iterator[Line]:
+    mine = [r for r in _fastest(rows) if r["dtype"] == "bfloat16" and r["shape"][-1] >= 4096]
+    if mine and mine[0]["provider"] != "native":
+        least, most = _range(1 / r["ratio_to_baseline"] for r in mine)
+        columns = [r["shape"][-1] for r in mine]
+        what = f"bf16 Gram matrix, {min(columns):,} to {max(columns):,} columns"
+        yield what, f"{least:.2f}-{most:.2f}x", "cuBLAS's whole product (limit 2)"
+
+
 def _solve(rows: Rows) -> Iterator[Line]:
-    mine = [r for r in rows if r["provider"] == "native"]
+    mine = _fastest(rows)
     gains = [1 / r["ratio_to_baseline"] for r in mine]
     if gains:
         columns = [r["shape"][-1] for r in mine]

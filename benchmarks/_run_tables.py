@@ -10,28 +10,52 @@ from _tables import Row, device_of, table
 
 def sparse_linear(rows: list[Row]) -> list[str]:
     """Best dense time over each compressed format's, by rows of x."""
-    formats = ("sparse24", "bitmap", "dense_int8")
+    formats = ("sparse24", "bitmap", "dense_int8", "cusparselt", "torch_sparse24")
     names = [n for n in dict.fromkeys(r["provider"] for r in rows) if n.startswith(formats)]
     body = []
     for (shape, m), members in groupby(rows, key=lambda r: (r["shape"], r["rows"])):
         by = {r["provider"]: r for r in members}
         best = by[by[names[0]]["best_dense"]]
         body.append(
-            ["x".join(map(str, shape)), str(m), f"{best['seconds_median'] * 1e3:.2f} "
+            ["x".join(map(str, shape)), str(m), f"{best['seconds_median'] * 1e3:.3g} "
              f"({best['provider']})",
              *(f"{by[n]['ratio_to_best_dense']:.2f}" if n in by else "-" for n in names)]
         )  # fmt: skip
     first = rows[0]
+    dense = "PyTorch fp32 and bf16, our bf16 kernel" if first.get("threads") else "cuBLAS, bf16"
     return [
         "### Sparse linear layers",
         "",
-        f"How many times faster than the fastest dense product (PyTorch fp32 and bf16, our bf16 "
-        f"kernel). Weights rotate through {first['rotated_bytes'] / 2**20:,.0f} MiB; last-level "
-        f"cache {first['cache_bytes'] / 2**20:,.0f} MiB; reading "
-        f"{first['read_bandwidth'] / 1e9:.1f} GB/s. {device_of(rows)}. "
+        f"How many times faster than the fastest dense product ({dense}). Weights rotate through "
+        f"{first['rotated_bytes'] / 2**20:,.0f} MiB; last-level cache "
+        f"{first['cache_bytes'] / 2**20:,.0f} MiB; reading {first['read_bandwidth'] / 1e9:.1f} "
+        f"GB/s. {device_of(rows)}. "
         "`benchmarks/bench_sparse_linear.py`.",
         "",
         *table(["weight", "rows of x", "best dense, ms", *names], body),
+    ]
+
+
+def prune_model(rows: list[Row]) -> list[str]:
+    first = rows[0]
+    phases = ("forward", "statistics", "prune")
+    body = [
+        [r["method"], f"{r['seconds']:.1f}", *(f"{r['phases'].get(p, 0):.1f}" for p in phases),
+         f"{r['floor_seconds']:.1f}", f"{r['share_of_floor']:.0%}",
+         f"{r['peak_cuda_bytes'] / 1e9:.0f}" if r["peak_cuda_bytes"] else "-"]
+        for r in rows
+    ]  # fmt: skip
+    sizes = first["sizes"]
+    return [
+        "### Pruning a whole model",
+        "",
+        f"2:4, random bf16 Llama: {sizes['num_hidden_layers']} blocks of width "
+        f"{sizes['hidden_size']} and {sizes['intermediate_size']}; {first['sequences']} x "
+        f"{first['tokens']} random tokens. The floor is one forward and half of each Gram product "
+        f"at the measured rate of bf16 products. {device_of(rows)}. "
+        "`benchmarks/bench_prune_model.py`.",
+        "",
+        *table(["method", "seconds", *phases, "floor", "of its speed", "peak GB"], body),
     ]
 
 

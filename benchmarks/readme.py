@@ -30,6 +30,7 @@ from _run_tables import (
     exactobs,
     load,
     memory,
+    prune_model,
     reconstruct_model,
     sparse_linear,
     surgeon,
@@ -50,6 +51,7 @@ KERNELS = {
     "fisher": "Gradient magnitudes",
     "select": "Mask selection",
     "pack": "Packing",
+    "reconstruct": "Least-squares weights of a mask",
     "kron": "Quadratic forms and updates of LLM Surgeon",
 }
 
@@ -155,13 +157,18 @@ def kernels(name: str, rows: list[Row]) -> list[str]:
     ]
 
 
+PROPORTIONS = {"1b": "Llama-3.2-1B", "8b": "Llama-3-8B"}
+
+
 def model(rows: list[Row]) -> list[str]:
     (row,) = rows
+    size = next(m["weight_bytes"] for m in row["models"] if m["name"] == "dense")
+    how = " Decoding by CUDA graphs." if row["protocol"].get("graph") else ""
     return [
-        "### Decoding a 1.8 GB model",
+        f"### Decoding a {size / 1e9:.1f} GB model",
         "",
-        "Random bf16 Llama in the proportions of Llama-3.2-1B, half of its blocks' weights zero. "
-        f"{device_of(rows)}. `benchmarks/bench_model.py`.",
+        f"Random bf16 Llama in the proportions of {PROPORTIONS[row.get('size', '1b')]}, half of "
+        f"its blocks' weights zero.{how} {device_of(rows)}. `benchmarks/bench_model.py`.",
         "",
         *comparison(row),
     ]
@@ -169,6 +176,7 @@ def model(rows: list[Row]) -> list[str]:
 
 RUNS = {
     "sparse_linear": sparse_linear,
+    "prune_model": prune_model,
     "walk": walk,
     "memory": memory,
     "load": load,
@@ -188,8 +196,8 @@ PICTURE = ROOT / "docs" / "model.png"
 
 def section() -> str:
     lines = [BEGIN, ""]
-    for folder in sorted({p.parent for p in RESULTS.glob("*/*.json")}):
-        lines += headlines(folder, RESULTS)
+    for place, folder in enumerate(sorted({p.parent for p in RESULTS.glob("*/*.json")})):
+        lines += headlines(folder, None if place else RESULTS)
     lines += [f"![Prefill and decoding of a 1.8 GB model](docs/{PICTURE.name})", ""]
     for name, title in QUALITY.items():
         for path in sorted(RESULTS.glob(f"**/{name}.json")):
@@ -259,8 +267,9 @@ def main() -> int:
         else:
             path.write_text(new[path])
     if not args.check:
-        for _, (row,) in rows_of(["model"]):
-            picture(row, PICTURE)
+        # One picture is enough, of the first device.
+        _, (row,) = next(rows_of(["model"]))
+        picture(row, PICTURE)
     return int(args.check and bool(stale))
 
 

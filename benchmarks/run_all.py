@@ -19,8 +19,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 
-# What a GPU is for: the kernels, pruning and running a model of billions of weights. Minutes, without
-# a network.
+# What a GPU is for: the kernels, pruning and running a model of billions of weights. Minutes, and
+# no network.
 CUDA = ["gram", "fisher", "kron", "obs", "reconstruct", "select", "pack", "sparse_linear",
         "prune_model", "model"]  # fmt: skip
 
