@@ -243,26 +243,28 @@ def time_interleaved(
 
 
 # Calls in a graph: as many as the most copies that inputs are rotated through, and enough that the
-# gap between two replays does not count.
-GRAPH_CALLS = 32
+# gap between two replays does not count; fewer of calls so long that both matter less.
+GRAPH_CALLS, FEWEST_GRAPH_CALLS = 32, 4
+GRAPH_SECONDS = 0.01
 
 
 def _time_graphs(
     providers: Mapping[str, Provider], repetitions: int, sample_seconds: float
 ) -> dict[str, list[float]]:
     """`time_interleaved` with every provider's calls captured once and replayed."""
-    replays = {}
+    replays, calls = {}, {}
     for name, provider in providers.items():
-        for i in range(3):  # what is set up at a first call cannot be captured
+        for i in range(2):  # what is set up at a first call cannot be captured
             provider(i)
-        torch.cuda.synchronize()
+        seconds = _sample_cuda(provider, 1, 2)
+        calls[name] = max(FEWEST_GRAPH_CALLS, min(GRAPH_CALLS, int(GRAPH_SECONDS / seconds)))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for i in range(GRAPH_CALLS):
+            for i in range(calls[name]):
                 provider(i)
         replays[name] = lambda _, graph=graph: graph.replay()
     times = time_interleaved(replays, "cuda", repetitions, sample_seconds)
-    return {name: [t / GRAPH_CALLS for t in taken] for name, taken in times.items()}
+    return {name: [t / calls[name] for t in taken] for name, taken in times.items()}
 
 
 def time_turns(

@@ -13,7 +13,7 @@ activations' dtype.
 On a GPU (`--device cuda`): bf16 throughout, `torch_bf16` (cuBLAS) as the dense product;
 `sparse24`, `bitmap50` and `bitmap70` as the ops route them (`pyprune.ops.linear_24_cuda`,
 `linear_bitmap_cuda`); and, so that the routes' numbers of rows can be set by measurement, each
-bitmap by Triton (`_triton`, up to 16 rows) and expanded and multiplied densely (`_expand`). From 16
+bitmap by Triton (`_triton`, up to 2 rows) and expanded and multiplied densely (`_expand`). From 16
 rows on, peers for 2:4 where PyTorch has them: `cusparselt` with its algorithm searched, and
 `torch_sparse24`, the default one, which `torch.sparse.to_sparse_semi_structured` uses. Times are
 those of CUDA graphs of calls: at a few microseconds a product, launching from Python would decide.
@@ -45,7 +45,6 @@ from _harness import (
 from pyprune import ops
 from pyprune.measure import last_level_cache
 from pyprune.ops import _registry
-from pyprune.ops.sparse_linear import TRITON_ROWS
 
 SHAPES = [(8192, 4096), (4096, 14336)]
 SMOKE_SHAPES = [(64, 128)]
@@ -57,6 +56,7 @@ TRITON = "_triton"  # suffixes of a bitmap's names: by another route than the op
 EXPAND = "_expand"
 SEARCHED, DEFAULT = "cusparselt", "torch_sparse24"  # peers' names, by the algorithm
 PEER_TOKENS = 16  # from which on they are timed
+TRITON_TOKENS = 2  # up to which Triton is: no faster than dense at any number
 INT8 = "_int8"  # suffix of names and ops with int8 values
 WIDE = "_fp32x"  # suffix of our kernels' names when the activations are fp32
 DENSE = ("dense", "dense" + WIDE, "torch_bf16", "torch_fp32")
@@ -96,19 +96,7 @@ def cache_bytes(device: str) -> int:
     return last_level_cache()
 
 
-def make_weights(
-    rows: int, cols: int, rotated: int, device: str
-) -> tuple[Weights, dict[str, torch.Tensor]]:
-    """Each provider's copies of its weight, `rotated` bytes of them, and the dense equivalents."""
-    w = torch.randn(rows, cols).bfloat16()
-    masks = {"sparse24": mask_24(rows, cols)}
-    for percent in (50, 70):
-        masks[f"bitmap{percent}"] = torch.rand(rows, cols) >= percent / 100
-    packed: dict[str, tuple[torch.Tensor, ...]] = {
-        name: ops.pack_24(w, m) if name == "sparse24" else ops.pack_bitmap(w, m)
-        for name, m in masks.items()
-    }
-    dense = {name: w * m for name, m in masks.items()}
+def add_int8(packed: Any, dense: dict[str, torch.Tensor], w: torch.Tensor) -> None:
     for name in ("sparse24", "bitmap50"):
         q, scales = ops.quantize_rows(dense[name])
         pack = ops.pack_24 if name == "sparse24" else ops.pack_bitmap
@@ -118,17 +106,34 @@ def make_weights(
     q, scales = ops.quantize_rows(w)
     packed["dense" + INT8] = (q, scales)
     dense["dense" + INT8] = q.float() * scales.float()[:, None]
-    packed |= {"dense": (w,), "torch_bf16": (w,), "torch_fp32": (w.float(),)}
+
+
+def make_weights(
+    rows: int, cols: int, rotated: int, device: str
+) -> tuple[Weights, dict[str, torch.Tensor]]:
+    """Each provider's copies of its weight, `rotated` bytes of them, and the dense equivalents."""
+    with torch.device(device):
+        w = torch.randn(rows, cols).bfloat16()
+        masks = {"sparse24": mask_24(rows, cols)}
+        for percent in (50, 70):
+            masks[f"bitmap{percent}"] = torch.rand(rows, cols) >= percent / 100
+    packed: dict[str, tuple[torch.Tensor, ...]] = {
+        name: ops.pack_24(w, m) if name == "sparse24" else ops.pack_bitmap(w, m)
+        for name, m in masks.items()
+    }
+    dense = {name: w * m for name, m in masks.items()}
+    packed["torch_bf16"] = (w,)
     if device == "cuda":
-        names = ("sparse24", "bitmap50", "bitmap70", "torch_bf16")
-        packed = {name: packed[name] for name in names}
         for name in ("bitmap50", "bitmap70"):
             packed |= dict.fromkeys((name + TRITON, name + EXPAND), packed[name])
             dense |= dict.fromkeys((name + TRITON, name + EXPAND), dense[name])
         if torch.backends.cusparselt.is_available():
-            library = (torch._cslt_compress(dense["sparse24"].to(device)),)
+            library = (torch._cslt_compress(dense["sparse24"]),)
             packed |= dict.fromkeys((SEARCHED, DEFAULT), library)
             dense |= dict.fromkeys((SEARCHED, DEFAULT), dense["sparse24"])
+    else:
+        packed |= {"dense": (w,), "torch_fp32": (w.float(),)}
+        add_int8(packed, dense, w)
     copies: Weights = {}
     for name, tensors in packed.items():
         count = max(1, -(-rotated // sum(t.nbytes for t in tensors)))
@@ -175,7 +180,7 @@ def make_provider(name: str, x: torch.Tensor, copies: list[Any]) -> Callable[[in
 
 def check(name: str, got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor) -> None:
     few = x[:4, :].to(got.dtype).double().cpu()
-    part = dense[:512].double()
+    part = dense[:512].double().cpu()
     want = few @ part.T
     error = (got[:4, :512].double().cpu() - want).abs().max() / want.abs().max()
     limit = 1e-2 if got.dtype == torch.bfloat16 else 1e-5
@@ -193,7 +198,7 @@ def limit_seconds(
 
 def provider_names(copies: Weights, m: int, device: str) -> list[str]:
     if device == "cuda":
-        fits = {name: m <= TRITON_ROWS for name in copies if name.endswith(TRITON)}
+        fits = {name: m <= TRITON_TOKENS for name in copies if name.endswith(TRITON)}
         fits |= dict.fromkeys((SEARCHED, DEFAULT), m >= PEER_TOKENS)
         return [name for name in copies if fits.get(name, True)]
     ours = [name for name in copies if not name.startswith("torch")]
