@@ -21,7 +21,7 @@
 //
 // Measured on an H200 (CUDA graphs, W at 50 % out of memory, 4096 x 4096 to 28672 x 8192), in
 // shares of the bandwidth of copies and as a multiple of cuBLAS's speed on the dense W: one row of
-// x 39 to 61 % and 1.0 to 1.1, two rows 0.96, four 0.8 to 0.9, eight 0.7 to 0.8, 16 0.6 to 0.7, 32
+// x 39 to 61 % and 1.0 to 1.1, two rows 0.96, four 0.8 to 0.9, eight 0.6 to 0.8, 16 0.6 to 0.7, 32
 // 0.4 to 0.6, 64 0.3 to 0.5. So what the format saves is memory, and at 70 % of zeros, where the
 // bytes are fewer but not the steps, little more time is saved: 1.1 to 1.2 at one row. The likely
 // reason, which was not profiled: 28672 x 8192 in 102 us are 9.3 elements a cycle and
@@ -674,7 +674,10 @@ cudaError_t launch_wide(Problem p, const Device& device, cudaStream_t stream) {
 //       1     | 11.4 / 12.7   31.1 / 39.2 | 35.0 / 29.0   119.3 / 102.0
 //       2     | 12.9 / 15.2               |               133.1 / 113.7
 //       4     | 14.2 / 16.7   36.9 / 50.3 | 43.2 / 36.2   142.8 / 124.8
-//       8     | 15.2 / 18.6   41.2 / 58.1 | 47.0 / 42.7   154.3 / 149.5
+//
+// With 8 rows of x the third block leaves too few registers. There W of few rows takes 15.2
+// and 41.2 us, W of many 46.7 and 142.1 with two turns that share x instead of one (47.0 and
+// 154.3).
 inline bool few_rows(const Problem& p, const Device& device) {
   return p.rows <= 16 * 2 * device.processors;
 }
@@ -691,7 +694,10 @@ cudaError_t launch_16_bit(Problem p, const Device& device, cudaStream_t stream) 
   if (p.m <= 1) return launch_narrow<T, 1, 8>(p, device, stream);
   if (p.m <= 2) return launch_narrow<T, 2, 4>(p, device, stream);
   if (p.m <= 4) return launch_narrow<T, 4, 2>(p, device, stream);
-  if (p.m <= 8) return launch_narrow<T, 8, 2>(p, device, stream);
+  if (p.m <= 8) {
+    if (few_rows(p, device)) return launch<T, T, Shape<8, 2, 1, 3, 2>>(p, device, stream);
+    return launch<T, T, Shape<8, 2, 2, 3, 2>>(p, device, stream);
+  }
   if (p.m <= 16) {  // 4096 x 4096 18.5 us, wide 28.7; 14336 x 4096 56.6, wide 50.4
     if (few_rows(p, device)) return launch<T, T, Shape<16, 1, 2, 3, 2>>(p, device, stream);
     return launch_wide<T, 2>(p, device, stream);

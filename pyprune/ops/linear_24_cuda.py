@@ -154,9 +154,9 @@ def _algorithm(packed: Tensor, x: Tensor, rows: int, bias: Tensor | None) -> int
 def _search(packed: Tensor, xt: Tensor, bias: Tensor | None) -> int:
     """cuSPARSELt's fastest algorithm, by PyTorch's new function where it has it: the old one warns
     of its removal."""
-    library = getattr(torch._C, "_cusparselt", None)
-    if hasattr(library, "mm_search"):
-        # bias, alpha, dtype, transpose the result; algorithm, split_k and its mode, last algorithm
-        found: int = library.mm_search(packed, xt, bias, None, None, True)[0]
+    search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    if search is not None:
+        # Takes bias, alpha, dtype, whether to transpose the result; yields the algorithm and more.
+        found: int = search(packed, xt, bias, None, None, True)[0]
         return found
     return torch._cslt_sparse_mm_search(packed, xt, bias=bias, transpose_result=True)
