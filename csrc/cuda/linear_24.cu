@@ -326,11 +326,12 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) linear_24_kernel(cons
                              static_cast<int64_t>(blockIdx.x) * S::kRows, p.rows, p.m);
 }
 
-// Blocks of a cluster that share the columns of their rows. A second and a fourth pay as long as
-// there are multiprocessors without a block, even at two turns each; beyond one block a
-// multiprocessor only with turns enough to make up for adding the sums, which takes 1.5 us (H200:
-// 16 rows of x, 4096 x 4096, 8.5 us with one block, 10.1 with two of four turns; 4096 x 14336, 24.5
-// with one and 23.8 with two of 14).
+// Blocks of a cluster that share the columns of their rows. They pay as long as there are
+// multiprocessors without a block (H200, 32 rows of x, 4096 x 4096: 23.3 us with one, 16.7 with
+// two, 15.0 with four of four turns each). Beyond one block a multiprocessor they do with turns
+// enough to make up for adding the sums, which takes 1.5 us (16 rows of x: 4096 x 4096 8.5 us with
+// one, 10.1 with two of four turns; 4096 x 14336 24.5 with one, 23.8 with two of 14; 32 rows 43.1
+// with four, 40.0 with eight of seven).
 template <class S>
 int splits_of(const Problem& p, const Device& device) {
   if (device.major < 9) return 1;

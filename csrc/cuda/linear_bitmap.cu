@@ -14,21 +14,22 @@
 //
 // Instructions are the limit. To keep up at 50 % a multiprocessor at 1.98 GHz must expand 14.6
 // elements a cycle. Shifts, permutations and logic go through units of 64 lanes a cycle: of them a
-// step of a turn, 256 elements, takes about 30, everything in the loop included, which alone is 17
-// elements a cycle. Shared memory serves 32 lanes a cycle: six loads of values a step, each 1.4
-// cycles for one row of x and 2.2 for 8 (conflicts counted by
-// tests/ops/bitmap_lanes_emulation.cpp), and seven shuffles, of which two look up how to permute.
+// step of a turn, 256 elements, takes about 33 for one row of x and 30 for 8, everything in the
+// loop included, which alone is 15.5 and 17 elements a cycle. Shared memory serves 32 lanes a
+// cycle: six loads of values a step, each 1.4 cycles for one row of x and 2.2 for 8 (conflicts
+// counted by tests/ops/bitmap_lanes_emulation.cpp), and five shuffles. Hence as many warps as
+// registers allow where x needs few of them.
 //
 // Measured on an H200 (CUDA graphs, W at 50 % out of memory, 4096 x 4096 to 28672 x 8192), in
 // shares of the bandwidth of copies and as a multiple of cuBLAS's speed on the dense W: one row of
-// x 39 to 61 % and 1.0 to 1.1, two rows 0.96, four 0.8 to 0.9, eight 0.6 to 0.8, 16 0.6 to 0.7, 32
-// 0.4 to 0.6, 64 0.3 to 0.5. So what the format saves is memory, and at 70 % of zeros, where the
-// bytes are fewer but not the steps, little more time is saved: 1.1 to 1.2 at one row. The likely
-// reason, which was not profiled: 28672 x 8192 in 102 us are 9.3 elements a cycle and
-// multiprocessor, 28 cycles for a step, in each of which shared memory alone is busy for 15 and the
-// units for shifts and permutations for 15, one waiting for the other within a warp. More than 16
-// rows add x, which each warp fetches anew for every 16 rows of W. Fewer steps, not more bytes in
-// flight, would help.
+// x 39 to 61 % and 1.0 to 1.1, two rows 1.0, four 0.8 to 0.9, eight 0.6 to 0.8, 16 0.6 to 0.7, 32
+// 0.4 to 0.6, 64 0.3 to 0.5. So what the format saves is memory. At 70 % of zeros the bytes are
+// fewer but not the steps, and little more time is saved: 1.0 to 1.2 at one row. The likely reason,
+// which was not profiled: 28672 x 8192 in 102 us are 8.8 elements a cycle and multiprocessor, 29
+// cycles a step, in which shared memory is busy for 13 and the units for shifts and permutations
+// for 17, and within a warp one waits for the other. From 17 rows on x comes on top, which each
+// warp fetches from shared memory anew for every 16 rows of W. Fewer instructions a step would
+// help, more bytes in flight would not.
 //
 // int8 values are not taken: at 5 bits an element their bytes arrive 1.8 times as fast, which the
 // counts above do not allow, and widening them would come on top.
