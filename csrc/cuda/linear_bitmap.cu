@@ -69,8 +69,6 @@ struct Shape {
   static constexpr int kTiles = (kTokens + L::kTokens - 1) / L::kTokens;  // instructions a step
   static_assert((kTurns == 1 || kTurns == 2) && (kStages == 2 || kStages == 3));
   static constexpr int kWarpRows = kTurns * L::kRows;
-  // Threads that count the bits of one row and slab, see count_slabs().
-  static constexpr int kCounters = 2 * kSegments / kTurns;
 };
 
 struct Problem {
@@ -177,15 +175,16 @@ __device__ inline int count_words(const uint32_t* row, int first, int n, bool ve
 // that every warp of a row knows where its own begin. A thread or a few have one row and slab each.
 template <class S>
 __device__ inline void count_slabs(const Problem& p, int64_t block_row, int* counts) {
-  const int pair = threadIdx.x / S::kCounters, counter = threadIdx.x % S::kCounters;
+  constexpr int kCounters = 2 * S::kSegments / S::kTurns;  // threads for one row and slab
+  const int pair = threadIdx.x / kCounters, counter = threadIdx.x % kCounters;
   const int64_t row = min(block_row + pair / p.along_columns, p.rows - int64_t{1});
   const int slab = pair % p.along_columns;
   const int slab_words = p.slab_turns * S::L::kWords;
   const int begin = min(slab * slab_words, p.words), end = min(begin + slab_words, p.words);
-  int sum = count_words<S::kCounters>(p.bitmap + row * p.words + begin, counter, end - begin,
-                                      p.words % 4 == 0);
+  int sum = count_words<kCounters>(p.bitmap + row * p.words + begin, counter, end - begin,
+                                   p.words % 4 == 0);
 #pragma unroll
-  for (int d = 1; d < S::kCounters; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+  for (int d = 1; d < kCounters; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
   if (counter == 0) counts[pair] = sum;
 }
 
@@ -506,7 +505,7 @@ struct Wide {
   using S = Shape<kTiles * kTileColumns, 1, 1, 2, 2>;
   using L = typename S::L;
   static constexpr int kThreads = 32 * kMaxWarps;
-  static constexpr int kRows = kMaxWarps * L::kRows;
+  static constexpr int kRows = kMaxWarps * S::kWarpRows;
   static constexpr int kXRow = 2 * L::kColumns;  // bytes
   static constexpr int kPieces = kXRow / kChunkBytes;
   static constexpr int kXStage = kTiles * kTileColumns * kXRow;
@@ -531,7 +530,8 @@ struct Wide {
 };
 
 template <class T, int kTiles>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_wide_kernel(const Problem p) {
+__global__ void __launch_bounds__(Wide<kTiles>::kThreads, Wide<kTiles>::S::kBlocks)
+    linear_bitmap_wide_kernel(const Problem p) {
   using W = Wide<kTiles>;
   using S = typename W::S;
   using L = typename W::L;
