@@ -123,11 +123,17 @@ PYPRUNE_LANES uint32_t chunks_of(uint32_t place, uint32_t count) {
   return (place + count + kChunkValues - 1) / kChunkValues;
 }
 
-// Bytes of chunk number `chunk` that a matrix of `values` values has: offsets that contradict the
-// bits must not lead outside, and the last values may fill a part of a chunk only.
-PYPRUNE_LANES uint32_t chunk_bytes(uint32_t chunk, uint32_t values) {
+// Whether `chunks` chunks from number `first` are whole in a matrix of `values` values. Positions
+// have 32 bits, so `first` is below 2^29 and the sum does not wrap.
+PYPRUNE_LANES bool chunks_whole(uint32_t first, uint32_t chunks, uint32_t values) {
+  return first + chunks <= values / kChunkValues;
+}
+
+// Values of chunk number `chunk` that a matrix of `values` values has: all of a chunk, fewer of the
+// last one, none past it.
+PYPRUNE_LANES uint32_t chunk_values(uint32_t chunk, uint32_t values) {
   const uint32_t whole = values / kChunkValues;
-  return chunk < whole ? kChunkBytes : chunk == whole ? 2 * (values % kChunkValues) : 0;
+  return chunk < whole ? kChunkValues : chunk == whole ? values % kChunkValues : 0;
 }
 
 // Bytes of (high, low) chosen by the four low nibbles of `selector`, 0 to 7 each; bits above them
@@ -164,32 +170,32 @@ PYPRUNE_LANES uint32_t shift_pair_far(uint32_t low, uint32_t high, uint32_t bits
 #endif
 }
 
-// Constants of expansion. A kernel should keep them in registers that the compiler knows nothing
-// of: an instruction takes one literal at most, and the others would be loaded again at every use.
-struct Tables {
-  uint32_t low = 0x10441044, spread = 0x0004, twice = 0x11;
-};
+// Spreads the bits of two pairs over the nibbles of a selector. A kernel should keep it in a
+// register that the compiler knows nothing of: an instruction takes one literal at most, and this
+// one would be loaded again at every use.
+constexpr uint32_t kSpread = 0x0004;
 
 // What makes four elements of the next values, from the four low bits of `bits`, which say which of
 // them are stored: for each pair of elements a selector of four bytes, of the next two values (0 to
 // 3) or zero (4). The first pair's in the low half.
-PYPRUNE_LANES uint32_t selectors_of(const Tables& t, uint32_t bits) {
-  // Of two bits, which of those bytes make the low and the high half: bytes of `low` and kHigh.
-  constexpr uint32_t kHigh = 0x32104444;
-  // Both pairs of bits, each twice: as indices into `low` (0 to 3) and kHigh (4 to 7).
+PYPRUNE_LANES uint32_t selectors_of(uint32_t bits) {
+  // Of two bits, which of those bytes make the low and the high half: bytes of kLow and kHigh.
+  constexpr uint32_t kLow = 0x10441044, kHigh = 0x32104444;
+  // Both pairs of bits, each twice: as indices into kLow (0 to 3) and kHigh (4 to 7).
   const uint32_t index =
-      ((bits << 6 & 0x300) | (bits & 3) | t.spread) * t.twice + (0x4040u - 0x11 * 0x0004);
-  return permute(t.low, kHigh, index);
+      ((bits << 6 & 0x300) | (bits & 3) | kSpread) * 0x11 + (0x4040u - 0x11 * kSpread);
+  return permute(kLow, kHigh, index);
 }
 
 // Four elements, two a register, from the words at byte `position` (its lowest two bits dropped)
-// and the four low bits of `bits`: value by value where a bit is set, zero elsewhere. What `word[]`
-// holds besides the stored values does not matter, nor do the other bits.
-PYPRUNE_LANES void expand(const Tables& t, uint32_t selectors, const uint32_t (&word)[3],
+// and the four low bits of `bits`, of which `selectors` are the selectors: value by value where a
+// bit is set, zero elsewhere. What `word[]` holds besides the stored values does not matter, nor do
+// the other bits. spread: kSpread.
+PYPRUNE_LANES void expand(uint32_t spread, uint32_t selectors, const uint32_t (&word)[3],
                           uint32_t position, uint32_t bits, uint32_t (&out)[2]) {
   // 16 bits for every value that a pair takes: 0, 16, 16, 32.
   constexpr uint32_t kTaken = 0x20101000;
-  const uint32_t taken = permute(0, kTaken, (bits & 3) | t.spread);
+  const uint32_t taken = permute(0, kTaken, (bits & 3) | spread);
   const uint32_t unaligned = position << 3;
   const uint32_t first = shift_pair(word[0], word[1], unaligned);
   const uint32_t second = shift_pair(word[1], word[2], unaligned);

@@ -11,9 +11,14 @@
 // eight warps, three turns of 2.3 KB each, have 110 KB under way. Warps on different columns share
 // nothing until the end and wait for no one; those on the same columns, a team, share their x.
 //
-// The rows of x come out of the caches, but through the same wires: a block of kRows rows of W
-// reads 16 / (9 kRows) bytes of x for each byte of W and row of x. Hence more rows of W a block for
-// more rows of x, and columns divided among the blocks of a cluster where those are then too few.
+// Measured on an H200 (CUDA graphs, W out of memory, 4096 x 4096 to 28672 x 8192), in shares of the
+// bandwidth of copies and as a multiple of cuBLAS's speed on the dense W: one row of x 72 to 95 %
+// and 1.6 to 2.0, eight rows 54 to 93 % and 1.5 to 1.7, 16 rows 52 to 86 % and 1.3 to 1.5. More
+// rows are not worth it everywhere: 32 have 0.7 to 1.2 times the speed of cuBLAS, 64 have 0.5 to
+// 0.9; cuSPARSELt has 0.6 to 0.8 at either. The likely reason, which was not profiled: x. With 64
+// rows a block of 128 rows of W fetches 0.9 bytes of x for each byte of W, at 14336 x 4096 29 bytes
+// a ns and multiprocessor in all, which is most of what the second-level cache hands out. Larger
+// blocks would need less, but leave multiprocessors without one.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -21,6 +26,7 @@
 #include <type_traits>
 
 #include "cuda/block_sums.h"
+#include "cuda/device.h"
 #include "cuda/fragments_24.h"
 #include "cuda/linear_24.h"
 #include "cuda/overlap.h"
@@ -75,9 +81,7 @@ struct Problem {
   const float* bias;
   int m, rows, words;   // words of 64 columns
   int words_per_split;  // a multiple of a turn's
-  int early;            // what is asked for before the kernel before this one has ended
 };
-constexpr int kNothingEarly = 0, kPrefetchEarly = 1, kCopyEarly = 2;
 
 template <class T, int kSelector>
 __device__ __forceinline__ void mma_sp(float (&d)[4], const uint32_t (&a)[4],
@@ -256,34 +260,16 @@ struct Warp {
     }
   }
 
-  // Asks the second-level cache for the beginning of the block's rows. What it fetches may change
-  // until it is read: copies read the cache, not memory.
-  __device__ void prefetch() const {
-    constexpr int kBytes = 64 * 1024;  // a block
-    const int block_row = row - in_team * S::kWarpRows;
-    int words = kBytes / S::kRows / (kValuePieces * kPieceBytes);
-    words = min(words, end - begin) & ~1;
-    const int r = threadIdx.x;
-    if (r < S::kRows && block_row + r < p.rows && words > 0) {
-      const int64_t word = static_cast<int64_t>(block_row + r) * p.words + begin;
-      prefetch_bytes(p.values + word * kValuePieces * kPieceBytes,
-                     words * kValuePieces * kPieceBytes);
-      if (p.words % 2 == 0) prefetch_bytes(p.meta + word * kMetaBytes, words * kMetaBytes);
-    }
-  }
-
   template <class T>
   __device__ __forceinline__ void run(float (&sum)[S::kRowTiles][S::kTiles][4]) const {
     constexpr int kAhead = S::kStages - 1;
     const int turns = (end - begin + S::kTurnWords - 1) / S::kTurnWords;
-    if (p.early == kPrefetchEarly) prefetch();
-    if (p.early != kCopyEarly) wait_for_kernel_before();
-    for (int turn = 0; turn < kAhead && turn < turns; ++turn) copy_w(turn);
-    if (p.early == kCopyEarly) wait_for_kernel_before();
-    let_next_kernel_begin();
 #pragma unroll
     for (int turn = 0; turn < kAhead; ++turn) {
-      if (turn < turns) copy_x(turn);
+      if (turn < turns) {
+        copy_w(turn);
+        copy_x(turn);
+      }
       close_copies();
     }
     for (int turn = 0; turn < turns; ++turn) {
@@ -319,6 +305,8 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) linear_24_kernel(cons
                   address + zeros};
   if (threadIdx.x < kPieceBytes / 4) reinterpret_cast<uint32_t*>(shared + zeros)[threadIdx.x] = 0;
   __syncthreads();
+  wait_for_kernel_before();  // nothing global has been touched yet
+  let_next_kernel_begin();
   float sum[S::kRowTiles][S::kTiles][4] = {};
   w.template run<T>(sum);
   __syncthreads();  // the last stages have been read
@@ -338,23 +326,30 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) linear_24_kernel(cons
                              static_cast<int64_t>(blockIdx.x) * S::kRows, p.rows, p.m);
 }
 
-// Blocks of a cluster that share the columns of their rows: as many as give each multiprocessor
-// its kBlocks, as long as each has two turns of its own.
+// Blocks of a cluster that share the columns of their rows. They pay as long as there are
+// multiprocessors without a block (H200, 32 rows of x, 4096 x 4096: 23.3 us with one, 16.7 with
+// two, 15.0 with four of four turns each). Beyond one block a multiprocessor they do with turns
+// enough to make up for adding the sums, which takes 1.5 us (16 rows of x: 4096 x 4096 8.5 us with
+// one, 10.1 with two of four turns; 4096 x 14336 24.5 with one, 23.8 with two of 14; 32 rows 43.1
+// with four, 40.0 with eight of seven).
 template <class S>
-int splits_of(const Problem& p, int processors, int major) {
-  if (major < 9) return 1;
+int splits_of(const Problem& p, const Device& device) {
+  if (device.major < 9) return 1;
   const int blocks = (p.rows + S::kRows - 1) / S::kRows;
+  const int turns = (p.words + S::kTurnWords - 1) / S::kTurnWords;
+  const auto pay = [&](int splits) {
+    if (splits * blocks <= device.processors) return turns >= 2 * splits;
+    return splits * blocks <= S::kBlocks * device.processors && turns >= 6 * splits;
+  };
   int splits = 1;
-  while (2 * splits <= kMostSplits && 2 * splits * blocks <= S::kBlocks * processors &&
-         p.words >= 2 * splits * 2 * S::kTurnWords)
-    splits *= 2;
+  while (2 * splits <= kMostSplits && pay(2 * splits)) splits *= 2;
   return splits;
 }
 
 template <class T, class S>
-cudaError_t launch_shape(Problem p, int splits, bool overlap, cudaStream_t stream) {
+cudaError_t launch_shape(Problem p, const Device& device, cudaStream_t stream) {
   const auto kernel = linear_24_kernel<T, S>;
-  const int bytes = S::shared_bytes(p.m);
+  const int bytes = S::shared_bytes(p.m), splits = splits_of<S>(p, device);
   cudaError_t status =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
@@ -368,30 +363,62 @@ cudaError_t launch_shape(Problem p, int splits, bool overlap, cudaStream_t strea
   cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
   add_cluster(config, attributes);
-  if (overlap) add_overlap(config, attributes);
+  if (device.major >= 9) add_overlap(config, attributes);
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
+// Up to kMost rows of x: `Many` where W has so many rows that its blocks occupy three quarters of
+// the device, `Few` else, and `Small` where shared memory has no room for either.
+template <int kMost, class Many, class Few, class Small, class T>
+cudaError_t launch_fitting(const Problem& p, const Device& device, cudaStream_t stream) {
+  static_assert(Small::shared_bytes(kMost) <= kLeastBlockShared);
+  static_assert(kMost <= kTileTokens * Many::kTiles && kMost <= kTileTokens * Few::kTiles &&
+                kMost <= kTileTokens * Small::kTiles);
+  const int blocks = (p.rows + Many::kRows - 1) / Many::kRows;
+  const bool many = 4 * blocks >= 3 * Many::kBlocks * device.processors;
+  if (many && Many::shared_bytes(p.m) <= device.block_shared)
+    return launch_shape<T, Many>(p, device, stream);
+  if (Few::shared_bytes(p.m) <= device.block_shared) return launch_shape<T, Few>(p, device, stream);
+  return launch_shape<T, Small>(p, device, stream);
+}
+
+// Each the best, or within 4 % of it, of the shapes that were timed on an H200, three to fourteen
+// for a number of rows of x. us, W out of memory:
+//
+//   rows of x | Many: 14336 x 4096  28672 x 8192 | Few: 4096 x 4096  4096 x 14336
+//   ----------|----------------------------------|-------------------------------
+//       1     |           18.8          65.5     |         6.2          17.1
+//       4     |          below those of 8        |         7.6          17.6
+//       8     |           19.0          66.5     |         8.2          19.0
+//      16     |           19.9          72.5     |         8.5          23.8
+//      32     |           25.7          91.9     |        15.0          38.7
+//      64     |           38.6         134.6     |        22.4          60.7
+//
+// More rows a block means less of x to read, but blocks enough only if W has many rows: for one row
+// of x and 4096 x 4096 Many takes 10.8 us.
 template <class T>
-cudaError_t launch(Problem p, cudaStream_t stream) {
-  int device, processors, major;
-  cudaError_t status = cudaGetDevice(&device);
+cudaError_t launch(const Problem& p, cudaStream_t stream) {
+  Device device;
+  const cudaError_t status = query_device(device);
   if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status != cudaSuccess) return status;
-  const bool overlap = major >= 9;
-  p.early = overlap ? kPrefetchEarly : kNothingEarly;
-  const auto with = [&](auto shape) {
-    using S = decltype(shape);
-    return launch_shape<T, S>(p, splits_of<S>(p, processors, major), overlap, stream);
-  };
-  if (p.m <= 2) return with(Shape<1, 1, 1, 8, 2, 4, 2>());
-  if (p.m <= 8) return with(Shape<1, 1, 2, 4, 2, 3, 3>());
-  if (p.m <= 16) return with(Shape<2, 1, 4, 2, 2, 3, 2>());
-  if (p.m <= 32) return with(Shape<4, 2, 4, 2, 2, 2, 2>());
-  return with(Shape<8, 2, 4, 1, 2, 3, 2>());
+  using Many8 = Shape<1, 2, 2, 4, 2, 2, 2>;
+  using Few2 = Shape<1, 1, 1, 8, 4, 2, 2>;
+  using Few4 = Shape<1, 1, 1, 8, 2, 3, 3>;
+  using Few8 = Shape<1, 1, 2, 4, 2, 3, 3>;
+  using Many16 = Shape<2, 1, 4, 2, 2, 3, 2>;
+  using Few16 = Shape<2, 1, 2, 4, 2, 3, 2>;
+  using Many32 = Shape<4, 2, 4, 2, 2, 4, 1>;
+  using Few32 = Shape<4, 2, 4, 2, 2, 2, 2>;
+  using Small32 = Shape<4, 2, 4, 1, 2, 3, 1>;  // not timed
+  using Many64 = Shape<8, 2, 4, 2, 2, 3, 1>;
+  using Few64 = Shape<8, 2, 4, 1, 2, 3, 2>;
+  using Small64 = Shape<8, 2, 4, 1, 2, 2, 1>;  // not timed
+  if (p.m <= 2) return launch_fitting<2, Many8, Few2, Few2, T>(p, device, stream);
+  if (p.m <= 4) return launch_fitting<4, Many8, Few4, Few4, T>(p, device, stream);
+  if (p.m <= 8) return launch_fitting<8, Many8, Few8, Few8, T>(p, device, stream);
+  if (p.m <= 16) return launch_fitting<16, Many16, Few16, Many16, T>(p, device, stream);
+  if (p.m <= 32) return launch_fitting<32, Many32, Few32, Small32, T>(p, device, stream);
+  return launch_fitting<64, Many64, Few64, Small64, T>(p, device, stream);
 }
 
 }  // namespace
@@ -405,7 +432,6 @@ cudaError_t launch_linear_24(const Linear24& a, cudaStream_t stream) {
                   static_cast<int>(a.x.shape[0]),
                   static_cast<int>(a.values.shape[0]),
                   static_cast<int>(a.x.shape[1] / kColumns),
-                  0,
                   0};
   if (a.y.dtype == DType::bf16) return launch<__nv_bfloat16>(p, stream);
   if (a.y.dtype == DType::f16) return launch<__half>(p, stream);

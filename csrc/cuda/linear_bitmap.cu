@@ -20,6 +20,17 @@
 // counted by tests/ops/bitmap_lanes_emulation.cpp), and five shuffles. Hence as many warps as
 // registers allow where x needs few of them.
 //
+// Measured on an H200 (CUDA graphs, W at 50 % out of memory, 4096 x 4096 to 28672 x 8192), in
+// shares of the bandwidth of copies and as a multiple of cuBLAS's speed on the dense W: one row of
+// x 39 to 61 % and 1.0 to 1.1, two rows 1.0, four 0.8 to 0.9, eight 0.6 to 0.8, 16 0.6 to 0.7, 32
+// 0.4 to 0.6, 64 0.3 to 0.5. So what the format saves is memory. At 70 % of zeros the bytes are
+// fewer but not the steps, and little more time is saved: 1.0 to 1.2 at one row. The likely reason,
+// which was not profiled: 28672 x 8192 in 102 us are 8.8 elements a cycle and multiprocessor, 29
+// cycles a step, in which shared memory is busy for 13 and the units for shifts and permutations
+// for 17, and within a warp one waits for the other. From 17 rows on x comes on top, which each
+// warp fetches from shared memory anew for every 16 rows of W. Fewer instructions a step would
+// help, more bytes in flight would not.
+//
 // int8 values are not taken: at 5 bits an element their bytes arrive 1.8 times as fast, which the
 // counts above do not allow, and widening them would come on top.
 #include <cuda_bf16.h>
@@ -30,6 +41,7 @@
 
 #include "cuda/bitmap_lanes.h"
 #include "cuda/block_sums.h"
+#include "cuda/device.h"
 #include "cuda/linear_bitmap.h"
 #include "cuda/overlap.h"
 
@@ -47,18 +59,16 @@ constexpr int kParts = 3;  // bf16 numbers that an fp32 one is the sum of
 //   kTurns     turns on different rows of W that share what a warp holds of x: with 8 rows, 16 rows
 //              of W would read about as many bytes of x, though from the second-level cache, as of
 //              W
-template <int kTokens_, int kSegments_, int kTurns_, int kStages_ = 3, int kBlocks_ = 2,
-          bool kLookUp_ = true>
+//   kStages    turns in shared memory: one being expanded, the others arriving
+//   kBlocks    a multiprocessor, which bounds the registers
+template <int kTokens_, int kSegments_, int kTurns_, int kStages_, int kBlocks_>
 struct Shape {
-  static constexpr bool kLookUp = kLookUp_;
   static constexpr int kStages = kStages_, kBlocks = kBlocks_;
   static constexpr int kTokens = kTokens_, kSegments = kSegments_, kTurns = kTurns_;
   using L = Lanes<kSegments>;
   static constexpr int kTiles = (kTokens + L::kTokens - 1) / L::kTokens;  // instructions a step
   static_assert((kTurns == 1 || kTurns == 2) && (kStages == 2 || kStages == 3));
   static constexpr int kWarpRows = kTurns * L::kRows;
-  // Threads that count the bits of one row and slab, see count_slabs().
-  static constexpr int kCounters = 2 * kSegments / kTurns;
 };
 
 struct Problem {
@@ -73,7 +83,6 @@ struct Problem {
   // A block's warps: along_rows next to each other in rows; along_columns share a row, each having
   // a slab of slab_turns turns.
   int along_rows, along_columns, slab_turns;
-  bool prefetch;
 };
 
 template <class T>
@@ -98,12 +107,23 @@ __device__ __forceinline__ void copy_chunk(uint32_t to, const void* from) {
                : "r"(to), "l"(from)
                : "memory");
 }
-// The first `bytes` of them and zeros.
-__device__ __forceinline__ void copy_part(uint32_t to, const void* from, uint32_t bytes) {
+// The same or, reading nothing, zeros.
+__device__ __forceinline__ void copy_or_clear(uint32_t to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
-               : "r"(to), "l"(from), "r"(bytes)
+               : "r"(to), "l"(from), "r"(inside ? kChunkBytes : 0)
                : "memory");
+}
+// The first `values` of eight 16-bit values and zeros, one by one. An asynchronous copy of fewer
+// than 16 bytes would do it, too, but the hardware makes it of a read of all 16 (the length is in
+// the low bits of the address), which compute-sanitizer reports if they leave the allocation.
+__device__ __forceinline__ void copy_values_singly(uint32_t to, const void* from, uint32_t values) {
+  const uint16_t* v = static_cast<const uint16_t*>(from);
+#pragma unroll 1
+  for (uint32_t i = 0; i < kChunkValues; ++i) {
+    const uint16_t value = i < values ? __ldg(v + i) : uint16_t{0};
+    asm volatile("st.shared.u16 [%0], %1;" : : "r"(to + 2 * i), "h"(value) : "memory");
+  }
 }
 __device__ __forceinline__ void close_copies() {
   asm volatile("cp.async.commit_group;" ::: "memory");
@@ -113,17 +133,14 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" : : "n"(kOpen) : "memory");
 }
 
-// The constants of expand() where the compiler cannot see them: it knows what a literal, a
-// parameter or a shuffle of either is worth, and would rather load it again, 32 times a turn, than
-// keep it.
-__device__ const Tables kTables = {};
+// kSpread where the compiler cannot see it: it knows what a literal, a parameter or a shuffle of
+// either is worth, and would rather load it again, 16 times a turn, than keep it.
+__device__ const uint32_t kHiddenSpread = kSpread;
 
-__device__ __forceinline__ Tables load_tables() {
-  Tables t;
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(t.low) : "l"(&kTables.low));
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(t.spread) : "l"(&kTables.spread));
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(t.twice) : "l"(&kTables.twice));
-  return t;
+__device__ __forceinline__ uint32_t load_spread() {
+  uint32_t spread;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(spread) : "l"(&kHiddenSpread));
+  return spread;
 }
 
 __device__ __forceinline__ void load_window(uint32_t at, uint32_t (&w)[3]) {
@@ -154,35 +171,20 @@ __device__ inline int count_words(const uint32_t* row, int first, int n, bool ve
   return sum;
 }
 
-// Asks the second-level cache for the block's bits and its first values. Offsets may be read that
-// are about to change: they are held within the values.
-__device__ inline void prefetch_rows(const Problem& p, int64_t block_row, int rows) {
-  constexpr uint32_t kMostBytes = 64 * 1024;
-  if (threadIdx.x != 0) return;
-  const int64_t end_row = min(block_row + rows, p.rows + int64_t{0});
-  const uint32_t bits = static_cast<uint32_t>(end_row - block_row) * p.words * 4;
-  prefetch_bytes(p.bitmap + block_row * p.words, p.words % 4 == 0 ? min(bits, kMostBytes) : 0);
-  const int64_t chunks = p.values / kChunkValues;
-  const int64_t begin =
-      max(min(__ldcg(p.row_offsets + block_row) / kChunkValues, chunks), int64_t{0});
-  const int64_t end = max(min(__ldcg(p.row_offsets + end_row) / kChunkValues, chunks), begin);
-  prefetch_bytes(p.chunks + begin,
-                 static_cast<uint32_t>(min((end - begin) * kChunkBytes, int64_t{kMostBytes})));
-}
-
 // counts[row * along_columns + slab] = stored values of each of the block's rows in each slab, so
 // that every warp of a row knows where its own begin. A thread or a few have one row and slab each.
 template <class S>
 __device__ inline void count_slabs(const Problem& p, int64_t block_row, int* counts) {
-  const int pair = threadIdx.x / S::kCounters, counter = threadIdx.x % S::kCounters;
+  constexpr int kCounters = 2 * S::kSegments / S::kTurns;  // threads for one row and slab
+  const int pair = threadIdx.x / kCounters, counter = threadIdx.x % kCounters;
   const int64_t row = min(block_row + pair / p.along_columns, p.rows - int64_t{1});
   const int slab = pair % p.along_columns;
   const int slab_words = p.slab_turns * S::L::kWords;
   const int begin = min(slab * slab_words, p.words), end = min(begin + slab_words, p.words);
-  int sum = count_words<S::kCounters>(p.bitmap + row * p.words + begin, counter, end - begin,
-                                      p.words % 4 == 0);
+  int sum = count_words<kCounters>(p.bitmap + row * p.words + begin, counter, end - begin,
+                                   p.words % 4 == 0);
 #pragma unroll
-  for (int d = 1; d < S::kCounters; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
+  for (int d = 1; d < kCounters; d *= 2) sum += __shfl_xor_sync(~0u, sum, d);
   if (counter == 0) counts[pair] = sum;
 }
 
@@ -228,8 +230,12 @@ struct Warp {
                       __ldg(p.bitmap + (row_words[kTurn][1] + word)));
   }
 
-  // Starts copying the chunks that `count` values from number `at` lie in to `row`. Offsets that
-  // contradict the bits must not lead outside the values, whose last chunk may be partly filled.
+  // Starts copying the chunks that `count` values from number `at` lie in to `row`.
+  //
+  // No read leaves the values, whatever row_offsets and bits say: `at` is any number of 32 bits,
+  // but a chunk is read whole only if its number is below that of the first that is not whole; of
+  // this one the values alone are read, and past it nothing. (Nor does a copy leave the row:
+  // `count` was counted in the bits, so it is no more than the row's columns.)
   __device__ __forceinline__ void copy_values(uint32_t row, uint32_t at, uint32_t count) const {
     const uint32_t first = at / kChunkValues;
     const uint32_t chunks = chunks_of(at % kChunkValues, count);
@@ -237,17 +243,20 @@ struct Warp {
     uint32_t to = shared + row + place * kChunkBytes;
     asm volatile("" : "+l"(from), "+r"(to));  // else they are computed anew for every copy
     const int own = static_cast<int>(chunks) - place;
-    if (first + chunks <= p.values / kChunkValues) {
+    if (chunks_whole(first, chunks, p.values)) {
 #pragma unroll
       for (int k = 0; k < L::kCopies; ++k)
         if (own > k * L::kAcross)
           copy_chunk(to + k * L::kAcross * kChunkBytes, from + k * L::kAcross);
     } else {
 #pragma unroll 1
-      for (int k = 0; k < L::kCopies; ++k)
-        if (own > k * L::kAcross)
-          copy_part(to + k * L::kAcross * kChunkBytes, from + k * L::kAcross,
-                    chunk_bytes(first + place + k * L::kAcross, p.values));
+      for (int k = 0; k < L::kCopies * L::kAcross && own > k; k += L::kAcross) {
+        const uint32_t held = chunk_values(first + place + k, p.values);
+        if (held == kChunkValues)
+          copy_chunk(to + k * kChunkBytes, from + k);
+        else
+          copy_values_singly(to + k * kChunkBytes, from + k, held);
+      }
     }
   }
 
@@ -321,7 +330,7 @@ struct Warp {
   }
 
   // The A fragment of a step.
-  __device__ __forceinline__ void expand_step(const Tables& tables, const Bits& bits, int step,
+  __device__ __forceinline__ void expand_step(uint32_t spread, const Bits& bits, int step,
                                               uint32_t (&a)[4]) const {
     const int owner = L::owner_of(step, place), shift = L::shift_of(step, place);
     const uint32_t before = __shfl_sync(~0u, bits.before, owner, L::kAcross);
@@ -332,32 +341,28 @@ struct Warp {
       const uint32_t bits = word >> shift;
       uint32_t w[3];
       load_window(shared + first_stage + (at & ~3u), w);
-      uint32_t selectors;
-      if constexpr (S::kLookUp)
-        selectors = __shfl_sync(~0u, nibble_selectors, bits);  // of its five low bits
-      else
-        selectors = selectors_of(tables, bits);
+      const uint32_t selectors = __shfl_sync(~0u, nibble_selectors, bits);  // of its five low bits
       uint32_t pair[2];
-      expand(tables, selectors, w, at, bits, pair);
+      expand(spread, selectors, w, at, bits, pair);
       a[half] = pair[0];
       a[2 + half] = pair[1];
     }
   }
 
-  __device__ __forceinline__ void multiply(const Tables& tables, const Bits& bits,
+  __device__ __forceinline__ void multiply(uint32_t spread, const Bits& bits,
                                            const uint32_t (&x)[kSteps][S::kTiles][2],
                                            float (&sum)[S::kTiles][4]) const {
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[4];
-      expand_step(tables, bits, step, a);
+      expand_step(spread, bits, step, a);
 #pragma unroll
       for (int tile = 0; tile < S::kTiles; ++tile) mma<T>(sum[tile], a, x[step][tile]);
     }
   }
 
   template <int kTurn>
-  __device__ __forceinline__ void turn(const Tables& tables, int item, uint2& words,
+  __device__ __forceinline__ void turn(uint32_t spread, int item, uint2& words,
                                        Bits (&bits)[S::kStages],
                                        const uint32_t (&x)[kSteps][S::kTiles][2],
                                        float (&sum)[S::kTiles][4]) {
@@ -366,7 +371,7 @@ struct Warp {
     words = load_words<(kTurn + kAhead + 1) % S::kTurns>(item + kAhead + 1);
     wait_copies<kAhead>();
     __syncwarp();  // what other lanes have copied is there
-    multiply(tables, bits[0], x, sum);
+    multiply(spread, bits[0], x, sum);
     __syncwarp();  // all lanes have read it: the next copies may overwrite it
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) bits[i] = bits[i + 1];
@@ -374,7 +379,7 @@ struct Warp {
 
   __device__ __forceinline__ void run(float (&sum)[S::kTurns][S::kTiles][4]) {
     constexpr int kSecond = 1 % S::kTurns;
-    const Tables tables = load_tables();
+    const uint32_t spread = load_spread();
     Bits bits[S::kStages];
     const uint2 words0 = load_words<0>(0);
     uint2 words = load_words<kSecond>(1);
@@ -389,8 +394,8 @@ struct Warp {
     for (int item = 0; item < items; item += S::kTurns) {
       uint32_t x[kSteps][S::kTiles][2];
       load_x(first_turn + item / S::kTurns, x);
-      turn<0>(tables, item, words, bits, x, sum[0]);
-      if constexpr (S::kTurns > 1) turn<1>(tables, item + 1, words, bits, x, sum[1]);
+      turn<0>(spread, item, words, bits, x, sum[0]);
+      if constexpr (S::kTurns > 1) turn<1>(spread, item + 1, words, bits, x, sum[1]);
     }
     wait_copies<0>();
   }
@@ -432,8 +437,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, S::kBlocks)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int along_rows = warp % p.along_rows, along_columns = warp / p.along_rows;
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * p.along_rows * S::kWarpRows;
-  if (p.prefetch) prefetch_rows(p, block_row, p.along_rows * S::kWarpRows);
-  wait_for_kernel_before();
+  wait_for_kernel_before();  // nothing global has been touched yet
   let_next_kernel_begin();
   const int turns = (p.words + L::kWords - 1) / L::kWords;
   const int begin = min(along_columns * p.slab_turns, turns);
@@ -451,7 +455,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, S::kBlocks)
                   first_stage,
                   {},
                   {},
-                  selectors_of(Tables(), lane)};
+                  selectors_of(lane)};
   int row[S::kTurns][2];  // this lane's, in the block
 #pragma unroll
   for (int turn = 0; turn < S::kTurns; ++turn)
@@ -498,10 +502,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, S::kBlocks)
 // memory. Where that leaves too few blocks, those of a cluster divide the columns.
 template <int kTiles>
 struct Wide {
-  using S = Shape<kTiles * kTileColumns, 1, 1, 2>;
+  using S = Shape<kTiles * kTileColumns, 1, 1, 2, 2>;
   using L = typename S::L;
   static constexpr int kThreads = 32 * kMaxWarps;
-  static constexpr int kRows = kMaxWarps * L::kRows;
+  static constexpr int kRows = kMaxWarps * S::kWarpRows;
   static constexpr int kXRow = 2 * L::kColumns;  // bytes
   static constexpr int kPieces = kXRow / kChunkBytes;
   static constexpr int kXStage = kTiles * kTileColumns * kXRow;
@@ -520,22 +524,21 @@ struct Wide {
       const bool inside = token < p.m && column < p.cols;
       const X* from = static_cast<const X*>(p.x);
       if (inside) from += static_cast<int64_t>(token) * p.cols + column;
-      copy_part(to + token * kXRow + wide_x_piece(token, piece) * kChunkBytes, from,
-                inside ? kChunkBytes : 0);
+      copy_or_clear(to + token * kXRow + wide_x_piece(token, piece) * kChunkBytes, from, inside);
     }
   }
 };
 
 template <class T, int kTiles>
-__global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_wide_kernel(const Problem p) {
+__global__ void __launch_bounds__(Wide<kTiles>::kThreads, Wide<kTiles>::S::kBlocks)
+    linear_bitmap_wide_kernel(const Problem p) {
   using W = Wide<kTiles>;
   using S = typename W::S;
   using L = typename W::L;
   extern __shared__ __align__(16) char shared[];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, place = L::place_of(lane);
   const int64_t block_row = static_cast<int64_t>(blockIdx.x) * W::kRows;
-  if (p.prefetch && blockIdx.y == 0) prefetch_rows(p, block_row, W::kRows);
-  wait_for_kernel_before();
+  wait_for_kernel_before();  // nothing global has been touched yet
   let_next_kernel_begin();
   const int turns = (p.words + L::kWords - 1) / L::kWords;
   const int begin = min(static_cast<int>(blockIdx.y) * p.slab_turns, turns);
@@ -544,7 +547,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_wide_kernel(c
   const uint32_t first_stage = warp * S::kStages * L::kTurnBytes;
   Warp<T, T, S> w{
       p,       lane,        place,       begin, end - begin, min(end * L::kWords, p.words),
-      address, first_stage, first_stage, {},    {},          selectors_of(Tables(), lane)};
+      address, first_stage, first_stage, {},    {},          selectors_of(lane)};
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t row = block_row + warp * L::kRows + L::row_of(lane, half);
@@ -559,7 +562,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_wide_kernel(c
     w.position[0][half] = static_cast<uint32_t>(__ldg(p.row_offsets + r)) + before;
   }
 
-  const Tables tables = load_tables();
+  const uint32_t spread = load_spread();
   float sum[kTiles][4] = {};
   uint2 words = w.template load_words<0>(0);
   W::template copy_x<T>(p, address + W::kX, begin);
@@ -577,7 +580,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_wide_kernel(c
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[4];
-      w.expand_step(tables, bits, step, a);
+      w.expand_step(spread, bits, step, a);
       const uint32_t x =
           x_lane + x_stage +
           wide_x_piece(L::token_of(lane), 2 * step + place / 2) * static_cast<int>(kChunkBytes);
@@ -603,35 +606,25 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 2) linear_bitmap_wide_kernel(c
   W::Sums::template store<T>(sums, static_cast<T*>(p.y), p.bias, block_row, p.rows, p.m);
 }
 
-// Eight warps a block where shared memory has room for them, four where it has not (compute
-// capability 12.0: 99 KB).
 template <class S>
-size_t shared_bytes(int warps) {
-  return static_cast<size_t>(warps) * S::kStages * S::L::kTurnBytes + S::L::kPadBytes;
+int shared_bytes(int warps) {
+  return warps * S::kStages * S::L::kTurnBytes + S::L::kPadBytes;
 }
 
 template <class T, class X, class S>
-cudaError_t launch(Problem p, cudaStream_t stream, bool overlap = true) {
-  int device, most, major;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  if (status != cudaSuccess) return status;
-  const int warps =
-      shared_bytes<S>(kMaxWarps) <= static_cast<size_t>(most) ? kMaxWarps : kMaxWarps / 2;
-  status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status != cudaSuccess) return status;
-  p.prefetch = overlap && major >= 9;
+cudaError_t launch(Problem p, const Device& device, cudaStream_t stream) {
+  // Four warps where shared memory has no room for eight.
+  const int warps = shared_bytes<S>(kMaxWarps) <= device.block_shared ? kMaxWarps : kMaxWarps / 2;
   p.along_rows = S::kSegments < warps ? S::kSegments : warps;
   p.along_columns = warps / p.along_rows;
   const int turns = (p.words + S::L::kWords - 1) / S::L::kWords;
   p.slab_turns = (turns + p.along_columns - 1) / p.along_columns;
   const auto kernel = linear_bitmap_kernel<T, X, S>;
-  const size_t bytes = shared_bytes<S>(warps);
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(bytes));
+  const int bytes = shared_bytes<S>(warps);
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (status != cudaSuccess) return status;
-  // Room for two blocks; what is left caches x.
+  // Room for all blocks; what is left caches x.
   status = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                 cudaSharedmemCarveoutMaxShared);
   if (status != cudaSuccess) return status;
@@ -643,33 +636,24 @@ cudaError_t launch(Problem p, cudaStream_t stream, bool overlap = true) {
   config.stream = stream;
   cudaLaunchAttribute attributes[1];
   config.attrs = attributes;
-  if (p.prefetch) add_overlap(config, attributes);
+  if (device.major >= 9) add_overlap(config, attributes);
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
-// splits 0: as many blocks share a row's columns as fill the device, each with four turns or more.
 template <class T, int kTiles>
-cudaError_t launch_wide(Problem p, cudaStream_t stream, bool overlap = true, int splits = 0) {
+cudaError_t launch_wide(Problem p, const Device& device, cudaStream_t stream) {
   using W = Wide<kTiles>;
-  int device, processors, major;
-  cudaError_t status = cudaGetDevice(&device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  if (status != cudaSuccess) return status;
-  status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (status != cudaSuccess) return status;
   const auto kernel = linear_bitmap_wide_kernel<T, kTiles>;
-  status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, W::kBytes);
+  const cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, W::kBytes);
   if (status != cudaSuccess) return status;
   const int blocks = (p.rows + W::kRows - 1) / W::kRows;
   const int turns = (p.words + W::L::kWords - 1) / W::L::kWords;
-  if (splits == 0) {
-    splits = 1;
-    while (major >= 9 && 2 * splits <= kMostSplits && 2 * splits * blocks <= 2 * processors &&
-           turns >= 4 * 2 * splits)
-      splits *= 2;
-  }
-  p.prefetch = overlap && major >= 9;
+  // As many blocks share a row's columns as fill the device, each with four turns or more.
+  int splits = 1;
+  while (device.major >= 9 && 2 * splits <= kMostSplits &&
+         2 * splits * blocks <= 2 * device.processors && turns >= 4 * 2 * splits)
+    splits *= 2;
   p.slab_turns = (turns + splits - 1) / splits;
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(blocks, splits);
@@ -679,26 +663,66 @@ cudaError_t launch_wide(Problem p, cudaStream_t stream, bool overlap = true, int
   cudaLaunchAttribute attributes[2];
   config.attrs = attributes;
   add_cluster(config, attributes);
-  if (p.prefetch) add_overlap(config, attributes);
+  if (device.major >= 9) add_overlap(config, attributes);
   return cudaLaunchKernelEx(&config, kernel, p);
 }
 
-template <class T>
-cudaError_t launch_16_bit(const Problem& p, cudaStream_t stream) {
-  if (p.m <= 1) return launch<T, T, Shape<1, 8, 1, 2, 3>>(p, stream);
-  if (p.m <= 2) return launch<T, T, Shape<2, 4, 1, 2, 3>>(p, stream);
-  if (p.m <= 4) return launch<T, T, Shape<4, 2, 1, 2, 3>>(p, stream);
-  if (p.m <= 8) return launch<T, T, Shape<8, 1, 2>>(p, stream);
-  if (p.m <= 16) return launch<T, T, Shape<16, 1, 2>>(p, stream);
-  if (p.m <= 32) return launch_wide<T, 4>(p, stream);
-  return launch_wide<T, 8>(p, stream);
+// Whether W has so few rows that two blocks of 16 a multiprocessor have all of them. Then the third
+// stage is worth more than the third block (H200, 50 %, us, third stage / third block):
+//
+//   rows of x | 4096 x 4096  4096 x 14336 | 14336 x 4096    28672 x 8192
+//   ----------|---------------------------|------------------------------
+//       1     | 11.4 / 12.7   31.1 / 39.2 | 35.0 / 29.0   119.3 / 102.0
+//       2     | 12.9 / 15.2               |               133.1 / 113.7
+//       4     | 14.2 / 16.7   36.9 / 50.3 | 43.2 / 36.2   142.8 / 124.8
+//
+// With 8 rows of x the third block leaves too few registers. There W of few rows takes 15.2
+// and 41.2 us, W of many 46.7 and 142.1 with two turns that share x instead of one (47.0 and
+// 154.3).
+inline bool few_rows(const Problem& p, const Device& device) {
+  return p.rows <= 16 * 2 * device.processors;
 }
 
-cudaError_t launch_fp32(const Problem& p, cudaStream_t stream) {
+template <class T, int kTokens, int kSegments>
+cudaError_t launch_narrow(const Problem& p, const Device& device, cudaStream_t stream) {
+  if (few_rows(p, device))
+    return launch<T, T, Shape<kTokens, kSegments, 1, 3, 2>>(p, device, stream);
+  return launch<T, T, Shape<kTokens, kSegments, 1, 2, 3>>(p, device, stream);
+}
+
+template <class T>
+cudaError_t launch_16_bit(Problem p, const Device& device, cudaStream_t stream) {
+  if (p.m <= 1) return launch_narrow<T, 1, 8>(p, device, stream);
+  if (p.m <= 2) return launch_narrow<T, 2, 4>(p, device, stream);
+  if (p.m <= 4) return launch_narrow<T, 4, 2>(p, device, stream);
+  if (p.m <= 8) {
+    if (few_rows(p, device)) return launch<T, T, Shape<8, 2, 1, 3, 2>>(p, device, stream);
+    return launch<T, T, Shape<8, 2, 2, 3, 2>>(p, device, stream);
+  }
+  if (p.m <= 16) {  // 4096 x 4096 18.5 us, wide 28.7; 14336 x 4096 56.6, wide 50.4
+    if (few_rows(p, device)) return launch<T, T, Shape<16, 1, 2, 3, 2>>(p, device, stream);
+    return launch_wide<T, 2>(p, device, stream);
+  }
+  if (p.m <= 32) return launch_wide<T, 4>(p, device, stream);
+  if (Wide<8>::kBytes <= device.block_shared) return launch_wide<T, 8>(p, device, stream);
+  // 32 rows and the rest.
+  static_assert(Wide<4>::kBytes <= kLeastBlockShared);
+  constexpr int kFirst = 32;
+  Problem rest = p;
+  rest.m -= kFirst;
+  rest.x = static_cast<const T*>(p.x) + int64_t{kFirst} * p.cols;
+  rest.y = static_cast<T*>(p.y) + int64_t{kFirst} * p.rows;
+  p.m = kFirst;
+  const cudaError_t status = launch_wide<T, 4>(p, device, stream);
+  return status != cudaSuccess ? status : launch_16_bit<T>(rest, device, stream);
+}
+
+cudaError_t launch_fp32(const Problem& p, const Device& device, cudaStream_t stream) {
+  using T = __nv_bfloat16;
   const int tokens = kParts * p.m;
-  if (tokens <= 4) return launch<__nv_bfloat16, float, Shape<4, 2, 1>>(p, stream);
-  if (tokens <= 8) return launch<__nv_bfloat16, float, Shape<8, 1, 2>>(p, stream);
-  return launch<__nv_bfloat16, float, Shape<16, 1, 2>>(p, stream);
+  if (tokens <= 4) return launch<T, float, Shape<4, 2, 1, 3, 2>>(p, device, stream);
+  if (tokens <= 8) return launch<T, float, Shape<8, 1, 2, 3, 2>>(p, device, stream);
+  return launch<T, float, Shape<16, 1, 2, 3, 2>>(p, device, stream);
 }
 
 }  // namespace
@@ -722,9 +746,12 @@ cudaError_t launch_linear_bitmap(const LinearBitmap& a, cudaStream_t stream) {
   // Numbers of values and of bitmap words have 32 bits.
   if (a.values.numel() > INT32_MAX || a.bitmap.numel() / 4 > INT32_MAX)
     return cudaErrorInvalidValue;
-  if (a.x.dtype == DType::bf16) return launch_16_bit<__nv_bfloat16>(p, stream);
-  if (a.x.dtype == DType::f16) return launch_16_bit<__half>(p, stream);
-  if (a.x.dtype == DType::f32) return launch_fp32(p, stream);
+  Device device;
+  const cudaError_t status = query_device(device);
+  if (status != cudaSuccess) return status;
+  if (a.x.dtype == DType::bf16) return launch_16_bit<__nv_bfloat16>(p, device, stream);
+  if (a.x.dtype == DType::f16) return launch_16_bit<__half>(p, device, stream);
+  if (a.x.dtype == DType::f32) return launch_fp32(p, device, stream);
   return cudaErrorInvalidValue;
 }
 

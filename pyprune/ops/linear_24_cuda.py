@@ -3,13 +3,26 @@
 rows of x     | kernel
 --------------|----------------------------------------------------------------------------
 up to 64      | `csrc/cuda/linear_24.cu`: sparse tensor cores on W as it is stored
-above         | cuSPARSELt through PyTorch, its algorithm searched once a shape of W and power of
-              | two of rows; where PyTorch was built without it, the expanded matrix and a dense
-              | product
+above         | cuSPARSELt through PyTorch, with bf16 its algorithm searched once a shape of W and
+              | power of two of rows; where PyTorch was built without it, the expanded matrix and a
+              | dense product
 
 Up to 64 rows the product is a matter of reading W. Above, arithmetic decides, and the library is
 the better tool; its compressed copy of W is made at the first such product and kept while `values`
 lives, which costs another 9/16 of the dense bytes.
+
+Speed as a multiple of cuBLAS's on the dense matrix, bf16, H200, CUDA graphs, W out of memory:
+
+rows of x | 4096 x 4096 | 4096 x 14336 | 14336 x 4096 | 28672 x 8192 | cuSPARSELt on these
+----------|-------------|--------------|--------------|--------------|--------------------
+        1 |        2.0  |         1.8  |         1.6  |         1.7  |
+        8 |        1.5  |         1.7  |         1.6  |         1.7  |
+       16 |        1.5  |         1.3  |         1.5  |         1.5  | 0.6 to 0.7
+       32 |        0.8  |         0.8  |         1.2  |         1.2  | 0.6 to 0.7
+       64 |        0.5  |         0.5  |         0.9  |         0.9  | 0.6, 0.6, 0.8, 0.7
+     4096 |             |              |              |              | 1.5 (first), 1.4 (third)
+
+With 17 to 64 rows neither is worth it for every shape; the format then saves memory alone.
 """
 
 from __future__ import annotations
@@ -46,6 +59,10 @@ _library_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
 # cuSPARSELt's algorithm by what it may depend on. Searching takes 25 to 80 ms (H200), so layers of
 # one shape share it, and so do numbers of tokens up to the same power of two: prompts come in any.
 _algorithms: dict[tuple[object, ...], int] = {}
+
+
+# What is passed for the algorithm where none was searched: the library's own choice.
+DEFAULT_ALGORITHM = 0
 
 
 def algorithm_key(x: Tensor, rows: int, bias: Tensor | None) -> tuple[object, ...]:
@@ -115,12 +132,31 @@ def _library(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Te
     m = x.shape[0]
     padded = torch.nn.functional.pad(x, (0, 0, 0, -m % LIBRARY_TOKENS))
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    key = algorithm_key(padded, values.shape[0], bias)
-    if key not in _algorithms:
-        _algorithms[key] = torch._cslt_sparse_mm_search(
-            weight.packed, padded.T, bias=bias, transpose_result=True
-        )
+    algorithm = _algorithm(weight.packed, padded, values.shape[0], bias)
     y = torch._cslt_sparse_mm(
-        weight.packed, padded.T, bias=bias, transpose_result=True, alg_id=_algorithms[key]
+        weight.packed, padded.T, bias=bias, transpose_result=True, alg_id=algorithm
     )
     return y[:m]
+
+
+def _algorithm(packed: Tensor, x: Tensor, rows: int, bias: Tensor | None) -> int:
+    if x.dtype == torch.float16:
+        # With cuSPARSELt 0.8.0 on an H200 every search among fp16 algorithms failed (64 x 64 and
+        # 4096 x 4096, "internal error"), and what is worse, one of the kernels that it tried ended
+        # in an illegal instruction, after which the process can use the device no more.
+        return DEFAULT_ALGORITHM
+    key = algorithm_key(x, rows, bias)
+    if key not in _algorithms:
+        _algorithms[key] = _search(packed, x.T, bias)
+    return _algorithms[key]
+
+
+def _search(packed: Tensor, xt: Tensor, bias: Tensor | None) -> int:
+    """cuSPARSELt's fastest algorithm, by PyTorch's new function where it has it: the old one warns
+    of its removal."""
+    search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    if search is not None:
+        # Takes bias, alpha, dtype, whether to transpose the result; yields the algorithm and more.
+        found: int = search(packed, xt, bias, None, None, True)[0]
+        return found
+    return torch._cslt_sparse_mm_search(packed, xt, bias=bias, transpose_result=True)

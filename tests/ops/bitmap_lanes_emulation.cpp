@@ -66,7 +66,7 @@ struct Warp {
     return row < w.rows ? row : w.rows - 1;
   }
 
-  // As the kernel's: false if a copy left the lane's row of the stage.
+  // As the kernel's: false if a copy left the lane's row of the stage, or a read the values.
   bool copy_values(int lane, uint32_t row, uint32_t at, uint32_t count) {
     const int place = L::place_of(lane);
     const uint32_t first = at / kChunkValues, chunks = chunks_of(at % kChunkValues, count);
@@ -77,9 +77,12 @@ struct Warp {
       const uint32_t c = place + k * L::kAcross;
       if (c >= chunks) break;
       uint8_t* to = &shared[row + c * kChunkBytes];
-      const uint32_t bytes = chunk_bytes(first + c, values);
+      const bool whole = chunks_whole(first, chunks, values);
+      const uint32_t held = whole ? kChunkValues : chunk_values(first + c, values);
+      const int64_t from = int64_t(first + c) * kChunkValues;
+      if (held && from + held > w.count) return false;
       std::memset(to, 0, kChunkBytes);
-      if (bytes) std::memcpy(to, w.values + int64_t(first + c) * kChunkValues, bytes);
+      if (held) std::memcpy(to, w.values + from, 2 * held);
     }
     return true;
   }
@@ -123,7 +126,7 @@ struct Warp {
           if (4 * first[lane] + sizeof(window) > shared.size()) return false;
           std::memcpy(window, &shared[4 * first[lane]], sizeof(window));
           const uint32_t bits = word[owner][half] >> shift;
-          expand(Tables(), selectors_of(Tables(), bits), window, at, bits, pair);
+          expand(kSpread, selectors_of(bits), window, at, bits, pair);
           a[lane][half] = pair[0];
           a[lane][2 + half] = pair[1];
           if (elements)
@@ -202,7 +205,7 @@ extern "C" {
 
 // W [rows, 32 words] expanded (elements) and multiplied with x [tokens, 32 words] (y [tokens,
 // rows]) by warps with `segments` segments; tokens up to 2 * 8 / segments. Returns -1 if a copy
-// leaves its row of the stage or a window shared memory; cycles: that a load of values takes on
+// leaves its row of the stage, a read the values or a window shared memory; cycles: that a load of values takes on
 // average, more than one where words meet in a bank (rows a multiple of a turn's).
 int emulate(int segments, const uint16_t* values, int64_t count, const uint32_t* bitmap,
             const int64_t* row_offsets, int rows, int words, const uint16_t* x, int tokens,
@@ -230,9 +233,21 @@ void expand_all(const uint16_t* values, uint32_t above, uint16_t* out) {
       std::memcpy(window, values, 12);
       uint32_t pair[2];
       const uint32_t bits = nibble | above << 4;
-      expand(Tables(), selectors_of(Tables(), bits), window, 2 * position, bits, pair);
+      expand(kSpread, selectors_of(bits), window, 2 * position, bits, pair);
       std::memcpy(out + (nibble * 2 + position) * 4, pair, 8);
     }
+}
+
+// The number after that of the last value read by copying `chunks` chunks from number `first` as the
+// kernel does; 0 if none is.
+int64_t end_of_reads(uint32_t first, uint32_t chunks, uint32_t values) {
+  int64_t end = 0;
+  for (uint32_t c = first; c < first + chunks; ++c) {
+    const uint32_t held =
+        chunks_whole(first, chunks, values) ? kChunkValues : chunk_values(c, values);
+    if (held) end = int64_t(c) * kChunkValues + held;
+  }
+  return end;
 }
 
 // The three parts of each fp32 number, as the fp32 numbers that they are.

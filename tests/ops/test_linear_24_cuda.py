@@ -5,6 +5,7 @@ import ctypes
 import os
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,46 @@ def test_products_that_share_an_algorithm():
     assert len({key, *(linear_24_cuda.algorithm_key(*other) for other in others)}) == 7
 
 
+@pytest.fixture
+def searches(monkeypatch):
+    """What the two searches of PyTorch were asked for: (name, dtype), algorithms 5 and 6."""
+    asked = []
+
+    def old(packed, x, bias, transpose_result):
+        asked.append(("old", x.dtype))
+        return 5
+
+    def new(packed, x, bias, alpha, dtype, transpose_result):
+        assert alpha is None and dtype is None and transpose_result
+        asked.append(("new", x.dtype))
+        return 6, 1, -1, 30
+
+    monkeypatch.setattr(linear_24_cuda, "_algorithms", {})
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", old)
+    monkeypatch.setattr(torch._C, "_cusparselt", None, raising=False)
+    return asked, lambda: monkeypatch.setattr(
+        torch._C, "_cusparselt", SimpleNamespace(mm_search=new)
+    )
+
+
+def test_one_search_a_key_by_the_new_function_where_there_is_one(searches):
+    asked, add_new = searches
+    packed, x = torch.zeros(1), torch.zeros(72, 64, dtype=torch.bfloat16)
+    assert [linear_24_cuda._algorithm(packed, x, 32, None) for _ in range(2)] == [5, 5]
+    add_new()
+    assert linear_24_cuda._algorithm(packed, x, 48, None) == 6
+    assert asked == [("old", torch.bfloat16), ("new", torch.bfloat16)]
+
+
+def test_no_search_in_fp16(searches):
+    # It fails and leaves the device unusable (see _algorithm).
+    asked, add_new = searches
+    add_new()
+    x = torch.zeros(72, 64, dtype=torch.float16)
+    assert linear_24_cuda._algorithm(torch.zeros(1), x, 32, None) == 0
+    assert asked == []
+
+
 @pytest.mark.parametrize(
     ("x", "values", "reason"),
     [
@@ -153,8 +194,11 @@ def assert_product(got, x, dense, bias=None):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-# One block; rows that fill no block; columns that fill no turn; enough of both to be split.
-@pytest.mark.parametrize("shape", [(64, 64), (37, 192), (1, 1024), (130, 4160), (4096, 4096)])
+# One block; rows that fill no block; columns that fill no turn; enough of both to be split; so many
+# rows that other shapes of blocks serve them.
+@pytest.mark.parametrize(
+    "shape", [(64, 64), (37, 192), (1, 1024), (130, 4160), (4096, 4096), (14350, 320)]
+)
 def test_matches_float64_on_a_gpu(use_backend, dtype, shape):
     use_backend("cuda", "linear_24", "cuda", dtype)
     tensors, dense = weight(*shape, dtype)
@@ -170,10 +214,10 @@ def test_matches_float64_on_a_gpu(use_backend, dtype, shape):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(37, 192), (70, 4160)])
+@pytest.mark.parametrize("shape", [(37, 192), (70, 4160), (14350, 64)])
 def test_sanitized_on_a_gpu(use_backend, dtype, shape):
     """Small enough for compute-sanitizer (`make gpu-sanitize`): rows that fill no block, columns
-    that are split."""
+    that are split, rows so many that other shapes of blocks serve them."""
     use_backend("cuda", "linear_24", "cuda", dtype)
     tensors, dense = weight(*shape, dtype)
     on_gpu = [t.cuda() for t in tensors]

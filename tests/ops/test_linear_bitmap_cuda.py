@@ -123,11 +123,28 @@ def test_offsets_that_contradict_the_bits_read_nothing_outside(lanes, segments):
     values, bitmap, offsets = pack_bitmap(w, mask)
     guarded = torch.full((len(values) + 2048,), float("nan"), dtype=torch.bfloat16)
     guarded[: len(values)] = values
-    for broken in (offsets + 5, offsets + 2**31 - 1, offsets - 9, offsets.flip(0)):
+    ends = [torch.full_like(offsets, len(values) - i) for i in range(-1, 10)]
+    wrapping = torch.full_like(offsets, 2**32 - 3)
+    for broken in (
+        offsets + 5, offsets + 2**31 - 1, offsets - 9, offsets.flip(0), *ends, wrapping
+    ):  # fmt: skip
         tampered = (guarded[: len(values)], bitmap, broken.contiguous())
         elements, _, _ = emulate(lanes, segments, tampered, torch.ones(1, 512).bfloat16(), 16)
         # What was not copied is what shared memory held: 0xffff, a NaN of another pattern.
         assert not (bits(elements) == bits(guarded[-1:])).any()
+
+
+@pytest.mark.parametrize("values", [0, 1, 7, 8, 9, 16, 19481, 2**31 - 1])
+def test_copies_end_with_the_values(lanes, values):
+    lanes.end_of_reads.restype = ctypes.c_int64
+    last = values // 8
+    starts = {0, 1, last - 65, last - 2, last - 1, last, last + 1, 2**28, 2**29 - 1}
+    for first in sorted(start for start in starts if start >= 0):
+        for chunks in (0, 1, 2, 3, 65):
+            end = lanes.end_of_reads(first, chunks, ctypes.c_uint32(values))
+            # All that was asked for and is there, and no more.
+            want = min(8 * (first + chunks), values) if chunks and 8 * first < values else 0
+            assert end == want
 
 
 def test_layout_of_a_turn(lanes):
@@ -261,8 +278,11 @@ def check_on_a_gpu(shape, density, dtype, rows_of_x):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
 @pytest.mark.parametrize("density", ["0.5", "0.1", "rows of many densities"])
-# One turn or less; rows that fill no warp; columns that fill no turn and no vector; several slabs.
-@pytest.mark.parametrize("shape", [(16, 32), (37, 160), (1, 1024), (130, 4128), (4096, 4096)])
+# One turn or less; rows that fill no warp; columns that fill no turn and no vector; several slabs;
+# so many rows that other shapes of blocks serve them.
+@pytest.mark.parametrize(
+    "shape", [(16, 32), (37, 160), (1, 1024), (130, 4128), (4096, 4096), (6000, 544)]
+)
 def test_matches_float64_on_a_gpu(use_backend, shape, density, dtype):
     use_backend("cuda", "linear_bitmap", "cuda", dtype)
     # The kernel's numbers of rows, one of every case; then the expanded matrix.
@@ -278,12 +298,13 @@ def test_sanitized_on_a_gpu(use_backend, dtype):
     use_backend("cuda", "linear_bitmap", "cuda", dtype)
     few = (1, 2, 4, 5) if dtype == FP32 else (1, 2, 4, 8, 16, 20, 64)
     check_on_a_gpu((37, 1056), "0.5", dtype, few)
-    w, mask = random((19, 544), 15, BF16 if dtype == FP32 else dtype), mask_of("0.5", 19, 544)
-    values, bitmap, offsets = (t.cuda() for t in pack_bitmap(w, mask))
-    for broken in (offsets + 5, offsets + 2**31 - 1, offsets - 9, offsets.flip(0)):
-        for m in few:
-            x = torch.ones(m, 544, dtype=dtype, device="cuda")
-            assert ops.linear_bitmap(x, values, bitmap, broken).shape == (m, 19)
+    for rows, cols in ((19, 544), (4300, 96)):  # few and many rows have kernels of their own
+        w = random((rows, cols), 15, BF16 if dtype == FP32 else dtype)
+        values, bitmap, offsets = (t.cuda() for t in pack_bitmap(w, mask_of("0.5", rows, cols)))
+        for broken in (offsets + 5, offsets + 2**31 - 1, offsets - 9, offsets.flip(0)):
+            for m in few:
+                x = torch.ones(m, cols, dtype=dtype, device="cuda")
+                assert ops.linear_bitmap(x, values, bitmap, broken).shape == (m, rows)
     torch.cuda.synchronize()
 
 
