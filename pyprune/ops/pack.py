@@ -220,7 +220,7 @@ def _unpack_24_fake(values: Tensor, meta: Tensor) -> Tensor:
 
 def _unpack_24_cuda(values: Tensor, meta: Tensor) -> Tensor:
     w = _unpack_24_fake(values, meta)
-    arrays = (_aligned(values.contiguous()), meta.contiguous())
+    arrays = (_aligned(values.contiguous(), 4 * values.element_size()), meta.contiguous())
     _native.launch("unpack_24_cuda", w.device, w, *arrays)
     return w
 
