@@ -53,19 +53,21 @@ __device__ inline void locate(const Matrix& m, uint32_t chunk, uint32_t per_row,
   col = static_cast<int64_t>(chunk - static_cast<uint32_t>(row) * per_row) * kChunk;
 }
 
-template <class T>
+template <class T, bool kSimple>
 __device__ inline void load_keys(const Matrix& m, int64_t row, int64_t col,
                                  const uint32_t (&raw)[kRaw<T>], uint32_t (&key)[kChunk]) {
   float scale[kChunk], score[kChunk];
   load_column_scale(m, col, scale);
-  scores_of<T>(m, row, col, raw, scale, score);
+  scores_of<T, kSimple>(m, row, col, raw, scale, score);
   keys_of(m, row, col, score, key);
 }
 
 // Counts the digit `step` of the keys that share the digits before it.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
-    global_count_kernel(Matrix m, uint32_t chunks, Count* counts, const State* state, int step) {
+template <class T, bool kSimple>
+__global__ void __launch_bounds__(kThreads, kSimple ? 4 : 3)
+    global_count_kernel(Matrix given, uint32_t chunks, Count* counts, const State* state,
+                        int step) {
+  const Matrix m = known<kSimple>(given);
   __shared__ uint32_t bins[kHighestBins];
   for (int i = threadIdx.x; i < kHighestBins; i += kThreads) bins[i] = 0;
   __syncthreads();
@@ -91,7 +93,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     for (int u = 0; u < kUnroll; ++u) {
       if (first + u * stride >= chunks) break;
       uint32_t key[kChunk];
-      load_keys<T>(m, row[u], col[u], raw[u], key);
+      load_keys<T, kSimple>(m, row[u], col[u], raw[u], key);
       // Past the last column lies kPadding: the highest bin, which no rank reaches.
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
@@ -168,9 +170,11 @@ __device__ inline Count look_back(Count* tiles, uint32_t tile, uint32_t own) {
   return before;
 }
 
-template <class T>
+template <class T, bool kSimple>
 __global__ void __launch_bounds__(kThreads)
-    global_mask_kernel(Matrix m, uint32_t chunks, uint32_t first_tile, State* state, Count* tiles) {
+    global_mask_kernel(Matrix given, uint32_t chunks, uint32_t first_tile, State* state,
+                       Count* tiles) {
+  const Matrix m = known<kSimple>(given);
   __shared__ uint32_t sums[kWarps], tile_of_block;
   __shared__ Count before_tile;
   __shared__ uint8_t equal_in[kTile];
@@ -200,7 +204,7 @@ __global__ void __launch_bounds__(kThreads)
   for (int c = 0; c < kTileChunks; ++c) {
     uint32_t here = 0;
     if (first + c * kThreads < chunks) {
-      load_keys<T>(m, row[c], col[c], raw[c], key[c]);
+      load_keys<T, kSimple>(m, row[c], col[c], raw[c], key[c]);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) here += key[c][i] == static_cast<uint32_t>(cut);
     }
@@ -272,8 +276,10 @@ void count(const std::vector<Part>& parts, const Workspace& space, int step, int
     const uint32_t most = static_cast<uint32_t>(processors * kCountBlocksPerProcessor);
     const uint32_t wanted = (part.chunks + kThreads - 1) / kThreads;
     const uint32_t blocks = wanted < most ? wanted : most;
-    global_count_kernel<T><<<blocks, kThreads, 0, stream>>>(part.matrix, part.chunks, space.counts,
-                                                            space.state, step);
+    const auto kernel =
+        is_simple(part.matrix) ? global_count_kernel<T, true> : global_count_kernel<T, false>;
+    kernel<<<blocks, kThreads, 0, stream>>>(part.matrix, part.chunks, space.counts, space.state,
+                                            step);
   }
 }
 
@@ -287,8 +293,10 @@ void launch(const std::vector<Part>& parts, const Workspace& space, int digits, 
   }
   uint32_t first_tile = 0;
   for (const Part& part : parts) {
-    global_mask_kernel<T><<<part.tiles, kThreads, 0, stream>>>(part.matrix, part.chunks, first_tile,
-                                                               space.state, space.tiles);
+    const auto kernel =
+        is_simple(part.matrix) ? global_mask_kernel<T, true> : global_mask_kernel<T, false>;
+    kernel<<<part.tiles, kThreads, 0, stream>>>(part.matrix, part.chunks, first_tile, space.state,
+                                                space.tiles);
     first_tile += part.tiles;
   }
 }

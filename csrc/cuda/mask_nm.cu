@@ -134,15 +134,9 @@ __device__ inline void keep_highest(float (&score)[kColumns], int n,
   }
 }
 
-// kSimple: vectors throughout, and no terms but column scales. To know this beforehand halves the
-// instructions a weight, of which 16-bit weights have few to spare.
 template <class T, int M, bool kHalf, bool kSimple>
-__global__ void __launch_bounds__(kThreads, kHeld<M, kSimple>) mask_nm_kernel(Matrix m, int n) {
-  if constexpr (kSimple) {
-    m.row_scale = m.addend = nullptr;
-    m.preserve = nullptr;
-    m.vector = true;
-  }
+__global__ void __launch_bounds__(kThreads, kHeld<M, kSimple>) mask_nm_kernel(Matrix given, int n) {
+  const Matrix m = known<kSimple>(given);
   constexpr int kChunks = kColumns<M> / kChunk, kRows = kRowsInFlight<T, M>;
   const int64_t col = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kColumns<M>;
   if (col >= m.cols) return;
@@ -170,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kHeld<M, kSimple>) mask_nm_kernel(Ma
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         float part[kChunk];
-        scores_of<T>(m, row, col + c * kChunk, raw[r][c], scale[c], part);
+        scores_of<T, kSimple>(m, row, col + c * kChunk, raw[r][c], scale[c], part);
         if (m.preserve) {
           allowed[c] = load_allowed(m, row, col + c * kChunk);
 #pragma unroll
@@ -216,9 +210,8 @@ cudaError_t launch(const Matrix& m, int n, cudaStream_t stream) {
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  const bool simple = m.vector && !m.row_scale && !m.addend && !m.preserve;
-  return simple ? launch<T, M, kHalf, true>(m, n, processors, stream)
-                : launch<T, M, kHalf, false>(m, n, processors, stream);
+  return is_simple(m) ? launch<T, M, kHalf, true>(m, n, processors, stream)
+                      : launch<T, M, kHalf, false>(m, n, processors, stream);
 }
 
 }  // namespace

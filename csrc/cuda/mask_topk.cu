@@ -20,9 +20,10 @@ static_assert(kMaskTopkColumns / kChunk <= kMostBins, "a bin for each chunk");
 
 // digits: 3, or 2 where the keys' last ten bits are zero. bins: of the larger of the first digit's
 // and the chunks' numbers, a multiple of 32.
-template <class T, int kChunks>
+template <class T, int kChunks, bool kSimple>
 __global__ void __launch_bounds__(kMostThreads)
-    mask_topk_kernel(Matrix m, uint32_t pruned, int digits, int bins) {
+    mask_topk_kernel(Matrix given, uint32_t pruned, int digits, int bins) {
+  const Matrix m = known<kSimple>(given);
   extern __shared__ uint32_t counts[];  // twice `bins`
   __shared__ LineCounts lines;
   const int64_t row = blockIdx.x;
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kMostThreads)
     if (chunk < chunks) {
       float scale[kChunk], score[kChunk];
       load_column_scale(m, col, scale);
-      scores_of<T>(m, row, col, raw[c], scale, score);
+      scores_of<T, kSimple>(m, row, col, raw[c], scale, score);
       keys_of(m, row, col, score, key[c]);
     }
   }
@@ -115,7 +116,7 @@ __global__ void __launch_bounds__(kMostThreads)
   }
 }
 
-template <class T>
+template <class T, bool kSimple>
 cudaError_t launch(const Matrix& m, uint32_t pruned, cudaStream_t stream) {
   const int chunks = static_cast<int>(m.chunks_per_row());
   const int wanted = (chunks + kMostChunks - 1) / kMostChunks;
@@ -128,12 +129,10 @@ cudaError_t launch(const Matrix& m, uint32_t pruned, cudaStream_t stream) {
       sizeof(T) == 2 && !m.column_scale && !m.row_scale && !m.addend && !m.preserve;
   const int digits = short_keys ? kDigits - 1 : kDigits;
   const dim3 grid(static_cast<unsigned>(m.rows)), block(threads);
-  if (per_thread == 1)
-    mask_topk_kernel<T, 1><<<grid, block, shared, stream>>>(m, pruned, digits, bins);
-  else if (per_thread == 2)
-    mask_topk_kernel<T, 2><<<grid, block, shared, stream>>>(m, pruned, digits, bins);
-  else
-    mask_topk_kernel<T, kMostChunks><<<grid, block, shared, stream>>>(m, pruned, digits, bins);
+  const auto kernel = per_thread == 1   ? mask_topk_kernel<T, 1, kSimple>
+                      : per_thread == 2 ? mask_topk_kernel<T, 2, kSimple>
+                                        : mask_topk_kernel<T, kMostChunks, kSimple>;
+  kernel<<<grid, block, shared, stream>>>(m, pruned, digits, bins);
   return cudaGetLastError();
 }
 
@@ -144,7 +143,9 @@ cudaError_t launch_mask_topk(const TensorView& mask, const TensorView& w, int64_
   const Matrix m = matrix_of(mask, w, terms);
   cudaError_t status = cudaErrorInvalidValue;
   with_type(w.dtype, [&](auto type) {
-    status = launch<decltype(type)>(m, static_cast<uint32_t>(pruned), stream);
+    using T = decltype(type);
+    const auto count = static_cast<uint32_t>(pruned);
+    status = is_simple(m) ? launch<T, true>(m, count, stream) : launch<T, false>(m, count, stream);
   });
   return status;
 }
