@@ -375,6 +375,8 @@ _registry.register(
 def pack_bitmap(w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """A sparse matrix as its kept values, one bit an element, and where each row begins.
 
+    On a GPU it waits for the number of values, which says how many to make room for.
+
     Args:
         w: weights `[R, C]`, bf16, fp16, fp32 or fp64; any strides.
         mask: bool `[R, C]`, True = kept. None keeps every element whose bit pattern is not zero, so
