@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 #pragma unroll
   for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) count.add(key[c][i], 1u << 31, digit_of(0).shift);
+    for (int i = 0; i < kChunk; ++i) count.add(key[c][i] >> digit_of(0).shift);
   __syncthreads();
   Place place = find_place(counts + now, counts + next, kHighestBins, pruned, lines);
   uint32_t prefix = place.digit;

@@ -26,6 +26,10 @@ struct Counters {
   __device__ explicit Counters(const uint32_t* bins)
       : at(__shfl_sync(kAllLanes, static_cast<uint32_t>(__cvta_generic_to_shared(bins)), 0)) {}
 
+  __device__ void add(uint32_t bin) const {
+    asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(at + 4 * bin) : "memory");
+  }
+
   // Counts key `base + value` by its digit, `value >> shift`, if it is below `base + width`. Bins
   // from `first` on.
   __device__ void add(uint32_t value, uint32_t width, int shift, int first = 0) const {
