@@ -72,7 +72,7 @@ Pack24Cuda cuda_24(const py::capsule& values, const py::capsule& meta, const Ten
   require(w.on_cuda, "w: expected a CUDA tensor");
   const Packed24 p = packed_24(values, meta, w);
   require_aligned(w, 16, "w");
-  require_aligned(p.values, 16, "values");
+  require_aligned(p.values, 4 * element_bytes(p.values), "values");
   return {p.values, p.meta, w, {}, {}};
 }
 

@@ -47,55 +47,67 @@ Workspace workspace_of(uint64_t* words) {
           reinterpret_cast<Count*>(words + kHighestBins + kStateWords)};
 }
 
-__device__ inline void locate(const Matrix& m, uint32_t chunk, uint32_t per_row, int64_t& row,
-                              int64_t& col) {
-  row = m.rows == 1 ? 0 : chunk / per_row;
-  col = static_cast<int64_t>(chunk - static_cast<uint32_t>(row) * per_row) * kChunk;
-}
+// A chunk's place in a matrix, or how far apart two are. One division finds it, none moves it on.
+struct Spot {
+  uint32_t row, chunk;
 
-template <class T>
+  __device__ Spot() {}
+  __device__ Spot(const Matrix& m, uint32_t index, uint32_t per_row)
+      : row(m.rows == 1 ? 0 : index / per_row), chunk(index - row * per_row) {}
+
+  __device__ void move(const Spot& by, uint32_t per_row) {
+    const bool wraps = chunk >= per_row - by.chunk;
+    row += by.row + wraps;
+    chunk = wraps ? chunk - (per_row - by.chunk) : chunk + by.chunk;
+  }
+  __device__ int64_t col() const { return static_cast<int64_t>(chunk) * kChunk; }
+};
+
+template <class T, bool kSimple>
 __device__ inline void load_keys(const Matrix& m, int64_t row, int64_t col,
                                  const uint32_t (&raw)[kRaw<T>], uint32_t (&key)[kChunk]) {
   float scale[kChunk], score[kChunk];
   load_column_scale(m, col, scale);
-  scores_of<T>(m, row, col, raw, scale, score);
+  scores_of<T, kSimple>(m, row, col, raw, scale, score);
   keys_of(m, row, col, score, key);
 }
 
 // Counts the digit `step` of the keys that share the digits before it.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 3)
-    global_count_kernel(Matrix m, uint32_t chunks, Count* counts, const State* state, int step) {
+template <class T, bool kSimple>
+__global__ void __launch_bounds__(kThreads, kSimple ? 4 : 3)
+    global_count_kernel(Matrix given, uint32_t chunks, Count* counts, const State* state,
+                        int step) {
+  const Matrix m = known<kSimple>(given);
   __shared__ uint32_t bins[kHighestBins];
   for (int i = threadIdx.x; i < kHighestBins; i += kThreads) bins[i] = 0;
   __syncthreads();
   const Digit digit = digit_of(step);
   const int above = digit.shift + digit.bits;
-  const uint32_t mask = (1u << digit.bits) - 1;
-  const uint32_t prefix = static_cast<uint32_t>(state->prefix);
-  const uint32_t per_row = static_cast<uint32_t>(m.chunks_per_row());
+  const uint32_t base = static_cast<uint32_t>(state->prefix) << above, width = 1u << above;
+  const Counters count(bins);
   constexpr int kUnroll = sizeof(T) == 2 ? 4 : 2;
-  const uint64_t stride = static_cast<uint64_t>(gridDim.x) * kThreads;
-  for (uint64_t first = static_cast<uint64_t>(blockIdx.x) * kThreads + threadIdx.x; first < chunks;
-       first += kUnroll * stride) {
+  const uint32_t stride = gridDim.x * kThreads, start = blockIdx.x * kThreads + threadIdx.x;
+  const uint32_t per_row = static_cast<uint32_t>(m.chunks_per_row());
+  Spot next(m, start, per_row);
+  const Spot by(m, stride, per_row);
+  for (uint64_t first = start; first < chunks; first += static_cast<uint64_t>(kUnroll) * stride) {
     uint32_t raw[kUnroll][kRaw<T>];
-    int64_t row[kUnroll], col[kUnroll];
+    Spot at[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const uint64_t chunk = first + u * stride;
-      if (chunk >= chunks) break;
-      locate(m, static_cast<uint32_t>(chunk), per_row, row[u], col[u]);
-      load_weights<T>(m, row[u], col[u], raw[u]);
+      at[u] = next;
+      if (first + static_cast<uint64_t>(u) * stride < chunks)
+        load_weights<T>(m, at[u].row, at[u].col(), raw[u]);
+      next.move(by, per_row);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * stride >= chunks) break;
+      if (first + static_cast<uint64_t>(u) * stride >= chunks) break;
       uint32_t key[kChunk];
-      load_keys<T>(m, row[u], col[u], raw[u], key);
+      load_keys<T, kSimple>(m, at[u].row, at[u].col(), raw[u], key);
       // Past the last column lies kPadding: the highest bin, which no rank reaches.
 #pragma unroll
-      for (int i = 0; i < kChunk; ++i)
-        if (key[i] >> above == prefix) atomicAdd(&bins[key[i] >> digit.shift & mask], 1u);
+      for (int i = 0; i < kChunk; ++i) count.add(key[i] - base, width, digit.shift);
     }
   }
   __syncthreads();
@@ -168,9 +180,11 @@ __device__ inline Count look_back(Count* tiles, uint32_t tile, uint32_t own) {
   return before;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    global_mask_kernel(Matrix m, uint32_t chunks, uint32_t first_tile, State* state, Count* tiles) {
+template <class T, bool kSimple>
+__global__ void __launch_bounds__(kThreads, 3)
+    global_mask_kernel(Matrix given, uint32_t chunks, uint32_t first_tile, State* state,
+                       Count* tiles) {
+  const Matrix m = known<kSimple>(given);
   __shared__ uint32_t sums[kWarps], tile_of_block;
   __shared__ Count before_tile;
   __shared__ uint8_t equal_in[kTile];
@@ -186,21 +200,21 @@ __global__ void __launch_bounds__(kThreads)
   const uint32_t tile = split ? tile_of_block : blockIdx.x;
   const uint32_t per_row = static_cast<uint32_t>(m.chunks_per_row());
   uint32_t raw[kTileChunks][kRaw<T>], key[kTileChunks][kChunk];
-  int64_t row[kTileChunks], col[kTileChunks];
   const uint64_t first = static_cast<uint64_t>(tile) * kTile + threadIdx.x;
+  Spot at[kTileChunks], next(m, static_cast<uint32_t>(first), per_row);
+  const Spot by(m, kThreads, per_row);
 #pragma unroll
   for (int c = 0; c < kTileChunks; ++c) {
-    const uint64_t chunk = first + c * kThreads;
-    if (chunk >= chunks) break;
-    locate(m, static_cast<uint32_t>(chunk), per_row, row[c], col[c]);
-    load_weights<T>(m, row[c], col[c], raw[c]);
+    at[c] = next;
+    if (first + c * kThreads < chunks) load_weights<T>(m, at[c].row, at[c].col(), raw[c]);
+    next.move(by, per_row);
   }
   uint32_t equal = 0;
 #pragma unroll
   for (int c = 0; c < kTileChunks; ++c) {
     uint32_t here = 0;
     if (first + c * kThreads < chunks) {
-      load_keys<T>(m, row[c], col[c], raw[c], key[c]);
+      load_keys<T, kSimple>(m, at[c].row, at[c].col(), raw[c], key[c]);
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) here += key[c][i] == static_cast<uint32_t>(cut);
     }
@@ -244,7 +258,7 @@ __global__ void __launch_bounds__(kThreads)
           words[i / 4] |= 1u << (8 * (i % 4));
       bytes = make_uint2(words[0], words[1]);
     }
-    store_mask(m, row[c], col[c], bytes);
+    store_mask(m, at[c].row, at[c].col(), bytes);
   }
 }
 
@@ -272,8 +286,10 @@ void count(const std::vector<Part>& parts, const Workspace& space, int step, int
     const uint32_t most = static_cast<uint32_t>(processors * kCountBlocksPerProcessor);
     const uint32_t wanted = (part.chunks + kThreads - 1) / kThreads;
     const uint32_t blocks = wanted < most ? wanted : most;
-    global_count_kernel<T><<<blocks, kThreads, 0, stream>>>(part.matrix, part.chunks, space.counts,
-                                                            space.state, step);
+    const auto kernel =
+        is_simple(part.matrix) ? global_count_kernel<T, true> : global_count_kernel<T, false>;
+    kernel<<<blocks, kThreads, 0, stream>>>(part.matrix, part.chunks, space.counts, space.state,
+                                            step);
   }
 }
 
@@ -287,8 +303,10 @@ void launch(const std::vector<Part>& parts, const Workspace& space, int digits, 
   }
   uint32_t first_tile = 0;
   for (const Part& part : parts) {
-    global_mask_kernel<T><<<part.tiles, kThreads, 0, stream>>>(part.matrix, part.chunks, first_tile,
-                                                               space.state, space.tiles);
+    const auto kernel =
+        is_simple(part.matrix) ? global_mask_kernel<T, true> : global_mask_kernel<T, false>;
+    kernel<<<part.tiles, kThreads, 0, stream>>>(part.matrix, part.chunks, first_tile, space.state,
+                                                space.tiles);
     first_tile += part.tiles;
   }
 }

@@ -4,6 +4,8 @@
 // The n-th highest score of a group comes from a sorting network of minima and maxima; what is not
 // below it is kept. Comparing with it is a subtraction and its sign bit: subtractions leave the
 // pipe that compares and selects, which is the busy one, to the network.
+#include <algorithm>
+
 #include "cuda/mask_nm.h"
 #include "cuda/score_chunks.h"
 
@@ -15,10 +17,18 @@ using namespace score_chunks;
 constexpr int kThreads = 256;
 // Bytes of weights that a thread has in flight.
 constexpr int kBytesInFlight = 64;
+template <int M>
+constexpr int kColumns = M > kChunk ? M : kChunk;  // of a thread
+template <class T, int M>
+constexpr int kRowsInFlight = kBytesInFlight / (kColumns<M> * static_cast<int>(sizeof(T)));
 // A forbidden column's score, below all others.
 constexpr float kForbidden = -1.0f;
-// Blocks a multiprocessor: several times what it holds at once, so that the last ones are few.
-constexpr int kBlocksPerProcessor = 12;
+// Blocks that a multiprocessor is to hold at once.
+template <int M, bool kSimple>
+constexpr int kHeld = (kSimple ? 4 : 3) - (M > kChunk ? 1 : 0);
+// How often one after another: rarely, for a thread loads its columns' scales once, and no more
+// than so many times what is held, for a last few would leave the others idle.
+constexpr int kWaves = 2;
 
 __device__ inline void order(float& low, float& high) {
   const float smaller = fminf(low, high);
@@ -77,72 +87,84 @@ __device__ inline float finite_score(float score) {
   return key >= 0 ? __uint_as_float(key) : -__uint_as_float(-key);
 }
 
-// Keeps the n highest of M scores, none of which is NaN; of equal ones the later. One byte a
-// column.
-template <int M, bool kHalf>
-__device__ inline void keep_highest(float (&score)[M], int n, uint32_t (&bytes)[M / 4]) {
+// Keeps the n highest of every M scores, none of which is NaN; of equal ones the later. One byte a
+// column. What few groups need is asked once for all of them.
+template <int M, bool kHalf, int kColumns>
+__device__ inline void keep_highest(float (&score)[kColumns], int n,
+                                    uint32_t (&bytes)[kColumns / 4]) {
+  constexpr int kGroups = kColumns / M;
   float sum = fabsf(score[0]);
 #pragma unroll
-  for (int i = 1; i < M; ++i) sum += fabsf(score[i]);
+  for (int i = 1; i < kColumns; ++i) sum += fabsf(score[i]);
   if (!(sum <= 3e38f)) {
 #pragma unroll
-    for (int i = 0; i < M; ++i) score[i] = finite_score(score[i]);
+    for (int i = 0; i < kColumns; ++i) score[i] = finite_score(score[i]);
   }
-  const float cut = nth_highest<M, kHalf>(score, n);
-  uint32_t count = 0;
+  float cut[kGroups];
+  int excess[kGroups], any = 0;
 #pragma unroll
-  for (int i = 0; i < M / 4; ++i) {
-    uint32_t d[4];
+  for (int g = 0; g < kGroups; ++g) {
+    float group[M];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) d[j] = __float_as_uint(__fsub_rn(score[4 * i + j], cut));
-    bytes[i] = positive_bytes(d[0], d[1], d[2], d[3]);
-    count += bytes[i];
+    for (int i = 0; i < M; ++i) group[i] = score[g * M + i];
+    cut[g] = nth_highest<M, kHalf>(group, n);
+    uint32_t count = 0;
+#pragma unroll
+    for (int i = 0; i < M / 4; ++i) {
+      uint32_t d[4];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) d[j] = __float_as_uint(__fsub_rn(group[4 * i + j], cut[g]));
+      bytes[g * M / 4 + i] = positive_bytes(d[0], d[1], d[2], d[3]);
+      count += bytes[g * M / 4 + i];
+    }
+    excess[g] = static_cast<int>(count * 0x01010101u >> 24) - n;
+    any |= excess[g];
   }
-  count = count * 0x01010101u >> 24;
   // Scores equal to the cut beyond the quota: the first of them go.
-  int excess = static_cast<int>(count) - n;
-  if (excess == 0) return;
+  if (any == 0) return;
 #pragma unroll
-  for (int i = 0; i < M / 4; ++i) {
+  for (int i = 0; i < kColumns / 4; ++i) {
+    const int g = 4 * i / M;
     uint32_t d[4];
 #pragma unroll
-    for (int j = 0; j < 4; ++j) d[j] = __float_as_uint(__fsub_rn(cut, score[4 * i + j]));
+    for (int j = 0; j < 4; ++j) d[j] = __float_as_uint(__fsub_rn(cut[g], score[4 * i + j]));
     uint32_t equal = bytes[i] & positive_bytes(d[0], d[1], d[2], d[3]);
-    for (; excess > 0 && equal; --excess, equal &= equal - 1) bytes[i] ^= equal & (0u - equal);
+    for (; excess[g] > 0 && equal; --excess[g], equal &= equal - 1)
+      bytes[i] ^= equal & (0u - equal);
   }
 }
 
-template <class T, int M, bool kHalf>
-__global__ void __launch_bounds__(kThreads) mask_nm_kernel(Matrix m, int n) {
-  constexpr int kChunks = M > kChunk ? M / kChunk : 1;  // of a thread in a row
-  constexpr int kRows = kBytesInFlight / (kChunks * kChunk * static_cast<int>(sizeof(T)));
-  const int64_t col =
-      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kChunks * kChunk;
+template <class T, int M, bool kHalf, bool kSimple>
+__global__ void __launch_bounds__(kThreads, kHeld<M, kSimple>) mask_nm_kernel(Matrix given, int n) {
+  const Matrix m = known<kSimple>(given);
+  constexpr int kChunks = kColumns<M> / kChunk, kRows = kRowsInFlight<T, M>;
+  const int64_t col = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kColumns<M>;
   if (col >= m.cols) return;
   float scale[kChunks][kChunk];
 #pragma unroll
   for (int c = 0; c < kChunks; ++c) load_column_scale(m, col + c * kChunk, scale[c]);
   const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y;
-  for (int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; first < m.rows;
-       first += kRows * step) {
+  int64_t row = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y;
+  const T* from = static_cast<const T*>(m.w) + row * m.w_stride + col;
+  uint8_t* to = m.mask + row * m.cols + col;
+  const int64_t from_step = step * m.w_stride, to_step = step * m.cols;
+  while (row < m.rows) {
     uint32_t raw[kRows][kChunks][kRaw<T>];
 #pragma unroll
-    for (int r = 0; r < kRows; ++r)
-      if (first + r * step < m.rows)
+    for (int r = 0; r < kRows; ++r, from += from_step)
+      if (row + r * step < m.rows)
 #pragma unroll
         for (int c = 0; c < kChunks; ++c)
-          load_weights<T>(m, first + r * step, col + c * kChunk, raw[r][c]);
+          load_weights<T>(m, from + c * kChunk, col + c * kChunk, raw[r][c]);
 #pragma unroll
-    for (int r = 0; r < kRows; ++r) {
-      const int64_t row = first + r * step;
+    for (int r = 0; r < kRows; ++r, row += step, to += to_step) {
       if (row >= m.rows) break;
       float score[kChunks * kChunk];
       uint2 allowed[kChunks];
 #pragma unroll
       for (int c = 0; c < kChunks; ++c) {
         float part[kChunk];
-        scores_of<T>(m, row, col + c * kChunk, raw[r][c], scale[c], part);
-        allowed[c] = make_uint2(0x01010101u, 0x01010101u);
+        scores_of<T, kSimple>(m, row, col + c * kChunk, raw[r][c], scale[c], part);
         if (m.preserve) {
           allowed[c] = load_allowed(m, row, col + c * kChunk);
 #pragma unroll
@@ -153,43 +175,43 @@ __global__ void __launch_bounds__(kThreads) mask_nm_kernel(Matrix m, int n) {
         for (int i = 0; i < kChunk; ++i) score[c * kChunk + i] = part[i];
       }
       uint32_t bytes[kChunks * kChunk / 4];
+      keep_highest<M, kHalf>(score, n, bytes);
 #pragma unroll
-      for (int g = 0; g < kChunks * kChunk / M; ++g) {
-        float group[M];
-        uint32_t kept[M / 4];
-#pragma unroll
-        for (int i = 0; i < M; ++i) group[i] = score[g * M + i];
-        keep_highest<M, kHalf>(group, n, kept);
-#pragma unroll
-        for (int i = 0; i < M / 4; ++i) bytes[g * M / 4 + i] = kept[i];
+      for (int c = 0; c < kChunks; ++c) {
+        uint2 kept = make_uint2(bytes[2 * c], bytes[2 * c + 1]);
+        if (m.preserve) kept = make_uint2(kept.x & allowed[c].x, kept.y & allowed[c].y);
+        store_mask(m, to + c * kChunk, col + c * kChunk, kept);
       }
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c)
-        store_mask(m, row, col + c * kChunk,
-                   make_uint2(bytes[2 * c] & allowed[c].x, bytes[2 * c + 1] & allowed[c].y));
     }
   }
 }
 
+template <class T, int M, bool kHalf, bool kSimple>
+cudaError_t launch(const Matrix& m, int n, int processors, cudaStream_t stream) {
+  const int64_t across = (m.cols + kColumns<M> - 1) / kColumns<M>;
+  const int64_t blocks_x = (across + kThreads - 1) / kThreads;
+  // Narrow matrices share a block among rows; wide ones cut a row into parts of one length.
+  const int64_t x = (across + blocks_x - 1) / blocks_x, y = kThreads / x;
+  // As many turns of kRowsInFlight for every thread, none of them with fewer rows.
+  const int64_t wanted = std::max<int64_t>(processors * kHeld<M, kSimple> * kWaves / blocks_x, 1);
+  const int64_t rows = y * kRowsInFlight<T, M>, turns = (m.rows + rows - 1) / rows;
+  const int64_t each = (turns + wanted - 1) / wanted;
+  const int64_t blocks_y = std::min<int64_t>((turns + each - 1) / each, 65535);
+  const dim3 block(static_cast<unsigned>(x), static_cast<unsigned>(y));
+  const dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
+  mask_nm_kernel<T, M, kHalf, kSimple><<<grid, block, 0, stream>>>(m, n);
+  return cudaGetLastError();
+}
+
 template <class T, int M, bool kHalf>
-cudaError_t launch(Matrix m, int n, cudaStream_t stream) {
+cudaError_t launch(const Matrix& m, int n, cudaStream_t stream) {
   int device, processors;
   cudaError_t status = cudaGetDevice(&device);
   if (status == cudaSuccess)
     status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
   if (status != cudaSuccess) return status;
-  constexpr int64_t kColumns = M > kChunk ? M : kChunk;  // of a thread
-  const int64_t across = (m.cols + kColumns - 1) / kColumns;
-  const int64_t blocks_x = (across + kThreads - 1) / kThreads;
-  // Narrow matrices share a block among rows; wide ones cut a row into parts of one length.
-  const int64_t x = (across + blocks_x - 1) / blocks_x, y = kThreads / x;
-  const int64_t wanted = (processors * kBlocksPerProcessor + blocks_x - 1) / blocks_x;
-  const int64_t most = (m.rows + y - 1) / y;
-  const int64_t blocks_y = most < wanted ? most : (wanted < 65535 ? wanted : 65535);
-  const dim3 block(static_cast<unsigned>(x), static_cast<unsigned>(y));
-  const dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
-  mask_nm_kernel<T, M, kHalf><<<grid, block, 0, stream>>>(m, n);
-  return cudaGetLastError();
+  return is_simple(m) ? launch<T, M, kHalf, true>(m, n, processors, stream)
+                      : launch<T, M, kHalf, false>(m, n, processors, stream);
 }
 
 }  // namespace

@@ -20,9 +20,10 @@ static_assert(kMaskTopkColumns / kChunk <= kMostBins, "a bin for each chunk");
 
 // digits: 3, or 2 where the keys' last ten bits are zero. bins: of the larger of the first digit's
 // and the chunks' numbers, a multiple of 32.
-template <class T, int kChunks>
-__global__ void __launch_bounds__(kMostThreads)
-    mask_topk_kernel(Matrix m, uint32_t pruned, int digits, int bins) {
+template <class T, int kChunks, bool kSimple>
+__global__ void __launch_bounds__(kMostThreads, 1)
+    mask_topk_kernel(Matrix given, uint32_t pruned, int digits, int bins) {
+  const Matrix m = known<kSimple>(given);
   extern __shared__ uint32_t counts[];  // twice `bins`
   __shared__ LineCounts lines;
   const int64_t row = blockIdx.x;
@@ -44,36 +45,35 @@ __global__ void __launch_bounds__(kMostThreads)
     if (chunk < chunks) {
       float scale[kChunk], score[kChunk];
       load_column_scale(m, col, scale);
-      scores_of<T>(m, row, col, raw[c], scale, score);
+      scores_of<T, kSimple>(m, row, col, raw[c], scale, score);
       keys_of(m, row, col, score, key[c]);
     }
   }
   __syncthreads();
   // Padding counts as the highest keys: no cut ever reaches them.
-  uint32_t* now = counts;
-  uint32_t* next = counts + bins;
+  const Counters count(counts);
+  int now = 0, next = bins;
 #pragma unroll
   for (int c = 0; c < kChunks; ++c)
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) atomicAdd(&now[key[c][i] >> digit_of(0).shift], 1u);
+    for (int i = 0; i < kChunk; ++i) count.add(key[c][i] >> digit_of(0).shift);
   __syncthreads();
-  Place place = find_place(now, next, kHighestBins, pruned, lines);
+  Place place = find_place(counts + now, counts + next, kHighestBins, pruned, lines);
   uint32_t prefix = place.digit;
 #pragma unroll
   for (int step = 1; step < kDigits; ++step) {
     if (step >= digits) break;
-    uint32_t* counted = next;
-    next = now;
-    now = counted;
+    now = bins - now;
+    next = bins - next;
     const Digit digit = digit_of(step);
+    const int above = digit.shift + digit.bits;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c)
 #pragma unroll
       for (int i = 0; i < kChunk; ++i)
-        if (key[c][i] >> (digit.shift + digit.bits) == prefix)
-          atomicAdd(&now[key[c][i] >> digit.shift & ((1u << digit.bits) - 1)], 1u);
+        count.add(key[c][i] - (prefix << above), 1u << above, digit.shift, now);
     __syncthreads();
-    place = find_place(now, next, 1 << digit.bits, place.rank, lines);
+    place = find_place(counts + now, counts + next, 1 << digit.bits, place.rank, lines);
     prefix = prefix << digit.bits | place.digit;
   }
   const uint32_t cut = digits == kDigits ? prefix : prefix << digit_of(kDigits - 1).bits;
@@ -82,18 +82,20 @@ __global__ void __launch_bounds__(kMostThreads)
   int last = bins;
   uint32_t left = 0;
   if (place.rank < place.count) {
+    uint32_t* equals = counts + next;
     for (int i = chunks + threadIdx.x; i < (chunks + kLanes - 1) / kLanes * kLanes; i += blockDim.x)
-      next[i] = 0;
+      equals[i] = 0;
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int chunk = c * blockDim.x + threadIdx.x;
       uint32_t equal = 0;
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) equal += key[c][i] == cut;
-      if (chunk < chunks) next[chunk] = equal;
+      if (chunk < chunks) equals[chunk] = equal;
     }
     __syncthreads();
-    place = find_place(next, now, (chunks + kLanes - 1) / kLanes * kLanes, place.rank, lines);
+    place = find_place(equals, counts + now, (chunks + kLanes - 1) / kLanes * kLanes, place.rank,
+                       lines);
     last = static_cast<int>(place.digit);
     left = place.rank;
   }
@@ -115,7 +117,7 @@ __global__ void __launch_bounds__(kMostThreads)
   }
 }
 
-template <class T>
+template <class T, bool kSimple>
 cudaError_t launch(const Matrix& m, uint32_t pruned, cudaStream_t stream) {
   const int chunks = static_cast<int>(m.chunks_per_row());
   const int wanted = (chunks + kMostChunks - 1) / kMostChunks;
@@ -128,12 +130,10 @@ cudaError_t launch(const Matrix& m, uint32_t pruned, cudaStream_t stream) {
       sizeof(T) == 2 && !m.column_scale && !m.row_scale && !m.addend && !m.preserve;
   const int digits = short_keys ? kDigits - 1 : kDigits;
   const dim3 grid(static_cast<unsigned>(m.rows)), block(threads);
-  if (per_thread == 1)
-    mask_topk_kernel<T, 1><<<grid, block, shared, stream>>>(m, pruned, digits, bins);
-  else if (per_thread == 2)
-    mask_topk_kernel<T, 2><<<grid, block, shared, stream>>>(m, pruned, digits, bins);
-  else
-    mask_topk_kernel<T, kMostChunks><<<grid, block, shared, stream>>>(m, pruned, digits, bins);
+  const auto kernel = per_thread == 1   ? mask_topk_kernel<T, 1, kSimple>
+                      : per_thread == 2 ? mask_topk_kernel<T, 2, kSimple>
+                                        : mask_topk_kernel<T, kMostChunks, kSimple>;
+  kernel<<<grid, block, shared, stream>>>(m, pruned, digits, bins);
   return cudaGetLastError();
 }
 
@@ -144,7 +144,9 @@ cudaError_t launch_mask_topk(const TensorView& mask, const TensorView& w, int64_
   const Matrix m = matrix_of(mask, w, terms);
   cudaError_t status = cudaErrorInvalidValue;
   with_type(w.dtype, [&](auto type) {
-    status = launch<decltype(type)>(m, static_cast<uint32_t>(pruned), stream);
+    using T = decltype(type);
+    const auto count = static_cast<uint32_t>(pruned);
+    status = is_simple(m) ? launch<T, true>(m, count, stream) : launch<T, false>(m, count, stream);
   });
   return status;
 }

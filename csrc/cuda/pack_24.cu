@@ -1,4 +1,4 @@
-// A thread packs or unpacks eight columns at a time, two groups of four: one byte of metadata.
+// A thread packs eight columns at a time, two groups of four: one byte of metadata.
 #include <cstdint>
 
 #include "cuda/byte_permute.h"
@@ -177,25 +177,32 @@ __global__ void __launch_bounds__(kThreads) pack_24_kernel(Problem p) {
   }
 }
 
+// A thread writes one vector at a time, two groups or one: of two vectors side by side, each store
+// would write half of every sector.
+template <class Bits>
+constexpr int kUnpackGroups = 16 / (4 * static_cast<int>(sizeof(Bits)));
+
 template <class Bits>
 __global__ void __launch_bounds__(kThreads) unpack_24_kernel(Problem p) {
-  constexpr int kWords = kGroupWords<Bits>, kBytes = kChunk * sizeof(Bits);
+  constexpr int kGroups = kUnpackGroups<Bits>;
+  const int64_t vectors = p.chunks * (2 / kGroups);
   const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads * kUnroll + threadIdx.x;
-  uint32_t values[kUnroll][kWords], meta[kUnroll];
+  uint32_t values[kUnroll][2], meta[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int64_t chunk = first + u * kThreads;
-    if (chunk >= p.chunks) break;
-    load_words(p.values + chunk * (kBytes / 2), values[u]);
-    meta[u] = __ldg(p.meta + chunk);
+    const int64_t at = first + u * kThreads;
+    if (at >= vectors) break;
+    load_words(p.values + at * 8, values[u]);
+    meta[u] = __ldg(p.meta + at * kGroups / 2);
+    if constexpr (kGroups == 1) meta[u] >>= 4 * (at & 1);
   }
 #pragma unroll
   for (int u = 0; u < kUnroll; ++u) {
-    const int64_t chunk = first + u * kThreads;
-    if (chunk >= p.chunks) break;
-    uint32_t x[2 * kWords];
+    const int64_t at = first + u * kThreads;
+    if (at >= vectors) break;
+    uint32_t x[4];
 #pragma unroll
-    for (int g = 0; g < 2; ++g) {
+    for (int g = 0; g < kGroups; ++g) {
       const uint32_t nibble = meta[u] >> (4 * g);
       const uint32_t low = nibble & 3, high = nibble >> 2 & 3;
       if constexpr (sizeof(Bits) == 2) {
@@ -205,12 +212,12 @@ __global__ void __launch_bounds__(kThreads) unpack_24_kernel(Problem p) {
         x[2 * g] = permute_bytes(values[u][g], 0, selector);
         x[2 * g + 1] = permute_bytes(values[u][g], 0, selector >> 16);
       } else {
-        const uint32_t a = values[u][2 * g], b = values[u][2 * g + 1];
 #pragma unroll
-        for (uint32_t i = 0; i < 4; ++i) x[4 * g + i] = i == low ? a : i == high ? b : 0;
+        for (uint32_t i = 0; i < 4; ++i)
+          x[i] = i == low ? values[u][0] : i == high ? values[u][1] : 0;
       }
     }
-    store_words(p.w + chunk * kBytes, x);
+    store_words(p.w + at * 16, x);
   }
 }
 
@@ -227,9 +234,16 @@ Problem problem_of(const Pack24Cuda& args) {
           args.w.shape[0] > 1 ? args.w.stride[0] * size : per_row * kChunk * size};
 }
 
-unsigned blocks_of(const Problem& p) {
-  constexpr int64_t kChunks = int64_t{kThreads} * kUnroll;
-  return static_cast<unsigned>((p.chunks + kChunks - 1) / kChunks);
+// `items`: of a thread's kUnroll, in all.
+unsigned blocks_of(int64_t items) {
+  constexpr int64_t kItems = int64_t{kThreads} * kUnroll;
+  return static_cast<unsigned>((items + kItems - 1) / kItems);
+}
+
+template <class Bits>
+void launch_unpack(const Problem& p, cudaStream_t stream) {
+  const unsigned blocks = blocks_of(p.chunks * (2 / kUnpackGroups<Bits>));
+  unpack_24_kernel<Bits><<<blocks, kThreads, 0, stream>>>(p);
 }
 
 }  // namespace
@@ -238,7 +252,7 @@ cudaError_t launch_pack_24(const Pack24Cuda& args, cudaStream_t stream) {
   const Problem p = problem_of(args);
   const cudaError_t status = cudaMemsetAsync(p.overfull, 0xff, sizeof(*p.overfull), stream);
   if (status != cudaSuccess) return status;
-  const unsigned blocks = blocks_of(p);
+  const unsigned blocks = blocks_of(p.chunks);
   if (args.w.dtype == DType::f32) {
     if (p.mask)
       pack_24_kernel<uint32_t, true><<<blocks, kThreads, 0, stream>>>(p);
@@ -256,9 +270,9 @@ cudaError_t launch_pack_24(const Pack24Cuda& args, cudaStream_t stream) {
 cudaError_t launch_unpack_24(const Pack24Cuda& args, cudaStream_t stream) {
   const Problem p = problem_of(args);
   if (args.w.dtype == DType::f32)
-    unpack_24_kernel<uint32_t><<<blocks_of(p), kThreads, 0, stream>>>(p);
+    launch_unpack<uint32_t>(p, stream);
   else
-    unpack_24_kernel<uint16_t><<<blocks_of(p), kThreads, 0, stream>>>(p);
+    launch_unpack<uint16_t>(p, stream);
   return cudaGetLastError();
 }
 

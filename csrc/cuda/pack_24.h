@@ -7,8 +7,8 @@
 
 namespace pyprune {
 
-// Elements are moved as bits: f32 | bf16 | f16. Every address and row stride is a multiple of 16
-// bytes (of 8 for the mask, any for meta); 8 divides C.
+// Elements are moved as bits: f32 | bf16 | f16. 8 divides C. w's address and row stride are
+// multiples of 16 bytes; the addresses of values of four elements, and of the mask of 8 bytes.
 struct Pack24Cuda {
   TensorView values;    // [R, C/2], contiguous
   TensorView meta;      // u8 [R, C/8], contiguous

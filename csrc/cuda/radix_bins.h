@@ -18,6 +18,29 @@ __device__ inline Count sum_up_to_lane(Count value, int lane) {
   return value;
 }
 
+// Bins in shared memory, to be counted in by whole warps' threads. Predicated, not branched to, and
+// from an address that the compiler has no way to find anew for every key: it would.
+struct Counters {
+  uint32_t at;
+
+  __device__ explicit Counters(const uint32_t* bins)
+      : at(__shfl_sync(kAllLanes, static_cast<uint32_t>(__cvta_generic_to_shared(bins)), 0)) {}
+
+  __device__ void add(uint32_t bin) const {
+    asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(at + 4 * bin) : "memory");
+  }
+
+  // Counts key `base + value` by its digit, `value >> shift`, if it is below `base + width`. Bins
+  // from `first` on.
+  __device__ void add(uint32_t value, uint32_t width, int shift, int first = 0) const {
+    asm volatile(
+        "{\n\t.reg .pred below;\n\tsetp.lt.u32 below, %0, %1;\n\t"
+        "@below red.shared.add.u32 [%2], 1;\n\t}" ::"r"(value),
+        "r"(width), "r"(at + 4 * (first + (value >> shift)))
+        : "memory");
+  }
+};
+
 struct Place {
   uint32_t digit;  // whose bin holds the rank
   uint32_t rank;   // among that bin's, from 1

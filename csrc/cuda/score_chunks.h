@@ -67,15 +67,31 @@ inline bool is_one_run(const Matrix& m, const TensorView& w) {
   return !m.column_scale && !m.row_scale && !m.addend && !m.preserve && w.contiguous();
 }
 
+// Vectors throughout, and no terms but column scales: what most calls are. To know this beforehand
+// halves the instructions a weight, of which 16-bit weights have few to spare.
+inline bool is_simple(const Matrix& m) {
+  return m.vector && !m.row_scale && !m.addend && !m.preserve;
+}
+
+// `m`, of which the compiler knows with kSimple that it is simple.
+template <bool kSimple>
+__device__ inline Matrix known(Matrix m) {
+  if constexpr (kSimple) {
+    m.row_scale = m.addend = nullptr;
+    m.preserve = nullptr;
+    m.vector = true;
+  }
+  return m;
+}
+
 __device__ inline int columns_in_chunk(const Matrix& m, int64_t col) {
   return m.cols - col < kChunk ? static_cast<int>(m.cols - col) : kChunk;
 }
 
-// The weights' bits; zero past the last column.
+// The bits of the weights from `at`, which is in column `col`; zero past the last column.
 template <class T>
-__device__ inline void load_weights(const Matrix& m, int64_t row, int64_t col,
+__device__ inline void load_weights(const Matrix& m, const T* at, int64_t col,
                                     uint32_t (&raw)[kRaw<T>]) {
-  const T* at = static_cast<const T*>(m.w) + row * m.w_stride + col;
   if (m.vector) {
 #pragma unroll
     for (int i = 0; i < kRaw<T> / 4; ++i) {
@@ -98,6 +114,12 @@ __device__ inline void load_weights(const Matrix& m, int64_t row, int64_t col,
       if (2 * i + 1 < count) raw[i] |= static_cast<uint32_t>(bits[2 * i + 1]) << 16;
     }
   }
+}
+
+template <class T>
+__device__ inline void load_weights(const Matrix& m, int64_t row, int64_t col,
+                                    uint32_t (&raw)[kRaw<T>]) {
+  load_weights(m, static_cast<const T*>(m.w) + row * m.w_stride + col, col, raw);
 }
 
 __device__ inline float weight_of(const uint32_t (&raw)[kRaw<float>], int i, float) {
@@ -135,12 +157,18 @@ __device__ inline void load_column_scale(const Matrix& m, int64_t col, float (&s
              scale);
 }
 
-template <class T>
+template <class T, bool kSimple>
 __device__ inline void scores_of(const Matrix& m, int64_t row, int64_t col,
                                  const uint32_t (&raw)[kRaw<T>], const float (&scale)[kChunk],
                                  float (&score)[kChunk]) {
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) score[i] = weight_of(raw, i, T());
+  if constexpr (kSimple) {
+    // The product of magnitudes is the product's magnitude, and costs no instruction.
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) score[i] = __fmul_rn(fabsf(score[i]), fabsf(scale[i]));
+    return;
+  }
   if (m.addend) {
     float extra[kChunk];
     load_terms(m, m.addend + row * m.addend_stride + col, col, 0.0f, extra);
@@ -213,8 +241,8 @@ __device__ inline uint2 keys_above(const uint32_t (&key)[kChunk], int32_t cut) {
   return make_uint2(positive_bytes(d[0], d[1], d[2], d[3]), positive_bytes(d[4], d[5], d[6], d[7]));
 }
 
-__device__ inline void store_mask(const Matrix& m, int64_t row, int64_t col, uint2 bytes) {
-  uint8_t* at = m.mask + row * m.cols + col;
+// To `at`, which is in column `col`.
+__device__ inline void store_mask(const Matrix& m, uint8_t* at, int64_t col, uint2 bytes) {
   if (m.vector) {
     __stcs(reinterpret_cast<uint2*>(at), bytes);
     return;
@@ -223,6 +251,9 @@ __device__ inline void store_mask(const Matrix& m, int64_t row, int64_t col, uin
 #pragma unroll
   for (int i = 0; i < kChunk; ++i)
     if (i < count) at[i] = (i < 4 ? bytes.x : bytes.y) >> (8 * (i % 4)) & 1;
+}
+__device__ inline void store_mask(const Matrix& m, int64_t row, int64_t col, uint2 bytes) {
+  store_mask(m, m.mask + row * m.cols + col, col, bytes);
 }
 
 // `visit(T())` with T the type of w's elements; false if it is none that the kernels take.

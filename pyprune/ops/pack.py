@@ -220,7 +220,7 @@ def _unpack_24_fake(values: Tensor, meta: Tensor) -> Tensor:
 
 def _unpack_24_cuda(values: Tensor, meta: Tensor) -> Tensor:
     w = _unpack_24_fake(values, meta)
-    arrays = (_aligned(values.contiguous()), meta.contiguous())
+    arrays = (_aligned(values.contiguous(), 4 * values.element_size()), meta.contiguous())
     _native.launch("unpack_24_cuda", w.device, w, *arrays)
     return w
 
@@ -374,6 +374,8 @@ _registry.register(
 
 def pack_bitmap(w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """A sparse matrix as its kept values, one bit an element, and where each row begins.
+
+    On a GPU it waits for the number of values, which says how many to make room for.
 
     Args:
         w: weights `[R, C]`, bf16, fp16, fp32 or fp64; any strides.

@@ -125,6 +125,16 @@ def test_rows_longer_than_a_work_item():
         assert torch.equal(ops.mask_nm(w, n, m), ops.select.mask_nm_reference(w, n, m, *[None] * 4))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("scaled", [False, True])
+def test_more_rows_than_a_gpu_holds_at_once(use_backend, scaled):
+    use_backend("cuda", OP, "cuda", torch.bfloat16)
+    w = torch.randn(9001, 4096, device="cuda").bfloat16()
+    scale = torch.rand(4096, device="cuda") - 0.3 if scaled else None
+    want = ops.select.mask_nm_reference(w, 2, 4, scale, None, None, None)
+    assert torch.equal(ops.mask_nm(w, 2, 4, column_scale=scale), want)
+
+
 def test_exactly_n_in_each_group(backend, device, use_backend):
     use_backend(backend, OP, device, torch.bfloat16)
     for kind in selection.KINDS:

@@ -124,7 +124,7 @@ def test_one_long_row_is_shared_out(backend, device, use_backend, kind):
     cols = 140_003 if backend != "cuda" else 32_761  # its most, but for an odd few
     w = selection.weights(kind, 1, cols, torch.bfloat16).to(device)
     scale = torch.rand(cols, generator=torch.Generator().manual_seed(3)).to(device)
-    for pruned, extra in ((1, {}), (70_001, {"column_scale": scale})):
+    for pruned, extra in ((1, {}), (cols // 2, {"column_scale": scale})):
         given = (extra.get("column_scale"), None, None, None)
         want = ops.select.mask_topk_reference(w, pruned, *given)
         assert torch.equal(ops.mask_topk(w, pruned, **extra), want)

@@ -113,6 +113,20 @@ def test_strided_input(backend, device, use_backend):
         assert same_bits(ops.unpack_24(*ops.pack_24(w, mask)), want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_rows_that_start_anywhere(backend, device, use_backend, dtype):
+    use_backend(backend, OP, device, dtype)
+    w, mask = sparse(4, 40, dtype).to(device), random_mask(4, 40).to(device)
+    want = ops.pack.pack_24_reference(w, mask)[:2]
+    for start in (1, 3, 8):
+        moved, moved_mask = (t.new_zeros(5, 48)[1:, start : start + 40] for t in (w, mask))
+        values, meta = ops.pack_24(moved.copy_(w), moved_mask.copy_(mask))
+        assert same_bits(values, want[0]) and torch.equal(meta.cpu(), want[1].cpu())
+        later = values.new_zeros(start + 80)[start:].view(4, 20).copy_(values)
+        later_meta = meta.new_zeros(start + 20)[start:].view(4, 5).copy_(meta)
+        assert same_bits(ops.unpack_24(later, later_meta), ops.unpack_24(values, meta))
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
 def test_every_instruction_set(isa, use_isa, dtype):
