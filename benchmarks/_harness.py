@@ -254,9 +254,10 @@ def _time_graphs(
     """`time_interleaved` with every provider's calls captured once and replayed."""
     replays, calls = {}, {}
     for name, provider in providers.items():
-        for i in range(2):  # what is set up at a first call cannot be captured
+        # What is set up at a first call, or at the first with one of the inputs, cannot be captured.
+        for i in range(GRAPH_CALLS):
             provider(i)
-        seconds = _sample_cuda(provider, 1, 2)
+        seconds = _sample_cuda(provider, 1, 0)
         calls[name] = max(FEWEST_GRAPH_CALLS, min(GRAPH_CALLS, int(GRAPH_SECONDS / seconds)))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
