@@ -254,7 +254,7 @@ def _time_graphs(
     """`time_interleaved` with every provider's calls captured once and replayed."""
     replays, calls = {}, {}
     for name, provider in providers.items():
-        # What is set up at a first call, or at the first with one of the inputs, cannot be captured.
+        # What is set up at a first call, or the first with one of the inputs, cannot be captured.
         for i in range(GRAPH_CALLS):
             provider(i)
         seconds = _sample_cuda(provider, 1, 0)

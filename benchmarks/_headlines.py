@@ -62,7 +62,7 @@ def _model(rows: Rows) -> Iterator[Line]:
 def _layers(rows: Rows) -> Iterator[Line]:
     for name, words in (("sparse24", "2:4"), ("bitmap50", "50 % bitmap")):
         mine = [r for r in rows if r["provider"] == name]
-        by_rows = {n: [r for r in mine if r["rows"] == n] for n in (1, 16, 512, 4096)}
+        by_rows = {n: [r for r in mine if r["rows"] == n] for n in (1, 8, 16, 64, 512, 4096)}
         counts = [n for n, found in by_rows.items() if found]
         cells = [
             f"{least:.2f}-{most:.2f}x at {count}"
