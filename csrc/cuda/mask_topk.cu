@@ -12,25 +12,30 @@ namespace {
 
 using namespace score_chunks;
 
-constexpr int kMostThreads = 1024;
+// Of a block, and chunks of a thread: the general kernel's terms need more registers than 1024
+// threads leave each other.
+template <bool kSimple>
+constexpr int kMostThreads = kSimple ? 1024 : 512;
+template <bool kSimple>
+constexpr int kMostChunks = kMaskTopkColumns / kChunk / kMostThreads<kSimple>;
 constexpr int kFewestThreads = 64;
-constexpr int kMostChunks = 4;  // of a thread
-static_assert(kMostThreads * kMostChunks * kChunk == kMaskTopkColumns, "a block takes a row");
 static_assert(kMaskTopkColumns / kChunk <= kMostBins, "a bin for each chunk");
 
 // digits: 3, or 2 where the keys' last ten bits are zero. bins: of the larger of the first digit's
 // and the chunks' numbers, a multiple of 32.
 template <class T, int kChunks, bool kSimple>
-__global__ void __launch_bounds__(kMostThreads, 1)
+__global__ void __launch_bounds__(kMostThreads<kSimple>, 1)
     mask_topk_kernel(Matrix given, uint32_t pruned, int digits, int bins) {
   const Matrix m = known<kSimple>(given);
   extern __shared__ uint32_t counts[];  // twice `bins`
   __shared__ LineCounts lines;
   const int64_t row = blockIdx.x;
   const int chunks = static_cast<int>(m.chunks_per_row());
-  uint32_t raw[kChunks][kRaw<T>];
+  // All weights of a thread are on their way before the first is used, if there are registers.
+  constexpr int kAhead = kSimple ? kChunks : 1;
+  uint32_t raw[kAhead][kRaw<T>];
 #pragma unroll
-  for (int c = 0; c < kChunks; ++c) {
+  for (int c = 0; c < kAhead; ++c) {
     const int chunk = c * blockDim.x + threadIdx.x;
     if (chunk < chunks) load_weights<T>(m, row, static_cast<int64_t>(chunk) * kChunk, raw[c]);
   }
@@ -43,9 +48,10 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) key[c][i] = kPadding;
     if (chunk < chunks) {
+      if (c >= kAhead) load_weights<T>(m, row, col, raw[c % kAhead]);
       float scale[kChunk], score[kChunk];
       load_column_scale(m, col, scale);
-      scores_of<T, kSimple>(m, row, col, raw[c], scale, score);
+      scores_of<T, kSimple>(m, row, col, raw[c % kAhead], scale, score);
       keys_of(m, row, col, score, key[c]);
     }
   }
@@ -120,7 +126,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
 template <class T, bool kSimple>
 cudaError_t launch(const Matrix& m, uint32_t pruned, cudaStream_t stream) {
   const int chunks = static_cast<int>(m.chunks_per_row());
-  const int wanted = (chunks + kMostChunks - 1) / kMostChunks;
+  const int wanted = (chunks + kMostChunks<kSimple> - 1) / kMostChunks<kSimple>;
   const int threads = max(kFewestThreads, (wanted + kLanes - 1) / kLanes * kLanes);
   const int per_thread = (chunks + threads - 1) / threads;
   const int bins = max(kHighestBins, (chunks + kLanes - 1) / kLanes * kLanes);
@@ -132,7 +138,7 @@ cudaError_t launch(const Matrix& m, uint32_t pruned, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(m.rows)), block(threads);
   const auto kernel = per_thread == 1   ? mask_topk_kernel<T, 1, kSimple>
                       : per_thread == 2 ? mask_topk_kernel<T, 2, kSimple>
-                                        : mask_topk_kernel<T, kMostChunks, kSimple>;
+                                        : mask_topk_kernel<T, kMostChunks<kSimple>, kSimple>;
   kernel<<<grid, block, shared, stream>>>(m, pruned, digits, bins);
   return cudaGetLastError();
 }
