@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_model
+from tiny_models import FAMILIES, tiny_model
 
 from pyprune.checkpoint import Checkpoint, read_header, read_tensor, write_tensor
 from pyprune.errors import UserError
@@ -334,6 +334,8 @@ def test_tensor_that_only_the_index_has(sharded):
     expect(sharded, "tensor lm_head.bias is missing")
 
 
-def test_no_tokenizer(folder):
+@pytest.mark.parametrize("family", FAMILIES)  # transformers makes an empty one of some
+def test_no_tokenizer(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="its tokenizer does not load"):
-        Checkpoint.open(folder).tokenizer()
+        Checkpoint.open(tmp_path).tokenizer()
