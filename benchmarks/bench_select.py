@@ -113,8 +113,6 @@ def case(shape, dtype, device, pattern) -> Case:
             assert torch.equal(mask, want[0]), f"{name}: differs from the first backend"
 
     names = [b for b in our_backends(op, device, dtype) if b != "reference"]
-    if not pattern.startswith("2:4"):
-        names = [b for b in names if (op, b) != ("mask_nm", "cuda")]
     providers = {backend: run(backend) for backend in names}
     providers["same_copy"] = lambda i: target.copy_(source[i % count])
     if loop is not None:

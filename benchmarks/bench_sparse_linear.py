@@ -13,7 +13,10 @@ activations' dtype.
 On a GPU (`--device cuda`): bf16 throughout, `torch_bf16` (cuBLAS) as the dense product;
 `sparse24`, `bitmap50` and `bitmap70` as the ops route them (`pyprune.ops.linear_24_cuda`,
 `linear_bitmap_cuda`); and, so that the routes' numbers of rows can be set by measurement, each
-bitmap by Triton (`_triton`, up to 16 rows) and expanded and multiplied densely (`_expand`).
+bitmap by Triton (`_triton`, up to 16 rows) and expanded and multiplied densely (`_expand`). From 16
+rows on, peers for 2:4 where PyTorch has them: `cusparselt` with its algorithm searched, and
+`torch_sparse24`, the default one, which `torch.sparse.to_sparse_semi_structured` uses. Times are
+those of CUDA graphs of calls: at a few microseconds a product, launching from Python would decide.
 `read_bandwidth` is there that of a copy.
 
 Every call takes the next of several copies of the weights, together more than twice the last-level
@@ -49,9 +52,11 @@ SMOKE_SHAPES = [(64, 128)]
 TOKENS = [1, 4, 8, 16, 64, 512]
 SMOKE_TOKENS = [1, 8, 16, 64]
 CUDA_SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096), (28672, 8192)]
-CUDA_TOKENS = [1, 2, 4, 8, 16, 64, 512, 4096]
+CUDA_TOKENS = [1, 2, 4, 8, 16, 32, 64, 512, 4096]
 TRITON = "_triton"  # suffixes of a bitmap's names: by another route than the op's
 EXPAND = "_expand"
+SEARCHED, DEFAULT = "cusparselt", "torch_sparse24"  # peers' names, by the algorithm
+PEER_TOKENS = 16  # from which on they are timed
 INT8 = "_int8"  # suffix of names and ops with int8 values
 WIDE = "_fp32x"  # suffix of our kernels' names when the activations are fp32
 DENSE = ("dense", "dense" + WIDE, "torch_bf16", "torch_fp32")
@@ -120,6 +125,10 @@ def make_weights(
         for name in ("bitmap50", "bitmap70"):
             packed |= dict.fromkeys((name + TRITON, name + EXPAND), packed[name])
             dense |= dict.fromkeys((name + TRITON, name + EXPAND), dense[name])
+        if torch.backends.cusparselt.is_available():
+            library = (torch._cslt_compress(dense["sparse24"].to(device)),)
+            packed |= dict.fromkeys((SEARCHED, DEFAULT), library)
+            dense |= dict.fromkeys((SEARCHED, DEFAULT), dense["sparse24"])
     copies: Weights = {}
     for name, tensors in packed.items():
         count = max(1, -(-rotated // sum(t.nbytes for t in tensors)))
@@ -131,12 +140,21 @@ def expand_and_multiply(x: torch.Tensor, *packed: torch.Tensor) -> torch.Tensor:
     return F.linear(x, torch.ops.pyprune.unpack_bitmap(*packed, x.shape[-1]))
 
 
+def peer(name: str, x: torch.Tensor, weight: torch.Tensor) -> Callable[..., torch.Tensor]:
+    chosen = {}
+    if name == SEARCHED:
+        chosen["alg_id"] = torch._cslt_sparse_mm_search(weight, x.T, transpose_result=True)
+    return lambda x, w: torch._cslt_sparse_mm(w, x.T, transpose_result=True, **chosen)
+
+
 def make_provider(name: str, x: torch.Tensor, copies: list[Any]) -> Callable[[int], torch.Tensor]:
     call: Callable[..., torch.Tensor]
     if not name.endswith(WIDE):
         x = x.to(torch.float32 if name == "torch_fp32" else torch.bfloat16)
     name = name.removesuffix(WIDE)
-    if name.startswith("torch"):
+    if name in (SEARCHED, DEFAULT):
+        call = peer(name, x, copies[0][0])
+    elif name.startswith("torch"):
         call = F.linear
     elif name == "dense":
         call = ops.linear_dense
@@ -175,7 +193,9 @@ def limit_seconds(
 
 def provider_names(copies: Weights, m: int, device: str) -> list[str]:
     if device == "cuda":
-        return [name for name in copies if m <= TRITON_ROWS or not name.endswith(TRITON)]
+        fits = {name: m <= TRITON_ROWS for name in copies if name.endswith(TRITON)}
+        fits |= dict.fromkeys((SEARCHED, DEFAULT), m >= PEER_TOKENS)
+        return [name for name in copies if fits.get(name, True)]
     ours = [name for name in copies if not name.startswith("torch")]
     return [*copies, *(name + WIDE for name in ours)]
 
@@ -195,7 +215,8 @@ def bench_rows(bench: Bench, m: int, copies: Weights, dense: dict[str, torch.Ten
     repetitions = bench.repetitions if m <= MEMORY_BOUND_TOKENS else LONG_REPETITIONS
     # A GPU's samples hold many calls; a product on the CPU is long enough by itself.
     seconds = SAMPLE_SECONDS["cuda"] if bench.device == "cuda" and not bench.smoke else 0.0
-    samples = time_interleaved(providers, bench.device, 1 if bench.smoke else repetitions, seconds)
+    turns = 1 if bench.smoke else repetitions
+    samples = time_interleaved(providers, bench.device, turns, seconds, graphs=True)
     baselines = [name for name in DENSE if name in samples]
     best = min(baselines, key=lambda name: statistics.median(samples[name]))
     for name in names:

@@ -19,6 +19,11 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 
+# What a GPU is for: the kernels, pruning and running a model of billions of weights. Minutes, without
+# a network.
+CUDA = ["gram", "fisher", "kron", "obs", "reconstruct", "select", "pack", "sparse_linear",
+        "prune_model", "model"]  # fmt: skip
+
 # Benchmarks with an option of their own: name of the rows, script, what to add. On a CPU only.
 VARIANTS = {"reconstruct_model": ("reconstruct", ["--model"])}
 SMOKE_VARIANTS = {"reconstruct_model": ["--tokens", "512", "--every", "200", "--rows", "2"]}
@@ -37,7 +42,9 @@ def device_slug(device: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="bench_<name>.py or a variant; default all")
+    parser.add_argument(
+        "names", nargs="*", help="bench_<name>.py or a variant; default all, on a GPU the kernels"
+    )
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, help="folder for the rows")
@@ -61,13 +68,14 @@ def main() -> int:
         else:
             out = HERE / "results" / device_slug(args.device)
         out.mkdir(parents=True, exist_ok=True)
-        for name in args.names or scripts:
+        for name in args.names or (CUDA if args.device == "cuda" else scripts):
             started = time.perf_counter()
             command = [sys.executable, str(scripts[name]), "--device", args.device,
                        "--json", str(out / f"{name}.json")]  # fmt: skip
             command += ["--smoke"] if args.smoke else []
             command += options.get(name, [])
-            command += ["--repetitions", str(args.repetitions)] if args.repetitions else []
+            if args.repetitions and name != "model":
+                command += ["--repetitions", str(args.repetitions)]
             code = subprocess.call(command)
             print(f"{name}: exit {code}, {time.perf_counter() - started:.1f} s", flush=True)
             if code != 0:

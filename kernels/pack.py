@@ -15,8 +15,6 @@ import torch
 import triton
 import triton.language as tl
 
-from pyprune.ops.pack import refuse_overfull
-
 # Columns that one program's loop step takes: 16 elements a thread.
 BLOCK = 2048
 
@@ -69,7 +67,9 @@ def _bits(t: torch.Tensor) -> torch.Tensor:
     return t.view({2: torch.int16, 4: torch.int32}[t.element_size()])
 
 
-def pack_24_triton(w: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+def pack_24_triton(
+    w: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, cols = w.shape
     values = torch.empty(rows, cols // 2, dtype=w.dtype, device=w.device)
     meta = torch.empty(rows, cols // 8, dtype=torch.uint8, device=w.device)
@@ -91,10 +91,8 @@ def pack_24_triton(w: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Te
         HAS_MASK=kept is not None,
         BLOCK=block,
     )
-    first = int(overfull.min())
-    if first < 4 * meta.numel():
-        refuse_overfull(first, cols)
-    return values, meta
+    first = overfull.min().view(1)
+    return values, meta, torch.where(first < 2 * meta.numel(), first, -1)
 
 
 @triton.jit

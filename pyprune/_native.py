@@ -59,3 +59,10 @@ def call(name: str, *args: Any) -> Any:
         raise RuntimeError(MISSING)
     converted = [capsule(a) if isinstance(a, torch.Tensor) else a for a in args]
     return getattr(MODULE, name)(*converted, torch.get_num_threads())
+
+
+def launch(name: str, device: torch.device, *args: Any) -> Any:
+    """`call` of a CUDA function: on `device`'s current stream, which comes after `args`."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with torch.cuda.device(device):
+        return call(name, *args, stream)

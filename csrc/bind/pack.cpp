@@ -2,6 +2,10 @@
 
 #include "bind/capsule.h"
 #include "huge_pages.h"
+#ifdef PYPRUNE_WITH_CUDA
+#include "cuda/pack_24.h"
+#include "cuda/pack_bitmap.h"
+#endif
 
 namespace pyprune {
 namespace {
@@ -50,9 +54,95 @@ TensorView bitmap_of(const py::capsule& capsule, const TensorView& w) {
   return t;
 }
 
+#ifdef PYPRUNE_WITH_CUDA
+void check_status(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
+void require_aligned(const TensorView& t, int64_t bytes, const char* name) {
+  const bool rows = t.ndim < 2 || t.shape[0] <= 1 ||
+                    t.stride[0] * (t.dtype == DType::boolean ? 1 : element_bytes(t)) % bytes == 0;
+  require(rows && reinterpret_cast<uintptr_t>(t.data) % bytes == 0,
+          std::string(name) + ": expected rows that start at multiples of " +
+              std::to_string(bytes) + " bytes");
+}
+
+// What both directions check of their tensors.
+Pack24Cuda cuda_24(const py::capsule& values, const py::capsule& meta, const TensorView& w) {
+  require(w.on_cuda, "w: expected a CUDA tensor");
+  const Packed24 p = packed_24(values, meta, w);
+  require_aligned(w, 16, "w");
+  require_aligned(p.values, 16, "values");
+  return {p.values, p.meta, w, {}, {}};
+}
+
+void bind_pack_24_cuda(py::module_& m) {
+  m.def("pack_24_cuda", [](py::capsule values, py::capsule meta, py::capsule overfull,
+                           py::capsule w, OptionalCapsule mask, uintptr_t stream, int /*threads*/) {
+    const TensorView vw = matrix(w, "w");
+    Pack24Cuda args = cuda_24(values, meta, vw);
+    args.mask = mask_of(mask, vw);
+    if (mask) {
+      require(args.mask.contiguous(), "mask: expected a contiguous tensor");
+      require_aligned(args.mask, 8, "mask");
+    }
+    args.overfull = view(overfull);
+    require_dtype(args.overfull, DType::i64, "overfull");
+    require_shape(args.overfull, {1}, "overfull");
+    check_status(launch_pack_24(args, reinterpret_cast<cudaStream_t>(stream)));
+  });
+  m.def("unpack_24_cuda",
+        [](py::capsule w, py::capsule values, py::capsule meta, uintptr_t stream, int /*threads*/) {
+          const TensorView vw = matrix(w, "w");
+          require(vw.contiguous(), "w: expected a contiguous tensor");
+          check_status(
+              launch_unpack_24(cuda_24(values, meta, vw), reinterpret_cast<cudaStream_t>(stream)));
+        });
+}
+
+TensorView offsets_of(const py::capsule& capsule, const TensorView& w) {
+  const TensorView t = view(capsule);
+  require_dtype(t, DType::i64, "row_offsets");
+  require_contiguous(t, {w.shape[0] + 1}, "row_offsets");
+  return t;
+}
+
+void bind_pack_bitmap_cuda(py::module_& m) {
+  m.def("pack_bitmap_rows_cuda",
+        [](py::capsule bitmap, py::capsule row_offsets, py::capsule w, OptionalCapsule mask,
+           py::capsule state, uintptr_t stream, int /*threads*/) {
+          const TensorView vw = matrix(w, "w"), vm = mask_of(mask, vw), vs = view(state);
+          require(vw.on_cuda, "w: expected a CUDA tensor");
+          require(vm.contiguous(), "mask: expected a contiguous tensor");
+          require_dtype(vs, DType::i64, "state");
+          require_shape(vs, {1}, "state");
+          check_status(
+              launch_bitmap_rows({bitmap_of(bitmap, vw), offsets_of(row_offsets, vw), vw, vm, vs},
+                                 reinterpret_cast<cudaStream_t>(stream)));
+        });
+  m.def("move_bitmap_values_cuda",
+        [](py::capsule w, py::capsule values, py::capsule bitmap, py::capsule row_offsets,
+           bool pack, uintptr_t stream, int /*threads*/) {
+          const TensorView vw = matrix(w, "w"), vv = view(values);
+          require(vw.on_cuda, "w: expected a CUDA tensor");
+          require(pack || vw.contiguous(), "w: expected a contiguous tensor");
+          require_dtype(vv, vw.dtype, "values");
+          require(vv.ndim == 1 && vv.contiguous(), "values: expected one contiguous dimension");
+          require_aligned(vv, 16, "values");
+          check_status(launch_bitmap_values(
+              {vw, vv, bitmap_of(bitmap, vw), offsets_of(row_offsets, vw), pack},
+              reinterpret_cast<cudaStream_t>(stream)));
+        });
+}
+#endif
+
 }  // namespace
 
 void bind_pack(py::module_& m) {
+#ifdef PYPRUNE_WITH_CUDA
+  bind_pack_24_cuda(m);
+  bind_pack_bitmap_cuda(m);
+#endif
   m.def("pack_24",
         [](py::capsule values, py::capsule meta, py::capsule w, OptionalCapsule mask, int threads) {
           const TensorView vw = matrix(w, "w");

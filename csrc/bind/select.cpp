@@ -4,7 +4,9 @@
 #include "cpu/mask_topk.h"
 #include "huge_pages.h"
 #ifdef PYPRUNE_WITH_CUDA
+#include "cuda/mask_global.h"
 #include "cuda/mask_nm.h"
+#include "cuda/mask_topk.h"
 #endif
 
 namespace pyprune {
@@ -91,17 +93,70 @@ void bind_mask_global(py::module_& m) {
 }
 
 #ifdef PYPRUNE_WITH_CUDA
+void check_status(cudaError_t status) {
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+
+TensorView cuda_weight(const py::capsule& capsule) {
+  const TensorView w = weight(capsule);
+  require(w.on_cuda, "w: expected a CUDA tensor");
+  return w;
+}
+
 void bind_mask_nm_cuda(py::module_& m) {
-  m.def("mask_24_cuda", [](py::capsule out, py::capsule w, OptionalCapsule column_scale,
-                           OptionalCapsule row_scale, OptionalCapsule addend,
-                           OptionalCapsule preserve, uintptr_t stream, int /*threads*/) {
-    const TensorView vw = weight(w);
-    require(vw.on_cuda, "w: expected a CUDA tensor");
-    const cudaError_t status =
-        launch_mask_24(mask(out, vw), vw, terms(vw, column_scale, row_scale, addend, preserve),
-                       reinterpret_cast<cudaStream_t>(stream));
-    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
-  });
+  m.def("mask_nm_cuda",
+        [](py::capsule out, py::capsule w, int64_t n, int64_t group, OptionalCapsule column_scale,
+           OptionalCapsule row_scale, OptionalCapsule addend, OptionalCapsule preserve,
+           uintptr_t stream, int /*threads*/) {
+          const TensorView vw = cuda_weight(w);
+          require(1 <= n && n <= group && mask_nm_takes(n, group) && vw.shape[1] % group == 0,
+                  "n, m: expected a pattern that the kernel takes, m a divisor of the columns");
+          check_status(launch_mask_nm(mask(out, vw), vw, n, group,
+                                      terms(vw, column_scale, row_scale, addend, preserve),
+                                      reinterpret_cast<cudaStream_t>(stream)));
+        });
+}
+
+void bind_mask_topk_cuda(py::module_& m) {
+  m.def("mask_topk_cuda",
+        [](py::capsule out, py::capsule w, int64_t pruned, OptionalCapsule column_scale,
+           OptionalCapsule row_scale, OptionalCapsule addend, OptionalCapsule preserve,
+           uintptr_t stream, int /*threads*/) {
+          const TensorView vw = cuda_weight(w);
+          require(1 <= pruned && pruned <= vw.shape[1] && vw.shape[1] <= kMaskTopkColumns,
+                  "pruned: out of range, or too many columns");
+          check_status(launch_mask_topk(mask(out, vw), vw, pruned,
+                                        terms(vw, column_scale, row_scale, addend, preserve),
+                                        reinterpret_cast<cudaStream_t>(stream)));
+        });
+}
+
+void bind_mask_global_cuda(py::module_& m) {
+  m.def("mask_global_cuda",
+        [](const py::list& masks, const py::list& ws, int64_t pruned, const py::list& column_scales,
+           const py::list& row_scales, const py::list& addends, const py::list& preserves,
+           py::capsule workspace, uintptr_t stream, int /*threads*/) {
+          require(!ws.empty() && masks.size() == ws.size(), "masks: expected as many as ws");
+          std::vector<GlobalMaskCuda> matrices;
+          int64_t elements = 0;
+          for (size_t i = 0; i < ws.size(); ++i) {
+            const TensorView w = cuda_weight(ws[i].cast<py::capsule>());
+            require_dtype(w, matrices.empty() ? w.dtype : matrices[0].w.dtype, "ws");
+            require(0 < w.numel() && w.shape[0] * ((w.shape[1] + 7) / 8) < int64_t{1} << 32,
+                    "ws: expected matrices of less than 2^35 elements, none empty");
+            matrices.push_back({mask(masks[i].cast<py::capsule>(), w), w,
+                                terms(w, item(column_scales, i), item(row_scales, i),
+                                      item(addends, i), item(preserves, i))});
+            elements += w.numel();
+          }
+          require(1 <= pruned && pruned <= elements, "pruned: out of range");
+          const TensorView space = view(workspace);
+          require_dtype(space, DType::i64, "workspace");
+          require(space.contiguous() && space.numel() >= mask_global_workspace(matrices),
+                  "workspace: too small");
+          check_status(launch_mask_global(matrices, pruned, space.ptr<uint64_t>(),
+                                          reinterpret_cast<cudaStream_t>(stream)));
+        });
 }
 #endif
 
@@ -131,6 +186,8 @@ void bind_select(py::module_& m) {
   bind_mask_global(m);
 #ifdef PYPRUNE_WITH_CUDA
   bind_mask_nm_cuda(m);
+  bind_mask_topk_cuda(m);
+  bind_mask_global_cuda(m);
 #endif
 }
 

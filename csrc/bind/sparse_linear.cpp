@@ -50,13 +50,11 @@ TensorView require_on_cuda(const py::capsule& capsule, const char* name) {
 }
 
 Linear24 linear_24_args(const py::capsule& y, const py::capsule& x, const py::capsule& values,
-                        const py::capsule& meta, const OptionalCapsule& bias,
-                        const OptionalCapsule& workspace, int64_t splits) {
+                        const py::capsule& meta, const OptionalCapsule& bias) {
   Linear24 a{require_on_cuda(y, "y"),
              require_on_cuda(x, "x"),
              require_on_cuda(values, "values"),
              require_on_cuda(meta, "meta"),
-             {},
              {}};
   require(a.x.ndim == 2 && a.values.ndim == 2, "expected x [M, C] and values [R, C/2]");
   const int64_t m = a.x.shape[0], cols = a.x.shape[1], rows = a.values.shape[0];
@@ -74,13 +72,6 @@ Linear24 linear_24_args(const py::capsule& y, const py::capsule& x, const py::ca
     require_dtype(a.bias, DType::f32, "bias");
     require_shape(a.bias, {rows}, "bias");
     require(a.bias.contiguous(), "bias: expected a contiguous tensor");
-  }
-  require(splits >= 1 && (splits > 1) == workspace.has_value(), "workspace: one if split");
-  if (workspace) {
-    a.workspace = require_on_cuda(*workspace, "workspace");
-    require_dtype(a.workspace, DType::f32, "workspace");
-    require_shape(a.workspace, {splits, m, rows}, "workspace");
-    require(a.workspace.contiguous(), "workspace: expected a contiguous tensor");
   }
   return a;
 }
@@ -135,18 +126,12 @@ void bind_linear_bitmap_cuda(py::module_& m) {
 }
 
 void bind_linear_24_cuda(py::module_& m) {
-  m.def("linear_24_splits",
-        [](int64_t m, int64_t rows, int64_t cols, int processors, int /*threads*/) {
-          return linear_24_splits(m, rows, cols, processors);
-        });
-  m.def("linear_24_cuda",
-        [](py::capsule y, py::capsule x, py::capsule values, py::capsule meta, OptionalCapsule bias,
-           OptionalCapsule workspace, int64_t splits, uintptr_t stream, int /*threads*/) {
-          const cudaError_t status =
-              launch_linear_24(linear_24_args(y, x, values, meta, bias, workspace, splits), splits,
-                               reinterpret_cast<cudaStream_t>(stream));
-          if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
-        });
+  m.def("linear_24_cuda", [](py::capsule y, py::capsule x, py::capsule values, py::capsule meta,
+                             OptionalCapsule bias, uintptr_t stream, int /*threads*/) {
+    const cudaError_t status = launch_linear_24(linear_24_args(y, x, values, meta, bias),
+                                                reinterpret_cast<cudaStream_t>(stream));
+    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+  });
 }
 #endif
 

@@ -89,6 +89,11 @@ struct Lanes {
   PYPRUNE_LANES static int product_column(int token, int s) { return token * kSegments + s; }
 };
 
+// Where piece `piece`, eight columns, of a turn's 128 columns of row `token` of x is among the
+// row's pieces in shared memory: four neighbouring rows have the same pair of pieces in different
+// banks.
+PYPRUNE_LANES int wide_x_piece(int token, int piece) { return piece ^ (2 * (token & 3)); }
+
 // Where element i of the product's four registers of a lane is.
 PYPRUNE_LANES int product_row_of(int lane, int i) { return (lane >> 2) + 8 * (i >> 1); }
 PYPRUNE_LANES int product_column_of(int lane, int i) { return 2 * (lane & 3) + (i & 1); }
@@ -101,16 +106,16 @@ PYPRUNE_LANES int count_bits(uint32_t word) {
 #endif
 }
 
-// Counts of a lane's two words, sums of them over lanes, or numbers of values in a block's shared
-// memory (52224 of them) of two rows in one register.
+// Counts of a lane's two words, sums of them over lanes, or bytes of a warp's stages (13056 of
+// them) of two rows in one register.
 PYPRUNE_LANES uint32_t pack_counts(uint32_t first, uint32_t second) { return first | second << 16; }
 PYPRUNE_LANES uint32_t unpack_count(uint32_t packed, int half) {
   return half ? packed >> 16 : packed & 0xffff;
 }
 
-// The number of the value that a nibble begins with: those before its word and those below it.
+// The byte at which the values of a nibble begin: those before its word and those below it.
 PYPRUNE_LANES uint32_t position_of(uint32_t word, int shift, uint32_t before) {
-  return before + count_bits(word & ((1u << shift) - 1));
+  return before + 2 * count_bits(word & ((1u << shift) - 1));
 }
 
 // Chunks that hold `count` values of which the first is number `place` (0..7) of its chunk.
@@ -118,17 +123,11 @@ PYPRUNE_LANES uint32_t chunks_of(uint32_t place, uint32_t count) {
   return (place + count + kChunkValues - 1) / kChunkValues;
 }
 
-// Of `chunks` chunks from number `first` those that a matrix has in full: offsets that contradict
-// the bits must not lead outside. The last values of a matrix, which may fill a part of one only,
-// are copied one by one.
-PYPRUNE_LANES uint32_t whole_chunks(uint32_t first, uint32_t chunks, uint32_t values) {
+// Bytes of chunk number `chunk` that a matrix of `values` values has: offsets that contradict the
+// bits must not lead outside, and the last values may fill a part of a chunk only.
+PYPRUNE_LANES uint32_t chunk_bytes(uint32_t chunk, uint32_t values) {
   const uint32_t whole = values / kChunkValues;
-  const uint32_t left = first < whole ? whole - first : 0;
-  return chunks < left ? chunks : left;
-}
-PYPRUNE_LANES bool ends_with_part(uint32_t first, uint32_t chunks, uint32_t values) {
-  const uint32_t whole = values / kChunkValues;
-  return values % kChunkValues && first <= whole && whole - first < chunks;
+  return chunk < whole ? kChunkBytes : chunk == whole ? 2 * (values % kChunkValues) : 0;
 }
 
 // Bytes of (high, low) chosen by the four low nibbles of `selector`, 0 to 7 each; bits above them
@@ -165,28 +164,33 @@ PYPRUNE_LANES uint32_t shift_pair_far(uint32_t low, uint32_t high, uint32_t bits
 #endif
 }
 
-// Constants of expand(). A kernel should keep them in registers that the compiler knows nothing of:
-// an instruction takes one literal at most, and the others would be loaded again at every use.
+// Constants of expansion. A kernel should keep them in registers that the compiler knows nothing
+// of: an instruction takes one literal at most, and the others would be loaded again at every use.
 struct Tables {
   uint32_t low = 0x10441044, spread = 0x0004, twice = 0x11;
 };
 
-// Four elements, two a register, from the words at position / 2 and the four low bits of `bits`,
-// which say which of them are stored: value by value where a bit is set, zero elsewhere. What
-// `word[]` holds besides the stored values does not matter, nor do the other bits.
-PYPRUNE_LANES void expand(const Tables& t, const uint32_t (&word)[3], uint32_t position,
-                          uint32_t bits, uint32_t (&out)[2]) {
-  // Of two bits, which of the next two values (bytes 0 to 3) or zero (bytes 4 to 7) makes the low
-  // half and the high half of a register: bytes of `low` and of kHigh.
+// What makes four elements of the next values, from the four low bits of `bits`, which say which of
+// them are stored: for each pair of elements a selector of four bytes, of the next two values (0 to
+// 3) or zero (4). The first pair's in the low half.
+PYPRUNE_LANES uint32_t selectors_of(const Tables& t, uint32_t bits) {
+  // Of two bits, which of those bytes make the low and the high half: bytes of `low` and kHigh.
   constexpr uint32_t kHigh = 0x32104444;
+  // Both pairs of bits, each twice: as indices into `low` (0 to 3) and kHigh (4 to 7).
+  const uint32_t index =
+      ((bits << 6 & 0x300) | (bits & 3) | t.spread) * t.twice + (0x4040u - 0x11 * 0x0004);
+  return permute(t.low, kHigh, index);
+}
+
+// Four elements, two a register, from the words at byte `position` (its lowest two bits dropped)
+// and the four low bits of `bits`: value by value where a bit is set, zero elsewhere. What `word[]`
+// holds besides the stored values does not matter, nor do the other bits.
+PYPRUNE_LANES void expand(const Tables& t, uint32_t selectors, const uint32_t (&word)[3],
+                          uint32_t position, uint32_t bits, uint32_t (&out)[2]) {
   // 16 bits for every value that a pair takes: 0, 16, 16, 32.
   constexpr uint32_t kTaken = 0x20101000;
-  const uint32_t first_bits = (bits & 3) | t.spread;
-  // Both pairs of bits, each twice: as indices into `low` (0 to 3) and kHigh (4 to 7).
-  const uint32_t index = ((bits << 6 & 0x300) | first_bits) * t.twice + (0x4040u - 0x11 * 0x0004);
-  const uint32_t selectors = permute(t.low, kHigh, index);
-  const uint32_t taken = permute(0, kTaken, first_bits);
-  const uint32_t unaligned = position << 4;
+  const uint32_t taken = permute(0, kTaken, (bits & 3) | t.spread);
+  const uint32_t unaligned = position << 3;
   const uint32_t first = shift_pair(word[0], word[1], unaligned);
   const uint32_t second = shift_pair(word[1], word[2], unaligned);
   out[0] = permute(first, 0, selectors);

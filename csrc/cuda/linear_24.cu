@@ -1,50 +1,83 @@
+// y = x W^T for a 2:4 compressed W [R, C] and up to 64 rows of x: warps stream W as it is stored
+// through shared memory and let sparse tensor cores multiply.
+//
+// The floor. W is read once: 1.125 bytes an element against 2 of a dense one. 4096 x 4096 is
+// 18.9 MB: 4.4 us at an H200's 4.3 TB/s (measured by copies), less than two launches take. So one
+// kernel does everything: where a block has but a part of the columns, the blocks of a cluster add
+// their sums through each other's shared memory.
+//
+// Bytes in flight. By Little's law 4.3 TB/s over 132 multiprocessors at 0.8 us of loaded latency
+// ask for 26 KB each. A warp copies kStages - 1 turns ahead of the one it multiplies: two blocks of
+// eight warps, three turns of 2.3 KB each, have 110 KB under way. Warps on different columns share
+// nothing until the end and wait for no one; those on the same columns, a team, share their x.
+//
+// The rows of x come out of the caches, but through the same wires: a block of kRows rows of W
+// reads 16 / (9 kRows) bytes of x for each byte of W and row of x. Hence more rows of W a block for
+// more rows of x, and columns divided among the blocks of a cluster where those are then too few.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
 #include <type_traits>
 
+#include "cuda/block_sums.h"
 #include "cuda/fragments_24.h"
 #include "cuda/linear_24.h"
+#include "cuda/overlap.h"
 
 namespace pyprune {
 namespace {
 
 using namespace fragments_24;
 
-constexpr int kWarps = 8;
-constexpr int kThreads = 32 * kWarps;
-constexpr int kPairRows = 2 * kTileRows;  // of W a warp: two tiles share what it reads of x
-
-// How a block of eight warps is laid over W for kTiles x 8 rows of x. Few rows of x: more warps
-// along the columns, so that a small W still fills the device. Many: more along the rows, because
-// every block reads all of its columns of x through the second-level cache.
-template <int kTiles>
+// How a block is laid over W.
+//   kTiles     tiles of eight rows of x
+//   kRowTiles  tiles of sixteen rows of W a warp
+//   kTeam      warps next to each other in rows, which share what they read of x
+//   kAcross    teams next to each other in columns
+//   kWords     words of 64 columns a warp and turn, a multiple of two
+//   kStages    turns in shared memory: one being multiplied, the others arriving
+//   kBlocks    a multiprocessor, which bounds the registers
+template <int kTiles_, int kRowTiles_, int kTeam_, int kAcross_, int kWords_, int kStages_,
+          int kBlocks_>
 struct Shape {
-  static constexpr int kAlongRows = kTiles <= 2 ? 2 : 4;
-  static constexpr int kAlongColumns = kWarps / kAlongRows;
-  static constexpr int kRows = kAlongRows * kPairRows;
-  static constexpr int kTokens = kTiles * kTileTokens;
-  // Pieces of 8 columns x 32 lanes of x that a warp stages a turn.
-  static constexpr int kPieces = kAlongColumns * kTiles * 2 / kWarps;
-  static constexpr int kStage = kAlongColumns * kTiles * kTileWords;  // words
-  // The sums of all warps along the columns but the first.
-  static constexpr int kSums = (kAlongColumns - 1) * kAlongRows * 32 * kTiles * 8;
-  static constexpr int kShared = 2 * kStage > kSums ? 2 * kStage : kSums;
-  // Two blocks a multiprocessor keep some 36 KB of W in flight; 64 rows of x take the registers.
-  static constexpr int kBlocks = kTiles <= 4 ? 2 : 1;
+  static constexpr int kTiles = kTiles_, kRowTiles = kRowTiles_, kTeam = kTeam_;
+  static constexpr int kAcross = kAcross_, kWords = kWords_, kStages = kStages_;
+  static constexpr int kBlocks = kBlocks_;
+  static constexpr int kThreads = 32 * kTeam * kAcross;
+  static constexpr int kWarpRows = kRowTiles * kTileRows;
+  static constexpr int kRows = kTeam * kWarpRows;
+  static constexpr int kTurnWords = kAcross * kWords;
+  // Of a row and turn.
+  static constexpr int kValueRow = kWords * kValuePieces;  // pieces
+  static constexpr int kXRow = kWords * kXPieces;          // pieces
+  static constexpr int kMetaRow = kWords * kMetaBytes;     // bytes
+  // Of a warp and turn, in bytes.
+  static constexpr int kValues = kWarpRows * kValueRow * kPieceBytes;
+  static constexpr int kMeta = kWarpRows * kMetaRow;
+  using Sums = BlockSums<kRows, kTiles * kTileTokens, kAcross>;
+  static_assert(kWords % 2 == 0 && (kTeam == 1 || kAcross <= 15));  // named barriers
+
+  PYPRUNE_HD static constexpr int stage_bytes(int m) {
+    return m * kXRow * kPieceBytes + kTeam * (kValues + kMeta);
+  }
+  PYPRUNE_HD static constexpr int shared_bytes(int m) {
+    const int stages = kAcross * kStages * stage_bytes(m) + kPieceBytes;
+    return stages > Sums::kBytes ? stages : Sums::kBytes;
+  }
 };
 
 struct Problem {
   void* y;
-  const void* x;
-  const uint4* values;
-  const uint2* meta;
+  const char* x;
+  const char* values;
+  const char* meta;
   const float* bias;
-  float* workspace;
-  int m, rows, words;  // words of 64 columns
-  int words_per_split;
+  int m, rows, words;   // words of 64 columns
+  int words_per_split;  // a multiple of a turn's
+  int early;            // what is asked for before the kernel before this one has ended
 };
+constexpr int kNothingEarly = 0, kPrefetchEarly = 1, kCopyEarly = 2;
 
 template <class T, int kSelector>
 __device__ __forceinline__ void mma_sp(float (&d)[4], const uint32_t (&a)[4],
@@ -66,252 +99,316 @@ __device__ __forceinline__ void mma_sp(float (&d)[4], const uint32_t (&a)[4],
   }
 }
 
-__device__ inline void convert(float v, __nv_bfloat16* out) { *out = __float2bfloat16(v); }
-__device__ inline void convert(float v, __half* out) { *out = __float2half(v); }
-
-// What a lane reads of 64 columns of a warp's 32 rows: 16 bytes of values and all 8 of metadata
-// from each of four rows.
-struct Weights {
-  uint4 values[4];
-  uint2 meta[4];
-};
-
-// Rows 8 r + quad of the warp. Rows past the matrix repeat its last one; their sums are not stored.
-__device__ inline Weights load_weights(const Problem& p, const int (&row)[4], int word, int place) {
-  Weights w;
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {
-    // A row of values is 4 vectors a word of columns, a row of metadata one. Read once: no cache
-    // need keep them.
-    const int64_t at = static_cast<int64_t>(row[r]) * p.words + word;
-    w.values[r] = __ldcs(p.values + 4 * at + place);
-    w.meta[r] = __ldcs(p.meta + at);
-  }
-  return w;
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(at)
+               : "memory");
 }
 
-// Piece k of a warp: 16 bytes of x for a lane, zeros outside.
-template <int kTiles>
-struct Piece {
-  int along, tile, q, token;
-  __device__ Piece(int warp, int lane, int k) {
-    const int chunk = warp * Shape<kTiles>::kPieces + k;  // 8 tokens x 4 pieces of 8 columns
-    along = chunk / (2 * kTiles);
-    tile = chunk / 2 % kTiles;
-    q = 4 * (chunk % 2) + place_of(lane);
-    token = quad_of(lane);
-  }
-};
-
-template <int kTiles>
-__device__ inline void load_x(const Problem& p, int warp, int lane, int first, int end,
-                              uint4 (&x)[Shape<kTiles>::kPieces]) {
-#pragma unroll
-  for (int k = 0; k < Shape<kTiles>::kPieces; ++k) {
-    const Piece<kTiles> piece(warp, lane, k);
-    const int m = piece.tile * kTileTokens + piece.token, word = first + piece.along;
-    x[k] = make_uint4(0, 0, 0, 0);
-    if (m < p.m && word < end)
-      x[k] = __ldg(static_cast<const uint4*>(p.x) + (static_cast<int64_t>(m) * p.words + word) * 8 +
-                   piece.q);
-  }
+// Sixteen bytes of W, past the first-level cache: they are read once. Zeros unless `inside`.
+__device__ __forceinline__ void copy_weights(uint32_t to, const char* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;"
+               :
+               : "r"(to), "l"(from), "r"(inside ? 16 : 0)
+               : "memory");
+}
+// Through the first-level cache: what other warps or turns read, too.
+template <int kBytes>
+__device__ __forceinline__ void copy_cached(uint32_t to, const char* from, bool inside) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+               :
+               : "r"(to), "l"(from), "n"(kBytes), "r"(inside ? kBytes : 0)
+               : "memory");
+}
+__device__ __forceinline__ void close_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+template <int kOpen>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" : : "n"(kOpen) : "memory");
 }
 
-template <int kTiles>
-__device__ inline void store_x(int warp, int lane, const uint4 (&x)[Shape<kTiles>::kPieces],
-                               uint32_t* stage) {
-#pragma unroll
-  for (int k = 0; k < Shape<kTiles>::kPieces; ++k) {
-    const Piece<kTiles> piece(warp, lane, k);
-    int word[4];
-    x_words(piece.token, piece.q, word);
-    uint32_t* tile = stage + (piece.along * kTiles + piece.tile) * kTileWords;
-    tile[word[0]] = x[k].x;
-    tile[word[1]] = x[k].y;
-    tile[word[2]] = x[k].z;
-    tile[word[3]] = x[k].w;
-  }
-}
+template <class S>
+struct Warp {
+  const Problem& p;
+  const int lane, in_team, team;
+  const int row;              // the warp's first of W
+  const int begin, end;       // the block's words
+  const uint32_t team_stage;  // the team's first stage, in shared memory
+  const uint32_t zeros;       // sixteen bytes of them
 
-template <class T, int kTiles>
-__device__ inline void multiply(const Weights& w, const uint32_t* stage, int lane,
-                                float (&sum)[2][kTiles][4]) {
-  uint32_t e[2];
-#pragma unroll
-  for (int h = 0; h < 2; ++h) {
-    const uint32_t row[2] = {w.meta[2 * h].x, w.meta[2 * h].y};
-    const uint32_t row8[2] = {w.meta[2 * h + 1].x, w.meta[2 * h + 1].y};
-    e[h] = metadata(row, row8, place_of(lane));
+  __device__ uint32_t stage(int turn) const {
+    return team_stage + turn % S::kStages * S::stage_bytes(p.m);
   }
+  // A stage holds x, then each warp's values, then each warp's metadata.
+  __device__ uint32_t values_at(uint32_t stage) const {
+    return stage + p.m * S::kXRow * kPieceBytes + in_team * S::kValues;
+  }
+  __device__ uint32_t meta_at(uint32_t stage) const {
+    return stage + p.m * S::kXRow * kPieceBytes + S::kTeam * S::kValues + in_team * S::kMeta;
+  }
+  __device__ int first_word(int turn) const {
+    return begin + turn * S::kTurnWords + team * S::kWords;
+  }
+
+  __device__ __forceinline__ void copy_w(int turn) const {
+    const int word = first_word(turn);
+    const uint32_t to = values_at(stage(turn)), to_meta = meta_at(stage(turn));
+    constexpr int kRowsAtOnce = 32 / S::kValueRow;
+    const int piece = lane % S::kValueRow, first = lane / S::kValueRow;
+    const bool column = word + piece / kValuePieces < end;
+    const int64_t pitch = static_cast<int64_t>(p.words) * kValuePieces * kPieceBytes;
+    const char* from =
+        p.values + (row + first) * pitch + (word * kValuePieces + piece) * kPieceBytes;
 #pragma unroll
-  for (int s = 0; s < kSteps; ++s) {
-    uint32_t a[2][4];
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const uint4 u = w.values[2 * h], v = w.values[2 * h + 1];
-      const uint32_t row[4] = {u.x, u.y, u.z, u.w}, row8[4] = {v.x, v.y, v.z, v.w};
-      a_registers(row, row8, s, a[h]);
+    for (int r = 0; r < S::kWarpRows; r += kRowsAtOnce)
+      copy_weights(to + piece_at(r + first, piece, S::kValueRow), from + r * pitch,
+                   column && row + r + first < p.rows);
+    if (p.words % 2 == 0) {
+      copy_meta<2>(to_meta, word);
+    } else {
+      copy_meta<1>(to_meta, word);
     }
+  }
+
+  // kAtOnce words a copy: rows of an odd number of words begin between 16-byte boundaries.
+  template <int kAtOnce>
+  __device__ __forceinline__ void copy_meta(uint32_t to, int word) const {
+    constexpr int kRow = S::kWords / kAtOnce, kCopies = S::kWarpRows * kRow;
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j) {
-      uint32_t b[4];
+    for (int k = 0; k < kCopies; k += 32) {
+      const int i = k + lane, r = i / kRow, w = i % kRow * kAtOnce;
+      const bool inside = word + w < end && row + r < p.rows;
+      const char* from = p.meta + (static_cast<int64_t>(row + r) * p.words + word + w) * kMetaBytes;
+      if (kCopies % 32 && i >= kCopies) break;
+      copy_cached<kAtOnce * kMetaBytes>(to + r * S::kMetaRow + w * kMetaBytes, from, inside);
+    }
+  }
+
+  __device__ __forceinline__ void copy_x(int turn) const {
+    const int word = first_word(turn);
+    const uint32_t to = stage(turn);
+    const int thread = in_team * 32 + lane, pieces = p.m * S::kXRow;
 #pragma unroll
-      for (int i = 0; i < 4; ++i) b[i] = stage[j * kTileWords + b_word(s, i, lane)];
+    for (int k = 0; k < S::kTiles * kTileTokens * S::kXRow; k += 32 * S::kTeam) {
+      const int i = k + thread, token = i / S::kXRow, piece = i % S::kXRow;
+      if (i >= pieces) break;
+      const char* from =
+          p.x + ((static_cast<int64_t>(token) * p.words + word) * kXPieces + piece) * kPieceBytes;
+      copy_cached<kPieceBytes>(to + piece_at(token, piece, S::kXRow), from,
+                               word + piece / kXPieces < end);
+    }
+  }
+
+  // What the team's lanes have copied is there, and no one reads what was there before it. The
+  // barrier's number is a constant, or the kernel would be given all sixteen.
+  template <int kTry = 0>
+  __device__ __forceinline__ void meet_team() const {
+    if constexpr (S::kTeam == 1) {
+      __syncwarp();
+    } else if constexpr (kTry < S::kAcross) {
+      if (team == kTry)
+        asm volatile("bar.sync %0, %1;" : : "n"(1 + kTry), "n"(32 * S::kTeam) : "memory");
+      else
+        meet_team<kTry + 1>();
+    }
+  }
+
+  template <class T>
+  __device__ __forceinline__ void multiply(int turn,
+                                           float (&sum)[S::kRowTiles][S::kTiles][4]) const {
+    const uint32_t x = stage(turn), values = values_at(x), meta = meta_at(x);
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        if (s == 0)
-          mma_sp<T, 0>(sum[h][j], a[h], b, e[h]);
-        else
-          mma_sp<T, 1>(sum[h][j], a[h], b, e[h]);
+    for (int word = 0; word < S::kWords; ++word) {
+      uint32_t e[S::kRowTiles];
+#pragma unroll
+      for (int h = 0; h < S::kRowTiles; ++h) {
+        const uint32_t at =
+            meta + (h * kTileRows + quad_of(lane)) * S::kMetaRow + meta_byte(word, lane);
+        uint16_t low, high;
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(low) : "r"(at) : "memory");
+        asm volatile("ld.shared.u16 %0, [%1];" : "=h"(high) : "r"(at + 8 * S::kMetaRow) : "memory");
+        e[h] = low | static_cast<uint32_t>(high) << 16;
+      }
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) {
+        uint32_t a[S::kRowTiles][4];
+#pragma unroll
+        for (int h = 0; h < S::kRowTiles; ++h)
+          load_matrices(a[h], values + piece_at(h * kTileRows + a_row(lane), a_piece(word, s, lane),
+                                                S::kValueRow));
+#pragma unroll
+        for (int j = 0; j < S::kTiles; ++j) {
+          const int token = j * kTileTokens + b_row(lane);
+          uint32_t b[4];
+          load_matrices(
+              b, token < p.m ? x + piece_at(token, b_piece(word, s, lane), S::kXRow) : zeros);
+#pragma unroll
+          for (int h = 0; h < S::kRowTiles; ++h) {
+            if (s == 0)
+              mma_sp<T, 0>(sum[h][j], a[h], b, e[h]);
+            else
+              mma_sp<T, 1>(sum[h][j], a[h], b, e[h]);
+          }
+        }
       }
     }
   }
-}
 
-// Adds the sums of the warps along the columns, in their order, into the first one's registers.
-template <int kTiles>
-__device__ inline void add_warps(int along_rows, int along_columns, int lane, float* shared,
-                                 float (&sum)[2][kTiles][4]) {
-  using S = Shape<kTiles>;
-  const auto slot = [&](int k, int i) {
-    return ((k * S::kAlongRows + along_rows) * kTiles * 8 + i) * 32 + lane;
-  };
-  __syncthreads();  // the last stage of x has been read
-  if (along_columns > 0)
-#pragma unroll
-    for (int i = 0; i < kTiles * 8; ++i)
-      shared[slot(along_columns - 1, i)] = sum[i / 4 / kTiles][i / 4 % kTiles][i % 4];
-  __syncthreads();
-  if (along_columns == 0)
-#pragma unroll
-    for (int k = 0; k < S::kAlongColumns - 1; ++k)
-#pragma unroll
-      for (int i = 0; i < kTiles * 8; ++i)
-        sum[i / 4 / kTiles][i / 4 % kTiles][i % 4] += shared[slot(k, i)];
-}
-
-template <class T, int kTiles>
-__global__ void __launch_bounds__(kThreads, Shape<kTiles>::kBlocks) linear_24_kernel(Problem p) {
-  using S = Shape<kTiles>;
-  __shared__ uint32_t shared[S::kShared];
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int along_rows = warp % S::kAlongRows, along_columns = warp / S::kAlongRows;
-  const int r0 = blockIdx.x * S::kRows + along_rows * kPairRows;
-  int row[4];
-#pragma unroll
-  for (int r = 0; r < 4; ++r) row[r] = min(r0 + 8 * r + quad_of(lane), p.rows - 1);
-
-  const int begin = blockIdx.y * p.words_per_split;
-  const int end = min(begin + p.words_per_split, p.words);
-  float sum[2][kTiles][4] = {};
-  uint4 x[S::kPieces];
-  load_x<kTiles>(p, warp, lane, begin, end, x);
-  // A warp past the last word reads that one again and meets zeros of x.
-  const int last = end - 1;
-  Weights w = load_weights(p, row, min(begin + along_columns, last), place_of(lane));
-  store_x<kTiles>(warp, lane, x, shared);
-  __syncthreads();
-  int buffer = 0;
-  for (int first = begin; first < end; first += S::kAlongColumns) {
-    const int next = first + S::kAlongColumns;
-    load_x<kTiles>(p, warp, lane, next, end, x);
-    const Weights w_next = load_weights(p, row, min(next + along_columns, last), place_of(lane));
-    multiply<T, kTiles>(w, shared + buffer * S::kStage + along_columns * kTiles * kTileWords, lane,
-                        sum);
-    buffer ^= 1;
-    store_x<kTiles>(warp, lane, x, shared + buffer * S::kStage);
-    w = w_next;
-    __syncthreads();
+  // Asks the second-level cache for the beginning of the block's rows. What it fetches may change
+  // until it is read: copies read the cache, not memory.
+  __device__ void prefetch() const {
+    constexpr int kBytes = 64 * 1024;  // a block
+    const int block_row = row - in_team * S::kWarpRows;
+    int words = kBytes / S::kRows / (kValuePieces * kPieceBytes);
+    words = min(words, end - begin) & ~1;
+    const int r = threadIdx.x;
+    if (r < S::kRows && block_row + r < p.rows && words > 0) {
+      const int64_t word = static_cast<int64_t>(block_row + r) * p.words + begin;
+      prefetch_bytes(p.values + word * kValuePieces * kPieceBytes,
+                     words * kValuePieces * kPieceBytes);
+      if (p.words % 2 == 0) prefetch_bytes(p.meta + word * kMetaBytes, words * kMetaBytes);
+    }
   }
-  add_warps<kTiles>(along_rows, along_columns, lane, reinterpret_cast<float*>(shared), sum);
-  if (along_columns > 0) return;
 
-  // Register i of a tile: row quad + 8 (i / 2), token 2 place + i % 2.
+  template <class T>
+  __device__ __forceinline__ void run(float (&sum)[S::kRowTiles][S::kTiles][4]) const {
+    constexpr int kAhead = S::kStages - 1;
+    const int turns = (end - begin + S::kTurnWords - 1) / S::kTurnWords;
+    if (p.early == kPrefetchEarly) prefetch();
+    if (p.early != kCopyEarly) wait_for_kernel_before();
+    for (int turn = 0; turn < kAhead && turn < turns; ++turn) copy_w(turn);
+    if (p.early == kCopyEarly) wait_for_kernel_before();
+    let_next_kernel_begin();
 #pragma unroll
-  for (int h = 0; h < 2; ++h)
+    for (int turn = 0; turn < kAhead; ++turn) {
+      if (turn < turns) copy_x(turn);
+      close_copies();
+    }
+    for (int turn = 0; turn < turns; ++turn) {
+      wait_copies<kAhead - 1>();
+      meet_team();
+      if (turn + kAhead < turns) {
+        copy_w(turn + kAhead);
+        copy_x(turn + kAhead);
+      }
+      close_copies();
+      multiply<T>(turn, sum);
+    }
+    wait_copies<0>();
+  }
+};
+
+template <class T, class S>
+__global__ void __launch_bounds__(S::kThreads, S::kBlocks) linear_24_kernel(const Problem p) {
+  extern __shared__ __align__(1024) char shared[];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int in_team = warp % S::kTeam, team = warp / S::kTeam;
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  const int team_bytes = S::kStages * S::stage_bytes(p.m), zeros = S::kAcross * team_bytes;
+  const int begin = blockIdx.y * p.words_per_split;
+  const Warp<S> w{p,
+                  lane,
+                  in_team,
+                  team,
+                  static_cast<int>(blockIdx.x) * S::kRows + in_team * S::kWarpRows,
+                  begin,
+                  min(begin + p.words_per_split, p.words),
+                  address + team * team_bytes,
+                  address + zeros};
+  if (threadIdx.x < kPieceBytes / 4) reinterpret_cast<uint32_t*>(shared + zeros)[threadIdx.x] = 0;
+  __syncthreads();
+  float sum[S::kRowTiles][S::kTiles][4] = {};
+  w.template run<T>(sum);
+  __syncthreads();  // the last stages have been read
+  float* sums = reinterpret_cast<float*>(shared);
 #pragma unroll
-    for (int j = 0; j < kTiles; ++j)
+  for (int h = 0; h < S::kRowTiles; ++h)
+#pragma unroll
+    for (int j = 0; j < S::kTiles; ++j)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const int r = r0 + kTileRows * h + quad_of(lane) + 8 * (i / 2);
-        const int m = kTileTokens * j + 2 * place_of(lane) + i % 2;
-        if (r >= p.rows || m >= p.m) continue;
-        const int64_t at = static_cast<int64_t>(m) * p.rows + r;
-        if (p.workspace)
-          p.workspace[static_cast<int64_t>(blockIdx.y) * p.m * p.rows + at] = sum[h][j][i];
-        else
-          convert(sum[h][j][i] + (p.bias ? p.bias[r] : 0.0f), static_cast<T*>(p.y) + at);
+        const int m = j * kTileTokens + product_token(lane, i);
+        const int r = in_team * S::kWarpRows + h * kTileRows + product_row(lane, i);
+        sums[team * S::Sums::kPart + m * S::Sums::kPitch + r] = sum[h][j][i];
       }
+  __syncthreads();
+  S::Sums::template store<T>(sums, static_cast<T*>(p.y), p.bias,
+                             static_cast<int64_t>(blockIdx.x) * S::kRows, p.rows, p.m);
 }
 
-// y from the sums of the splits, added in their order: the result does not depend on timing.
+// Blocks of a cluster that share the columns of their rows: as many as give each multiprocessor
+// its kBlocks, as long as each has two turns of its own.
+template <class S>
+int splits_of(const Problem& p, int processors, int major) {
+  if (major < 9) return 1;
+  const int blocks = (p.rows + S::kRows - 1) / S::kRows;
+  int splits = 1;
+  while (2 * splits <= kMostSplits && 2 * splits * blocks <= S::kBlocks * processors &&
+         p.words >= 2 * splits * 2 * S::kTurnWords)
+    splits *= 2;
+  return splits;
+}
+
+template <class T, class S>
+cudaError_t launch_shape(Problem p, int splits, bool overlap, cudaStream_t stream) {
+  const auto kernel = linear_24_kernel<T, S>;
+  const int bytes = S::shared_bytes(p.m);
+  cudaError_t status =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (status != cudaSuccess) return status;
+  const int turns = (p.words + S::kTurnWords - 1) / S::kTurnWords;
+  p.words_per_split = (turns + splits - 1) / splits * S::kTurnWords;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3((p.rows + S::kRows - 1) / S::kRows, splits);
+  config.blockDim = dim3(S::kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  cudaLaunchAttribute attributes[2];
+  config.attrs = attributes;
+  add_cluster(config, attributes);
+  if (overlap) add_overlap(config, attributes);
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
 template <class T>
-__global__ void __launch_bounds__(256) add_splits_kernel(Problem p, int splits) {
-  const int64_t size = static_cast<int64_t>(p.m) * p.rows;
-  const int64_t at = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (at >= size) return;
-  float sum = p.bias ? p.bias[at % p.rows] : 0.0f;
-  for (int s = 0; s < splits; ++s) sum += p.workspace[s * size + at];
-  convert(sum, static_cast<T*>(p.y) + at);
-}
-
-template <int kTiles>
-int64_t splits_of(int64_t rows, int64_t words, int processors) {
-  using S = Shape<kTiles>;
-  const int64_t blocks = (rows + S::kRows - 1) / S::kRows;
-  const int64_t wanted = (static_cast<int64_t>(S::kBlocks) * processors + blocks - 1) / blocks;
-  // At least four turns a block, or filling the pipeline costs more than the split gains.
-  const int64_t most = words / (4 * S::kAlongColumns);
-  return wanted < most ? wanted : most < 1 ? 1 : most;
-}
-
-// Calls f with the number of tiles of eight rows of x, rounded up to a power of two, as a constant.
-template <class F>
-auto with_tiles(int64_t m, F&& f) {
-  if (m <= 8) return f(std::integral_constant<int, 1>());
-  if (m <= 16) return f(std::integral_constant<int, 2>());
-  if (m <= 32) return f(std::integral_constant<int, 4>());
-  return f(std::integral_constant<int, 8>());
-}
-
-template <class T>
-cudaError_t launch(const Problem& p, int64_t splits, cudaStream_t stream) {
-  with_tiles(p.m, [&](auto tiles) {
-    constexpr int kTiles = decltype(tiles)::value;
-    const dim3 grid((p.rows + Shape<kTiles>::kRows - 1) / Shape<kTiles>::kRows,
-                    static_cast<unsigned>(splits));
-    linear_24_kernel<T, kTiles><<<grid, kThreads, 0, stream>>>(p);
-  });
-  if (splits > 1) {
-    const int64_t size = static_cast<int64_t>(p.m) * p.rows;
-    add_splits_kernel<T><<<static_cast<unsigned>((size + 255) / 256), 256, 0, stream>>>(
-        p, static_cast<int>(splits));
-  }
-  return cudaGetLastError();
+cudaError_t launch(Problem p, cudaStream_t stream) {
+  int device, processors, major;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (status != cudaSuccess) return status;
+  const bool overlap = major >= 9;
+  p.early = overlap ? kPrefetchEarly : kNothingEarly;
+  const auto with = [&](auto shape) {
+    using S = decltype(shape);
+    return launch_shape<T, S>(p, splits_of<S>(p, processors, major), overlap, stream);
+  };
+  if (p.m <= 2) return with(Shape<1, 1, 1, 8, 2, 4, 2>());
+  if (p.m <= 8) return with(Shape<1, 1, 2, 4, 2, 3, 3>());
+  if (p.m <= 16) return with(Shape<2, 1, 4, 2, 2, 3, 2>());
+  if (p.m <= 32) return with(Shape<4, 2, 4, 2, 2, 2, 2>());
+  return with(Shape<8, 2, 4, 1, 2, 3, 2>());
 }
 
 }  // namespace
 
-int64_t linear_24_splits(int64_t m, int64_t rows, int64_t cols, int processors) {
-  return with_tiles(m, [&](auto tiles) {
-    return splits_of<decltype(tiles)::value>(rows, cols / kColumns, processors);
-  });
-}
-
-cudaError_t launch_linear_24(const Linear24& a, int64_t splits, cudaStream_t stream) {
-  const int64_t words = a.x.shape[1] / kColumns;
+cudaError_t launch_linear_24(const Linear24& a, cudaStream_t stream) {
   const Problem p{a.y.data,
-                  a.x.data,
-                  a.values.ptr<const uint4>(),
-                  a.meta.ptr<const uint2>(),
+                  a.x.ptr<const char>(),
+                  a.values.ptr<const char>(),
+                  a.meta.ptr<const char>(),
                   a.bias.ptr<const float>(),
-                  splits > 1 ? a.workspace.ptr<float>() : nullptr,
                   static_cast<int>(a.x.shape[0]),
                   static_cast<int>(a.values.shape[0]),
-                  static_cast<int>(words),
-                  static_cast<int>((words + splits - 1) / splits)};
-  if (a.y.dtype == DType::bf16) return launch<__nv_bfloat16>(p, splits, stream);
-  if (a.y.dtype == DType::f16) return launch<__half>(p, splits, stream);
+                  static_cast<int>(a.x.shape[1] / kColumns),
+                  0,
+                  0};
+  if (a.y.dtype == DType::bf16) return launch<__nv_bfloat16>(p, stream);
+  if (a.y.dtype == DType::f16) return launch<__half>(p, stream);
   return cudaErrorInvalidValue;
 }
 

@@ -8,18 +8,14 @@
 namespace pyprune {
 
 struct Linear24 {
-  TensorView y;          // bf16 | f16 [M, R], contiguous
-  TensorView x;          // y's dtype [M, C], contiguous, M <= 64, 64 divides C
-  TensorView values;     // y's dtype [R, C/2], contiguous
-  TensorView meta;       // u8 [R, C/8], contiguous
-  TensorView bias;       // f32 [R] or no data
-  TensorView workspace;  // f32 [splits, M, R]; no data for one split
+  TensorView y;       // bf16 | f16 [M, R], contiguous
+  TensorView x;       // y's dtype [M, C], contiguous, M <= 64, 64 divides C
+  TensorView values;  // y's dtype [R, C/2], contiguous
+  TensorView meta;    // u8 [R, C/8], contiguous
+  TensorView bias;    // f32 [R] or no data
 };
 
-// How many parts to cut the columns into on a device with `processors` multiprocessors.
-int64_t linear_24_splits(int64_t m, int64_t rows, int64_t cols, int processors);
-
 // Asynchronous on `stream`; returns the launch status.
-cudaError_t launch_linear_24(const Linear24& args, int64_t splits, cudaStream_t stream);
+cudaError_t launch_linear_24(const Linear24& args, cudaStream_t stream);
 
 }  // namespace pyprune

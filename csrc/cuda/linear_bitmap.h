@@ -16,7 +16,7 @@ struct LinearBitmap {
   TensorView bias;         // f32 [R] or no data
 };
 
-// The most rows of x that launch_linear_bitmap() takes: 16 of 16-bit numbers, 5 of fp32 ones, which
+// The most rows of x that launch_linear_bitmap() takes: 64 of 16-bit numbers, 5 of fp32 ones, which
 // are three rows of bf16 parts each.
 int64_t linear_bitmap_rows(DType x);
 

@@ -1,169 +1,222 @@
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
+// N:M masks. A thread owns eight or sixteen columns: it keeps their scales in registers and walks
+// down the rows, several of them in flight, so that nothing but weights and mask bytes moves.
+//
+// The n-th highest score of a group comes from a sorting network of minima and maxima; what is not
+// below it is kept. Comparing with it is a subtraction and its sign bit: subtractions leave the
+// pipe that compares and selects, which is the busy one, to the network.
 #include "cuda/mask_nm.h"
+#include "cuda/score_chunks.h"
 
 namespace pyprune {
 namespace {
 
-// Eight weights a thread: two groups, one 128-bit load of 16-bit weights (two of fp32) and one
-// 64-bit store of mask bytes. A warp then writes 256 consecutive bytes.
-constexpr int kWidth = 8;
+using namespace score_chunks;
+
 constexpr int kThreads = 256;
-// Rows beyond this are reached by a stride over the grid (gridDim.y is 16 bits).
-constexpr int64_t kMaxGridRows = 32768;
+// Bytes of weights that a thread has in flight.
+constexpr int kBytesInFlight = 64;
+// A forbidden column's score, below all others.
+constexpr float kForbidden = -1.0f;
+// Blocks a multiprocessor: several times what it holds at once, so that the last ones are few.
+constexpr int kBlocksPerProcessor = 12;
 
-struct Problem {
-  uint8_t* mask;
-  const void* w;
-  const float* column_scale;
-  const float* row_scale;
-  const float* addend;
-  const uint8_t* preserve;
-  int64_t rows, cols, w_stride, addend_stride, preserve_stride;
-};
-
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-
-// The order-preserving key of csrc/cpu/score.h: bit pattern plus one, one key for all NaNs.
-__device__ inline uint32_t key_of(float score) {
-  const uint32_t bits = __float_as_uint(score) & 0x7fffffffu;
-  return (bits > 0x7f800000u ? 0x7fc00000u : bits) + 1;
+__device__ inline void order(float& low, float& high) {
+  const float smaller = fminf(low, high);
+  high = fmaxf(low, high);
+  low = smaller;
 }
 
-// Ranks four keys by six comparisons; of equal keys the higher index wins. Returns one byte a
-// member, 1 = among the two highest.
-__device__ inline uint32_t keep_two_of_four(const uint32_t (&key)[4]) {
-  int beaten[4] = {0, 0, 0, 0};
+// Batcher's odd-even merge sort of kCount numbers (Knuth, The Art of Computer Programming 3, 5.2.2,
+// algorithm M), ascending.
+template <int kCount>
+__device__ inline void sort(float (&v)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
+  for (int p = 1; p < kCount; p *= 2)
 #pragma unroll
-    for (int j = i + 1; j < 4; ++j) {
-      const int later_wins = key[j] >= key[i];
-      beaten[i] += later_wins;
-      beaten[j] += 1 - later_wins;
+    for (int k = p; k >= 1; k /= 2)
+#pragma unroll
+      for (int i = 0; i + k < kCount; ++i)
+        if (i % (2 * k) >= k % p && (i - k % p) % (2 * k) < k && i / (2 * p) == (i + k) / (2 * p))
+          order(v[i], v[i + k]);
+}
+
+// The n-th highest of M numbers. kHalf: n is M / 2, for which two sorted halves need no merging:
+// the upper half of all is the elementwise maximum of one and the other reversed.
+template <int M, bool kHalf>
+__device__ inline float nth_highest(const float (&score)[M], int n) {
+  if constexpr (kHalf) {
+    float a[M / 2], b[M / 2];
+#pragma unroll
+    for (int i = 0; i < M / 2; ++i) {
+      a[i] = score[i];
+      b[i] = score[M / 2 + i];
     }
-  uint32_t bytes = 0;
+    sort(a);
+    sort(b);
+    float cut = fmaxf(a[0], b[M / 2 - 1]);
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    bytes |= static_cast<uint32_t>(beaten[i] < 2 && key[i] != 0) << (8 * i);
-  return bytes;
-}
-
-// `count` weights from column `c`; with kVector they are kWidth and 16-byte aligned.
-template <class T, bool kVector>
-__device__ inline void load_weights(const T* w, int count, float (&out)[kWidth]) {
-  if constexpr (kVector) {
-    constexpr int kLoads = kWidth * sizeof(T) / sizeof(uint4);
-    uint4 raw[kLoads];
-#pragma unroll
-    for (int i = 0; i < kLoads; ++i) raw[i] = __ldcs(reinterpret_cast<const uint4*>(w) + i);
-    const T* values = reinterpret_cast<const T*>(raw);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) out[i] = widen(values[i]);
+    for (int i = 1; i < M / 2; ++i) cut = fminf(cut, fmaxf(a[i], b[M / 2 - 1 - i]));
+    return cut;
   } else {
+    float sorted[M];
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) out[i] = i < count ? widen(w[i]) : 0.0f;
+    for (int i = 0; i < M; ++i) sorted[i] = score[i];
+    sort(sorted);
+    float cut = sorted[0];
+#pragma unroll
+    for (int i = 1; i < M; ++i) cut = i == M - n ? sorted[i] : cut;
+    return cut;
   }
 }
 
-// No product here can be contracted into an fma with a sum, so masks equal those of the CPU.
-__device__ inline uint32_t key_at(const Problem& p, float w, int64_t row, int64_t col) {
-  float score = w;
-  if (p.column_scale || p.addend) {
-    float factor = p.column_scale ? p.column_scale[col] : 0.0f;
-    if (p.addend) {
-      const float extra = p.addend[row * p.addend_stride + col];
-      factor = p.column_scale ? __fadd_rn(factor, extra) : extra;
-    }
-    score = __fmul_rn(score, factor);
-  }
-  if (p.row_scale) score = __fmul_rn(score, p.row_scale[row]);
-  const bool allowed = !p.preserve || p.preserve[row * p.preserve_stride + col];
-  return allowed ? key_of(score) : 0;
+// A finite number of the same order for each score, for groups that hold infinities or NaN: bit
+// patterns moved down by two, so that all NaNs become the highest finite number.
+__device__ inline float finite_score(float score) {
+  if (score < 0) return score;
+  const int32_t key = static_cast<int32_t>(min(__float_as_uint(score), kInfinity + 1)) - 2;
+  return key >= 0 ? __uint_as_float(key) : -__uint_as_float(-key);
 }
 
-template <class T, bool kVector>
-__global__ void __launch_bounds__(kThreads) mask_24_kernel(Problem p) {
-  const int64_t col = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWidth;
-  if (col >= p.cols) return;
-  const int count = p.cols - col < kWidth ? 4 : kWidth;
-  for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
-    float w[kWidth];
-    load_weights<T, kVector>(static_cast<const T*>(p.w) + row * p.w_stride + col, count, w);
-    uint32_t bytes[2] = {0, 0};
+// Keeps the n highest of M scores, none of which is NaN; of equal ones the later. One byte a
+// column.
+template <int M, bool kHalf>
+__device__ inline void keep_highest(float (&score)[M], int n, uint32_t (&bytes)[M / 4]) {
+  float sum = fabsf(score[0]);
 #pragma unroll
-    for (int g = 0; g < 2; ++g) {
-      if (!kVector && g * 4 >= count) break;
-      uint32_t key[4];
+  for (int i = 1; i < M; ++i) sum += fabsf(score[i]);
+  if (!(sum <= 3e38f)) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) key[i] = key_at(p, w[4 * g + i], row, col + 4 * g + i);
-      bytes[g] = keep_two_of_four(key);
-    }
-    uint8_t* out = p.mask + row * p.cols + col;
-    if constexpr (kVector) {
-      __stcs(reinterpret_cast<uint2*>(out), make_uint2(bytes[0], bytes[1]));
-    } else {
-      for (int i = 0; i < count; ++i) out[i] = bytes[i / 4] >> (8 * (i % 4)) & 1;
+    for (int i = 0; i < M; ++i) score[i] = finite_score(score[i]);
+  }
+  const float cut = nth_highest<M, kHalf>(score, n);
+  uint32_t count = 0;
+#pragma unroll
+  for (int i = 0; i < M / 4; ++i) {
+    uint32_t d[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) d[j] = __float_as_uint(__fsub_rn(score[4 * i + j], cut));
+    bytes[i] = positive_bytes(d[0], d[1], d[2], d[3]);
+    count += bytes[i];
+  }
+  count = count * 0x01010101u >> 24;
+  // Scores equal to the cut beyond the quota: the first of them go.
+  int excess = static_cast<int>(count) - n;
+  if (excess == 0) return;
+#pragma unroll
+  for (int i = 0; i < M / 4; ++i) {
+    uint32_t d[4];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) d[j] = __float_as_uint(__fsub_rn(cut, score[4 * i + j]));
+    uint32_t equal = bytes[i] & positive_bytes(d[0], d[1], d[2], d[3]);
+    for (; excess > 0 && equal; --excess, equal &= equal - 1) bytes[i] ^= equal & (0u - equal);
+  }
+}
+
+template <class T, int M, bool kHalf>
+__global__ void __launch_bounds__(kThreads) mask_nm_kernel(Matrix m, int n) {
+  constexpr int kChunks = M > kChunk ? M / kChunk : 1;  // of a thread in a row
+  constexpr int kRows = kBytesInFlight / (kChunks * kChunk * static_cast<int>(sizeof(T)));
+  const int64_t col =
+      (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kChunks * kChunk;
+  if (col >= m.cols) return;
+  float scale[kChunks][kChunk];
+#pragma unroll
+  for (int c = 0; c < kChunks; ++c) load_column_scale(m, col + c * kChunk, scale[c]);
+  const int64_t step = static_cast<int64_t>(gridDim.y) * blockDim.y;
+  for (int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.y + threadIdx.y; first < m.rows;
+       first += kRows * step) {
+    uint32_t raw[kRows][kChunks][kRaw<T>];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+      if (first + r * step < m.rows)
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c)
+          load_weights<T>(m, first + r * step, col + c * kChunk, raw[r][c]);
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t row = first + r * step;
+      if (row >= m.rows) break;
+      float score[kChunks * kChunk];
+      uint2 allowed[kChunks];
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        float part[kChunk];
+        scores_of<T>(m, row, col + c * kChunk, raw[r][c], scale[c], part);
+        allowed[c] = make_uint2(0x01010101u, 0x01010101u);
+        if (m.preserve) {
+          allowed[c] = load_allowed(m, row, col + c * kChunk);
+#pragma unroll
+          for (int i = 0; i < kChunk; ++i)
+            part[i] = is_allowed(allowed[c], i) ? part[i] : kForbidden;
+        }
+#pragma unroll
+        for (int i = 0; i < kChunk; ++i) score[c * kChunk + i] = part[i];
+      }
+      uint32_t bytes[kChunks * kChunk / 4];
+#pragma unroll
+      for (int g = 0; g < kChunks * kChunk / M; ++g) {
+        float group[M];
+        uint32_t kept[M / 4];
+#pragma unroll
+        for (int i = 0; i < M; ++i) group[i] = score[g * M + i];
+        keep_highest<M, kHalf>(group, n, kept);
+#pragma unroll
+        for (int i = 0; i < M / 4; ++i) bytes[g * M / 4 + i] = kept[i];
+      }
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c)
+        store_mask(m, row, col + c * kChunk,
+                   make_uint2(bytes[2 * c] & allowed[c].x, bytes[2 * c + 1] & allowed[c].y));
     }
   }
 }
 
-template <class T>
-void launch(const Problem& p, bool vector, cudaStream_t stream) {
-  const int64_t per_block = static_cast<int64_t>(kThreads) * kWidth;
-  const dim3 grid(static_cast<unsigned>((p.cols + per_block - 1) / per_block),
-                  static_cast<unsigned>(p.rows < kMaxGridRows ? p.rows : kMaxGridRows));
-  if (vector)
-    mask_24_kernel<T, true><<<grid, kThreads, 0, stream>>>(p);
-  else
-    mask_24_kernel<T, false><<<grid, kThreads, 0, stream>>>(p);
+template <class T, int M, bool kHalf>
+cudaError_t launch(Matrix m, int n, cudaStream_t stream) {
+  int device, processors;
+  cudaError_t status = cudaGetDevice(&device);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  if (status != cudaSuccess) return status;
+  constexpr int64_t kColumns = M > kChunk ? M : kChunk;  // of a thread
+  const int64_t across = (m.cols + kColumns - 1) / kColumns;
+  const int64_t blocks_x = (across + kThreads - 1) / kThreads;
+  // Narrow matrices share a block among rows; wide ones cut a row into parts of one length.
+  const int64_t x = (across + blocks_x - 1) / blocks_x, y = kThreads / x;
+  const int64_t wanted = (processors * kBlocksPerProcessor + blocks_x - 1) / blocks_x;
+  const int64_t most = (m.rows + y - 1) / y;
+  const int64_t blocks_y = most < wanted ? most : (wanted < 65535 ? wanted : 65535);
+  const dim3 block(static_cast<unsigned>(x), static_cast<unsigned>(y));
+  const dim3 grid(static_cast<unsigned>(blocks_x), static_cast<unsigned>(blocks_y));
+  mask_nm_kernel<T, M, kHalf><<<grid, block, 0, stream>>>(m, n);
+  return cudaGetLastError();
 }
 
 }  // namespace
 
-cudaError_t launch_mask_24(const TensorView& mask, const TensorView& w, const ScoreTerms& terms,
-                           cudaStream_t stream) {
-  Problem p{mask.ptr<uint8_t>(),
-            w.data,
-            terms.column_scale.ptr<float>(),
-            terms.row_scale.ptr<float>(),
-            terms.addend.ptr<float>(),
-            terms.preserve.ptr<uint8_t>(),
-            w.shape[0],
-            w.shape[1],
-            w.stride[0],
-            terms.addend.stride[0],
-            terms.preserve.stride[0]};
-  // Magnitude alone does not care where rows end: a contiguous matrix is one long row, so that
-  // narrow matrices fill their blocks too.
-  const bool plain = !p.column_scale && !p.row_scale && !p.addend && !p.preserve;
-  if (plain && w.contiguous()) {
-    p.cols *= p.rows;
-    p.rows = 1;
+cudaError_t launch_mask_nm(const TensorView& mask, const TensorView& w, int64_t n, int64_t m,
+                           const ScoreTerms& terms, cudaStream_t stream) {
+  Matrix matrix = matrix_of(mask, w, terms);
+  if (is_one_run(matrix, w)) {
+    // Rows of any length will do: one that threads divide well, and vectors where 8 divides it.
+    const int64_t numel = matrix.rows * matrix.cols;
+    int64_t cols = int64_t{kThreads} * kChunk;
+    while (numel % cols) cols /= 2;
+    matrix.rows = numel / cols;
+    matrix.cols = matrix.w_stride = cols;
+    matrix.vector = cols % kChunk == 0 && aligned(matrix.w, 0, 16) && aligned(matrix.mask, 0, 8);
   }
-  const int64_t size = w.dtype == DType::f32 ? 4 : 2;
-  const bool vector = p.cols % kWidth == 0 && reinterpret_cast<uintptr_t>(p.w) % 16 == 0 &&
-                      (p.rows == 1 || p.w_stride * size % 16 == 0) &&
-                      reinterpret_cast<uintptr_t>(p.mask) % 8 == 0;
-  switch (w.dtype) {
-    case DType::f32:
-      launch<float>(p, vector, stream);
-      break;
-    case DType::bf16:
-      launch<__nv_bfloat16>(p, vector, stream);
-      break;
-    case DType::f16:
-      launch<__half>(p, vector, stream);
-      break;
-    default:
-      return cudaErrorInvalidValue;
-  }
-  return cudaGetLastError();
+  cudaError_t status = cudaErrorInvalidValue;
+  with_type(w.dtype, [&](auto type) {
+    using T = decltype(type);
+    const int count = static_cast<int>(n);
+    if (m == 4 && n == 2) status = launch<T, 4, true>(matrix, count, stream);
+    if (m == 4 && n != 2) status = launch<T, 4, false>(matrix, count, stream);
+    if (m == 8 && n == 4) status = launch<T, 8, true>(matrix, count, stream);
+    if (m == 8 && n != 4) status = launch<T, 8, false>(matrix, count, stream);
+    if (m == 16 && n == 8) status = launch<T, 16, true>(matrix, count, stream);
+  });
+  return status;
 }
 
 }  // namespace pyprune

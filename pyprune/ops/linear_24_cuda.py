@@ -3,8 +3,9 @@
 rows of x     | kernel
 --------------|----------------------------------------------------------------------------
 up to 64      | `csrc/cuda/linear_24.cu`: sparse tensor cores on W as it is stored
-above         | cuSPARSELt through PyTorch, its algorithm searched once a shape; where PyTorch
-              | was built without it, the expanded matrix and a dense product
+above         | cuSPARSELt through PyTorch, its algorithm searched once a shape of W and power of
+              | two of rows; where PyTorch was built without it, the expanded matrix and a dense
+              | product
 
 Up to 64 rows the product is a matter of reading W. Above, arithmetic decides, and the library is
 the better tool; its compressed copy of W is made at the first such product and kept while `values`
@@ -13,7 +14,7 @@ lives, which costs another 9/16 of the dense bytes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -34,14 +35,23 @@ LIBRARY_ALIGNMENT = 16
 
 @dataclass
 class _LibraryWeight:
-    """W in cuSPARSELt's layout, for one state of `values` and `meta`, and the algorithm by rows."""
+    """W in cuSPARSELt's layout, for one state of `values` and `meta`."""
 
     packed: Tensor
     state: tuple[int, int, int]
-    algorithms: dict[int, int] = field(default_factory=dict)
 
 
 _library_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+# cuSPARSELt's algorithm by what it may depend on. Searching takes 25 to 80 ms (H200), so layers of
+# one shape share it, and so do numbers of tokens up to the same power of two: prompts come in any.
+_algorithms: dict[tuple[object, ...], int] = {}
+
+
+def algorithm_key(x: Tensor, rows: int, bias: Tensor | None) -> tuple[object, ...]:
+    """What products share an algorithm: device, dtype, shape, rows of x up to a power of two."""
+    tokens = 1 << (x.shape[0] - 1).bit_length()
+    return x.device, x.dtype, rows, x.shape[1], tokens, bias is not None
 
 
 def limits(x: Tensor, values: Tensor, *rest: Tensor | None) -> str:
@@ -85,19 +95,14 @@ def linear_24_cuda(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None)
 
 
 def _few_rows(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
-    (m, cols), rows = x.shape, values.shape[0]
-    y = x.new_empty(m, rows)
+    y = x.new_empty(x.shape[0], values.shape[0])
     if y.numel() == 0:
         return y
     if bias is not None:
         bias = bias.float().contiguous()
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    splits = _native.call("linear_24_splits", m, rows, cols, processors)
-    workspace = x.new_empty(splits, m, rows, dtype=torch.float32) if splits > 1 else None
-    extra = map(_native.optional_capsule, (bias, workspace))
     stream = torch.cuda.current_stream(x.device).cuda_stream
     with torch.cuda.device(x.device):
-        _native.call("linear_24_cuda", y, x, values, meta, *extra, splits, stream)
+        _native.call("linear_24_cuda", y, x, values, meta, _native.optional_capsule(bias), stream)
     return y
 
 
@@ -110,16 +115,12 @@ def _library(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Te
     m = x.shape[0]
     padded = torch.nn.functional.pad(x, (0, 0, 0, -m % LIBRARY_TOKENS))
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    tokens = padded.shape[0]
-    if tokens not in weight.algorithms:
-        weight.algorithms[tokens] = torch._cslt_sparse_mm_search(
+    key = algorithm_key(padded, values.shape[0], bias)
+    if key not in _algorithms:
+        _algorithms[key] = torch._cslt_sparse_mm_search(
             weight.packed, padded.T, bias=bias, transpose_result=True
         )
     y = torch._cslt_sparse_mm(
-        weight.packed,
-        padded.T,
-        bias=bias,
-        transpose_result=True,
-        alg_id=weight.algorithms[tokens],
+        weight.packed, padded.T, bias=bias, transpose_result=True, alg_id=_algorithms[key]
     )
     return y[:m]

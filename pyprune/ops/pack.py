@@ -46,6 +46,17 @@ def _unit_columns(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
 
+def _aligned(t: Tensor, bytes_: int = 16) -> Tensor:
+    """`t` with unit stride along columns and rows that start at multiples of `bytes_`, as the CUDA
+    kernels' vector loads need them: a slice may begin anywhere."""
+    t = t.contiguous() if t.dim() == 1 else _unit_columns(t)
+    rows = t.dim() == 2 and t.shape[0] > 1
+    starts = (t.data_ptr(), t.stride(0) * t.element_size() if rows else 0)
+    if all(start % bytes_ == 0 for start in starts):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def _row_blocks(t: Tensor) -> Iterator[slice]:
     """Rows of a matrix of bytes, few enough at a time that temporaries of their size do not count:
     it may be checked while a model is loaded that barely fits."""
@@ -68,8 +79,11 @@ def _check_pack_24(w: Tensor, mask: Tensor | None) -> None:
     _check_mask(w, mask)
 
 
-def refuse_overfull(group: int, cols: int) -> None:
-    """Raises for the `group`-th group of four (flat index) of a matrix with `cols` columns."""
+def _refuse_overfull(group: int, cols: int) -> None:
+    """Raises for the `group`-th group of four (flat index) of a matrix with `cols` columns; -1 is
+    none."""
+    if group < 0:
+        return
     row, start = divmod(4 * group, cols)
     raise ValueError(
         f"w: expected at most 2 kept of every 4, got more in row {row}, columns {start} to "
@@ -77,14 +91,19 @@ def refuse_overfull(group: int, cols: int) -> None:
     )
 
 
-def pack_24_reference(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def first_overfull(crowded: Tensor) -> Tensor:
+    """The lowest index `[1]` at which `crowded` (bool, flat) is True; -1 where it nowhere is. On a
+    GPU nothing waits for it."""
+    first = crowded.int().argmax(0, keepdim=True)
+    return torch.where(crowded[first], first, -1)
+
+
+def pack_24_reference(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = w.shape
     keep = w != 0 if mask is None else mask
     spare = torch.signbit(w) & ~keep if mask is None else torch.zeros_like(keep)
     bits = _bits(w) if mask is None else _bits(w).masked_fill(~mask, 0)
-    crowded = (keep.reshape(-1, 4).sum(1) > 2).nonzero()
-    if len(crowded):
-        refuse_overfull(int(crowded[0]), cols)
+    overfull = first_overfull(keep.reshape(-1, 4).sum(1) > 2)
     index = torch.arange(4, device=w.device)
     order = torch.tensor(_PADDING_ORDER, device=w.device).expand(rows, cols // 4, 4)
     order = torch.where(spare.reshape(order.shape), 4 + index, order)
@@ -92,30 +111,39 @@ def pack_24_reference(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     stored = order.argsort(dim=2)[:, :, :2].sort(dim=2).values
     values = bits.reshape(order.shape).gather(2, stored).reshape(rows, cols // 2).view(w.dtype)
     nibbles = (stored[:, :, 0] | stored[:, :, 1] << 2).reshape(rows, cols // 8, 2)
-    return values, (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).to(torch.uint8)
+    return values, (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).to(torch.uint8), overfull
 
 
-def _pack_24_fake(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _pack_24_fake(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     _check_pack_24(w, mask)
     rows, cols = w.shape
-    return w.new_empty(rows, cols // 2), w.new_empty(rows, cols // 8, dtype=torch.uint8)
+    meta = w.new_empty(rows, cols // 8, dtype=torch.uint8)
+    return w.new_empty(rows, cols // 2), meta, w.new_empty(1, dtype=torch.int64)
 
 
-def _pack_24_native(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    values, meta = _pack_24_fake(w, mask)
-    overfull = _native.call("pack_24", values, meta, _unit_columns(w), _native_mask(mask))
-    if overfull >= 0:
-        refuse_overfull(overfull, w.shape[1])
-    return values, meta
+def _pack_24_native(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    values, meta, overfull = _pack_24_fake(w, mask)
+    overfull[0] = _native.call("pack_24", values, meta, _unit_columns(w), _native_mask(mask))
+    return values, meta, overfull
 
 
+def _pack_24_cuda(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    packed = _pack_24_fake(w, mask)
+    kept = None if mask is None else _native.capsule(_aligned(mask.contiguous(), 8))
+    _native.launch("pack_24_cuda", w.device, *packed, _aligned(w), kept)
+    return packed
+
+
+# The third result is the first group (flat index) that keeps more than two, [1]; -1 if none does.
+# The op leaves it on the device, so that packing can be queued: `pack_24` below reads it.
 _registry.register(
-    "pack_24(Tensor w, Tensor? mask) -> (Tensor, Tensor)",
+    "pack_24(Tensor w, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     fake=_pack_24_fake,
     impls={
         "reference": _registry.Impl(pack_24_reference),
         "native": _registry.Impl(_pack_24_native, _registry.HALF_OR_SINGLE),
         "triton": _registry.Impl("pyprune.kernels.pack:pack_24_triton", _registry.HALF_OR_SINGLE),
+        "cuda": _registry.Impl(_pack_24_cuda, _registry.HALF_OR_SINGLE),
     },
 )
 
@@ -142,8 +170,9 @@ def pack_24(w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """
     _check_pack_24(w, mask)
     if w.numel() == 0:
-        return _pack_24_fake(w, mask)
-    values, meta = torch.ops.pyprune.pack_24(w, mask)
+        return _pack_24_fake(w, mask)[:2]
+    values, meta, overfull = torch.ops.pyprune.pack_24(w, mask)
+    _refuse_overfull(int(overfull), w.shape[1])
     return values, meta
 
 
@@ -189,6 +218,13 @@ def _unpack_24_fake(values: Tensor, meta: Tensor) -> Tensor:
     return values.new_empty(values.shape[0], 2 * values.shape[1])
 
 
+def _unpack_24_cuda(values: Tensor, meta: Tensor) -> Tensor:
+    w = _unpack_24_fake(values, meta)
+    arrays = (_aligned(values.contiguous()), meta.contiguous())
+    _native.launch("unpack_24_cuda", w.device, w, *arrays)
+    return w
+
+
 def _unpack_24_native(values: Tensor, meta: Tensor) -> Tensor:
     w = _unpack_24_fake(values, meta)
     _native.call("unpack_24", w, values.contiguous(), meta.contiguous())
@@ -202,6 +238,7 @@ _registry.register(
         "reference": _registry.Impl(unpack_24_reference),
         "native": _registry.Impl(_unpack_24_native, _registry.HALF_OR_SINGLE),
         "triton": _registry.Impl("pyprune.kernels.pack:unpack_24_triton", _registry.HALF_OR_SINGLE),
+        "cuda": _registry.Impl(_unpack_24_cuda, _registry.HALF_OR_SINGLE),
     },
 )
 
@@ -307,6 +344,20 @@ def _pack_bitmap_native(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor,
     return values, bitmap, row_offsets
 
 
+def _pack_bitmap_cuda(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = w.shape
+    w = _unit_columns(w)
+    bitmap = w.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+    row_offsets = w.new_empty(rows + 1, dtype=torch.int64)
+    state = w.new_zeros(1, dtype=torch.int64)
+    kept = None if mask is None else _native.capsule(mask.contiguous())
+    _native.launch("pack_bitmap_rows_cuda", w.device, bitmap, row_offsets, w, kept, state)
+    values = w.new_empty(int(row_offsets[-1]))
+    arrays = (w, values, bitmap, row_offsets)
+    _native.launch("move_bitmap_values_cuda", w.device, *arrays, True)
+    return values, bitmap, row_offsets
+
+
 _registry.register(
     "pack_bitmap(Tensor w, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     fake=_pack_bitmap_fake,
@@ -316,6 +367,7 @@ _registry.register(
         "triton": _registry.Impl(
             "pyprune.kernels.pack:pack_bitmap_triton", _registry.HALF_OR_SINGLE
         ),
+        "cuda": _registry.Impl(_pack_bitmap_cuda, _registry.HALF_OR_SINGLE),
     },
 )
 
@@ -410,6 +462,13 @@ def _unpack_bitmap_native(values: Tensor, bitmap: Tensor, row_offsets: Tensor, c
     return w
 
 
+def _unpack_bitmap_cuda(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> Tensor:
+    w = values.new_empty(bitmap.shape[0], cols)
+    arrays = (_aligned(values), bitmap.contiguous(), row_offsets.contiguous())
+    _native.launch("move_bitmap_values_cuda", w.device, w, *arrays, False)
+    return w
+
+
 _registry.register(
     "unpack_bitmap(Tensor values, Tensor bitmap, Tensor row_offsets, int cols) -> Tensor",
     fake=_unpack_bitmap_fake,
@@ -419,6 +478,7 @@ _registry.register(
         "triton": _registry.Impl(
             "pyprune.kernels.pack:unpack_bitmap_triton", _registry.HALF_OR_SINGLE
         ),
+        "cuda": _registry.Impl(_unpack_bitmap_cuda, _registry.HALF_OR_SINGLE),
     },
 )
 

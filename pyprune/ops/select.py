@@ -31,6 +31,9 @@ from pyprune.ops._checks import (
     check_shape,
 )
 
+# Of a row whose keys mask_topk's cuda kernel keeps in registers.
+TOPK_COLUMNS = 32768
+
 Terms = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -148,14 +151,13 @@ def _mask_nm_native(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
 def _mask_nm_cuda(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
     mask = w.new_empty(w.shape, dtype=torch.bool)
     extra = map(_native.optional_capsule, _native_terms(terms))
-    stream = torch.cuda.current_stream(w.device).cuda_stream
-    with torch.cuda.device(w.device):
-        _native.call("mask_24_cuda", mask, _unit_columns(w), *extra, stream)
+    _native.launch("mask_nm_cuda", w.device, mask, _unit_columns(w), n, m, *extra)
     return mask
 
 
 def _mask_nm_cuda_limits(w: Tensor, n: int, m: int, *terms: Tensor | None) -> str:
-    return "" if (n, m) == (2, 4) else f"mask_nm's cuda implementation is for 2:4, not {n}:{m}"
+    taken = m in (4, 8) or (n, m) == (8, 16)
+    return "" if taken else f"mask_nm's cuda kernel is for n:4, n:8 and 8:16, not {n}:{m}"
 
 
 _TERMS = "Tensor? column_scale, Tensor? row_scale, Tensor? addend, Tensor? preserve"
@@ -241,6 +243,28 @@ def _mask_topk_native(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
     return mask
 
 
+def _mask_topk_cuda(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
+    if pruned == 0:
+        return _allowed(w, terms[3])
+    mask = w.new_empty(w.shape, dtype=torch.bool)
+    extra = map(_native.optional_capsule, _native_terms(terms))
+    _native.launch("mask_topk_cuda", w.device, mask, _unit_columns(w), pruned, *extra)
+    return mask
+
+
+def _mask_topk_cuda_limits(w: Tensor, pruned: int, *terms: Tensor | None) -> str:
+    if w.shape[1] <= TOPK_COLUMNS:
+        return ""
+    return f"mask_topk's cuda kernel takes up to {TOPK_COLUMNS} columns, not {w.shape[1]}"
+
+
+def _allowed(w: Tensor, preserve: Tensor | None) -> Tensor:
+    """The mask of `w` when nothing needs to go."""
+    if preserve is None:
+        return torch.ones_like(w, dtype=torch.bool, memory_format=torch.contiguous_format)
+    return preserve.clone(memory_format=torch.contiguous_format)
+
+
 _registry.register(
     f"mask_topk(Tensor w, int pruned, {_TERMS}) -> Tensor",
     fake=_mask_topk_fake,
@@ -250,6 +274,7 @@ _registry.register(
         "triton": _registry.Impl(
             "pyprune.kernels.select:mask_topk_triton", _registry.HALF_OR_SINGLE
         ),
+        "cuda": _registry.Impl(_mask_topk_cuda, _registry.HALF_OR_SINGLE, _mask_topk_cuda_limits),
     },
 )
 
@@ -332,16 +357,41 @@ def _mask_global_fake(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> l
     return [w.new_empty(w.shape, dtype=torch.bool) for w in ws]
 
 
-def _mask_global_native(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> list[Tensor]:
-    masks = [_native.empty_mask(tuple(w.shape)) for w in ws]
+def _capsules(
+    ws: Sequence[Tensor], masks: Sequence[Tensor], lists: Sequence[TermLists]
+) -> list[list[object]]:
+    """The masks, the weights and the four lists of terms as the kernels take them: of those that
+    are not empty; an absent term's list has no items."""
     filled = [i for i, w in enumerate(ws) if w.numel()]
     terms = [_native_terms(_terms_of(lists, i)) for i in filled]
-    groups = [
+    return [
         [_native.capsule(masks[i]) for i in filled],
         [_native.capsule(_unit_columns(ws[i])) for i in filled],
         *([_native.capsule(u) for t in terms if (u := t[j]) is not None] for j in range(4)),
     ]
+
+
+def _mask_global_native(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> list[Tensor]:
+    masks = [_native.empty_mask(tuple(w.shape)) for w in ws]
+    groups = _capsules(ws, masks, lists)
     _native.call("mask_global", *groups[:2], pruned, *groups[2:])
+    return masks
+
+
+# What mask_global's cuda kernels count in: words for digits, and one for each so many columns.
+_WORKSPACE_WORDS = 4096
+_TILE_CHUNKS, _CHUNK = 1024, 8
+
+
+def _mask_global_cuda(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> list[Tensor]:
+    if pruned == 0:
+        return [_allowed(w, _terms_of(lists, i)[3]) for i, w in enumerate(ws)]
+    masks = [w.new_empty(w.shape, dtype=torch.bool) for w in ws]
+    chunks = [w.shape[0] * -(-w.shape[1] // _CHUNK) for w in ws]
+    words = _WORKSPACE_WORDS + sum(-(-count // _TILE_CHUNKS) for count in chunks)
+    workspace = ws[0].new_empty(words, dtype=torch.int64)
+    groups = _capsules(ws, masks, lists)
+    _native.launch("mask_global_cuda", ws[0].device, *groups[:2], pruned, *groups[2:], workspace)
     return masks
 
 
@@ -355,6 +405,7 @@ _registry.register(
         "triton": _registry.Impl(
             "pyprune.kernels.select_global:mask_global_triton", _registry.HALF_OR_SINGLE
         ),
+        "cuda": _registry.Impl(_mask_global_cuda, _registry.HALF_OR_SINGLE),
     },
 )
 

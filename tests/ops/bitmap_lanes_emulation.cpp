@@ -71,18 +71,16 @@ struct Warp {
     const int place = L::place_of(lane);
     const uint32_t first = at / kChunkValues, chunks = chunks_of(at % kChunkValues, count);
     const uint32_t values = static_cast<uint32_t>(w.count);
-    const uint32_t whole = whole_chunks(first, chunks, values);
     if (chunks > uint32_t(L::kCopies * L::kAcross) || chunks * kChunkBytes > L::kRowBytes)
       return false;
     for (int k = 0; k < L::kCopies; ++k) {
       const uint32_t c = place + k * L::kAcross;
-      if (c < whole)
-        std::memcpy(&shared[row + c * kChunkBytes], w.values + (first + c) * kChunkValues,
-                    kChunkBytes);
+      if (c >= chunks) break;
+      uint8_t* to = &shared[row + c * kChunkBytes];
+      const uint32_t bytes = chunk_bytes(first + c, values);
+      std::memset(to, 0, kChunkBytes);
+      if (bytes) std::memcpy(to, w.values + int64_t(first + c) * kChunkValues, bytes);
     }
-    if (place == 0 && ends_with_part(first, chunks, values))
-      std::memcpy(&shared[row + whole * kChunkBytes], w.values + (first + whole) * kChunkValues,
-                  2 * (values % kChunkValues));
     return true;
   }
 
@@ -105,11 +103,11 @@ struct Warp {
       uint32_t start[2];
       for (int half = 0; half < 2; ++half) {
         const uint32_t row = stage * L::kTurnBytes + L::row_of(lane, half) * L::kRowBytes;
-        start[half] = row / 2 + position[lane][half] % kChunkValues;
+        start[half] = row + 2 * (position[lane][half] % kChunkValues);
         if (!copy_values(lane, row, position[lane][half], unpack_count(all, half))) return false;
         position[lane][half] += unpack_count(all, half);
       }
-      before[lane] = sum[lane] - own[lane] + pack_counts(start[0], start[1]);
+      before[lane] = 2 * (sum[lane] - own[lane]) + pack_counts(start[0], start[1]);
     }
     for (int step = 0; step < kSteps; ++step) {
       uint32_t a[32][4], b[2][32][2];
@@ -120,11 +118,12 @@ struct Warp {
           const int owner = lane - place + L::owner_of(step, place);
           const uint32_t at =
               position_of(word[owner][half], shift, unpack_count(before[owner], half));
-          first[lane] = at >> 1;
+          first[lane] = at / 4;
           uint32_t window[3], pair[2];
           if (4 * first[lane] + sizeof(window) > shared.size()) return false;
           std::memcpy(window, &shared[4 * first[lane]], sizeof(window));
-          expand(Tables(), window, at, word[owner][half] >> shift, pair);
+          const uint32_t bits = word[owner][half] >> shift;
+          expand(Tables(), selectors_of(Tables(), bits), window, at, bits, pair);
           a[lane][half] = pair[0];
           a[lane][2 + half] = pair[1];
           if (elements)
@@ -230,7 +229,8 @@ void expand_all(const uint16_t* values, uint32_t above, uint16_t* out) {
       uint32_t window[3];
       std::memcpy(window, values, 12);
       uint32_t pair[2];
-      expand(Tables(), window, position, nibble | above << 4, pair);
+      const uint32_t bits = nibble | above << 4;
+      expand(Tables(), selectors_of(Tables(), bits), window, 2 * position, bits, pair);
       std::memcpy(out + (nibble * 2 + position) * 4, pair, 8);
     }
 }
@@ -239,6 +239,32 @@ void expand_all(const uint16_t* values, uint32_t above, uint16_t* out) {
 void parts(const float* v, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i)
     for (int part = 0; part < 3; ++part) out[3 * i + part] = float_of(bf16_part(v[i], part) << 16);
+}
+
+// Eight rows of 128 columns of x, numbered through, staged as linear_bitmap_wide_kernel() does:
+// what each lane reads for each step [8][32][4]. Returns the most of sixteen lanes that meet in a
+// bank.
+int wide_x(int* columns) {
+  using L = Lanes<1>;
+  std::vector<uint16_t> stage(8 * L::kColumns);
+  for (int token = 0; token < 8; ++token)
+    for (int piece = 0; piece < L::kColumns / 8; ++piece)
+      for (int i = 0; i < 8; ++i)
+        stage[token * L::kColumns + wide_x_piece(token, piece) * 8 + i] =
+            token * L::kColumns + piece * 8 + i;
+  int worst = 0;
+  for (int step = 0; step < kSteps; ++step) {
+    int lanes_of[2][16] = {};  // half the warp; banks in pairs
+    for (int lane = 0; lane < 32; ++lane) {
+      const int token = L::token_of(lane), place = L::place_of(lane);
+      const int at = token * 2 * L::kColumns + place % 2 * 8 +
+                     wide_x_piece(token, 2 * step + place / 2) * int(kChunkBytes);
+      const int n = ++lanes_of[lane / 16][at / 8 % 16];
+      worst = n > worst ? n : worst;
+      for (int i = 0; i < 4; ++i) columns[(step * 32 + lane) * 4 + i] = stage.at(at / 2 + i);
+    }
+  }
+  return worst;
 }
 
 // [turn bytes, row bytes, rows of a turn, columns of a turn, copies of a lane]

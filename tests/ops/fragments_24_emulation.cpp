@@ -1,9 +1,12 @@
-// A warp of csrc/cuda/linear_24.cu on the CPU: lanes read W and x where the kernel's lanes do, and
-// mma.sp.m16n8k32 is replaced by its description in the PTX ISA ("Matrix Fragments for sparse
-// mma.m16n8k32 with .f16 and .bf16 types" and "Sparse matrix storage"). Built and called by
+// A warp of csrc/cuda/linear_24.cu on the CPU: pieces of W and x lie in shared memory where the
+// kernel's copies put them, lanes ask for them where the kernel's do, and ldmatrix and
+// mma.sp.m16n8k32 are replaced by their descriptions in the PTX ISA ("ldmatrix", "Matrix Fragments
+// for sparse mma.m16n8k32 with .f16 and .bf16 types", "Sparse matrix storage"). Built and called by
 // test_linear_24_cuda.py.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "cuda/fragments_24.h"
 
@@ -48,43 +51,86 @@ void mma_sp(const Warp& w, int selector, float (&d)[16][8]) {
       for (int k = 0; k < 32; ++k) d[r][n] += a[r][k] * b[k][n];
 }
 
+// Four 8 x 8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8,
+// and receives word l % 4 of row l / 4 of each.
+void ldmatrix(const std::vector<uint8_t>& shared, const int (&at)[32], uint32_t (&r)[32][4]) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int i = 0; i < 4; ++i)
+      std::memcpy(&r[lane][i], &shared.at(at[8 * i + lane / 4]) + 4 * (lane % 4), 4);
+}
+
+// The most lanes of eight, a matrix's, that meet in a bank.
+int worst_of(const int (&at)[32]) {
+  int worst = 0;
+  for (int i = 0; i < 4; ++i) {
+    int lanes[8] = {};
+    for (int l = 0; l < 8; ++l) {
+      const int n = ++lanes[at[8 * i + l] / kPieceBytes % 8];
+      worst = n > worst ? n : worst;
+    }
+  }
+  return worst;
+}
+
+struct Addresses {
+  int a[32], b[32];
+  Addresses(int word, int s, int words) {
+    for (int lane = 0; lane < 32; ++lane) {
+      a[lane] = piece_at(a_row(lane), a_piece(word, s, lane), words * kValuePieces);
+      b[lane] = piece_at(b_row(lane), b_piece(word, s, lane), words * kXPieces);
+    }
+  }
+};
+
 }  // namespace
 
 extern "C" {
 
-// Sixteen rows of W [16, cols / 2] and eight of x [8, cols], bf16; y [16][8].
-void emulate_tile(const uint16_t* values, const uint8_t* meta, const uint16_t* x, int cols,
+// Sixteen rows of W [16, cols / 2] and eight of x [8, cols], bf16; y [16][8]. `words` words of 64
+// columns a turn.
+void emulate_tile(const uint8_t* values, const uint8_t* meta, const uint8_t* x, int cols, int words,
                   float* y) {
   float sum[16][8] = {};
-  for (int word = 0; word < cols / kColumns; ++word) {
-    uint32_t stage[kTileWords] = {};
-    for (int token = 0; token < kTileTokens; ++token)
-      for (int q = 0; q < 8; ++q) {
-        uint32_t piece[4];
-        int to[4];
-        std::memcpy(piece, x + token * cols + word * kColumns + 8 * q, 16);
-        x_words(token, q, to);
-        for (int i = 0; i < 4; ++i) stage[to[i]] = piece[i];
+  for (int first = 0; first < cols / kColumns; first += words) {
+    std::vector<uint8_t> w_stage(16 * words * kValuePieces * kPieceBytes);
+    std::vector<uint8_t> x_stage(8 * words * kXPieces * kPieceBytes);
+    std::vector<uint8_t> meta_stage(16 * words * kMetaBytes);
+    const auto copy = [&](std::vector<uint8_t>& to, const uint8_t* from, int rows, int pieces) {
+      const int whole = pieces * (cols / kColumns);  // of a row
+      for (int r = 0; r < rows; ++r)
+        for (int piece = 0; piece < pieces * words; ++piece)
+          if (first * pieces + piece < whole)
+            std::memcpy(&to.at(piece_at(r, piece, pieces * words)),
+                        from + (r * whole + first * pieces + piece) * kPieceBytes, kPieceBytes);
+    };
+    copy(w_stage, values, 16, kValuePieces);
+    copy(x_stage, x, 8, kXPieces);
+    for (int r = 0; r < 16; ++r)
+      for (int word = 0; word < words && first + word < cols / kColumns; ++word)
+        std::memcpy(&meta_stage.at((r * words + word) * kMetaBytes),
+                    meta + (r * (cols / kColumns) + first + word) * kMetaBytes, kMetaBytes);
+    for (int word = 0; word < words; ++word)
+      for (int s = 0; s < kSteps; ++s) {
+        const Addresses at(word, s, words);
+        Warp w;
+        ldmatrix(w_stage, at.a, w.a);
+        ldmatrix(x_stage, at.b, w.b);
+        for (int lane = 0; lane < 32; ++lane) {
+          uint16_t half[2];
+          for (int h = 0; h < 2; ++h)
+            std::memcpy(&half[h],
+                        &meta_stage.at((quad_of(lane) + 8 * h) * words * kMetaBytes +
+                                       meta_byte(word, lane)),
+                        2);
+          w.e[lane] = half[0] | static_cast<uint32_t>(half[1]) << 16;
+        }
+        mma_sp(w, s, sum);
       }
-    uint32_t row[32][2][4], bits[32][2][2];
-    for (int lane = 0; lane < 32; ++lane)
-      for (int h = 0; h < 2; ++h) {
-        const int64_t r = quad_of(lane) + 8 * h;
-        std::memcpy(row[lane][h], values + (r * cols + word * kColumns) / 2 + 8 * place_of(lane),
-                    16);
-        std::memcpy(bits[lane][h], meta + (r * cols + word * kColumns) / 8, 8);
-      }
-    for (int s = 0; s < kSteps; ++s) {
-      Warp w;
-      for (int lane = 0; lane < 32; ++lane) {
-        a_registers(row[lane][0], row[lane][1], s, w.a[lane]);
-        for (int i = 0; i < 4; ++i) w.b[lane][i] = stage[b_word(s, i, lane)];
-        w.e[lane] = metadata(bits[lane][0], bits[lane][1], place_of(lane));
-      }
-      mma_sp(w, s, sum);
-    }
   }
-  std::memcpy(y, sum, sizeof(sum));
+  for (int lane = 0; lane < 32; ++lane)  // where the kernel takes each register's element to be
+    for (int i = 0; i < 4; ++i)
+      y[product_row(lane, i) * 8 + product_token(lane, i)] =
+          sum[(lane >> 2) + (i < 2 ? 0 : 8)][2 * (lane % 4) + (i & 1)];
 }
 
 // The lane and the lowest bit of the indices of chunk `u` of row `r`, as [lane, shift].
@@ -94,32 +140,18 @@ void documented_metadata(int r, int u, int selector, int* out) {
   out[1] = at.shift;
 }
 
-// How often x_words() names each of a tile's words.
-void staged_words(int* count) {
-  for (int token = 0; token < kTileTokens; ++token)
-    for (int q = 0; q < 8; ++q) {
-      int to[4];
-      x_words(token, q, to);
-      for (int i = 0; i < 4; ++i) ++count[to[i]];
-    }
+// How often a stage's pieces of `rows` rows name each place.
+void staged_pieces(int rows, int pieces, int* count) {
+  for (int r = 0; r < rows; ++r)
+    for (int piece = 0; piece < pieces; ++piece) ++count[piece_at(r, piece, pieces) / kPieceBytes];
 }
 
-int tile_words() { return kTileWords; }
-int step_words() { return kStepWords; }
-
-// The largest number of lanes that meet in one bank when lanes store piece k of their tokens
-// together, as store_x() has them: token lane / 4, piece 4 half + lane % 4.
-int worst_bank_conflict() {
+int worst_bank_conflict(int words) {
   int worst = 0;
-  for (int half = 0; half < 2; ++half)
-    for (int i = 0; i < 4; ++i) {
-      int lanes[32] = {};
-      for (int lane = 0; lane < 32; ++lane) {
-        int to[4];
-        x_words(quad_of(lane), 4 * half + place_of(lane), to);
-        const int n = ++lanes[to[i] % 32];
-        worst = n > worst ? n : worst;
-      }
+  for (int word = 0; word < words; ++word)
+    for (int s = 0; s < kSteps; ++s) {
+      const Addresses at(word, s, words);
+      worst = std::max({worst, worst_of(at.a), worst_of(at.b)});
     }
   return worst;
 }

@@ -203,6 +203,55 @@ def test_triton_shares_the_tokens_of_the_last_tiles(use_backend, monkeypatch):
     assert launches == 2 * [(12 + 8 * 3,), (8, 2)]
 
 
+def recorded_launches(kernel, monkeypatch):
+    """The options of every launch of the kernel from here on."""
+    options, launch = [], kernel._gram_kernel.__getitem__
+
+    class Recorder:
+        def __getitem__(self, grid):
+            def run(*args, **kwargs):
+                options.append(kwargs)
+                return launch(grid)(*args, **kwargs)
+
+            return run
+
+    monkeypatch.setattr(kernel, "_gram_kernel", Recorder())
+    return options
+
+
+@pytest.mark.parametrize("ones", [False, True])
+def test_triton_takes_no_more_tokens_a_launch_than_an_accumulator_bears(
+    use_backend, monkeypatch, ones
+):
+    from pyprune.kernels import gram as kernel
+
+    use_backend("triton", OP, "cpu", torch.bfloat16)
+    monkeypatch.setattr(kernel, "LAUNCH_TOKENS", 64)
+    blocks = kernel._blocks(torch.empty(1, 1, 1), False, True) | {"CHUNK": 0}
+    monkeypatch.setattr(kernel, "_blocks", lambda x, upcast, described: blocks)
+    monkeypatch.setattr(kernel, "_is_interpreted", lambda: True)
+    launches = recorded_launches(kernel, monkeypatch)
+    x, weight = randn(150, 24).bfloat16(), randn(150, seed=1).abs()
+    got = ops.gram(x, weight=weight if ones else None, ones_column=ones)
+    full = torch.cat([x, torch.ones(150, 1).bfloat16()], dim=1) if ones else x
+    assert_gram(got, expected(full, weight if ones else None), torch.bfloat16)
+    assert len(launches) == 3
+
+
+@pytest.mark.parametrize("alive", [0.0, 0.5])
+def test_triton_copies_the_tokens_that_count(use_backend, monkeypatch, alive):
+    from pyprune.kernels import gram as kernel
+
+    use_backend("triton", OP, "cpu", torch.bfloat16)
+    monkeypatch.setattr(kernel, "_is_interpreted", lambda: True)
+    launches = recorded_launches(kernel, monkeypatch)
+    x, weight = randn(90, 40).bfloat16(), (randn(90, seed=1).abs() < alive).float()
+    x[weight == 0] = float("nan")  # padding may hold anything
+    got = ops.gram(x, weight=weight)
+    assert_gram(got, expected(x[weight > 0]), torch.bfloat16)
+    assert [(kw["DESCRIPTORS"], kw["WEIGHT"]) for kw in launches] == [(True, 0)] * bool(alive)
+
+
 @pytest.mark.parametrize(("tiles", "slots"), [(8, 132), (100, 132), (131, 132), (0, 132), (1, 1)])
 def test_splits_never_take_longer_than_whole_tiles(tiles, slots):
     from pyprune.kernels import gram as kernel
@@ -256,7 +305,7 @@ def test_triton_tiles_cover_the_triangle_once(monkeypatch, use_backend, group, b
     use_backend("triton", OP, "cpu")
     blocks = {"BLOCK_M": 32, "BLOCK_N": block_n, "BLOCK_K": 32, "CHUNK": 0, "PART": 16}
     blocks |= {"num_warps": 4, "num_stages": 1}
-    monkeypatch.setattr(kernel, "_blocks", lambda x, upcast: blocks)
+    monkeypatch.setattr(kernel, "_blocks", lambda x, upcast, described: blocks)
     monkeypatch.setattr(kernel, "GROUP", group)
     monkeypatch.setattr(kernel, "_tiles", kernel._tiles.__wrapped__)
     x = randn(20, 150)

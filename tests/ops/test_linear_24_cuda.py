@@ -1,6 +1,5 @@
-"""The CUDA kernel of `linear_24`. No test machine has had a GPU yet: what a lane reads and feeds to
-the tensor cores is tested by emulation (see fragments_24_emulation.cpp), the rest carries the
-marker `gpu` and has never been executed."""
+"""The CUDA kernel of `linear_24`. What a lane reads and feeds to the tensor cores is tested by
+emulation, without a GPU (see fragments_24_emulation.cpp); the rest carries the marker `gpu`."""
 
 import ctypes
 import os
@@ -38,13 +37,14 @@ def pointer(t):
     return ctypes.c_void_p(t.data_ptr())
 
 
-@pytest.mark.parametrize("cols", [64, 256])
-@pytest.mark.parametrize("seed", range(4))
-def test_a_warp_multiplies_what_it_reads(warp, cols, seed):
+@pytest.mark.parametrize("cols", [64, 320])
+@pytest.mark.parametrize("words", [2, 4])
+@pytest.mark.parametrize("seed", range(2))
+def test_a_warp_multiplies_what_it_reads(warp, cols, words, seed):
     (values, meta), dense = weight(16, cols, seed=seed)
     x = torch.randn(8, cols, generator=torch.Generator().manual_seed(9 + seed)).bfloat16()
     y = torch.full((16, 8), float("nan"))
-    warp.emulate_tile(pointer(values), pointer(meta), pointer(x), cols, pointer(y))
+    warp.emulate_tile(pointer(values), pointer(meta), pointer(x), cols, words, pointer(y))
     want = dense.double() @ x.double().T
     scale = dense.double().abs() @ x.double().abs().T
     assert ((y.double() - want).abs() <= 2e-6 * scale).all()
@@ -59,17 +59,17 @@ def test_every_column_meets_its_own_weight(warp):
         x = torch.zeros(8, 64, dtype=torch.bfloat16)
         x[:, column] = torch.arange(1, 9, dtype=torch.bfloat16)
         y = torch.empty(16, 8)
-        warp.emulate_tile(pointer(values), pointer(meta), pointer(x), 64, pointer(y))
+        warp.emulate_tile(pointer(values), pointer(meta), pointer(x), 64, 2, pointer(y))
         assert torch.equal(y, torch.outer(torch.arange(1.0, 17.0), torch.arange(1.0, 9.0)))
 
 
-def test_staging_fills_every_word_once_without_bank_conflicts(warp):
-    count = (ctypes.c_int * warp.tile_words())()
-    warp.staged_words(count)
-    # The last word of each step is the gap that spreads the banks.
-    assert [n for i, n in enumerate(count) if i % warp.step_words() == 128] == [0, 0]
-    assert [n for i, n in enumerate(count) if i % warp.step_words() != 128] == [1] * 256
-    assert warp.worst_bank_conflict() == 1
+@pytest.mark.parametrize("words", [2, 4])
+def test_staging_fills_every_piece_once_without_bank_conflicts(warp, words):
+    for rows, pieces in ((16, 4 * words), (8, 8 * words)):
+        count = (ctypes.c_int * (rows * pieces))()
+        warp.staged_pieces(rows, pieces, count)
+        assert list(count) == [1] * (rows * pieces)
+    assert warp.worst_bank_conflict(words) == 1
 
 
 def test_documented_metadata_agrees_with_pytorch(warp):
@@ -104,6 +104,22 @@ def test_inference_tensors_have_a_version():
     assert linear_24_cuda._version(frozen) == 0 and linear_24_cuda._version(counted) == 1
 
 
+def test_products_that_share_an_algorithm():
+    x = torch.zeros(104, 64, dtype=torch.bfloat16)
+    key = linear_24_cuda.algorithm_key(x, 32, None)
+    assert linear_24_cuda.algorithm_key(x.new_zeros(128, 64), 32, None) == key
+    bias = torch.zeros(32)
+    others = [
+        (x.new_zeros(136, 64), 32, None),
+        (x.new_zeros(64, 64), 32, None),
+        (x.new_zeros(104, 128), 32, None),
+        (x.half(), 32, None),
+        (x, 48, None),
+        (x, 32, bias),
+    ]
+    assert len({key, *(linear_24_cuda.algorithm_key(*other) for other in others)}) == 7
+
+
 @pytest.mark.parametrize(
     ("x", "values", "reason"),
     [
@@ -122,7 +138,7 @@ def test_limits(x, values, reason):
     assert reason in got and bool(got) == bool(reason)
 
 
-# --- never executed: no test machine has had a GPU yet ------------------------------------------
+# --- on a GPU -----------------------------------------------------------------------------------
 
 
 def assert_product(got, x, dense, bias=None):

@@ -1,7 +1,6 @@
-"""The CUDA kernel of `linear_bitmap`. No test machine has had a GPU yet: which bits, values and
-activations a lane holds, and how it expands them, is tested by running whole warps of the kernel's
-own functions on the CPU (see bitmap_lanes_emulation.cpp); the rest carries the marker `gpu` and has
-never been executed."""
+"""The CUDA kernel of `linear_bitmap`. Which bits, values and activations a lane holds, and how it
+expands them, is tested by running whole warps of the kernel's own functions on the CPU (see
+bitmap_lanes_emulation.cpp); the rest carries the marker `gpu`."""
 
 import ctypes
 import os
@@ -150,6 +149,17 @@ def test_loads_of_values_seldom_meet_in_a_bank(lanes, segments, most):
     assert 1 <= cycles <= most
 
 
+def test_a_warp_finds_the_shared_rows_of_x(lanes):
+    # The kernel for more than sixteen rows of x: the lanes' four columns of each step, and how many
+    # of the sixteen lanes that are served at a time meet in a bank.
+    columns = (ctypes.c_int * (8 * 32 * 4))()
+    assert lanes.wide_x(columns) == 1
+    got = torch.tensor(list(columns)).reshape(8, 32, 4)
+    first = 16 * torch.arange(8)[:, None] + 4 * (torch.arange(32) % 4)
+    token = 128 * (torch.arange(32) // 4)
+    assert torch.equal(got, (token + first)[..., None] + torch.arange(4))
+
+
 def test_parts_of_an_fp32_number(lanes):
     x = torch.randn(1000, generator=torch.Generator().manual_seed(7)) * 10.0 ** torch.randint(
         -28, 38, (1000,), generator=torch.Generator().manual_seed(8)
@@ -172,14 +182,14 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
     [
         (1, 64, BF16, BF16, "kernel"),
         (16, 64, FP16, FP16, "kernel"),
-        (17, 64, BF16, BF16, "expand"),
+        (64, 64, BF16, BF16, "kernel"),
+        (65, 64, BF16, BF16, "expand"),
         (5, 64, FP32, BF16, "kernel"),
-        (6, 64, FP32, BF16, "triton"),
-        (17, 64, FP32, BF16, "expand"),
+        (6, 64, FP32, BF16, "expand"),
         (1, 64, FP32, FP32, "triton"),
         (1, 64, BF16, FP16, "triton"),
         (1, 72, BF16, BF16, "triton"),  # rows of the bitmap begin within words
-        (17, 72, FP32, FP32, "expand"),
+        (2, 72, FP32, FP32, "expand"),
         (0, 64, BF16, BF16, "kernel"),
     ],
 )
@@ -207,14 +217,14 @@ def test_the_table_asks_no_kernel_for_more_rows_than_it_takes(table):
     assert most[-1] is None and most[:-1] == sorted(most[:-1])
     assert all(rows <= TRITON_ROWS for rows, served in table if served == "triton")
     kernel_rows = {served: rows for rows, served in table}["kernel"]
-    assert kernel_rows <= (5 if table is linear_bitmap_cuda.ROUTES[FP32, BF16] else 16)
+    assert kernel_rows <= (5 if table is linear_bitmap_cuda.ROUTES[FP32, BF16] else 64)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_expanded_product(dtype):
     # The route that needs no GPU.
     w, mask = random((24, 96), 9), mask_of("0.4", 24, 96)
-    x, bias = random((2, 20, 96), 10, dtype), random((24,), 11)
+    x, bias = random((2, 40, 96), 10, dtype), random((24,), 11)
     got = linear_bitmap_cuda.linear_bitmap_cuda(x, *pack_bitmap(w, mask), bias)
     want = x.double() @ (w * mask).double().T + bias.double()
     tolerance = 2**-8 if dtype == BF16 else 1e-6
@@ -222,7 +232,7 @@ def test_expanded_product(dtype):
     assert got.dtype == dtype and ((got.double() - want).abs() <= tolerance * scale).all()
 
 
-# --- never executed: no test machine has had a GPU yet ------------------------------------------
+# --- on a GPU -----------------------------------------------------------------------------------
 
 
 def assert_product(got, x, dense, bias=None):
@@ -256,8 +266,8 @@ def check_on_a_gpu(shape, density, dtype, rows_of_x):
 def test_matches_float64_on_a_gpu(use_backend, shape, density, dtype):
     use_backend("cuda", "linear_bitmap", "cuda", dtype)
     # The kernel's numbers of rows, one of every case; then the expanded matrix.
-    few = (1, 2, 3, 5) if dtype == FP32 else (1, 2, 3, 4, 7, 8, 9, 16)
-    check_on_a_gpu(shape, density, dtype, (*few, 17, 100))
+    few = (1, 2, 3, 5) if dtype == FP32 else (1, 2, 3, 4, 7, 8, 9, 16, 17, 32, 33, 64)
+    check_on_a_gpu(shape, density, dtype, (*few, 100))
 
 
 @pytest.mark.gpu
@@ -266,7 +276,7 @@ def test_sanitized_on_a_gpu(use_backend, dtype):
     """Small enough for compute-sanitizer (`make gpu-sanitize`). The last chunk of values is partly
     outside, and the tampered offsets point there."""
     use_backend("cuda", "linear_bitmap", "cuda", dtype)
-    few = (1, 2, 4, 5) if dtype == FP32 else (1, 2, 4, 8, 16)
+    few = (1, 2, 4, 5) if dtype == FP32 else (1, 2, 4, 8, 16, 20, 64)
     check_on_a_gpu((37, 1056), "0.5", dtype, few)
     w, mask = random((19, 544), 15, BF16 if dtype == FP32 else dtype), mask_of("0.5", 19, 544)
     values, bitmap, offsets = (t.cuda() for t in pack_bitmap(w, mask))
@@ -306,7 +316,7 @@ def test_activations_of_any_magnitude_on_a_gpu(use_backend):
 def test_same_result_every_time_on_a_gpu(use_backend):
     use_backend("cuda", "linear_bitmap", "cuda", BF16)
     packed = [t.cuda() for t in pack_bitmap(random((256, 8192), 18), mask_of("0.5", 256, 8192))]
-    for m in (1, 5, 16):
+    for m in (1, 5, 16, 64):
         x = random((m, 8192), 19).cuda()
         want = ops.linear_bitmap(x, *packed)
         for _ in range(20):
@@ -333,7 +343,7 @@ def test_in_a_cuda_graph_on_a_gpu(use_backend):
 def test_other_dtypes_and_widths_go_to_triton_on_a_gpu():
     for cols, dtype in ((104, BF16), (128, FP32)):
         w, mask = random((40, cols), 22, dtype), mask_of("0.5", 40, cols)
-        x, packed = random((4, cols), 23, dtype), pack_bitmap(w, mask)
+        x, packed = random((1, cols), 23, dtype), pack_bitmap(w, mask)
         args = (x.cuda(), *(t.cuda() for t in packed), None)
         assert _registry.select("linear_bitmap", args) == "triton"
         assert_product(torch.ops.pyprune.linear_bitmap(*args).cpu(), x, w * mask)

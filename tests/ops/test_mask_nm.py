@@ -14,8 +14,9 @@ PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 4), (4, 8), (7, 16), (1, 2), (2, 3), (5,
 
 
 def force(use_backend, backend, device, dtype, n, m):
-    if backend == "cuda" and (n, m) != (2, 4):
-        pytest.skip("the cuda kernel is for 2:4")  # on a GPU only: the limits are tested below
+    limits = _registry.IMPLS[OP][backend].limits
+    if limits is not None and limits(torch.empty(0, m), n, m):
+        pytest.skip("no kernel for this pattern")  # cuda's, on a GPU: the limits are tested below
     use_backend(backend, OP, device, dtype)
 
 
@@ -40,7 +41,7 @@ def test_every_dtype(backend, device, use_backend, dtype):
 
 
 @pytest.mark.parametrize("names", selection.TERMS.values(), ids=selection.TERMS)
-@pytest.mark.parametrize("pattern", [(2, 4), (3, 5), (20, 50)], ids=str)
+@pytest.mark.parametrize("pattern", [(2, 4), (3, 5), (5, 8), (8, 16), (20, 50)], ids=str)
 def test_score_terms(backend, device, use_backend, pattern, names):
     n, m = pattern
     force(use_backend, backend, device, torch.bfloat16, n, m)
@@ -205,7 +206,10 @@ def test_bad_arguments(change, message):
 
 def test_cuda_kernel_declines_other_patterns():
     limits = _registry.IMPLS[OP]["cuda"].limits
-    assert limits(torch.zeros(1, 8), 2, 4) == "" and "2:4" in limits(torch.zeros(1, 8), 4, 8)
+    for n, m in ((2, 4), (3, 4), (4, 8), (8, 8), (8, 16)):
+        assert limits(torch.zeros(1, m), n, m) == ""
+    for n, m in ((1, 2), (7, 16), (3, 6), (8, 32)):
+        assert f"not {n}:{m}" in limits(torch.zeros(1, m), n, m)
 
 
 @pytest.mark.parametrize("names", selection.TERMS.values(), ids=selection.TERMS)

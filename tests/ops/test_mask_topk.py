@@ -121,13 +121,32 @@ def test_rows_like_the_one_before_and_unlike_it():
 @pytest.mark.parametrize("kind", ["normal", "ties"])
 def test_one_long_row_is_shared_out(backend, device, use_backend, kind):
     use_backend(backend, OP, device, torch.bfloat16)
-    cols = 140_003
+    cols = 140_003 if backend != "cuda" else 32_761  # its most, but for an odd few
     w = selection.weights(kind, 1, cols, torch.bfloat16).to(device)
     scale = torch.rand(cols, generator=torch.Generator().manual_seed(3)).to(device)
     for pruned, extra in ((1, {}), (70_001, {"column_scale": scale})):
         given = (extra.get("column_scale"), None, None, None)
         want = ops.select.mask_topk_reference(w, pruned, *given)
         assert torch.equal(ops.mask_topk(w, pruned, **extra), want)
+
+
+@pytest.mark.parametrize("cols", [2100, 4096, 9000, 14336, 32_768])
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_rows_of_layers(backend, device, use_backend, kind, cols):
+    use_backend(backend, OP, device, torch.bfloat16)
+    w = selection.weights(kind, 2, cols, torch.bfloat16).to(device)
+    scale = torch.rand(cols, generator=torch.Generator().manual_seed(3)).to(device)
+    for pruned in (1, cols // 2, cols - 1):
+        for columns in (None, scale):
+            want = ops.select.mask_topk_reference(w, pruned, columns, None, None, None)
+            assert torch.equal(ops.mask_topk(w, pruned, column_scale=columns), want)
+
+
+def test_cuda_kernel_declines_longer_rows():
+    limits = _registry.IMPLS[OP]["cuda"].limits
+    most = ops.select.TOPK_COLUMNS
+    assert limits(torch.empty(1, most), 1) == ""
+    assert f"not {most + 1}" in limits(torch.empty(1, most + 1), 1)
 
 
 def test_masks_are_nested(backend, device, use_backend):

@@ -49,13 +49,13 @@ def losses(x, w, h, damping=0.01):
     return (((x - w) @ damped(h, damping)) * (x - w)).sum(1)
 
 
-def assert_solution(got, w, h, mask, atol=2e-4):
+def assert_solution(got, w, h, mask, atol=2e-4, resolved=2e-6):
     want = least_squares(w, h, mask)
     torch.testing.assert_close(got.weight.double(), want, rtol=0, atol=atol)
     assert bool((got.weight[~mask] == 0).all())
     # The loss is a difference; what fp32 resolves of it is relative to the row's output.
     scale = losses(torch.zeros_like(w), w, h)
-    assert bool(((got.loss - losses(want, w, h)).abs() <= 2e-6 * scale + 1e-12).all())
+    assert bool(((got.loss - losses(want, w, h)).abs() <= resolved * scale + 1e-12).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -69,7 +69,9 @@ def test_is_the_least_squares_solution(backend, device, use_backend, dtype, rows
     got = ops.ObsReconstruct(*(t.cpu() for t in got))
     assert got.weight.dtype == dtype and got.loss.dtype == torch.float64
     assert got.iterations.dtype == torch.int32 and got.iterations.shape == (rows,)
-    assert_solution(got, w, h, mask, 2e-4 if dtype == torch.float32 else 1e-9)
+    # On a GPU fp32 operands are sums of two bf16 numbers.
+    resolved = 1e-5 if device == "cuda" and dtype == torch.float32 else 2e-6
+    assert_solution(got, w, h, mask, 2e-4 if dtype == torch.float32 else 1e-9, resolved)
     assert bool(got.converged(1e-6).all())
 
 
