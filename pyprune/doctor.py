@@ -96,6 +96,7 @@ def diagnose() -> Diagnosis:
             "python": platform.python_version(),
             "pyprune": pyprune.__version__,
             **versions,
+            "torch": str(torch.__version__),  # tells the build too, `+cu130`
         },
         cpu=_cpu(),
         gpus=[_gpu(i) for i in range(torch.cuda.device_count())],

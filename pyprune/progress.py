@@ -72,7 +72,8 @@ class ProgressBar:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._bar.stop()
+        if not self._bar.disable:  # rich 13 would end even a bar that it never drew with a newline
+            self._bar.stop()
 
     def walked(self, event: Event) -> None:
         """Block, phase and layer of a walk."""

@@ -25,10 +25,14 @@ SCHEMA = 1
 
 
 def versions() -> dict[str, str]:
-    """Of what a run depends on."""
+    """Of what a run depends on. PyTorch's own tells the build too (`+cu130`), which the metadata of
+    some wheels leave out."""
+    import torch
+
     return {
         "pyprune": pyprune.__version__,
-        **{package: version(package) for package in ("torch", "transformers")},
+        "torch": str(torch.__version__),
+        "transformers": version("transformers"),
         "python": platform.python_version(),
     }
 

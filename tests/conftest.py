@@ -9,6 +9,8 @@ if not torch.cuda.is_available():
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder
 
 from pyprune import ops
 
@@ -16,6 +18,12 @@ from pyprune import ops
 # now, before `poison_empty` replaces some of them.
 with torch.device("cpu"):
     torch.empty(0)
+
+# Triton 3.6's interpreter has every constant but those in bf16.
+if not hasattr(InterpreterBuilder, "get_bf16"):
+    InterpreterBuilder.get_bf16 = lambda self, value: self.create_fp_trunc(
+        self.get_fp32(value), tl.bfloat16
+    )
 
 ALLOCATORS = ("empty", "empty_like", "empty_strided")
 

@@ -59,6 +59,13 @@ def test_the_text_ends_where_positions_do(family, tmp_path):
         generate(tmp_path, "a" * 128, write=lambda _: None)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "falcon"])
+def test_without_a_tokenizer_it_says_so(family, tmp_path):
+    tiny_model(family).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="its tokenizer does not load"):
+        generate(tmp_path, "abc", write=lambda _: None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -154,13 +154,7 @@ class Checkpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The checkpoint's tokenizer; UserError if it has none that loads."""
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                self.path, trust_remote_code=self.trust_remote_code, local_files_only=True
-            )
-        except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-            raise UserError(f"{self.path}: its tokenizer does not load: {_line(error)}") from error
-        return tokenizer
+        return load_tokenizer(self.path, self.trust_remote_code)
 
     @cached_property
     def names(self) -> NameMap:
@@ -176,6 +170,26 @@ class Checkpoint:
             return self.names.problem
         except UserError as error:
             return str(error)
+
+
+def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in a directory; UserError if it has none that loads.
+
+    Where no file of one is there, transformers may make one of nothing but the special tokens of
+    the model's family, for which every text is empty: that is none either.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its tokenizer does not load: {_line(error)}") from error
+    if not tokenizer.get_vocab().keys() - tokenizer.all_special_tokens:
+        raise UserError(
+            f"{path}: its tokenizer does not load: its files are missing, without them "
+            f"{type(tokenizer).__name__} has special tokens alone"
+        )
+    return tokenizer
 
 
 def _line(error: Exception) -> str:

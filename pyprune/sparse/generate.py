@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase, TextStreamer
 
+from pyprune.checkpoint.source import load_tokenizer
 from pyprune.errors import UserError
 from pyprune.models.positions import positions_of
 from pyprune.sparse.load import load
@@ -51,10 +52,7 @@ def generate(
             f"and {temperature}"
         )
     model = load(source, dtype, device)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model.name_or_path, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
-        raise UserError(f"{source}: its tokenizer does not load: {error}") from error
+    tokenizer = load_tokenizer(model.name_or_path)
     if chat:
         if not getattr(tokenizer, "chat_template", None):
             raise UserError(f"{source}: its tokenizer has no chat template")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import wraps
+from itertools import chain
 from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -52,6 +53,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         self._entries: dict[str, TensorEntry] = {}
         self._parts: dict[str, dict[str, TensorEntry]] = {}
         self._placed: dict[str, str] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
 
     def update_attn_implementation(self, config: Any) -> Any:
         # The advice for those without pyprune stands where a file name could; see docs/format.md.
@@ -95,6 +97,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
             self._place_experts(model, experts, names)
         self._tie(model)
         use_own_kernels(model)  # for the layers that are left dense
+        self._dtypes = {name: t.dtype for name, t in _tensors(model) if t.is_floating_point()}
 
     def _find(self, model: Any, name: str) -> tuple[str, nn.Module] | None:
         """The module that the checkpoint calls `name`, after its path in the model."""
@@ -236,7 +239,20 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
             tensors = {part: attrgetter(part)(module) for part in owned}
             where = self._entries[f"{name}.{layer.main}"].file
             formats.check_tensors(name, layer, tensors, str(where))
+        self._cast_as_planned(model)
         return model
+
+    def _cast_as_planned(self, model: Any) -> None:
+        """Casts what came in the file's dtype to the model's: transformers (5.17 still) takes every
+        tensor that it renames (routers, fused experts, GPT-NeoX's head) for a quantized one, and
+        leaves it as stored."""
+        in_fp32 = {
+            *(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ()),
+        }  # fmt: skip
+        for name, tensor in _tensors(model):
+            planned = self._dtypes.get(name, tensor.dtype)
+            if tensor.dtype != planned and in_fp32.isdisjoint(name.split(".")):
+                tensor.data = tensor.data.to(planned)
 
     def _dequantize(self, model: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
         raise UserError(
@@ -253,6 +269,10 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
 
 
 def save_with_advice() -> None:
