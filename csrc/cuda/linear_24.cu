@@ -12,10 +12,10 @@
 // nothing until the end and wait for no one; those on the same columns, a team, share their x.
 //
 // Measured on an H200 (CUDA graphs, W out of memory, 4096 x 4096 to 28672 x 8192), in shares of the
-// bandwidth of copies and as a multiple of cuBLAS's speed on the dense W: one row of x 72 to 95 %
-// and 1.6 to 2.0, eight rows 54 to 93 % and 1.5 to 1.7, 16 rows 52 to 86 % and 1.3 to 1.5. More
-// rows are not worth it everywhere: 32 have 0.7 to 1.2 times the speed of cuBLAS, 64 have 0.5 to
-// 0.9; cuSPARSELt has 0.6 to 0.8 at either. The likely reason, which was not profiled: x. With 64
+// bandwidth of copies and as a multiple of cuBLAS's speed on the dense W: one row of x 71 to 100 %
+// and 1.7 to 2.1, eight rows 68 to 97 % and 1.6 to 1.9, 16 rows 59 to 87 % and 1.4 to 1.7. More
+// rows are not worth it everywhere: 32 have 0.9 to 1.1 times the speed of cuBLAS, 64 have 0.5 to
+// 0.9; cuSPARSELt has 0.5 to 0.8 at either. The likely reason, which was not profiled: x. With 64
 // rows a block of 128 rows of W fetches 0.9 bytes of x for each byte of W, at 14336 x 4096 29 bytes
 // a ns and multiprocessor in all, which is most of what the second-level cache hands out. Larger
 // blocks would need less, but leave multiprocessors without one.
