@@ -66,3 +66,14 @@ def launch(name: str, device: torch.device, *args: Any) -> Any:
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
         return call(name, *args, stream)
+
+
+# Bytes of a CUDA kernel's vector loads.
+ALIGNMENT = 16
+
+
+def aligned(t: torch.Tensor) -> torch.Tensor:
+    """`t`, contiguous and from an address that vector loads can start at: a view into another
+    tensor may begin anywhere."""
+    t = t.contiguous()
+    return t if t.data_ptr() % ALIGNMENT == 0 else t.clone()

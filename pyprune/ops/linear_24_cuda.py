@@ -15,12 +15,12 @@ Speed as a multiple of cuBLAS's on the dense matrix, bf16, H200, CUDA graphs, W 
 
 rows of x | 4096 x 4096 | 4096 x 14336 | 14336 x 4096 | 28672 x 8192 | cuSPARSELt on these
 ----------|-------------|--------------|--------------|--------------|--------------------
-        1 |        2.0  |         1.8  |         1.6  |         1.7  |
-        8 |        1.5  |         1.7  |         1.6  |         1.7  |
-       16 |        1.5  |         1.3  |         1.5  |         1.5  | 0.6 to 0.7
-       32 |        0.8  |         0.8  |         1.2  |         1.2  | 0.6 to 0.7
-       64 |        0.5  |         0.5  |         0.9  |         0.9  | 0.6, 0.6, 0.8, 0.7
-     4096 |             |              |              |              | 1.5 (first), 1.4 (third)
+        1 |        2.1  |         1.9  |         1.7  |         1.7  |
+        8 |        2.0  |         1.7  |         1.6  |         1.7  |
+       16 |        1.7  |         1.4  |         1.6  |         1.6  | 0.6 to 0.7
+       32 |        0.9  |         0.9  |         1.0  |         1.1  | 0.6 to 0.7
+       64 |        0.5  |         0.6  |         0.9  |         0.9  | 0.5 to 0.8
+     4096 |             |              |              |              | 1.4 to 1.6
 
 With 17 to 64 rows neither is worth it for every shape; the format then saves memory alone.
 """
@@ -38,7 +38,6 @@ from pyprune.ops.pack import unpack_24
 
 ROWS = 64  # of x that the kernel takes
 WORD = 64  # columns that a warp reads at once: C must be a multiple
-ALIGNMENT = 16  # bytes of a load
 
 # What cuSPARSELt asks of 16-bit operands: the rows of x are padded to the first, R and C must be
 # multiples of the second.
@@ -86,13 +85,6 @@ def library_serves(rows: int, cols: int) -> bool:
     return fits and torch.backends.cusparselt.is_available()
 
 
-def _aligned(t: Tensor) -> Tensor:
-    """`t`, contiguous and from an address that the kernel's 16-byte loads can start at: a slice of
-    a flat buffer may begin anywhere."""
-    t = t.contiguous()
-    return t if t.data_ptr() % ALIGNMENT == 0 else t.clone()
-
-
 def _version(t: Tensor) -> int:
     """How often `t` was written to; inference tensors do not count, and are taken not to change."""
     return 0 if t.is_inference() else t._version
@@ -102,7 +94,7 @@ def linear_24_cuda(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None)
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     rows = values.shape[0]
     if flat.shape[0] <= ROWS:
-        y = _few_rows(_aligned(flat), _aligned(values), _aligned(meta), bias)
+        y = _few_rows(_native.aligned(flat), _native.aligned(values), _native.aligned(meta), bias)
     elif library_serves(rows, flat.shape[1]):
         y = _library(flat, values, meta, bias)
     else:
@@ -117,9 +109,8 @@ def _few_rows(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> T
         return y
     if bias is not None:
         bias = bias.float().contiguous()
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    with torch.cuda.device(x.device):
-        _native.call("linear_24_cuda", y, x, values, meta, _native.optional_capsule(bias), stream)
+    extra = _native.optional_capsule(bias)
+    _native.launch("linear_24_cuda", x.device, y, x, values, meta, extra)
     return y
 
 

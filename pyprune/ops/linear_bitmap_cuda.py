@@ -18,11 +18,12 @@ rows of x | 4096 x 4096 | 4096 x 14336 | 14336 x 4096 | 28672 x 8192
         4 |        0.9  |         0.9  |         0.8  |         0.9
         8 |        0.8  |         0.8  |         0.6  |         0.8
        16 |        0.7  |         0.6  |         0.6  |         0.6
-       32 |        0.4  |         0.4  |         0.6  |         0.6
-       64 |        0.3  |         0.3  |         0.5  |         0.5
+       32 |        0.4  |         0.4  |         0.5  |         0.6
+       64 |        0.3  |         0.4  |         0.5  |         0.5
 
-So what the format saves is memory. Expanding and multiplying is slower at all of these, 0.3 to 0.4,
-and gains on the kernel with every row of x above. Triton takes 0.12 ms for 14336 x 4096 with one
+So what the format saves is memory. Expanding and multiplying is 0.3 to 0.4 at any of these: ahead
+of the kernel at 4096 x 4096 from 32 rows on and level at 4096 x 14336 with 64, behind everywhere
+else, and gaining with every row of x above. Triton takes 0.12 ms for 14336 x 4096 with one
 row of x (0.25), 0.15 with two and 0.28 with eight, where the expanded matrix takes 0.11.
 fp32 activations have not been timed. `benchmarks/bench_sparse_linear.py --device cuda` times the
 routes.
@@ -50,7 +51,6 @@ ROUTES: dict[tuple[torch.dtype, torch.dtype], Table] = {
 OTHER_DTYPES: Table = ((1, "triton"), (None, "expand"))
 
 WORD = 32  # columns of a word of the bitmap: the kernel takes multiples, so that rows are aligned
-ALIGNMENT = 16  # bytes, of what the kernel reads as vectors
 LARGEST = 2**31 - 1  # positions in the values and words of the bitmap have 32 bits
 
 
@@ -88,12 +88,6 @@ def linear_bitmap_cuda(
     return y.reshape(*x.shape[:-1], bitmap.shape[0])
 
 
-def _aligned(t: Tensor) -> Tensor:
-    """Contiguous, and where vectors can be read: a view into another tensor may be neither."""
-    t = t.contiguous()
-    return t.clone() if t.data_ptr() % ALIGNMENT else t
-
-
 def _kernel(
     x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
 ) -> Tensor:
@@ -102,10 +96,7 @@ def _kernel(
         return y
     if bias is not None:
         bias = bias.float().contiguous()
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    with torch.cuda.device(x.device):
-        _native.call(
-            "linear_bitmap_cuda", y, _aligned(x), _aligned(values), _aligned(bitmap),
-            row_offsets.contiguous(), _native.optional_capsule(bias), stream,
-        )  # fmt: skip
+    arrays = (*map(_native.aligned, (x, values, bitmap)), row_offsets.contiguous())
+    extra = _native.optional_capsule(bias)
+    _native.launch("linear_bitmap_cuda", x.device, y, *arrays, extra)
     return y

@@ -11,7 +11,7 @@ import pytest
 import torch
 from ops.compressed import pack_24, random_24_mask
 
-from pyprune import ops
+from pyprune import _native, ops
 from pyprune.ops import _registry, linear_24_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,9 +93,9 @@ def test_documented_metadata_agrees_with_pytorch(warp):
 def test_operands_from_any_address_are_aligned():
     flat = torch.arange(130, dtype=torch.bfloat16)
     for t in (flat[:128].view(2, 64), flat[1:129].view(2, 64), flat[:128].view(64, 2).T):
-        got = linear_24_cuda._aligned(t)
+        got = _native.aligned(t)
         assert got.is_contiguous() and got.data_ptr() % 16 == 0 and torch.equal(got, t)
-    assert linear_24_cuda._aligned(flat).data_ptr() == flat.data_ptr()
+    assert _native.aligned(flat).data_ptr() == flat.data_ptr()
 
 
 def test_inference_tensors_have_a_version():
