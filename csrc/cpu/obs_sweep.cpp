@@ -3,17 +3,17 @@
 //
 //   W[:, tile] -= E[:, :tile] U[:tile, tile]
 //
-// A strip holds W to the right of the current column and the errors E = (w - q) / U_jj to its
-// left: one array of the size of W, written once, and nearly all arithmetic in one register-blocked
-// micro-kernel. Solving a tile (kCols columns) and choosing its mask happen in cache in between.
-// Every row sees the same operations in the same order whatever the strip width and the thread
-// count, so the result depends on neither.
+// where E = (w - q) / U_jj (see obs_errors.h: a kept weight that is not rounded has none). Solving
+// a tile (kCols columns) and choosing its mask happen in cache in between. Every row sees the same
+// operations in the same order whatever the strip width and the thread count, so the result depends
+// on neither.
 #include "cpu/obs_sweep.h"
 
 #include <omp.h>
 
 #include <optional>
 
+#include "cpu/obs_errors.h"
 #include "cpu/obs_select.h"
 #include "cpu/obs_tile.h"
 #include "cpu/strip.h"
@@ -33,17 +33,12 @@ inline Rule rule_of(const ObsSweepArgs& a) {
 // What a thread has of its own: the current block of columns, and masks and results of one strip in
 // it, each [block][lanes].
 struct Local {
-  float* panel_data;
-  Panel panel;         // U[:i2, i1:i2] for the block [i1, i2)
+  SweepBlock block;
   float* inv_diag;     // 1 / U_jj
   const float* scale;  // the factor of |w_j| in its score
   Cut cut;             // of the block, Rule::block
   int32_t *pruned, *preserved, *keys;
   float* kept;
-
-  int64_t begin() const { return panel.first; }
-  int64_t end() const { return panel.rows; }
-  int64_t width() const { return panel.rows - panel.first; }
 };
 
 // Every thread packs its own copy of a panel of up to this many floats, 2 MB: without a barrier,
@@ -51,21 +46,22 @@ struct Local {
 // Larger ones crowd each other out of the last-level cache.
 constexpr int64_t kOwnPanel = int64_t{1} << 19;
 
-template <int V>
+template <int V, class Errors>
 class Sweep {
  public:
-  explicit Sweep(const ObsSweepArgs& args)
+  // `errors` are further arguments of Errors.
+  template <class... Args>
+  explicit Sweep(const ObsSweepArgs& args, Args... errors)
       : a_(args),
         rule_(rule_of(args)),
         rows_(args.w.shape[1]),
         cols_(args.w.shape[2]),
-        block_(std::min(args.block, (cols_ + kCols - 1) / kCols * kCols)),
         strips_((rows_ + kLanes - 1) / kLanes),
         deal_{strips_, args.threads},
-        errors_(deal_, kLanes * cols_),
-        panel_floats_((block_ + kCols) * cols_),
-        own_panels_(args.threads > 1 && panel_floats_ <= kOwnPanel),
-        panel_(own_panels_ ? args.threads : 1, panel_floats_),
+        errors_(deal_, cols_, errors...),
+        block_(errors_.block()),
+        own_panels_(args.threads > 1 && errors_.panel_floats() <= kOwnPanel),
+        panel_(own_panels_ ? args.threads : 1, errors_.panel_floats()),
         inv_diag_(args.threads, cols_),
         grid_(args.grid ? 3 * strips_ * kLanes : 0),
         loss_(strips_ * kLanes),
@@ -85,10 +81,10 @@ class Sweep {
 
   const ObsSweepArgs& a_;
   const Rule rule_;
-  const int64_t rows_, cols_, block_, strips_;
+  const int64_t rows_, cols_, strips_;
   const Deal deal_;
-  PerStrip<float> errors_;  // [cols][lanes]
-  const int64_t panel_floats_;
+  const Errors errors_;
+  const int64_t block_;
   const bool own_panels_;
   PerThread<float> panel_;
   PerThread<float> inv_diag_;
@@ -115,8 +111,8 @@ class Sweep {
     const float* scale = inv_diag_.mine();
     if (a_.scale) scale = a_.scale->ptr<float>() + (a_.scale->shape[0] == 1 ? 0 : b_ * cols_);
     float* panel = own_panels_ ? panel_.mine() : panel_[0];
-    return {panel, {panel, 0, 0}, inv_diag_.mine(), scale, {kPreservedKey, 0}, p,
-            p + n, p + 2 * n,     scratch_f_.mine()};
+    return {{panel, 0, 0}, inv_diag_.mine(), scale, {kPreservedKey, 0}, p, p + n,
+            p + 2 * n,     scratch_f_.mine()};
   }
 
   void matrix(int64_t b) {
@@ -133,9 +129,9 @@ class Sweep {
         deal_.for_mine(0, strips_, [&](int64_t s) {
           if (rule_ != Rule::block) advance(s, mine);
           solve(s, mine);
-          store_strip(mine.kept, kLanes, strip_rows(s), mine.width(),
+          store_strip(mine.kept, kLanes, strip_rows(s), mine.block.width(),
                       a_.weight.ptr<float>() + element(s, i1), cols_);
-          store_strip_unset(mine.pruned, kLanes, strip_rows(s), mine.width(),
+          store_strip_unset(mine.pruned, kLanes, strip_rows(s), mine.block.width(),
                             a_.mask.ptr<uint8_t>() + element(s, i1), cols_);
         });
       }
@@ -156,62 +152,54 @@ class Sweep {
   // Goes on to the block of columns at i1. Called by the whole team.
   void take_block(int64_t i1, Local& mine) const {
     const int64_t i2 = std::min(cols_, i1 + block_);
-    mine.panel = {mine.panel_data, i1, i2};
+    mine.block.first = i1, mine.block.end = i2;
     for (int64_t k = i1; k < i2; ++k) mine.inv_diag[k] = 1.0f / u_[k * cols_ + k];
-    if (own_panels_) return pack_rows(0, i2, mine);
+    if (own_panels_) return errors_.pack(u_, 0, i2, mine.block);
 #pragma omp barrier  // the others may still use the last panel
     const int64_t team = omp_get_num_threads(), share = (i2 + team - 1) / team;
     const int64_t k0 = std::min(i2, omp_get_thread_num() * share);
-    pack_rows(k0, std::min(i2, k0 + share), mine);
+    errors_.pack(u_, k0, std::min(i2, k0 + share), mine.block);
 #pragma omp barrier
-  }
-
-  // Rows [k0, k1) of the panel.
-  void pack_rows(int64_t k0, int64_t k1, const Local& mine) const {
-    const int64_t i1 = mine.begin(), i2 = mine.end(), width = mine.width();
-    for (int64_t k = k0; k < k1; ++k) {
-      const float* row = u_ + k * cols_ + i1;
-      for (int64_t c = 0; c < width; c += kCols) {
-        float* out = mine.panel_data + (c * i2 + k * kCols);
-        const int64_t inside = std::min<int64_t>(kCols, width - c);
-        if (inside == kCols) {
-          std::copy_n(row + c, kCols, out);
-        } else {
-          std::copy_n(row + c, inside, out);
-          std::fill(out + inside, out + kCols, 0.0f);
-        }
-      }
-    }
   }
 
   // Loads the block's columns into strip s and applies all errors of earlier blocks to them.
   void advance(int64_t s, const Local& mine) const {
-    const int64_t ld = a_.w.stride[1], i1 = mine.begin(), i2 = mine.end();
-    const float* w = a_.w.ptr<float>() + b_ * a_.w.stride[0] + s * kLanes * ld + i1;
-    load_strip(w, ld, strip_rows(s), i2 - i1, errors_[s] + i1 * kLanes, kLanes);
-    update<V>(errors_[s], mine.panel, i1, i2, 0, i1);
+    const int64_t ld = a_.w.stride[1];
+    const float* w = a_.w.ptr<float>() + b_ * a_.w.stride[0] + s * kLanes * ld + mine.block.first;
+    errors_.load(s, mine.block, w, ld, strip_rows(s));
   }
 
   // Visits the block's columns of strip s. A mask is chosen when all columns before it have been
   // visited: N:M chooses group by group, the other rules once for the block.
   void solve(int64_t s, const Local& mine) const {
-    const int64_t i1 = mine.begin(), i2 = mine.end();
+    const SweepBlock& block = mine.block;
     if (a_.preserve)
-      load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, i1), cols_, strip_rows(s), i2 - i1,
-                       mine.preserved, kLanes);
-    if (rule_ != Rule::nm) choose(s, i1, mine);
-    const int64_t step = rule_ == Rule::nm ? a_.m : Panel::kDepth;
-    for (int64_t g = i1; g < i2; g += step) {
-      const int64_t end = std::min(i2, g + step);
-      update<V>(errors_[s], mine.panel, g, end, i1, g);
-      if (rule_ == Rule::nm) choose(s, g, mine);
-      for_tiles(mine.panel, g, end, [&](int64_t c, auto width) {
-        const int64_t at = (c - i1) * kLanes;
+      load_strip_unset(a_.preserve->ptr<uint8_t>() + element(s, block.first), cols_, strip_rows(s),
+                       block.width(), mine.preserved, kLanes);
+    if (rule_ != Rule::nm) choose(s, block.first, mine);
+    for (int64_t g = block.first; g < block.end; g += errors_.stage()) {
+      const int64_t end = std::min(block.end, g + errors_.stage());
+      errors_.catch_up(s, block, g, end);
+      solve_stage(s, g, end, mine);
+      errors_.record(s, block, g, end);
+    }
+  }
+
+  // Columns [g, end) of strip s, which are up to date with all before g.
+  void solve_stage(int64_t s, int64_t g, int64_t end, const Local& mine) const {
+    const typename Errors::StagePanel panel = errors_.panel(mine.block, g);
+    float* strip = errors_.column(s, mine.block, g);
+    const int64_t width = end - g, step = rule_ == Rule::nm ? a_.m : Panel::kDepth;
+    for (int64_t i = 0; i < width; i += step) {
+      const int64_t stop = std::min(width, i + step);
+      update<V>(strip, panel, i, stop, 0, i);
+      if (rule_ == Rule::nm) choose(s, g + i, mine);
+      for_tiles(panel, i, stop, [&](int64_t c, auto tile) {
+        const int64_t at = (g - mine.block.first + c) * kLanes;
         const auto visit = [&](auto quantise) {
-          solve_tile<V, width, Panel::kStride, quantise>(
-              errors_[s] + c * kLanes, errors_[s] + g * kLanes, mine.panel.at(g, c), c - g,
-              mine.inv_diag + c, mine.pruned + at, mine.kept + at, loss_ + s * kLanes,
-              grid_ + 3 * s * kLanes);
+          solve_tile<V, tile, Errors::StagePanel::kStride, quantise>(
+              strip + c * kLanes, strip + i * kLanes, panel.at(i, c), c - i, mine.inv_diag + g + c,
+              mine.pruned + at, mine.kept + at, loss_ + s * kLanes, grid_ + 3 * s * kLanes);
         };
         a_.grid ? visit(std::true_type()) : visit(std::false_type());
       });
@@ -220,8 +208,8 @@ class Sweep {
 
   // The mask of the group (N:M) or the block that starts at column g.
   void choose(int64_t s, int64_t g, const Local& mine) const {
-    const int64_t width = rule_ == Rule::nm ? a_.m : mine.width();
-    const int64_t at = (g - mine.begin()) * kLanes;
+    const int64_t width = rule_ == Rule::nm ? a_.m : mine.block.width();
+    const int64_t at = (g - mine.block.first) * kLanes;
     int32_t *pruned = mine.pruned + at, *preserved = mine.preserved + at;
     switch (rule_) {
       case Rule::given:
@@ -246,7 +234,7 @@ class Sweep {
 
   void keys_of(int64_t s, int64_t g, int64_t width, const Local& mine, const int32_t* preserved,
                int32_t* keys) const {
-    score_keys(errors_[s] + g * kLanes, mine.scale + g, width, kLanes, keys);
+    score_keys(errors_.column(s, mine.block, g), mine.scale + g, width, kLanes, keys);
     static_assert(kPreservedKey == -1, "set by or-ing the lane mask in");
     if (a_.preserve)
       for (int64_t i = 0; i < width * kLanes; ++i) keys[i] |= preserved[i];
@@ -258,9 +246,9 @@ class Sweep {
     for (int l = 0; l < kLanes; l += Vec::kLanes) {
       Keys k = {}, threshold, ties;
       for (int i = 0; i < Vec::kLanes && l + i < strip_rows(s); ++i)
-        k[i] = counts[(l + i) * blocks + mine.begin() / block_];
-      row_thresholds(mine.keys + l, mine.width(), kLanes, k, threshold, ties);
-      prune_below(mine.keys + l, mine.width(), kLanes, threshold, ties, pruned + l);
+        k[i] = counts[(l + i) * blocks + mine.block.first / block_];
+      row_thresholds(mine.keys + l, mine.block.width(), kLanes, k, threshold, ties);
+      prune_below(mine.keys + l, mine.block.width(), kLanes, threshold, ties, pruned + l);
     }
   }
 
@@ -268,7 +256,7 @@ class Sweep {
 
   // Brings the block up to date in every strip and finds its cut. Called by the whole team.
   void choose_in_block(Local& mine) {
-    const int64_t i1 = mine.begin(), width = mine.width();
+    const int64_t i1 = mine.block.first, width = mine.block.width();
     const int32_t count = a_.counts->ptr<int32_t>()[b_ * a_.counts->shape[2] + i1 / block_];
     const int64_t wanted = std::min<int64_t>(count, rows_ * width);
     deal_.for_mine(0, strips_, [&](int64_t s) {
@@ -305,7 +293,7 @@ class Sweep {
   }
 
   void prune_to_cut(int64_t s, const Local& mine, int32_t* pruned) const {
-    const int64_t width = mine.width();
+    const int64_t width = mine.block.width();
     const Cut& cut = mine.cut;
     if (cut.ties == kAllTies) return prune_up_to(block_keys_[s], width, kLanes, cut.key, pruned);
     if (cut.ties == 0) return prune_up_to(block_keys_[s], width, kLanes, cut.key - 1, pruned);
@@ -315,6 +303,38 @@ class Sweep {
   }
 };
 
+// The share of the weights that will be pruned; masks to preserve may add to it.
+double pruned_share(const ObsSweepArgs& a) {
+  const double size = static_cast<double>(a.w.numel());
+  if (a.given) {
+    const uint8_t* kept = a.given->ptr<uint8_t>();
+    int64_t sum = 0;
+#pragma omp parallel for reduction(+ : sum) num_threads(a.threads)
+    for (int64_t i = 0; i < a.w.numel(); ++i) sum += kept[i];
+    return 1.0 - static_cast<double>(sum) / size;
+  }
+  if (!a.counts) return 1.0 - static_cast<double>(a.n) / static_cast<double>(a.m);
+  const int32_t* counts = a.counts->ptr<int32_t>();
+  double sum = 0;
+  for (int64_t i = 0; i < a.counts->numel(); ++i) sum += counts[i];
+  return sum / size;
+}
+
+template <int V>
+void sweep(const ObsSweepArgs& args) {
+  constexpr double kMostPruned = 0.68;  // measured on AVX-512, 576 and 2048 columns: level
+  using Pruned = PrunedErrors<V>;
+  const Rule rule = rule_of(args);
+  const int64_t unit = rule == Rule::nm ? args.m : 1;
+  const bool few = kMaxVecs == 3 && !args.grid && unit <= Pruned::kWidest;
+  if (!few || pruned_share(args) > kMostPruned)
+    return Sweep<V, DenseErrors<V>>(args, args.block).run();
+  // Where blocks mean nothing, a stage each.
+  const bool free = rule == Rule::nm || rule == Rule::given;
+  const int64_t block = free ? Pruned::kWidest / unit * unit : args.block;
+  Sweep<V, Pruned>(args, block, unit).run();
+}
+
 }  // namespace
 
 void obs_sweep(const ObsSweepArgs& args) {
@@ -322,8 +342,8 @@ void obs_sweep(const ObsSweepArgs& args) {
   // Wide strips are faster; narrow ones when there would be too few to keep the threads busy.
   const int64_t vectors = (args.w.shape[1] + Vec::kLanes - 1) / Vec::kLanes;
   if constexpr (kMaxVecs == 3)
-    if (vectors >= 3 * args.threads) return Sweep<3>(args).run();
-  Sweep<1>(args).run();
+    if (vectors >= 3 * args.threads) return sweep<3>(args);
+  sweep<1>(args);
 }
 
 }  // namespace PYPRUNE_ISA

@@ -142,6 +142,35 @@ def test_every_instruction_set(isa, use_isa, rule):
     torch.testing.assert_close(fixed.weight.double(), want.weight, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("shape", [(3, 70), (61, 200), (100, 64), (97, 321)], ids=str)
+@pytest.mark.parametrize("kept", [0.9, 0.5])
+def test_errors_without_zeros_change_nothing(isa, use_isa, shape, kept):
+    """Where most weights stay the kernel multiplies the errors of the pruned ones only. Rows do not
+    see each other: with many that are pruned whole beside them it holds all errors, zeros too."""
+    use_isa(isa)
+    rows, cols = shape
+    w, h = random_layer(rows, cols)
+    w, u = w.float(), ops.obs_factor(h).u.float()
+    mask = torch.rand(rows, cols, generator=torch.Generator().manual_seed(0)) < kept
+    few = ops.obs_sweep(w, u, mask=mask)
+    others = torch.zeros(20 * rows, cols, dtype=torch.bool)
+    most = ops.obs_sweep(w.repeat(21, 1), u, mask=torch.cat([mask, others]))
+    assert torch.equal(few.weight, most.weight[:rows])
+    assert torch.equal(few.loss, most.loss[:rows])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=RULE_IDS)
+def test_chosen_and_given_mask_agree_bit_for_bit(rule):
+    w, h = random_layer(97, 360)
+    w, u = w.float(), ops.obs_factor(h).u.float()
+    chosen = ops.obs_sweep(w, u, **rule)
+    given = ops.obs_sweep(w, u, mask=chosen.mask)
+    assert torch.equal(chosen.weight, given.weight)
+    # Summed over the columns of a group and of a tile.
+    torch.testing.assert_close(chosen.loss, given.loss, rtol=1e-5, atol=0)
+
+
 # --- what the mathematics says --------------------------------------------------------------
 
 
