@@ -180,6 +180,8 @@ def to_deci(model: PreTrainedModel) -> Deci:
             units = live.get(f"{name}.self_attn.o_proj")
             heads[i] = _attention(parts, block.self_attn, config, units)
             parts["input_layernorm.weight"] = block.input_layernorm.weight
+        if f"{name}.mlp" in widths.refused:
+            raise UserError(f"deci: {name}.mlp: {widths.refused[f'{name}.mlp']}")
         channels.append(_mlp(parts, block.mlp, live[f"{name}.mlp.down_proj"]))
         parts["post_attention_layernorm.weight"] = block.post_attention_layernorm.weight
         if expected - parts.keys():
@@ -326,21 +328,24 @@ def stock_tensors(folder: Path) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
     if entries.keys() - known:
         raise UserError(f"{folder}: expected no tensor {min(entries.keys() - known)}")
     dtype = main_dtype(folder, entries)
-    tensors = {}
+    groups, tensors = config.num_key_value_heads, {}
     for name, shape in shapes.items():
-        _, layers, rest = name.partition(".layers.")
-        layer, _, part = rest.partition(".")
-        if name in entries:
-            t = read_tensor(entries[name])
-            tensors[name] = _widened(t, shape, part, heads[int(layer)]) if layers else t
-        elif layers and not (heads if part.startswith(ATTENTION) else channels)[int(layer)]:
+        _, inside, rest = name.partition(".layers.")
+        number, _, part = rest.partition(".")
+        layer = int(number or 0)
+        keys, width = (heads[layer], groups), channels[layer]
+        if inside and not (keys[0] if part.startswith(ATTENTION) else width):
+            if name in entries:
+                raise UserError(f"{folder}: expected no tensor {name}")
             fill = torch.ones if "layernorm" in part else torch.zeros
             tensors[name] = fill(shape, dtype=dtype)
-        else:
+            continue
+        if name not in entries:
             raise UserError(f"{folder}: expected a tensor {name}, it is missing")
-        if tuple(tensors[name].shape) != shape:
-            got = tuple(read_tensor(entries[name]).shape)
-            raise UserError(f"{folder}: {name}: its shape {got} is not what block_configs says")
+        t, expected = read_tensor(entries[name]), _stored_shape(shape, part, keys, width)
+        if t.shape != expected:
+            raise UserError(f"{folder}: {name}: expected shape {expected}, got {tuple(t.shape)}")
+        tensors[name] = t if expected == shape else _widened(t, shape, part, keys)
     return config, tensors
 
 
@@ -390,13 +395,22 @@ def _stock_config(
     return config
 
 
-def _widened(t: Tensor, shape: tuple[int, ...], part: str, heads: int) -> Tensor:
-    """A layer's parameter in the shape that all layers have. heads: key-value heads it has."""
+def _stored_shape(
+    shape: tuple[int, ...], part: str, keys: tuple[int, int], channels: int
+) -> tuple[int, ...]:
+    """Of a layer's parameter that has `shape` in the stock model. keys: key-value heads of the
+    layer and of the stock model; channels: of the layer."""
     if part.startswith(("self_attn.k_proj", "self_attn.v_proj")):
-        copies = shape[0] // t.shape[0]
-        return t.view(heads, -1, *t.shape[1:]).repeat_interleave(copies, dim=0).view(shape)
-    if part.startswith("mlp.") and t.dim() == len(shape):
-        lacking = [after - before for before, after in zip(t.shape, shape, strict=True)]
-        pads = [n for axis in reversed(lacking) for n in (0, axis)]
-        return nn.functional.pad(t, pads) if min(lacking) >= 0 else t
-    return t
+        return (shape[0] // keys[1] * keys[0], *shape[1:])
+    if part == "mlp.down_proj.weight":
+        return (shape[0], channels)
+    return (channels, *shape[1:]) if part.startswith(("mlp.gate", "mlp.up")) else shape
+
+
+def _widened(t: Tensor, shape: tuple[int, ...], part: str, keys: tuple[int, int]) -> Tensor:
+    """A layer's parameter in the shape that all layers have. keys: see `_stored_shape`."""
+    if part.startswith("self_attn."):
+        copies = keys[1] // keys[0]
+        return t.view(keys[0], -1, *t.shape[1:]).repeat_interleave(copies, dim=0).view(shape)
+    lacking = [new - old for old, new in zip(t.shape, shape, strict=True)]
+    return nn.functional.pad(t, [n for lack in reversed(lacking) for n in (0, lack)])
