@@ -312,8 +312,8 @@ def save_deci(model: PreTrainedModel, folder: Path) -> None:
 
 def stock_tensors(folder: Path) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
     """Configuration and parameters of the stock model that computes what the DeciLM checkpoint in
-    `folder` does: all layers as large as the largest, the rest zeros (and ones, in norms that are
-    not there).
+    `folder` does: a Llama, or a Qwen2 where queries, keys and values alone have biases. All layers
+    are as large as the largest, the rest is zeros (and ones, in norms that are not there).
 
     Raises:
         UserError: the configuration is not that of a DeciLM, or has linear maps in place of

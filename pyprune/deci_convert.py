@@ -53,11 +53,13 @@ def compress_deci(
     report = earlier_report(checkpoint)
     with changed_model(checkpoint, model, out, save_deci) as folder:
         deci = to_deci(model)
-        sizes = dict(report.get("parameters", {"before": before}))
+        # Of the model before anything was pruned, where a structural method has said it.
+        sizes = {"before": before, **report.get("parameters", {})}
         sizes |= {"after": deci.parameters, "zeros": deci.padding}
         sizes["removed_share"] = 1 - deci.wanted / sizes["before"]
         sizes["realised_share"] = 1 - deci.parameters / sizes["before"]
-        report |= {"parameters": sizes, "notes": [NOTE]}
+        stock = [f"of the stock model: {note}" for note in report.get("notes", [])]
+        report |= {"parameters": sizes, "notes": [*stock, NOTE]}
         write_report(folder, report, _card(checkpoint.path.name, deci.parameters))
     after = sum(entry.nbytes for entry in read_tensors(Path(out).expanduser()).values())
     return ConversionReport(str(out), {}, checkpoint.nbytes, after, checkpoint.nbytes)
