@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pyprune import cli
 from pyprune.checkpoint.output import save_model
-from pyprune.deci import ffn_channels, ffn_mult, save_deci, stock_tensors, to_deci
+from pyprune.deci import ffn_channels, ffn_mult, save_deci, to_deci
+from pyprune.deci_convert import stock_tensors
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import load_decision
 from pyprune.depth.graph import Branch, ResidualGraph
