@@ -8,7 +8,7 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -217,18 +217,26 @@ def save_model(
             write_report(out_dir, report, card)
 
 
+def save_stock(model: PreTrainedModel, folder: Path) -> None:
+    """Writes weights and configuration as transformers does."""
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+
+
 @contextmanager
 def changed_model(
-    checkpoint: Checkpoint, model: PreTrainedModel, path: str | Path
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    path: str | Path,
+    save: Callable[[PreTrainedModel, Path], None] = save_stock,
 ) -> Iterator[Path]:
     """Saves `model`, loaded from `checkpoint` and changed, in the checkpoint's own dtype and with
     what else it consists of; yields the directory, to which the report still has to be added,
-    before it becomes `path` (all or nothing)."""
+    before it becomes `path` (all or nothing). save: writes weights and configuration into it."""
     _cast(model, checkpoint.dtype)
     model.config.dtype = checkpoint.dtype
     with output_directory(path, needed=_bytes(model) + AUXILIARY_BYTES) as out_dir:
         copy_auxiliary(checkpoint, out_dir, index=False)
-        model.save_pretrained(out_dir, max_shard_size=MAX_SHARD_SIZE)
+        save(model, out_dir)
         yield out_dir
 
 
