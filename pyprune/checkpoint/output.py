@@ -53,6 +53,7 @@ def output_directory(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
         check_space(final.parent, needed)
         temporary.mkdir()
         yield temporary
+        _share(temporary)
         _sync_tree(temporary)
         check_output(final)  # somebody else may have been quicker
         temporary.rename(final)
@@ -63,6 +64,18 @@ def output_directory(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
         if refused is not None:
             raise refused from error
         raise
+
+
+def _share(folder: Path) -> None:
+    """Gives every file the permissions of one that was just created: safetensors lets nobody but
+    the owner read what it writes, and another user may be the one who serves the model."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | mode)
 
 
 def _remove(temporary: Path, parents: list[Path]) -> None:
