@@ -10,6 +10,7 @@ from _tables import Row, device_of, table
 QUALITY = {
     "quality": "Perplexity",
     "gradient_quality": "Perplexity of gradient and Fisher methods",
+    "allocation_quality": "Shares among blocks (`--allocation`, all with Wanda's scores)",
     "reconstruct_quality": "Least-squares weights after SparseGPT (`--reconstruct`)",
 }
 # Shares of rows and columns, or of an eigenbasis: nobody removes so few single weights.

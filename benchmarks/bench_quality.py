@@ -3,6 +3,8 @@
     python benchmarks/bench_quality.py --json benchmarks/results/quality.json
     python benchmarks/bench_quality.py --methods wanda --patterns 2:4
     python benchmarks/bench_quality.py --methods gradients --json benchmarks/results/quality.json
+    python benchmarks/bench_quality.py --methods allocations --nsamples 16 --tokens 8192 \
+        --dtype bfloat16 --json benchmarks/results/allocation_quality.json
 
 A method is a row of `pyprune methods` or one of VARIANTS (its options), or a group of them: see
 GROUPS. Without --patterns each has those of its group. Whether --reconstruct pays, by calibration:

@@ -21,6 +21,7 @@ from pyprune.calibration.tokens import TokenSet
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
 from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.greedy import PARTS, in_parts
 from pyprune.depth.registry import run_search
 from pyprune.depth.repack import repack
 from pyprune.depth.score import Scorer
@@ -34,7 +35,6 @@ from pyprune.width.registry import width_method
 from pyprune.width.structure import Group, Widths
 
 MEGABYTE = 1 << 20
-WIDTH = 4  # streams that run through a branch at once
 # Of what is removed as branches and as KV groups, without and with grouped queries.
 PAPER_SHARES = {False: (0.44, 0.04), True: (0.3, 0.0)}
 _WORDS = {"mlp": "channels", "heads": "KV groups"}
@@ -46,17 +46,21 @@ class MultiPrunerOptions:
     """blocks, heads: the shares of what is removed that go as whole branches and as KV groups; the
     rest goes as channels. None: the paper's, 0.44 and 0.04, with grouped queries 0.3 and 0. steps:
     into which each MLP's channels are divided. mode: exact (everything is scored at every step,
-    also in the search for branches) or fast (lazily: only what was best when last scored). every:
-    score each n-th token (1: all, as published); the head and its loss are half of the time of a
-    small model's scores. memory_mb: for cached hidden states and live streams.
+    also in the search for branches) or fast (lazily: what cost least when last scored).
+    audit_every: in every n-th step fast also looks at the module that it has not looked at for
+    longest (0: never). every: score each n-th token (1: all, as published); the head and its loss
+    are half of the time of a small model's scores. memory_mb: for cached hidden states and live
+    streams. width: streams that run at once.
     """
 
     blocks: float | None = None
     heads: float | None = None
     steps: int = 10
     mode: Literal["exact", "fast"] = "fast"
+    audit_every: int = 2
     every: int = 2
     memory_mb: int = 2048
+    width: int = 4
 
     def __post_init__(self) -> None:
         for grouped in (False, True):
@@ -66,7 +70,8 @@ class MultiPrunerOptions:
                     "options: expected shares blocks and heads of 0 or more and at most 1 "
                     f"together, got {blocks} and {heads}"
                 )
-        for name, least in (("steps", 2), ("every", 1), ("memory_mb", 1)):
+        leasts = {"steps": 2, "audit_every": 0, "every": 1, "memory_mb": 1, "width": 1}
+        for name, least in leasts.items():
             if getattr(self, name) < least:
                 raise UserError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
@@ -162,12 +167,12 @@ def _branches(
     blocks: float,
     progress: Progress | None,
 ) -> Decision | None:
-    """BlockPruner's: greedily, as the widths after them, and in mode fast without audits; None
-    where no branches are wanted."""
+    """BlockPruner's: greedily, as the widths after them, and in mode fast without its audits, which
+    look at everything; None where no branches are wanted."""
     if not blocks:
         return None
     options: MultiPrunerOptions = config.own_options()
-    given = {name: getattr(options, name) for name in ("mode", "every", "memory_mb")}
+    given = {name: getattr(options, name) for name in ("mode", "every", "memory_mb", "width")}
     given |= {"refine": "none", "audit_every": 0}
     wanted = StructureConfig(
         "blockpruner",
@@ -207,13 +212,15 @@ class WidthSearch:
         self._modules = _modules(widths)
         self._order = {group.name: _by_norm(group) for group in widths.groups}
         self._left = {group.name: group.units for group in widths.groups}
-        self._scorer = Scorer(graph, tokens.batches, every=options.every)
+        batches = in_parts(tokens.batches) if options.mode == "fast" else tokens.batches
+        self._scorer = Scorer(graph, batches, every=options.every)
         memory = options.memory_mb * MEGABYTE
         most = max(len(self._candidates(kind)) for kind in _WORDS)
-        self._walk = WalkDown(graph, self._scorer, memory, WIDTH, most, self._narrower)
+        self._walk = WalkDown(graph, self._scorer, memory, options.width, most, self._narrower)
         self.perplexity = self._walk.reference(self._removed)
-        # Of each module's next step: perplexity when last seen.
-        self._seen: dict[Branch, float] = {}
+        # Of each module's latest step that was scored: the rise of the mean loss, and when.
+        self._rises: dict[Branch, float] = {}
+        self._looked: dict[Branch, int] = {}
         self.log: list[tuple[str, int, float]] = []
         self._gone: list[int] = []  # parameters, in every step
         self.evaluations = 0
@@ -246,7 +253,7 @@ class WidthSearch:
         Raises UserError: there is not that much to remove while each keeps a step.
         """
         gone = 0
-        self._seen = {}
+        self._rises.clear()
         self._walk.forget_streams()
         while gone < parameters:
             left = self._candidates(kind)
@@ -255,7 +262,10 @@ class WidthSearch:
                     f"ratio: expected {_WORDS[kind]} that still can go, "
                     f"{parameters - gone:,} parameters are missing"
                 )
-            scores = self._lazily(left) if self._options.mode == "fast" else self._scores(left)
+            if self._options.mode == "fast":
+                scores = self._lazily(left)
+            else:
+                scores = self._scores(left, self.perplexity)
             # The first of equals; a score that is no number is never best.
             branch = min(scores, key=lambda b: (_or_inf(scores[b]), b.position))
             if math.isnan(scores[branch]):
@@ -286,25 +296,43 @@ class WidthSearch:
             found.append((group, self._left[group.name] - step))
         return found if all(left >= 1 for _, left in found) else None
 
-    def _scores(self, branches: Sequence[Branch]) -> dict[Branch, float]:
-        """Perplexity with each of `branches` one step narrower."""
+    def _scores(
+        self, branches: Sequence[Branch], before: float, batches: int | None = None
+    ) -> dict[Branch, float]:
+        """Perplexity with each of `branches` one step narrower; before: without that. batches: only
+        the first so many; None: all."""
         self.evaluations += len(branches)
-        scores = self._walk.score([(branch,) for branch in branches], self._removed)
+        units = [(branch,) for branch in branches]
+        scores = self._walk.score(units, self._removed, batches)
         found = dict(zip(branches, scores, strict=True))
-        self._seen |= {branch: _or_inf(score) for branch, score in found.items()}
+        for branch, score in found.items():
+            rise = _mean(score) - _mean(before)
+            self._rises[branch] = math.inf if math.isnan(rise) else rise
+            self._looked[branch] = len(self.log)
         return found
 
     def _lazily(self, left: Sequence[Branch]) -> dict[Branch, float]:
-        """Looks at the steps after which perplexity was least when last seen, until none is left
-        that may be better. Perplexity mostly grows as more is removed, so an old one is a bound
-        from below."""
-        new = [branch for branch in left if branch not in self._seen]
-        seen = self._scores(new) if new else {}
+        """Looks at the steps that raised the mean loss least when last seen, one by one, until the
+        least is one that was looked at now (Minoux's lazy greedy).
+
+        Of a module that has just lost a step, what that one cost stands for the next. What a step
+        costs can also fall as more is removed, and would not be looked at again: hence audits. The
+        first costs are estimates, from a part of the batches.
+        """
+        new = [branch for branch in left if branch not in self._rises]
+        if new:
+            part = max(1, len(self._scorer.batches) // PARTS)
+            self._scores(new, self._walk.reference(self._removed, part), part)
+        seen: dict[Branch, float] = {}
+        every = self._options.audit_every
+        if every and len(self.log) % every == every - 1:
+            oldest = min(left, key=lambda b: (self._looked[b], b.position))
+            seen |= self._scores([oldest], self.perplexity)
         while True:
-            best = min(left, key=lambda b: (self._seen[b], b.position))
+            best = min(left, key=lambda b: (self._rises[b], b.position))
             if best in seen:
                 return seen
-            seen |= self._scores([best])
+            seen |= self._scores([best], self.perplexity)
 
     def _accept(self, branch: Branch, score: float) -> int:
         """Narrows the branch for good; returns the parameters that this removes."""
@@ -319,7 +347,6 @@ class WidthSearch:
         self.log.append((str(branch), narrower[0][1], score))
         self._gone.append(gone)
         self._walk.accept((branch,))
-        del self._seen[branch]  # its next step is another one
         self.perplexity = score
         return gone
 
@@ -367,6 +394,11 @@ def norm_of_rows(group: Group) -> Tensor:
 def _by_norm(group: Group) -> Tensor:
     """Units by descending norm, the lower index first among equals."""
     return norm_of_rows(group).sort(descending=True, stable=True).indices
+
+
+def _mean(perplexity: float) -> float:
+    """The mean loss behind it."""
+    return math.log(perplexity)  # NaN and infinity stay what they are
 
 
 def _or_inf(value: float) -> float:

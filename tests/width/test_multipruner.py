@@ -110,7 +110,41 @@ def test_fast_scores_less_and_agrees_at_first():
     assert fast.log[0][:2] == exact.log[0][:2] and len(fast.log) == len(exact.log)
     assert fast.evaluations < 0.7 * exact.evaluations
     assert exact.evaluations == 4 * len(exact.log)  # no module has come to its end
-    assert searched(model_of(), tokens, mode="fast", parameters=1).evaluations == 4
+    # Estimates of all four, and at least a look at the best.
+    assert searched(model_of(), tokens, mode="fast", parameters=1).evaluations in (5, 6, 7, 8)
+
+
+def test_audits_look_at_what_was_not_looked_at(monkeypatch):
+    looked = []
+    scores = WidthSearch._scores
+
+    def seen(self, branches, before, batches=None):
+        looked.append((len(self.log), {str(b) for b in branches}, batches))
+        return scores(self, branches, before, batches)
+
+    monkeypatch.setattr(WidthSearch, "_scores", seen)
+    searches = {}
+    for every in (0, 1):
+        looked.clear()
+        found = searched(model_of(layers=6), tokens_of(), mode="fast", audit_every=every)
+        everything = {str(branch) for branch in found._modules if branch.kind == "mlp"}
+        assert looked[0] == (0, everything, 1)  # the first costs are of a part of the batches
+        assert all(len(of) == 1 and batches is None for _, of, batches in looked[1:])
+        searches[every] = [set().union(*(of for at, of, _ in looked[1:] if at < 8))]
+        assert len(found.log) > 8
+    # Six modules, the longest unseen one first: after six steps nothing is older than that.
+    assert searches[1] == [everything] and searches[0] != [everything]
+
+
+@pytest.mark.parametrize("layers", [4, 6])
+def test_fast_is_about_as_good_as_exact(layers):
+    tokens = as_token_set([tiny_tokens(32, 32)], vocabulary=64, positions=128)
+    exact, fast = (
+        searched(model_of(layers=layers), tokens, parameters=20000, mode=mode)
+        for mode in ("exact", "fast")
+    )
+    assert len(fast.log) == len(exact.log) and fast.evaluations < 0.5 * exact.evaluations
+    assert fast.perplexity <= 1.02 * exact.perplexity
 
 
 @pytest.mark.parametrize("kind, parameters", [("mlp", 12000), ("heads", 4000)])
@@ -226,7 +260,8 @@ def test_bad_requests():
     for bad in ({"blocks": 0.9, "heads": 0.2}, {"heads": -0.1}, {"blocks": 0.98}):
         with pytest.raises(UserError, match="options: expected"):
             WidthConfig("multipruner", ratio=0.1, method_options=bad)
-    for name, least in (("steps", 2), ("every", 1), ("memory_mb", 1)):
+    leasts = {"steps": 2, "audit_every": 0, "every": 1, "memory_mb": 1, "width": 1}
+    for name, least in leasts.items():
         with pytest.raises(UserError, match=f"{name}: expected at least {least}, got {least - 1}"):
             WidthConfig("multipruner", ratio=0.1, method_options={name: least - 1})
     config = WidthConfig("multipruner", ratio=0.9, method_options={"blocks": 1.0, "heads": 0.0})
