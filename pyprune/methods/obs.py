@@ -68,7 +68,7 @@ class Survivors:
         lower, eye = torch.linalg.cholesky(self._k), torch.eye(len(self._k)).to(self._k)
         # No eigenvalue of k is below one: its root can be inverted without loss.
         root = torch.linalg.solve_triangular(lower, eye, upper=False)
-        parts = self._u.split(AT_ONCE, dim=1)
+        parts = torch.split(self._u, AT_ONCE, dim=1)
         leverage = torch.cat([(root @ part).square_().sum(0) for part in parts])
         # 1 - leverage is positive; what rounding leaves of it is not to be less than it can tell.
         free = (1 - leverage).clamp_min(torch.finfo(leverage.dtype).eps)
