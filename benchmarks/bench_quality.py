@@ -45,13 +45,11 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "baselines": (("magnitude", "wanda", "sparsegpt"), ("0.5", "2:4", "4:8")),
     "gradients": (
         ("gblm", "gblm-l2", "gblm, alpha 10", "gblm+update", "wanda+update", "obd", "l-obd",
-         "k-obd", "obs",
-         "woodfisher", "woodfisher-paper", "llm-surgeon", "llm-surgeon-1shot"),
+         "k-obd", "obs", "exactobs",
+         "woodfisher", "woodfisher-paper", "llm-surgeon", "llm-surgeon-1shot",
+         "llm-surgeon-grouped"),
         ("0.5", "2:4"),
     ),
-    # For models smaller than the packaged one, or patience: greedy over every row of every matrix,
-    # and the paper's update of groups (7e13 flops of dense solves for the packaged model at 50 %).
-    "slow": (("exactobs", "llm-surgeon-grouped"), ("0.5", "2:4")),
     "structures": (
         ("llm-surgeon-structures", "llm-surgeon-structures, sum"),
         ("0.1", "0.2", "0.3"),

@@ -28,6 +28,9 @@ from pyprune.methods.fisher import (
 from pyprune.methods.selection import select_mask
 from pyprune.patterns import NM, Pattern, Unstructured, scope_of
 
+# Weights whose leverages are computed at a time: few enough for the caches of a core.
+AT_ONCE = 8192
+
 
 @dataclass(frozen=True)
 class ObsOptions(SampleOptions):
@@ -62,8 +65,11 @@ class Survivors:
 
     def inverse_diagonal(self) -> Tensor:
         """`[F_SS^-1]_jj` of the weights still there, `[R, C]`; of no meaning elsewhere."""
-        lower = torch.linalg.cholesky(self._k)
-        leverage = torch.linalg.solve_triangular(lower, self._u, upper=False).square().sum(0)
+        lower, eye = torch.linalg.cholesky(self._k), torch.eye(len(self._k)).to(self._k)
+        # No eigenvalue of k is below one: its root can be inverted without loss.
+        root = torch.linalg.solve_triangular(lower, eye, upper=False)
+        parts = torch.split(self._u, AT_ONCE, dim=1)
+        leverage = torch.cat([(root @ part).square_().sum(0) for part in parts])
         # 1 - leverage is positive; what rounding leaves of it is not to be less than it can tell.
         free = (1 - leverage).clamp_min(torch.finfo(leverage.dtype).eps)
         diagonal: Tensor = free.view_as(self.x) / self._root.square()

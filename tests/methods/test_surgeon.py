@@ -113,6 +113,27 @@ def test_grouped_elements_are_the_sequence_of_groups_and_not_the_joint_update():
     assert there.loss(joint - w) < there.without_elements(w, mask, "none").loss
 
 
+@pytest.mark.parametrize("condition", [10, 30, 1e8])
+def test_multipliers_of_a_group_are_as_good_as_its_dense_system_in_fp32(condition, monkeypatch):
+    w, a, g = random_problem(5, 48, condition=condition)
+    gone = (~random_mask(w, 0.5)).double()
+    i, j = gone.nonzero().T
+
+    dense = list[int]()
+    solved = kronecker._solved
+    monkeypatch.setattr(kronecker, "_solved", lambda h, b: dense.append(len(b)) or solved(h, b))
+
+    def missed(m):
+        return float(((g @ m.double() @ a - w) * gone).norm() / (w * gone).norm())
+
+    single = [t.float() for t in (w, gone, a, g)]
+    m = torch.zeros_like(single[0])
+    m[i, j] = solved(single[3][i][:, i] * single[2][j][:, j], single[0][i, j])
+    assert missed(kronecker._multipliers(*single)) < 10 * missed(m)
+    # What conjugate gradients do not come to is solved for.
+    assert dense == ([len(i)] if condition == 1e8 else [])
+
+
 def test_groups_are_the_joint_update_if_the_inverse_forgets_what_is_gone():
     """What the paper's sequence lacks: F^-1 down-dated by the rows before."""
     w, a, g = random_problem()
