@@ -188,8 +188,9 @@ def prune(
     state: Annotated[
         Path | None,
         typer.Option(
-            help="llm-surgeon and llm-surgeon-width: a directory for what an interrupted run needs "
-            "to go on after its last shot. Run the same command again."
+            help="llm-surgeon, llm-surgeon-width, blockpruner and sleb: a directory for what an "
+            "interrupted run needs to go on after its last shot or removal. Run the same command "
+            "again."
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
