@@ -45,6 +45,7 @@ def test_bad_places(tmp_path, monkeypatch):
         ("file", "is a file"),
         ("folder.png", "is a directory"),
         ("nowhere/picture.png", "to exist"),
+        ("/proc/pictures", "report: cannot write into /proc"),
     ):
         with pytest.raises(UserError, match=words):
             draw(report.decision, report.curve, tmp_path / name)

@@ -215,6 +215,10 @@ def test_curve(method):
         (["-m", "blockpruner", "--count", "1", "--report", "x.pdf"], "a directory or a .png"),
         (["-m", "blockpruner", "--count", "1", "--report", "no/x.png"], "to exist"),
         (["-m", "blockpruner", "--count", "1", "-O", "state=no/x"], "state: expected a file in"),
+        (
+            ["-m", "blockpruner", "--count", "1", "-O", "state=/proc/x"],
+            "state: cannot write into /proc",
+        ),
         (["-m", "blockpruner", "--count", "1", "--seqlen", "1"], "2 tokens or more"),
     ],
 )
