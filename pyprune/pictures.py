@@ -108,6 +108,9 @@ def paint_perplexity(
     points: what went, the parameters left and the perplexity then; the dense model's first.
     labelled: which of them are named. whole: every removal is there, not only the two ends.
     """
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2, foreground="white")]  # names may lie on the line
     scale, unit = millions(points[0][1])
     sizes, scores = [size / scale for _, size, _ in points], [score for _, _, score in points]
     axis.plot(sizes, scores, "o-" if whole else "o--", markersize=4)
@@ -115,7 +118,7 @@ def paint_perplexity(
         if i in labelled:
             axis.annotate(
                 name, (sizes[i], scores[i]), xytext=(3, 5), textcoords="offset points", fontsize=7,
-                rotation=45,
+                rotation=45, path_effects=halo,
             )  # fmt: skip
     if max(scores) > LOGARITHMIC * min(scores):
         axis.set_yscale("log")
