@@ -244,10 +244,13 @@ def prune(
         "bos": bos,
     }
     family, full = _prune_config(config, options, shown)
-    from pyprune.checkpoint import check_output
+    from pyprune.checkpoint import check_output, check_writable
     from pyprune.families import Run
 
     check_output(out)
+    if state is not None:  # or the folder in which it will be made
+        parents = state.absolute().parents
+        check_writable(next(p for p in (state, *parents) if p.exists()), "state")
     cli.quiet()
     with ProgressBar(cli.stderr(), "pruning") as bar:
         source = cli.resolve(model, bar)

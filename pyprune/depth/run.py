@@ -183,10 +183,7 @@ def _resumable(run: Run, folder: Path) -> StructureConfig:
         run.needs_none("state")
     if (named := config.own_options().state) is not None:
         raise UserError(f"state: expected --state or -O state, got {folder} and {named}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"state: expected a directory, got {folder}: {error.strerror}") from error
+    folder.mkdir(parents=True, exist_ok=True)
     options = {**config.method_options, "state": str(folder / STATE_FILE)}
     return replace(config, method_options=options)
 
