@@ -148,8 +148,9 @@ def prune(
     fill: Annotated[
         str | None,
         typer.Option(
-            help="Layers left with one branch: packed (as few layers as possible) or zeros (all "
-            "layers stay)."
+            help="Layers left with one branch: packed (as few layers as possible), zeros (all "
+            "layers stay) or deci (really with one, as DeciLM, for vLLM and llama.cpp; plain "
+            "transformers cannot load it)."
         ),
     ] = None,
     include: Annotated[

@@ -31,6 +31,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="A new directory.")]
         "pyprune compress pruned --out small --values int8",
         "pyprune compress pruned --out small --embeddings int8",
         "pyprune compress pruned --out small --choose measured --rows 1 --json",
+        "pyprune compress pruned --out small --format deci",
     )
 )
 def compress(
@@ -38,7 +39,10 @@ def compress(
     out: Out,
     format: Annotated[
         str,
-        typer.Option(help="auto (--choose decides for each layer), sparse24 or bitmap."),
+        typer.Option(
+            help="auto (--choose decides for each layer), sparse24 or bitmap; or deci: DeciLM, "
+            "without zeroed branches, channels and key-value heads, for vLLM and llama.cpp."
+        ),
     ] = "auto",
     choose: Annotated[
         str,
@@ -68,14 +72,17 @@ def compress(
     from pyprune.sparse.convert import compress_checkpoint
     from pyprune.sparse.weight import FORMATS
 
-    if format not in ("auto", *FORMATS):
-        raise UserError(f"--format: expected auto, {', '.join(FORMATS)}, got {format!r}")
+    if format not in ("auto", *FORMATS, "deci"):
+        raise UserError(f"--format: expected auto, {', '.join(FORMATS)} or deci, got {format!r}")
     if choose not in ("bytes", "measured"):
         raise UserError(f"--choose: expected bytes or measured, got {choose!r}")
     if values not in ("same", "int8"):
         raise UserError(f"--values: expected same or int8, got {values!r}")
     if embeddings not in ("same", "int8"):
         raise UserError(f"--embeddings: expected same or int8, got {embeddings!r}")
+    if format == "deci":
+        _to_deci(model, out, (choose, values, embeddings) != ("bytes", "same", "same"), as_json)
+        return
     allowed = FORMATS if format == "auto" else (format,)
     with ProgressBar(cli.stderr(), "compressing") as bar:
         source = cli.resolve(model, bar)
@@ -91,19 +98,35 @@ def compress(
     cli.show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
 
 
+def _to_deci(model: str, out: Path, rounded: bool, as_json: bool) -> None:
+    from pyprune.deci import NOTE
+    from pyprune.deci_convert import compress_deci
+
+    if rounded:
+        raise UserError("--format deci: expected no --choose, --values and --embeddings with it")
+    with ProgressBar(cli.stderr(), "compressing") as bar:
+        report = compress_deci(cli.resolve(model, bar), out, progress=bar.step)
+    cli.show(report.to_dict(), as_json, report.title, NOTE, f"Saved in {out}")
+
+
 @app.command(
     epilog=examples(
         "pyprune decompress small --out dense",
     )
 )
 def decompress(model: Model, out: Out, as_json: AsJson = False) -> None:
-    """Restore the dense checkpoint, bit for bit. Also reads compressed-tensors' old layouts."""
+    """Restore the dense checkpoint, bit for bit. Also reads compressed-tensors' old layouts, and
+    makes a stock model of a DeciLM."""
     cli.quiet()
+    from pyprune.deci_convert import decompress_deci, is_deci
     from pyprune.sparse.convert import decompress_checkpoint
 
     with ProgressBar(cli.stderr(), "decompressing") as bar:
-        report = decompress_checkpoint(cli.resolve(model, bar), out, progress=bar.step)
-    cli.show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
+        source = cli.resolve(model, bar)
+        restore = decompress_deci if is_deci(source) else decompress_checkpoint
+        report = restore(source, out, progress=bar.step)
+    table = _table(report) if report.layers else report.title
+    cli.show(report.to_dict(), as_json, table, f"Saved in {out}")
 
 
 @app.command(
@@ -294,11 +317,7 @@ def _table(report: ConversionReport) -> Table:
             times = ", ".join(f"{kind} {1e6 * s:,.0f}" for kind, s in seconds.items())
             rows = "1 row" if report.rows == 1 else f"{report.rows} rows"
             measured.append(f"{row[1]}: {times} microseconds a product of {rows}")
-    share = report.nbytes_after / max(1, report.nbytes_dense)
-    table.title = (
-        f"{report.nbytes_before / 1e6:,.2f} MB to {report.nbytes_after / 1e6:,.2f} MB "
-        f"({share:.1%} of dense)"
-    )
+    table.title = report.title
     return with_notes(table, list(dict.fromkeys(measured)))
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from pyprune.checkpoint import Checkpoint, check_output, write_report
-from pyprune.checkpoint.output import changed_model, earlier_report
+from pyprune.checkpoint.output import changed_model, earlier_report, save_stock
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.measure import Measure
@@ -139,11 +139,13 @@ def prune_loaded(
     *,
     batches: object,
     trust_remote_code: bool,
+    save: Callable[[Any, Path], None] = save_stock,
 ) -> Report:
     """From a checkpoint into a new directory, in the checkpoint's own dtype; the model is held in
     memory.
 
-    prune: `(model, tokenizer or batches, measure) -> report`; changes the model in place.
+    prune: `(model, tokenizer or batches, measure) -> report`; changes the model in place. save:
+    see `changed_model`.
 
     Raises UserError: see `Checkpoint.open` and `output_directory`; what `prune` raises. Nothing is
     left at `out`.
@@ -159,7 +161,7 @@ def prune_loaded(
     report = prune(model, data, measure)
     with ExitStack() as stack:
         with measure.phase("write"):
-            folder = stack.enter_context(changed_model(checkpoint, model, out))
+            folder = stack.enter_context(changed_model(checkpoint, model, out, save))
         run = replace(report.run, seconds=measure.total())
         report = replace(report.named(source_name(source)), earlier=earlier, run=run)
         write_report(folder, report.to_dict(), report.card())

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ def output_directory(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
         check_space(final.parent, needed)
         temporary.mkdir()
         yield temporary
+        _share(temporary)
         _sync_tree(temporary)
         check_output(final)  # somebody else may have been quicker
         temporary.rename(final)
@@ -64,6 +65,18 @@ def output_directory(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
         if refused is not None:
             raise refused from error
         raise
+
+
+def _share(folder: Path) -> None:
+    """Gives every file the permissions of one that was just created: safetensors lets nobody but
+    the owner read what it writes, and another user may be the one who serves the model."""
+    probe = folder / ".permissions"
+    probe.touch()
+    mode = probe.stat().st_mode & 0o777
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(path.stat().st_mode | mode)
 
 
 def _remove(temporary: Path, parents: list[Path]) -> None:
@@ -227,18 +240,26 @@ def save_model(
             write_report(out_dir, report, card)
 
 
+def save_stock(model: PreTrainedModel, folder: Path) -> None:
+    """Writes weights and configuration as transformers does."""
+    model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+
+
 @contextmanager
 def changed_model(
-    checkpoint: Checkpoint, model: PreTrainedModel, path: str | Path
+    checkpoint: Checkpoint,
+    model: PreTrainedModel,
+    path: str | Path,
+    save: Callable[[PreTrainedModel, Path], None] = save_stock,
 ) -> Iterator[Path]:
     """Saves `model`, loaded from `checkpoint` and changed, in the checkpoint's own dtype and with
     what else it consists of; yields the directory, to which the report still has to be added,
-    before it becomes `path` (all or nothing)."""
+    before it becomes `path` (all or nothing). save: writes weights and configuration into it."""
     _cast(model, checkpoint.dtype)
     model.config.dtype = checkpoint.dtype
     with output_directory(path, needed=_bytes(model) + AUXILIARY_BYTES) as out_dir:
         copy_auxiliary(checkpoint, out_dir, index=False)
-        model.save_pretrained(out_dir, max_shard_size=MAX_SHARD_SIZE)
+        save(model, out_dir)
         yield out_dir
 
 

@@ -36,6 +36,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 UNKNOWN = "unknown architecture"
+DECI = "nemotron-nas"  # the model_type of DeciLM, see pyprune.deci
 # What transformers raises for a configuration that it does not know or that contradicts itself.
 CANNOT_BUILD = (ValueError, TypeError, LookupError, ArithmeticError, RuntimeError)
 # Fetched from the hub: never pickles, and nothing from the sub-folders that some repositories use
@@ -289,6 +290,11 @@ def _no_weights(path: Path) -> str:
 
 def read_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> PretrainedConfig:
     kind = raw.get("model_type")
+    if kind == DECI and not trust_remote_code:
+        raise UserError(
+            f"{path}: a DeciLM checkpoint, which transformers has no model for: `pyprune "
+            "decompress` makes it a stock one"
+        )
     if "auto_map" in raw and not trust_remote_code:
         logger.info("%s brings its own model code, which is not run", path)
     try:

@@ -31,7 +31,8 @@ class StructureConfig(ConfigFile):
     by: what `ratio` is a share of: "params" (all of the model's parameters), "count" (the method's
         units) or "latency" (measured on the calibration batches). Removal stops as soon as the
         share is reached.
-    fill: what becomes of layers that keep one of their branches, see `pyprune.depth.repack`.
+    fill: what becomes of layers that keep one of their branches, see `pyprune.depth.repack`; "deci"
+        writes a checkpoint that is not a stock one, see `pyprune.deci`.
     method_options: of the method, by name; see `pyprune methods`.
     device: "auto", "cpu", "cuda" or "cuda:N". dtype: of the model while it runs; "auto" is the
         checkpoint's own.

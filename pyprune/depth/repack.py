@@ -21,7 +21,7 @@ from pyprune.depth.graph import KINDS, STRUCTURE_TOLERANCE, Branch, ResidualGrap
 from pyprune.depth.save import Slot, obstacle, restack
 from pyprune.errors import UserError
 
-Fill = Literal["packed", "zeros"]
+Fill = Literal["packed", "zeros", "deci"]
 # A layer's attention and MLP by the old layer that each was of; None: all zeros.
 Pair = tuple[int | None, int | None]
 
@@ -83,7 +83,8 @@ def repack(graph: ResidualGraph, removed: Collection[Branch], fill: Fill = "pack
     fill: "packed": as few layers as the class of the model allows, see `pack`. Where attention and
     MLP of different layers cannot share one (parallel layers; a configuration that cannot say what
     would be in it), layers that lost both branches still go, and where not even that can be
-    expressed, all stay, with zeros; `Packing.reason` says why. "zeros": all layers stay.
+    expressed, all stay, with zeros; `Packing.reason` says why. "zeros": all layers stay. "deci": as
+    "packed", for `pyprune.deci` to leave the zeros out.
 
     Raises:
         UserError: nothing would be left, a branch is unknown, or the result does not compute what

@@ -20,7 +20,8 @@ from pyprune.structural import StructuralReport, calibration_fact, model_card
 class StructureReport(StructuralReport):
     """The outcome of `prune_structure`.
 
-    parameters: of the model before and after, tied ones once, with the zeros that fill halves.
+    parameters: of the model before and after, tied ones once, with the zeros that fill halves, or
+    that pad what DeciLM has only in certain sizes.
     zeros: how many of those after are such zeros. curve: parameters that count (without such zeros)
     and perplexity on the calibration text, from the dense model on; empty unless asked for.
     """
@@ -93,7 +94,10 @@ class StructureReport(StructuralReport):
         decision, (before, after) = self.decision, self.parameters
         removed = ", ".join(name_of(step.unit) for step in decision.steps)
         facts = [f"Removed, in this order (A: attention, M: MLP, by layer from 0): {removed}"]
-        if self.packing.zeros:
+        deci = decision.config["fill"] == "deci"
+        if deci and self.zeros:
+            facts.append(f"Padding: {self.zeros:,} parameters")
+        elif self.packing.zeros and not deci:
             halves = ", ".join(map(str, self.packing.zeros))
             facts.append(
                 f"All zero, since a layer has both halves: {halves} of the new layers "
@@ -108,9 +112,10 @@ class StructureReport(StructuralReport):
         return model_card(
             decision.model,
             DEPTH_METHODS.find(decision.method),
-            f"{self.removed_share:.2%} of {before:,} parameters are removed. An ordinary model of "
-            f"its family with {len(self.packing.pairs)} layers (before: {self.packing.before}) and "
-            f"{after:,} parameters, which any loader reads.",
+            f"{self.removed_share:.2%} of {before:,} parameters are removed. "
+            f"{'A DeciLM model' if deci else 'An ordinary model of its family'} with "
+            f"{len(self.packing.pairs)} layers (before: {self.packing.before}) and {after:,} "
+            f"parameters{'' if deci else ', which any loader reads'}.",
             facts,
             self.all_notes,
             "Configuration, scores and order",

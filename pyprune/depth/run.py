@@ -10,6 +10,8 @@ from typing import Any
 from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import TokenSet
+from pyprune.checkpoint.output import save_stock
+from pyprune.deci import NOTE, check_family, save_deci, to_deci
 from pyprune.depth.budget import parameter_count
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
@@ -62,6 +64,8 @@ def prune_structure(
             weights may have done so.
     """
     check_in_memory(config)
+    if config.fill == "deci":
+        raise UserError("fill: expected packed or zeros for a model in memory, got 'deci'")
     return _prune(model, tokenizer_or_batches, config, progress, curve, Measure())
 
 
@@ -74,6 +78,8 @@ def _prune(
     measure: Measure,
 ) -> StructureReport:
     adapter = Adapter.of(model)
+    if config.fill == "deci":
+        check_family(model)
     with measure.phase("tokens"):
         tokens = configured_tokens(data, config.calibration, model.config)
     before = parameter_count(model)
@@ -89,11 +95,16 @@ def _prune(
     notes = [packing.reason] if packing.reason else []
     if len(packing.pairs) == packing.before and config.fill == "packed" and not packing.reason:
         notes.append(NOTHING_GOES)
+    after, zeros = parameter_count(model), _zeros(model, packing.zeros)
+    if config.fill == "deci":
+        deci = to_deci(model)
+        after, zeros = deci.parameters, deci.padding
+        notes.append(NOTE)
     return StructureReport(
         decision=decision,
         packing=packing,
-        parameters=(before, parameter_count(model)),
-        zeros=_zeros(model, packing.zeros),
+        parameters=(before, after),
+        zeros=zeros,
         versions=versions(),
         curve=points,
         notes=tuple(notes),
@@ -134,7 +145,13 @@ def prune_structure_checkpoint(
         return _prune(model, data, config, progress, curve, measure)
 
     return prune_loaded(
-        source, out, config, prune, batches=batches, trust_remote_code=trust_remote_code
+        source,
+        out,
+        config,
+        prune,
+        batches=batches,
+        trust_remote_code=trust_remote_code,
+        save=save_deci if config.fill == "deci" else save_stock,
     )
 
 

@@ -65,6 +65,14 @@ class ConversionReport:
     def formats(self) -> dict[str, str]:
         return {name: layer.format for name, layer in self.layers.items()}
 
+    @property
+    def title(self) -> str:
+        """What became of the bytes, for people."""
+        return (
+            f"{self.nbytes_before / 1e6:,.2f} MB to {self.nbytes_after / 1e6:,.2f} MB "
+            f"({self.nbytes_after / max(1, self.nbytes_dense):.1%} of dense)"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "formats": self.formats}
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from tiny_models import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
@@ -40,6 +41,19 @@ def test_success(tmp_path):
     (tmp_path / "plain").mkdir()
     mode = stat.S_IMODE((tmp_path / "new" / "out").stat().st_mode)
     assert mode == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_files_are_for_whoever_may_read_new_ones(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with output_directory(tmp_path / "out") as folder:
+            save_file({"w": torch.zeros(2)}, folder / "model.safetensors")
+            (folder / "code.py").touch(0o755)
+    finally:
+        os.umask(before)
+    modes = {p.name: p.stat().st_mode & 0o777 for p in (tmp_path / "out").iterdir()}
+    assert modes == {"model.safetensors": 0o666 & ~umask, "code.py": 0o755 & ~umask}
 
 
 def test_an_empty_directory_is_replaced(tmp_path):

@@ -4,10 +4,12 @@ from itertools import combinations
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import CONFIGS, FAMILIES, HIDDEN, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pyprune.checkpoint.output import save_model
+from pyprune.data.gguf_llama import BLOCK_NAMES, TOP_NAMES, hugging_face_name
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.repack import pack, repack
 from pyprune.depth.save import drop_layers
@@ -163,6 +165,20 @@ def test_cached_generation_equals_uncached(family, tmp_path):
     assert torch.equal(
         cached, loaded.generate(ids, attention_mask=mask, use_cache=False, **options)
     )
+
+
+@pytest.mark.parametrize("removed", REMOVALS)
+def test_all_layers_have_what_ggufs_llama_has(removed, tmp_path):
+    """Its layers have one size, given once, and all of their tensors: halves of zeros as well."""
+    model = tiny_model("llama", num_hidden_layers=4, attention_bias=False, mlp_bias=False)
+    packing = repack(ResidualGraph.of(model), branches(removed))
+    save_model(model, None, tmp_path / "out")
+    shapes = {n: t.shape for n, t in load_file(tmp_path / "out" / "model.safetensors").items()}
+    names = [f"blk.{i}.{kind}.weight" for i in range(len(packing.pairs)) for kind in BLOCK_NAMES]
+    assert shapes.keys() == {hugging_face_name(name) for name in (*TOP_NAMES, *names)}
+    for name in names:
+        first = "blk.0." + name.partition(".")[2].partition(".")[2]
+        assert shapes[hugging_face_name(name)] == shapes[hugging_face_name(first)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
