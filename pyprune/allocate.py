@@ -16,7 +16,7 @@ from pyprune.calibration.store import BlockStore
 from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.calibration.zeroth import Perturbed, directional_differences
 from pyprune.config import PruneConfig
-from pyprune.layers import LayerPruner, layer_inputs
+from pyprune.layers import LayerPruner, check_finite, layer_inputs
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
 from pyprune.patterns import Pattern, Unstructured, pruned_count
@@ -43,7 +43,10 @@ class DenseBlocks:
     def targets(
         self, adapter: Adapter, store: BlockStore, release: Callable[[int], None]
     ) -> dict[str, Pattern]:
-        """A target for every layer. release: lets go of a block that was only looked at."""
+        """A target for every layer. release: lets go of a block that was only looked at.
+
+        Raises LayerError for weights that are NaN or infinite.
+        """
         names, sizes = [], []
         for i in range(len(adapter.blocks)):
             linears = adapter.linears(i)
@@ -51,6 +54,8 @@ class DenseBlocks:
                 continue
             store.load(i)
             weights = [(r.weight().float(), self._norms.get(r.name)) for r in linears]
+            for ref, (w, _) in zip(linears, weights, strict=True):
+                check_finite(ref.name, w)
             self._allocation.measure(weights)
             names.append([ref.name for ref in linears])
             sizes.append(sum(ref.weight().numel() for ref in linears))

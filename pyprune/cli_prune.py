@@ -189,8 +189,9 @@ def prune(
     state: Annotated[
         Path | None,
         typer.Option(
-            help="llm-surgeon and llm-surgeon-width: a directory for what an interrupted run needs "
-            "to go on after its last shot. Run the same command again."
+            help="llm-surgeon, llm-surgeon-width, blockpruner and sleb: a directory for what an "
+            "interrupted run needs to go on after its last shot or removal. Run the same command "
+            "again."
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -244,10 +245,13 @@ def prune(
         "bos": bos,
     }
     family, full = _prune_config(config, options, shown)
-    from pyprune.checkpoint import check_output
+    from pyprune.checkpoint import check_output, check_writable
     from pyprune.families import Run
 
     check_output(out)
+    if state is not None:  # or the folder in which it will be made
+        parents = state.absolute().parents
+        check_writable(next(p for p in (state, *parents) if p.exists()), "state")
     cli.quiet()
     with ProgressBar(cli.stderr(), "pruning") as bar:
         source = cli.resolve(model, bar)

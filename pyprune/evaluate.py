@@ -134,6 +134,10 @@ def perplexity(
     room, step = seqlen - len(prefix), min(stride, seqlen - len(prefix))
     count = (len(ids) - room) // step + 1 if len(ids) >= room else 0
     if count == 0:
+        if max_tokens is not None and len(ids) == max_tokens:
+            raise UserError(
+                f"max_tokens: expected {room} or more, one window of the text, got {max_tokens}"
+            )
         raise UserError(f"text {text}: too little: a window needs {room} tokens, {len(ids)} found")
     windows = ids.unfold(0, room, step)
     windows = torch.cat([torch.tensor(prefix).expand(count, -1).to(ids), windows], dim=1)

@@ -71,6 +71,12 @@ def check_shapes(
             )
 
 
+def check_finite(name: str, w: Tensor) -> None:
+    """Raises LayerError if a weight is NaN or infinite."""
+    if not bool(w.isfinite().all()):
+        raise LayerError(name, "expected finite weights, got NaN or infinity")
+
+
 def layer_inputs(statistic: Statistic | None, name: str) -> LayerInputs | None:
     """The tensors behind a statistic; LayerError if the layer saw NaN or infinity."""
     if statistic is None:
@@ -118,8 +124,9 @@ class LayerPruner:
 
     A layer that saw no token at all, and an expert that saw fewer than
     max(4 M, C / 4) (M of N:M, C inputs), is pruned by magnitude instead and the report says so:
-    with nothing known of its inputs, a score made of them would zero it. So is, by a method that
-    needs gradients, a layer whose gradients were all zero.
+    with nothing known of its inputs, a score made of them would zero it. So is a layer whose inputs
+    were all zero, whose scores would be equal, and, by a method that needs gradients, one whose
+    gradients were.
 
     gradients: what the backward pass accumulated, by layer; let go of once used.
     masks: bool `[R, C]` by layer, False = must go, and counts among the pruned.
@@ -297,6 +304,8 @@ class LayerPruner:
             tokens = 0 if inputs is None else inputs.tokens
             needed = minimum_tokens(ref.weight().shape[1], self.pattern)
             return f"saw {tokens:.0f} of the {needed:.0f} tokens that {self.method.name} needs"
+        if inputs is not None and not bool(inputs.squared_norms.any()):
+            return f"{self.method.name} found no input but zero"
         gradient = self._gradients.get(ref.name)
         if gradient is not None and gradient.dead():
             return f"{self.method.name} found no gradient but zero"
@@ -322,8 +331,7 @@ class LayerPruner:
         respected, where weights may stay."""
         stored = ref.weight()
         w = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True).contiguous()
-        if not bool(w.isfinite().all()):
-            raise LayerError(ref.name, "expected finite weights, got NaN or infinity")
+        check_finite(ref.name, w)
         preserve = (w != 0) if self.preserve_zeros else None
         if ref.name in self._masks:
             mask = self._masks[ref.name].to(w.device)

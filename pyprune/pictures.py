@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from pyprune.checkpoint import check_writable
 from pyprune.errors import UserError
 
 COLOURS = {"attention": "#1f77b4", "mlp": "#ff7f0e", "layer": "#1f77b4", "rest": "#8c8c8c"}
@@ -34,7 +35,7 @@ def require_matplotlib() -> None:
 
 def check_pictures(path: Path) -> None:
     """Raises UserError unless pictures can go to `path`: a .png file, or a directory, in one that
-    exists; and matplotlib is there."""
+    exists and can be written to; and matplotlib is there."""
     require_matplotlib()
     if path.suffix not in ("", ".png"):
         raise UserError(f"report: expected a directory or a .png file, got {path}")
@@ -44,6 +45,7 @@ def check_pictures(path: Path) -> None:
         raise UserError(f"report: expected a directory, {path} is a file")
     if not path.absolute().parent.is_dir():
         raise UserError(f"report: expected {path.absolute().parent} to exist")
+    check_writable(path if path.is_dir() else path.absolute().parent, "report")
 
 
 def draw_panels(panels: Sequence[Panel], title: str, layers: int, path: Path) -> list[Path]:
@@ -106,6 +108,9 @@ def paint_perplexity(
     points: what went, the parameters left and the perplexity then; the dense model's first.
     labelled: which of them are named. whole: every removal is there, not only the two ends.
     """
+    from matplotlib.patheffects import withStroke
+
+    halo = [withStroke(linewidth=2, foreground="white")]  # names may lie on the line
     scale, unit = millions(points[0][1])
     sizes, scores = [size / scale for _, size, _ in points], [score for _, _, score in points]
     axis.plot(sizes, scores, "o-" if whole else "o--", markersize=4)
@@ -113,13 +118,13 @@ def paint_perplexity(
         if i in labelled:
             axis.annotate(
                 name, (sizes[i], scores[i]), xytext=(3, 5), textcoords="offset points", fontsize=7,
-                rotation=45,
+                rotation=45, path_effects=halo,
             )  # fmt: skip
     if max(scores) > LOGARITHMIC * min(scores):
         axis.set_yscale("log")
-    axis.margins(x=0.06, y=0.2)
+    axis.margins(x=0.06, y=0.3)  # room for names
     axis.set_xlabel(f"parameters, {unit}", fontsize=8)
-    axis.set_ylabel("perplexity")
+    axis.set_ylabel("perplexity", fontsize=8)
     axis.tick_params(labelsize=8)
     when = "after every removal" if whole else "before and after"
     axis.set_title(f"perplexity on the calibration text {when}", fontsize=9)

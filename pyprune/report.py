@@ -7,11 +7,11 @@ import dataclasses
 import json
 import platform
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from rich import box
 from rich.table import Table
@@ -201,14 +201,10 @@ class Report:
         table.add_column("matrices", min_width=12, overflow="fold")
         for name in ("shape", "sparsity", "error\nbefore", "error\nafter", "damping", "s"):
             table.add_column(name, justify="right", no_wrap=True)
-        kinds: dict[tuple[str, tuple[int, int]], list[LayerReport]] = {}
-        for layer in self.layers:
-            kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.name)
-            kinds.setdefault((kind, layer.shape), []).append(layer)
-        for (kind, shape), layers in kinds.items():
+        for kind, shape, layers in alike(self.layers):
             dampings = [layer.damping for layer in layers if layer.damping is not None]
             table.add_row(
-                f"{len(layers)} {kind.split('*.', 1)[-1]}",
+                f"{len(layers)} {kind}",
                 f"{shape[0]}x{shape[1]}",
                 f"{sum(x.zeros for x in layers) / sum(x.elements for x in layers):.4f}",
                 _mean_percent([layer.relative_error_before_update for layer in layers]),
@@ -218,6 +214,29 @@ class Report:
             )
         of_layers = [f"{layer.name}: {'; '.join(layer.notes)}" for layer in self.noted]
         return with_notes(table, [*self.notes, *of_layers])
+
+
+class Named(Protocol):
+    """What is said of one matrix."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+
+Layer = TypeVar("Layer", bound=Named)
+
+
+def alike(layers: Iterable[Layer]) -> Iterator[tuple[str, tuple[int, int], list[Layer]]]:
+    """The kinds of matrices (the same place in every block, one shape): their name without that of
+    the block, their shape, and the layers."""
+    kinds: dict[tuple[str, tuple[int, int]], list[Layer]] = {}
+    for layer in layers:
+        kind = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", layer.name)
+        kinds.setdefault((kind, layer.shape), []).append(layer)
+    for (kind, shape), same in kinds.items():
+        yield kind.split("*.", 1)[-1], shape, same
 
 
 def with_notes(table: Table, notes: Sequence[str]) -> Table:

@@ -202,7 +202,10 @@ def test_nan_and_infinite_logits_are_refused(value):
         ({"seqlen": 8, "stride": 0}, "stride"),
         ({"seqlen": 8, "batch_size": 0}, "batch_size"),
         ({"seqlen": 8, "max_tokens": 0}, "max_tokens"),
-        ({"seqlen": 8, "max_tokens": 7}, "a window needs 8 tokens, 7 found"),
+        (
+            {"seqlen": 8, "max_tokens": 7},
+            "max_tokens: expected 8 or more, one window of the text, got 7",
+        ),
         ({"seqlen": 8, "bos": True}, "expected a tokenizer with a BOS token"),
     ],
 )

@@ -459,3 +459,23 @@ def test_an_update_that_the_dtype_cannot_hold_names_the_layer():
         layer.weight[0, :2] = 40000
     name = "^model.layers.0.self_attn.q_proj: expected updated weights within torch.float16"
     expect(name, model, tokens(), "sparsegpt", NM(1, 32), error=LayerError)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "k-obd"])
+def test_a_layer_whose_inputs_are_all_zero_is_pruned_by_magnitude(method):
+    """All scores are equal there: ties by index would take its first columns."""
+    model = tiny_model("llama", mlp_bias=False)
+    with torch.no_grad():
+        model.model.layers[1].post_attention_layernorm.weight.zero_()
+    expected = {ref.name: ref.weight().clone() for ref in linears(model)}
+    report = prune(model, tokens(), method, 0.5)
+    pruned = {ref.name: ref.weight() for ref in linears(model)}
+    found = {layer.name: layer for layer in report.layers}
+    for name in ("gate_proj", "up_proj", "down_proj"):
+        name = f"model.layers.1.mlp.{name}"
+        assert f"{method} found no input but zero: pruned by magnitude" in found[name].notes
+        w, was = pruned[name], expected[name]
+        gone = w == 0
+        assert int(gone.sum()) == w.numel() // 2 and torch.equal(w, was * ~gone)
+        assert was[~gone].abs().min() >= was[gone].abs().max()
+    assert not any("no input" in note for note in found["model.layers.0.mlp.up_proj"].notes)

@@ -138,5 +138,9 @@ def find_stages(sites: list[Site], run_block: Callable[[], None]) -> list[Stage]
         run_block()
     for site in sites:
         if site not in ran:
-            raise LayerError(site.name, "is not called in the forward of its block")
+            raise LayerError(
+                site.name,
+                "expected to be called in the forward of its block, and is not (leave it out "
+                f"with --exclude '*.{site.name.rpartition('.')[2]}')",
+            )
     return [stage for _, stage in stages]

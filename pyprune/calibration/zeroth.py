@@ -77,8 +77,12 @@ def directional_differences(
     if not batches:
         raise UserError("calibration: expected at least one sequence, got none")
     for b, batch in enumerate(batches):
-        if not bool((_labels(batch) != IGNORED).any(1).all()):
-            raise UserError(f"batch {b}: expected at least two tokens in a row in each sequence")
+        scored = (_labels(batch) != IGNORED).any(1)
+        if not bool(scored.all()):
+            raise UserError(
+                f"batch {b}, sequence {int(scored.int().argmin())}: expected at least two tokens "
+                "in a row (the loss is that of the next one), got none"
+            )
     sums = torch.zeros(len(groups), dtype=torch.float64)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())

@@ -2,6 +2,7 @@
 
 from pyprune.checkpoint.output import (
     check_output,
+    check_writable,
     copy_auxiliary,
     output_directory,
     save_model,
@@ -16,6 +17,7 @@ __all__ = [
     "StreamingStore",
     "TensorEntry",
     "check_output",
+    "check_writable",
     "copy_auxiliary",
     "output_directory",
     "read_header",

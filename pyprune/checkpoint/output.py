@@ -8,6 +8,7 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -105,6 +106,15 @@ def check_space(folder: Path, needed: int) -> None:
     """Raises UserError if fewer than `needed` bytes are free in the file system of `folder`."""
     if shutil.disk_usage(folder).free < needed:
         raise _disk_full(folder, needed, None)
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Raises UserError, before any work is done, unless files can be made in the directory `folder`
+    that `option` needs."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{option}: cannot write into {folder}: {error.strerror}") from error
 
 
 def _disk_full(folder: Path, needed: int, temporary: Path | None) -> UserError:

@@ -108,9 +108,13 @@ class Budget:
             words = {"count": what, "params": "of the parameters", "latency": "of the latency"}
             can = self.spent(most) if most else 0.0
             shown = f"{can:.0f}" if self.kind == "count" else f"{can:.3f}"
+            there = len(self.graph.branches) // self.branches
+            why = f"{len(units)} of {there} {what} may go"
+            if everything:
+                why = f"of {len(units)} {what}, and one branch has to stay"
             raise UserError(
-                f"expected to remove at most {shown} {words[self.kind]} (of {len(units)} {what}, "
-                f"and one branch has to stay), got {self.target:g}"
+                f"expected to remove at most {shown} {words[self.kind]} ({why}), "
+                f"got {self.target:g}"
             )
 
 

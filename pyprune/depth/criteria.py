@@ -105,8 +105,10 @@ def removal_order(importance: Tensor, *, plus: bool = False) -> list[int]:
     all others (Shortened LLaMA's "+", there for every criterion by default). Source: the paper's
     section 3.1 and its code."""
     layers = len(importance)
-    if not importance.isfinite().all():
-        raise UserError("importance: expected finite numbers")
+    bad = (~importance.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        value = float(importance[bad[0]])
+        raise UserError(f"importance: expected finite numbers, got {value} of layer {bad[0]}")
     kept = {i for i in range(layers) if plus and (i < PLUS_FIRST or i >= layers - PLUS_LAST)}
     return sorted(range(layers), key=lambda i: (i in kept, float(importance[i]), i))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyprune.calibration.tokens import Batch, TokenSet
+from pyprune.checkpoint import check_writable
 from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, Unit, parameter_count
 from pyprune.depth.config import StructureConfig
@@ -60,8 +61,13 @@ class GreedyOptions(AddOns):
                 raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.audit_every < 0:
             raise UserError(f"audit_every: expected 0 or more, got {self.audit_every}")
-        if self.state is not None and not Path(self.state).absolute().parent.is_dir():
-            raise UserError(f"state: expected a file in an existing directory, got {self.state}")
+        if self.state is not None:
+            folder = Path(self.state).absolute().parent
+            if not folder.is_dir():
+                raise UserError(
+                    f"state: expected a file in an existing directory, got {self.state}"
+                )
+            check_writable(folder, "state")
 
     def scored(self, config: StructureConfig) -> ObjectiveName:
         """What `objective` comes to for `config`."""

@@ -20,6 +20,7 @@ from pyprune.pictures import (
 )
 
 LABELS = {"attention": "attention", "mlp": "MLP", "layer": "layer"}
+OBJECTIVES = {"kl": "KL to the dense model, nats per token"}  # others are called what they are
 KEPT, FRAME = "#e9e9e9", "#d62728"
 # Bars longer than so many times this quantile of all are cut off.
 CUT, QUANTILE = 1.5, 0.85
@@ -110,8 +111,9 @@ def _importance(axis: Any, decision: Decision) -> None:
         axis.set_ylim(top=base + 1.3 * (highest - base))
     if decision.dense is not None:
         axis.axhline(base, color="black", linewidth=0.8, linestyle=":", label="dense")
-    axis.set_ylabel(decision.objective)
-    axis.set_title("each alone: the higher, the more it matters", fontsize=9)
+    axis.set_ylabel(OBJECTIVES.get(decision.objective, decision.objective), fontsize=8)
+    words = "; cut bars say how long they are" if max(known) > top else ""
+    axis.set_title(f"each alone: the higher, the more it matters{words}", fontsize=9)
     axis.legend(fontsize=8, loc="upper center", ncols=3)
     layer_axis(axis, decision.layers)
 
@@ -137,9 +139,10 @@ def _exchanges(axis: Any, decision: Decision) -> None:
     axis.set_xticks(range(len(scores)))
     axis.margins(x=0.15, y=0.25)
     axis.set_xlabel("exchanges", fontsize=8)
-    axis.set_ylabel(decision.objective)
+    axis.set_ylabel(OBJECTIVES.get(decision.objective, decision.objective), fontsize=8)
     axis.tick_params(labelsize=8)
-    axis.set_title("greedy lists, improved by exchanges", fontsize=9)
+    words = ", improved by exchanges" if refinement.exchanges else "; no exchange was better"
+    axis.set_title(f"greedy lists{words}", fontsize=9)
 
 
 def _scores(decision: Decision, kind: str) -> list[tuple[int, float | None]]:

@@ -32,6 +32,7 @@ from pyprune.report import RunReport, model_name, versions
 from pyprune.structural import check_in_memory, prune_loaded
 
 Curve = tuple[tuple[int, float], ...]
+STATE_FILE = "search.json"  # in the directory of --state
 # Said where re-packing brings nothing.
 NOTHING_GOES = "no layer goes: no attention and MLP of different layers came next to each other"
 
@@ -191,14 +192,28 @@ def _curve(
     return tuple(zip(sizes, scores, strict=True))
 
 
+def _resumable(run: Run, folder: Path) -> StructureConfig:
+    """The configuration with the search's state file in `folder`; UserError if the method keeps
+    none, or was told of another one."""
+    config: StructureConfig = run.config
+    if not hasattr(config.own_options(), "state"):
+        run.needs_none("state")
+    if (named := config.own_options().state) is not None:
+        raise UserError(f"state: expected --state or -O state, got {folder} and {named}")
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {**config.method_options, "state": str(folder / STATE_FILE)}
+    return replace(config, method_options=options)
+
+
 def _run(run: Run) -> StructureReport:
-    run.needs_none("state", "preserve_mask")
+    run.needs_none("preserve_mask")
+    config = run.config if run.state is None else _resumable(run, run.state)
     if run.pictures is not None:
         check_pictures(run.pictures)
     report = prune_structure_checkpoint(
         run.source,
         run.out,
-        run.config,
+        config,
         run.bar.step,
         trust_remote_code=run.trust_remote_code,
         curve=run.pictures is not None,

@@ -7,10 +7,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor, nn
 
 from pyprune.calibration.configured import configured_tokens
@@ -37,9 +40,11 @@ from pyprune.report import (
     SCHEMA,
     CalibrationReport,
     RunReport,
+    alike,
     model_name,
     source_name,
     versions,
+    with_notes,
 )
 from pyprune.sparse.convert import write_factored
 from pyprune.sparse.factored import FactoredLinear
@@ -108,25 +113,28 @@ class EigenDamageReport:
         }
 
     def table(self) -> Table:
-        """For a terminal: a row per matrix."""
-        title = (
+        """For a terminal: a row per kind of matrix (the same place in every block), means of what
+        is left, and below them what has to be said. `pyprune.json` has every layer."""
+        title = Text(
             f"{self.model}: {METHOD}, {self.sparsity:.1%} removed, "
-            f"{self.predicted_loss:.4f} nats per token predicted"
+            f"{self.predicted_loss:.3g} nats per token predicted"
         )
-        table = Table("layer", "directions left", "removed", "thin factors / dense", title=title)
-        for layer in self.layers:
-            rows, columns = layer.shape
+        table = Table(title=title, title_justify="left", box=box.SIMPLE, padding=0)
+        table.add_column("matrices", min_width=12, overflow="fold")
+        for name in ("shape", "outputs\nleft", "inputs\nleft", "removed", "thin factors\n/ dense"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for kind, (rows, columns), layers in alike(self.layers):
+            entries = len(layers) * rows * columns
             table.add_row(
-                layer.name,
-                f"{layer.rows} of {rows}, {layer.columns} of {columns}",
-                f"{layer.removed / (rows * columns):.1%}",
-                f"{layer.factored_parameters / (rows * columns):.2f}",
+                f"{len(layers)} {kind}",
+                f"{rows}x{columns}",
+                f"{fmean(layer.rows for layer in layers):.0f}",
+                f"{fmean(layer.columns for layer in layers):.0f}",
+                f"{sum(layer.removed for layer in layers) / entries:.1%}",
+                f"{sum(layer.factored_parameters for layer in layers) / entries:.2f}",
             )
-            if layer.note:
-                table.add_row(f"{layer.name}: {layer.note}", style="yellow")
-        for note in self.notes:
-            table.add_row(note, style="yellow")
-        return table
+        of_layers = [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
+        return with_notes(table, [*self.notes, *of_layers])
 
     def card(self) -> str:
         """The README.md of the pruned checkpoint (Markdown with the hub's YAML header)."""
@@ -216,6 +224,13 @@ def _prune(
     notes = []
     if not report.factored:
         notes.append(NONE_FACTORED if config.own_options().factored else STORED_DENSE)
+    widest = max((max(layer.shape) for layer in layers), default=0)
+    if tokens.tokens < widest:
+        notes.append(
+            f"{tokens.tokens:,} calibration tokens for matrices of up to {widest:,} inputs or "
+            "outputs: directions that the text says nothing of count as free and go first; more "
+            "text would help"
+        )
     if report.sparsity < config.sparsity - SHORT:
         notes.append(
             f"{report.sparsity:.1%} of the entries went, {config.sparsity:.1%} were asked for: the "

@@ -114,6 +114,7 @@ def _importance(axis: Any, decision: WidthDecision, kind: str, layers: int) -> N
     """Of each layer's units: from the least to the greatest score, the middle 80 % thick, a dot for
     the median; a dash where the share that went ends. Grey: the whole branch went."""
     values: list[float] = []
+    dashes = False
     for layer in range(layers):
         groups = [g for g in _groups(decision, kind, layer) if decision.importance.get(g)]
         if not groups:
@@ -129,11 +130,13 @@ def _importance(axis: Any, decision: WidthDecision, kind: str, layers: int) -> N
         axis.plot(layer, tenths[5], "o", color=colour, markersize=4)
         share = 1 - sum(_left(decision, g) for g in groups) / sum(decision.units[g] for g in groups)
         if share > 0 and not whole:
+            dashes = True
             axis.hlines(_at(share, tenths), layer - 0.35, layer + 0.35, color="black", linewidth=1)
     _scale(axis, values)
     axis.set_ylabel(decision.objective, fontsize=8)
+    below = "; dash: below it they went" if dashes else ""
     axis.set_title(
-        f"scores of {KINDS[kind][1]}: all, the middle 80 %, the median; below the dash they went",
+        f"scores of {KINDS[kind][1]}: line: all; band: the middle 80 %; dot: the median{below}",
         fontsize=9,
     )
     layer_axis(axis, layers)

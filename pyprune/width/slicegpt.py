@@ -99,10 +99,12 @@ def fitting_width(stream: Stream, most: float, multiple: int) -> int:
         if stream.fits(width):
             return width
     total = sum(p.numel() for p in stream.graph.model.parameters())
+    widths = range(multiple, stream.width + 1, multiple)
+    least = next((width for width in widths if stream.fits(width)), stream.width)
+    untied = ", the head being untied" if stream.tied else ""
     raise UserError(
-        f"ratio: expected a stream that is a multiple of {multiple} wide, but {multiple} leave "
-        f"{stream.numel(multiple):,} parameters (untied) of {total:,}, got a target of "
-        f"{int(most):,}"
+        f"ratio: expected at most {max(0.0, 1 - stream.numel(least) / total):.3f} of the "
+        f"parameters (the stream is at least {least} wide{untied}), got {1 - most / total:.3f}"
     )
 
 

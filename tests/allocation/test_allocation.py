@@ -11,7 +11,7 @@ from tiny_models import tiny_model, tiny_tokens
 from pyprune.allocation import AlphaPruning, Owl, power_law_exponent, spread
 from pyprune.allocation.alphapruning import eigenvalues
 from pyprune.config import PruneConfig
-from pyprune.errors import UserError
+from pyprune.errors import LayerError, UserError
 from pyprune.prune import prune
 
 # Mean exponents of the 32 blocks of LLaMA-7B in AlphaPruning's released metrics, and what its rule
@@ -90,6 +90,14 @@ def test_owl_gives_blocks_with_outliers_less_sparsity():
     allocation.measure([(spiky, norms)])
     assert allocation.shares == [0.0, 4 / 200]
     assert allocation.sparsities(0.6, [200, 200]) == pytest.approx([0.7, 0.5])
+
+
+def test_weights_that_are_no_numbers_are_named():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+    with pytest.raises(LayerError, match=r"^model.layers.1.mlp.up_proj: expected finite weights"):
+        prune(model, method="magnitude", pattern=0.5, allocation="alphapruning")
 
 
 @pytest.mark.parametrize("allocation", ["alphapruning", "owl"])

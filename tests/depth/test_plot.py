@@ -1,12 +1,15 @@
 """Pictures of structural runs: which there are, where they go, and that they are pictures."""
 
+from dataclasses import replace
+
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tiny_models import tiny_model, tiny_tokens
 
 from pyprune import pictures
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.plot import draw
+from pyprune.depth.plot import _importance, draw
 from pyprune.depth.run import prune_structure
 from pyprune.errors import UserError
 
@@ -45,9 +48,26 @@ def test_bad_places(tmp_path, monkeypatch):
         ("file", "is a file"),
         ("folder.png", "is a directory"),
         ("nowhere/picture.png", "to exist"),
+        ("/proc/pictures", "report: cannot write into /proc"),
     ):
         with pytest.raises(UserError, match=words):
             draw(report.decision, report.curve, tmp_path / name)
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs matplotlib"):
         draw(report.decision, report.curve, tmp_path / "all.png")
+
+
+def test_axes_name_their_units_and_cut_bars_say_so():
+    decision = report_of("blockpruner", objective="kl").decision
+    axis = Figure().subplots()
+    _importance(axis, decision)
+    assert axis.get_ylabel() == "KL to the dense model, nats per token"
+    values = dict.fromkeys(decision.importance, 0.1)
+    assert "cut" not in _titled(replace(decision, importance=values))
+    assert "cut bars" in _titled(replace(decision, importance={**values, "A0": 9.0}))
+
+
+def _titled(decision):
+    axis = Figure().subplots()
+    _importance(axis, decision)
+    return axis.get_title()

@@ -16,7 +16,7 @@ from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import load_decision
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
 from pyprune.depth.registry import DEPTH_METHODS
-from pyprune.depth.run import prune_structure, prune_structure_checkpoint
+from pyprune.depth.run import STATE_FILE, prune_structure, prune_structure_checkpoint
 from pyprune.errors import UserError
 
 OPTIONS = {"laco": ["-O", "threshold=-1", "-O", "fold=2"], "shortgpt": ["-O", "compensate=true"]}
@@ -215,6 +215,10 @@ def test_curve(method):
         (["-m", "blockpruner", "--count", "1", "--report", "x.pdf"], "a directory or a .png"),
         (["-m", "blockpruner", "--count", "1", "--report", "no/x.png"], "to exist"),
         (["-m", "blockpruner", "--count", "1", "-O", "state=no/x"], "state: expected a file in"),
+        (
+            ["-m", "blockpruner", "--count", "1", "-O", "state=/proc/x"],
+            "state: cannot write into /proc",
+        ),
         (["-m", "blockpruner", "--count", "1", "--seqlen", "1"], "2 tokens or more"),
     ],
 )
@@ -232,7 +236,8 @@ def test_one_layer_is_too_few(source, capsys, method):
     arguments = ["prune", str(source / "one"), "-o", str(source / "out"), "-m", method]
     text = ["--calibration", str(source / "text.txt"), "--nsamples", "4", "--seqlen", "32"]
     assert cli.main([*arguments, "--count", "2", *text]) == 2
-    assert "one branch has to stay" in capsys.readouterr().err
+    least = {"sleb": "0 of 1 layers may go", "llm-drop": "1 of 2 branches may go"}
+    assert least.get(method, "one branch has to stay") in capsys.readouterr().err
 
 
 def test_continues_in_a_second_call_and_refuses_another_model(source, capsys):
@@ -256,6 +261,21 @@ def test_continues_in_a_second_call_and_refuses_another_model(source, capsys):
     (source / "was").rename(source / "in")
     assert run(source, *options, "--count", "3", "--seed", "1", out="third") == 2
     assert "state.json is of another calibration text" in capsys.readouterr().err
+
+
+def test_the_state_option_names_a_directory(source, capsys):
+    state = source / "new" / "state"
+    assert run(source, "-m", "sleb", "--count", "1", "--state", str(state)) == 0
+    again = ["-m", "sleb", "--count", "2", "-O", f"state={state / STATE_FILE}"]
+    assert run(source, *again, out="more") == 0
+    assert load_decision(source / "more").steps[:1] == load_decision(source / "out").steps
+    assert run(source, *again, "--state", str(state), out="third") == 2
+    assert "expected --state or -O state" in capsys.readouterr().err
+    assert run(source, "-m", "shortgpt", "--count", "1", "--state", str(state), out="third") == 2
+    assert "state: shortgpt has no use for it" in capsys.readouterr().err
+    (source / "file").touch()
+    assert run(source, "-m", "sleb", "--count", "1", "--state", str(source / "file"), out="x") == 2
+    assert "state: cannot write into" in capsys.readouterr().err
 
 
 def test_methods_are_listed(capsys):

@@ -240,6 +240,16 @@ def test_llm_drop_against_hooks():
     }
 
 
+@pytest.mark.parametrize("criterion", ["taylor", "magnitude"])
+def test_a_layer_whose_importance_is_no_number_is_named(criterion):
+    model = model_of("llama", 3)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight[2, 3] = math.nan
+    named = "got nan of layer 1" if criterion == "magnitude" else "got nan of layer 0"
+    with pytest.raises(UserError, match=f"importance: expected finite numbers, {named}"):
+        search(model, config("shortened-llama", count=1, criterion=criterion))
+
+
 def test_llm_drop_refuses_states_that_are_no_numbers():
     model = model_of("llama")
     model.model.layers[1].self_attn.o_proj.weight.data[2, 3] = math.nan
@@ -312,7 +322,7 @@ def test_bad_requests():
         search(model, config(count=4))
     with pytest.raises(UserError, match=r"of the parameters .*got 0.99"):
         run_search(model, Adapter.of(model), tokens(), StructureConfig(ratio=0.99))
-    with pytest.raises(UserError, match="at most 0 layers"):
+    with pytest.raises(UserError, match=r"at most 0 layers \(0 of 2 layers may go\), got 1"):
         search(model, config("sleb", count=1))  # both layers are protected
     one = model_of("llama", 1)
     with pytest.raises(UserError, match="at most 0 layers"):

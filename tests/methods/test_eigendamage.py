@@ -240,6 +240,18 @@ def test_thin_factors_go_in_only_where_they_are_smaller_and_compute_the_same():
     torch.testing.assert_close(model(ids).logits, dense_model(ids).logits, rtol=1e-8, atol=1e-8)
 
 
+def test_the_table_has_a_row_a_kind_and_few_tokens_are_said_to_be_few():
+    model = tiny_model("llama")
+    report = prune_eigendamage(model, [tiny_tokens(1, 24)], config_of(0.4))
+    (note,) = [note for note in report.notes if "calibration tokens" in note]
+    assert note.startswith("24 calibration tokens for matrices of up to 64 inputs or outputs")
+    table = report.table()
+    assert table.row_count == 7 and note in str(table.caption)
+    assert next(iter(table.columns[0].cells)) == "2 self_attn.q_proj"
+    again = prune_eigendamage(tiny_model("llama"), [tiny_tokens(4, 32)], config_of(0.4))
+    assert not any("calibration tokens" in note for note in again.notes)
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """A tiny Llama with a tokenizer of words, and a text of them beside it."""

@@ -29,6 +29,9 @@ def test_prunes_into_a_directory_and_goes_on_from_its_state(model, tmp_path, cap
     capsys.readouterr()
     assert run(*other, tmp_path / "other") == 2
     assert "belongs to another configuration" in capsys.readouterr().err
+    command[command.index("--state") + 1] = "/proc/state"  # before the first shot
+    assert run(*command, tmp_path / "other") == 2
+    assert capsys.readouterr().err.startswith("pyprune: state: cannot write into /proc: ")
 
 
 def test_is_in_the_table_of_methods(capsys):

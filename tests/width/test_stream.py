@@ -177,5 +177,6 @@ def test_slicegpt_meets_the_ratio(tmp_path):
     )
     assert decision.sizes["hidden_size"][1] % 12 == 0
     assert any("LlamaConfig does not take" in note for note in decision.notes)
-    with pytest.raises(UserError, match="ratio: expected a stream"):
+    narrow = r"ratio: expected at most 0\.\d+ .*at least 8 wide\), got 0.990"
+    with pytest.raises(UserError, match=narrow):
         run_width(tiny_model("llama"), tokens_of(), WidthConfig("slicegpt", ratio=0.99))
