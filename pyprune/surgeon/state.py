@@ -95,12 +95,16 @@ class State:
             values = json.loads(manifest.read_text(encoding="utf-8"))
             self._check(values)
             records = {name: Record(**record) for name, record in values["records"].items()}
-            weights = load_file(self.folder / values["weights"])
+            file = self.folder / values["weights"]
             progress = Progress(values["shots"], records, values["notes"])
-        except (ValueError, KeyError, TypeError, OSError, SafetensorError) as error:
+        except (ValueError, KeyError, TypeError, OSError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"state: {manifest} cannot be read: {error!r}") from error
+        try:
+            weights = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"state: {file} cannot be read: {error!r}") from error
         if weights.keys() != parameters.keys():
             raise UserError(f"state: {self.folder} holds other matrices than the model's")
         for name, value in parameters.items():

@@ -259,8 +259,8 @@ class WidthSearch:
             left = self._candidates(kind)
             if not left:
                 raise UserError(
-                    f"ratio: expected {_WORDS[kind]} that still can go, "
-                    f"{parameters - gone:,} parameters are missing"
+                    f"ratio: expected to remove at most {gone:,} parameters as {_WORDS[kind]} "
+                    f"(each module keeps a step), got {parameters:,}"
                 )
             if self._options.mode == "fast":
                 scores = self._lazily(left)

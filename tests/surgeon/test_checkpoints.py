@@ -132,8 +132,11 @@ def test_weights_that_are_missing_from_the_state_are_an_error(tmp_path):
     save_file({"a": torch.zeros(1)}, file)
     with pytest.raises(UserError, match="holds other matrices"):
         surgeon(tiny_model("llama"), state=state, shots=1)
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(UserError, match=r"shot-1\.safetensors cannot be read"):
+        surgeon(tiny_model("llama"), state=state, shots=1)
     file.unlink()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"shot-1\.safetensors cannot be read"):
         surgeon(tiny_model("llama"), state=state, shots=1)
 
 
