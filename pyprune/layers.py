@@ -125,8 +125,8 @@ class LayerPruner:
     A layer that saw no token at all, and an expert that saw fewer than
     max(4 M, C / 4) (M of N:M, C inputs), is pruned by magnitude instead and the report says so:
     with nothing known of its inputs, a score made of them would zero it. So is a layer whose inputs
-    were all zero, whose scores would be equal, and, by a method that needs gradients, one whose
-    gradients were.
+    were all zero, whose scores would be equal (not with scope global: the cut counts it already),
+    and, by a method that needs gradients, one whose gradients were.
 
     gradients: what the backward pass accumulated, by layer; let go of once used.
     masks: bool `[R, C]` by layer, False = must go, and counts among the pruned.
@@ -304,7 +304,9 @@ class LayerPruner:
             tokens = 0 if inputs is None else inputs.tokens
             needed = minimum_tokens(ref.weight().shape[1], self.pattern)
             return f"saw {tokens:.0f} of the {needed:.0f} tokens that {self.method.name} needs"
-        if inputs is not None and not bool(inputs.squared_norms.any()):
+        # A cut over all layers has already said how many of these go.
+        zero = inputs is not None and not bool(inputs.squared_norms.any())
+        if zero and self.selection is None:
             return f"{self.method.name} found no input but zero"
         gradient = self._gradients.get(ref.name)
         if gradient is not None and gradient.dead():
