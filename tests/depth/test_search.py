@@ -350,7 +350,7 @@ def test_bad_requests():
         ({"count": 1, "method": "blokpruner"}, "did you mean blockpruner"),
         ({"count": 1, "method": 3}, "method: expected text"),
         ({"count": 1, "by": "flops"}, "by: expected one of"),
-        ({"count": 1, "fill": "deci"}, "fill: expected one of"),
+        ({"count": 1, "fill": "none"}, "fill: expected one of"),
         ({"count": 1, "device": "tpu"}, "device: expected auto"),
         ({"count": 1, "method_options": {"mod": "fast"}}, "did you mean mode"),
         ({"count": 1, "method_options": {"mode": "slow"}}, "expected exact or fast or naive"),
