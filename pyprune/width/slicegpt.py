@@ -60,26 +60,30 @@ def slicegpt(
     batches = [_on(batch, graph.device) for batch in tokens.batches]
     if progress is not None:
         progress("principal directions of the stream", 0, None)
-    basis = one_basis(graph, batches, width, options.normalised)
+    count = stream.directions(width)
+    basis = one_basis(graph, batches, count, options.normalised, stream.centred)
     probe = Batch(batches[0].input_ids[:1, :16])
     expected = graph.logits(
         graph.finish(projected_states(graph, probe, [basis] * (len(graph.branches) + 1)), probe),
         probe.input_ids,
     )
+    wanted, stays = stream.numel(width), bool(stream.obstacle)
     stream.slice(basis)
     _compare(model, probe, expected)
     after = sum(p.numel() for p in model.parameters())
+    transform = {"rotation": "principal directions"}
     return WidthDecision(
         method=config.method,
         units={},
         removed={},
-        sizes={"hidden_size": (stream.width, width)},
+        sizes={} if stays else {"hidden_size": (stream.width, width)},
         parameters=(before, after),
-        wanted=after,
+        wanted=wanted,
+        zeroed={"hidden_size": stream.width - width} if stays else {},
         notes=notes,
         calibration=calibration_facts(tokens),
         config=config.to_dict(),
-        transforms=({"rotation": "principal directions", "eps": "scaled by d / d'"},),
+        transforms=(transform if stays else transform | {"stream": "scaled by sqrt(d' / d)"},),
     )
 
 
@@ -113,6 +117,11 @@ def _notes(stream: Stream, width: int, affordable: int) -> tuple[str, ...]:
     notes = [NOTE]
     if stream.tied:
         notes.append("the head is no longer tied to the embeddings")
+    if stream.obstacle:
+        notes.append(
+            f"{width} of {stream.width} dimensions are left, the others stay as zeros: "
+            f"{stream.obstacle}"
+        )
     if width < affordable:
         name = type(stream.graph.model.config.get_text_config()).__name__
         notes.append(f"{width} is narrower than asked for, but {name} does not take {affordable}")
