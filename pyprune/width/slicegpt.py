@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from pyprune.progress import Progress
 from pyprune.width.config import WidthConfig
 from pyprune.width.cut import TOLERANCE_EPS, TOLERANCE_MOST
 from pyprune.width.decision import WidthDecision
+from pyprune.width.families import EXPERT_STEP
 from pyprune.width.registry import width_method
 from pyprune.width.select import check_multiple
 from pyprune.width.stream import Stream, one_basis, projected_states
@@ -27,8 +29,8 @@ NOTE = (
 @dataclass(frozen=True)
 class SliceGptOptions:
     """multiple: of which the width of the stream is a multiple (with Llama it is one of the number
-    of heads in any case). normalised: directions are those of the stream as norms see it, every
-    token alike (else of the stream itself)."""
+    of heads, with fused experts one of 8 in any case). normalised: directions are those of the
+    stream as norms see it, every token alike (else of the stream itself)."""
 
     multiple: int = 8
     normalised: bool = True
@@ -54,9 +56,12 @@ def slicegpt(
     before = sum(p.numel() for p in model.parameters())
     stream = Stream.of(model)
     most = (1 - config.ratio) * before
-    width = fitting_width(stream, most, options.multiple)
-    notes = _notes(stream, width, affordable_width(stream, most, options.multiple))
     graph = stream.graph
+    multiple = options.multiple
+    if any(graph.adapter.experts(i) for i in range(len(graph.layouts))):
+        multiple = math.lcm(multiple, EXPERT_STEP)
+    width = fitting_width(stream, most, multiple)
+    notes = _notes(stream, width, affordable_width(stream, most, multiple))
     batches = [_on(batch, graph.device) for batch in tokens.batches]
     if progress is not None:
         progress("principal directions of the stream", 0, None)

@@ -160,11 +160,10 @@ class Stream:
     def changes(self, width: int) -> dict[str, Any]:
         """The fields of the configuration that a stream of `width` needs."""
         config = self.graph.model.config.get_text_config()
-        size = getattr(config, "head_dim", None)
-        changes = {
-            "hidden_size": width,
-            "head_dim": size or config.hidden_size // config.num_attention_heads,
-        }
+        changes = {"hidden_size": width}
+        if not isinstance(getattr(type(config), "head_dim", None), property):
+            size = getattr(config, "head_dim", None)
+            changes["head_dim"] = size or config.hidden_size // config.num_attention_heads
         return changes | ({"tie_word_embeddings": False} if self.tied else {})
 
     def fits(self, width: int) -> bool:

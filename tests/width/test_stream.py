@@ -279,6 +279,13 @@ def test_slicegpt_of_layer_norms(family):
         assert any("the others stay as zeros: GPT" in note for note in decision.notes)
 
 
+def test_slices_of_experts_are_what_grouped_products_take():
+    options = {"multiple": 1}
+    config = WidthConfig("slicegpt", ratio=0.2, method_options=options)
+    decision = run_width(tiny_model("qwen2_moe"), tokens_of(), config)
+    assert decision.sizes["hidden_size"] == (32, 24)
+
+
 def test_slicegpt_meets_the_ratio(tmp_path):
     model = tiny_model("llama", hidden_size=64, intermediate_size=96)
     before = sum(p.numel() for p in model.parameters())
