@@ -49,11 +49,10 @@ class StreamNorm:
         """Names of the parameters, each [d]."""
         return [name for name, _ in self.module.named_parameters(recurse=False)]
 
-    def reset(self, width: int, live: int) -> None:
-        """Leaves no scale, and ones as bias, in the first `live` of `width` coordinates; the others
-        are zeros."""
-        values = {"weight": torch.zeros(width), "bias": torch.zeros(width)}
-        values["weight"][:live], values["bias"][:live] = 1 - self.offset, 1
+    def reset(self, bias: Tensor) -> None:
+        """Leaves no scale, and `bias` [d']; the scale of coordinates that have none is zero."""
+        width = len(bias)
+        values = {"weight": (bias != 0) * (1 - self.offset), "bias": bias}
         for name in self.parameters():
             old: nn.Parameter = getattr(self.module, name)
             new = values[name].to(old.device, old.dtype)
