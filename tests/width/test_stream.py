@@ -311,3 +311,12 @@ def test_slicegpt_meets_the_ratio(tmp_path):
     narrow = r"ratio: expected at most 0\.\d+ .*at least 8 wide\), got 0.990"
     with pytest.raises(UserError, match=narrow):
         run_width(tiny_model("llama"), tokens_of(), WidthConfig("slicegpt", ratio=0.99))
+
+
+def test_what_reads_the_stream_besides_is_noticed():
+    model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x.clamp(min=0))
+    with pytest.raises(UserError, match="something besides the norms reads the stream's coord"):
+        run_width(model, tokens_of(), WidthConfig("slicegpt", ratio=0.2))
