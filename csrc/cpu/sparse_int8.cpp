@@ -57,7 +57,6 @@ struct Columns64 {
     v[3] = _mm512_cvtepi32_ps(_mm512_srai_epi32(q, 24));
   }
 };
-inline int64_t columns64_place(int64_t c) { return 16 * (c & 3) + (c >> 2); }
 
 template <int M, int R>
 void spread_rows(const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1, const float* x,
@@ -92,6 +91,9 @@ void spread_rows(const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1, con
 }
 
 #pragma GCC pop_options
+
+// Where Columns64 has a column.
+inline int64_t columns64_place(int64_t c) { return 16 * (c & 3) + (c >> 2); }
 
 #else
 
