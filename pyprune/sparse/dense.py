@@ -62,7 +62,8 @@ class DenseLinear(PreparesWeight, nn.Linear):
 
 
 def _is_plain_weight(weight: Tensor) -> bool:
-    """Subclasses (quantized, distributed) may show this dtype and store something else."""
+    """bf16 numbers in no subclass of Tensor: those (quantized, distributed) may show this dtype and
+    store something else."""
     return weight.dtype is torch.bfloat16 and type(weight) in (nn.Parameter, Tensor)
 
 

@@ -84,7 +84,7 @@ class Prepared:
         self._multiply = module.PreparedLinear(op, capsules, wide, rows, cols).multiply
 
     def is_of(self, parts: Sequence[Tensor], bias: Tensor | None) -> bool:
-        """Whether it is of what these hold now."""
+        """Whether it was made of what these hold now."""
         given = parts if bias is None else (*parts, bias)
         if [t.data_ptr() for t in given] != self._addresses:
             return False
@@ -117,8 +117,8 @@ def can_prepare(parts: Sequence[Tensor], bias: Tensor | None, cols: int) -> bool
 
 
 class PreparesWeight(nn.Module):
-    """What layers that keep a `Prepared` have in common: where it must not go, or outlive what it
-    was made of."""
+    """A layer with a `Prepared`: its copies get none, and it is let go when the layer moves or
+    loads."""
 
     _prepared: Prepared | None = None
 
