@@ -1,7 +1,8 @@
 // A checked, borrowed view of one tensor that arrived as a DLPack capsule.
 //
 // The module does not link torch: this struct is the only thing that crosses the language border.
-// The capsule stays owned by Python, so a view must not outlive the call it was made for.
+// The capsule holds the tensor's memory: a view must not outlive the call that it was made for,
+// unless whoever keeps it keeps the capsule (bind/prepared_linear.cpp).
 #pragma once
 
 #include <cstdint>

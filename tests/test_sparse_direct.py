@@ -2,10 +2,13 @@
 
 import copy
 import pickle
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pyprune import _native, ops
 from pyprune.sparse import SparseLinear
@@ -43,8 +46,10 @@ def test_what_something_else_has_a_say_in_is_not_plain(monkeypatch):
     seen = []
     torch.func.vmap(lambda row: (seen.append(is_plain(row)), row)[1])(x)
     torch.func.jvp(lambda t: (seen.append(is_plain(t)), t)[1], (x.float(),), (x.float(),))
+    torch.vmap(lambda _: (seen.append(is_plain(x)), _)[1])(x)  # a weight of it may be x's
     torch.jit.trace(lambda t: (seen.append(is_plain(t)), t + 1)[1], x, check_trace=False)
-    assert seen == [False, False, False]
+    make_fx(lambda t: (seen.append(is_plain(t)), t + 1)[1])(x)
+    assert seen == [False] * 5
     monkeypatch.setenv("PYPRUNE_BACKEND", "native")
     assert not is_plain(x)
 
@@ -105,7 +110,8 @@ def test_a_bias_that_changed_is_taken_anew(kind, change):
             new = layer.bias + 3
             layer.bias = nn.Parameter(new, False) if isinstance(layer, DenseLinear) else new
         elif change == "moved":
-            layer.to(torch.float32).to(torch.bfloat16)
+            layer.to(torch.float32).bias.add_(3)
+            layer.to(torch.bfloat16)
         else:
             layer.bias.data = layer.bias.data + 3
     assert_serves(layer)
@@ -120,8 +126,14 @@ def test_weights_that_changed_are_taken_anew(kind):
         layer.weight.data = 2 * layer.weight.data
     elif layer.int8:
         layer.scales = 2 * layer.scales
+        assert_serves(layer)
+        layer.scales.mul_(2)
+        assert_serves(layer)
+        layer.scales.data = layer.scales / 2
     else:
         layer.values = 2 * layer.values
+        assert_serves(layer)
+        layer.values.data = layer.values / 2
     assert_serves(layer)
     with torch.no_grad():
         (layer.weight if isinstance(layer, DenseLinear) else layer.values).zero_()
@@ -137,6 +149,115 @@ def test_copies_do_not_share_what_was_prepared(kind):
         assert other._prepared is None
         assert torch.equal(other(tokens(2, 40)), layer(tokens(2, 40)))
         assert other._prepared is not layer._prepared
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_nothing_is_held_that_a_layer_has_no_more(kind):
+    layer = layers(True)[kind]
+    layer(tokens(1, 40))
+    held = StorageWeakRef(next(iter(layer.state_dict().values())).untyped_storage())
+    assert not held.expired()
+    layer.to("meta")
+    assert held.expired()
+
+
+@contextmanager
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_parameters_that_are_swapped(kind):
+    layer = layers(True)[kind]
+    layer(tokens(1, 40))
+    other = copy.deepcopy(layer)
+    other.bias.add_(3)
+    with swapping():
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(tokens(2, 40)), other(tokens(2, 40)))
+        layer.to(torch.float32).to(torch.bfloat16)
+    assert_serves(layer)
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_inference_tensors_that_are_loaded(kind):
+    with torch.inference_mode():
+        layer = layers(True)[kind]
+        other = copy.deepcopy(layer)
+        other.bias.add_(3)
+        layer(tokens(1, 40))
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(tokens(2, 40)), other(tokens(2, 40)))
+
+
+@native
+def test_a_head_sees_what_is_loaded_into_the_weight_it_is_tied_to():
+    owner = SparseLinear.from_dense(linear(False), "sparse24", int8=True)
+    head = SparseLinear(40, 24, "sparse24", int8=True, bias=False, tied_to=owner)
+    head(tokens(1, 40))
+    other = copy.deepcopy(owner)
+    other.scales.mul_(2)
+    owner.load_state_dict(other.state_dict())
+    assert torch.equal(head(tokens(2, 40)), other(tokens(2, 40)))
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_results_are_where_the_layer_is(kind):
+    layer = layers(True)[kind]
+    x = tokens(2, 40)
+    want = layer(x)
+    with torch.device("meta"):
+        assert torch.equal(layer(x), want)
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_traces_hold_the_product(kind):
+    layer = layers(True)[kind]
+    trace = make_fx(layer)(tokens(2, 40))
+    x = tokens(3, 40)[1:] * 2
+    torch.testing.assert_close(trace(x), layer(x), rtol=0.01, atol=0.1)
+
+
+@native
+def test_weights_that_are_computed_or_batched_are_left_to_pytorch():
+    class Twice(nn.Module):
+        def forward(self, t):
+            return 2 * t
+
+    x = tokens(2, 40)
+    for name in ("weight", "bias"):
+        layer = DenseLinear.of(linear())
+        layer(x)
+        nn.utils.parametrize.register_parametrization(layer, name, Twice())
+        assert_serves(layer)
+    layer = DenseLinear.of(linear())
+    weights = torch.stack([layer.weight, 2 * layer.weight])
+    call = torch.vmap(lambda w: torch.func.functional_call(layer, {"weight": w}, (x,)))
+    for got, weight in zip(call(weights), weights, strict=True):
+        want = nn.functional.linear(x, weight, layer.bias)
+        torch.testing.assert_close(got, want, rtol=0.01, atol=0.1)
+    layer(x)
+    layer.weight = nn.Parameter(layer.weight.as_subclass(Tagged), False)
+    assert type(layer(x)) is Tagged
+
+
+@native
+def test_a_bias_elsewhere_is_an_error():
+    for layer in layers(True):
+        layer(tokens(1, 40))
+        bias = layer.bias.to("meta")
+        layer.bias = nn.Parameter(bias, False) if isinstance(layer, DenseLinear) else bias
+        with pytest.raises((RuntimeError, ValueError), match=r"meta|device"):
+            layer(tokens(1, 40))
 
 
 @native

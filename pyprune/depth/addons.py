@@ -128,6 +128,7 @@ def writers(graph: ResidualGraph, branch: Branch) -> list[Tensor]:
 
 
 def norm_after(graph: ResidualGraph, branch: Branch) -> nn.Module | None:
+    """The norm between a branch and the stream that it adds to, if there is one."""
     layout = graph.layouts[branch.layer]
     norms = layout.attention_norms if branch.kind == "attention" else layout.mlp_norms
     name = AFTER[branch.kind]

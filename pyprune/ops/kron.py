@@ -94,8 +94,8 @@ def kron_quadratic(w: Tensor, h: Tensor) -> Tensor:
     Args:
         w: weights `[R, C]`, or a stack `[B, R, C]`; fp32 or fp64 (bf16 and fp16 are widened to
             fp32), any strides.
-        h: symmetric `[C, C]` (shared by a stack) or `[B, C, C]` of that dtype; only blocks on and
-            above the diagonal are read.
+        h: symmetric `[C, C]` or `[B, C, C]` of that dtype; only blocks on and above the diagonal
+            are read. With a stack the other argument may be one for all.
 
     Returns:
         `[R]` or `[B, R]`, in that dtype. NaN and infinite inputs propagate.
@@ -108,7 +108,7 @@ def kron_quadratic(w: Tensor, h: Tensor) -> Tensor:
         return kron_quadratic(w.flatten(0, 1), h).view(w.shape[:2])
     if h.dim() == 3:
         forms = over_stack(kron_quadratic, {"w": w, "h": h}, (2, 2))
-        return torch.stack(forms) if forms else w.new_empty(w.shape[:-1])
+        return torch.stack(forms) if forms else w.new_empty(0, *w.shape[-2:-1])
     _check_kron_quadratic(w, h)
     out: Tensor = torch.ops.pyprune.kron_quadratic(w, h)
     return out

@@ -56,7 +56,7 @@ class _LibraryWeight:
     """W in cuSPARSELt's layout, for one state of `values` and `meta`."""
 
     packed: Tensor
-    state: tuple[int, int, int]
+    state: tuple[int, ...]
 
 
 _library_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -134,11 +134,13 @@ def prepare_library(
     values: Tensor, meta: Tensor, tokens: int, *, bias: Tensor | None = None
 ) -> bool:
     """Converts W for cuSPARSELt and searches the algorithm for as many rows of x as `tokens`, so
-    that a CUDA graph captured later multiplies with it. False where the library takes no such W."""
+    that a CUDA graph captured later multiplies with it. False where the library gets no such
+    product."""
     rows, cols = values.shape[0], 2 * values.shape[1]
-    if not library_serves(rows, cols):
+    x = values.new_zeros(tokens, cols)
+    if tokens <= ROWS or limits(x, values) or not library_serves(rows, cols):
         return False
-    _library(values.new_zeros(tokens, cols), values, meta, bias)
+    _library(x, values, meta, bias)
     return True
 
 
@@ -148,8 +150,9 @@ def _known(values: Tensor, meta: Tensor) -> Tensor | None:
     return weight.packed if weight is not None and weight.state == _state(values, meta) else None
 
 
-def _state(values: Tensor, meta: Tensor) -> tuple[int, int, int]:
-    return _version(values), id(meta), _version(meta)
+def _state(values: Tensor, meta: Tensor) -> tuple[int, ...]:
+    """Changes when one of them is replaced, written to or given other memory (`.data`)."""
+    return id(meta), *(n for t in (values, meta) for n in (t.data_ptr(), _version(t)))
 
 
 def _library(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pyprune.sparse.direct import Prepared, can_prepare, is_plain
+from pyprune.sparse.direct import Prepared, PreparesWeight, can_prepare, is_plain
 
 # Up to so many rows of x our bf16 kernel reads weights at the memory's pace, which PyTorch's does
 # not; with more of them PyTorch multiplies faster (benchmarks/bench_sparse_linear.py).
 OWN_ROWS = 16
 
 
-class DenseLinear(nn.Linear):
+class DenseLinear(PreparesWeight, nn.Linear):
     """`nn.Linear` for inference: bf16 weights on the CPU and at most OWN_ROWS rows of bf16
     activations go through `ops.linear_dense`'s native kernel, everything else through PyTorch.
 
     Parameters are those of `nn.Linear`, and may be shared with other modules.
     """
-
-    _prepared: Prepared | None = None
-    _address: int = 0
 
     @classmethod
     def of(cls, linear: nn.Linear) -> DenseLinear:
@@ -47,26 +42,29 @@ class DenseLinear(nn.Linear):
 
     def _ready(self, x: Tensor) -> Prepared | None:
         """The weight and bias ready for our kernel; None where PyTorch's serves."""
-        parameters = self._parameters
-        weight, bias, known = parameters["weight"], parameters["bias"], self._prepared
-        assert weight is not None
+        parameters, known = self._parameters, self._prepared
+        weight, bias = parameters.get("weight"), parameters.get("bias")
         if (
-            weight.dtype is not torch.bfloat16
-            or x.shape[-1] != self.in_features
+            weight is None
+            or "bias" not in parameters  # one of them is computed (torch.nn.utils.parametrize)
+            or not _is_plain_weight(weight)
+            or x.shape[-1:] != (self.in_features,)
             or not 0 < x.numel() <= OWN_ROWS * self.in_features
             or (torch.is_grad_enabled() and (weight.requires_grad or _trains(bias)))
         ):
             return None
-        # Parameters are given other memory in place, as by `module.to`.
-        if known is None or weight.data_ptr() != self._address or not known.is_of((weight,), bias):
+        if known is None or not known.is_of((weight,), bias):
             known = None
-            if weight.is_contiguous() and can_prepare((weight,), self.in_features):
+            if weight.is_contiguous() and can_prepare((weight,), bias, self.in_features):
                 known = Prepared("linear_dense", (weight,), bias, *weight.shape)
-            self._prepared, self._address = known, weight.data_ptr()
+            self._prepared = known
         return known
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # it can be neither copied nor pickled
+
+def _is_plain_weight(weight: Tensor) -> bool:
+    """bf16 numbers in no subclass of Tensor: those (quantized, distributed) may show this dtype and
+    store something else."""
+    return weight.dtype is torch.bfloat16 and type(weight) in (nn.Parameter, Tensor)
 
 
 def _trains(bias: Tensor | None) -> bool:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from pyprune import ops
 from pyprune.errors import LayerError, UserError
 from pyprune.ops import _registry
-from pyprune.sparse.direct import Prepared, can_prepare, is_plain
+from pyprune.sparse.direct import Prepared, PreparesWeight, can_prepare, is_alone, is_plain
 from pyprune.sparse.weight import DENSE_INT8, FORMATS, StoredWeight, autocast, pack
 
 # Compressing a layer must save at least this share of its bytes to be worth a format of its own.
@@ -64,7 +62,7 @@ _OP: dict[tuple[str, bool], str] = {
 }
 
 
-class SparseLinear(StoredWeight):
+class SparseLinear(PreparesWeight, StoredWeight):
     """`y = x @ W^T + bias` with `W [out_features, in_features]` kept compressed.
 
     Made by `from_dense`, or by `SparseLinear(...)` followed by `load_state_dict`. Gradients flow
@@ -106,7 +104,6 @@ class SparseLinear(StoredWeight):
         self.register_buffer(
             "bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None
         )
-        self._prepared: Prepared | None = None
 
     @classmethod
     def from_dense(cls, linear: nn.Module, format: str, int8: bool = False) -> SparseLinear:
@@ -157,43 +154,31 @@ class SparseLinear(StoredWeight):
         return _OP[self.format, self.int8]
 
     def _ready(self) -> Prepared | None:
-        """The weight and bias ready for the CPU kernel, made anew whenever a buffer was replaced or
-        the bias written to. None where the kernel does not serve, or a gradient is asked for."""
+        """The weight and bias ready for the CPU kernel. None where it does not serve, or a gradient
+        is asked for."""
         weight, bias, known = self._weight, self._buffers["bias"], self._prepared
         if bias is not None and bias.requires_grad and torch.is_grad_enabled():
             return None
         if known is None or not known.is_of(weight, bias):
             known = None
-            if can_prepare(weight, self.in_features):
+            if can_prepare(weight, bias, self.in_features):
                 known = Prepared(self._op, weight, bias, self.out_features, self.in_features)
             self._prepared = known
         return known
 
     def _direct_on_cuda(self, x: Tensor) -> bool:
         """Whether the implementation may be called without the operator's dispatch."""
-        if torch.compiler.is_compiling() or type(x) is not Tensor:
+        if not is_alone(x):
             return False
         values, bias = self._values, self._buffers["bias"]
         return (
             x.device.type == "cuda"
             and x.dtype in _registry.HALF_OR_SINGLE
             and x.shape[-1:] == (self.in_features,)
-            and not x.requires_grad
             and not (bias is not None and bias.requires_grad and torch.is_grad_enabled())
             and values.device == x.device
             and values.dtype is not torch.float64
-            and not _registry.any_backend_forced()
-            and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-            and forward_ad._current_level < 0
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # it can be neither copied nor pickled
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        self._prepared = None  # a bias may be overwritten in place
-        super()._load_from_state_dict(*args)
 
     def extra_repr(self) -> str:
         values = self._values

@@ -154,6 +154,9 @@ def test_stacks(backend, device, use_backend):
     torch.testing.assert_close(
         ops.kron_quadratic(w, h[0]), torch.stack([ops.kron_quadratic(a, h[0]) for a in w])
     )
+    one = torch.stack([ops.kron_quadratic(w[0], b) for b in h])
+    assert torch.equal(ops.kron_quadratic(w[0], h), one)
     assert ops.kron_quadratic(w[:0], h[:0]).shape == (0, 7)
+    assert ops.kron_quadratic(w[0], h[:0]).shape == (0, 7)
     with pytest.raises(ValueError, match="one size, got w 3, h 2"):
         ops.kron_quadratic(w, h[:2])

@@ -194,7 +194,12 @@ def test_a_graph_multiplies_by_the_library_if_it_was_prepared(monkeypatch, searc
     values.mul_(2)  # its copy is of what it was
     assert not pays(x, values, meta, None)
     assert torch.equal(linear_24_cuda.linear_24_cuda(x, values, meta, None), x @ (2 * dense).T)
-    assert not linear_24_cuda.prepare_library(values[:31], meta[:31], 72)
+    for t in (values, meta):
+        assert linear_24_cuda.prepare_library(values, meta, 72) and pays(x, values, meta, None)
+        t.data = t.clone()
+        assert not pays(x, values, meta, None)
+    others = [(values[:31], meta[:31], 72), (values[:, :24], meta[:, :6], 72), (values, meta, 64)]
+    assert not any(linear_24_cuda.prepare_library(*other) for other in others)
     assert len(searches[0]) == 1
 
 

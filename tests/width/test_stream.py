@@ -152,6 +152,36 @@ def test_norms_are_read_as_they_compute(family):
     )
 
 
+@pytest.mark.parametrize(
+    ("family", "weight", "bias"),
+    [("llama", 0.05, 0), ("gemma", 3, 0), ("phi", 0.05, 0.01), ("nemotron", 2.5, 0.1)],
+)
+def test_norms_in_16_bits_are_read_as_they_compute(family, weight, bias):
+    """Where a scale is much smaller than 1, or 1 beside it: as trained norms have them."""
+    model, half = tiny_model(family), tiny_model(family).bfloat16()
+    for norm in Stream.of(half).norms:
+        norm.module.weight.data.fill_(weight)
+        if norm.shift() is not None:
+            norm.module.bias.data.fill_(bias)
+    kinds = [[(n.centred, n.offset) for n in Stream.of(m).norms] for m in (model, half)]
+    assert kinds[0] == kinds[1]
+
+
+def test_a_bias_behind_rms_norm_is_refused():
+    class Biased(torch.nn.RMSNorm):
+        def __init__(self):
+            super().__init__(32)
+            self.bias = torch.nn.Parameter(torch.ones(32))
+
+        def forward(self, x):
+            return super().forward(x) + self.bias
+
+    model = tiny_model("llama")
+    model.model.norm = Biased()
+    with pytest.raises(UserError, match="got Biased, which does not commute with rotations"):
+        Stream.of(model)
+
+
 def test_norms_with_an_offset_are_refused():
     model = tiny_model("llama")
     norm = model.model.layers[0].input_layernorm
