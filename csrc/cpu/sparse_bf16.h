@@ -331,17 +331,18 @@ void dot_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_
 
 // Rows of W in a block where x has one or two: the next block is fetched during one, so long rows
 // go by fours; short ones by more, or what a block costs besides would take longer than its
-// products.
-inline int64_t few_rows_block(int64_t cols) {
-  return std::clamp<int64_t>((int64_t{1} << 14) / std::max<int64_t>(cols, 1) / 4 * 4, 4,
-                             kDotBlockRows);
+// products, unless there would be too few blocks to share out evenly.
+inline int64_t few_rows_block(int64_t rows, int64_t cols, int threads) {
+  const int64_t share = rows / (8 * int64_t{threads});
+  const int64_t most = std::min<int64_t>((int64_t{1} << 14) / std::max<int64_t>(cols, 1), share);
+  return std::clamp<int64_t>(most / 4 * 4, 4, kDotBlockRows);
 }
 
 template <WeightFormat kFormat, class X>
 void run_dot(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
   const int64_t m = a.x.shape[0], n = mask_words(w.cols),
                 chunks = (m + kChunkRows - 1) / kChunkRows;
-  const int64_t block = m <= 2    ? few_rows_block(w.cols)
+  const int64_t block = m <= 2    ? few_rows_block(w.rows, w.cols, a.threads)
                         : m <= 16 ? 16
                                   : kDotBlockRows,
                 width = n * kMaskColumns * kParts<X>;
