@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyprune.calibration.tokens import Batch
+from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.graph import LOGITS_BYTES, Branch, Context, ResidualGraph, State
 from pyprune.errors import UserError
 
@@ -49,7 +50,7 @@ def removal_losses(graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
     """Mean loss per token (nats; its exp is the perplexity) without each layer in turn.
 
     Shortened LLaMA (arXiv 2402.02834), "PPL". The layers before the removed one run once for all
-    candidates, so this costs half of L forwards. Raises UserError if a loss is not finite.
+    candidates, so this costs half of L forwards. Raises NotFiniteError if a loss is not finite.
     """
     layers = len(graph.layouts)
     sums = torch.zeros(layers, dtype=torch.float64)
@@ -67,8 +68,9 @@ def removal_losses(graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
         count += losses.numel()
     if count == 0:
         raise UserError("calibration: expected sequences of at least two tokens")
-    if not sums.isfinite().all():
-        raise UserError("the model's loss is NaN or infinite on this text")
+    bad = (~sums.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise NotFiniteError(f"the loss without layer {bad[0]} is NaN or infinite on this text")
     return sums / count
 
 
@@ -77,6 +79,8 @@ def taylor(graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
     the tokens of a batch, the gradients summed over batches.
 
     Shortened LLaMA, "Taylor". Holds one gradient of all layers; embeddings and head get none.
+    Raises NotFiniteError if a loss or gradient is not finite. Gradients come from the end, so of
+    the layers whose gradient is not, the last is where that begins.
     """
     with _gradients_of(graph):
         for batch in batches:
@@ -85,8 +89,18 @@ def taylor(graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
             state = State(state.read.detach(), state.total.detach())
             for layer in range(len(graph.layouts)):
                 state = run_layer(graph, layer, state, context)
-            token_losses(graph, state.total, batch).mean().backward()  # type: ignore[no-untyped-call]
-        return _layer_sums(graph, lambda p: 0.0 if p.grad is None else _product(p, p.grad))
+            loss = token_losses(graph, state.total, batch).mean()
+            if not loss.isfinite():
+                raise NotFiniteError("the model's loss is NaN or infinite on this text")
+            loss.backward()  # type: ignore[no-untyped-call]
+        sums = _layer_sums(graph, lambda p: 0.0 if p.grad is None else _product(p, p.grad))
+    bad = (~sums.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise NotFiniteError(
+            "the gradient of the loss is NaN or infinite on this text, in the weights of "
+            f"{graph.adapter.block_names[bad[-1]]} and of {len(bad) - 1} layers before it"
+        )
+    return sums
 
 
 @torch.no_grad()

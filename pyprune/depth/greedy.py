@@ -17,6 +17,7 @@ from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, Unit, parameter_count
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Refinement, Step, calibration_facts, name_of
+from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.score import ObjectiveName, Scorer
 from pyprune.depth.walkdown import WalkDown
@@ -275,7 +276,7 @@ class Greedy:
             if not math.isnan(key) and (best is None or key < keys[best]):
                 best = k
         if best is None:
-            raise UserError("calibration: every removal gives NaN; expected finite scores")
+            raise NotFiniteError("calibration: every removal gives NaN; expected finite scores")
         names = {name_of(unit): score for unit, score in zip(left, scores, strict=True)}
         return _Found(left[best], scores[best], len(left), names)
 
@@ -371,7 +372,7 @@ class Greedy:
 
     def _check_score(self, what: str, score: float) -> None:
         if not math.isfinite(score):
-            raise UserError(f"calibration: {what} scores {score}; expected a finite number")
+            raise NotFiniteError(f"calibration: {what} scores {score}; expected a finite number")
 
     def _say(self, steps: int) -> None:
         removed = name_of(self.removed[-1])

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyprune.calibration.tokens import Batch
-from pyprune.errors import UserError
+from pyprune.depth.finite import NotFiniteError
 from pyprune.models.adapter import Adapter
 
 Visit = Callable[[int, Tensor], None]
@@ -56,8 +56,8 @@ def visit_states(adapter: Adapter, batch: Batch, visit: Visit) -> None:
 
 
 def real_tokens(state: Tensor, batch: Batch) -> Tensor:
-    """[n, d] float32: the states of `batch` that are no padding. Raises UserError on NaN or
-    infinity (the published code scores them as 0.5)."""
+    """[n, d] float32: the states of `batch` that are no padding. Raises NotFiniteError on NaN
+    or infinity (the published code scores them as 0.5)."""
     if batch.attention_mask is None:
         return _finite(state.flatten(0, 1))
     return _finite(state[batch.attention_mask.to(state.device) != 0])
@@ -65,13 +65,13 @@ def real_tokens(state: Tensor, batch: Batch) -> Tensor:
 
 def _finite(rows: Tensor) -> Tensor:
     if not rows.isfinite().all():
-        raise UserError("the model's hidden states have NaN or infinite values on this text")
+        raise NotFiniteError("the model's hidden states have NaN or infinite values on this text")
     return rows.float()
 
 
 def last_tokens(state: Tensor, batch: Batch) -> Tensor:
-    """[B, d] float32: the states of each row's last real token. Raises UserError on NaN or
-    infinity."""
+    """[B, d] float32: the states of each row's last real token. Raises NotFiniteError on
+    NaN or infinity."""
     if batch.attention_mask is None:
         return _finite(state[:, -1])
     mask = batch.attention_mask.to(state.device) != 0

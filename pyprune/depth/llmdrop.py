@@ -88,7 +88,7 @@ def branch_similarity(
     graph: ResidualGraph, scorer: Scorer, removed: list[Branch]
 ) -> dict[Branch, float]:
     """Mean over tokens of cos(stream before, stream after) of every branch that is left. Raises
-    UserError where the stream is NaN or infinite."""
+    NotFiniteError where the stream is NaN or infinite."""
     sums = {branch: 0.0 for branch in graph.branches if branch not in removed}
     tokens = 0
     for batch in scorer.batches:

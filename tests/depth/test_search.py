@@ -240,23 +240,6 @@ def test_llm_drop_against_hooks():
     }
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "magnitude"])
-def test_a_layer_whose_importance_is_no_number_is_named(criterion):
-    model = model_of("llama", 3)
-    with torch.no_grad():
-        model.model.layers[1].self_attn.o_proj.weight[2, 3] = math.nan
-    named = "got nan of layer 1" if criterion == "magnitude" else "got nan of layer 0"
-    with pytest.raises(UserError, match=f"importance: expected finite numbers, {named}"):
-        search(model, config("shortened-llama", count=1, criterion=criterion))
-
-
-def test_llm_drop_refuses_states_that_are_no_numbers():
-    model = model_of("llama")
-    model.model.layers[1].self_attn.o_proj.weight.data[2, 3] = math.nan
-    with pytest.raises(UserError, match="hidden states have NaN or infinite"):
-        search(model, config("llm-drop", count=1))
-
-
 @pytest.mark.parametrize("method", ["blockpruner", "sleb", "llm-drop"])
 def test_add_ons_leave_the_search_alone(method):
     plain = search(model_of("llama", 4), config(method, count=2))
@@ -332,7 +315,7 @@ def test_bad_requests():
         search(model, config(count=1), short)
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="the dense model scores nan"):
+    with pytest.raises(UserError, match=r"dense model scores nan; .* begins after the final norm"):
         search(model, config(count=1))
 
 
