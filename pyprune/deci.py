@@ -17,7 +17,7 @@ from __future__ import annotations
 import inspect
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from transformers import PreTrainedModel
 from pyprune import configuration_deci
 from pyprune.checkpoint.output import MAX_SHARD_SIZE
 from pyprune.checkpoint.source import DECI
+from pyprune.depth.budget import FIRST_ATTENTION
 from pyprune.depth.graph import Branch, Kind, ResidualGraph
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
@@ -52,6 +53,16 @@ NOTE = (
     "saved as DeciLM (nemotron-nas) for vLLM, with --trust-remote-code for its configuration, and "
     "llama.cpp; plain transformers cannot load it: `pyprune decompress` makes it a stock model"
 )
+# Of a layer, all that there may be.
+LINEARS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+PARTS = {
+    *(f"{name}.{kind}" for name in LINEARS for kind in ("weight", "bias")),
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+}
 ATTENTION = ("self_attn.", "input_layernorm.")  # what of a layer is the attention's
 NONE = -1  # a unit that the model does not have: zeros
 
@@ -114,6 +125,33 @@ def check_family(model: PreTrainedModel) -> None:
         )
 
 
+def check_before(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Raises UserError where `to_deci` will, whatever else goes of `model`: before a search, which
+    may take hours, not after it. Branches that go have to leave the first attention."""
+    check_family(model)
+    widths = Widths.of(model, adapter)
+    _check_layers(widths)
+    _check_first(dead_branches(ResidualGraph(model, adapter), widths.live()))
+
+
+def _check_layers(widths: Widths) -> None:
+    adapter = widths.adapter
+    for block, name in zip(adapter.blocks, adapter.block_names, strict=True):
+        if f"{name}.mlp" in widths.refused:
+            raise UserError(f"deci: {name}.mlp: {widths.refused[f'{name}.mlp']}")
+        unknown = {part for part, _ in block.named_parameters()} - PARTS
+        if unknown:
+            raise UserError(f"deci: {name}: DeciLM has no {min(unknown)}")
+
+
+def _check_first(gone: Collection[Branch]) -> None:
+    if FIRST_ATTENTION in gone:
+        raise UserError(
+            "deci: the attention of the first layer is removed, and vLLM's DeciLM does not run "
+            "without it; expected it to stay (--fill packed keeps it as zeros)"
+        )
+
+
 def _head_size(config: Any) -> int:
     size: int | None = getattr(config, "head_dim", None)
     return size or config.hidden_size // config.num_attention_heads
@@ -149,13 +187,10 @@ def to_deci(model: PreTrainedModel) -> Deci:
     check_family(model)
     config, adapter = model.config, Adapter.of(model)
     graph, widths = ResidualGraph(model, adapter), Widths.of(model, adapter)
+    _check_layers(widths)
     live = widths.live()
     gone = set(dead_branches(graph, live))
-    if Branch("attention", 0) in gone:
-        raise UserError(
-            "deci: the attention of the first layer is removed, and vLLM's DeciLM does not run "
-            "without it; expected it to stay (--fill packed keeps it as zeros)"
-        )
+    _check_first(gone)
     inside = {id(p) for block in adapter.blocks for p in block.parameters()}
     tensors = {n: p.detach() for n, p in model.named_parameters() if id(p) not in inside}
     heads, channels = [], []
@@ -163,19 +198,12 @@ def to_deci(model: PreTrainedModel) -> Deci:
     for i, (block, name) in enumerate(layers):
         parts: dict[str, Tensor] = {}
         heads.append(0)
-        expected = {part for part, _ in block.named_parameters()}
-        if Branch("attention", i) in gone:
-            expected = {part for part in expected if not part.startswith(ATTENTION)}
-        else:
+        if Branch("attention", i) not in gone:
             units = live.get(f"{name}.self_attn.o_proj")
             heads[i] = _attention(parts, block.self_attn, config, units)
             parts["input_layernorm.weight"] = block.input_layernorm.weight
-        if f"{name}.mlp" in widths.refused:
-            raise UserError(f"deci: {name}.mlp: {widths.refused[f'{name}.mlp']}")
         channels.append(_mlp(parts, block.mlp, live[f"{name}.mlp.down_proj"]))
         parts["post_attention_layernorm.weight"] = block.post_attention_layernorm.weight
-        if expected - parts.keys():
-            raise UserError(f"deci: {name}: DeciLM has no {min(expected - parts.keys())}")
         tensors |= {f"{name}.{part}": t.detach() for part, t in parts.items()}
     wanted = sum(p.numel() for p in model.parameters()) - graph.removed_parameters(gone)
     for group in widths.groups:

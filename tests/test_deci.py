@@ -11,9 +11,11 @@ from torch.nn.functional import linear, silu
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pyprune import cli
+from pyprune.checkpoint import Checkpoint
 from pyprune.checkpoint.output import save_model
 from pyprune.deci import ffn_channels, ffn_mult, save_deci, to_deci
 from pyprune.deci_convert import stock_tensors
+from pyprune.depth import run
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import load_decision
 from pyprune.depth.graph import Branch, ResidualGraph
@@ -320,7 +322,8 @@ def test_from_the_command_line_and_back(source, capsys, monkeypatch):
     assert again.keys() == stored.keys()
     assert all(torch.equal(t, again[name]) for name, t in stored.items())
     compressed = json.loads((source / "small" / "pyprune.json").read_text())
-    assert compressed["parameters"] == sizes and compressed["decision"] == report["decision"]
+    assert compressed["parameters"] == sizes
+    assert load_decision(source / "small").removed == decision.removed
 
 
 def test_widths_of_each_layer(source, capsys):
@@ -335,6 +338,51 @@ def test_widths_of_each_layer(source, capsys):
     torch.testing.assert_close(
         logits(load(source / "back")), logits(load(source / "out")), rtol=1e-4, atol=1e-5
     )
+
+
+@pytest.mark.parametrize(
+    "options", [["-m", "llm-drop"], ["-m", "blockpruner"], ["-m", "blockpruner", "-O", "mode=fast"]]
+)
+def test_the_first_attention_is_no_candidate(source, options, capsys):
+    """It would be the first to go: it adds next to nothing."""
+    model = load(source / "in")
+    model.model.layers[0].self_attn.o_proj.weight.data *= 1e-6
+    save_model(model, byte_tokenizer(), source / "first")
+    (source / "in").rename(source / "was")
+    (source / "first").rename(source / "in")
+    options = [*options, "--count", "2", "--state", str(source / "state")]
+    if "llm-drop" in options:
+        options = options[:-2]
+    assert prune(source, *options, out="packed") == 0
+    assert Branch("attention", 0) in load_decision(source / "packed").removed
+    if "--state" in options:  # of other candidates
+        assert prune(source, *options, "--fill", "deci") == 2
+        assert "of another choice of candidates" in " ".join(capsys.readouterr().err.split())
+        options[-1] += ", deci"
+    assert prune(source, *options, "--fill", "deci") == 0
+    decision = load_decision(source / "out")
+    assert len(decision.removed) == 2 and Branch("attention", 0) not in decision.removed
+    report = json.loads((source / "out" / "pyprune.json").read_text())
+    assert any("attention of layer 0 was no candidate" in note for note in report["notes"])
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda layers: layers[0].self_attn.o_proj.weight.data.zero_(),
+         "attention of the first layer is removed"),
+        (lambda layers: layers[3].self_attn.register_module("extra", torch.nn.Linear(2, 2)),
+         r"layers\.3: DeciLM has no self_attn\.extra\.bias"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_saved_is_said_before_the_search(source, change, words, monkeypatch):
+    model = load(source / "in")
+    change(model.model.layers)
+    monkeypatch.setattr(Checkpoint, "load_model", lambda *_: model)
+    monkeypatch.setattr(run, "run_search", lambda *_: pytest.fail("it searches"))
+    config = StructureConfig("llm-drop", count=1, fill="deci")
+    with pytest.raises(UserError, match=words):
+        run.prune_structure_checkpoint(source / "in", source / "out", config, batches=[IDS])
 
 
 def test_bad_requests(source, capsys):

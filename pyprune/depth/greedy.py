@@ -86,6 +86,12 @@ NOT_OF_THE_SEARCH = (
     "state", "memory_mb", "width", "refine", "exchange_limit", "margin",
     *(f.name for f in fields(AddOns)),
 )  # fmt: skip
+# What a state file can be of another one of.
+WORDS = {
+    "tokens": "calibration text",
+    "config": "configuration",
+    "units": "choice of candidates (--fill)",
+}
 # Improves a list: (search that has run, its steps) -> steps, and how they were found.
 Refine = Callable[["Greedy", list[Step]], tuple[list[Step], Refinement]]
 
@@ -409,7 +415,7 @@ class Greedy:
         """Raises UserError if `file`, which holds `identity`, is of another search."""
         for name, own in self.identity.items():
             if identity.get(name) != own:
-                what = {"tokens": "calibration text", "config": "configuration"}.get(name, "model")
+                what = WORDS.get(name, "model")
                 raise UserError(f"state: {file} is of another {what}")
 
     def _save(self, steps: Sequence[Step]) -> None:

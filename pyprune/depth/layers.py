@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.depth import criteria
-from pyprune.depth.addons import AddOns, apply_add_ons
+from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, parameter_count, units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Step, calibration_facts, name_of
@@ -132,6 +132,9 @@ def _search(
     """What `choose` removes, as a decision."""
     graph = ResidualGraph(model, adapter)
     graph.check()
+    options = config.own_options()
+    if isinstance(options, AddOns):
+        check_add_ons(graph, options)
     units = units_of(graph.branches, layers=True)
     batches = moved(tokens.batches, graph.device)
     budget = Budget.of(graph, config, units, batches[0])
@@ -140,7 +143,7 @@ def _search(
     def enough(removed: Sequence[int]) -> bool:
         return budget.reached([units[i] for i in removed])
 
-    choice = choose(graph, batches, config.own_options(), enough, progress)
+    choice = choose(graph, batches, options, enough, progress)
     steps: list[Step] = []
     for i in choice.removed:
         gone = [branch for step in steps for branch in step.unit] + [*units[i]]
@@ -173,9 +176,11 @@ def shortgpt(
     progress: Progress | None = None,
 ) -> LayerChoice:
     """ShortGPT: the layers of least Block Influence, at once."""
-    influence = block_influence(graph.adapter, batches)
-    layers = len(influence)
+    layers = len(graph.layouts)
     free = range(options.keep_first, layers - options.keep_last)
+    if len(free) < layers and not enough(free):
+        raise _too_much(len(free), layers)  # before the model runs for it
+    influence = block_influence(graph.adapter, batches)
     order = [i for i in criteria.removal_order(influence) if i in free]
     removed = _first(order, enough, layers)
     return _with_add_ons(graph, batches, options, removed, "1 - cosine", influence)

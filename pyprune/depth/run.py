@@ -11,7 +11,7 @@ from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import TokenSet
 from pyprune.checkpoint.output import save_stock
-from pyprune.deci import NOTE, check_family, save_deci, to_deci
+from pyprune.deci import NOTE, check_before, save_deci, to_deci
 from pyprune.depth.budget import parameter_count
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
@@ -35,6 +35,8 @@ Curve = tuple[tuple[int, float], ...]
 STATE_FILE = "search.json"  # in the directory of --state
 # Said where re-packing brings nothing.
 NOTHING_GOES = "no layer goes: no attention and MLP of different layers came next to each other"
+# Said where single branches go and the result is DeciLM.
+FIRST_STAYS = "the attention of layer 0 was no candidate: DeciLM does not run without it"
 
 
 def prune_structure(
@@ -79,9 +81,10 @@ def _prune(
 ) -> StructureReport:
     adapter = Adapter.of(model)
     if config.fill == "deci":
-        check_family(model)
+        check_before(model, adapter)
     with measure.phase("tokens"):
         tokens = configured_tokens(data, config.calibration, model.config)
+    by_branch = DEPTH_METHODS.find(config.method).unit == "block"
     before = parameter_count(model)
     with evaluation(model):
         dense = perplexities(ResidualGraph(model, adapter), tokens.batches) if curve else []
@@ -99,7 +102,7 @@ def _prune(
     if config.fill == "deci":
         deci = to_deci(model)
         after, zeros = deci.parameters, deci.padding
-        notes.append(NOTE)
+        notes += [FIRST_STAYS, NOTE] if by_branch else [NOTE]
     return StructureReport(
         decision=decision,
         packing=packing,

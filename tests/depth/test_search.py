@@ -248,12 +248,24 @@ def test_add_ons_leave_the_search_alone(method):
     assert {t["kind"] for t in more.transforms} <= {"compensate", "refit"} and more.transforms
 
 
-def test_add_ons_that_a_model_cannot_have_are_refused_before_the_search(monkeypatch):
-    from pyprune.depth.score import Scorer
-
-    monkeypatch.setattr(Scorer, "rows", lambda *_: pytest.fail("it searches"))
+@pytest.mark.parametrize(
+    "method", ["blockpruner", "sleb", "llm-drop", "shortgpt", "angular", "shortened-llama",
+               "segments", "reverse"]
+)  # fmt: skip
+def test_add_ons_that_a_model_cannot_have_are_refused_before_the_search(method, monkeypatch):
+    model = model_of("gemma2")
+    monkeypatch.setattr(ResidualGraph, "check", lambda _: None)
+    model.forward = model.model.forward = lambda *_, **__: pytest.fail("it searches")
     with pytest.raises(UserError, match="end in a norm, not a linear map"):
-        search(model_of("gemma2"), config(refit=True))
+        search(model, config(method, count=1, refit=True))
+
+
+def test_protection_that_leaves_too_few_is_refused_before_the_search(monkeypatch):
+    model = model_of("llama", 4)
+    monkeypatch.setattr(ResidualGraph, "check", lambda _: None)
+    model.model.forward = lambda *_, **__: pytest.fail("it searches")
+    with pytest.raises(UserError, match="within reach of the 1 of 4 layers that may go"):
+        search(model, config("shortgpt", count=2, keep_first=2, keep_last=1))
 
 
 @pytest.mark.parametrize("mode", ["exact", "fast", "naive"])
