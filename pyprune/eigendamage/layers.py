@@ -69,7 +69,8 @@ def damage(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> list[EigenLayer]:
-    """Prunes the matrices of `adapter` in place, in memory; see the package.
+    """Prunes the matrices of `adapter` in place, in memory; see the package. A matrix that nothing
+    goes from stays as it is, bit for bit.
 
     An expert that saw too few tokens (`layers.minimum_tokens`) and a matrix whose gradients were
     all zero stay as they are and are named. Biases stay as they are.
@@ -275,7 +276,7 @@ def _write(
     form: Form = "factored" if factored and smaller else "dense"
     if form == "factored":
         _install(adapter.model, ref, thin_factors(known.basis, rotated, out, into))
-    else:
+    elif not bool(kept.all()):  # rotated there and back it would differ by rounding
         write_weight(ref, known.basis.restore(rotated).to(ref.weight().device))
     return EigenLayer(
         name=ref.name,

@@ -20,7 +20,14 @@ from pyprune.width.cut import enable_biases
 from pyprune.width.decision import WidthDecision
 from pyprune.width.observe import too_few, visit_writers
 from pyprune.width.registry import width_method
-from pyprune.width.select import UnitOptions, best, globally, prunable, uniform_sizes
+from pyprune.width.select import (
+    UnitOptions,
+    best,
+    check_reachable,
+    globally,
+    prunable,
+    uniform_sizes,
+)
 from pyprune.width.structure import Group, Kept, Kind, Widths
 
 _WORDS: dict[Kind, str] = {"heads": "heads", "mlp": "channels"}
@@ -57,6 +64,11 @@ def flap(
     dense = sum(p.numel() for p in model.parameters())
     widths = Widths.of(model)
     groups = prunable(widths, options.units)
+    target = math.ceil(config.ratio * dense)
+    uniform = options.structure == "uniform"
+    # Neither is left to after the forward: the target may be out of reach.
+    check_reachable(widths, groups, target)
+    sizes = uniform_sizes(widths, groups, target, options.multiple) if uniform else {}
     moments: dict[str, MomentStatistic] = {}
 
     def visit(group: Group, statistic: Statistic) -> None:
@@ -72,11 +84,7 @@ def flap(
             notes.append(f"{group.name}: too few tokens, judged by its weights alone")
             variance = torch.ones_like(variance)
         scores[group.name] = flap_scores(group, variance)
-    target = math.ceil(config.ratio * dense)
-    if options.structure == "uniform":
-        kept = best(scores, uniform_sizes(widths, groups, target, options.multiple))
-    else:
-        kept = globally(widths, groups, scores, target)
+    kept = best(scores, sizes) if uniform else globally(widths, groups, scores, target)
     transforms = []
     if options.bias:
         notes += give_biases(widths, kept)

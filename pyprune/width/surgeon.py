@@ -109,7 +109,10 @@ def surgeon_width(
     widths = Widths.of(model)
     groups = prunable(widths, options.units)
     target = math.ceil(config.ratio * dense)
-    check_reachable(widths, groups, target)  # not after the shots that are within reach
+    # Not after the shots that are within reach.
+    check_reachable(widths, groups, target)
+    if options.structure == "uniform":
+        uniform_sizes(widths, groups, target, options.multiple)
     saved = None if state is None else State(state, model, config, tokens)
     run = _Shots(widths, groups, tokens, options, config.calibration.seed, progress)
     if saved is not None:
