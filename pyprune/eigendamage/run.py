@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -52,10 +53,6 @@ from pyprune.sparse.factored import FactoredLinear
 STORED_DENSE = (
     "what is left is stored as dense matrices: nothing is smaller or faster by itself (thin "
     "factors, -O factored=true, are)"
-)
-NONE_FACTORED = (
-    "no matrix is stored as thin factors: these take the place of plain linear layers, where they "
-    "are smaller"
 )
 # Share of the entries by which less may go than was asked for before the report says why: whole
 # directions do not add up to every number.
@@ -222,8 +219,10 @@ def _prune(
         run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
     )
     notes = []
-    if not report.factored:
-        notes.append(NONE_FACTORED if config.own_options().factored else STORED_DENSE)
+    if config.own_options().factored:
+        notes.append(_said_of_factors(report))
+    else:
+        notes.append(STORED_DENSE)
     widest = max((max(layer.shape) for layer in layers), default=0)
     if tokens.tokens < widest:
         notes.append(
@@ -237,6 +236,28 @@ def _prune(
             "cap or matrices that are kept leave no more"
         )
     return replace(report, notes=tuple(notes))
+
+
+def _said_of_factors(report: EigenDamageReport) -> str:
+    """How many matrices are stored as thin factors and what that saves, or why none is."""
+    dense = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    if report.factored:
+        left = sum(layer.parameters for layer in report.layers) / dense
+        return (
+            f"factored: {report.factored} of {len(report.layers)} matrices are stored as thin "
+            f"factors, all together with {left:.1%} of their parameters"
+        )
+    least = min(layer.factored_parameters / math.prod(layer.shape) for layer in report.layers)
+    if least < 1:
+        return (
+            "factored: the matrices that are smaller as thin factors are no plain linear layers: "
+            "all are stored as dense matrices, nothing is smaller or faster"
+        )
+    return (
+        f"factored: at {report.sparsity:.1%} no matrix is smaller as thin factors (the best has "
+        f"{least:.2f} times its parameters): all are stored as dense matrices, nothing is smaller "
+        "or faster; a larger share makes them thinner"
+    )
 
 
 def _adapter(model: nn.Module, config: EigenDamageConfig) -> Adapter:

@@ -378,7 +378,8 @@ def test_where_no_factors_are_smaller_the_checkpoint_is_a_stock_one(checkpoint, 
         "--seqlen", "16", "--json",
     ]  # fmt: skip
     assert cli.main([str(a) for a in arguments]) == 0
-    assert "no matrix is stored as thin factors" in json.loads(capsys.readouterr().out)["notes"][0]
+    note = json.loads(capsys.readouterr().out)["notes"][0]
+    assert "no matrix is smaller as thin factors" in note and "nothing is smaller or faster" in note
     assert "quantization_config" not in (tmp_path / "out" / "config.json").read_text()
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert bool(model(tiny_tokens(2, 16)).logits.isfinite().all())
@@ -497,6 +498,15 @@ def test_factors_and_entries_or_a_dtype_in_memory_do_not_go_together():
     with pytest.raises(UserError, match="dtype: expected auto for a model in memory"):
         prune_eigendamage(model, tokens, EigenDamageConfig(dtype="float32"))
     report = prune_eigendamage(model, tokens, config_of(0.7, factored=True))
-    assert report.notes == () and 0 < report.factored < 14
+    (note,) = report.notes
+    assert 0 < report.factored < 14
+    assert note.startswith(f"factored: {report.factored} of 14 matrices are stored as thin factors")
+    dense = sum(layer.shape[0] * layer.shape[1] for layer in report.layers)
+    left = sum(layer.parameters for layer in report.layers)
+    assert note.endswith(f"with {left / dense:.1%} of their parameters")
     report = prune_eigendamage(tiny_model("llama"), tokens, config_of(0.1, factored=True))
-    assert report.factored == 0 and "no matrix is stored as thin factors" in report.notes[0]
+    best = min(layer.factored_parameters / (32 * 64 if "mlp" in layer.name else 32 * layer.shape[0])
+               for layer in report.layers)  # fmt: skip
+    assert report.factored == 0 and f"the best has {best:.2f} times" in report.notes[0]
+    report = prune_eigendamage(tiny_model("gpt2"), tokens, config_of(0.8, factored=True))
+    assert "no plain linear layers: all are stored as dense" in report.notes[0]
