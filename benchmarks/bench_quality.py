@@ -41,6 +41,7 @@ from pyprune.families import find_family
 from pyprune.methods import METHODS, SHOT_METHODS
 from pyprune.packaged import packaged_model_dir
 
+# No group has the name of a method: --methods NAME is that method's rows alone.
 GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "baselines": (("magnitude", "wanda", "sparsegpt"), ("0.5", "2:4", "4:8")),
     "gradients": (
@@ -54,8 +55,8 @@ GROUPS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("llm-surgeon-structures", "llm-surgeon-structures, sum"),
         ("0.1", "0.2", "0.3"),
     ),
-    "eigendamage": (("eigendamage", "eigendamage-ekfac"), ("0.1", "0.2", "0.3", "0.5")),
-    "eigendamage-elements": (("eigendamage-elements", "eigendamage-elements-ekfac"), ("0.5",)),
+    "rotated": (("eigendamage", "eigendamage-ekfac"), ("0.1", "0.2", "0.3", "0.5")),
+    "rotated-elements": (("eigendamage-elements", "eigendamage-elements-ekfac"), ("0.5",)),
     # With plain Wanda beside them: the baselines have it at 0.5 only.
     "allocations": (
         ("wanda", "wanda+alphapruning", "wanda+owl", "wanda+ecoflap", "wanda+ecoflap-first",
