@@ -1,5 +1,6 @@
 """Wanda-sp and FLAP against computations spelled out here."""
 
+import itertools
 import json
 import math
 
@@ -359,12 +360,15 @@ def test_what_cannot_be_asked_for():
         WidthConfig("flap", ratio=0.1, method_options={"strukture": "uniform"})
     with pytest.raises(UserError, match="ratio: expected at most"):
         run_width(llama(), token_set(), WidthConfig("wanda-sp", ratio=0.95))
-    for structure in ("uniform", "adaptive"):  # the whole request, not the first shot's share
-        config = WidthConfig(
-            "llm-surgeon-width", ratio=0.95, method_options={"structure": structure}
-        )
+    # The whole request, not the first shot's share, and before the model runs for it.
+    for structure, method in itertools.product(
+        ("uniform", "adaptive"), ("llm-surgeon-width", "flap")
+    ):
+        config = WidthConfig(method, ratio=0.95, method_options={"structure": structure})
+        model = llama()
+        model.model.layers[0].forward = lambda *_, **__: pytest.fail("it runs")
         with pytest.raises(UserError, match=r"ratio: expected at most 0\..*, got 0.950"):
-            run_width(llama(), token_set(), config)
+            run_width(model, token_set(), config)
     with pytest.raises(UserError, match="units=stock"):
         prunable(Widths.of(tiny_model("bloom")), "stock")
 
