@@ -205,6 +205,15 @@ class KroneckerFactors:
     def dead(self) -> bool:
         return not bool(self.g.diagonal().any())
 
+    def silent(self) -> str:
+        """What was zero throughout: "input", "gradient", "input or gradient" for both, "" for
+        neither. G (x) A is then zero, and the text says nothing about the matrix (but for the
+        bias, whose input is one). Of factors that `refine` made both are zero where the gradients
+        were."""
+        inputs = self.a.diagonal()[: len(self.a) - int(self.bias)]
+        zero = [("input", not bool(inputs.any())), ("gradient", self.dead())]
+        return " or ".join(name for name, silent in zero if silent)
+
     def to(self, device: torch.device | str) -> None:
         self.a, self.g = self.a.to(device), self.g.to(device)
 

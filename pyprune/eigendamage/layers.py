@@ -72,8 +72,8 @@ def damage(
     """Prunes the matrices of `adapter` in place, in memory; see the package. A matrix that nothing
     goes from stays as it is, bit for bit.
 
-    An expert that saw too few tokens (`layers.minimum_tokens`) and a matrix whose gradients were
-    all zero stay as they are and are named. Biases stay as they are.
+    An expert that saw too few tokens (`layers.minimum_tokens`) and a matrix whose inputs or
+    gradients were all zero stay as they are and are named. Biases stay as they are.
 
     Args:
         config: with `factored` a `FactoredLinear` takes the place of an `nn.Linear` where it is
@@ -254,7 +254,8 @@ def _unknown(ref: LinearRef, statistic: KroneckerFactors) -> str:
         needed = minimum_tokens(ref.weight().shape[1], Unstructured(0.5))
     if statistic.tokens < needed:
         return f"saw {statistic.tokens} of the {needed:.0f} tokens that it takes: kept"
-    return "no gradient but zero: kept" if statistic.dead() else ""
+    silent = statistic.silent()
+    return silent and f"no {silent} but zero: kept"
 
 
 def _kept(ref: LinearRef, why: str) -> EigenLayer:

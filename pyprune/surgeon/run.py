@@ -249,9 +249,11 @@ class Surgeon:
             return _Judged(row, column[: matrix.shape[1]], there.used)
 
     def _unknown(self, matrix: Matrix, factors: KroneckerFactors, shot: int) -> str:
-        """Why the matrix cannot be judged, if it cannot.
+        """Why the matrix cannot be judged, if it cannot: no input or no gradient but zero in the
+        dense model, so that all of it would go for nothing, and another text may need it.
 
-        One that dies in a later shot does so because what reads it is gone: it goes for nothing.
+        One that dies in a later shot does so because what it reads, or what reads it, is gone: it
+        goes for nothing.
         """
         needed = 1.0
         if matrix.ref.index is not None:
@@ -261,9 +263,8 @@ class Surgeon:
                 f"saw {factors.tokens} of the {needed:.0f} tokens that {self.config.method} "
                 "needs: kept as it was"
             )
-        if factors.dead() and shot == 1:
-            return f"{self.config.method} found no gradient but zero: kept as it was"
-        return ""
+        silent = factors.silent() if shot == 1 else ""
+        return silent and f"{self.config.method} found no {silent} but zero: kept as it was"
 
     # The choice.
 

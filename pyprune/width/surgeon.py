@@ -266,9 +266,8 @@ class _Shots:
             judged = "kept as it was"
         if factors.tokens < needed:
             return f"too few tokens, {judged}"
-        if factors.dead() and number == 1:
-            return f"no gradient but zero, {judged}"
-        return ""
+        silent = factors.silent() if number == 1 else ""
+        return silent and f"no {silent} but zero, {judged}"
 
     def _choose(self, scores: Mapping[str, Tensor], target: int) -> dict[str, Tensor]:
         if self.options.structure == "uniform":

@@ -460,6 +460,12 @@ def test_what_is_not_known_is_kept_and_named():
         assert layers[name].note == "no gradient but zero: kept" and layers[name].rows == 64
     report = prune_eigendamage(model, tokens, config_of(0.5))
     assert report.sparsity < 0.45
+    model, adapter, tokens = setup()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.zero_()
+        model.model.layers[1].mlp.up_proj.bias.zero_()
+    layers = {lay.name: lay for lay in damage(adapter, tokens, config_of(0.5))}
+    assert layers["model.layers.1.mlp.down_proj"].note == "no input but zero: kept"
     assert f"{report.sparsity:.1%} of the entries went, 50.0% were asked for" in report.notes[-1]
 
 

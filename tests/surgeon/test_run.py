@@ -302,22 +302,39 @@ def test_corrections_leave_fused_experts_as_they_are():
 # What it cannot judge, and refuses.
 
 
-@pytest.mark.parametrize("own", [{}, {"structure": "rows-columns"}], ids=["element", "rows"])
-def test_a_dead_layer_is_kept_and_named(own):
+@pytest.mark.parametrize(
+    ("zeroed", "kept"),
+    [("down", {"gate": "gradient", "up": "gradient"}),
+     ("up", {"gate": "gradient", "down": "input"}),
+     ("gate", {"up": "gradient", "down": "input"})],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "own", [{}, {"structure": "rows-columns"}, {"kronecker": "nearest"}],
+    ids=["element", "rows", "nearest"],
+)  # fmt: skip
+def test_a_dead_layer_is_kept_and_named(own, zeroed, kept):
     model = tiny_model("llama")
+    mlp = model.model.layers[1].mlp
     with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight.zero_()
-        model.model.layers[1].mlp.down_proj.bias.zero_()
-    dead = {f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up")}
-    before = {name: model.get_submodule(name).weight.clone() for name in dead}
+        for parameter in mlp.get_submodule(f"{zeroed}_proj").parameters():
+            parameter.zero_()
+    place = "model.layers.1.mlp"
+    before = {name: mlp.get_submodule(f"{name}_proj").weight.clone() for name in kept}
     report = surgeon(model, 0.3, shots=2, **own)
     noted = {layer.name: layer for layer in report.layers if layer.notes}
-    assert set(noted) == dead
-    for name, layer in noted.items():
-        assert "no gradient but zero: kept as it was" in layer.notes[0]
+    dead = {f"{place}.{name}_proj" for name in kept}
+    assert dead == {n for n, layer in noted.items() if "kept as it was" in layer.notes[0]}
+    for name, what in kept.items():
+        layer = noted[f"{place}.{name}_proj"]
+        # Its inputs are weighted by the gradients.
+        what = "input or gradient" if "kronecker" in own and what == "gradient" else what
+        assert f"no {what} but zero: kept as it was" in layer.notes[0]
         assert layer.loss is None and layer.zeros == 0
-        assert torch.equal(model.get_submodule(name).weight, before[name])
+        assert torch.equal(mlp.get_submodule(f"{name}_proj").weight, before[name])
     # The others make up for it.
+    elements = sum(layer.elements for layer in report.layers)
+    if "structure" not in own:
+        assert sum(layer.zeros for layer in report.layers) == round(0.3 * elements)
     assert report.sparsity == pytest.approx(0.3, abs=5e-3)
 
 

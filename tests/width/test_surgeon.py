@@ -208,3 +208,28 @@ def test_idle_experts_and_dead_layers_are_named_and_not_corrected():
 def test_options_are_checked(own, message):
     with pytest.raises(UserError, match=f"options.{message}"):
         SurgeonWidthOptions(**own)
+
+
+@pytest.mark.parametrize("structure", ["uniform", "adaptive"])
+def test_a_writer_without_input_or_gradient_is_named_and_not_corrected(structure):
+    """Uniform: its units go by their weights. Adaptive: they stay, the others make up for it."""
+    model = model_of()
+    up = model.model.layers[1].mlp.up_proj
+    for parameter in up.parameters():
+        parameter.data.zero_()
+    decision = prune(model, shots=2, structure=structure)
+    name = "model.layers.1.mlp.down_proj"
+    (note,) = (note for note in decision.notes if "but zero" in note)
+    assert note.startswith(f"{name}: no input but zero, ")
+    assert (name in decision.removed) is (structure == "uniform")
+    assert all(name not in transform.get("columns of writers corrected", {})
+               for transform in decision.transforms)  # fmt: skip
+
+
+def test_what_is_out_of_reach_for_equal_layers_is_refused_before_the_first_shot(monkeypatch):
+    """Each module may go down to one unit, but equal numbers of heads only to what divides them."""
+    monkeypatch.setattr(_Shots, "shot", lambda *_: pytest.fail("it begins"))
+    widths = Widths.of(model_of())
+    most = sum(g.unit_parameters * (g.units - 1) for g in widths.groups) / size(model_of())
+    with pytest.raises(UserError, match="ratio: expected at most"):
+        prune(model_of(), ratio=most - 1e-3, multiple=64)
