@@ -339,13 +339,52 @@ def test_bf16(method):
     assert logits(model, tiny_tokens()).isfinite().all()
 
 
-def test_scores_do_not_depend_on_the_batches():
-    one = as_token_set([tiny_tokens(4, 12)], vocabulary=64, positions=128)
-    two = as_token_set(list(tiny_tokens(4, 12).split(1)), vocabulary=64, positions=128)
-    for method in ("wanda-sp", "flap"):
-        config = WidthConfig(method, ratio=0.2, method_options={"multiple": 1})
-        first, second = run_width(llama(), one, config), run_width(llama(), two, config)
-        assert first.removed == second.removed
+SPLIT = {
+    "wanda-sp": {"multiple": 1},
+    "flap": {"multiple": 1},
+    "multipruner": {},
+    "llm-surgeon-width": {"multiple": 1, "shots": 2},
+    "slicegpt": {"multiple": 4},
+}
+
+
+def test_of_all_methods_one_takes_a_step_a_batch():
+    """DISP-LLM: how many sequences a step of its training sees is for the user to say."""
+    assert set(WIDTH_METHODS.load()) - set(SPLIT) == {"disp-llm"}
+
+
+@pytest.mark.parametrize("method", SPLIT)
+def test_results_do_not_depend_on_the_batches(method):
+    """Sequences of one length or, padded, of several: however they come together."""
+    config = WidthConfig(method, ratio=0.2, method_options=SPLIT[method])
+    ids, mask = tiny_tokens(6, 12), torch.ones(6, 12, dtype=torch.int64)
+    mask[4:, 9:] = 0
+    found = []
+    for rows in ([6], [1] * 6, [1, 3, 2]):
+        batches = [Batch(*some) for some in zip(ids.split(rows), mask.split(rows), strict=True)]
+        model = llama(attention_bias=False, mlp_bias=False, num_hidden_layers=3)
+        decision = run_width(model, as_token_set(batches, vocabulary=64, positions=128), config)
+        found.append((decision.removed, decision.sizes, logits(model, tiny_tokens(2, 9, seed=7))))
+    for removed, sizes, got in found[1:]:
+        assert (removed, sizes) == found[0][:2] and (removed or method == "slicegpt")
+        torch.testing.assert_close(got, found[0][2], rtol=1e-3, atol=1e-4)
+
+
+def test_what_disp_llm_learns_does_not_depend_on_padding():
+    config = WidthConfig("disp-llm", ratio=0.2, method_options={"multiple": 1, "iterations": 4})
+    ids = tiny_tokens(4, 12)
+    padded = torch.cat([ids, torch.full((4, 3), 5)], 1)
+    mask = (torch.arange(15) < 12).long().expand(4, 15)
+    found = []
+    for batches in (
+        [Batch(some) for some in ids.split(2)],
+        [Batch(*some) for some in zip(padded.split(2), mask.split(2), strict=True)],
+    ):
+        model = llama()
+        decision = run_width(model, as_token_set(batches, vocabulary=64, positions=128), config)
+        found.append((decision.removed, decision.transforms[0]["losses"]))
+    assert found[0][0] == found[1][0] and found[0][0]
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-5)
 
 
 def test_what_cannot_be_asked_for():
