@@ -54,6 +54,11 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(kind)) if eligible else x
 
 
+class NoWeightError(UserError, AttributeError):
+    """A compressed module was asked for its dense weight. Also an AttributeError: who asks whether
+    there is one (`hasattr`) hears no."""
+
+
 class StoredWeight(nn.Module):
     """A module whose weight `[R, C]` is kept in one of the formats, in buffers, or in those of
     another module.
@@ -146,6 +151,19 @@ class StoredWeight(nn.Module):
     def memory_bytes(self) -> int:
         """Bytes of the module's buffers: the weight, unless another module holds it, and a bias."""
         return sum(t.nbytes for t in self.buffers())
+
+    @property
+    def qweight(self) -> Tensor:
+        """The stored values: where libraries that know quantised layers look for the device."""
+        return self._values
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight":  # e.g. `model.resize_token_embeddings`
+            raise NoWeightError(
+                f"{type(self).__name__}: its weight is compressed, to be changed or trained it has "
+                "to be dense: `pyprune decompress` makes it so (module.decompress() returns a copy)"
+            )
+        return super().__getattr__(name)
 
     def _load_from_state_dict(
         self,
