@@ -135,6 +135,7 @@ int64_t part_side(int64_t panels) {
 }  // namespace
 
 void fisher_accumulate(const FisherAccumulateArgs& args) {
+  if (args.acc.numel() == 0) return;  // no panel to share out
   const int64_t rows = panels_of(args.acc.shape[0]), columns = panels_of(args.acc.shape[1]);
   const int64_t side_r = part_side(rows), side_c = part_side(columns);
   const int64_t chunk_floats = (side_r + side_c) * kPanelFloats;

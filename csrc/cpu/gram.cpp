@@ -118,6 +118,7 @@ int64_t kept_tokens(const float* weight, int64_t tokens, int64_t* rows, bool* un
 }  // namespace
 
 void gram(const GramArgs& args) {
+  if (args.out.numel() == 0) return;  // no panel to share out
   const int64_t batch = args.x.shape[0], tokens = args.x.shape[1], columns = args.x.shape[2];
   const int64_t n = args.out.shape[1];
   const int64_t chunks = round_chunks(panels_of(n), tokens);

@@ -1,0 +1,81 @@
+"""Every function of `pyprune._C`, called around the checks of `pyprune.ops`: sizes of zero are a
+no-op or a ValueError, never a division by zero."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+_C = pytest.importorskip("pyprune._C")
+
+from ops.empty_calls import CALLS, capsules, cases  # noqa: E402
+
+# What has no tensors, and what takes those of a GPU alone.
+OTHERS = {"has_cuda", "isa", "set_isa"}
+FUNCTIONS = {name for name in dir(_C) if not name.startswith("_") and callable(getattr(_C, name))}
+CUDA = sorted(name for name in FUNCTIONS if name.endswith("_cuda"))
+# Sizes that a call cannot have, and how it says so.
+REFUSED = {
+    "linear_": ({"C"}, "refused: x: expected at least one column"),
+    "obs_greedy": ({"C"}, "refused: order: expected at most as many steps as weights"),
+    "kept_bytes": ({"n"}, "refused: bytes: expected at least 1"),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes():
+    """Of every case, from a process of their own; it is started again after a crash."""
+    found: dict[int, str] = {}
+    script, begin = Path(__file__).with_name("empty_calls.py"), 0
+    while begin < len(cases()):
+        child = subprocess.run(
+            [sys.executable, script, str(begin)], capture_output=True, text=True, check=False
+        )
+        found |= dict(map(json.loads, child.stdout.splitlines()))
+        last = max(found, default=-1)
+        assert last >= begin, child.stderr
+        if child.returncode == 0:
+            break
+        assert child.returncode < 0, child.stderr
+        found[last], begin = f"died of signal {-child.returncode}", last + 1
+    return found
+
+
+def test_all_functions_are_called():
+    here = {call.partition(",")[0] for call in CALLS}
+    assert here == FUNCTIONS - OTHERS - set(CUDA)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_sizes_of_zero(call, outcomes):
+    prefix = next((p for p in REFUSED if call.startswith(p)), None)
+    said = {}
+    for number, (of, sizes) in enumerate(cases()):
+        if of != call:
+            continue
+        got, zero = outcomes[number], {name for name, size in sizes.items() if size == 0}
+        expected = ["done"]
+        if prefix is not None and zero & REFUSED[prefix][0]:
+            expected = [REFUSED[prefix][1], "done"] if len(zero) > 1 else [REFUSED[prefix][1]]
+        said |= {} if got in expected else {str(sizes): got}
+    assert said == {}
+
+
+@pytest.mark.parametrize("call", CUDA)
+def test_gpu_functions_take_no_cpu_tensors(call):
+    """Nor empty ones: what they do with those of a GPU is the business of tests that have one."""
+    wanted = getattr(_C, call).__doc__.splitlines()[0].partition("(")[2].partition(")")[0]
+    arguments = []
+    for part in wanted.split(", "):
+        kind = part.partition(": ")[2]
+        if "list" in kind:
+            arguments.append([torch.ones(0, 8)])
+        elif "None" in kind:
+            arguments.append(None)
+        else:
+            arguments.append(torch.ones(0, 8) if "Capsule" in kind else 1)
+    with pytest.raises(ValueError, match="expected"):
+        getattr(_C, call)(*map(capsules, arguments))
