@@ -8,7 +8,7 @@ llmcompressor  | what llm-compressor's SparseGPTModifier and WandaPruningModifie
 peft           | nothing: lets peft put LoRA beside compressed layers
 
 The first three count the pruned weights of an N:M pattern; so do the arguments here, and nowhere
-else in pyprune. A Hessian that cannot be inverted stops the SparseGPT code, and llm-compressor goes on
-with the identity, which is magnitude pruning without an update. Here the damping is raised step by
-step, with a warning, and what even the whole mean diagonal does not help is an error.
+else in pyprune. A Hessian that cannot be inverted stops the SparseGPT code, and llm-compressor goes
+on with the identity, which is magnitude pruning without an update. Here the damping is raised step
+by step, with a warning, and what even the whole mean diagonal does not help is an error.
 """
