@@ -1,0 +1,225 @@
+"""Matrices packed as a bitmap, and back: the layout is in `pyprune.ops.pack`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pyprune import _native
+from pyprune.ops import _registry
+from pyprune.ops._checks import check_float, check_rows, check_same_device, check_shape
+from pyprune.ops._packing import (
+    aligned,
+    bit_pattern,
+    check_mask,
+    native_mask,
+    row_blocks,
+    unit_columns,
+)
+
+
+def _check_pack_bitmap(w: Tensor, mask: Tensor | None) -> None:
+    check_rows("w", w)
+    check_mask(w, mask)
+
+
+def _kept(w: Tensor, mask: Tensor | None) -> Tensor:
+    return bit_pattern(w) != 0 if mask is None else mask
+
+
+def _row_offsets(counts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+
+
+def bits_of(mask: Tensor) -> Tensor:
+    """A bool mask `[..., C]` as uint8 `[..., ceil(C/8)]`, laid out as `pack_bitmap`'s bitmap."""
+    *rows, cols = mask.shape
+    padded = torch.nn.functional.pad(mask, (0, -cols % 8)).reshape(*rows, (cols + 7) // 8, 8)
+    weight = 1 << torch.arange(8, device=mask.device)
+    return (padded * weight).sum(-1).to(torch.uint8)
+
+
+def pack_bitmap_reference(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    keep = _kept(w, mask)
+    bitmap = bits_of(keep)
+    return bit_pattern(w)[keep].view(w.dtype), bitmap, _row_offsets(keep.sum(1))
+
+
+def _pack_bitmap_fake(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    _check_pack_bitmap(w, mask)
+    rows, cols = w.shape
+    kept = torch.library.get_ctx().new_dynamic_size()
+    bitmap = w.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+    return w.new_empty(kept), bitmap, w.new_empty(rows + 1, dtype=torch.int64)
+
+
+def _pack_bitmap_native(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = w.shape
+    w = unit_columns(w)
+    bitmap = w.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+    counts = w.new_empty(rows, dtype=torch.int64)
+    _native.call("pack_bitmap_rows", bitmap, counts, w, native_mask(mask))
+    row_offsets = _row_offsets(counts)
+    values = w.new_empty(int(row_offsets[-1]))
+    _native.call("move_bitmap_values", w, values, bitmap, row_offsets, True)
+    return values, bitmap, row_offsets
+
+
+def _pack_bitmap_cuda(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows, cols = w.shape
+    w = unit_columns(w)
+    bitmap = w.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
+    row_offsets = w.new_empty(rows + 1, dtype=torch.int64)
+    state = w.new_zeros(1, dtype=torch.int64)
+    kept = None if mask is None else _native.capsule(mask.contiguous())
+    _native.launch("pack_bitmap_rows_cuda", w.device, bitmap, row_offsets, w, kept, state)
+    values = w.new_empty(int(row_offsets[-1]))
+    arrays = (w, values, bitmap, row_offsets)
+    _native.launch("move_bitmap_values_cuda", w.device, *arrays, True)
+    return values, bitmap, row_offsets
+
+
+_registry.register(
+    "pack_bitmap(Tensor w, Tensor? mask) -> (Tensor, Tensor, Tensor)",
+    fake=_pack_bitmap_fake,
+    impls={
+        "reference": _registry.Impl(pack_bitmap_reference),
+        "native": _registry.Impl(_pack_bitmap_native, _registry.HALF_OR_SINGLE),
+        "triton": _registry.Impl(
+            "pyprune.kernels.pack:pack_bitmap_triton", _registry.HALF_OR_SINGLE
+        ),
+        "cuda": _registry.Impl(_pack_bitmap_cuda, _registry.HALF_OR_SINGLE),
+    },
+)
+
+
+def pack_bitmap(w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """A sparse matrix as its kept values, one bit an element, and where each row begins.
+
+    On a GPU it waits for the number of values, which says how many to make room for.
+
+    Args:
+        w: weights `[R, C]`, bf16, fp16, fp32 or fp64; any strides.
+        mask: bool `[R, C]`, True = kept. None keeps every element whose bit pattern is not zero, so
+            that `unpack_bitmap` restores `w` to the bit. Weights pruned by multiplying with a mask
+            hold negative zeros, which then count as kept: pass the mask, or `w != 0`.
+
+    Returns:
+        values `[nnz]` in w's dtype, bitmap uint8 `[R, ceil(C/8)]`, row_offsets int64 `[R + 1]` (see
+        the module's docstring).
+
+    Raises:
+        ValueError: a shape, dtype or device does not match.
+    """
+    _check_pack_bitmap(w, mask)
+    if w.numel() == 0:
+        return pack_bitmap_reference(w, mask)
+    values, bitmap, row_offsets = torch.ops.pyprune.pack_bitmap(w, mask)
+    return values, bitmap, row_offsets
+
+
+def _check_unpack_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> None:
+    check_float("values", values)
+    if values.dim() != 1:
+        raise ValueError(f"values: expected 1 dimension, got shape {tuple(values.shape)}")
+    if bitmap.dtype != torch.uint8 or bitmap.dim() != 2:
+        raise ValueError(f"bitmap: expected a uint8 matrix, got {bitmap.dim()}-d {bitmap.dtype}")
+    check_shape("bitmap", bitmap, (bitmap.shape[0], (cols + 7) // 8))
+    if row_offsets.dtype != torch.int64:
+        raise ValueError(f"row_offsets: expected torch.int64, got {row_offsets.dtype}")
+    check_shape("row_offsets", row_offsets, (bitmap.shape[0] + 1,))
+    check_same_device(values, bitmap, row_offsets)
+
+
+def _popcount(bytes_: Tensor) -> Tensor:
+    pairs = bytes_ - ((bytes_ >> 1) & 0x55)
+    nibbles = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return (nibbles + (nibbles >> 4)) & 0x0F
+
+
+def validate_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> None:
+    """Raises ValueError unless these are what `pack_bitmap` may return for `cols` columns: shapes
+    and dtypes agree, offsets rise from 0 to the number of values, each row has as many bits as
+    values, and no bit lies past the last column."""
+    _check_unpack_bitmap(values, bitmap, row_offsets, cols)
+    ends = row_offsets[[0, -1]].tolist()
+    if ends != [0, values.numel()]:
+        raise ValueError(f"row_offsets: expected to run from 0 to {values.numel()}, got {ends}")
+    counts = row_offsets.diff()
+    if (counts < 0).any():
+        row = int((counts < 0).nonzero()[0])
+        raise ValueError(f"row_offsets: expected to be monotone, fall after row {row}")
+    blocks = [_popcount(bitmap[rows]).sum(1, dtype=torch.int64) for rows in row_blocks(bitmap)]
+    bits = torch.cat(blocks) if blocks else torch.zeros_like(counts)
+    if not torch.equal(bits, counts):
+        row = int((bits != counts).nonzero()[0])
+        raise ValueError(
+            f"bitmap: expected as many bits as values in each row, got {int(bits[row])} bits and "
+            f"{int(counts[row])} values in row {row}"
+        )
+    if cols % 8 and (bitmap[:, -1] >> (cols % 8)).any():
+        raise ValueError(f"bitmap: expected no bits past column {cols - 1}")
+
+
+def unpack_bitmap_reference(
+    values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int
+) -> Tensor:
+    bits = (bitmap[:, :, None] >> torch.arange(8, device=bitmap.device)) & 1
+    keep = bits.reshape(len(bitmap), 8 * bitmap.shape[1])[:, :cols].bool()
+    w = bit_pattern(values).new_zeros(keep.shape)
+    w[keep] = bit_pattern(values)
+    return w.view(values.dtype)
+
+
+def _unpack_bitmap_fake(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> Tensor:
+    _check_unpack_bitmap(values, bitmap, row_offsets, cols)
+    return values.new_empty(bitmap.shape[0], cols)
+
+
+def _unpack_bitmap_native(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> Tensor:
+    w = values.new_empty(bitmap.shape[0], cols)
+    arrays = (values.contiguous(), bitmap.contiguous(), row_offsets.contiguous())
+    broken = _native.call("move_bitmap_values", w, *arrays, False)
+    if broken >= 0:
+        raise ValueError(f"row_offsets: disagree with the bitmap in row {broken}")
+    return w
+
+
+def _unpack_bitmap_cuda(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> Tensor:
+    w = values.new_empty(bitmap.shape[0], cols)
+    arrays = (aligned(values), bitmap.contiguous(), row_offsets.contiguous())
+    _native.launch("move_bitmap_values_cuda", w.device, w, *arrays, False)
+    return w
+
+
+_registry.register(
+    "unpack_bitmap(Tensor values, Tensor bitmap, Tensor row_offsets, int cols) -> Tensor",
+    fake=_unpack_bitmap_fake,
+    impls={
+        "reference": _registry.Impl(unpack_bitmap_reference),
+        "native": _registry.Impl(_unpack_bitmap_native, _registry.HALF_OR_SINGLE),
+        "triton": _registry.Impl(
+            "pyprune.kernels.pack:unpack_bitmap_triton", _registry.HALF_OR_SINGLE
+        ),
+        "cuda": _registry.Impl(_unpack_bitmap_cuda, _registry.HALF_OR_SINGLE),
+    },
+)
+
+
+def unpack_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> Tensor:
+    """The dense matrix `[R, cols]` of a bitmap packed one; +0 where nothing is stored.
+
+    Args:
+        values: `[nnz]`, bf16, fp16, fp32 or fp64.
+        bitmap: uint8 `[R, ceil(cols/8)]`.
+        row_offsets: int64 `[R + 1]`. All three are validated before use.
+        cols: number of columns (the bitmap only gives it up to a multiple of 8).
+
+    Raises:
+        ValueError: `validate_bitmap` refuses them.
+    """
+    validate_bitmap(values, bitmap, row_offsets, cols)
+    if values.numel() == 0:
+        return values.new_zeros(bitmap.shape[0], cols)
+    w: Tensor = torch.ops.pyprune.unpack_bitmap(values, bitmap, row_offsets, cols)
+    return w
