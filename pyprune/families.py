@@ -92,4 +92,11 @@ def find_family(method: object) -> Family:
         if isinstance(method, str) and method in family.methods():
             return family
         names += family.methods()
+    from pyprune.allocation.table import ALLOCATIONS
+
+    if isinstance(method, str) and method in ALLOCATIONS:
+        raise UserError(
+            f"method: {method} is an allocation, which shares out the sparsity of a method: "
+            f"expected e.g. -m wanda --allocation {method}"
+        )
     raise unknown_method(method, names)

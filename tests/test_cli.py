@@ -234,6 +234,7 @@ BAD = [
     ("prune MODEL --out OUT", "exactly one of sparsity and pattern"),
     ("prune MODEL -s 0.5 -p 2:4 --out OUT", "exactly one of sparsity and pattern"),
     ("prune MODEL -m magnitued -s 0.5 --out OUT", "did you mean magnitude"),
+    ("prune MODEL -m owl -s 0.5 --out OUT", "expected e.g. -m wanda --allocation owl"),
     ("prune MODEL -m magnitude -s 1 --out OUT", "fraction in [0, 1)"),
     ("prune MODEL -m magnitude -s -0.1 --out OUT", "fraction in [0, 1)"),
     ("prune MODEL -m magnitude -s nan --out OUT", "expected a number"),
