@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from pyprune import configuration_deci
 from pyprune.checkpoint.output import MAX_SHARD_SIZE
 from pyprune.checkpoint.source import DECI
-from pyprune.depth.budget import FIRST_ATTENTION
+from pyprune.depth.config import FIRST_ATTENTION
 from pyprune.depth.graph import Branch, Kind, ResidualGraph
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, Literal
 
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.budget import Unit, removable, units_of
+from pyprune.depth.budget import Unit, units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
 from pyprune.depth.exchange import refined
@@ -92,8 +92,8 @@ def blockpruner(
     graph.check()
     layers = range(options.protect_first, len(graph.layouts) - options.protect_last)
     kinds = ("attention", "mlp") if options.blocks in ("mixed", "pairs") else (options.blocks,)
-    branches = removable(graph, config)
-    allowed = [b for kind in kinds for b in branches if b.kind == kind and b.layer in layers]
+    inner = [b for b in graph.branches if b.layer in layers and config.allows(b)]
+    allowed = [b for kind in kinds for b in inner if b.kind == kind]
     units = units_of(allowed, layers=False)
     if options.blocks == "pairs":
         if config.counted:

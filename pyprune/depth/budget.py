@@ -19,7 +19,6 @@ from pyprune.errors import UserError
 
 Unit = tuple[Branch, ...]
 BudgetKind = Literal["count", "params", "latency"]
-FIRST_ATTENTION = Branch("attention", 0)
 REPEATS = 5  # timed runs of each branch; the median counts
 
 
@@ -122,12 +121,6 @@ class Budget:
 def parameter_count(model: torch.nn.Module) -> int:
     """Distinct parameters: tied ones count once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def removable(graph: ResidualGraph, config: StructureConfig) -> list[Branch]:
-    """The branches that may go one by one, in order: all, but for the first attention where the
-    result is to be DeciLM, which does not run without one in its first layer."""
-    return [b for b in graph.branches if config.fill != "deci" or b != FIRST_ATTENTION]
 
 
 def _disjoint(units: Sequence[Unit]) -> list[Unit]:

@@ -14,11 +14,13 @@ from pyprune.config import (
     check_device,
     check_types,
 )
+from pyprune.depth.graph import Branch
 from pyprune.depth.repack import Fill
 from pyprune.errors import UserError
 from pyprune.methods.options import Scalar, build_options
 
 By = Literal["params", "count", "latency"]
+FIRST_ATTENTION = Branch("attention", 0)
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class StructureConfig(ConfigFile):
         """Whether the target is a number of units, all alike, rather than a share of what they
         differ in."""
         return self.count is not None or self.by == "count"
+
+    def allows(self, branch: Branch) -> bool:
+        """Whether `branch` may go without its layer: any, but for the first attention where the
+        result is to be DeciLM, whose first layer does not run without one."""
+        return self.fill != "deci" or branch != FIRST_ATTENTION
 
     def own_options(self) -> Any:
         """The method's options dataclass."""

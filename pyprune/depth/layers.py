@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.depth import criteria
-from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
+from pyprune.depth.addons import AddOns, apply_add_ons
 from pyprune.depth.budget import Budget, parameter_count, units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Step, calibration_facts, name_of
@@ -132,9 +132,6 @@ def _search(
     """What `choose` removes, as a decision."""
     graph = ResidualGraph(model, adapter)
     graph.check()
-    options = config.own_options()
-    if isinstance(options, AddOns):
-        check_add_ons(graph, options)
     units = units_of(graph.branches, layers=True)
     batches = moved(tokens.batches, graph.device)
     budget = Budget.of(graph, config, units, batches[0])
@@ -143,7 +140,7 @@ def _search(
     def enough(removed: Sequence[int]) -> bool:
         return budget.reached([units[i] for i in removed])
 
-    choice = choose(graph, batches, options, enough, progress)
+    choice = choose(graph, batches, config.own_options(), enough, progress)
     steps: list[Step] = []
     for i in choice.removed:
         gone = [branch for step in steps for branch in step.unit] + [*units[i]]

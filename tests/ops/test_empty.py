@@ -13,8 +13,8 @@ _C = pytest.importorskip("pyprune._C")
 
 from ops.empty_calls import CALLS, capsules, cases  # noqa: E402
 
-# What has no tensors, and what takes those of a GPU alone.
-OTHERS = {"has_cuda", "isa", "set_isa"}
+# What has no tensors, and the class that is one of the products, which are here, made ready.
+OTHERS = {"has_cuda", "isa", "set_isa", "PreparedLinear"}
 FUNCTIONS = {name for name in dir(_C) if not name.startswith("_") and callable(getattr(_C, name))}
 CUDA = sorted(name for name in FUNCTIONS if name.endswith("_cuda"))
 # Sizes that a call cannot have, and how it says so.
