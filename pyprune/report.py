@@ -22,6 +22,8 @@ from pyprune.config import PruneConfig
 from pyprune.errors import UserError
 
 SCHEMA = 1
+# Between the shares of zeros of two matrices: below it they count as equal.
+UNEQUAL = 1e-3
 
 
 def versions() -> dict[str, str]:
@@ -270,7 +272,11 @@ def _summary(report: Report) -> str:
         _own_options(config),
     ]
     words = ", ".join([config.method, str(config.target()), *filter(None, variant)])
-    return f"{words}: {report.sparsity:.2%} of {len(report.layers)} matrices is zero"
+    whole = f"{words}: {report.sparsity:.2%} of {len(report.layers)} matrices is zero"
+    shares = sorted(layer.sparsity for layer in report.layers)
+    if not shares or shares[-1] - shares[0] < UNEQUAL:
+        return whole
+    return f"{whole}, {shares[0]:.1%} to {shares[-1]:.1%} of each"
 
 
 def _allocated(config: PruneConfig) -> str:

@@ -86,7 +86,10 @@ def shown(table, width):
 
 def test_table_shows_every_kind_of_matrix_and_every_note():
     text = shown(report().table(), 200)
-    assert "sparsegpt, 50%: 41.67% of 2 matrices is zero" in text
+    whole = "sparsegpt, 50%: 41.67% of 2 matrices is zero, 25.0% to 50.0% of each"
+    assert whole in " ".join(text.split())
+    alike = replace(report(), layers=(LAYERS[0], replace(LAYERS[0], sparsity=0.5004)))
+    assert "of each" not in shown(alike.table(), 200)
     for expected in ("1 q", "4x6", "12.50%", "6.25%", "0.1", "1 inputs were zero"):
         assert expected in text
 
