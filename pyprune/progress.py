@@ -76,11 +76,13 @@ class ProgressBar:
             self._bar.stop()
 
     def walked(self, event: Event) -> None:
-        """Block, phase and layer of a walk."""
+        """Block, phase and layer of a walk, or a step of the whole model."""
         words = f"block {min(event.block + 1, event.blocks)}/{event.blocks}"
         done: float = event.done
         total: float = event.total
-        if event.kind != "block":
+        if event.kind == "whole":
+            words = f"{event.name} {event.done}/{event.total}"
+        elif event.kind != "block":
             words = f"{words} {_WORDS[event.kind]} {event.name} {event.done}/{event.total}"
             done, total = event.block, event.blocks
         self.step(words, done, total)

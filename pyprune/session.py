@@ -78,7 +78,7 @@ def look_at_whole(
     def telling(name: str) -> Callable[[int, int], None]:
         def told(done: int, total: int) -> None:
             if progress is not None:
-                progress(WalkEvent("batch", 0, blocks, name, done, total))
+                progress(WalkEvent("whole", 0, blocks, name, done, total))
 
         return told
 

@@ -16,13 +16,14 @@ Phase = Literal["forward", "statistics", "prune", "load", "flush"]
 
 @dataclass(frozen=True)
 class WalkEvent:
-    """Progress: `done` of `total` blocks, matrices of the block, or batches are through.
+    """Progress: `done` of `total` blocks, matrices of the block, or batches are through; or steps
+    that the whole model takes, before or instead of a walk ("whole").
 
-    `block` of `blocks` is the current one; `name` is the block's, the matrix's, or for batches that
-    of the matrix where they wait.
+    `block` of `blocks` is the current one; `name` is the block's, the matrix's, for batches that of
+    the matrix where they wait, and for the whole model what happens to it.
     """
 
-    kind: Literal["block", "linear", "batch"]
+    kind: Literal["block", "linear", "batch", "whole"]
     block: int
     blocks: int
     name: str

@@ -212,7 +212,7 @@ class Surgeon:
         def tell(done: int, total: int) -> None:
             if told is not None:
                 blocks, through = len(self.adapter.blocks), part * total + done
-                told(WalkEvent("batch", 0, blocks, name, through, parts * total))
+                told(WalkEvent("whole", 0, blocks, name, through, parts * total))
 
         with self.measure.phase("factors"):
             return collect_factors(
