@@ -361,11 +361,15 @@ def _run(run: Run) -> EigenDamageReport:
     run.needs_none("state", "preserve_mask")
     if run.pictures is not None:
         raise UserError(f"report: {METHOD} has no pictures, got {run.pictures}")
+
+    def told(phase: str, done: int, total: int) -> None:
+        run.bar.step(f"{phase} {done}/{total}", done, total)
+
     return prune_eigendamage_checkpoint(
         run.source,
         run.out,
         run.config,
-        run.bar.step,
+        told,
         trust_remote_code=run.trust_remote_code,
     )
 

@@ -386,8 +386,9 @@ def test_where_no_factors_are_smaller_the_checkpoint_is_a_stock_one(checkpoint, 
     assert "any loader reads" in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_is_a_method_of_the_one_command(checkpoint, tmp_path, capsys):
+def test_is_a_method_of_the_one_command(checkpoint, tmp_path, capsys, monkeypatch):
     """`pyprune prune`, with options, in bf16: and nothing but the pruned matrices differs."""
+    monkeypatch.setattr("pyprune.progress.LINE_INTERVAL", 0.0)
     model = AutoModelForCausalLM.from_pretrained(checkpoint).bfloat16()
     model.save_pretrained(checkpoint)
     arguments = [
@@ -397,7 +398,9 @@ def test_is_a_method_of_the_one_command(checkpoint, tmp_path, capsys):
         "--include", "model.layers.0.*",
     ]  # fmt: skip
     assert cli.main([str(a) for a in arguments]) == 0
-    report = json.loads(capsys.readouterr().out)
+    out, said = capsys.readouterr()
+    assert "factors 1/" in said
+    report = json.loads(out)
     names = {layer["name"] for layer in report["layers"]}
     assert len(names) == 7 and report["sparsity"] == pytest.approx(0.3, abs=1e-3)
     old, new = (load_file(at / "model.safetensors") for at in (checkpoint, tmp_path / "cli"))
