@@ -1,0 +1,226 @@
+// Rows of a coded matrix (coded.h), decoded 64 columns at a time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "cpu/coded.h"
+#include "cpu/simd.h"
+#include "cpu/sparse_rows.h"
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+
+constexpr int64_t kCodeBytes = 3 * kMaskColumns / 8;  // of 64 columns
+inline int64_t code_bytes(int64_t columns) { return 3 * ((columns + 7) / 8); }
+
+// Where a decoder stands in a row. Escapes are counted, not pointed at: in a row with more of them
+// than its offsets say `at` passes `end`, and nothing more is read.
+struct CodedRow {
+  const uint8_t* low;  // of the next column
+  const uint8_t* codes;
+  int64_t at, end;  // the next escape, and where the row's end
+  uint8_t base;
+
+  // After the last column: whether the row had as many escapes as its offsets say.
+  bool complete() const { return at == end; }
+};
+
+// A coded matrix by its raw pointers.
+struct CodedMatrix {
+  const uint8_t *low, *codes, *bases, *escapes;
+  const int64_t* offsets;
+  int64_t rows, cols, count;  // count: escapes of all rows
+
+  explicit CodedMatrix(const CodedViews& v)
+      : low(v.low.ptr<const uint8_t>()),
+        codes(v.codes.ptr<const uint8_t>()),
+        bases(v.bases.ptr<const uint8_t>()),
+        escapes(v.escapes.ptr<const uint8_t>()),
+        offsets(v.offsets.ptr<const int64_t>()),
+        rows(v.low.shape[0]),
+        cols(v.low.shape[1]),
+        count(v.escapes.numel()) {}
+
+  CodedRow row(int64_t r) const {
+    const int64_t first = offsets[r], end = offsets[r + 1];
+    const bool inside = 0 <= first && first <= end && end <= count;
+    return {low + r * cols, codes + r * code_bytes(cols), inside ? first : 1, inside ? end : 0,
+            bases[r]};
+  }
+};
+
+[[noreturn]] inline void refuse_row(int64_t r) {
+  throw std::invalid_argument("codes: row " + std::to_string(r) +
+                              " has escapes that do not match its row_offsets");
+}
+
+inline uint16_t joined(unsigned exponent, unsigned low) {
+  const unsigned rotated = exponent << 8 | low;
+  return static_cast<uint16_t>(rotated >> 1 | rotated << 15);
+}
+
+inline unsigned next_escape(const uint8_t* escapes, CodedRow& row) {
+  const int64_t at = row.at++;
+  return at < row.end ? escapes[at] : 0;
+}
+
+// At most 64 columns in plain steps; zeros up to the 64th.
+inline void decode_word(const uint8_t* escapes, CodedRow& row, int64_t columns, uint16_t* out) {
+  for (int64_t c = 0; c < columns; c += 8, row.codes += 3) {
+    const unsigned codes = row.codes[0] | row.codes[1] << 8 | row.codes[2] << 16;
+    for (int64_t j = 0; j < std::min<int64_t>(8, columns - c); ++j) {
+      const unsigned code = codes >> (3 * j) & 7;
+      const unsigned exponent = code == kEscape ? next_escape(escapes, row) : row.base + code;
+      out[c + j] = joined(exponent & 255, *row.low++);
+    }
+  }
+  std::fill(out + columns, out + kMaskColumns, uint16_t{0});
+}
+
+// A decoder's decode() writes the next `columns` columns as bf16, padded with zeros to whole words
+// of 64.
+struct PlainDecoder {
+#if defined(__AVX2__)
+
+  static void decode(const uint8_t* escapes, CodedRow& row, int64_t columns, bf16* out) {
+    auto* to = reinterpret_cast<uint16_t*>(out);
+    int64_t c = 0;
+    for (; c + kMaskColumns <= columns; c += kMaskColumns, to += kMaskColumns) {
+      const auto* p = reinterpret_cast<const __m128i*>(row.codes);
+      // 12 bytes of codes each; the second load ends where the word's codes do.
+      half(escapes, row, _mm_loadu_si128(p), 0, to);
+      const auto* q = reinterpret_cast<const __m128i*>(row.codes + 8);
+      half(escapes, row, _mm_srli_si128(_mm_loadu_si128(q), 4), 32, to + 32);
+      row.low += kMaskColumns;
+      row.codes += kCodeBytes;
+    }
+    if (c < columns) decode_word(escapes, row, columns - c, to);
+  }
+
+ private:
+  // 32 columns from column `first` of a word on. A code is three bits of the 16 that begin at a
+  // byte: a product moves them to the top, a shift to the bottom.
+  static void half(const uint8_t* escapes, CodedRow& row, __m128i codes, int first, uint16_t* to) {
+    const __m256i wide = _mm256_broadcastsi128_si256(codes);
+    const __m256i even = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 1, 2, 1, 2, 1, 2, 2, -1, 2, -1,  //
+                                          6, 7, 6, 7, 6, 7, 7, 8, 7, 8, 7, 8, 8, -1, 8, -1);
+    const __m256i odd = _mm256_setr_epi8(3, 4, 3, 4, 3, 4, 4, 5, 4, 5, 4, 5, 5, -1, 5, -1,  //
+                                         9, 10, 9, 10, 9, 10, 10, 11, 10, 11, 10, 11, 11, -1, 11,
+                                         -1);
+    const __m256i up =
+        _mm256_setr_epi16(1 << 13, 1 << 10, 1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8,
+                          1 << 13, 1 << 10, 1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8);
+    const auto words = [&](__m256i bytes) {
+      return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(wide, bytes), up), 13);
+    };
+    const __m256i code = _mm256_packus_epi16(words(even), words(odd));
+    const __m256i exponent = _mm256_add_epi8(code, _mm256_set1_epi8(static_cast<char>(row.base)));
+    const uint8_t* p = row.low + first;
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const auto rotated = [](__m256i x) {
+      return _mm256_or_si256(_mm256_srli_epi16(x, 1), _mm256_slli_epi16(x, 15));
+    };
+    const __m256i a = rotated(_mm256_unpacklo_epi8(low, exponent));
+    const __m256i b = rotated(_mm256_unpackhi_epi8(low, exponent));
+    auto* out = reinterpret_cast<__m128i*>(to);
+    _mm_storeu_si128(out, _mm256_castsi256_si128(a));
+    _mm_storeu_si128(out + 1, _mm256_castsi256_si128(b));
+    _mm_storeu_si128(out + 2, _mm256_extracti128_si256(a, 1));
+    _mm_storeu_si128(out + 3, _mm256_extracti128_si256(b, 1));
+    const __m256i escaped = _mm256_cmpeq_epi8(code, _mm256_set1_epi8(kEscape));
+    for (auto m = static_cast<unsigned>(_mm256_movemask_epi8(escaped)); m; m &= m - 1) {
+      const int c = __builtin_ctz(m);
+      to[c] = joined(next_escape(escapes, row), p[c]);
+    }
+  }
+
+#else
+
+  static void decode(const uint8_t* escapes, CodedRow& row, int64_t columns, bf16* out) {
+    auto* to = reinterpret_cast<uint16_t*>(out);
+    for (int64_t c = 0; c < columns; c += kMaskColumns, to += kMaskColumns)
+      decode_word(escapes, row, std::min(kMaskColumns, columns - c), to);
+  }
+
+#endif
+};
+
+#if defined(__AVX512F__)
+
+// Byte tables of permutes: where the bytes of codes go, 3 j + i to 8 j + i, and the pairs of low
+// byte (of the first operand) and exponent (of the second) of 32 columns.
+struct CodedBytes {
+  uint8_t spread[64], pairs[2][64];
+  constexpr CodedBytes() : spread(), pairs() {
+    for (int i = 0; i < 64; ++i) spread[i] = static_cast<uint8_t>(3 * (i / 8) + i % 8);
+    for (int h = 0; h < 2; ++h)
+      for (int i = 0; i < 64; ++i)
+        pairs[h][i] = static_cast<uint8_t>(32 * h + i / 2 + (i % 2 ? 64 : 0));
+  }
+};
+alignas(64) constexpr CodedBytes kCodedBytes;
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq")
+
+// 64 columns in registers: two vectors of 32 bf16 numbers, in order.
+struct Decode64 {
+  __m512i spread = _mm512_load_si512(kCodedBytes.spread);
+  __m512i pairs[2] = {_mm512_load_si512(kCodedBytes.pairs[0]),
+                      _mm512_load_si512(kCodedBytes.pairs[1])};
+  __m512i shifts = _mm512_set1_epi64(0x15120f0c09060300);  // code j of eight begins at bit 3 j
+  __m512i escape = _mm512_set1_epi8(kEscape);
+
+  // kTail: the word that the matrix ends in, `columns` of its 64.
+  template <bool kTail>
+  void next(const uint8_t* escapes, CodedRow& row, __m512i base, int64_t columns,
+            __m512i* w) const {
+    const uint64_t valid = kTail ? (uint64_t{1} << columns) - 1 : ~uint64_t{0};
+    const __m512i bytes =
+        kTail ? _mm512_maskz_loadu_epi8((uint64_t{1} << code_bytes(columns)) - 1, row.codes)
+              : _mm512_maskz_loadu_epi64(0x7, row.codes);
+    const __m512i bits = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, bytes));
+    const __m512i code = _mm512_and_si512(bits, escape);
+    uint64_t escaped = _mm512_cmpeq_epi8_mask(code, escape) & valid;
+    const int64_t count = popcount(escaped), left = row.end - row.at;
+    if (__builtin_expect(count > left, 0)) escaped = 0;
+    const __m512i exponent =
+        _mm512_mask_expandloadu_epi8(_mm512_add_epi8(code, base), escaped, escapes + row.at);
+    row.at += count;
+    const __m512i low = kTail ? _mm512_maskz_loadu_epi8(valid, row.low) : _mm512_loadu_si512(row.low);
+    for (int h = 0; h < 2; ++h) {
+      const __m512i rotated = _mm512_permutex2var_epi8(low, pairs[h], exponent);
+      w[h] = _mm512_shrdi_epi16(rotated, rotated, 1);
+      if (kTail) w[h] = _mm512_maskz_mov_epi16(static_cast<__mmask32>(valid >> (32 * h)), w[h]);
+    }
+    row.low += kMaskColumns;
+    row.codes += kCodeBytes;
+  }
+};
+
+struct ByteDecoder {
+  static void decode(const uint8_t* escapes, CodedRow& row, int64_t columns, bf16* out) {
+    const Decode64 decode;
+    const __m512i base = _mm512_set1_epi8(static_cast<char>(row.base));
+    __m512i w[2];
+    int64_t c = 0;
+    for (; c < columns; c += kMaskColumns, out += kMaskColumns) {
+      if (c + kMaskColumns <= columns)
+        decode.next<false>(escapes, row, base, 0, w);
+      else
+        decode.next<true>(escapes, row, base, columns - c, w);
+      _mm512_storeu_si512(out, w[0]);
+      _mm512_storeu_si512(out + 32, w[1]);
+    }
+  }
+};
+
+#pragma GCC pop_options
+
+#endif
+
+}  // namespace PYPRUNE_ISA
+}  // namespace pyprune
