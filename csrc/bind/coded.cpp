@@ -50,24 +50,24 @@ void bind_coded(py::module_& m) {
                    bias ? &b : nullptr, threads},
                   w});
   });
-  m.def("unpack_coded", [](py::capsule out, OptionalCapsule rows, py::capsule low,
-                           py::capsule codes, py::capsule bases, py::capsule escapes,
-                           py::capsule row_offsets, int threads) {
-    const CodedViews w = coded_views(low, codes, bases, escapes, row_offsets);
-    const TensorView to = view(out);
-    TensorView chosen;
-    int64_t n = w.low.shape[0];
-    if (rows) {
-      chosen = view(*rows);
-      require(chosen.ndim == 1, "rows: expected one dimension");
-      n = chosen.shape[0];
-      require_bytes(chosen, DType::i64, {n}, "rows");
-    }
-    require_bytes(to, DType::bf16, {n, w.low.shape[1]}, "out");
-    if (n == 0) return;
-    py::gil_scoped_release release;
-    unpack_coded({to, rows ? &chosen : nullptr, w, threads});
-  });
+  m.def("unpack_coded",
+        [](py::capsule out, OptionalCapsule rows, py::capsule low, py::capsule codes,
+           py::capsule bases, py::capsule escapes, py::capsule row_offsets, int threads) {
+          const CodedViews w = coded_views(low, codes, bases, escapes, row_offsets);
+          const TensorView to = view(out);
+          TensorView chosen;
+          int64_t n = w.low.shape[0];
+          if (rows) {
+            chosen = view(*rows);
+            require(chosen.ndim == 1, "rows: expected one dimension");
+            n = chosen.shape[0];
+            require_bytes(chosen, DType::i64, {n}, "rows");
+          }
+          require_bytes(to, DType::bf16, {n, w.low.shape[1]}, "out");
+          if (n == 0) return;
+          py::gil_scoped_release release;
+          unpack_coded({to, rows ? &chosen : nullptr, w, threads});
+        });
 }
 
 }  // namespace pyprune

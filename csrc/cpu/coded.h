@@ -4,7 +4,8 @@
 //
 //   low      u8 [R, C]            the second of these bytes
 //   codes    u8 [R, 3 ceil(C/8)]  three bits a weight, lowest first, eight weights in three bytes:
-//                                 0 to 6 is what the exponent exceeds the row's base by, 7 an escape
+//                                 0 to 6 is what the exponent exceeds the row's base by, 7 an
+//                                 escape
 //   bases    u8 [R]
 //   escapes  u8 [n]               the exponents of escaped weights, row after row, in column order
 //   offsets  i64 [R + 1]          where each row's escapes start

@@ -16,16 +16,15 @@ namespace PYPRUNE_ISA {
 constexpr int64_t kCodeBytes = 3 * kMaskColumns / 8;  // of 64 columns
 inline int64_t code_bytes(int64_t columns) { return 3 * ((columns + 7) / 8); }
 
-// Where a decoder stands in a row. Escapes are counted, not pointed at: in a row with more of them
-// than its offsets say `at` passes `end`, and nothing more is read.
+// Where a decoder stands in a row.
 struct CodedRow {
-  const uint8_t* low;  // of the next column
-  const uint8_t* codes;
-  int64_t at, end;  // the next escape, and where the row's end
+  const uint8_t *low, *codes;    // of the next column
+  const uint8_t *escapes, *end;  // the next one, and where the row's end
   uint8_t base;
+  bool sound;  // nothing was escaped that has no escape; where it has none, none is read
 
   // After the last column: whether the row had as many escapes as its offsets say.
-  bool complete() const { return at == end; }
+  bool complete() const { return sound && escapes == end; }
 };
 
 // A coded matrix by its raw pointers.
@@ -47,8 +46,12 @@ struct CodedMatrix {
   CodedRow row(int64_t r) const {
     const int64_t first = offsets[r], end = offsets[r + 1];
     const bool inside = 0 <= first && first <= end && end <= count;
-    return {low + r * cols, codes + r * code_bytes(cols), inside ? first : 1, inside ? end : 0,
-            bases[r]};
+    return {low + r * cols,
+            codes + r * code_bytes(cols),
+            escapes + (inside ? first : 0),
+            escapes + (inside ? end : 0),
+            bases[r],
+            inside};
   }
 };
 
@@ -62,18 +65,19 @@ inline uint16_t joined(unsigned exponent, unsigned low) {
   return static_cast<uint16_t>(rotated >> 1 | rotated << 15);
 }
 
-inline unsigned next_escape(const uint8_t* escapes, CodedRow& row) {
-  const int64_t at = row.at++;
-  return at < row.end ? escapes[at] : 0;
+inline unsigned next_escape(CodedRow& row) {
+  if (row.escapes < row.end) return *row.escapes++;
+  row.sound = false;
+  return 0;
 }
 
 // At most 64 columns in plain steps; zeros up to the 64th.
-inline void decode_word(const uint8_t* escapes, CodedRow& row, int64_t columns, uint16_t* out) {
+inline void decode_word(CodedRow& row, int64_t columns, uint16_t* out) {
   for (int64_t c = 0; c < columns; c += 8, row.codes += 3) {
     const unsigned codes = row.codes[0] | row.codes[1] << 8 | row.codes[2] << 16;
     for (int64_t j = 0; j < std::min<int64_t>(8, columns - c); ++j) {
       const unsigned code = codes >> (3 * j) & 7;
-      const unsigned exponent = code == kEscape ? next_escape(escapes, row) : row.base + code;
+      const unsigned exponent = code == kEscape ? next_escape(row) : row.base + code;
       out[c + j] = joined(exponent & 255, *row.low++);
     }
   }
@@ -85,31 +89,31 @@ inline void decode_word(const uint8_t* escapes, CodedRow& row, int64_t columns, 
 struct PlainDecoder {
 #if defined(__AVX2__)
 
-  static void decode(const uint8_t* escapes, CodedRow& row, int64_t columns, bf16* out) {
+  static void decode(CodedRow& row, int64_t columns, bf16* out) {
     auto* to = reinterpret_cast<uint16_t*>(out);
     int64_t c = 0;
     for (; c + kMaskColumns <= columns; c += kMaskColumns, to += kMaskColumns) {
       const auto* p = reinterpret_cast<const __m128i*>(row.codes);
       // 12 bytes of codes each; the second load ends where the word's codes do.
-      half(escapes, row, _mm_loadu_si128(p), 0, to);
+      half(row, _mm_loadu_si128(p), 0, to);
       const auto* q = reinterpret_cast<const __m128i*>(row.codes + 8);
-      half(escapes, row, _mm_srli_si128(_mm_loadu_si128(q), 4), 32, to + 32);
+      half(row, _mm_srli_si128(_mm_loadu_si128(q), 4), 32, to + 32);
       row.low += kMaskColumns;
       row.codes += kCodeBytes;
     }
-    if (c < columns) decode_word(escapes, row, columns - c, to);
+    if (c < columns) decode_word(row, columns - c, to);
   }
 
  private:
   // 32 columns from column `first` of a word on. A code is three bits of the 16 that begin at a
   // byte: a product moves them to the top, a shift to the bottom.
-  static void half(const uint8_t* escapes, CodedRow& row, __m128i codes, int first, uint16_t* to) {
+  static void half(CodedRow& row, __m128i codes, int first, uint16_t* to) {
     const __m256i wide = _mm256_broadcastsi128_si256(codes);
     const __m256i even = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 1, 2, 1, 2, 1, 2, 2, -1, 2, -1,  //
                                           6, 7, 6, 7, 6, 7, 7, 8, 7, 8, 7, 8, 8, -1, 8, -1);
-    const __m256i odd = _mm256_setr_epi8(3, 4, 3, 4, 3, 4, 4, 5, 4, 5, 4, 5, 5, -1, 5, -1,  //
-                                         9, 10, 9, 10, 9, 10, 10, 11, 10, 11, 10, 11, 11, -1, 11,
-                                         -1);
+    const __m256i odd =
+        _mm256_setr_epi8(3, 4, 3, 4, 3, 4, 4, 5, 4, 5, 4, 5, 5, -1, 5, -1,  //
+                         9, 10, 9, 10, 9, 10, 10, 11, 10, 11, 10, 11, 11, -1, 11, -1);
     const __m256i up =
         _mm256_setr_epi16(1 << 13, 1 << 10, 1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8,
                           1 << 13, 1 << 10, 1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8);
@@ -133,16 +137,16 @@ struct PlainDecoder {
     const __m256i escaped = _mm256_cmpeq_epi8(code, _mm256_set1_epi8(kEscape));
     for (auto m = static_cast<unsigned>(_mm256_movemask_epi8(escaped)); m; m &= m - 1) {
       const int c = __builtin_ctz(m);
-      to[c] = joined(next_escape(escapes, row), p[c]);
+      to[c] = joined(next_escape(row), p[c]);
     }
   }
 
 #else
 
-  static void decode(const uint8_t* escapes, CodedRow& row, int64_t columns, bf16* out) {
+  static void decode(CodedRow& row, int64_t columns, bf16* out) {
     auto* to = reinterpret_cast<uint16_t*>(out);
     for (int64_t c = 0; c < columns; c += kMaskColumns, to += kMaskColumns)
-      decode_word(escapes, row, std::min(kMaskColumns, columns - c), to);
+      decode_word(row, std::min(kMaskColumns, columns - c), to);
   }
 
 #endif
@@ -174,46 +178,60 @@ struct Decode64 {
   __m512i shifts = _mm512_set1_epi64(0x15120f0c09060300);  // code j of eight begins at bit 3 j
   __m512i escape = _mm512_set1_epi8(kEscape);
 
-  // kTail: the word that the matrix ends in, `columns` of its 64.
+  // The word at `low` and `codes`. kTail: the one that the matrix ends in, `columns` of its 64.
+  // `escapes` goes on to the next; where `end` is nearer than that none is read, and the row is not
+  // sound.
   template <bool kTail>
-  void next(const uint8_t* escapes, CodedRow& row, __m512i base, int64_t columns,
-            __m512i* w) const {
+  void word(const uint8_t* low, const uint8_t* codes, const uint8_t*& escapes, const uint8_t* end,
+            bool& sound, __m512i base, int64_t columns, __m512i* w) const {
     const uint64_t valid = kTail ? (uint64_t{1} << columns) - 1 : ~uint64_t{0};
     const __m512i bytes =
-        kTail ? _mm512_maskz_loadu_epi8((uint64_t{1} << code_bytes(columns)) - 1, row.codes)
-              : _mm512_maskz_loadu_epi64(0x7, row.codes);
-    const __m512i bits = _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, bytes));
+        kTail ? _mm512_maskz_loadu_epi8((uint64_t{1} << code_bytes(columns)) - 1, codes)
+              : _mm512_maskz_loadu_epi64(0x7, codes);
+    const __m512i bits =
+        _mm512_multishift_epi64_epi8(shifts, _mm512_permutexvar_epi8(spread, bytes));
     const __m512i code = _mm512_and_si512(bits, escape);
     uint64_t escaped = _mm512_cmpeq_epi8_mask(code, escape) & valid;
-    const int64_t count = popcount(escaped), left = row.end - row.at;
-    if (__builtin_expect(count > left, 0)) escaped = 0;
+    int64_t count = popcount(escaped);
+    if (__builtin_expect(end - escapes < count, 0)) {
+      asm volatile("");  // keeps it a branch: a conditional move would take the mask through
+                         // general registers and back
+      escaped = 0;
+      count = 0;
+      sound = false;
+    }
     const __m512i exponent =
-        _mm512_mask_expandloadu_epi8(_mm512_add_epi8(code, base), escaped, escapes + row.at);
-    row.at += count;
-    const __m512i low = kTail ? _mm512_maskz_loadu_epi8(valid, row.low) : _mm512_loadu_si512(row.low);
+        _mm512_mask_expandloadu_epi8(_mm512_add_epi8(code, base), escaped, escapes);
+    escapes += count;
+    const __m512i second = kTail ? _mm512_maskz_loadu_epi8(valid, low) : _mm512_loadu_si512(low);
+#pragma GCC unroll 2
     for (int h = 0; h < 2; ++h) {
-      const __m512i rotated = _mm512_permutex2var_epi8(low, pairs[h], exponent);
+      const __m512i rotated = _mm512_permutex2var_epi8(second, pairs[h], exponent);
       w[h] = _mm512_shrdi_epi16(rotated, rotated, 1);
       if (kTail) w[h] = _mm512_maskz_mov_epi16(static_cast<__mmask32>(valid >> (32 * h)), w[h]);
     }
-    row.low += kMaskColumns;
-    row.codes += kCodeBytes;
   }
 };
 
 struct ByteDecoder {
-  static void decode(const uint8_t* escapes, CodedRow& row, int64_t columns, bf16* out) {
+  static void decode(CodedRow& row, int64_t columns, bf16* out) {
     const Decode64 decode;
     const __m512i base = _mm512_set1_epi8(static_cast<char>(row.base));
     __m512i w[2];
     int64_t c = 0;
-    for (; c < columns; c += kMaskColumns, out += kMaskColumns) {
-      if (c + kMaskColumns <= columns)
-        decode.next<false>(escapes, row, base, 0, w);
-      else
-        decode.next<true>(escapes, row, base, columns - c, w);
-      _mm512_storeu_si512(out, w[0]);
-      _mm512_storeu_si512(out + 32, w[1]);
+    const auto store = [&] {
+      _mm512_storeu_si512(out + c, w[0]);
+      _mm512_storeu_si512(out + c + 32, w[1]);
+      row.low += kMaskColumns;
+      row.codes += kCodeBytes;
+    };
+    for (; c + kMaskColumns <= columns; c += kMaskColumns) {
+      decode.word<false>(row.low, row.codes, row.escapes, row.end, row.sound, base, 0, w);
+      store();
+    }
+    if (c < columns) {
+      decode.word<true>(row.low, row.codes, row.escapes, row.end, row.sound, base, columns - c, w);
+      store();
     }
   }
 };

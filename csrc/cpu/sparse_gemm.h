@@ -318,8 +318,7 @@ bool multiply_rows(const Weights& w, int64_t r0, int64_t count, int64_t rows, co
   const int64_t n = mask_words(w.cols), stride = panels_of(tokens) * kPanelTokens;
   if (!kDense && !block_masks(w, r0, count, s.words, broken)) return false;
   Cursor<T> cursors[kTileRows];
-  for (int64_t r = 0; r < count; ++r)
-    cursors[r] = Cursor<T>::at(w, r0 + r, s.words + r * n);
+  for (int64_t r = 0; r < count; ++r) cursors[r] = Cursor<T>::at(w, r0 + r, s.words + r * n);
   prefetch_meta(w, r0 + rows, rows);
   std::fill(s.sums, s.sums + rows * stride, 0.0f);
   const int64_t depths = depths_of<As>(w.cols);

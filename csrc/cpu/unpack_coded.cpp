@@ -15,10 +15,10 @@ template <class Decoder>
 bool unpack_row(const CodedMatrix& w, int64_t r, bf16* out) {
   CodedRow row = w.row(r);
   const int64_t whole = w.cols / kMaskColumns * kMaskColumns;
-  Decoder::decode(w.escapes, row, whole, out);
+  Decoder::decode(row, whole, out);
   if (whole < w.cols) {
     bf16 last[kMaskColumns];
-    Decoder::decode(w.escapes, row, w.cols - whole, last);
+    Decoder::decode(row, w.cols - whole, last);
     std::copy(last, last + (w.cols - whole), out + whole);
   }
   return row.complete();
