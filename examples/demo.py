@@ -48,10 +48,11 @@ RUNS = {
 # The compressed models, as they are called in the comparison with the dense one: run, int8 values,
 # int8 embeddings.
 SPARSE = {
-    "2:4": ("sparsegpt-2of4", False, False),
-    "2:4, int8 embeddings": ("sparsegpt-2of4", False, True),
-    "50% bitmap": ("sparsegpt-50", False, False),
-    "50% int8": ("sparsegpt-50", True, False),
+    "2:4": ("sparsegpt-2of4", False, "same"),
+    "2:4, coded embeddings": ("sparsegpt-2of4", False, "coded"),
+    "2:4, int8 embeddings": ("sparsegpt-2of4", False, "int8"),
+    "50% bitmap": ("sparsegpt-50", False, "same"),
+    "50% int8": ("sparsegpt-50", True, "same"),
 }
 COMPARISON = Protocol(batches=(1, 4, 16), prompt=16, steps=8, rounds=3)
 
@@ -98,10 +99,12 @@ class Demo:
         """Compresses both pruned checkpoints and times them beside the dense one."""
         small = {}
         with self.phase("compress"):
-            for label, (name, int8, rows) in SPARSE.items():
-                kind = f"{'int8' if int8 else 'compressed'}{'-embeddings' if rows else ''}"
+            for label, (name, int8, embeddings) in SPARSE.items():
+                kind = f"{'int8' if int8 else 'compressed'}"
+                if embeddings != "same":
+                    kind += f"-{embeddings}-embeddings"
                 small[label] = self.out / f"{name}-{kind}"
-                compress_checkpoint(self.out / name, small[label], int8=int8, int8_embeddings=rows)
+                compress_checkpoint(self.out / name, small[label], int8=int8, embeddings=embeddings)
         with self.phase("dense against sparse") as task:
             models = contestants(small, dense)
             result = bench(

@@ -36,7 +36,7 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         made[kind] = folder / kind.replace(":", "of")
         if kind in OWN:
             rows = "rows" in kind  # of the embedding and the head
-            compress_checkpoint(dense, made[kind], int8="int8" in kind, int8_embeddings=rows)
+            compress_checkpoint(dense, made[kind], int8="int8" in kind, embeddings=rows)
         else:
             write_legacy(dense, made[kind], kind)
     return made

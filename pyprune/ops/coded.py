@@ -371,7 +371,5 @@ def linear_coded(
             when a layer is loaded; `validate_coded` makes it for tensors from elsewhere.
     """
     _check_linear_coded(x, low, codes, bases, escapes, row_offsets, bias)
-    y: Tensor = torch.ops.pyprune.linear_coded(
-        x, low, codes, bases, escapes, row_offsets, bias
-    )
+    y: Tensor = torch.ops.pyprune.linear_coded(x, low, codes, bases, escapes, row_offsets, bias)
     return y

@@ -83,8 +83,8 @@ class StoredCheckpoint:
             parts[name + formats.WEIGHT] = found
             for part in found:
                 del dense[f"{name}.{part}"]
-            typed = found["scales" if layer.int8 else layer.main]
-            dense[name + formats.WEIGHT] = _dense_entry(typed, layer.dense_shape)
+            first = replace(found[layer.main], dtype=layer.dense_dtype(found))
+            dense[name + formats.WEIGHT] = _dense_entry(first, layer.dense_shape)
         return cls(path, raw, formats.METHOD, stored, dense, layers, parts)
 
     @classmethod
