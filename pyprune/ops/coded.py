@@ -259,6 +259,7 @@ def unpack_coded(
     bases: Tensor,
     escapes: Tensor,
     row_offsets: Tensor,
+    *,
     rows: Tensor | None = None,
 ) -> Tensor:
     """Rows of a coded matrix, bit for bit those that were packed.

@@ -130,7 +130,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         self._placed[name] = path
 
     def _tie(self, model: Any) -> None:
-        """Modules that are tied to one of int8 rows read their weight from it, and transformers
+        """Modules that are tied to one of stored rows read their weight from it, and transformers
         is not to tie parameters that they do not have."""
         owners = {
             f"{path}.weight": name
