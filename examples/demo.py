@@ -49,7 +49,6 @@ RUNS = {
 # int8 embeddings.
 SPARSE = {
     "2:4": ("sparsegpt-2of4", False, "same"),
-    "2:4, coded embeddings": ("sparsegpt-2of4", False, "coded"),
     "2:4, int8 embeddings": ("sparsegpt-2of4", False, "int8"),
     "50% bitmap": ("sparsegpt-50", False, "same"),
     "50% int8": ("sparsegpt-50", True, "same"),

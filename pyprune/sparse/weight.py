@@ -200,7 +200,7 @@ class StoredWeight(nn.Module):
         )
         if error_msgs or any(key.startswith(prefix) for key in missing_keys):
             return
-        if self._owner or self.values.is_meta:
+        if self._owner or self._values.is_meta:
             return
         try:
             self.validate()
