@@ -41,6 +41,8 @@ def compressed(folder, family="llama", tied=True, kind="int8", **options):
     config = {"tie_word_embeddings": tied}
     if family == "gemma2":
         config["final_logit_softcapping"] = 3.0
+    if family == "opt":
+        config["word_embed_proj_dim"] = 48  # of 16 columns too little would be saved
     dense = pruned_checkpoint(folder / "dense", family, **config)
     report = compress_checkpoint(dense, folder / "small", embeddings=kind, **options)
     return dense, folder / "small", report

@@ -56,8 +56,9 @@ def survives(folder: Path) -> None:
             layer = stored.layers[key]
             rows, cols = layer.shape
             linear = SparseLinear(
-                cols, rows, layer.format, int8=layer.int8, bias=False, device="meta"
-            )
+                cols, rows, layer.format,
+                int8=layer.int8, bias=False, dtype=dense.dtype, device="meta",
+            )  # fmt: skip
             state = {part: read_tensor(e) for part, e in stored.parts[name].items()}
             linear.load_state_dict(state, assign=True)
             assert bits_equal(linear.decompress(), dense.T if layer.transposed else dense)
