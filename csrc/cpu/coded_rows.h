@@ -84,74 +84,6 @@ inline void decode_word(CodedRow& row, int64_t columns, uint16_t* out) {
   std::fill(out + columns, out + kMaskColumns, uint16_t{0});
 }
 
-// A decoder's decode() writes the next `columns` columns as bf16, padded with zeros to whole words
-// of 64.
-struct PlainDecoder {
-#if defined(__AVX2__)
-
-  static void decode(CodedRow& row, int64_t columns, bf16* out) {
-    auto* to = reinterpret_cast<uint16_t*>(out);
-    int64_t c = 0;
-    for (; c + kMaskColumns <= columns; c += kMaskColumns, to += kMaskColumns) {
-      const auto* p = reinterpret_cast<const __m128i*>(row.codes);
-      // 12 bytes of codes each; the second load ends where the word's codes do.
-      half(row, _mm_loadu_si128(p), 0, to);
-      const auto* q = reinterpret_cast<const __m128i*>(row.codes + 8);
-      half(row, _mm_srli_si128(_mm_loadu_si128(q), 4), 32, to + 32);
-      row.low += kMaskColumns;
-      row.codes += kCodeBytes;
-    }
-    if (c < columns) decode_word(row, columns - c, to);
-  }
-
- private:
-  // 32 columns from column `first` of a word on. A code is three bits of the 16 that begin at a
-  // byte: a product moves them to the top, a shift to the bottom.
-  static void half(CodedRow& row, __m128i codes, int first, uint16_t* to) {
-    const __m256i wide = _mm256_broadcastsi128_si256(codes);
-    const __m256i even = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 1, 2, 1, 2, 1, 2, 2, -1, 2, -1,  //
-                                          6, 7, 6, 7, 6, 7, 7, 8, 7, 8, 7, 8, 8, -1, 8, -1);
-    const __m256i odd =
-        _mm256_setr_epi8(3, 4, 3, 4, 3, 4, 4, 5, 4, 5, 4, 5, 5, -1, 5, -1,  //
-                         9, 10, 9, 10, 9, 10, 10, 11, 10, 11, 10, 11, 11, -1, 11, -1);
-    const __m256i up =
-        _mm256_setr_epi16(1 << 13, 1 << 10, 1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8,
-                          1 << 13, 1 << 10, 1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8);
-    const auto words = [&](__m256i bytes) {
-      return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(wide, bytes), up), 13);
-    };
-    const __m256i code = _mm256_packus_epi16(words(even), words(odd));
-    const __m256i exponent = _mm256_add_epi8(code, _mm256_set1_epi8(static_cast<char>(row.base)));
-    const uint8_t* p = row.low + first;
-    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const auto rotated = [](__m256i x) {
-      return _mm256_or_si256(_mm256_srli_epi16(x, 1), _mm256_slli_epi16(x, 15));
-    };
-    const __m256i a = rotated(_mm256_unpacklo_epi8(low, exponent));
-    const __m256i b = rotated(_mm256_unpackhi_epi8(low, exponent));
-    auto* out = reinterpret_cast<__m128i*>(to);
-    _mm_storeu_si128(out, _mm256_castsi256_si128(a));
-    _mm_storeu_si128(out + 1, _mm256_castsi256_si128(b));
-    _mm_storeu_si128(out + 2, _mm256_extracti128_si256(a, 1));
-    _mm_storeu_si128(out + 3, _mm256_extracti128_si256(b, 1));
-    const __m256i escaped = _mm256_cmpeq_epi8(code, _mm256_set1_epi8(kEscape));
-    for (auto m = static_cast<unsigned>(_mm256_movemask_epi8(escaped)); m; m &= m - 1) {
-      const int c = __builtin_ctz(m);
-      to[c] = joined(next_escape(row), p[c]);
-    }
-  }
-
-#else
-
-  static void decode(CodedRow& row, int64_t columns, bf16* out) {
-    auto* to = reinterpret_cast<uint16_t*>(out);
-    for (int64_t c = 0; c < columns; c += kMaskColumns, to += kMaskColumns)
-      decode_word(row, std::min(kMaskColumns, columns - c), to);
-  }
-
-#endif
-};
-
 #if defined(__AVX512F__)
 
 // Byte tables of permutes: where the bytes of codes go, 3 j + i to 8 j + i, and the pairs of low
@@ -167,8 +99,13 @@ struct CodedBytes {
 };
 alignas(64) constexpr CodedBytes kCodedBytes;
 
+// Whether the processor permutes and expands bytes, as what is under this target does.
+inline bool decodes_bytes() {
+  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
+}
+
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq")
+#pragma GCC target("avx512vbmi,avx512vbmi2")
 
 // 64 columns in registers: two vectors of 32 bf16 numbers, in order.
 struct Decode64 {
@@ -213,30 +150,111 @@ struct Decode64 {
   }
 };
 
-struct ByteDecoder {
-  static void decode(CodedRow& row, int64_t columns, bf16* out) {
-    const Decode64 decode;
-    const __m512i base = _mm512_set1_epi8(static_cast<char>(row.base));
-    __m512i w[2];
-    int64_t c = 0;
-    const auto store = [&] {
-      _mm512_storeu_si512(out + c, w[0]);
-      _mm512_storeu_si512(out + c + 32, w[1]);
-      row.low += kMaskColumns;
-      row.codes += kCodeBytes;
-    };
-    for (; c + kMaskColumns <= columns; c += kMaskColumns) {
-      decode.word<false>(row.low, row.codes, row.escapes, row.end, row.sound, base, 0, w);
-      store();
-    }
-    if (c < columns) {
-      decode.word<true>(row.low, row.codes, row.escapes, row.end, row.sound, base, columns - c, w);
-      store();
-    }
+// The next `columns` columns of a row as bf16, padded with zeros to whole words of 64.
+inline void decode(CodedRow& row, int64_t columns, bf16* out) {
+  const Decode64 decode;
+  const __m512i base = _mm512_set1_epi8(static_cast<char>(row.base));
+  __m512i w[2];
+  int64_t c = 0;
+  const auto store = [&] {
+    _mm512_storeu_si512(out + c, w[0]);
+    _mm512_storeu_si512(out + c + 32, w[1]);
+    row.low += kMaskColumns;
+    row.codes += kCodeBytes;
+  };
+  for (; c + kMaskColumns <= columns; c += kMaskColumns) {
+    decode.word<false>(row.low, row.codes, row.escapes, row.end, row.sound, base, 0, w);
+    store();
   }
-};
+  if (c < columns) {
+    decode.word<true>(row.low, row.codes, row.escapes, row.end, row.sound, base, columns - c, w);
+    store();
+  }
+}
 
 #pragma GCC pop_options
+
+#else
+
+#if defined(__AVX2__)
+
+// 32 columns but for their escapes, of which the positions are returned as bits. A code is three
+// bits of the 16 that begin at a byte: a product moves them to the top, a shift to the bottom.
+inline uint32_t decode32(__m128i codes, uint8_t base, const uint8_t* low, uint16_t* out) {
+  const __m256i wide = _mm256_broadcastsi128_si256(codes);
+  const __m256i even = _mm256_setr_epi8(0, 1, 0, 1, 0, 1, 1, 2, 1, 2, 1, 2, 2, -1, 2, -1,  //
+                                        6, 7, 6, 7, 6, 7, 7, 8, 7, 8, 7, 8, 8, -1, 8, -1);
+  const __m256i odd = _mm256_setr_epi8(3, 4, 3, 4, 3, 4, 4, 5, 4, 5, 4, 5, 5, -1, 5, -1,  //
+                                       9, 10, 9, 10, 9, 10, 10, 11, 10, 11, 10, 11, 11, -1, 11, -1);
+  const __m256i up =
+      _mm256_setr_epi16(1 << 13, 1 << 10, 1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8,  //
+                        1 << 13, 1 << 10, 1 << 7, 1 << 12, 1 << 9, 1 << 6, 1 << 11, 1 << 8);
+  const auto words = [&](__m256i bytes) {
+    return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(wide, bytes), up), 13);
+  };
+  const __m256i code = _mm256_packus_epi16(words(even), words(odd));
+  const __m256i exponent = _mm256_add_epi8(code, _mm256_set1_epi8(static_cast<char>(base)));
+  const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(low));
+  const auto rotated = [](__m256i x) {
+    return _mm256_or_si256(_mm256_srli_epi16(x, 1), _mm256_slli_epi16(x, 15));
+  };
+  const __m256i a = rotated(_mm256_unpacklo_epi8(second, exponent));
+  const __m256i b = rotated(_mm256_unpackhi_epi8(second, exponent));
+  auto* to = reinterpret_cast<__m256i*>(out);
+  _mm256_storeu_si256(to, _mm256_permute2x128_si256(a, b, 0x20));
+  _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(a, b, 0x31));
+  const __m256i escaped = _mm256_cmpeq_epi8(code, _mm256_set1_epi8(kEscape));
+  return static_cast<uint32_t>(_mm256_movemask_epi8(escaped));
+}
+
+// Words of 64 columns that are decoded before their escapes are put in.
+constexpr int64_t kDecodeWords = 8;
+
+// `words` of them. How many escapes a word has cannot be foreseen, and a loop over each word's
+// would be mispredicted every time: their positions are noted four at a time, however many there
+// are, and gone through in one loop.
+inline void decode_words(CodedRow& row, int64_t words, uint16_t* out) {
+  uint16_t places[kDecodeWords * kMaskColumns + 4];
+  int64_t count = 0;
+  for (int64_t k = 0; k < words; ++k) {
+    const uint8_t *codes = row.codes + k * kCodeBytes, *low = row.low + k * kMaskColumns;
+    uint16_t* to = out + k * kMaskColumns;
+    // 12 bytes of codes each; the second load ends where the word's codes do.
+    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 8));
+    uint64_t escaped = decode32(first, row.base, low, to);
+    escaped |= uint64_t{decode32(_mm_srli_si128(second, 4), row.base, low + 32, to + 32)} << 32;
+    const int64_t found = popcount(escaped);
+    for (int64_t j = 0; j < found || j == 0; j += 4)
+      for (int64_t i = j; i < j + 4; ++i, escaped &= escaped - 1)
+        places[count + i] =
+            static_cast<uint16_t>(k * kMaskColumns + __builtin_ctzll(escaped | 1ull << 63));
+    count += found;
+  }
+  const int64_t there = std::min<int64_t>(count, row.end - row.escapes);
+  for (int64_t i = 0; i < there; ++i) out[places[i]] = joined(row.escapes[i], row.low[places[i]]);
+  row.sound &= there == count;
+  row.escapes += there;
+  row.low += words * kMaskColumns;
+  row.codes += words * kCodeBytes;
+}
+
+#endif
+
+// The next `columns` columns of a row as bf16, padded with zeros to whole words of 64.
+inline void decode(CodedRow& row, int64_t columns, bf16* out) {
+  auto* to = reinterpret_cast<uint16_t*>(out);
+  int64_t c = 0;
+#if defined(__AVX2__)
+  while (c + kMaskColumns <= columns) {
+    const int64_t words = std::min(kDecodeWords, (columns - c) / kMaskColumns);
+    decode_words(row, words, to + c);
+    c += words * kMaskColumns;
+  }
+#endif
+  for (; c < columns; c += kMaskColumns)
+    decode_word(row, std::min(kMaskColumns, columns - c), to + c);
+}
 
 #endif
 

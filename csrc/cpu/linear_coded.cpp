@@ -29,16 +29,31 @@ template <>
 struct Cursor<LowByte> {
   const LowByte* v;  // the next columns; the tile's decoder goes by `row`
   CodedRow row;
+  // The codes of the same row of the next tile, and how many columns of this one are left.
+  const uint8_t* next_codes;
+  int64_t left;
 
   static Cursor at(const Weights& w, int64_t r, const uint64_t*) {
-    const CodedRow row = static_cast<const CodedWeights&>(w).coded.row(r);
-    return {reinterpret_cast<const LowByte*>(row.low), row};
+    const CodedMatrix& coded = static_cast<const CodedWeights&>(w).coded;
+    const CodedRow row = coded.row(r);
+    return {reinterpret_cast<const LowByte*>(row.low), row,
+            row.codes + kTileRows * code_bytes(w.cols), w.cols};
   }
   Cursor& take(int64_t columns) {
     v += columns;
     return *this;
   }
   bool complete() const { return row.complete(); }
+
+  // The next columns; the codes of the next tile (what else it needs sparse_gemm.h fetches), this
+  // row's or another's, are fetched while this one is multiplied.
+  void decode(int64_t columns, bf16* out) {
+    PYPRUNE_ISA::decode(row, columns, out);
+    left -= columns;
+    const uint8_t* next = left > 0 ? row.codes : next_codes;
+    for (int64_t b = 0; b < code_bytes(columns) + 64; b += 64) __builtin_prefetch(next + b, 0, 2);
+    __builtin_prefetch(row.escapes + 64, 0, 2);
+  }
 };
 
 namespace {
@@ -47,115 +62,72 @@ constexpr int kChunk = 8;              // rows of x that one pass over a block o
 constexpr int64_t kFewBlockRows = 16;  // of W; they stay in the second level between chunks
 constexpr int64_t kFewPieceBytes = 24 * 1024;
 
-// How far ahead of its use W is fetched: a row is too short for the hardware to foresee its stream,
-// and with less the memory is waited for (49152 x 576: 0.83 of the dense product's time with 2 KB,
-// 0.70 with 9).
-constexpr int64_t kFetchBytes = 12 * 1024;
+// How far ahead of its use W is fetched, at least: a row is too short for the hardware to foresee
+// its stream, and with less the memory is waited for (49152 x 576: 0.83 of the dense product's time
+// with 2 KB, 0.70 with 9).
+constexpr int64_t kFetchBytes = 8 * 1024;
 
-inline void fetch_ahead(const uint8_t* low, const uint8_t* codes) {
-  __builtin_prefetch(low + kFetchBytes, 0, 2);
-  __builtin_prefetch(codes + kFetchBytes * kCodeBytes / kMaskColumns, 0, 2);
-}
-
-// Words of columns [i0, i1) of a matrix with `cols` columns.
+// Words of columns [i0, i1) of a matrix with `cols` columns. ahead: rows from what is multiplied to
+// what is fetched meanwhile.
 struct Span {
-  int64_t cols, i0, i1;
+  int64_t cols, i0, i1, ahead;
 };
 
-// Each Kernel has: T, what x is packed to, [C / 64][M][64], zeros past C; few(m), whether it beats
-// the tiles at m rows of x; side(m), the rows of W that one turn multiplies side by side
-// (independent streams and sums); and rows<M, R>(), which adds R rows of W from their cursors on
-// times M rows of x to the R x M vectors in `sums`, where the first span of a row begins with
-// zeros.
-
-// fp32. W is decoded some words ahead into the first-level cache: a load that takes what several
-// stores left there waits for them.
-template <class Decoder>
-struct Floats {
-  using T = float;
-  static bool few(int64_t m) { return m <= 8; }
-#if defined(__AVX512F__)
-  static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
-#else
-  static constexpr int side(int m) { return m <= 2 ? 4 : m <= 4 ? 2 : 1; }
-#endif
-  static constexpr int64_t kWords = 8;  // decoded at a time
-
-  template <int M, int R>
-  static void rows(const Span& s, CodedRow* cursors, const float* x, float* sums) {
-    Vec acc[R][M];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[r][m] = Vec::zero();
-    alignas(64) bf16 decoded[R][kWords * kMaskColumns];
-    for (int64_t i = s.i0; i < s.i1; i += kWords) {
-      const int64_t words = std::min(kWords, s.i1 - i);
-      const int64_t columns = std::min(words * kMaskColumns, s.cols - i * kMaskColumns);
-      for (int r = 0; r < R; ++r) {
-        for (int64_t k = 0; k < words; ++k)
-          fetch_ahead(cursors[r].low + k * kMaskColumns, cursors[r].codes + k * kCodeBytes);
-        Decoder::decode(cursors[r], columns, decoded[r]);
-      }
-      const float* xi = x + i * M * kMaskColumns;
-      for (int64_t k = 0; k < words; ++k, xi += M * kMaskColumns) {
-#pragma GCC unroll 8
-        for (int c = 0; c < kMaskColumns; c += Vec::kLanes) {
-          Vec w[R];
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) w[r] = Vec::load(decoded[r] + k * kMaskColumns + c);
-#pragma GCC unroll 8
-          for (int m = 0; m < M; ++m) {
-            const Vec xm = Vec::load(xi + m * kMaskColumns + c);
-#pragma GCC unroll 4
-            for (int r = 0; r < R; ++r) acc[r][m] = Vec::fma(w[r], xm, acc[r][m]);
-          }
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        float* to = sums + (r * M + m) * Vec::kLanes;
-        (s.i0 ? acc[r][m] + Vec::load(to) : acc[r][m]).store(to);
-      }
-  }
-};
-
-// W as floats for the tiles, in the order of their columns.
-template <class Decoder>
-struct TileFloats : AsFloats<float> {
-  using Value = LowByte;
-  static constexpr bool kExpands = false;
-  static void widen(Cursor<LowByte>& cursor, int64_t columns, float* row) {
-    alignas(64) bf16 decoded[kColumns];
-    Decoder::decode(cursor.row, columns, decoded);
-    for (int64_t c = 0; c < mask_words(columns) * kMaskColumns; c += Vec::kLanes)
-      Vec::load(decoded + c).store(row + c);
-  }
-};
+// A Kernel has: T, what x is packed to, [C / 64][M][64], zeros past C; place(c), where column c of
+// a word of 64 goes; few(m), whether it beats the tiles at m rows of x; side(m), the rows of W that
+// one turn multiplies side by side (independent streams and sums); and rows<M, R>(), which adds R
+// rows of W from their cursors on times M rows of x to the R x M vectors in `sums`, where the first
+// span of a row begins with zeros.
 
 #if defined(__AVX512F__)
 
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq")
+#pragma GCC target("avx512vbmi,avx512vbmi2")
 
-// Pairs of bf16 products, summed in fp32.
-struct Pairs {
-  using T = bf16;
+// 32 columns of x, and their products with those of W. fp32: the even columns, then the odd ones,
+// as a shift and a mask widen W.
+template <class X>
+struct Columns;
+
+template <>
+struct Columns<bf16> {
+  __m512i x;
+  explicit Columns(const bf16* p) : x(_mm512_load_si512(p)) {}
+  void add_product(__m512i w, __m512& sum) const {
+    // Assembly because not every processor with this target has AVX512_BF16.
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+  }
+};
+
+template <>
+struct Columns<float> {
+  __m512 even, odd;
+  explicit Columns(const float* p) : even(_mm512_load_ps(p)), odd(_mm512_load_ps(p + 16)) {}
+  void add_product(__m512i w, __m512& sum) const {
+    const __m512i high = _mm512_and_si512(w, _mm512_set1_epi32(static_cast<int>(0xffff0000u)));
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), even, sum);
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(high), odd, sum);
+  }
+};
+
+// In registers, word by word: pairs of bf16 products, summed in fp32, or fp32 products.
+template <class X>
+struct Fused {
+  using T = X;
   // For 64 weights a Zen 4 core takes some 4 ns and 0.7 for every row of x, twice above eight;
   // through tiles 16 ns for every 16 rows of x or part of them (512 x 576, in the cache).
-  static bool few(int64_t m) { return m <= 11; }
+  static bool few(int64_t m) { return m <= (sizeof(X) == 2 ? 11 : 8); }
   static constexpr int side(int m) { return m <= 2 ? 4 : 2; }
+  static int64_t place(int64_t c) { return sizeof(X) == 2 ? c : column_place<bf16>(c); }
 
   template <int M, int R>
-  static void rows(const Span& s, CodedRow* cursors, const bf16* x, float* sums) {
+  static void rows(const Span& s, CodedRow* cursors, const X* x, float* sums) {
     const Decode64 decode;
     const uint8_t *low[R], *codes[R], *escapes[R], *end[R];
     bool sound[R];
     __m512i base[R];
     __m512 acc[R][M];
+    // Unrolled, here and below, so that the arrays become registers.
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       low[r] = cursors[r].low - s.i0 * kMaskColumns;
@@ -168,6 +140,7 @@ struct Pairs {
       for (int m = 0; m < M; ++m) acc[r][m] = _mm512_setzero_ps();
     }
     const int64_t whole = std::min(s.i1, s.cols / kMaskColumns);
+    const int64_t low_ahead = s.ahead * s.cols, codes_ahead = s.ahead * code_bytes(s.cols);
     const auto decode_word = [&](int64_t i, auto tail,
                                  __m512i(*w)[2]) __attribute__((always_inline)) {
       constexpr bool kTail = decltype(tail)::value;
@@ -175,20 +148,20 @@ struct Pairs {
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) {
         const uint8_t *l = low[r] + i * kMaskColumns, *c = codes[r] + i * kCodeBytes;
-        fetch_ahead(l, c);
+        __builtin_prefetch(l + low_ahead, 0, 2);
+        __builtin_prefetch(c + codes_ahead, 0, 2);
         decode.word<kTail>(l, c, escapes[r], end[r], sound[r], base[r], columns, w[r]);
       }
     };
     const auto multiply = [&](int64_t i, const __m512i(*w)[2]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
-        const bf16* xm = x + (i * M + m) * kMaskColumns;
-        const __m512bh x0 = words_of(_mm512_load_si512(xm));
-        const __m512bh x1 = words_of(_mm512_load_si512(xm + 32));
+        const X* xm = x + (i * M + m) * kMaskColumns;
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          const Columns<X> columns(xm + 32 * h);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], words_of(w[r][0]), x0);
-          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], words_of(w[r][1]), x1);
+          for (int r = 0; r < R; ++r) columns.add_product(w[r][h], acc[r][m]);
         }
       }
     };
@@ -236,40 +209,108 @@ struct TilePairs : AsPairs {
   using Value = LowByte;
   static constexpr bool kExpands = false;
   static void widen(Cursor<LowByte>& cursor, int64_t columns, float* row) {
-    ByteDecoder::decode(cursor.row, columns, reinterpret_cast<bf16*>(row));
+    cursor.decode(columns, reinterpret_cast<bf16*>(row));
+  }
+};
+
+#else
+
+// fp32. W is decoded some words ahead into the first-level cache: a load that takes what several
+// stores left there waits for them.
+struct Floats {
+  using T = float;
+  static bool few(int64_t m) { return m <= 8; }
+  static constexpr int side(int m) { return m <= 2 ? 4 : m <= 4 ? 2 : 1; }
+  static int64_t place(int64_t c) { return c; }
+  static constexpr int64_t kWords = 8;  // decoded at a time
+
+  template <int M, int R>
+  static void rows(const Span& s, CodedRow* cursors, const float* x, float* sums) {
+    Vec acc[R][M];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) acc[r][m] = Vec::zero();
+    alignas(64) bf16 decoded[R][kWords * kMaskColumns];
+    for (int64_t i = s.i0; i < s.i1; i += kWords) {
+      const int64_t words = std::min(kWords, s.i1 - i);
+      for (int r = 0; r < R; ++r) {
+        for (int64_t k = 0; k < words; ++k) {
+          __builtin_prefetch(cursors[r].low + s.ahead * s.cols + k * kMaskColumns, 0, 2);
+          __builtin_prefetch(cursors[r].codes + s.ahead * code_bytes(s.cols) + k * kCodeBytes, 0,
+                             2);
+        }
+        decode(cursors[r], std::min(words * kMaskColumns, s.cols - i * kMaskColumns), decoded[r]);
+      }
+      const float* xi = x + i * M * kMaskColumns;
+      for (int64_t k = 0; k < words; ++k, xi += M * kMaskColumns) {
+#pragma GCC unroll 8
+        for (int c = 0; c < kMaskColumns; c += Vec::kLanes) {
+          Vec w[R];
+#pragma GCC unroll 4
+          for (int r = 0; r < R; ++r) w[r] = Vec::load(decoded[r] + k * kMaskColumns + c);
+#pragma GCC unroll 8
+          for (int m = 0; m < M; ++m) {
+            const Vec xm = Vec::load(xi + m * kMaskColumns + c);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) acc[r][m] = Vec::fma(w[r], xm, acc[r][m]);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int m = 0; m < M; ++m) {
+        float* to = sums + (r * M + m) * Vec::kLanes;
+        (s.i0 ? acc[r][m] + Vec::load(to) : acc[r][m]).store(to);
+      }
   }
 };
 
 #endif
 
+// W as floats for the tiles, in the order of their columns.
+struct TileFloats : AsFloats<float> {
+  using Value = LowByte;
+  static constexpr bool kExpands = false;
+  static void widen(Cursor<LowByte>& cursor, int64_t columns, float* row) {
+    alignas(64) bf16 decoded[kColumns];
+    cursor.decode(columns, decoded);
+    for (int64_t c = 0; c < mask_words(columns) * kMaskColumns; c += Vec::kLanes)
+      Vec::load(decoded + c).store(row + c);
+  }
+};
+
 // `m` rows of x as the kernels read them.
-template <class T, class X>
-void pack_few(const X* x, int64_t stride, int64_t m, int64_t cols, T* out) {
+template <class Kernel, class X>
+void pack_few(const X* x, int64_t stride, int64_t m, int64_t cols, typename Kernel::T* out) {
+  using T = typename Kernel::T;
   for (int64_t c = 0; c < cols; c += kMaskColumns)
     for (int64_t i = 0; i < m; ++i, out += kMaskColumns) {
       const X* row = x + i * stride + c;
       const int64_t width = std::min(kMaskColumns, cols - c);
+      if (width < kMaskColumns) std::fill(out, out + kMaskColumns, T{});
       for (int64_t j = 0; j < width; ++j) {
         if constexpr (std::is_same_v<T, X>)
-          out[j] = row[j];
+          out[Kernel::place(j)] = row[j];
         else
-          out[j] = to_float(row[j]);
+          out[Kernel::place(j)] = to_float(row[j]);
       }
-      std::fill(out + width, out + kMaskColumns, T{});
     }
 }
 
 // `count` rows of W from their cursors times one chunk of M rows of x into `sums`.
 template <class Kernel, int M>
-void few_block(const CodedMatrix& w, CodedRow* rows, int64_t count, const typename Kernel::T* x,
-               float* sums) {
+void few_block(const CodedMatrix& w, CodedRow* rows, int64_t count, int64_t ahead,
+               const typename Kernel::T* x, float* sums) {
   constexpr int kSide = Kernel::side(M);
   const int64_t n = mask_words(w.cols);
   // For one or two rows of x all of it stays in the first-level cache.
   constexpr int64_t word_bytes = kMaskColumns * sizeof(typename Kernel::T) * M;
   const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, kFewPieceBytes / word_bytes);
   for (int64_t i0 = 0; i0 < n; i0 += piece) {
-    const Span span{w.cols, i0, std::min(n, i0 + piece)};
+    const Span span{w.cols, i0, std::min(n, i0 + piece), ahead};
     int64_t r = 0;
     for (; r + kSide <= count; r += kSide)
       Kernel::template rows<M, kSide>(span, rows + r, x, sums + r * M * Vec::kLanes);
@@ -281,7 +322,8 @@ void few_block(const CodedMatrix& w, CodedRow* rows, int64_t count, const typena
 // Rows [r0, r0 + count) of the output, chunk by chunk of the packed x.
 template <class Kernel, class X>
 void few_outputs(const LinearCodedArgs& a, const CodedMatrix& w, int64_t r0, int64_t count,
-                 const typename Kernel::T* x, float* sums, std::atomic<int64_t>* broken) {
+                 int64_t ahead, const typename Kernel::T* x, float* sums,
+                 std::atomic<int64_t>* broken) {
   const SparseLinearArgs& l = a.linear;
   const int64_t total = l.x.shape[0], width = mask_words(w.cols) * kMaskColumns;
   const float* bias = l.bias ? l.bias->ptr<const float>() + r0 : nullptr;
@@ -290,7 +332,7 @@ void few_outputs(const LinearCodedArgs& a, const CodedMatrix& w, int64_t r0, int
     CodedRow rows[kFewBlockRows];
     for (int64_t r = 0; r < count; ++r) rows[r] = w.row(r0 + r);
     with_rows<kChunk>(chunk, [&](auto m) {
-      few_block<Kernel, decltype(m)::value>(w, rows, count, x + m0 * width, sums);
+      few_block<Kernel, decltype(m)::value>(w, rows, count, ahead, x + m0 * width, sums);
     });
     for (int64_t r = 0; r < count; ++r)
       if (!rows[r].complete()) return broken->store(r0 + r, std::memory_order_relaxed);
@@ -311,18 +353,19 @@ void few_rows(const LinearCodedArgs& a, std::atomic<int64_t>* broken) {
   const int64_t m = l.x.shape[0], width = mask_words(w.cols) * kMaskColumns;
   const int64_t block = m <= 2 ? Kernel::side(static_cast<int>(m)) : kFewBlockRows;
   const int64_t blocks = (w.rows + block - 1) / block;
+  const int64_t ahead = block * ((kFetchBytes + block * w.cols - 1) / (block * w.cols));
   const int64_t sum_floats = kFewBlockRows * kChunk * Vec::kLanes;
   const int64_t x_bytes = m * width * static_cast<int64_t>(sizeof(T));
   Scratch scratch(x_bytes + l.threads * sum_floats * 4);
   T* x = scratch.as<T>();
   auto* sums = reinterpret_cast<float*>(scratch.as<char>() + x_bytes);
   for (int64_t m0 = 0; m0 < m; m0 += kChunk)
-    pack_few(l.x.ptr<const X>() + m0 * l.x.stride[0], l.x.stride[0],
-             std::min<int64_t>(kChunk, m - m0), w.cols, x + m0 * width);
+    pack_few<Kernel>(l.x.ptr<const X>() + m0 * l.x.stride[0], l.x.stride[0],
+                     std::min<int64_t>(kChunk, m - m0), w.cols, x + m0 * width);
 #pragma omp parallel for schedule(static) num_threads(l.threads)
   for (int64_t g = 0; g < blocks; ++g) {
     const int64_t r0 = g * block;
-    few_outputs<Kernel, X>(a, w, r0, std::min(block, w.rows - r0), x,
+    few_outputs<Kernel, X>(a, w, r0, std::min(block, w.rows - r0), ahead, x,
                            sums + omp_get_thread_num() * sum_floats, broken);
   }
 }
@@ -337,24 +380,18 @@ void run(const LinearCodedArgs& a) {
   if (broken.load() >= 0) refuse_row(broken.load());
 }
 
-template <class Decoder>
-void run_floats(const LinearCodedArgs& a) {
-  if (a.linear.x.dtype == DType::f32)
-    run<Floats<Decoder>, TileFloats<Decoder>, float>(a);
-  else
-    run<Floats<Decoder>, TileFloats<Decoder>, bf16>(a);
-}
-
 }  // namespace
 
 void linear_coded(const LinearCodedArgs& args) {
+  const bool floats = args.linear.x.dtype == DType::f32;
 #if defined(__AVX512F__)
-  if (current_isa() == Isa::avx512_bf16) {
-    if (args.linear.x.dtype == DType::bf16) return run<Pairs, TilePairs, bf16>(args);
-    return run_floats<ByteDecoder>(args);
-  }
+  if (!decodes_bytes()) return avx2::linear_coded(args);
+  if (floats) return run<Fused<float>, TileFloats, float>(args);
+  if (current_isa() == Isa::avx512_bf16) return run<Fused<bf16>, TilePairs, bf16>(args);
+  return run<Fused<float>, TileFloats, bf16>(args);
+#else
+  return floats ? run<Floats, TileFloats, float>(args) : run<Floats, TileFloats, bf16>(args);
 #endif
-  run_floats<PlainDecoder>(args);
 }
 
 }  // namespace PYPRUNE_ISA

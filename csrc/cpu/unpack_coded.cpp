@@ -11,20 +11,18 @@ namespace PYPRUNE_ISA {
 namespace {
 
 // False when the row's codes and offsets disagree.
-template <class Decoder>
 bool unpack_row(const CodedMatrix& w, int64_t r, bf16* out) {
   CodedRow row = w.row(r);
   const int64_t whole = w.cols / kMaskColumns * kMaskColumns;
-  Decoder::decode(row, whole, out);
+  decode(row, whole, out);
   if (whole < w.cols) {
     bf16 last[kMaskColumns];
-    Decoder::decode(row, w.cols - whole, last);
+    decode(row, w.cols - whole, last);
     std::copy(last, last + (w.cols - whole), out + whole);
   }
   return row.complete();
 }
 
-template <class Decoder>
 void run(const UnpackCodedArgs& a) {
   prefer_huge_pages(a.out, sizeof(bf16));
   const CodedMatrix w(a.w);
@@ -40,7 +38,7 @@ void run(const UnpackCodedArgs& a) {
 #pragma omp parallel for schedule(static) num_threads(a.threads) if (n * w.cols > 65536)
   for (int64_t i = 0; i < n; ++i) {
     const int64_t r = rows ? rows[i] : i;
-    if (!unpack_row<Decoder>(w, r, out + i * w.cols)) broken.store(r, std::memory_order_relaxed);
+    if (!unpack_row(w, r, out + i * w.cols)) broken.store(r, std::memory_order_relaxed);
   }
   if (broken.load() >= 0) refuse_row(broken.load());
 }
@@ -49,9 +47,9 @@ void run(const UnpackCodedArgs& a) {
 
 void unpack_coded(const UnpackCodedArgs& args) {
 #if defined(__AVX512F__)
-  if (current_isa() == Isa::avx512_bf16) return run<ByteDecoder>(args);
+  if (!decodes_bytes()) return avx2::unpack_coded(args);
 #endif
-  run<PlainDecoder>(args);
+  run(args);
 }
 
 }  // namespace PYPRUNE_ISA
