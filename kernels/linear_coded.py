@@ -58,10 +58,13 @@ def _linear_coded_kernel(
     low_rows = low_ptr + rows.to(tl.int64)[:, None] * C
     codes_rows = codes_ptr + rows.to(tl.int64)[:, None] * (3 * groups)
     base = tl.load(bases_ptr + rows, mask=rows < R, other=0).to(tl.int32)[:, None]
-    # Inside the escapes, whatever the offsets say.
-    next_escape = tl.load(offsets_ptr + rows, mask=rows < R, other=0)
-    next_escape = tl.minimum(tl.maximum(next_escape, 0), COUNT)
+    # Inside the escapes, whatever the offsets say; within a row they are counted in 32 bits.
+    first = tl.load(offsets_ptr + rows, mask=rows < R, other=0)
+    first = tl.minimum(tl.maximum(first, 0), COUNT)
     end = tl.minimum(tl.load(offsets_ptr + rows + 1, mask=rows < R, other=0), COUNT)
+    length = tl.minimum(end - first, C).to(tl.int32)[:, None]
+    escapes_rows = escapes_ptr + first[:, None]
+    seen = tl.zeros([BLOCK_R], dtype=tl.int32)
     acc = tl.zeros([BLOCK_M, BLOCK_R, BLOCK_G], dtype=tl.float32)
     for start in range(0, groups, BLOCK_G):
         g = start + tl.arange(0, BLOCK_G)
@@ -72,20 +75,21 @@ def _linear_coded_kernel(
             word = word | (byte << (8 * k))
         count = _escapes_of_group(word)
         # Where each group's escapes start: those before it in this row.
-        at = next_escape[:, None] + (tl.cumsum(count, axis=1) - count)
-        next_escape += tl.sum(count, axis=1)
+        at = seen[:, None] + (tl.cumsum(count, axis=1) - count)
+        seen += tl.sum(count, axis=1)
         for k in tl.static_range(8):
             c = 8 * g + k
             code = (word >> (3 * k)) & 7
             escaped = code == 7
             # Inside the row's own escapes, whatever the codes say.
-            other = tl.load(escapes_ptr + at, mask=escaped & (at < end[:, None]), other=0)
-            at += escaped.to(tl.int64)
+            other = tl.load(escapes_rows + at, mask=escaped & (at < length), other=0)
+            at += escaped.to(tl.int32)
             exponent = tl.where(escaped, other.to(tl.int32), (base + code) & 0xFF)
             w_mask = inside & (c < C)[None, :]
             low = tl.load(low_rows + c[None, :], mask=w_mask, other=0).to(tl.int32)
             bits = (low << 31) | (exponent << 23) | ((low >> 1) << 16)
-            w = tl.where(w_mask, bits.to(tl.float32, bitcast=True), 0.0)
+            # Past the last column this is a power of two, and x is zero.
+            w = bits.to(tl.float32, bitcast=True)
             x_mask = (m < M)[:, None] & (c < C)[None, :]
             x = tl.load(x_rows + c[None, :], mask=x_mask, other=0.0).to(tl.float32)
             acc += w[None, :, :] * x[:, None, :]

@@ -17,8 +17,12 @@ escapes     | uint8 `[n]`                 | the exponents of the escapes, row af
 row_offsets | int64 `[R + 1]`             | where each row's escapes start
 
 11 bits an element, 8 more for an escape, and 9 bytes a row: about 11.4 bits a weight, 0.71 of bf16.
-Every pattern is kept, infinities, NaNs, subnormals and negative zeros too. fp16 has five exponent
-bits, two fewer than an escape's code and byte would leave to gain by; fp32 keeps its mantissas.
+Every pattern is kept, infinities, NaNs, subnormals and negative zeros too. bf16 alone: of fp16's
+five exponent bits a code saves two, hardly a tenth with the escapes; fp32 is mostly mantissa.
+
+On the CPU rows are decoded in registers (AVX-512 with VBMI2) or a first-level cache; at one row of
+x, where the memory decides, a product takes 0.6 to 0.7 of the dense bf16 kernel's time. From eight
+rows on, and with AVX2 alone, decoding decides: 1.2 to 1.5 times the dense kernel's.
 """
 
 from __future__ import annotations
