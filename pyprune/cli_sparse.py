@@ -29,7 +29,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="A new directory.")]
     epilog=examples(
         "pyprune compress pruned --out small",
         "pyprune compress pruned --out small --values int8",
-        "pyprune compress pruned --out small --embeddings coded",
+        "pyprune compress pruned --out small --embeddings coded --dtype bfloat16",
         "pyprune compress pruned --out small --embeddings int8",
         "pyprune compress pruned --out small --choose measured --rows 1 --json",
         "pyprune compress pruned --out small --format deci",
@@ -67,6 +67,12 @@ def compress(
             "entry of the vocabulary)."
         ),
     ] = "same",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="same or bfloat16: what the numbers of a dense checkpoint are rounded to first."
+        ),
+    ] = "same",
     as_json: AsJson = False,
 ) -> None:
     """Leave the zeros of a pruned checkpoint out. Layers that would not shrink stay dense."""
@@ -82,8 +88,11 @@ def compress(
         raise UserError(f"--values: expected same or int8, got {values!r}")
     if embeddings not in EMBEDDINGS:
         raise UserError(f"--embeddings: expected {', '.join(EMBEDDINGS)}, got {embeddings!r}")
+    if dtype not in ("same", "bfloat16"):
+        raise UserError(f"--dtype: expected same or bfloat16, got {dtype!r}")
     if format == "deci":
-        _to_deci(model, out, (choose, values, embeddings) != ("bytes", "same", "same"), as_json)
+        given = (choose, values, embeddings, dtype) != ("bytes", "same", "same", "same")
+        _to_deci(model, out, given, as_json)
         return
     allowed = FORMATS if format == "auto" else (format,)
     with ProgressBar(cli.stderr(), "compressing") as bar:
@@ -94,6 +103,7 @@ def compress(
             allowed=allowed,
             int8=values == "int8",
             embeddings=embeddings,
+            dtype=_dtype(None if dtype == "same" else dtype),
             measured_rows=rows if choose == "measured" else None,
             progress=bar.step,
         )
@@ -105,7 +115,9 @@ def _to_deci(model: str, out: Path, rounded: bool, as_json: bool) -> None:
     from pyprune.deci_convert import compress_deci
 
     if rounded:
-        raise UserError("--format deci: expected no --choose, --values and --embeddings with it")
+        raise UserError(
+            "--format deci: expected no --choose, --values, --embeddings and --dtype with it"
+        )
     with ProgressBar(cli.stderr(), "compressing") as bar:
         report = compress_deci(cli.resolve(model, bar), out, progress=bar.step)
     cli.show(report.to_dict(), as_json, report.title, NOTE, f"Saved in {out}")

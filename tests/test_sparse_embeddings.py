@@ -473,6 +473,38 @@ def test_bf16_alone_is_coded(dtype, tied, tmp_path):
 
 
 @EXACT
+def test_rounded_to_bf16_first(tied, tmp_path, capsys):
+    """An fp32 checkpoint whose numbers are bf16 but for the embedding's, which are between them; a
+    tensor of another dtype than the others' stays as it is."""
+    wide = tmp_path / "wide"
+    AutoModelForCausalLM.from_pretrained(tied[0], dtype=torch.float32).save_pretrained(wide)
+    state = load_file(wide / "model.safetensors")
+    state[f"{EMBEDDING}.weight"] *= 1 + 2.0**-12
+    norm = "model.norm.weight"
+    state[norm] = state[norm].half()
+    save_file(state, wide / "model.safetensors", {"format": "pt"})
+    out = str(tmp_path / "small")
+    options = ["--embeddings", "coded", "--dtype", "bfloat16"]
+    assert cli.main(["compress", str(wide), "--out", out, *options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["formats"][EMBEDDING] == "coded"
+    assert report["nbytes_before"] == sum(t.nbytes for t in state.values())
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert {config.get("dtype"), config.get("torch_dtype")} == {"bfloat16", None}
+    decompress_checkpoint(out, tmp_path / "back")
+    back = tensors_of(tmp_path / "back")
+    assert report["nbytes_dense"] == sum(t.nbytes for t in back.values())
+    assert back.keys() == state.keys()
+    for name, t in state.items():
+        assert bits_equal(back[name], t if name == norm else t.bfloat16())
+    assert pyprune.load(out).lm_head.format == "coded"
+    assert cli.main(["compress", out, "--out", out + "2", "--dtype", "bfloat16"]) == 2
+    assert "expected a dense checkpoint to be rounded to bfloat16" in capsys.readouterr().err
+    assert cli.main(["compress", str(wide), "--out", out + "2", "--dtype", "float16"]) == 2
+    assert "--dtype: expected same or bfloat16, got 'float16'" in capsys.readouterr().err
+
+
+@EXACT
 def test_what_would_not_shrink_stays_dense(tied, tmp_path):
     """Every pattern alike: infinities, NaNs and subnormals are stored as they are."""
     gen = torch.Generator().manual_seed(0)

@@ -210,7 +210,8 @@ def unpack_coded_reference(
     low: Tensor, codes: Tensor, bases: Tensor, escapes: Tensor, row_offsets: Tensor,
     rows: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    if rows is not None and rows.numel():
+    # On a GPU indexing itself asserts; to look here would be to wait, which no graph may.
+    if rows is not None and rows.numel() and rows.device.type == "cpu":
         least, most = (int(end) for end in rows.aminmax())
         if least < 0 or most >= len(low):
             wrong = least if least < 0 else most
@@ -368,7 +369,7 @@ def linear_coded(
         fp64). Processors that multiply bf16 natively take subnormal bf16 numbers for zero.
 
     On CUDA devices a Triton kernel takes up to 16 rows; for more of them some rows of W at a time
-    are unpacked and multiplied densely.
+    are unpacked and multiplied densely in fp32, which no tensor core helps with.
 
     Raises:
         ValueError: a shape, dtype or device does not match, or (on the CPU) a row's codes and

@@ -231,7 +231,7 @@ def embedding_tensors(checkpoint: Checkpoint, kind: str) -> list[str]:
         if kind == CODED and entry.dtype != torch.bfloat16:
             raise UserError(
                 f"{entry.file}: tensor {tensor}: expected bfloat16, whose exponents can be coded, "
-                f"got {str(entry.dtype).removeprefix('torch.')}"
+                f"got {str(entry.dtype).removeprefix('torch.')} (--dtype bfloat16 rounds it)"
             )
     return found
 

@@ -87,6 +87,7 @@ def compress_checkpoint(
     allowed: tuple[str, ...] = FORMATS,
     int8: bool = False,
     embeddings: str = "same",
+    dtype: torch.dtype | None = None,
     measured_rows: int | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -104,6 +105,7 @@ def compress_checkpoint(
             are; "int8": with a scale for each entry of the vocabulary; "coded": bf16 with coded
             exponents, about 0.71 of the bytes and not a bit lost, where that saves a tenth of them.
             A head that one of the formats makes smaller keeps to that.
+        dtype: what the numbers of a dense checkpoint are rounded to first, or None.
         measured_rows: instead of the smallest, take the format (or dense) that multiplies so many
             rows fastest on this machine, among those that save a tenth of the bytes.
         progress: called with a tensor's name, how many are through, and their number.
@@ -118,6 +120,8 @@ def compress_checkpoint(
         raise UserError(f"formats: expected some of {', '.join(FORMATS)}, got {allowed}")
     check_output(out)
     stored = StoredCheckpoint.open(source)
+    if dtype is not None:
+        stored = stored.rounded(dtype)
     checkpoint = stored.checkpoint()
     candidates = compressible(checkpoint)
     rows = set() if embeddings == "same" else set(embedding_tensors(checkpoint, embeddings))

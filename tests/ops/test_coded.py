@@ -251,6 +251,22 @@ def test_infinities_and_nans_spread_to_their_rows_alone(isa, use_isa):
             assert y[:, [0, 1, 3, 5]].isfinite().all()
 
 
+def test_on_any_device(device):
+    w = weight((40, 72), decades=1).to(device)
+    packed = ops.pack_coded(w)
+    ops.validate_coded(*packed)
+    assert all(t.device == w.device for t in packed)
+    for t, want in zip(packed, ops.pack_coded(w.cpu()), strict=True):
+        assert torch.equal(t.cpu(), want)
+    assert same_bits(ops.unpack_coded(*packed), w)
+    rows = torch.tensor([39, 0, 7], device=device)
+    assert same_bits(ops.unpack_coded(*packed, rows=rows), w[rows])
+    for m in (1, 16, 40):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = activations(m, 72, dtype).to(device)
+            assert_product(ops.linear_coded(x, *packed).cpu(), x.cpu(), w.cpu())
+
+
 def test_independent_of_thread_count():
     w = weight((77, 328))
     packed = ops.pack_coded(w)
