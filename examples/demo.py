@@ -45,8 +45,8 @@ RUNS = {
     "sparsegpt-50": PruneConfig(method="sparsegpt", sparsity=0.5, calibration=CALIBRATION),
     "sparsegpt-2of4": PruneConfig(method="sparsegpt", pattern="2:4", calibration=CALIBRATION),
 }
-# The compressed models, as they are called in the comparison with the dense one: run, the rest of the
-# folder's name, options of compress_checkpoint.
+# The compressed models, as they are called in the comparison with the dense one: run, the rest of
+# the folder's name, options of compress_checkpoint.
 SPARSE = {
     "2:4": ("sparsegpt-2of4", "compressed", {}),
     "2:4, coded embeddings": (
