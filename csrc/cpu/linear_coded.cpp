@@ -58,7 +58,8 @@ struct Cursor<LowByte> {
 
 namespace {
 
-constexpr int64_t kFewBlockRows = 16;  // of W; they stay in the second level between chunks
+// Rows of W that share a piece of x small enough for the first-level cache.
+constexpr int64_t kFewBlockRows = 16;
 constexpr int64_t kFewPieceBytes = 24 * 1024;
 
 // How far ahead of its use W is fetched, at least: a row is too short for the hardware to foresee
@@ -72,12 +73,11 @@ struct Span {
   int64_t cols, i0, i1, ahead;
 };
 
-// A Kernel has: kChunk, the rows of x that one pass over a block of W serves; T, what x is packed
-// to, [C / 64][M][64], zeros past C; place(c), where column c of a word of 64 goes; few(m), whether
-// it beats the tiles at m rows of x; side(m), the rows of W that one turn multiplies side by side
-// (independent streams and sums); and rows<M, R>(), which adds R rows of W from their cursors on
-// times M rows of x to the R x M vectors in `sums`, where the first span of a row begins with
-// zeros.
+// A Kernel has: kMost, the rows of x up to which it beats the tiles; T, what x is packed to,
+// [C / 64][M][64], zeros past C; place(c), where column c of a word of 64 goes; side(m), the rows
+// of W that one turn multiplies side by side (independent streams and sums); and rows<M, R>(),
+// which adds R rows of W from their cursors on times M rows of x to the R x M vectors in `sums`,
+// where the first span of a row begins with zeros.
 
 #if defined(__AVX512F__)
 
@@ -114,10 +114,9 @@ struct Columns<float> {
 template <class X>
 struct Fused {
   using T = X;
-  static constexpr int kChunk = 12;
   // For 64 weights a Zen 4 core takes 4 ns and 0.8 for every bf16 row of x, 1.2 from nine on;
   // through tiles 16 for any 16 of them. fp32: 4, 1.6 and 1.7; 29 (512 x 576, in the cache).
-  static bool few(int64_t m) { return m <= kChunk; }
+  static constexpr int kMost = 12;
   static constexpr int side(int m) { return m <= 2 ? 4 : m <= 8 ? 2 : 1; }
   static int64_t place(int64_t c) { return sizeof(X) == 2 ? c : column_place<bf16>(c); }
 
@@ -220,8 +219,7 @@ struct TilePairs : AsPairs {
 // stores left there waits for them.
 struct Floats {
   using T = float;
-  static constexpr int kChunk = 8;
-  static bool few(int64_t m) { return m <= 8; }
+  static constexpr int kMost = 8;
   static constexpr int side(int m) { return m <= 2 ? 4 : m <= 4 ? 2 : 1; }
   static int64_t place(int64_t c) { return c; }
   static constexpr int64_t kWords = 8;  // decoded at a time
@@ -302,7 +300,7 @@ void pack_few(const X* x, int64_t stride, int64_t m, int64_t cols, typename Kern
     }
 }
 
-// `count` rows of W from their cursors times one chunk of M rows of x into `sums`.
+// `count` rows of W from their cursors times the M rows of packed x into `sums`.
 template <class Kernel, int M>
 void few_block(const CodedMatrix& w, CodedRow* rows, int64_t count, int64_t ahead,
                const typename Kernel::T* x, float* sums) {
@@ -321,52 +319,42 @@ void few_block(const CodedMatrix& w, CodedRow* rows, int64_t count, int64_t ahea
   }
 }
 
-// Rows [r0, r0 + count) of the output, chunk by chunk of the packed x.
+// Rows [r0, r0 + count) of the output.
 template <class Kernel, class X>
-void few_outputs(const LinearCodedArgs& a, const CodedMatrix& w, int64_t r0, int64_t count,
+void few_outputs(const SparseLinearArgs& a, const CodedMatrix& w, int64_t r0, int64_t count,
                  int64_t ahead, const typename Kernel::T* x, float* sums,
                  std::atomic<int64_t>* broken) {
-  const SparseLinearArgs& l = a.linear;
-  const int64_t total = l.x.shape[0], width = mask_words(w.cols) * kMaskColumns;
-  const float* bias = l.bias ? l.bias->ptr<const float>() + r0 : nullptr;
-  constexpr int kChunk = Kernel::kChunk;
-  for (int64_t m0 = 0; m0 < total; m0 += kChunk) {
-    const int64_t chunk = std::min<int64_t>(kChunk, total - m0);
-    CodedRow rows[kFewBlockRows];
-    for (int64_t r = 0; r < count; ++r) rows[r] = w.row(r0 + r);
-    with_rows<kChunk>(chunk, [&](auto m) {
-      few_block<Kernel, decltype(m)::value>(w, rows, count, ahead, x + m0 * width, sums);
-    });
-    for (int64_t r = 0; r < count; ++r)
-      if (!rows[r].complete()) return broken->store(r0 + r, std::memory_order_relaxed);
-    X* y = l.y.ptr<X>() + m0 * w.rows + r0;
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t m = 0; m < chunk; ++m) {
-        const float sum = Vec::load(sums + (r * chunk + m) * Vec::kLanes).sum();
-        store(y + m * w.rows + r, sum + (bias ? bias[r] : 0.0f));
-      }
-  }
+  const int64_t total = a.x.shape[0];
+  CodedRow rows[kFewBlockRows];
+  for (int64_t r = 0; r < count; ++r) rows[r] = w.row(r0 + r);
+  with_rows<Kernel::kMost>(total, [&](auto m) {
+    few_block<Kernel, decltype(m)::value>(w, rows, count, ahead, x, sums);
+  });
+  for (int64_t r = 0; r < count; ++r)
+    if (!rows[r].complete()) return broken->store(r0 + r, std::memory_order_relaxed);
+  const float* bias = a.bias ? a.bias->ptr<const float>() + r0 : nullptr;
+  X* y = a.y.ptr<X>() + r0;
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t m = 0; m < total; ++m) {
+      const float sum = Vec::load(sums + (r * total + m) * Vec::kLanes).sum();
+      store(y + m * w.rows + r, sum + (bias ? bias[r] : 0.0f));
+    }
 }
 
 template <class Kernel, class X>
-void few_rows(const LinearCodedArgs& a, std::atomic<int64_t>* broken) {
+void few_rows(const SparseLinearArgs& a, const CodedMatrix& w, std::atomic<int64_t>* broken) {
   using T = typename Kernel::T;
-  constexpr int64_t kChunk = Kernel::kChunk;
-  const SparseLinearArgs& l = a.linear;
-  const CodedMatrix w(a.w);
-  const int64_t m = l.x.shape[0], width = mask_words(w.cols) * kMaskColumns;
+  const int64_t m = a.x.shape[0];
   const int64_t block = m <= 2 ? Kernel::side(static_cast<int>(m)) : kFewBlockRows;
   const int64_t blocks = (w.rows + block - 1) / block;
   const int64_t ahead = block * ((kFetchBytes + block * w.cols - 1) / (block * w.cols));
-  const int64_t sum_floats = kFewBlockRows * kChunk * Vec::kLanes;
-  const int64_t x_bytes = m * width * static_cast<int64_t>(sizeof(T));
-  Scratch scratch(x_bytes + l.threads * sum_floats * 4);
+  const int64_t sum_floats = kFewBlockRows * Kernel::kMost * Vec::kLanes;
+  const int64_t x_bytes = m * mask_words(w.cols) * kMaskColumns * static_cast<int64_t>(sizeof(T));
+  Scratch scratch(x_bytes + a.threads * sum_floats * 4);
   T* x = scratch.as<T>();
   auto* sums = reinterpret_cast<float*>(scratch.as<char>() + x_bytes);
-  for (int64_t m0 = 0; m0 < m; m0 += kChunk)
-    pack_few<Kernel>(l.x.ptr<const X>() + m0 * l.x.stride[0], l.x.stride[0],
-                     std::min<int64_t>(kChunk, m - m0), w.cols, x + m0 * width);
-#pragma omp parallel for schedule(static) num_threads(l.threads)
+  pack_few<Kernel>(a.x.ptr<const X>(), a.x.stride[0], m, w.cols, x);
+#pragma omp parallel for schedule(static) num_threads(a.threads)
   for (int64_t g = 0; g < blocks; ++g) {
     const int64_t r0 = g * block;
     few_outputs<Kernel, X>(a, w, r0, std::min(block, w.rows - r0), ahead, x,
@@ -377,8 +365,8 @@ void few_rows(const LinearCodedArgs& a, std::atomic<int64_t>* broken) {
 template <class Kernel, class Tile, class X>
 void run(const LinearCodedArgs& a) {
   std::atomic<int64_t> broken{-1};
-  if (Kernel::few(a.linear.x.shape[0]))
-    few_rows<Kernel, X>(a, &broken);
+  if (a.linear.x.shape[0] <= Kernel::kMost)
+    few_rows<Kernel, X>(a.linear, CodedMatrix(a.w), &broken);
   else
     run_multiply<Tile, X>(a.linear, CodedWeights(a), &broken);
   if (broken.load() >= 0) refuse_row(broken.load());

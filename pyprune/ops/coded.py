@@ -20,9 +20,10 @@ row_offsets | int64 `[R + 1]`             | where each row's escapes start
 Every pattern is kept, infinities, NaNs, subnormals and negative zeros too. bf16 alone: of fp16's
 five exponent bits a code saves two, hardly a tenth with the escapes; fp32 is mostly mantissa.
 
-On the CPU rows are decoded in registers (AVX-512 with VBMI2) or a first-level cache; at one row of
-x, where the memory decides, a product takes 0.6 to 0.7 of the dense bf16 kernel's time. From eight
-rows on, and with AVX2 alone, decoding decides: 1.2 to 1.5 times the dense kernel's.
+On the CPU rows are decoded in registers (AVX-512 with VBMI2) or a first-level cache. At one row of x,
+where the memory decides, a product takes 0.6 to 0.7 of the dense bf16 kernel's time; where decoding
+decides it takes longer than that kernel: 1.1 to 1.4 times as long at eight to sixteen rows, and with
+AVX2 alone 1.5 to 1.8 times at one to four rows on a core that has the memory to itself.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _BLOCK_ELEMENTS = 1 << 21
 
 
 def _row_blocks(rows: int, cols: int) -> list[slice]:
-    step = max(1, _BLOCK_ELEMENTS // max(1, cols))
+    step = max(1, _BLOCK_ELEMENTS // max(256, cols))  # packing counts 256 exponents a row
     return [slice(first, min(rows, first + step)) for first in range(0, rows, step)]
 
 
