@@ -1,7 +1,8 @@
 // A checked, borrowed view of one tensor that arrived as a DLPack capsule.
 //
 // The module does not link torch: this struct is the only thing that crosses the language border.
-// The capsule stays owned by Python, so a view must not outlive the call it was made for.
+// The capsule holds the tensor's memory: a view must not outlive the call that it was made for,
+// unless whoever keeps it keeps the capsule (bind/prepared_linear.cpp).
 #pragma once
 
 #include <cstdint>
@@ -53,10 +54,15 @@ struct TensorView {
 inline void require(bool ok, const std::string& message) {
   if (!ok) throw std::invalid_argument(message);
 }
+// Messages are put together when they are needed: a product of one row takes some microseconds.
+inline void require(bool ok, const char* message) {
+  if (!ok) throw std::invalid_argument(message);
+}
 
 inline void require_dtype(const TensorView& t, DType want, const char* name) {
-  require(t.dtype == want,
-          std::string(name) + ": expected " + dtype_name(want) + ", got " + dtype_name(t.dtype));
+  if (t.dtype != want)
+    throw std::invalid_argument(std::string(name) + ": expected " + dtype_name(want) + ", got " +
+                                dtype_name(t.dtype));
 }
 
 inline void require_shape(const TensorView& t, std::initializer_list<int64_t> want,
@@ -64,7 +70,12 @@ inline void require_shape(const TensorView& t, std::initializer_list<int64_t> wa
   bool ok = t.ndim == static_cast<int>(want.size());
   int i = 0;
   for (int64_t w : want) ok = ok && t.shape[i++] == w;
-  require(ok, std::string(name) + ": unexpected shape");
+  if (!ok) throw std::invalid_argument(std::string(name) + ": unexpected shape");
+}
+
+inline void require_contiguous(const TensorView& t, const char* name) {
+  if (!t.contiguous())
+    throw std::invalid_argument(std::string(name) + ": expected a contiguous tensor");
 }
 
 }  // namespace pyprune

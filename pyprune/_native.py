@@ -34,7 +34,8 @@ if MODULE is None:
 
 
 def capsule(t: torch.Tensor) -> Any:
-    """`t` as a DLPack capsule that `_C` borrows for the length of one call."""
+    """`t` as a DLPack capsule, which holds its memory. `_C` borrows it for the length of one call,
+    or keeps it (`PreparedLinear`)."""
     if t.requires_grad:
         t = t.detach()
     return dlpack.to_dlpack(t)  # type: ignore[attr-defined]

@@ -1,6 +1,6 @@
 #include "cpu/coded.h"
 
-#include "bind/capsule.h"
+#include "bind/linear_op.h"
 
 namespace pyprune {
 namespace {
@@ -9,12 +9,10 @@ void require_bytes(const TensorView& t, DType dtype, std::initializer_list<int64
                    const char* name) {
   require_dtype(t, dtype, name);
   require_shape(t, shape, name);
-  require(t.contiguous(), std::string(name) + ": expected a contiguous tensor");
+  require_contiguous(t, name);
 }
 
-CodedViews coded_views(const py::capsule& low, const py::capsule& codes, const py::capsule& bases,
-                       const py::capsule& escapes, const py::capsule& row_offsets) {
-  const CodedViews w{view(low), view(codes), view(bases), view(escapes), view(row_offsets)};
+CodedViews check_coded(const CodedViews& w) {
   require(w.low.ndim == 2 && w.low.shape[1] > 0, "low: expected two dimensions and a column");
   require(w.escapes.ndim == 1, "escapes: expected one dimension");
   const int64_t rows = w.low.shape[0], cols = w.low.shape[1];
@@ -26,34 +24,27 @@ CodedViews coded_views(const py::capsule& low, const py::capsule& codes, const p
   return w;
 }
 
+void multiply(const TensorView& y, const TensorView& x, const LinearWeight& w, int threads) {
+  const auto& p = w.parts;
+  const CodedViews coded = check_coded({p[0], p[1], p[2], p[3], p[4]});
+  const int64_t rows = coded.low.shape[0], cols = coded.low.shape[1];
+  check_linear(y, x, rows, w.bias);
+  require(x.shape[1] == cols, "x: expected as many columns as low");
+  if (y.numel() == 0) return;
+  linear_coded(
+      {{WeightFormat::dense, y, x, rows, cols, coded.low, nullptr, nullptr, w.bias, threads},
+       coded});
+}
+
 }  // namespace
 
 void bind_coded(py::module_& m) {
-  m.def("linear_coded", [](py::capsule y, py::capsule x, py::capsule low, py::capsule codes,
-                           py::capsule bases, py::capsule escapes, py::capsule row_offsets,
-                           OptionalCapsule bias, int threads) {
-    const CodedViews w = coded_views(low, codes, bases, escapes, row_offsets);
-    const TensorView vx = view(x), vy = view(y);
-    const int64_t rows = w.low.shape[0], cols = w.low.shape[1];
-    require(vx.ndim == 2 && vx.shape[1] == cols, "x: expected as many columns as low");
-    require(vx.stride[1] == 1 || cols == 1, "x: expected unit stride along the last");
-    require(vx.dtype == DType::f32 || vx.dtype == DType::bf16, "x: expected float32 or bfloat16");
-    require_bytes(vy, vx.dtype, {vx.shape[0], rows}, "y");
-    TensorView b;
-    if (bias) {
-      b = view(*bias);
-      require_bytes(b, DType::f32, {rows}, "bias");
-    }
-    if (vy.numel() == 0) return;
-    py::gil_scoped_release release;
-    linear_coded({{WeightFormat::dense, vy, vx, rows, cols, w.low, nullptr, nullptr,
-                   bias ? &b : nullptr, threads},
-                  w});
-  });
+  bind_linear(m, {"linear_coded", 5, multiply});
   m.def("unpack_coded",
         [](py::capsule out, OptionalCapsule rows, py::capsule low, py::capsule codes,
            py::capsule bases, py::capsule escapes, py::capsule row_offsets, int threads) {
-          const CodedViews w = coded_views(low, codes, bases, escapes, row_offsets);
+          const CodedViews w =
+              check_coded({view(low), view(codes), view(bases), view(escapes), view(row_offsets)});
           const TensorView to = view(out);
           TensorView chosen;
           int64_t n = w.low.shape[0];

@@ -58,8 +58,9 @@ struct Cursor<LowByte> {
 
 namespace {
 
-// Rows of W that share a piece of x small enough for the first-level cache.
-constexpr int64_t kFewBlockRows = 16;
+// Rows of W that share a piece of x small enough for the first-level cache; with one or two rows of
+// x, of which all of it is, as many as few_rows() says.
+constexpr int64_t kFewBlockRows = 16, kMostBlockRows = 32;
 constexpr int64_t kFewPieceBytes = 24 * 1024;
 
 // How far ahead of its use W is fetched, at least: a row is too short for the hardware to foresee
@@ -80,6 +81,14 @@ struct Span {
 // where the first span of a row begins with zeros.
 
 #if defined(__AVX512F__)
+
+// How Fused reads x. Apart from it, as what is compiled for more instructions than its caller is
+// never inlined.
+template <class X>
+struct FusedLayout {
+  using T = X;
+  static int64_t place(int64_t c) { return sizeof(X) == 2 ? c : column_place<bf16>(c); }
+};
 
 #pragma GCC push_options
 #pragma GCC target("avx512vbmi,avx512vbmi2")
@@ -112,13 +121,11 @@ struct Columns<float> {
 
 // In registers, word by word: pairs of bf16 products, summed in fp32, or fp32 products.
 template <class X>
-struct Fused {
-  using T = X;
+struct Fused : FusedLayout<X> {
   // For 64 weights a Zen 4 core takes 4 ns and 0.8 for every bf16 row of x, 1.2 from nine on;
   // through tiles 16 for any 16 of them. fp32: 4, 1.6 and 1.7; 29 (512 x 576, in the cache).
   static constexpr int kMost = 12;
   static constexpr int side(int m) { return m <= 2 ? 4 : m <= 8 ? 2 : 1; }
-  static int64_t place(int64_t c) { return sizeof(X) == 2 ? c : column_place<bf16>(c); }
 
   template <int M, int R>
   static void rows(const Span& s, CodedRow* cursors, const X* x, float* sums) {
@@ -325,7 +332,7 @@ void few_outputs(const SparseLinearArgs& a, const CodedMatrix& w, int64_t r0, in
                  int64_t ahead, const typename Kernel::T* x, float* sums,
                  std::atomic<int64_t>* broken) {
   const int64_t total = a.x.shape[0];
-  CodedRow rows[kFewBlockRows];
+  CodedRow rows[kMostBlockRows];
   for (int64_t r = 0; r < count; ++r) rows[r] = w.row(r0 + r);
   with_rows<Kernel::kMost>(total, [&](auto m) {
     few_block<Kernel, decltype(m)::value>(w, rows, count, ahead, x, sums);
@@ -334,21 +341,37 @@ void few_outputs(const SparseLinearArgs& a, const CodedMatrix& w, int64_t r0, in
     if (!rows[r].complete()) return broken->store(r0 + r, std::memory_order_relaxed);
   const float* bias = a.bias ? a.bias->ptr<const float>() + r0 : nullptr;
   X* y = a.y.ptr<X>() + r0;
-  for (int64_t r = 0; r < count; ++r)
-    for (int64_t m = 0; m < total; ++m) {
+  for (int64_t m = 0; m < total; ++m) {
+#if defined(__AVX512F__)
+    for (int64_t r = 0; r < count; r += 16) {
+      const __mmask16 lanes = first_lanes(std::min<int64_t>(16, count - r));
+      const __m512 sum = sums_of(sums + (r * total + m) * 16, total * 16, count - r);
+      const __m512 shift = bias ? _mm512_maskz_loadu_ps(lanes, bias + r) : _mm512_setzero_ps();
+      store_lanes(y + m * w.rows + r, lanes, _mm512_add_ps(sum, shift));
+    }
+#else
+    for (int64_t r = 0; r < count; ++r) {
       const float sum = Vec::load(sums + (r * total + m) * Vec::kLanes).sum();
       store(y + m * w.rows + r, sum + (bias ? bias[r] : 0.0f));
     }
+#endif
+  }
 }
 
 template <class Kernel, class X>
 void few_rows(const SparseLinearArgs& a, const CodedMatrix& w, std::atomic<int64_t>* broken) {
   using T = typename Kernel::T;
   const int64_t m = a.x.shape[0];
-  const int64_t block = m <= 2 ? Kernel::side(static_cast<int>(m)) : kFewBlockRows;
+#if defined(__AVX512F__)
+  const int64_t few = few_rows_block(w.rows, w.cols, a.threads);
+#else
+  const int64_t few = 4;
+#endif
+  const int64_t block = m <= 2 ? few : kFewBlockRows;
   const int64_t blocks = (w.rows + block - 1) / block;
   const int64_t ahead = block * ((kFetchBytes + block * w.cols - 1) / (block * w.cols));
-  const int64_t sum_floats = kFewBlockRows * Kernel::kMost * Vec::kLanes;
+  const int64_t sum_floats =
+      std::max(kFewBlockRows * Kernel::kMost, kMostBlockRows * 2) * Vec::kLanes;
   const int64_t x_bytes = m * mask_words(w.cols) * kMaskColumns * static_cast<int64_t>(sizeof(T));
   Scratch scratch(x_bytes + a.threads * sum_floats * 4);
   T* x = scratch.as<T>();

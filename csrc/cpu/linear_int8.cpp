@@ -121,17 +121,22 @@ struct TileFloats : AsFloats<float> {
 
 #if defined(__AVX512F__)
 
+// Where Pairs wants a column of x. Apart from it, as what is compiled for more instructions than
+// its caller is never inlined.
+struct PairsLayout {
+  using T = bf16;
+  static int64_t place(int64_t c) { return widen64_place(c); }
+};
+
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq")
 
 // Pairs of bf16 products, summed in fp32.
-struct Pairs {
-  using T = bf16;
+struct Pairs : PairsLayout {
   // For 64 weights a Zen 4 core takes 9 cycles and 4.3 for every row of x; through tiles 27, and 35
   // for every 16 rows of x or part of them (49152 x 576 from memory).
   static bool few(int64_t m) { return m <= 11 || (m > 16 && m <= 20); }
   static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
-  static int64_t place(int64_t c) { return widen64_place(c); }
 
   template <int M, int R>
   static void rows(const Piece& p, const bf16* x, float* sums) {
@@ -203,11 +208,13 @@ void pack_few(const X* x, int64_t stride, int64_t m, int64_t cols, typename Kern
       const X* row = x + i * stride + c;
       const int64_t width = std::min(kMaskColumns, cols - c);
       if (width < kMaskColumns) std::fill(out, out + kMaskColumns, typename Kernel::T{});
-      for (int64_t j = 0; j < width; ++j) {
-        if constexpr (std::is_same_v<typename Kernel::T, X>)
-          out[Kernel::place(j)] = row[j];
-        else
-          out[Kernel::place(j)] = to_float(row[j]);
+      int64_t j = 0;
+      if constexpr (std::is_same_v<typename Kernel::T, X>) {
+        for (; j + kWidenRun <= width; j += kWidenRun)
+          std::memcpy(out + Kernel::place(j), row + j, kWidenRun * sizeof(X));
+        for (; j < width; ++j) out[Kernel::place(j)] = row[j];
+      } else {
+        for (; j < width; ++j) out[Kernel::place(j)] = to_float(row[j]);
       }
     }
 }

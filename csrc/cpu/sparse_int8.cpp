@@ -33,10 +33,12 @@ constexpr int kInt8BlockRows = 16;
 constexpr int64_t kInt8PieceBytes = 24 * 1024;
 
 // Each Kernel has: T, what x is packed to, in kParts parts; place(c), where column c of a word of
-// 64 goes; kMost, the most rows of x; kMeta, whether it reads 2:4 metadata; side(m), the rows of W
-// that one turn multiplies side by side (independent streams and sums); and rows<M, R>(), which
-// adds R rows of W, words [i0, i1), times M rows of x to the R x M vectors in `sums`. Packed x is
-// [C / 64][M][kParts][64], zeros past C.
+// 64 goes, and kRuns, whether kWidenRun of them at a time stay neighbours; kMost, the most rows of
+// x; meta(w, r, words), what it reads beside the values of row r (a mask padded to whole words, for
+// which there is room at `words`, or 2:4 metadata), null when the row is inconsistent; side(m), the
+// rows of W that one turn multiplies side by side (independent streams and sums); and rows<M, R>(),
+// which adds R rows of W, words [i0, i1), times M rows of x to the R x M vectors in `sums`. Packed
+// x is [C / 64][M][kParts][64], zeros past C.
 
 #if defined(__AVX512F__)
 
@@ -55,7 +57,6 @@ struct Columns64 {
     v[3] = _mm512_cvtepi32_ps(_mm512_srai_epi32(q, 24));
   }
 };
-inline int64_t columns64_place(int64_t c) { return 16 * (c & 3) + (c >> 2); }
 
 template <int M, int R>
 void spread_rows(const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1, const float* x,
@@ -90,6 +91,9 @@ void spread_rows(const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1, con
 }
 
 #pragma GCC pop_options
+
+// Where Columns64 has a column.
+inline int64_t columns64_place(int64_t c) { return 16 * (c & 3) + (c >> 2); }
 
 #else
 
@@ -145,9 +149,12 @@ void spread_rows(const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1,
 struct Spread {
   using T = float;
   static constexpr int kParts = 1, kMost = kInt8ChunkRows;
-  static constexpr bool kMeta = false;
+  static constexpr bool kRuns = false;
   static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
   static int64_t place(int64_t c) { return columns64_place(c); }
+  static const uint8_t* meta(const Weights& w, int64_t r, uint64_t* words) {
+    return row_mask(w, r, words) ? reinterpret_cast<const uint8_t*>(words) : nullptr;
+  }
   template <class X>
   static void part(X x, float* parts) {
     parts[0] = to_float(x);
@@ -161,6 +168,20 @@ struct Spread {
 
 #if defined(__AVX512F__)
 
+// How Dot reads x. Apart from it, as what is compiled for more instructions than its caller is
+// never inlined.
+template <WeightFormat kFormat, int P>
+struct DotLayout {
+  using T = bf16;
+  static constexpr int kParts = P, kMost = P == 1 ? kInt8ChunkRows : kSplitRows;
+  static constexpr bool kMeta = kFormat == WeightFormat::sparse24, kRuns = true;
+  static int64_t place(int64_t c) { return kMeta ? c : widen64_place(c); }
+  template <class X>
+  static void part(X x, bf16* parts) {
+    split(x, parts);
+  }
+};
+
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq")
 
@@ -169,15 +190,11 @@ inline __m512 widen16(__m128i q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi3
 // Pairs of bf16 products, summed in fp32; fp32 x comes as three bf16 parts (see sparse_bf16.h). A
 // bitmap spreads its values over their columns, 2:4 gathers the activations instead.
 template <WeightFormat kFormat, int P>
-struct Dot {
-  using T = bf16;
-  static constexpr int kParts = P, kMost = P == 1 ? kInt8ChunkRows : kSplitRows;
-  static constexpr bool kMeta = kFormat == WeightFormat::sparse24;
+struct Dot : DotLayout<kFormat, P> {
+  using DotLayout<kFormat, P>::kMeta;
   static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
-  static int64_t place(int64_t c) { return kMeta ? c : widen64_place(c); }
-  template <class X>
-  static void part(X x, bf16* parts) {
-    split(x, parts);
+  static const uint8_t* meta(const Weights& w, int64_t r, uint64_t* words) {
+    return kMeta ? w.meta + r * w.meta_stride : bitmap_row(w, r, words);
   }
 
   template <int M, int R>
@@ -255,7 +272,11 @@ void pack_words(const X* x, int64_t stride, int64_t m, int64_t cols, typename Ke
       const int64_t width = std::min(kMaskColumns, cols - c);
       if (width < kMaskColumns) std::memset(out, 0, P * kMaskColumns * sizeof(*out));
       const X* row = x + i * stride + c;
-      for (int64_t j = 0; j < width; ++j) {
+      int64_t j = 0;
+      if constexpr (Kernel::kRuns && P == 1 && std::is_same_v<typename Kernel::T, X>)
+        for (; j + kWidenRun <= width; j += kWidenRun)
+          std::memcpy(out + Kernel::place(j), row + j, kWidenRun * sizeof(X));
+      for (; j < width; ++j) {
         typename Kernel::T parts[P];
         Kernel::part(row[j], parts);
         for (int p = 0; p < P; ++p) out[p * kMaskColumns + Kernel::place(j)] = parts[p];
@@ -279,13 +300,11 @@ bool few_block(const Weights& w, int64_t r0, int64_t count, const typename Kerne
   const auto* values = static_cast<const int8_t*>(w.values);
   ByteCursor cursors[kInt8BlockRows];
   for (int64_t r = 0; r < count; ++r) {
-    uint64_t* words = s.words + r * n;
-    if (!Kernel::kMeta && !row_mask(w, r0 + r, words)) {
+    const uint8_t* meta = Kernel::meta(w, r0 + r, s.words + r * n);
+    if (!meta) {
       broken->store(r0 + r, std::memory_order_relaxed);
       return false;
     }
-    const uint8_t* meta =
-        Kernel::kMeta ? w.meta + (r0 + r) * w.meta_stride : reinterpret_cast<const uint8_t*>(words);
     cursors[r] = {values + w.begin(r0 + r), meta};
   }
   const int64_t ahead = w.begin_within(std::min(r0 + count, w.rows - 1)) - w.begin(r0);

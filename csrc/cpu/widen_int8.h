@@ -5,10 +5,12 @@
 
 #include "cpu/sparse_bf16.h"
 
-#if defined(__AVX512F__)
-
 namespace pyprune {
 namespace PYPRUNE_ISA {
+
+constexpr int64_t kWidenRun = 8;
+
+#if defined(__AVX512F__)
 
 // The two bytes of every magnitude as a bf16 number.
 struct MagnitudeBytes {
@@ -51,10 +53,10 @@ struct Widen64 {
 
 #pragma GCC pop_options
 
-// Where column c of a word of 64 goes; neighbours 2 i and 2 i + 1 stay neighbours.
+// Where column c of a word of 64 goes: kWidenRun of them at a time stay neighbours.
 inline int64_t widen64_place(int64_t c) { return ((c & 8) << 2) + ((c >> 4) << 3) + (c & 7); }
+
+#endif
 
 }  // namespace PYPRUNE_ISA
 }  // namespace pyprune
-
-#endif

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from pyprune import _native
-from pyprune.sparse.weight import autocast
+from pyprune.sparse.direct import Prepared, PreparesWeight, can_prepare, is_plain
 
 # Up to so many rows of x our bf16 kernel reads weights at the memory's pace, which PyTorch's does
 # not; with more of them PyTorch multiplies faster (benchmarks/bench_sparse_linear.py).
 OWN_ROWS = 16
 
 
-class DenseLinear(nn.Linear):
+class DenseLinear(PreparesWeight, nn.Linear):
     """`nn.Linear` for inference: bf16 weights on the CPU and at most OWN_ROWS rows of bf16
     activations go through `ops.linear_dense`'s native kernel, everything else through PyTorch.
 
@@ -38,39 +34,41 @@ class DenseLinear(nn.Linear):
         return new.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        input = autocast(input)
-        if not self._own(input):
-            return F.linear(input, self.weight, self.bias)
-        flat = input.reshape(-1, self.in_features)
-        if flat.stride(1) != 1:
-            flat = flat.contiguous()
-        y = torch.empty((flat.shape[0], self.out_features), dtype=input.dtype)
-        bias = None if self.bias is None else _native.capsule(self.bias.float())
-        _native.call("linear_dense", y, flat, self.weight, bias)
-        return y.view(*input.shape[:-1], self.out_features)
+        if is_plain(input) and input.dtype is torch.bfloat16:
+            ready = self._ready(input)
+            if ready is not None:
+                return ready.product(input)
+        return F.linear(input, self.weight, self.bias)
 
-    def _own(self, x: Tensor) -> bool:
-        return (
-            not torch.compiler.is_compiling()
-            and type(x) is Tensor
-            and x.dtype is torch.bfloat16
-            and x.device.type == "cpu"
-            and x.shape[-1] == self.in_features
-            and 0 < x.numel() <= OWN_ROWS * self.in_features
-            and self.weight.dtype is torch.bfloat16
-            and self.weight.device.type == "cpu"
-            and self.weight.is_contiguous()
-            and not (torch.is_grad_enabled() and self._trains(x))
-            and _native.MODULE is not None
-            and "PYPRUNE_BACKEND" not in os.environ
-            and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-            and forward_ad._current_level < 0
-        )
+    def _ready(self, x: Tensor) -> Prepared | None:
+        """The weight and bias ready for our kernel; None where PyTorch's serves."""
+        parameters, known = self._parameters, self._prepared
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        if (
+            weight is None
+            or "bias" not in parameters  # one of them is computed (torch.nn.utils.parametrize)
+            or not _is_plain_weight(weight)
+            or x.shape[-1:] != (self.in_features,)
+            or not 0 < x.numel() <= OWN_ROWS * self.in_features
+            or (torch.is_grad_enabled() and (weight.requires_grad or _trains(bias)))
+        ):
+            return None
+        if known is None or not known.is_of((weight,), bias):
+            known = None
+            if weight.is_contiguous() and can_prepare((weight,), bias, self.in_features):
+                known = Prepared("linear_dense", (weight,), bias, *weight.shape)
+            self._prepared = known
+        return known
 
-    def _trains(self, x: Tensor) -> bool:
-        bias = self.bias is not None and self.bias.requires_grad
-        return x.requires_grad or self.weight.requires_grad or bias
+
+def _is_plain_weight(weight: Tensor) -> bool:
+    """bf16 numbers in no subclass of Tensor: those (quantized, distributed) may show this dtype and
+    store something else."""
+    return weight.dtype is torch.bfloat16 and type(weight) in (nn.Parameter, Tensor)
+
+
+def _trains(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
 
 
 def use_own_kernels(model: nn.Module) -> None:

@@ -1,0 +1,134 @@
+"""A layer's CPU kernel, called without PyTorch's dispatch.
+
+A decoding step of a small model is hundreds of products of some ten microseconds each: an
+operator's dispatch (schema, fake mode, Python key) costs as much as the product, and so would
+describing its tensors to the kernel anew every time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+
+from pyprune import _native
+from pyprune.ops import _registry
+
+VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
+
+
+def is_alone(x: Tensor) -> bool:
+    """Whether a layer alone has a say in what it does with `x`: no compiler, tracer, mode,
+    transformation of torch.func (of the weights neither), gradient or forced backend."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not x.requires_grad
+        and not _len_torch_dispatch_stack()
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not _registry.any_backend_forced()
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether `x` is fp32 or bf16 numbers on the CPU, for a layer alone, without autocast."""
+    return (
+        is_alone(x)
+        and (x.dtype is torch.bfloat16 or x.dtype is torch.float32)
+        and x.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+class Prepared:
+    """A weight and a bias as the kernel takes them. Holds on to the memory that they are in.
+
+    Args:
+        op: the product's name. parts: W's tensors in the order of the op. bias: or None.
+        rows, cols: of W.
+    """
+
+    __slots__ = (
+        "_addresses", "_cols", "_copied", "_counts", "_memory", "_multiply", "_rows", "op",
+    )  # fmt: skip
+
+    def __init__(
+        self, op: str, parts: Sequence[Tensor], bias: Tensor | None, rows: int, cols: int
+    ) -> None:
+        self.op = op
+        self._rows, self._cols = rows, cols
+        module = _native.MODULE
+        if module is None:
+            raise RuntimeError(_native.MISSING)
+        given = [*parts] if bias is None else [*parts, bias]
+        # While this memory is held no other tensor has these addresses.
+        self._memory = [t.detach() for t in given]
+        self._addresses = [t.data_ptr() for t in given]
+        taken = [t.contiguous() for t in self._memory]
+        if taken[0].dtype is torch.int8:
+            taken[len(parts) - 1] = taken[len(parts) - 1].float()
+        if bias is not None:
+            taken[-1] = taken[-1].float()
+        # A copy does not see what is written to the original.
+        self._copied = [i for i, t in enumerate(taken) if t.data_ptr() != self._addresses[i]]
+        self._counts = [_written(given[i]) for i in self._copied]
+        capsules = [_native.capsule(t) for t in taken]
+        wide = None if bias is None else capsules.pop()
+        self._multiply = module.PreparedLinear(op, capsules, wide, rows, cols).multiply
+
+    def is_of(self, parts: Sequence[Tensor], bias: Tensor | None) -> bool:
+        """Whether it was made of what these hold now."""
+        given = parts if bias is None else (*parts, bias)
+        if [t.data_ptr() for t in given] != self._addresses:
+            return False
+        return [_written(given[i]) for i in self._copied] == self._counts
+
+    def product(self, x: Tensor) -> Tensor:
+        """`[..., rows]` of `x [..., cols]`, for which `is_plain` holds."""
+        if not x.is_contiguous():
+            x = x.contiguous()
+        y = x.new_empty((*x.shape[:-1], self._rows))
+        count, wide = x.numel() // self._cols, x.dtype is torch.bfloat16
+        self._multiply(y.data_ptr(), x.data_ptr(), count, wide, torch.get_num_threads())
+        return y
+
+
+def _written(t: Tensor) -> int:
+    """How often `t` was written to; inference tensors do not count that."""
+    return 0 if t.is_inference() else t._version
+
+
+def can_prepare(parts: Sequence[Tensor], bias: Tensor | None, cols: int) -> bool:
+    """Whether there is a kernel for W's tensors and a bias here."""
+    return (
+        _native.MODULE is not None
+        and cols > 0
+        and parts[0].dtype in VALUES
+        and all(t.device.type == "cpu" for t in parts)
+        and (bias is None or bias.device.type == "cpu")
+    )
+
+
+class PreparesWeight(nn.Module):
+    """A layer with a `Prepared`: its copies get none, and it is let go when the layer moves or
+    loads."""
+
+    _prepared: Prepared | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # it can be neither copied nor pickled
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._prepared = None  # a model that moves leaves no memory behind
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        self._prepared = None  # inference tensors do not count that they are written to
+        super()._load_from_state_dict(*args)

@@ -1,0 +1,305 @@
+"""Layers that call their CPU kernel without PyTorch's dispatch."""
+
+import copy
+import pickle
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from pyprune import _native, ops
+from pyprune.sparse import SparseLinear
+from pyprune.sparse.dense import OWN_ROWS, DenseLinear
+from pyprune.sparse.direct import is_plain
+
+native = pytest.mark.skipif(_native.MODULE is None, reason=_native.MISSING)
+
+
+def linear(bias=True, dtype=torch.bfloat16):
+    gen = torch.Generator().manual_seed(0)
+    made = nn.Linear(40, 24, bias=bias).requires_grad_(False)
+    for parameter in made.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=gen))
+    made.weight *= ops.mask_nm(made.weight, 2, 4)
+    return made.to(dtype)
+
+
+def tokens(*shape, dtype=torch.bfloat16):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+def test_what_something_else_has_a_say_in_is_not_plain(monkeypatch):
+    x = tokens(3, 40)
+    assert is_plain(x) and is_plain(x.float()) and is_plain(x.T)
+    for other in (x.half(), x.double(), x.to("meta"), x.float().requires_grad_()):
+        assert not is_plain(other)
+    assert not is_plain(x.as_subclass(Tagged))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not is_plain(x.float())
+    seen = []
+    torch.func.vmap(lambda row: (seen.append(is_plain(row)), row)[1])(x)
+    torch.func.jvp(lambda t: (seen.append(is_plain(t)), t)[1], (x.float(),), (x.float(),))
+    torch.vmap(lambda _: (seen.append(is_plain(x)), _)[1])(x)  # a weight of it may be x's
+    torch.jit.trace(lambda t: (seen.append(is_plain(t)), t + 1)[1], x, check_trace=False)
+    make_fx(lambda t: (seen.append(is_plain(t)), t + 1)[1])(x)
+    assert seen == [False] * 5
+    monkeypatch.setenv("PYPRUNE_BACKEND", "native")
+    assert not is_plain(x)
+
+
+def layers(bias):
+    return [
+        *(SparseLinear.from_dense(linear(bias), form) for form in ("sparse24", "bitmap")),
+        *(
+            SparseLinear.from_dense(linear(bias), form, int8=True)
+            for form in ("sparse24", "bitmap")
+        ),
+        DenseLinear.of(linear(bias)),
+    ]
+
+
+def dense_of(layer):
+    return layer if isinstance(layer, DenseLinear) else layer.to_dense()
+
+
+def assert_serves(layer, dtype=torch.bfloat16):
+    for shape in ((40,), (1, 40), (2, 3, 40), (0, 40)):
+        x = tokens(*shape, dtype=dtype)
+        dense = dense_of(layer)
+        want = nn.functional.linear(
+            x.double(),
+            dense.weight.double(),
+            None if dense.bias is None else dense.bias.double(),
+        )
+        got = layer(x)
+        assert got.dtype == dtype and got.shape == want.shape
+        torch.testing.assert_close(got.double(), want, rtol=0.01, atol=0.1)
+
+
+@native
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("kind", range(5))
+def test_prepared_once(kind, bias):
+    layer = layers(bias)[kind]
+    assert_serves(layer)
+    ready = layer._prepared
+    assert ready is not None
+    assert_serves(layer)
+    assert layer._prepared is ready
+    x = tokens(40, 5).T
+    assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("change", ["written", "replaced", "moved", "data"])
+def test_a_bias_that_changed_is_taken_anew(kind, change):
+    layer = layers(True)[kind]
+    layer(tokens(1, 40))
+    with torch.no_grad():
+        if change == "written":
+            layer.bias += 3
+        elif change == "replaced":
+            new = layer.bias + 3
+            layer.bias = nn.Parameter(new, False) if isinstance(layer, DenseLinear) else new
+        elif change == "moved":
+            layer.to(torch.float32).bias.add_(3)
+            layer.to(torch.bfloat16)
+        else:
+            layer.bias.data = layer.bias.data + 3
+    assert_serves(layer)
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_weights_that_changed_are_taken_anew(kind):
+    layer = layers(True)[kind]
+    layer(tokens(1, 40))
+    if isinstance(layer, DenseLinear):
+        layer.weight.data = 2 * layer.weight.data
+    elif layer.int8:
+        layer.scales = 2 * layer.scales
+        assert_serves(layer)
+        layer.scales.mul_(2)
+        assert_serves(layer)
+        layer.scales.data = layer.scales / 2
+    else:
+        layer.values = 2 * layer.values
+        assert_serves(layer)
+        layer.values.data = layer.values / 2
+    assert_serves(layer)
+    with torch.no_grad():
+        (layer.weight if isinstance(layer, DenseLinear) else layer.values).zero_()
+    assert torch.equal(layer(tokens(1, 40))[0], layer.bias)
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_copies_do_not_share_what_was_prepared(kind):
+    layer = layers(True)[kind]
+    layer(tokens(1, 40))
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other._prepared is None
+        assert torch.equal(other(tokens(2, 40)), layer(tokens(2, 40)))
+        assert other._prepared is not layer._prepared
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_nothing_is_held_that_a_layer_has_no_more(kind):
+    layer = layers(True)[kind]
+    layer(tokens(1, 40))
+    held = StorageWeakRef(next(iter(layer.state_dict().values())).untyped_storage())
+    assert not held.expired()
+    layer.to("meta")
+    assert held.expired()
+
+
+@contextmanager
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        yield
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_parameters_that_are_swapped(kind):
+    layer = layers(True)[kind]
+    layer(tokens(1, 40))
+    other = copy.deepcopy(layer)
+    other.bias.add_(3)
+    with swapping():
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(tokens(2, 40)), other(tokens(2, 40)))
+        layer.to(torch.float32).to(torch.bfloat16)
+    assert_serves(layer)
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_inference_tensors_that_are_loaded(kind):
+    with torch.inference_mode():
+        layer = layers(True)[kind]
+        other = copy.deepcopy(layer)
+        other.bias.add_(3)
+        layer(tokens(1, 40))
+        layer.load_state_dict(other.state_dict())
+        assert torch.equal(layer(tokens(2, 40)), other(tokens(2, 40)))
+
+
+@native
+def test_a_head_sees_what_is_loaded_into_the_weight_it_is_tied_to():
+    owner = SparseLinear.from_dense(linear(False), "sparse24", int8=True)
+    head = SparseLinear(40, 24, "sparse24", int8=True, bias=False, tied_to=owner)
+    head(tokens(1, 40))
+    other = copy.deepcopy(owner)
+    other.scales.mul_(2)
+    owner.load_state_dict(other.state_dict())
+    assert torch.equal(head(tokens(2, 40)), other(tokens(2, 40)))
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_results_are_where_the_layer_is(kind):
+    layer = layers(True)[kind]
+    x = tokens(2, 40)
+    want = layer(x)
+    with torch.device("meta"):
+        assert torch.equal(layer(x), want)
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_traces_hold_the_product(kind):
+    layer = layers(True)[kind]
+    trace = make_fx(layer)(tokens(2, 40))
+    x = tokens(3, 40)[1:] * 2
+    torch.testing.assert_close(trace(x), layer(x), rtol=0.01, atol=0.1)
+
+
+@native
+def test_weights_that_are_computed_or_batched_are_left_to_pytorch():
+    class Twice(nn.Module):
+        def forward(self, t):
+            return 2 * t
+
+    x = tokens(2, 40)
+    for name in ("weight", "bias"):
+        layer = DenseLinear.of(linear())
+        layer(x)
+        nn.utils.parametrize.register_parametrization(layer, name, Twice())
+        assert_serves(layer)
+    layer = DenseLinear.of(linear())
+    weights = torch.stack([layer.weight, 2 * layer.weight])
+    call = torch.vmap(lambda w: torch.func.functional_call(layer, {"weight": w}, (x,)))
+    for got, weight in zip(call(weights), weights, strict=True):
+        want = nn.functional.linear(x, weight, layer.bias)
+        torch.testing.assert_close(got, want, rtol=0.01, atol=0.1)
+    layer(x)
+    layer.weight = nn.Parameter(layer.weight.as_subclass(Tagged), False)
+    assert type(layer(x)) is Tagged
+
+
+@native
+def test_a_bias_elsewhere_is_an_error():
+    for layer in layers(True):
+        layer(tokens(1, 40))
+        bias = layer.bias.to("meta")
+        layer.bias = nn.Parameter(bias, False) if isinstance(layer, DenseLinear) else bias
+        with pytest.raises((RuntimeError, ValueError), match=r"meta|device"):
+            layer(tokens(1, 40))
+
+
+@native
+def test_what_asks_for_gradients_is_left_to_pytorch():
+    layer = SparseLinear.from_dense(linear(), "sparse24")
+    layer.bias.requires_grad_()
+    y = layer(tokens(2, 40))
+    y.float().sum().backward()
+    assert layer.bias.grad.tolist() == [2.0] * 24
+    dense = DenseLinear.of(linear()).requires_grad_()
+    dense(tokens(2, 40)).float().sum().backward()
+    assert dense.weight.grad is not None and dense._prepared is None
+    with torch.no_grad():
+        assert_serves(dense)
+    assert dense._prepared is not None
+
+
+@native
+def test_dense_layers_leave_many_rows_and_other_dtypes_to_pytorch():
+    layer = DenseLinear.of(linear())
+    x = tokens(OWN_ROWS + 1, 40)
+    assert torch.equal(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+    layer.float()
+    assert layer(tokens(2, 40, dtype=torch.float32)).dtype == torch.float32
+    assert layer._prepared is None
+    with pytest.raises(RuntimeError):
+        layer(tokens(2, 39, dtype=torch.float32))
+
+
+@native
+def test_the_binding_refuses_what_does_not_fit():
+    values, meta = ops.pack_24(linear().weight)
+    parts = [_native.capsule(values), _native.capsule(meta)]
+    make = _native.MODULE.PreparedLinear
+    with pytest.raises(ValueError, match="name of a product, got linear_25"):
+        make("linear_25", parts, None, 24, 40)
+    with pytest.raises(ValueError, match="linear_24: expected 2 tensors"):
+        make("linear_24", parts[:1], None, 24, 40)
+    x, y = tokens(1, 48), torch.empty(1, 24, dtype=torch.bfloat16)
+    for rows, cols, words in ((24, 48, "values: unexpected shape"), (23, 40, "y: unexpected")):
+        wrong = make("linear_24", parts, None, rows, cols)
+        with pytest.raises(ValueError, match=words):
+            wrong.multiply(y.data_ptr(), x.data_ptr(), 1, True, 1)
+    with pytest.raises(ValueError, match="threads"):
+        make("linear_24", parts, None, 24, 40).multiply(y.data_ptr(), x.data_ptr(), 1, True, 0)
