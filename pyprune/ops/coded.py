@@ -21,8 +21,8 @@ Every pattern is kept, infinities, NaNs, subnormals and negative zeros too. bf16
 five exponent bits a code saves two, hardly a tenth with the escapes; fp32 is mostly mantissa.
 
 On the CPU rows are decoded in registers (AVX-512 with VBMI2) or a first-level cache. At one row of
-x, where the memory decides, a product takes 0.6 to 0.7 of the dense bf16 kernel's time. Where
-decoding decides it takes longer than that kernel: 1.1 to 1.4 times as long at eight to sixteen
+x, where the memory decides, a product takes about 0.7 of the dense bf16 kernel's time. Where
+decoding decides it takes longer than that kernel: 1.1 to 1.4 times as long at twelve to sixteen
 rows, and with AVX2 alone 1.5 to 1.8 times at one to four rows on a core that has the memory to
 itself.
 """
