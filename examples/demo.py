@@ -45,13 +45,18 @@ RUNS = {
     "sparsegpt-50": PruneConfig(method="sparsegpt", sparsity=0.5, calibration=CALIBRATION),
     "sparsegpt-2of4": PruneConfig(method="sparsegpt", pattern="2:4", calibration=CALIBRATION),
 }
-# The compressed models, as they are called in the comparison with the dense one: run, int8 values,
-# int8 embeddings.
+# The compressed models, as they are called in the comparison with the dense one: run, the rest of
+# the folder's name, options of compress_checkpoint.
 SPARSE = {
-    "2:4": ("sparsegpt-2of4", False, False),
-    "2:4, int8 embeddings": ("sparsegpt-2of4", False, True),
-    "50% bitmap": ("sparsegpt-50", False, False),
-    "50% int8": ("sparsegpt-50", True, False),
+    "2:4": ("sparsegpt-2of4", "compressed", {}),
+    "2:4, coded embeddings": (
+        "sparsegpt-2of4",
+        "coded-embeddings",
+        {"embeddings": "coded", "dtype": torch.bfloat16},
+    ),
+    "2:4, int8 embeddings": ("sparsegpt-2of4", "int8-embeddings", {"embeddings": "int8"}),
+    "50% bitmap": ("sparsegpt-50", "compressed", {}),
+    "50% int8": ("sparsegpt-50", "int8", {"int8": True}),
 }
 COMPARISON = Protocol(batches=(1, 4, 16), prompt=16, steps=8, rounds=3)
 
@@ -98,10 +103,9 @@ class Demo:
         """Compresses both pruned checkpoints and times them beside the dense one."""
         small = {}
         with self.phase("compress"):
-            for label, (name, int8, rows) in SPARSE.items():
-                kind = f"{'int8' if int8 else 'compressed'}{'-embeddings' if rows else ''}"
+            for label, (name, kind, options) in SPARSE.items():
                 small[label] = self.out / f"{name}-{kind}"
-                compress_checkpoint(self.out / name, small[label], int8=int8, int8_embeddings=rows)
+                compress_checkpoint(self.out / name, small[label], **options)
         with self.phase("dense against sparse") as task:
             models = contestants(small, dense)
             result = bench(

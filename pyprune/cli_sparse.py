@@ -29,6 +29,7 @@ Out = Annotated[Path, typer.Option("--out", "-o", help="A new directory.")]
     epilog=examples(
         "pyprune compress pruned --out small",
         "pyprune compress pruned --out small --values int8",
+        "pyprune compress pruned --out small --embeddings coded --dtype bfloat16",
         "pyprune compress pruned --out small --embeddings int8",
         "pyprune compress pruned --out small --choose measured --rows 1 --json",
         "pyprune compress pruned --out small --format deci",
@@ -61,15 +62,22 @@ def compress(
     embeddings: Annotated[
         str,
         typer.Option(
-            help="same or int8: of the input embedding and the head, tied or not, which have no "
-            "zeros to leave out; a scale for each entry of the vocabulary."
+            help="Of the input embedding and the head, tied or not, which have no zeros to leave "
+            "out. same; coded (bf16 in 0.71 of the bytes, bit for bit); int8 (a scale for each "
+            "entry of the vocabulary)."
+        ),
+    ] = "same",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="same or bfloat16: what the numbers of a dense checkpoint are rounded to first."
         ),
     ] = "same",
     as_json: AsJson = False,
 ) -> None:
     """Leave the zeros of a pruned checkpoint out. Layers that would not shrink stay dense."""
     cli.quiet()
-    from pyprune.sparse.convert import compress_checkpoint
+    from pyprune.sparse.convert import EMBEDDINGS, compress_checkpoint
     from pyprune.sparse.weight import FORMATS
 
     if format not in ("auto", *FORMATS, "deci"):
@@ -78,10 +86,13 @@ def compress(
         raise UserError(f"--choose: expected bytes or measured, got {choose!r}")
     if values not in ("same", "int8"):
         raise UserError(f"--values: expected same or int8, got {values!r}")
-    if embeddings not in ("same", "int8"):
-        raise UserError(f"--embeddings: expected same or int8, got {embeddings!r}")
+    if embeddings not in EMBEDDINGS:
+        raise UserError(f"--embeddings: expected {', '.join(EMBEDDINGS)}, got {embeddings!r}")
+    if dtype not in ("same", "bfloat16"):
+        raise UserError(f"--dtype: expected same or bfloat16, got {dtype!r}")
     if format == "deci":
-        _to_deci(model, out, (choose, values, embeddings) != ("bytes", "same", "same"), as_json)
+        given = (choose, values, embeddings, dtype) != ("bytes", "same", "same", "same")
+        _to_deci(model, out, given, as_json)
         return
     allowed = FORMATS if format == "auto" else (format,)
     with ProgressBar(cli.stderr(), "compressing") as bar:
@@ -91,7 +102,8 @@ def compress(
             out,
             allowed=allowed,
             int8=values == "int8",
-            int8_embeddings=embeddings == "int8",
+            embeddings=embeddings,
+            dtype=_dtype(None if dtype == "same" else dtype),
             measured_rows=rows if choose == "measured" else None,
             progress=bar.step,
         )
@@ -103,7 +115,9 @@ def _to_deci(model: str, out: Path, rounded: bool, as_json: bool) -> None:
     from pyprune.deci_convert import compress_deci
 
     if rounded:
-        raise UserError("--format deci: expected no --choose, --values and --embeddings with it")
+        raise UserError(
+            "--format deci: expected no --choose, --values, --embeddings and --dtype with it"
+        )
     with ProgressBar(cli.stderr(), "compressing") as bar:
         report = compress_deci(cli.resolve(model, bar), out, progress=bar.step)
     cli.show(report.to_dict(), as_json, report.title, NOTE, f"Saved in {out}")

@@ -130,7 +130,10 @@ def _order(device: str) -> list[str]:
 def _unavailable(op: str, backend: str, device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device here"
-    return _registry.unavailable(op, backend, device, torch.float32)
+    # fp32, unless the op takes bytes alone.
+    dtypes = _registry.IMPLS[op]["reference"].dtypes
+    dtype = torch.float32 if torch.float32 in dtypes else dtypes[0]
+    return _registry.unavailable(op, backend, device, dtype)
 
 
 def _cpu() -> dict[str, Any]:

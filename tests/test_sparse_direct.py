@@ -98,6 +98,19 @@ def test_prepared_once(kind, bias):
 
 
 @native
+def test_bytes_are_prepared_like_numbers():
+    layer = SparseLinear.from_dense(linear(True), "coded")
+    assert_serves(layer)
+    ready = layer._prepared
+    assert ready is not None and ready.op == "linear_coded"
+    assert_serves(layer, torch.float32)
+    assert layer._prepared is ready
+    layer.low = layer.low ^ 1  # every sign
+    assert_serves(layer)
+    assert layer._prepared is not ready
+
+
+@native
 @pytest.mark.parametrize("kind", range(5))
 @pytest.mark.parametrize("change", ["written", "replaced", "moved", "data"])
 def test_a_bias_that_changed_is_taken_anew(kind, change):

@@ -1,4 +1,4 @@
-"""int8 embeddings and heads: in checkpoints, through transformers, tied and not."""
+"""int8 and coded embeddings and heads: in checkpoints, through transformers, tied and not."""
 
 import copy
 import json
@@ -18,7 +18,7 @@ from pyprune.evaluate import perplexity
 from pyprune.sparse import SparseLinear
 from pyprune.sparse.bench import densified, weight_bytes
 from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
-from pyprune.sparse.embedding import Int8Embedding
+from pyprune.sparse.embedding import StoredEmbedding
 
 # (family, tied): with scaled embeddings and capped logits (Gemma 2), a head of another width than
 # the model (OPT), a head with a bias (Phi), experts, and names without the base model's prefix.
@@ -28,62 +28,96 @@ FAMILIES = [
 ]  # fmt: skip
 IDS = [f"{family}-{'tied' if tied else 'untied'}" for family, tied in FAMILIES]
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+PARTS = {
+    "int8": ("values", "scales"),
+    "coded": ("low", "codes", "bases", "escapes", "row_offsets"),
+}
+VERSION = {"int8": 3, "coded": 5}
+ROUNDED = pytest.mark.parametrize("kind", ["int8"], indirect=True)
+EXACT = pytest.mark.parametrize("kind", ["coded"], indirect=True)
 
 
-def compressed(folder, family="llama", tied=True, **options):
+def compressed(folder, family="llama", tied=True, kind="int8", **options):
     config = {"tie_word_embeddings": tied}
     if family == "gemma2":
         config["final_logit_softcapping"] = 3.0
+    if family == "opt":
+        config["word_embed_proj_dim"] = 48  # of 16 columns too little would be saved
     dense = pruned_checkpoint(folder / "dense", family, **config)
-    report = compress_checkpoint(dense, folder / "small", int8_embeddings=True, **options)
+    report = compress_checkpoint(dense, folder / "small", embeddings=kind, **options)
     return dense, folder / "small", report
 
 
+@pytest.fixture(scope="module", params=PARTS)
+def kind(request):
+    return request.param
+
+
 @pytest.mark.parametrize(("family", "tied"), FAMILIES, ids=IDS)
-def test_families(family, tied, tmp_path):
-    dense, small, report = compressed(tmp_path, family, tied)
-    rows = {n: layer for n, layer in report.layers.items() if layer.values == "int8"}
-    assert len(rows) == (1 if tied else 2)
-    assert all(layer.format == "dense" and 0 < layer.error < 0.01 for layer in rows.values())
+def test_families(family, tied, kind, tmp_path):
+    dense, small, report = compressed(tmp_path, family, tied, kind)
+    exact = kind == "coded"
+    form = ("coded", "bfloat16") if exact else ("dense", "int8")
+    rows = {n: x for n, x in report.layers.items() if (x.format, x.values) == form}
+    assert len(rows) == (1 if tied else 2) and all(x.density == 1.0 for x in rows.values())
+    assert all(layer.error is None if exact else 0 < layer.error < 0.01 for layer in rows.values())
     model = pyprune.load(small, dtype=torch.float32)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    assert type(embedding) is Int8Embedding and type(head) is SparseLinear
+    assert type(embedding) is StoredEmbedding and type(head) is SparseLinear
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
     assert head.tied_to is (embedding if tied else None)
-    assert [n for n, _ in model.named_buffers() if n.startswith(HEAD)] == (
-        [] if tied else [n for n in (f"{HEAD}.values", f"{HEAD}.scales", f"{HEAD}.bias")
-                         if n != f"{HEAD}.bias" or family == "phi"]
-    )  # fmt: skip
+    own = [n for n, _ in model.named_buffers() if n.startswith(HEAD) and not n.endswith("bias")]
+    assert own == ([] if tied else [f"{HEAD}.{part}" for part in PARTS[kind]])
     # The model's own arithmetic, on the weights that were stored.
     decompress_checkpoint(small, tmp_path / "back")
     one, other = tensors_of(dense), tensors_of(tmp_path / "back")
     assert one.keys() == other.keys()
-    changed = {n for n in one if not torch.equal(one[n], other[n])}
-    assert changed == {f"{name}.weight" for name in rows}
-    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.bfloat16)
+    changed = {n for n in one if not bits_equal(one[n], other[n])}
+    assert changed == (set() if exact else {f"{name}.weight" for name in rows})
+    restored = AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype=torch.bfloat16)
     half = pyprune.load(small)
     ids = tiny_tokens()
     with torch.no_grad():
         got = half.get_input_embeddings()(ids)
-        assert bits_equal(got, exact.get_input_embeddings()(ids))
+        assert bits_equal(got, restored.get_input_embeddings()(ids))
         # In fp32 the products of number and scale are not rounded to bf16.
         want = densified(model)(ids).logits
         torch.testing.assert_close(model(ids).logits, want, rtol=1e-4, atol=1e-4)
         near = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(ids).logits
-    assert (want - near).norm() / near.norm() < 0.1 and not torch.equal(want, near)
+    off = (want - near).norm() / near.norm()
+    assert off == 0 if exact else 0 < off < 0.1
     assert half(ids).logits.dtype == torch.bfloat16
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory):
-    return compressed(tmp_path_factory.mktemp("tied"))
+def tied(kind, tmp_path_factory):
+    return compressed(tmp_path_factory.mktemp("tied"), kind=kind)
 
 
 @pytest.fixture(scope="module")
-def untied(tmp_path_factory):
-    return compressed(tmp_path_factory.mktemp("untied"), tied=False)
+def untied(kind, tmp_path_factory):
+    return compressed(tmp_path_factory.mktemp("untied"), tied=False, kind=kind)
 
 
+@EXACT
+def test_report_and_config_of_coded_rows(tied, untied):
+    for (_, small, report), names in ((tied, [EMBEDDING]), (untied, [EMBEDDING, HEAD])):
+        config = json.loads((small / "config.json").read_text())["quantization_config"]
+        assert config["format_version"] == 5
+        stored = tensors_of(small)
+        for name in names:
+            layer = report.layers[name]
+            assert layer.shape == (64, 32) and layer.density == 1.0 and layer.dtype == "bfloat16"
+            assert config["layers"][name] == {"format": "coded", "shape": [64, 32]}
+            assert layer.nbytes == sum(stored[f"{name}.{part}"].nbytes for part in PARTS["coded"])
+            assert layer.nbytes <= 0.9 * layer.nbytes_dense
+        assert report.nbytes_after == sum(t.nbytes for t in stored.values())
+        card = (small / "README.md").read_text()
+        assert f"coded exponents, every bit kept: {', '.join(sorted(names))}." in card
+        assert "restores the dense checkpoint, bit for bit" in card
+
+
+@ROUNDED
 def test_report_and_config(tied, untied):
     for (dense, small, report), names in ((tied, [EMBEDDING]), (untied, [EMBEDDING, HEAD])):
         config = json.loads((small / "config.json").read_text())["quantization_config"]
@@ -105,23 +139,25 @@ def test_report_and_config(tied, untied):
         assert f"int8 with a scale a row, zeros and all: {', '.join(sorted(names))}." in card
 
 
-def test_off_by_default_and_with_int8_values_and_shards(tied, tmp_path):
+def test_off_by_default_and_with_int8_values_and_shards(tied, kind, tmp_path):
     report = compress_checkpoint(tied[0], tmp_path / "same")
     assert EMBEDDING not in report.layers
     sharded = pruned_checkpoint(tmp_path / "dense", shard="20KB", tie_word_embeddings=True)
     assert len(list(sharded.glob("*.safetensors"))) > 1
-    report = compress_checkpoint(sharded, tmp_path / "both", int8=True, int8_embeddings=True)
-    assert all(layer.values == "int8" for layer in report.layers.values())
+    report = compress_checkpoint(sharded, tmp_path / "both", int8=True, embeddings=kind)
+    linears = [layer for name, layer in report.layers.items() if name != EMBEDDING]
+    assert all(layer.values == "int8" for layer in linears)
     one, other = tensors_of(tmp_path / "both"), tensors_of(tied[1])
-    assert bits_equal(one[f"{EMBEDDING}.values"], other[f"{EMBEDDING}.values"])
+    for part in PARTS[kind]:
+        assert bits_equal(one[f"{EMBEDDING}.{part}"], other[f"{EMBEDDING}.{part}"])
     with torch.no_grad():
         assert pyprune.load(tmp_path / "both")(tiny_tokens()).logits.isfinite().all()
 
 
-def test_compressed_again(tied, tmp_path):
+def test_compressed_again(tied, kind, tmp_path):
     _, small, _ = tied
-    report = compress_checkpoint(small, tmp_path / "again", int8_embeddings=True)
-    assert report.layers[EMBEDDING].error == 0.0
+    report = compress_checkpoint(small, tmp_path / "again", embeddings=kind)
+    assert not report.layers[EMBEDDING].error
     stored, again = tensors_of(small), tensors_of(tmp_path / "again")
     assert stored.keys() == again.keys() and all(bits_equal(again[n], stored[n]) for n in stored)
     compress_checkpoint(small, tmp_path / "same")
@@ -130,19 +166,19 @@ def test_compressed_again(tied, tmp_path):
     assert bits_equal(one[f"{EMBEDDING}.weight"], other[f"{EMBEDDING}.weight"])
 
 
-def test_a_pruned_head_keeps_its_format(tmp_path):
+def test_a_pruned_head_keeps_its_format(kind, tmp_path):
     model = tiny_model("llama").bfloat16()
     prune_in_place(model, "2:4")
     model.lm_head.weight.data[:, 1::2] = 0
     model.save_pretrained(tmp_path / "dense")
-    report = compress_checkpoint(tmp_path / "dense", tmp_path / "small", int8_embeddings=True)
+    report = compress_checkpoint(tmp_path / "dense", tmp_path / "small", embeddings=kind)
     assert report.formats[HEAD] == "sparse24" and report.layers[HEAD].values == "bfloat16"
-    assert report.layers[EMBEDDING].values == "int8"
+    assert "int8" in (kind, report.layers[EMBEDDING].values) or report.formats[EMBEDDING] == kind
     loaded = pyprune.load(tmp_path / "small")
     assert loaded.lm_head.format == "sparse24"
 
 
-def test_a_head_with_its_own_name_alone(tied, tmp_path):
+def test_a_head_with_its_own_name_alone(tied, kind, tmp_path):
     """Tied weights may be stored under either name."""
     dense = tmp_path / "dense"
     dense.mkdir()
@@ -150,7 +186,7 @@ def test_a_head_with_its_own_name_alone(tied, tmp_path):
     state = load_file(tied[0] / "model.safetensors")
     state[f"{HEAD}.weight"] = state.pop(f"{EMBEDDING}.weight")
     save_file(state, dense / "model.safetensors", {"format": "pt"})
-    compress_checkpoint(dense, tmp_path / "small", int8_embeddings=True)
+    compress_checkpoint(dense, tmp_path / "small", embeddings=kind)
     model = pyprune.load(tmp_path / "small")
     assert model.get_input_embeddings().tied_to is model.lm_head
     with torch.no_grad():
@@ -158,20 +194,20 @@ def test_a_head_with_its_own_name_alone(tied, tmp_path):
         assert torch.equal(model(tiny_tokens()).logits, want)
 
 
-def test_both_names_of_a_tied_weight(tied, tmp_path):
+def test_both_names_of_a_tied_weight(tied, kind, tmp_path):
     dense = tmp_path / "dense"
     dense.mkdir()
     (dense / "config.json").write_text((tied[0] / "config.json").read_text())
     state = load_file(tied[0] / "model.safetensors")
     state[f"{HEAD}.weight"] = state[f"{EMBEDDING}.weight"].clone()
     save_file(state, dense / "model.safetensors", {"format": "pt"})
-    compress_checkpoint(dense, tmp_path / "small", int8_embeddings=True)
+    compress_checkpoint(dense, tmp_path / "small", embeddings=kind)
     with torch.no_grad():
         want = pyprune.load(tied[1])(tiny_tokens()).logits
         assert torch.equal(pyprune.load(tmp_path / "small")(tiny_tokens()).logits, want)
 
 
-def test_one_storage_wherever_it_goes(tied):
+def test_one_storage_wherever_it_goes(tied, kind):
     model = pyprune.load(tied[1])
     size = weight_bytes(model)
     embedding, head = model.get_input_embeddings(), model.lm_head
@@ -182,12 +218,14 @@ def test_one_storage_wherever_it_goes(tied):
         changed = cast(model)
         assert changed.lm_head.tied_to is changed.get_input_embeddings()
         owner = changed.get_input_embeddings()
-        assert changed.lm_head._values.data_ptr() == owner.values.data_ptr()
+        first = PARTS[kind][0]
+        assert changed.lm_head._values.data_ptr() == getattr(owner, first).data_ptr()
         with torch.no_grad():
             got = changed(tiny_tokens()).logits
         torch.testing.assert_close(got.float(), want.float(), rtol=0.05, atol=0.05)
     assert model.get_input_embeddings() is embedding and model.lm_head is head
-    assert size < weight_bytes(model)  # scales and norms are wider now
+    assert size < weight_bytes(model)  # norms (and scales) are wider now
+    assert changed is model and owner.dtype == owner.decompress().dtype == torch.float32
     model.tie_weights()  # must not look for parameters that are not there
     assert weight_bytes(densified(model)) > weight_bytes(model)
     dense = densified(model)
@@ -222,7 +260,7 @@ def test_generating_scoring_and_compiled(tied):
 
 
 def test_state_dicts_are_checked():
-    table = Int8Embedding(6, 8)
+    table = StoredEmbedding(6, 8, "dense")
     state = {"values": torch.ones(6, 8, dtype=torch.int8), "scales": torch.ones(6)}
     table.load_state_dict(state)
     assert torch.equal(table(torch.tensor([[1, 5]])), torch.ones(1, 2, 8))
@@ -232,6 +270,18 @@ def test_state_dicts_are_checked():
         SparseLinear(8, 5, "dense", int8=True, tied_to=table)
     with pytest.raises(UserError, match="format: expected one of sparse24, bitmap, got 'dense'"):
         SparseLinear(8, 5, "dense")
+    with pytest.raises(UserError, match="format: expected one of sparse24, bitmap, got 'coded'"):
+        SparseLinear(8, 5, "coded", int8=True)
+    dense = nn.Linear(8, 6, bias=False).bfloat16()
+    coded = SparseLinear.from_dense(dense, "coded")
+    again = StoredEmbedding(6, 8, "coded")  # adopts the number of escapes
+    again.load_state_dict(coded.state_dict())
+    assert bits_equal(again.decompress().bfloat16(), dense.weight.data)
+    state = coded.state_dict()
+    with pytest.raises(RuntimeError, match=r"bases: expected at most 249, got 255 in row 1"):
+        again.load_state_dict({**state, "bases": torch.tensor([1, 255, 1, 1, 1, 1]).byte()})
+    with pytest.raises(UserError, match=r"coded: expected bfloat16 weights, got torch\.float32"):
+        SparseLinear.from_dense(nn.Linear(8, 6), "coded")
 
 
 SPOILT = {
@@ -266,7 +316,7 @@ def spoil(source, folder, change=lambda state: None, **fields):
     raw = json.loads((source / "config.json").read_text())
     config = raw["quantization_config"]
     config["layers"][EMBEDDING] |= {n: v for n, v in fields.items() if n != "format_version"}
-    config["format_version"] = fields.get("format_version", 3)
+    config["format_version"] = fields.get("format_version", config["format_version"])
     state = load_file(source / "model.safetensors")
     change(state)
     folder.mkdir()
@@ -275,13 +325,50 @@ def spoil(source, folder, change=lambda state: None, **fields):
     return folder
 
 
-@pytest.mark.parametrize("case", SPOILT)
-def test_tampered_tensors_are_refused(case, tied, tmp_path):
-    change, message = SPOILT[case]
-    small = spoil(tied[1], tmp_path / "small", change)
+def part(name, change):
+    """Replaces one part of the embedding by what `change` makes of it."""
+    return lambda s: s.__setitem__(f"{EMBEDDING}.{name}", change(s[f"{EMBEDDING}.{name}"]))
+
+
+SPOILT_CODED = {
+    "codes": (lambda s: s[f"{EMBEDDING}.codes"][3].fill_(255), "codes: .*32 and . in row 3"),
+    "offset": (
+        part("row_offsets", lambda t: torch.where(torch.arange(65) == 3, t[2], t)),
+        "codes: expected as many escapes in each row",
+    ),
+    "falling": (part("row_offsets", lambda t: t.index_fill(0, torch.tensor([5]), 900)),
+                "row_offsets: expected to be monotone"),
+    "end": (part("row_offsets", lambda t: t + (torch.arange(65) == 64)), "row_offsets: .* run"),
+    "base": (lambda s: s[f"{EMBEDDING}.bases"][4].fill_(250), "bases: .* got 250 in row 4"),
+    "fewer": (part("escapes", lambda t: t[:-1].clone()), "row_offsets: expected to run from 0"),
+    "more": (part("escapes", lambda t: torch.cat([t, t])), "row_offsets: expected to run from 0"),
+    "matrix": (part("escapes", lambda t: t[None].clone()), "escapes: expected one dimension"),
+    "shape": (part("low", lambda t: t.T.contiguous()), "low: expected shape"),
+    "narrow": (part("codes", lambda t: t[:, 3:].contiguous()), "codes: expected shape"),
+    "dtype": (part("low", lambda t: t.to(torch.int8)), r"low: expected torch\.uint8, got torch"),
+    "missing": (lambda s: s.pop(f"{EMBEDDING}.codes"), "codes is missing"),
+    "twice": SPOILT["twice"],
+}  # fmt: skip
+
+
+def refused(small, message, tmp_path):
     for read in (pyprune.load, lambda s: decompress_checkpoint(s, tmp_path / "back")):
         with pytest.raises(UserError, match=rf"small.*{EMBEDDING}.*{message}"):
             read(small)
+
+
+@ROUNDED
+@pytest.mark.parametrize("case", SPOILT)
+def test_tampered_tensors_are_refused(case, tied, tmp_path):
+    change, message = SPOILT[case]
+    refused(spoil(tied[1], tmp_path / "small", change), message, tmp_path)
+
+
+@EXACT
+@pytest.mark.parametrize("case", SPOILT_CODED)
+def test_tampered_codes_are_refused(case, tied, tmp_path):
+    change, message = SPOILT_CODED[case]
+    refused(spoil(tied[1], tmp_path / "small", change), message, tmp_path)
 
 
 def test_a_second_weight_beside_a_tied_one(tied, tmp_path):
@@ -301,6 +388,7 @@ def test_truncated(tied, tmp_path):
         pyprune.load(small)
 
 
+@ROUNDED
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -309,7 +397,7 @@ def test_truncated(tied, tmp_path):
         ({"transposed": True}, rf"the model lacks a linear layer or embedding {EMBEDDING}"),
         ({"format": "bitmap"}, rf"tensor {EMBEDDING}\.bitmap is missing"),
         ({"format_version": 2}, "needs format_version 3, got 2"),
-        ({"format_version": 5}, "expected a format_version among 1, 2, 3, 4, got 5"),
+        ({"format_version": 6}, "expected a format_version among 1, 2, 3, 4, 5, got 6"),
     ],
 )
 def test_configuration(fields, message, tied, tmp_path):
@@ -317,7 +405,24 @@ def test_configuration(fields, message, tied, tmp_path):
         pyprune.load(spoil(tied[1], tmp_path / "small", **fields))
 
 
-def test_embeddings_of_another_kind(tmp_path, monkeypatch):
+@EXACT
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"values": "int8"}, "coded: expected neither values nor transposed"),
+        ({"transposed": True}, "coded: expected neither values nor transposed"),
+        ({"rank": 3}, "rank: expected none with format coded, got 3"),
+        ({"shape": [32, 64]}, r"low: expected shape \[32, 64\]"),
+        ({"format": "bitmap"}, rf"tensor {EMBEDDING}\.values is missing"),
+        ({"format_version": 4}, "needs format_version 5, got 4"),
+    ],
+)
+def test_configuration_of_coded_rows(fields, message, tied, tmp_path):
+    with pytest.raises(UserError, match=message):
+        pyprune.load(spoil(tied[1], tmp_path / "small", **fields))
+
+
+def test_embeddings_of_another_kind(kind, tmp_path, monkeypatch):
     dense = pruned_checkpoint(tmp_path / "dense")
 
     class Other(nn.Embedding):
@@ -331,11 +436,12 @@ def test_embeddings_of_another_kind(tmp_path, monkeypatch):
         return made
 
     monkeypatch.setattr(type(tiny_model("llama")), "get_input_embeddings", other)
-    with pytest.raises(UserError, match=r"dense: int8 embeddings: expected nn\.Embedding or"):
-        compress_checkpoint(dense, tmp_path / "small", int8_embeddings=True)
+    with pytest.raises(UserError, match=r"dense: embeddings: expected nn\.Embedding or"):
+        compress_checkpoint(dense, tmp_path / "small", embeddings=kind)
     assert not (tmp_path / "small").exists()
 
 
+@ROUNDED
 def test_weights_that_cannot_be_rounded(tied, tmp_path):
     dense = tmp_path / "dense"
     dense.mkdir()
@@ -344,21 +450,112 @@ def test_weights_that_cannot_be_rounded(tied, tmp_path):
     state[f"{EMBEDDING}.weight"][7, 1] = float("inf")
     save_file(state, dense / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=rf"{EMBEDDING}\.weight: int8: .*finite.* in row 7"):
-        compress_checkpoint(dense, tmp_path / "small", int8_embeddings=True)
+        compress_checkpoint(dense, tmp_path / "small", embeddings="int8")
 
 
-def test_commands(tied, tmp_path, capsys):
+def changed_embedding(source, folder, change):
+    """A copy of a one-file dense checkpoint with another embedding."""
+    folder.mkdir()
+    (folder / "config.json").write_text((source / "config.json").read_text())
+    state = load_file(source / "model.safetensors")
+    state[f"{EMBEDDING}.weight"] = change(state[f"{EMBEDDING}.weight"])
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@EXACT
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_bf16_alone_is_coded(dtype, tied, tmp_path):
+    dense = changed_embedding(tied[0], tmp_path / "dense", lambda w: w.to(dtype))
+    with pytest.raises(UserError, match=rf"{EMBEDDING}\.weight: expected bfloat16, .*got float"):
+        compress_checkpoint(dense, tmp_path / "small", embeddings="coded")
+    assert not (tmp_path / "small").exists()
+
+
+@EXACT
+def test_rounded_to_bf16_first(tied, tmp_path, capsys):
+    """An fp32 checkpoint whose numbers are bf16 but for the embedding's, which are between them; a
+    tensor of another dtype than the others' stays as it is."""
+    wide = tmp_path / "wide"
+    AutoModelForCausalLM.from_pretrained(tied[0], dtype=torch.float32).save_pretrained(wide)
+    state = load_file(wide / "model.safetensors")
+    state[f"{EMBEDDING}.weight"] *= 1 + 2.0**-12
+    norm = "model.norm.weight"
+    state[norm] = state[norm].half()
+    save_file(state, wide / "model.safetensors", {"format": "pt"})
+    out = str(tmp_path / "small")
+    options = ["--embeddings", "coded", "--dtype", "bfloat16"]
+    assert cli.main(["compress", str(wide), "--out", out, *options, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["formats"][EMBEDDING] == "coded"
+    assert report["nbytes_before"] == sum(t.nbytes for t in state.values())
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert {config.get("dtype"), config.get("torch_dtype")} == {"bfloat16", None}
+    decompress_checkpoint(out, tmp_path / "back")
+    back = tensors_of(tmp_path / "back")
+    assert report["nbytes_dense"] == sum(t.nbytes for t in back.values())
+    assert back.keys() == state.keys()
+    for name, t in state.items():
+        assert bits_equal(back[name], t if name == norm else t.bfloat16())
+    assert pyprune.load(out).lm_head.format == "coded"
+    assert cli.main(["compress", out, "--out", out + "2", "--dtype", "bfloat16"]) == 2
+    assert "expected a dense checkpoint to be rounded to bfloat16" in capsys.readouterr().err
+    assert cli.main(["compress", str(wide), "--out", out + "2", "--dtype", "float16"]) == 2
+    assert "--dtype: expected same or bfloat16, got 'float16'" in capsys.readouterr().err
+
+
+@EXACT
+def test_what_would_not_shrink_stays_dense(tied, tmp_path):
+    """Every pattern alike: infinities, NaNs and subnormals are stored as they are."""
+    gen = torch.Generator().manual_seed(0)
+
+    def noise(w):
+        return torch.randint(-(2**15), 2**15, w.shape, generator=gen).short().view(torch.bfloat16)
+
+    dense = changed_embedding(tied[0], tmp_path / "dense", noise)
+    report = compress_checkpoint(dense, tmp_path / "small", embeddings="coded")
+    assert report.formats[EMBEDDING] == "dense" and report.layers[EMBEDDING].values == "bfloat16"
+    one, other = tensors_of(dense), tensors_of(tmp_path / "small")
+    assert bits_equal(one[f"{EMBEDDING}.weight"], other[f"{EMBEDDING}.weight"])
+
+
+@EXACT
+def test_odd_patterns_are_coded_bit_for_bit(tied, tmp_path):
+    odd = torch.tensor([0, -0x8000, 0x7F80, -0x80, 0x7FC1, 1, -0x7FFF]).short()
+
+    def some(w):
+        bits = w.view(torch.int16).clone()
+        bits[5, :7] = odd
+        return bits.view(torch.bfloat16)
+
+    dense = changed_embedding(tied[0], tmp_path / "dense", some)
+    report = compress_checkpoint(dense, tmp_path / "small", embeddings="coded")
+    assert report.formats[EMBEDDING] == "coded"
+    decompress_checkpoint(tmp_path / "small", tmp_path / "back")
+    one, other = tensors_of(dense), tensors_of(tmp_path / "back")
+    assert all(bits_equal(one[n], other[n]) for n in one)
+    rows = pyprune.load(tmp_path / "small").get_input_embeddings()(torch.tensor([5]))
+    assert torch.equal(rows[0, :7].view(torch.int16), odd)
+
+
+def test_an_unknown_kind(tied, tmp_path):
+    with pytest.raises(UserError, match="embeddings: expected same, int8, coded, got 'int4'"):
+        compress_checkpoint(tied[0], tmp_path / "small", embeddings="int4")
+
+
+def test_commands(tied, kind, tmp_path, capsys):
     out = str(tmp_path / "out")
-    assert cli.main(["compress", str(tied[0]), "--out", out, "--embeddings", "int8"]) == 0
-    assert "int8" in capsys.readouterr().out
+    assert cli.main(["compress", str(tied[0]), "--out", out, "--embeddings", kind]) == 0
+    assert kind in capsys.readouterr().out
     assert cli.main(["inspect", out, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     outside = {layer["name"]: layer for layer in found["others"]}
-    assert outside[f"{EMBEDDING}.weight"]["format"] == "dense int8"
+    label = {"int8": "dense int8", "coded": "coded"}[kind]
+    assert outside[f"{EMBEDDING}.weight"]["format"] == label
     dense = sum(t.nbytes for t in tensors_of(tied[0]).values())
     assert found["nbytes_dense"] == dense
     assert found["nbytes"] == sum(t.nbytes for t in tensors_of(tied[1]).values())
     assert cli.main(["inspect", out]) == 0
-    assert "dense int8" in capsys.readouterr().out
+    assert label in capsys.readouterr().out
     assert cli.main(["compress", str(tied[0]), "--out", out + "2", "--embeddings", "int4"]) == 2
-    assert "--embeddings: expected same or int8" in capsys.readouterr().err
+    assert "--embeddings: expected same, int8, coded, got 'int4'" in capsys.readouterr().err

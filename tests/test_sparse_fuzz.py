@@ -17,7 +17,7 @@ from pyprune.sparse import SparseLinear
 from pyprune.sparse.convert import compress_checkpoint
 from pyprune.sparse.stored import StoredCheckpoint
 
-OWN = ("2:4", "random", "2:4 int8", "random int8", "2:4 rows")
+OWN = ("2:4", "random", "2:4 int8", "random int8", "2:4 rows", "2:4 coded")
 KINDS = (*OWN, "sparse-24-bitmask", "sparse-bitmask")
 WEIGHTS = "model.safetensors"
 FUZZ = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -35,8 +35,8 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         )  # fmt: skip
         made[kind] = folder / kind.replace(":", "of")
         if kind in OWN:
-            rows = "rows" in kind  # of the embedding and the head
-            compress_checkpoint(dense, made[kind], int8="int8" in kind, int8_embeddings=rows)
+            rows = {"2:4 rows": "int8", "2:4 coded": "coded"}.get(kind, "same")  # embedding, head
+            compress_checkpoint(dense, made[kind], int8="int8" in kind, embeddings=rows)
         else:
             write_legacy(dense, made[kind], kind)
     return made
@@ -56,8 +56,9 @@ def survives(folder: Path) -> None:
             layer = stored.layers[key]
             rows, cols = layer.shape
             linear = SparseLinear(
-                cols, rows, layer.format, int8=layer.int8, bias=False, device="meta"
-            )
+                cols, rows, layer.format,
+                int8=layer.int8, bias=False, dtype=dense.dtype, device="meta",
+            )  # fmt: skip
             state = {part: read_tensor(e) for part, e in stored.parts[name].items()}
             linear.load_state_dict(state, assign=True)
             assert bits_equal(linear.decompress(), dense.T if layer.transposed else dense)
@@ -139,11 +140,11 @@ def test_altered_configuration(kind, checkpoints, data):
     if what == "shape":
         layer["shape"][data.draw(st.integers(0, 1))] = data.draw(SIZES)
     elif what == "format":
-        known = st.sampled_from(["bitmap", "sparse24", "dense"])
+        known = st.sampled_from(["bitmap", "sparse24", "dense", "coded"])
         layer["format"] = data.draw(st.one_of(junk, known))
     elif what in ("values", "transposed"):
         layer[what] = data.draw(st.one_of(junk, st.sampled_from(["int8", True])))
-        config["format_version"] = data.draw(st.sampled_from([1, 2, 3]))
+        config["format_version"] = data.draw(st.sampled_from([1, 2, 3, 5]))
     elif what == "layer":
         config["layers"][name] = data.draw(junk)
     elif what == "version":

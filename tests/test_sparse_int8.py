@@ -195,7 +195,7 @@ def test_tampered_tensors_are_refused(case, made, tmp_path):
         ("values", None, "values: expected torch.bfloat16 or"),
         ("transposed", 1, "transposed: expected true or false, got 1"),
         ("format_version", 1, "needs format_version 2, got 1"),
-        ("format_version", 5, "expected a format_version among 1, 2, 3, 4, got 5"),
+        ("format_version", 6, "expected a format_version among 1, 2, 3, 4, 5, got 6"),
     ],
 )
 def test_configuration(field, value, message, made, tmp_path):

@@ -254,8 +254,7 @@ void decode_tile(const Weights& w, Cursor<typename As::Value>* cursors, int64_t 
     if (r >= count) {
       std::fill(row, row + tile_depth<As>(columns), 0.0f);
     } else if constexpr (kDense) {
-      As::widen(cursors[r].v, std::min(columns, w.cols - i0 * kMaskColumns), row);
-      cursors[r].v += columns;
+      As::widen(cursors[r].take(columns), std::min(columns, w.cols - i0 * kMaskColumns), row);
     } else {
       cursors[r].v = As::expand(cursors[r].v, end, cursors[r].words + i0, i1 - i0, row);
     }
@@ -319,8 +318,7 @@ bool multiply_rows(const Weights& w, int64_t r0, int64_t count, int64_t rows, co
   const int64_t n = mask_words(w.cols), stride = panels_of(tokens) * kPanelTokens;
   if (!kDense && !block_masks(w, r0, count, s.words, broken)) return false;
   Cursor<T> cursors[kTileRows];
-  for (int64_t r = 0; r < count; ++r)
-    cursors[r] = {static_cast<const T*>(w.values) + w.begin(r0 + r), s.words + r * n};
+  for (int64_t r = 0; r < count; ++r) cursors[r] = Cursor<T>::at(w, r0 + r, s.words + r * n);
   prefetch_meta(w, r0 + rows, rows);
   std::fill(s.sums, s.sums + rows * stride, 0.0f);
   const int64_t depths = depths_of<As>(w.cols);
@@ -338,6 +336,8 @@ bool multiply_rows(const Weights& w, int64_t r0, int64_t count, int64_t rows, co
     multiply_tile<As>(s.tile, packed + d * kDepth * stride, rows,
                       tile_depth<As>((i1 - i0) * kMaskColumns), tokens, next, s.sums);
   }
+  for (int64_t r = 0; r < count; ++r)
+    if (!cursors[r].complete()) return broken->store(r0 + r, std::memory_order_relaxed), false;
   return true;
 }
 

@@ -54,6 +54,18 @@ template <class T>
 struct Cursor {
   const T* v;             // the next value
   const uint64_t* words;  // the row's mask; unused when dense
+
+  static Cursor at(const Weights& w, int64_t r, const uint64_t* words) {
+    return {static_cast<const T*>(w.values) + w.begin(r), words};
+  }
+  // Of a dense row the next values.
+  const T* take(int64_t columns) {
+    const T* first = v;
+    v += columns;
+    return first;
+  }
+  // After the last column: whether the row held what it said. Masks are checked beforehand.
+  bool complete() const { return true; }
 };
 
 inline void set_bit(uint8_t& byte, int bit) { byte = static_cast<uint8_t>(byte | (1u << bit)); }

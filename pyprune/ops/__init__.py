@@ -2,6 +2,7 @@
 see `pyprune.ops._registry` for how one is chosen."""
 
 from pyprune.ops import linear_backward  # noqa: F401  registers gradients
+from pyprune.ops.coded import linear_coded, pack_coded, unpack_coded, validate_coded
 from pyprune.ops.column_norms import column_norms
 from pyprune.ops.fisher_accumulate import fisher_accumulate
 from pyprune.ops.gram import gram
@@ -51,6 +52,7 @@ __all__ = [
     "linear_24_int8",
     "linear_bitmap",
     "linear_bitmap_int8",
+    "linear_coded",
     "linear_dense",
     "linear_int8",
     "mask_global",
@@ -62,12 +64,15 @@ __all__ = [
     "obs_sweep",
     "pack_24",
     "pack_bitmap",
+    "pack_coded",
     "quantize_rows",
     "round_to_grid",
     "row_grid",
     "to_torch_sparse_24",
     "unpack_24",
     "unpack_bitmap",
+    "unpack_coded",
     "validate_24",
     "validate_bitmap",
+    "validate_coded",
 ]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from pyprune.ops import _registry
+from pyprune.ops.coded import unpack_coded
 from pyprune.ops.sparse_int8 import dequantize_rows
 
 
@@ -44,6 +45,10 @@ def _int8(expand: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return expand_int8
 
 
+def _expand_coded(cols: int, *weight: Tensor) -> Tensor:
+    return unpack_coded(*weight)
+
+
 def _expand_dense(cols: int, weight: Tensor) -> Tensor:
     return weight
 
@@ -55,6 +60,7 @@ _EXPAND: dict[str, Callable[..., Tensor]] = {
     "linear_24_int8": _int8(_expand_24),
     "linear_bitmap_int8": _int8(_expand_bitmap),
     "linear_int8": _int8(_expand_dense),
+    "linear_coded": _expand_coded,
     "linear_dense": _expand_dense,
 }
 

@@ -27,7 +27,7 @@ from pyprune.errors import UserError
 from pyprune.models.positions import positions_of
 from pyprune.sparse.decoding import WARM_UP, StaticDecoding
 from pyprune.sparse.dense import DenseLinear, use_own_kernels
-from pyprune.sparse.embedding import Int8Embedding
+from pyprune.sparse.embedding import StoredEmbedding
 from pyprune.sparse.factored import FactoredLinear
 from pyprune.sparse.linear import SparseLinear
 from pyprune.sparse.load import load
@@ -184,7 +184,7 @@ def densified(model: PreTrainedModel) -> PreTrainedModel:
     for name, module in list(dense.named_modules()):
         if isinstance(module, FactoredLinear):
             dense.set_submodule(name, module.to_dense())
-        elif isinstance(module, SparseLinear | Int8Embedding):
+        elif isinstance(module, SparseLinear | StoredEmbedding):
             plain: Any = module.to_dense()
             plain.weight = made.setdefault(module.tied_to or module, plain.weight)
             dense.set_submodule(name, plain)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from pyprune.checkpoint import Checkpoint, TensorEntry
@@ -18,13 +19,13 @@ from pyprune.sparse.format import LayerFormat
 from pyprune.sparse.linear import stored_transposed, weight_of
 from pyprune.sparse.measured import MeasuredChoice
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
-from pyprune.sparse.weight import DENSE_INT8
+from pyprune.sparse.weight import CODED, DENSE_INT8
 
 
 @dataclass(frozen=True)
 class LayerConversion:
-    """What became of one linear layer or embedding. format: "dense", "sparse24", "bitmap" or
-    "factored".
+    """What became of one linear layer or embedding. format: "dense", "sparse24", "bitmap",
+    "factored" or "coded".
     values: their dtype as stored; dtype: that of the dense weight. shape: outputs by inputs.
     density: the share of elements that are stored. error: `|W - stored W| / |W|` where values are
     int8, else None. seconds: of a product, by format, where that was measured."""
@@ -42,7 +43,8 @@ class LayerConversion:
 
 @dataclass(frozen=True)
 class Decision:
-    """layer: how the weight is stored, None for dense. nnz: elements that a bitmap stores."""
+    """layer: how the weight is stored, None for dense. nnz: elements that a bitmap stores, or the
+    escapes of a coded weight."""
 
     layer: LayerFormat | None
     nnz: int
@@ -62,9 +64,10 @@ class Chooser:
         allowed: tuple[str, ...],
         int8: bool,
         measured_rows: int | None,
+        embeddings: str,
     ) -> None:
         self._stored, self._transposed, self._allowed = stored, candidates, allowed
-        self._int8 = int8
+        self._int8, self._embeddings = int8, embeddings
         total = sum(stored.entries[tensor].nbytes for tensor in candidates)
         self._measured = None if measured_rows is None else MeasuredChoice(measured_rows, total)
 
@@ -103,12 +106,25 @@ class Chooser:
         return Decision(layer, nnz, report)
 
     def choose_embedding(self, tensor: str) -> Decision:
-        """int8 rows for an embedding, or for a head that no format makes smaller."""
+        """int8 or coded rows for an embedding, or for a head that no format makes smaller."""
         if tensor in self._transposed:
             decision = self.choose(tensor)
             if decision.layer is not None:
                 return decision
         dense = self._stored.read(tensor)
+        return self._coded(dense) if self._embeddings == CODED else self._int8_rows(tensor, dense)
+
+    def _coded(self, dense: Tensor) -> Decision:
+        dtype, shape = str(dense.dtype).removeprefix("torch."), (dense.shape[0], dense.shape[1])
+        report = LayerConversion(DENSE, dtype, dtype, shape, 1.0, dense.nbytes, dense.nbytes)
+        escapes = formats.coded_escapes(dense)
+        if escapes is None:
+            return Decision(None, 0, report)
+        layer = LayerFormat(CODED, shape)
+        report = replace(report, format=CODED, nbytes=layer.nbytes(escapes, dense.dtype))
+        return Decision(layer, escapes, report)
+
+    def _int8_rows(self, tensor: str, dense: Tensor) -> Decision:
         layer = LayerFormat(DENSE_INT8, (dense.shape[0], dense.shape[1]), int8=True)
         dtype = str(dense.dtype).removeprefix("torch.")
         _, error = self._stored_values(tensor, dense, layer, dense.numel())
@@ -188,10 +204,10 @@ def compressible(checkpoint: Checkpoint) -> dict[str, bool]:
     return found
 
 
-def embeddings(checkpoint: Checkpoint) -> list[str]:
+def embedding_tensors(checkpoint: Checkpoint, kind: str) -> list[str]:
     """The tensors of the input embedding and of the head: one where they are tied.
 
-    Raises UserError, naming it, if one of them cannot have int8 rows.
+    kind: "int8" or "coded". Raises UserError, naming it, if one of them cannot be stored so.
     """
     model = checkpoint.build_model()
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -200,7 +216,7 @@ def embeddings(checkpoint: Checkpoint) -> list[str]:
     except UserError as error:
         raise UserError(f"{checkpoint.path}: {error}") from error
     if head is not None and (weight_of(head) is None or stored_transposed(head)):
-        raise UserError(f"{checkpoint.path}: int8 embeddings: expected a linear head, got {head}")
+        raise UserError(f"{checkpoint.path}: embeddings: expected a linear head, got {head}")
     wanted = {id(m.weight) for m in (embedding, head) if m is not None}
     names = [n for n, t in model.state_dict(keep_vars=True).items() if id(t) in wanted]
     # A tied weight is in the checkpoint under one of its names.
@@ -210,7 +226,12 @@ def embeddings(checkpoint: Checkpoint) -> list[str]:
         if not tensor.endswith(formats.WEIGHT) or entry.dtype not in formats.VALUE_DTYPES:
             raise UserError(
                 f"{entry.file}: tensor {tensor}: expected floating point numbers and a name that "
-                f"ends in {formats.WEIGHT} to store it as int8, got {entry.dtype}"
+                f"ends in {formats.WEIGHT} to store it as {kind}, got {entry.dtype}"
+            )
+        if kind == CODED and entry.dtype != torch.bfloat16:
+            raise UserError(
+                f"{entry.file}: tensor {tensor}: expected bfloat16, whose exponents can be coded, "
+                f"got {str(entry.dtype).removeprefix('torch.')} (--dtype bfloat16 rounds it)"
             )
     return found
 

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 from pyprune import _native
 from pyprune.ops import _registry
 
-VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 
 
 def is_alone(x: Tensor) -> bool:

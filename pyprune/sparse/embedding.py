@@ -1,4 +1,4 @@
-"""`Int8Embedding`: an `nn.Embedding` whose rows are int8, each with a scale."""
+"""Embeddings whose rows are stored in fewer bytes: as int8, each with a scale, or coded."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.errors import UserError
+from pyprune.ops.coded import unpack_coded
 from pyprune.ops.sparse_int8 import dequantize_rows
-from pyprune.sparse.weight import DENSE_INT8, StoredWeight
+from pyprune.sparse.weight import CODED, DENSE_INT8, StoredWeight
 
 # transformers' embeddings that multiply what they looked up with a number of their own; every
 # family has a class by a name like this. It is rounded to the weight's dtype first.
@@ -17,53 +18,61 @@ SCALE = "scalar_embed_scale"
 
 def embedding_scale(module: nn.Module) -> float | None:
     """What `module` multiplies looked-up rows with (None: nothing). Raises UserError unless it is
-    an embedding that an `Int8Embedding` can stand for. Exact classes: another may compute
+    an embedding that a `StoredEmbedding` can stand for. Exact classes: another may compute
     something else."""
     kind = type(module)
     scale = getattr(module, SCALE, None)
     known = kind is nn.Embedding or (kind.__name__.endswith(SCALED) and isinstance(scale, float))
     if not isinstance(module, nn.Embedding) or not known or module.max_norm is not None:
         raise UserError(
-            f"int8 embeddings: expected nn.Embedding or transformers' scaled one, got {module}"
+            f"embeddings: expected nn.Embedding or transformers' scaled one, got {module}"
         )
     return scale
 
 
-class Int8Embedding(StoredWeight):
-    """Rows of `scales[r] * values[r]` by their number, as `nn.Embedding` looks them up.
+class StoredEmbedding(StoredWeight):
+    """Rows of a stored weight by their number, as `nn.Embedding` looks them up.
 
-    For inference: there is no gradient. A row is the product rounded to the dtype of the scales,
-    which is what `decompress()` (and `pyprune decompress`) has in its place, off by at most half of
-    the row's scale and that rounding.
+    For inference: there is no gradient.
 
     Args:
         num_embeddings, embedding_dim: rows (entries of the vocabulary) and columns.
+        format: "dense" for int8 rows, each with a scale: a row is the product rounded to the dtype
+            of the scales, which is what `decompress()` (and `pyprune decompress`) has in its place,
+            off by at most half of the row's scale and that rounding. "coded": exactly the bf16
+            rows.
         scale: what every row is multiplied with, or None.
-        dtype, device, tied_to: as for `StoredWeight`.
+        nnz, dtype, device, tied_to: as for `StoredWeight`.
     """
 
     def __init__(
         self,
         num_embeddings: int,
         embedding_dim: int,
+        format: str,
         *,
         scale: float | None = None,
+        nnz: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         tied_to: StoredWeight | None = None,
     ) -> None:
         super().__init__(
-            num_embeddings, embedding_dim, DENSE_INT8,
-            int8=True, dtype=dtype, device=device, tied_to=tied_to,
+            num_embeddings, embedding_dim, format,
+            int8=format == DENSE_INT8, nnz=nnz, dtype=dtype, device=device, tied_to=tied_to,
         )  # fmt: skip
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.scale = scale
 
     def forward(self, ids: Tensor) -> Tensor:
         """`[...]` integers to `[..., embedding_dim]`."""
-        values, scales = self._weight
         flat = ids.reshape(-1)
-        rows = dequantize_rows(values[flat], scales[flat]).view(*ids.shape, self.embedding_dim)
+        if self.format == CODED:
+            rows = unpack_coded(*self._weight, rows=flat.long()).to(self.dtype)
+        else:
+            values, scales = self._weight
+            rows = dequantize_rows(values[flat], scales[flat])
+        rows = rows.view(*ids.shape, self.embedding_dim)
         if self.scale is not None:
             rows = rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
         return rows
@@ -79,7 +88,9 @@ class Int8Embedding(StoredWeight):
         return dense.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"{self.num_embeddings}, {self.embedding_dim}, scale={self.scale}"
+        return (
+            f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}, scale={self.scale}"
+        )
 
 
 class _ScaledEmbedding(nn.Embedding):

@@ -1,4 +1,4 @@
-"""The compressed checkpoint format, versions 1 to 4; `docs/format.md` describes it.
+"""The compressed checkpoint format, versions 1 to 5; `docs/format.md` describes it.
 
 Here are the rules: what config.json says of a compressed checkpoint, which tensors a compressed
 weight consists of, and what must hold of them before they are used.
@@ -17,23 +17,27 @@ from torch import Tensor
 
 from pyprune.checkpoint.shards import TensorEntry
 from pyprune.errors import UserError
+from pyprune.ops.coded import count_escapes, pack_coded
 from pyprune.ops.pack import pack_24, pack_bitmap
 from pyprune.ops.sparse_int8 import dequantize_rows, quantize_rows, row_blocks
 from pyprune.sparse import factored
 from pyprune.sparse import weight as weights
 from pyprune.sparse.linear import WORTHWHILE
-from pyprune.sparse.weight import DENSE_INT8, FORMATS
+from pyprune.sparse.weight import CODED, DENSE_INT8, FORMATS
 
 METHOD = "pyprune"
 # What a checkpoint says is the least that describes it: older releases read all that they can.
-VERSIONS = (1, 2, 3, 4)
+VERSIONS = (1, 2, 3, 4, 5)
 WEIGHT = ".weight"
 PARTS = {
     "sparse24": ("values", "metadata"),
     "bitmap": ("values", "bitmap", "row_offsets"),
     DENSE_INT8: ("values",),
     "factored": ("up.weight", "down.weight"),
+    CODED: ("low", "codes", "bases", "escapes", "row_offsets"),
 }
+# The part whose length is known from the data alone.
+COUNTED = {"bitmap": "values", CODED: "escapes"}
 FACTORED = "factored"  # a product of two thin matrices
 INT8 = "int8"
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -61,6 +65,8 @@ class LayerFormat:
 
     @property
     def version(self) -> int:
+        if self.format == CODED:
+            return 5
         if self.format == FACTORED:
             return 4
         if self.format == DENSE_INT8:
@@ -78,11 +84,24 @@ class LayerFormat:
 
     @property
     def main(self) -> str:
-        """The part that has the dtype of the values."""
+        """The part that has the dtype of the values, where one has it."""
         return self.parts[0]
 
+    def dense_dtype(self, found: Mapping[str, TensorEntry]) -> torch.dtype:
+        """The dtype of the dense tensor, by its parts."""
+        if self.format == CODED:
+            return torch.bfloat16
+        return found["scales" if self.int8 else self.main].dtype
+
+    def count(self, found: Mapping[str, TensorEntry]) -> int:
+        """The elements of the part in COUNTED; -1 if it has not one dimension, or there is none."""
+        part = COUNTED.get(self.format)
+        shape = found[part].shape if part else ()
+        return shape[0] if len(shape) == 1 else -1
+
     def part_shapes(self, nnz: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of the weight; `nnz` counts for a bitmap only."""
+        """The shape of every tensor of the weight; `nnz` counts for a bitmap's values and a coded
+        weight's escapes."""
         rows, cols = self.shape
         shapes: dict[str, tuple[int, ...]]
         if self.format == "sparse24":
@@ -91,6 +110,9 @@ class LayerFormat:
             shapes = {"values": (rows, cols)}
         elif self.format == FACTORED:
             shapes = {"up.weight": (rows, self.rank), "down.weight": (self.rank, cols)}
+        elif self.format == CODED:
+            shapes = {"low": (rows, cols), "codes": (rows, 3 * -(-cols // 8)), "bases": (rows,)}
+            shapes |= {"escapes": (nnz,), "row_offsets": (rows + 1,)}
         else:
             bitmap = (rows, -(-cols // 8))
             shapes = {"values": (nnz,), "bitmap": bitmap, "row_offsets": (rows + 1,)}
@@ -118,7 +140,10 @@ class LayerFormat:
         return fields
 
 
-PART_DTYPES = {"metadata": torch.uint8, "bitmap": torch.uint8, "row_offsets": torch.int64}
+PART_DTYPES = {
+    **dict.fromkeys(("metadata", "bitmap", "low", "codes", "bases", "escapes"), torch.uint8),
+    "row_offsets": torch.int64,
+}
 
 
 def quantization_config(layers: Mapping[str, LayerFormat]) -> dict[str, Any]:
@@ -179,7 +204,7 @@ def _layer(value: Any, where: str) -> LayerFormat:
     if type(rank) is not int or (rank > 0) != (kind == FACTORED) or rank < 0:
         wanted = "a positive integer" if kind == FACTORED else f"none with format {kind}"
         raise UserError(f"{where}: rank: expected {wanted}, got {value.get('rank')!r}")
-    if kind == FACTORED and (values is not None or transposed):
+    if kind in (FACTORED, CODED) and (values is not None or transposed):
         raise UserError(f"{where}: {kind}: expected neither values nor transposed")
     return LayerFormat(kind, (rows, cols), values == INT8, transposed, rank)
 
@@ -199,8 +224,7 @@ def check_entries(
         parts[part] = entries[tensor]
     if name + WEIGHT in entries:
         raise UserError(f"{entries[name + WEIGHT].file}: tensor {name}{WEIGHT} is there twice")
-    values = parts[layer.main]
-    shapes = layer.part_shapes(values.shape[0] if len(values.shape) == 1 else -1)
+    counted, shapes = COUNTED.get(layer.format), layer.part_shapes(layer.count(parts))
     for part, entry in parts.items():
         wanted = dict.fromkeys(layer.part_dtype(part, dtype) for dtype in VALUE_DTYPES)
         if entry.dtype not in wanted:
@@ -208,15 +232,15 @@ def check_entries(
             raise UserError(
                 f"{entry.file}: tensor {name}.{part}: expected {expected}, got {entry.dtype}"
             )
-        if entry.shape != shapes[part] and not (part == "values" and shapes[part] == (-1,)):
-            raise UserError(
-                f"{entry.file}: tensor {name}.{part}: expected shape {list(shapes[part])}, "
-                f"got {list(entry.shape)}"
-            )
-        if part == "values" and shapes[part] == (-1,):
+        if part == counted and shapes[part] == (-1,):
             raise UserError(
                 f"{entry.file}: tensor {name}.{part}: expected one dimension, "
                 f"got shape {list(entry.shape)}"
+            )
+        if entry.shape != shapes[part]:
+            raise UserError(
+                f"{entry.file}: tensor {name}.{part}: expected shape {list(shapes[part])}, "
+                f"got {list(entry.shape)}"
             )
     return parts
 
@@ -249,7 +273,8 @@ def pack(dense: Tensor, layer: LayerFormat) -> dict[str, Tensor]:
     """The tensors of a dense one (`layer.dense_shape`) by part.
 
     Every element whose bits are not all zero is kept (negative zeros too), so that `unpack`
-    restores it bit for bit; with int8 values every element that does not round to zero.
+    restores it bit for bit; with int8 values every element that does not round to zero. "coded"
+    takes bf16 alone.
 
     Raises UserError if more than two of four are to be kept in "sparse24", or for int8 values if a
     weight is not finite.
@@ -259,6 +284,8 @@ def pack(dense: Tensor, layer: LayerFormat) -> dict[str, Tensor]:
         raise UserError("sparse24: expected 8n columns and at most 2 non-zero of every 4")
     if layer.int8:
         packed = weights.pack(weight, layer.format, True)
+    elif layer.format == CODED:
+        packed = pack_coded(weight)
     else:
         packed = pack_24(weight) if layer.format == "sparse24" else pack_bitmap(weight)
     return dict(zip(layer.parts, packed, strict=True))
@@ -279,6 +306,16 @@ def quantization_error(dense: Tensor, layer: LayerFormat) -> tuple[int, float]:
         squares += torch.stack([wide.square().sum(), off.square().sum()])
     norm, lost = squares.sqrt().tolist()
     return int(q.count_nonzero()), lost / norm if norm else 0.0
+
+
+def coded_escapes(weight: Tensor) -> int | None:
+    """How many escapes a bf16 `weight [R, C]` has in "coded"; None if it does not save a tenth of
+    its bytes."""
+    if not weight.numel():
+        return None
+    escapes, layer = count_escapes(weight), LayerFormat(CODED, (weight.shape[0], weight.shape[1]))
+    worthwhile = (1 - WORTHWHILE) * weight.nbytes
+    return escapes if layer.nbytes(escapes, weight.dtype) <= worthwhile else None
 
 
 def _count(weight: Tensor) -> tuple[int, bool]:

@@ -11,7 +11,7 @@ from pyprune import ops
 from pyprune.errors import LayerError, UserError
 from pyprune.ops import _registry
 from pyprune.sparse.direct import Prepared, PreparesWeight, can_prepare, is_alone, is_plain
-from pyprune.sparse.weight import DENSE_INT8, FORMATS, StoredWeight, autocast, pack
+from pyprune.sparse.weight import CODED, DENSE_INT8, FORMATS, StoredWeight, autocast, pack
 
 # Compressing a layer must save at least this share of its bytes to be worth a format of its own.
 WORTHWHILE = 0.1
@@ -59,6 +59,7 @@ _OP: dict[tuple[str, bool], str] = {
     ("bitmap", False): "linear_bitmap",
     ("bitmap", True): "linear_bitmap_int8",
     (DENSE_INT8, True): "linear_int8",
+    (CODED, False): "linear_coded",
 }
 
 
@@ -69,7 +70,8 @@ class SparseLinear(PreparesWeight, StoredWeight):
     through it to x, and to the bias if that is asked to have one; there is none with respect to the
     weights: they are buffers. Within `torch.autocast` x and the result have its dtype, as with
     `nn.Linear`. `decompress()` returns the dense weight, equal to the original but for negative
-    zeros, which become +0, and for int8 values, which are off by up to half of their row's scale.
+    zeros, which become +0, and for int8 values, which are off by up to half of their row's scale;
+    "coded" keeps every bit.
 
     Args:
         in_features, out_features: C and R.
@@ -107,8 +109,8 @@ class SparseLinear(PreparesWeight, StoredWeight):
 
     @classmethod
     def from_dense(cls, linear: nn.Module, format: str, int8: bool = False) -> SparseLinear:
-        """`linear` (see `weight_of`) with its zeros left out. Raises UserError if it is no linear
-        layer, or its weight does not fit or is not finite (int8)."""
+        """`linear` (see `weight_of`) with its zeros left out, or its exponents coded. Raises
+        UserError if it is no linear layer, or its weight does not fit or is not finite (int8)."""
         weight = weight_of(linear)
         if weight is None:
             raise UserError(f"expected a linear layer, got {type(linear).__name__}")
@@ -116,6 +118,8 @@ class SparseLinear(PreparesWeight, StoredWeight):
             raise UserError(
                 "sparse24: expected a multiple of 8 inputs and at most 2 non-zero of every 4"
             )
+        if format == CODED and weight.dtype is not torch.bfloat16:
+            raise UserError(f"coded: expected bfloat16 weights, got {weight.dtype}")
         rows, cols = weight.shape
         bias: Tensor | None = linear.bias  # type: ignore[assignment]
         new = cls(
@@ -182,11 +186,12 @@ class SparseLinear(PreparesWeight, StoredWeight):
 
     def extra_repr(self) -> str:
         values = self._values
+        dtype = torch.bfloat16 if self.format == CODED else values.dtype
         density = values.numel() / max(1, self.in_features * self.out_features)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}, density={density:.3f}, "
-            f"dtype={str(values.dtype).removeprefix('torch.')}"
+            f"dtype={str(dtype).removeprefix('torch.')}"
         )
 
 

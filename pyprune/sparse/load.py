@@ -24,7 +24,7 @@ def load(
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
     """The causal language model in `source`, for inference; compressed layers are `SparseLinear`,
-    thin factors `FactoredLinear`, embeddings with int8 rows `Int8Embedding`.
+    thin factors `FactoredLinear`, embeddings with int8 or coded rows `StoredEmbedding`.
 
     Args:
         source: a directory or hub id, compressed by `pyprune compress` or dense.

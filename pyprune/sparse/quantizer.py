@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pyprune.sparse.weight import StoredWeight
 
 METHOD = "pyprune"
-DENSE = "dense"  # the format of embeddings and heads with int8 rows
+EMBEDDINGS = ("dense", "coded")  # formats that an embedding may have: int8 rows, coded ones
 
 
 class PyPruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -41,7 +41,7 @@ class PyPruneConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Puts empty `SparseLinear` and `FactoredLinear` layers and `Int8Embedding`s into the model
+    """Puts empty `SparseLinear` and `FactoredLinear` layers and `StoredEmbedding`s into the model
     before its weights are read, so that these go straight to their layers, and checks them
     afterwards."""
 
@@ -117,7 +117,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
 
         path, old = self._find(model, name) or ("", None)
         layer, weight = self._layers[name], None if old is None else weight_of(old)
-        if isinstance(old, nn.Embedding) and layer.format == DENSE:
+        if isinstance(old, nn.Embedding) and layer.format in EMBEDDINGS:
             weight = old.weight
         fits = weight is not None and tuple(weight.shape) == layer.shape
         if old is None or not fits or stored_transposed(old) != layer.transposed:
@@ -130,12 +130,12 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         self._placed[name] = path
 
     def _tie(self, model: Any) -> None:
-        """Modules that are tied to one of int8 rows read their weight from it, and transformers
+        """Modules that are tied to one of stored rows read their weight from it, and transformers
         is not to tie parameters that they do not have."""
         owners = {
             f"{path}.weight": name
             for name, path in self._placed.items()
-            if self._layers[name].format == DENSE
+            if self._layers[name].format in EMBEDDINGS
         }
         if not owners:
             return
@@ -194,7 +194,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _empty(self, name: str, old: nn.Module, tied_to: StoredWeight | None = None) -> nn.Module:
         """What stands for `old`, a linear layer or embedding, with the weight of layer `name`."""
-        from pyprune.sparse.embedding import Int8Embedding, embedding_scale
+        from pyprune.sparse.embedding import StoredEmbedding, embedding_scale
         from pyprune.sparse.linear import weight_of
 
         dtype = cast(Tensor, old.weight).dtype
@@ -203,10 +203,14 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         try:
             scale = embedding_scale(old)
         except UserError as error:
-            file = self._parts[name]["values"].file
-            raise UserError(f"{file}: tensor {name}.values: {error}") from error
-        rows, cols = self._layers[name].shape
-        return Int8Embedding(rows, cols, scale=scale, dtype=dtype, device="meta", tied_to=tied_to)
+            part = self._layers[name].main
+            file = self._parts[name][part].file
+            raise UserError(f"{file}: tensor {name}.{part}: {error}") from error
+        layer = self._layers[name]
+        return StoredEmbedding(
+            *layer.shape, layer.format, scale=scale, nnz=max(0, layer.count(self._parts[name])),
+            dtype=dtype, device="meta", tied_to=tied_to,
+        )  # fmt: skip
 
     def _empty_linear(
         self, name: str, dtype: torch.dtype, bias: bool, tied_to: StoredWeight | None = None
@@ -219,7 +223,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         rows, cols = layer.shape
         if layer.format == FACTORED:
             return FactoredLinear(cols, rows, layer.rank, bias=bias, dtype=dtype, device="meta")
-        nnz = self._parts[name]["values"].shape[0]
+        nnz = max(0, layer.count(self._parts[name]))
         return SparseLinear(
             cols, rows, layer.format,
             int8=layer.int8, bias=bias, nnz=nnz, dtype=dtype, device="meta", tied_to=tied_to,

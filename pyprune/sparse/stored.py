@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pyprune.checkpoint import Checkpoint, TensorEntry, read_tensor
@@ -83,8 +84,8 @@ class StoredCheckpoint:
             parts[name + formats.WEIGHT] = found
             for part in found:
                 del dense[f"{name}.{part}"]
-            typed = found["scales" if layer.int8 else layer.main]
-            dense[name + formats.WEIGHT] = _dense_entry(typed, layer.dense_shape)
+            first = replace(found[layer.main], dtype=layer.dense_dtype(found))
+            dense[name + formats.WEIGHT] = _dense_entry(first, layer.dense_shape)
         return cls(path, raw, formats.METHOD, stored, dense, layers, parts)
 
     @classmethod
@@ -103,6 +104,25 @@ class StoredCheckpoint:
             shape = legacy.shape_of(stem, found, read_tensor)
             dense[name] = _dense_entry(first, shape)
         return cls(path, raw, kind, stored, dense, {}, parts)
+
+    def rounded(self, dtype: torch.dtype) -> StoredCheckpoint:
+        """The same, dense, checkpoint with the tensors of its main dtype in another: `read` rounds
+        them, and config.json says so. Raises UserError for a compressed one."""
+        if self.kind != DENSE:
+            raise UserError(
+                f"{self.path}: expected a dense checkpoint to be rounded to "
+                f"{str(dtype).removeprefix('torch.')}, it is stored as {self.kind}"
+            )
+        main, entries = main_dtype(self.path, self.entries), dict(self.entries)
+        for name, entry in self.entries.items():
+            if entry.dtype == main:
+                nbytes = entry.nbytes // main.itemsize * dtype.itemsize
+                entries[name] = replace(entry, dtype=dtype, nbytes=nbytes)
+        raw = deepcopy(self.raw)
+        for fields in (raw, *(f for f in raw.values() if isinstance(f, dict))):
+            for key in {"dtype", "torch_dtype"} & fields.keys():
+                fields[key] = str(dtype).removeprefix("torch.")
+        return replace(self, raw=raw, entries=entries)
 
     @property
     def dense_raw(self) -> dict[str, Any]:
@@ -149,7 +169,7 @@ class StoredCheckpoint:
         tensor, if its metadata does not describe a weight of its shape."""
         parts = self.parts.get(name)
         if parts is None:
-            return read_tensor(self.stored[name])
+            return read_tensor(self.stored[name]).to(self.entries[name].dtype)
         if self.kind != formats.METHOD:
             stem = legacy.stem_of(name, self.stored)
             return legacy.unpack_legacy(stem, parts, read_tensor)

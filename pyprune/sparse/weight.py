@@ -5,6 +5,7 @@ format     | buffers (layouts in `pyprune.ops.pack`)
 sparse24   | values `[R, C/2]`, metadata uint8 `[R, C/8]`
 bitmap     | values `[nnz]`, bitmap uint8 `[R, ceil(C/8)]`, row_offsets int64 `[R + 1]`
 dense      | values `[R, C]`; int8 only
+coded      | low, codes, bases, escapes, row_offsets: see `pyprune.ops.coded`; bf16 only
 
 Values are floating point numbers, or int8 with one more buffer, scales `[R]`, that each row's
 values are multiplied with (`pyprune.ops.sparse_int8`).
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.errors import UserError
+from pyprune.ops.coded import pack_coded, unpack_coded, validate_coded
 from pyprune.ops.pack import (
     pack_24,
     pack_bitmap,
@@ -41,6 +43,8 @@ Format = Literal["sparse24", "bitmap"]
 FORMATS: tuple[str, ...] = get_args(Format)
 # Every element stored, as int8: for what has no zeros to leave out, embeddings and heads.
 DENSE_INT8 = "dense"
+# Every element stored, without loss: bf16 with coded exponents, for the same matrices.
+CODED = "coded"
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -65,10 +69,13 @@ class StoredWeight(nn.Module):
 
     Args:
         rows, cols: R and C.
-        format: "sparse24" (C a multiple of 8), "bitmap", or with int8 "dense".
+        format: "sparse24" (C a multiple of 8), "bitmap", with int8 "dense", without it "coded".
         int8: whether values are int8 with a scale a row.
-        nnz: stored values of a bitmap; `load_state_dict` adopts the number it finds.
-        dtype, device: as for `nn.Linear`; dtype is that of the values (with int8 of the scales).
+        nnz: stored values of a bitmap, escapes of a coded weight; `load_state_dict` adopts the
+            number it finds.
+        dtype, device: as for `nn.Linear`; dtype is that of the values (with int8 of the scales). A
+            coded weight stays bf16: dtype, which `.to()` changes as it would a weight's, is what
+            it is unpacked to.
         tied_to: the module that holds the weight, of the same shape and format: tied weights are
             one storage wherever they are moved or cast to. None: this one.
 
@@ -81,6 +88,10 @@ class StoredWeight(nn.Module):
     bitmap: Tensor
     row_offsets: Tensor
     scales: Tensor
+    low: Tensor
+    codes: Tensor
+    bases: Tensor
+    escapes: Tensor
 
     def __init__(
         self,
@@ -95,11 +106,12 @@ class StoredWeight(nn.Module):
         tied_to: StoredWeight | None = None,
     ) -> None:
         super().__init__()
-        if format not in FORMATS and not (format == DENSE_INT8 and int8):
+        if format not in FORMATS and (format, int8) not in ((DENSE_INT8, True), (CODED, False)):
             raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
         if format == "sparse24" and cols % 8:
             raise UserError(f"sparse24: expected a multiple of 8 inputs, got {cols}")
         self.rows, self.cols, self.format, self.int8 = rows, cols, format, int8
+        self._dtype = torch.get_default_dtype() if dtype is None else dtype
         # In a tuple, a module is no submodule: its buffers are not this one's too.
         self._owner = () if tied_to is None else (tied_to,)
         empty: dict[str, Tensor] = {}
@@ -114,6 +126,14 @@ class StoredWeight(nn.Module):
         elif format == "bitmap":
             empty["values"] = torch.empty(nnz, dtype=value_dtype, device=device)
             empty["bitmap"] = torch.empty(rows, -(-cols // 8), dtype=torch.uint8, device=device)
+            empty["row_offsets"] = torch.empty(rows + 1, dtype=torch.int64, device=device)
+        elif format == CODED:
+            wide = 3 * -(-cols // 8)
+            for name, shape in (
+                ("low", (rows, cols)), ("codes", (rows, wide)), ("bases", (rows,)),
+                ("escapes", (nnz,)),
+            ):  # fmt: skip
+                empty[name] = torch.empty(shape, dtype=torch.uint8, device=device)
             empty["row_offsets"] = torch.empty(rows + 1, dtype=torch.int64, device=device)
         else:
             empty["values"] = torch.empty(rows, cols, dtype=value_dtype, device=device)
@@ -136,11 +156,25 @@ class StoredWeight(nn.Module):
     @property
     def _values(self) -> Tensor:
         owner = self._owner[0] if self._owner else self
-        return owner._buffers["values"]  # type: ignore[return-value]
+        return owner._buffers[owner.weight_buffers[0]]  # type: ignore[return-value]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weight stands for: the dtype of the values, or scales."""
+        owner = self._owner[0] if self._owner else self
+        if owner.format == CODED:
+            return owner._dtype
+        return owner.scales.dtype if owner.int8 else owner.values.dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredWeight:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # Bytes are not cast: what a weight in their place would become says the dtype.
+        self._dtype = fn(torch.empty(0, dtype=self._dtype)).dtype
+        return self
 
     def decompress(self) -> Tensor:
-        """The dense weight `[R, C]` in the dtype of the values (or scales)."""
-        return unpack(self.format, self.int8, self._weight, self.cols)
+        """The dense weight `[R, C]` in `dtype`."""
+        return unpack(self.format, self.int8, self._weight, self.cols).to(self.dtype)
 
     def validate(self) -> None:
         """Raises ValueError unless the metadata describes a weight of this module's shape. Called
@@ -175,16 +209,16 @@ class StoredWeight(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        stored = state_dict.get(prefix + "values")
-        adopts = self.format == "bitmap" and not self._owner
-        if adopts and isinstance(stored, Tensor) and stored.dim() == 1:
-            self.values = self.values.new_empty(stored.shape)
+        counted = {"bitmap": "values", CODED: "escapes"}.get(self.format)
+        stored = state_dict.get(f"{prefix}{counted}")
+        if counted and not self._owner and isinstance(stored, Tensor) and stored.dim() == 1:
+            self.register_buffer(counted, self.get_buffer(counted).new_empty(stored.shape))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if error_msgs or any(key.startswith(prefix) for key in missing_keys):
             return
-        if self._owner or self.values.is_meta:
+        if self._owner or self._values.is_meta:
             return
         try:
             self.validate()
@@ -194,10 +228,13 @@ class StoredWeight(nn.Module):
 
 def pack(weight: Tensor, format: str, int8: bool) -> tuple[Tensor, ...]:
     """The weight buffers of `weight [R, C]` without its zeros, in `SparseLinear`'s order. Rounded
-    to int8, small weights may become zero too. ("dense" keeps zeros, and takes int8 only.)
+    to int8, small weights may become zero too. ("dense" keeps zeros, and takes int8 only; "coded"
+    keeps every bit, and takes bf16 only.)
 
     Raises UserError for an infinity or a NaN with int8; the format is taken to fit.
     """
+    if format == CODED:
+        return pack_coded(weight)
     make = pack_24 if format == "sparse24" else pack_bitmap
     if not int8:
         return make(weight, weight != 0)
@@ -217,6 +254,7 @@ _UNPACK: dict[tuple[str, bool], Callable[..., Tensor]] = {
     ("bitmap", False): unpack_bitmap,
     ("bitmap", True): unpack_bitmap_int8,
     (DENSE_INT8, True): unpack_int8,
+    (CODED, False): unpack_coded,
 }
 _VALIDATE: dict[tuple[str, bool], Callable[..., None]] = {
     ("sparse24", False): validate_24,
@@ -224,6 +262,7 @@ _VALIDATE: dict[tuple[str, bool], Callable[..., None]] = {
     ("bitmap", False): validate_bitmap,
     ("bitmap", True): validate_bitmap_int8,
     (DENSE_INT8, True): validate_int8,
+    (CODED, False): validate_coded,
 }
 
 

@@ -60,6 +60,12 @@ for shape in ((3, 72), (5, 136), (18, 1096), (1, 1), (1, 7), (2, 63), (5, 65), (
                 got.append(ops.linear_bitmap(x, *map(guarded, pack_bitmap(w, mask))))
                 if eights:
                     got.append(ops.linear_24(x, *map(guarded, pack_24(w, mask))))
+                if dtype == torch.bfloat16:
+                    coded = tuple(map(guarded, ops.pack_coded(w * mask)))
+                    got.append(ops.linear_coded(x, *coded))
+                    last = torch.tensor([shape[0] - 1])
+                    assert torch.equal(ops.unpack_coded(*coded, rows=guarded(last))[0],
+                                       (w * mask)[-1])
                 for y in got:
                     torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-1)
                 want = x.double() @ (q * mask).double().T / 64

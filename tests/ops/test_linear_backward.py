@@ -12,8 +12,8 @@ from pyprune import ops
 from pyprune.sparse import SparseLinear
 from pyprune.sparse.dense import use_own_kernels
 
-FORMATS = ["linear_24", "linear_bitmap", "linear_24_int8", "linear_bitmap_int8", "linear_int8",
-           "linear_dense"]  # fmt: skip
+TRAINED = ["linear_24", "linear_bitmap", "linear_24_int8", "linear_bitmap_int8", "linear_int8"]
+FORMATS = [*TRAINED, "linear_coded", "linear_dense"]
 # (x, values or scales): the rounding of the gradient is that of x's dtype.
 DTYPES = [
     (torch.float32, torch.float32, 1e-5),
@@ -30,6 +30,8 @@ def weight(op, dtype, shape=(5, 24), seed=0):
     w = torch.randn(shape, generator=gen).to(dtype)
     if op == "linear_dense":
         return (w,), w.double()
+    if op == "linear_coded":
+        return ops.pack_coded(w.bfloat16()), w.bfloat16().double()
     scales = torch.rand(shape[0], generator=gen).to(dtype)
     if op.endswith("int8"):
         w = torch.randint(-127, 128, shape, generator=gen).to(torch.int8)
@@ -63,7 +65,7 @@ def test_gradients_are_those_of_the_dense_product(op, x_dtype, dtype, tolerance)
     )
 
 
-@pytest.mark.parametrize("op", FORMATS[:-1])
+@pytest.mark.parametrize("op", TRAINED)  # bytes alone cannot ask for a gradient
 def test_nobody_trains_a_stored_weight(op):
     tensors, _ = weight(op, torch.float32)
     trained = tensors[-1 if op.endswith("int8") else 0].clone().requires_grad_()

@@ -37,6 +37,7 @@ def compressed(layout, device):
         "linear_24_int8": lambda: (*int8_of(ops.pack_24, numbers), scales),
         "linear_bitmap_int8": lambda: (*int8_of(ops.pack_bitmap, numbers), scales),
         "linear_int8": lambda: (numbers, scales),
+        "linear_coded": lambda: ops.pack_coded(w.bfloat16()),
     }[layout]()
     return random(3, COLS).to(device), *packed
 
@@ -124,6 +125,7 @@ CALLS = {
     "linear_24_int8": products("linear_24_int8"),
     "linear_bitmap_int8": products("linear_bitmap_int8"),
     "linear_int8": products("linear_int8"),
+    "linear_coded": products("linear_coded"),
 }
 # Kernels for sizes, dtypes or patterns of their own: tested where they are.
 ELSEWHERE = {("linear_24", "cuda"), ("linear_bitmap", "cuda")}
