@@ -45,6 +45,12 @@ def _reconstruct(R: int, C: int, K: int) -> tuple:
     return (*values, ones(C), *rows, steps, 0.5, 1e-3, 3, 1)
 
 
+def _coded(R: int, C: int) -> tuple[torch.Tensor, ...]:
+    codes = torch.zeros(R, 3 * ((C + 7) // 8), dtype=BYTE)
+    low, bases = ones(R, C, dtype=BYTE), ones(R, dtype=BYTE)
+    return low, codes, bases, ones(0, dtype=BYTE), torch.zeros(R + 1, dtype=INT)
+
+
 def _bitmap(R: int, C: int) -> tuple:
     bits = torch.full((R, (C + 7) // 8), 255, dtype=BYTE)
     return bits, torch.arange(R + 1) * C
@@ -143,6 +149,14 @@ CALLS: dict[str, tuple[dict[str, int], Callable[..., tuple]]] = {
         {"M": 2, "R": 3, "C": 16},
         lambda M, R, C: (ones(M, R), ones(M, C), ones(R * C, dtype=torch.int8),
                          *_bitmap(R, C), ones(R), ones(R), 1),
+    ),
+    "linear_coded": (
+        {"M": 2, "R": 3, "C": 16},
+        lambda M, R, C: (ones(M, R), ones(M, C), *_coded(R, C), ones(R), 1),
+    ),
+    "unpack_coded": (
+        {"R": 3, "C": 16},
+        lambda R, C: (ones(R, C, dtype=torch.bfloat16), None, *_coded(R, C), 1),
     ),
     "kept_bytes": ({"n": 8}, lambda n: (n, 1)),
 }  # fmt: skip

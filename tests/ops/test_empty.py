@@ -19,6 +19,8 @@ FUNCTIONS = {name for name in dir(_C) if not name.startswith("_") and callable(g
 CUDA = sorted(name for name in FUNCTIONS if name.endswith("_cuda"))
 # Sizes that a call cannot have, and how it says so.
 REFUSED = {
+    "linear_coded": ({"C"}, "refused: low: expected two dimensions and a column"),
+    "unpack_coded": ({"C"}, "refused: low: expected two dimensions and a column"),
     "linear_": ({"C"}, "refused: x: expected at least one column"),
     "obs_greedy": ({"C"}, "refused: order: expected at most as many steps as weights"),
     "kept_bytes": ({"n"}, "refused: bytes: expected at least 1"),
