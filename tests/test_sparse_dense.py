@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import pyprune
-from pyprune import _native
 from pyprune.sparse.convert import compress_checkpoint
 from pyprune.sparse.dense import OWN_ROWS, DenseLinear, use_own_kernels
+from pyprune.sparse.direct import Prepared
 
 
 def layer(bias=True, dtype=torch.bfloat16):
@@ -21,13 +21,13 @@ def layer(bias=True, dtype=torch.bfloat16):
 @pytest.fixture
 def native_calls(monkeypatch):
     calls = []
-    own = _native.call
+    own = Prepared.product
 
-    def call(name, *args):
-        calls.append(name)
-        return own(name, *args)
+    def product(ready, x):
+        calls.append(ready.op)
+        return own(ready, x)
 
-    monkeypatch.setattr(_native, "call", call)
+    monkeypatch.setattr(Prepared, "product", product)
     return calls
 
 

@@ -17,6 +17,7 @@ from pyprune import cli
 from pyprune.errors import UserError
 from pyprune.sparse import SparseLinear, compress_model
 from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
+from pyprune.sparse.direct import is_plain
 
 LAYER = "model.layers.0.mlp.up_proj"
 FORMATS = ["sparse24", "bitmap"]
@@ -46,12 +47,12 @@ def test_layer_is_near_the_dense_one(format, dtype, monkeypatch):
     assert bool((weight[linear.weight == 0] == 0).all())
     for shape in ((40,), (1, 40), (2, 3, 40), (0, 40)):
         x = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
-        assert sparse._direct(x)
+        assert is_plain(x)
         direct = sparse(x)
         want = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
         torch.testing.assert_close(direct.double(), want, rtol=0.02, atol=0.1)
         monkeypatch.setenv("PYPRUNE_BACKEND", "native")
-        assert not sparse._direct(x) and torch.equal(sparse(x), direct)
+        assert not is_plain(x) and torch.equal(sparse(x), direct)
         monkeypatch.delenv("PYPRUNE_BACKEND")
     assert "dtype=int8" in repr(sparse)
     # 5 bits a weight and a scale a row, to at most 9 with the offsets of these short rows.

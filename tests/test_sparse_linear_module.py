@@ -9,6 +9,7 @@ from torch import nn
 from pyprune.errors import LayerError, UserError
 from pyprune.sparse import SparseLinear, compress_model, compressed_bytes
 from pyprune.sparse.dense import DenseLinear, use_own_kernels
+from pyprune.sparse.direct import is_plain
 
 
 def pruned(rows=24, cols=40, dtype=torch.bfloat16, pattern="24", density=0.5, bias=True, seed=0):
@@ -55,10 +56,10 @@ def test_stands_for_the_dense_layer(format, pattern, dtype, bias):
 def test_direct_call_and_op_agree(format, pattern, monkeypatch):
     sparse = SparseLinear.from_dense(pruned(pattern=pattern), format)
     x = tokens(3, 7, 40)
-    assert sparse._direct(x)
+    assert is_plain(x)
     direct = sparse(x)
     monkeypatch.setenv("PYPRUNE_BACKEND", "native")
-    assert not sparse._direct(x)
+    assert not is_plain(x)
     assert torch.equal(sparse(x), direct)
     strided = tokens(40, 7).T
     monkeypatch.delenv("PYPRUNE_BACKEND")
@@ -74,15 +75,15 @@ def test_direct_call_and_op_agree_on_a_gpu(format, pattern, dtype, int8):
     sparse = SparseLinear.from_dense(dense, format, int8).cuda()
     for rows in (1, 16, 70):
         x = tokens(rows, 128, dtype=dtype).cuda()
-        assert sparse._direct(x) and not sparse._direct(x.clone().requires_grad_())
-        assert not sparse._direct(x.cpu())
+        direct = sparse._direct_on_cuda
+        assert direct(x) and not direct(x.clone().requires_grad_()) and not direct(x.cpu())
         assert torch.equal(sparse(x), sparse(x.clone().requires_grad_()))
 
 
 def test_activations_of_other_kinds_take_the_op():
     sparse = SparseLinear.from_dense(pruned(), "sparse24")
     for x in (tokens(2, 40).double(), tokens(2, 40).half(), tokens(2, 40).to("meta")):
-        assert not sparse._direct(x)
+        assert not is_plain(x)
     assert sparse(tokens(2, 40).double()).dtype == torch.float64
 
 

@@ -100,13 +100,52 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }
 FAMILIES = tuple(CONFIGS)
+# Families that the generic code takes, for tests of what is special about their norms and heads.
+_GPTJ = {
+    "vocab_size": VOCAB,
+    "n_embd": HIDDEN,
+    "n_layer": BLOCKS,
+    "n_head": 4,
+    "rotary_dim": 4,
+    "n_positions": 128,
+    **_IDS,
+}
+MORE: dict[str, dict[str, Any]] = {
+    "gemma": {**_GATED, "head_dim": 16, "tie_word_embeddings": True},
+    "granite": {
+        **_GATED,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "logits_scaling": 2.0,
+        "tie_word_embeddings": True,
+    },
+    "glm": {**_GATED, "head_dim": 8, "tie_word_embeddings": False},
+    "phi3": {**_GATED, "tie_word_embeddings": False},
+    "smollm3": {**_GATED, "no_rope_layers": [1, 0], "tie_word_embeddings": True},
+    "cohere": {**_GATED, "use_qk_norm": True, "tie_word_embeddings": True},
+    "cohere2": {
+        **_GATED,
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "starcoder2": {**_GATED, "tie_word_embeddings": True},
+    "nemotron": {**_GATED, "head_dim": 8, "tie_word_embeddings": False},
+    "olmo": {**_GATED, "tie_word_embeddings": False},
+    "olmo2": {**_GATED, "tie_word_embeddings": False},
+    "stablelm": {**_GATED, "use_qkv_bias": True, "tie_word_embeddings": False},
+    "gptj": _GPTJ,
+    "codegen": _GPTJ,
+}
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """A random causal language model of `family` (a key of CONFIGS); `overrides` go to its
+    """A random causal language model of `family` (a key of CONFIGS or MORE); `overrides` go to its
     configuration, e.g. `num_hidden_layers=3` or `tie_word_embeddings=True`."""
-    config = AutoConfig.for_model(family, **{**CONFIGS[family], **overrides})
+    own = CONFIGS[family] if family in CONFIGS else MORE[family]
+    config = AutoConfig.for_model(family, **{**own, **overrides})
     model = AutoModelForCausalLM.from_config(config)
     gen = torch.Generator().manual_seed(seed)
     with torch.no_grad():

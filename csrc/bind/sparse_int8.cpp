@@ -1,6 +1,6 @@
 #include "cpu/sparse_int8.h"
 
-#include "bind/capsule.h"
+#include "bind/linear_op.h"
 
 namespace pyprune {
 namespace {
@@ -9,70 +9,57 @@ void require_bytes(const TensorView& t, DType dtype, std::initializer_list<int64
                    const char* name) {
   require_dtype(t, dtype, name);
   require_shape(t, shape, name);
-  require(t.contiguous(), std::string(name) + ": expected a contiguous tensor");
+  require_contiguous(t, name);
 }
 
-void multiply_int8(void (*kernel)(const SparseInt8Args&), SparseInt8Args a, OptionalCapsule& bias) {
-  SparseLinearArgs& l = a.linear;
-  TensorView b;
-  if (bias) {
-    b = view(*bias);
-    require_bytes(b, DType::f32, {l.rows}, "bias");
-    l.bias = &b;
-  }
-  require(l.x.stride[1] == 1 || l.x.shape[1] <= 1, "x: expected unit stride along the last");
-  require(l.x.dtype == DType::f32 || l.x.dtype == DType::bf16, "x: expected float32 or bfloat16");
-  require_bytes(l.y, l.x.dtype, {l.x.shape[0], l.rows}, "y");
+void finish(void (*kernel)(const SparseInt8Args&), const SparseInt8Args& a) {
+  const SparseLinearArgs& l = a.linear;
+  check_linear(l.y, l.x, l.rows, l.bias);
   require_dtype(l.values, DType::i8, "values");
-  require(l.values.contiguous(), "values: expected a contiguous tensor");
+  require_contiguous(l.values, "values");
   require_bytes(a.scales, DType::f32, {l.rows}, "scales");
   if (l.y.numel() == 0) return;
   require(l.cols > 0, "x: expected at least one column");
-  py::gil_scoped_release release;
   kernel(a);
+}
+
+void multiply_dense(const TensorView& y, const TensorView& x, const LinearWeight& w, int threads) {
+  const TensorView& values = w.parts[0];
+  require(x.ndim == 2 && values.ndim == 2 && values.shape[1] == x.shape[1],
+          "values: expected as many columns as x");
+  finish(linear_int8, {{WeightFormat::dense, y, x, values.shape[0], values.shape[1], values,
+                        nullptr, nullptr, w.bias, threads},
+                       w.parts[1]});
+}
+
+void multiply_24(const TensorView& y, const TensorView& x, const LinearWeight& w, int threads) {
+  const TensorView &values = w.parts[0], &meta = w.parts[1];
+  require(x.ndim == 2 && values.ndim == 2 && x.shape[1] % 8 == 0, "x: expected 8 n columns");
+  const int64_t rows = values.shape[0], cols = x.shape[1];
+  require_shape(values, {rows, cols / 2}, "values");
+  require_bytes(meta, DType::u8, {rows, cols / 8}, "meta");
+  finish(sparse_int8,
+         {{WeightFormat::sparse24, y, x, rows, cols, values, &meta, nullptr, w.bias, threads},
+          w.parts[2]});
+}
+
+void multiply_bitmap(const TensorView& y, const TensorView& x, const LinearWeight& w, int threads) {
+  const TensorView &values = w.parts[0], &bitmap = w.parts[1], &offsets = w.parts[2];
+  require(x.ndim == 2 && values.ndim == 1 && bitmap.ndim == 2, "expected x [M, C], values [nnz]");
+  const int64_t rows = bitmap.shape[0], cols = x.shape[1];
+  require_bytes(bitmap, DType::u8, {rows, (cols + 7) / 8}, "bitmap");
+  require_bytes(offsets, DType::i64, {rows + 1}, "row_offsets");
+  finish(sparse_int8,
+         {{WeightFormat::bitmap, y, x, rows, cols, values, &bitmap, &offsets, w.bias, threads},
+          w.parts[3]});
 }
 
 }  // namespace
 
 void bind_sparse_int8(py::module_& m) {
-  m.def("linear_int8", [](py::capsule y, py::capsule x, py::capsule values, py::capsule scales,
-                          OptionalCapsule bias, int threads) {
-    const TensorView vx = view(x), vv = view(values);
-    require(vx.ndim == 2 && vv.ndim == 2 && vv.shape[1] == vx.shape[1],
-            "values: expected as many columns as x");
-    multiply_int8(linear_int8,
-                  {{WeightFormat::dense, view(y), vx, vv.shape[0], vx.shape[1], vv, nullptr,
-                    nullptr, nullptr, threads},
-                   view(scales)},
-                  bias);
-  });
-  m.def("linear_24_int8", [](py::capsule y, py::capsule x, py::capsule values, py::capsule meta,
-                             py::capsule scales, OptionalCapsule bias, int threads) {
-    const TensorView vx = view(x), vv = view(values), vm = view(meta);
-    require(vx.ndim == 2 && vv.ndim == 2 && vx.shape[1] % 8 == 0, "x: expected 8 n columns");
-    const int64_t rows = vv.shape[0], cols = vx.shape[1];
-    require_shape(vv, {rows, cols / 2}, "values");
-    require_bytes(vm, DType::u8, {rows, cols / 8}, "meta");
-    multiply_int8(
-        sparse_int8,
-        {{WeightFormat::sparse24, view(y), vx, rows, cols, vv, &vm, nullptr, nullptr, threads},
-         view(scales)},
-        bias);
-  });
-  m.def("linear_bitmap_int8", [](py::capsule y, py::capsule x, py::capsule values,
-                                 py::capsule bitmap, py::capsule row_offsets, py::capsule scales,
-                                 OptionalCapsule bias, int threads) {
-    const TensorView vx = view(x), vv = view(values), vm = view(bitmap);
-    const TensorView vo = view(row_offsets);
-    require(vx.ndim == 2 && vv.ndim == 1 && vm.ndim == 2, "expected x [M, C], values [nnz]");
-    const int64_t rows = vm.shape[0], cols = vx.shape[1];
-    require_bytes(vm, DType::u8, {rows, (cols + 7) / 8}, "bitmap");
-    require_bytes(vo, DType::i64, {rows + 1}, "row_offsets");
-    multiply_int8(sparse_int8,
-                  {{WeightFormat::bitmap, view(y), vx, rows, cols, vv, &vm, &vo, nullptr, threads},
-                   view(scales)},
-                  bias);
-  });
+  bind_linear(m, {"linear_int8", 2, multiply_dense});
+  bind_linear(m, {"linear_24_int8", 3, multiply_24});
+  bind_linear(m, {"linear_bitmap_int8", 4, multiply_bitmap});
 }
 
 }  // namespace pyprune

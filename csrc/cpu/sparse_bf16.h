@@ -26,6 +26,8 @@ namespace pyprune {
 namespace PYPRUNE_ISA {
 
 // Rows of x that one pass over a block of W serves; longer x goes over the block chunk by chunk.
+// With 16 a pass has registers for the sums of one row of W alone, and x is loaded as often as it
+// is multiplied: slower, though a bitmap would be spread over its columns once and not twice.
 constexpr int kChunkRows = 8;
 constexpr int kDotBlockRows = 32;  // of W, at most; they stay in the second level between chunks
 
@@ -76,19 +78,26 @@ struct DotCursor {
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq")
 
-// Like row_mask() for a bitmap, eight words at a time.
-inline bool bitmap_row(const Weights& w, int64_t r, uint64_t* words) {
-  const int64_t n = mask_words(w.cols);
-  words[n - 1] = 0;
-  std::memcpy(words, w.meta + r * w.meta_stride, static_cast<size_t>(w.meta_stride));
-  const int tail = static_cast<int>(w.cols % kMaskColumns);
-  const uint64_t stray = tail ? words[n - 1] >> tail : 0;
+// Like row_mask() for a bitmap, eight words at a time; where the row's mask is whole words it stays
+// where it is. Null when the row is inconsistent.
+inline const uint8_t* bitmap_row(const Weights& w, int64_t r, uint64_t* words) {
+  const int64_t n = mask_words(w.cols), tail = w.cols % kMaskColumns;
+  const uint8_t* const row = w.meta + r * w.meta_stride;
   __m512i counts = _mm512_setzero_si512();
+  uint64_t stray = 0;
+  // Counted as it is read: a vector that spans two of memcpy's stores would have to wait for both.
   for (int64_t i = 0; i < n; i += 8) {
-    const __mmask8 k = static_cast<__mmask8>(n - i >= 8 ? 0xff : (1 << (n - i)) - 1);
-    counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(_mm512_maskz_loadu_epi64(k, words + i)));
+    const int64_t left = w.meta_stride - 8 * i;
+    const __mmask64 bytes = left >= 64 ? ~uint64_t{0} : (uint64_t{1} << left) - 1;
+    const __m512i mask = _mm512_maskz_loadu_epi8(bytes, row + 8 * i);
+    counts = _mm512_add_epi64(counts, _mm512_popcnt_epi64(mask));
+    if (tail)
+      _mm512_mask_storeu_epi64(words + i,
+                               static_cast<__mmask8>(n - i >= 8 ? 0xff : (1 << (n - i)) - 1), mask);
   }
-  return !stray && w.encloses(r, _mm512_reduce_add_epi64(counts));
+  if (tail) stray = words[n - 1] >> tail;
+  if (stray || !w.encloses(r, _mm512_reduce_add_epi64(counts))) return nullptr;
+  return tail ? reinterpret_cast<const uint8_t*>(words) : row;
 }
 
 inline __m512bh words_of(__m512i v) { return reinterpret_cast<__m512bh>(v); }
@@ -279,8 +288,8 @@ bool dot_cursors(const Weights& w, int64_t r0, int64_t count, uint64_t* words, D
     const bf16* v = static_cast<const bf16*>(w.values) + w.begin(r0 + r);
     if (kFormat != WeightFormat::bitmap) {
       cursors[r] = {v, w.meta + (r0 + r) * w.meta_stride};
-    } else if (bitmap_row(w, r0 + r, words + r * n)) {
-      cursors[r] = {v, reinterpret_cast<const uint8_t*>(words + r * n)};
+    } else if (const uint8_t* mask = bitmap_row(w, r0 + r, words + r * n)) {
+      cursors[r] = {v, mask};
     } else {
       broken->store(r0 + r, std::memory_order_relaxed);
       return false;
@@ -309,18 +318,30 @@ void dot_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_
       dot_block<kFormat, kParts<X>, M>(w, cursors, count, packed + m0 * width, *fetch, sums);
     });
     X* y = a.y.ptr<X>() + m0 * w.rows + r0;
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t m = 0; m < chunk; ++m)
-        store(y + m * w.rows + r,
-              Vec::load(sums + (r * chunk + m) * Vec::kLanes).sum() + (bias ? bias[r0 + r] : 0.0f));
+    for (int64_t m = 0; m < chunk; ++m)
+      for (int64_t r = 0; r < count; r += 16) {
+        const __mmask16 rows = first_lanes(std::min<int64_t>(16, count - r));
+        const __m512 sum = sums_of(sums + (r * chunk + m) * 16, chunk * 16, count - r);
+        const __m512 shift =
+            bias ? _mm512_maskz_loadu_ps(rows, bias + r0 + r) : _mm512_setzero_ps();
+        store_lanes(y + m * w.rows + r, rows, _mm512_add_ps(sum, shift));
+      }
   }
+}
+
+// Rows of W in a block where x has one or two: the next block is fetched during one, so long rows
+// go by fours; short ones by more, or what a block costs besides would take longer than its
+// products.
+inline int64_t few_rows_block(int64_t cols) {
+  return std::clamp<int64_t>((int64_t{1} << 14) / std::max<int64_t>(cols, 1) / 4 * 4, 4,
+                             kDotBlockRows);
 }
 
 template <WeightFormat kFormat, class X>
 void run_dot(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
   const int64_t m = a.x.shape[0], n = mask_words(w.cols),
                 chunks = (m + kChunkRows - 1) / kChunkRows;
-  const int64_t block = m <= 2    ? 4
+  const int64_t block = m <= 2    ? few_rows_block(w.cols)
                         : m <= 16 ? 16
                                   : kDotBlockRows,
                 width = n * kMaskColumns * kParts<X>;

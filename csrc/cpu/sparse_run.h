@@ -73,6 +73,31 @@ inline void transpose16(__m512i* v) {
   }
 }
 
+// Lane i is the sum over the vector at at + i * stride, for the first `count` of 16; the others are
+// 0. 45 instructions, where sixteen sums one by one take 150.
+inline __m512 sums_of(const float* at, int64_t stride, int64_t count) {
+  __m512 v[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i)
+    v[i] = i < count ? _mm512_load_ps(at + i * stride) : _mm512_setzero_ps();
+  const auto ps = [](__m512d x) { return _mm512_castpd_ps(x); };
+  const auto pd = [](__m512 x) { return _mm512_castps_pd(x); };
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    v[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                         _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i)
+    v[i] = _mm512_add_ps(ps(_mm512_unpacklo_pd(pd(v[2 * i]), pd(v[2 * i + 1]))),
+                         ps(_mm512_unpackhi_pd(pd(v[2 * i]), pd(v[2 * i + 1]))));
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i)
+    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(v[2 * i], v[2 * i + 1], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88),
+                       _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+}
+
 inline void store_lanes(float* y, __mmask16 lanes, __m512 value) {
   _mm512_mask_storeu_ps(y, lanes, value);
 }

@@ -20,7 +20,7 @@ from pyprune.depth.ridge import HELD_OUT, Moments, check_ridge, choose_ridge
 from pyprune.errors import UserError
 
 # Last linear maps of a branch, by name, in every supported family.
-WRITERS = ("o_proj", "out_proj", "dense", "c_proj", "dense_4h_to_h", "down_proj", "fc2")
+WRITERS = ("o_proj", "out_proj", "dense", "c_proj", "dense_4h_to_h", "down_proj", "fc2", "fc_out")
 AFTER = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
 # How far the output may be from what scaling the stream itself gives: norms have an epsilon.
 TOLERANCE = 2e-3
@@ -66,7 +66,7 @@ def check_add_ons(graph: ResidualGraph, options: AddOns) -> None:
     """Raises UserError where the model's branches cannot have what `options` ask for: before a
     search, which may take hours, not after it."""
     for branch in graph.branches if options.wanted else ():
-        if options.refit or _norm_after(graph, branch) is None:
+        if options.refit or norm_after(graph, branch) is None:
             writers(graph, branch)
 
 
@@ -200,7 +200,7 @@ def writers(graph: ResidualGraph, branch: Branch) -> list[Tensor]:
     biases of its last linear maps (every expert's). Raises UserError if they are not known, or if
     a norm comes after them."""
     block, layout = graph.adapter.blocks[branch.layer], graph.layouts[branch.layer]
-    if _norm_after(graph, branch) is not None:
+    if norm_after(graph, branch) is not None:
         raise UserError(f"{type(block).__name__}: its branches end in a norm, not a linear map")
     names = (layout.attention,) if branch.kind == "attention" else layout.mlp[-1:]
     found: list[Tensor] = []
@@ -217,7 +217,7 @@ def writers(graph: ResidualGraph, branch: Branch) -> list[Tensor]:
     return found
 
 
-def _norm_after(graph: ResidualGraph, branch: Branch) -> nn.Module | None:
+def norm_after(graph: ResidualGraph, branch: Branch) -> nn.Module | None:
     layout = graph.layouts[branch.layer]
     norms = layout.attention_norms if branch.kind == "attention" else layout.mlp_norms
     name = AFTER[branch.kind]
@@ -271,7 +271,7 @@ def _output(
 
 
 def _scale_branch(graph: ResidualGraph, branch: Branch, factor: float) -> None:
-    norm = _norm_after(graph, branch)
+    norm = norm_after(graph, branch)
     if norm is not None:
         _scale_norm(norm, factor)
         return

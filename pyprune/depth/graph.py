@@ -144,6 +144,10 @@ class ResidualGraph:
 
     # ---- running from anywhere
 
+    def second_of_parallel(self, branch: Branch) -> bool:
+        """Whether the branch reads what the one before it read."""
+        return branch.kind == "mlp" and self.layouts[branch.layer].parallel
+
     def start(self, batch: Batch, copies: int = 1) -> tuple[State, Context]:
         """The state before the first branch, and the context for `copies` x B rows.
 
@@ -166,7 +170,7 @@ class ResidualGraph:
         """The state after `branch` ran on `state`, the one before it."""
         other = Branch(KINDS[branch.kind == "attention"], branch.layer)
         with self.skipping([other]):
-            if not self._second_of_parallel(branch):
+            if not self.second_of_parallel(branch):
                 return self._next(branch, state, self._layer(branch.layer, state.read, context))
             # The layer would add the branch to what it read; we need its output alone.
             outputs: list[Tensor] = []
@@ -258,9 +262,6 @@ class ResidualGraph:
             )
 
     # ---- inside
-
-    def _second_of_parallel(self, branch: Branch) -> bool:
-        return branch.kind == "mlp" and self.layouts[branch.layer].parallel
 
     def _next(self, branch: Branch, state: State, total: Tensor) -> State:
         stays = branch.kind == "attention" and self.layouts[branch.layer].parallel

@@ -32,6 +32,8 @@ class ExpertInput(NamedTuple):
 
 
 Observer = Callable[[nn.Module, str, list[ExpertInput]], None]
+# An expert, and its hidden channels [t, I] to what `down_proj` reads in their place.
+Hidden = Callable[[int, Tensor], Tensor]
 # Module, projection, what one expert's matrix read, and its output [t, R].
 OutputObserver = Callable[[nn.Module, str, ExpertInput, Tensor], None]
 
@@ -48,6 +50,7 @@ def observed_forward(
     top_k_index: Tensor,
     top_k_weights: Tensor,
     produced: OutputObserver | None = None,
+    hidden: Hidden | None = None,
 ) -> Tensor:
     """What the module's eager forward computes, bit for bit, one projection of all experts after
     the other.
@@ -59,6 +62,7 @@ def observed_forward(
         hidden_states: `[tokens, H]`.
         top_k_index, top_k_weights: `[tokens, k]`, the experts of each token and their shares.
         produced: called after each expert's matrix, with its input and output.
+        hidden: what happens to each expert's hidden channels before `down_proj`; differentiable.
 
     Returns:
         `[tokens, H]`.
@@ -71,6 +75,7 @@ def observed_forward(
     for e, state in enumerate(states):
         gate, up = state.chunk(2, dim=-1)
         states[e] = experts.act_fn(gate) * up  # type: ignore[operator]
+        states[e] = states[e] if hidden is None else hidden(e, states[e])
     states = _project(experts, observe, PROJECTIONS[1], states, routes, tokens, produced)
     out = torch.zeros_like(hidden_states)
     for (position, rows), state in zip(routes, states, strict=True):
@@ -104,14 +109,17 @@ def _project(
 
 @contextmanager
 def observed(
-    experts: nn.Module, observe: Observer, produced: OutputObserver | None = None
+    experts: nn.Module,
+    observe: Observer,
+    produced: OutputObserver | None = None,
+    hidden: Hidden | None = None,
 ) -> Iterator[None]:
     """Within the context `experts(...)` runs `observed_forward`; restored on the way out."""
     previous = experts.__dict__.get("forward")
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return observed_forward(
-            experts, observe, hidden_states, top_k_index, top_k_weights, produced
+            experts, observe, hidden_states, top_k_index, top_k_weights, produced, hidden
         )
 
     experts.forward = forward

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from pyprune.ops._registry import ANY_FLOAT
+
+T = TypeVar("T")
 
 
 def check_float(name: str, t: Tensor) -> None:
@@ -25,6 +30,26 @@ def check_matrices(name: str, t: Tensor) -> None:
     if t.dim() not in (2, 3):
         raise ValueError(f"{name}: expected 2 or 3 dimensions, got shape {tuple(t.shape)}")
     check_float(name, t)
+
+
+def over_stack(
+    function: Callable[..., T], arguments: dict[str, Tensor], single: Sequence[int]
+) -> list[T]:
+    """`function` of every matrix of a stack: of slice b of the arguments that have one dimension
+    more than a single matrix's call takes (`single`, in their order), of the others as they are.
+    At least one has."""
+    sizes = {
+        name: len(t)
+        for (name, t), dims in zip(arguments.items(), single, strict=True)
+        if t.dim() == dims + 1
+    }
+    if len(set(sizes.values())) > 1:
+        found = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        raise ValueError(f"expected stacks of one size, got {found}")
+    return [
+        function(*(t[b] if name in sizes else t for name, t in arguments.items()))
+        for b in range(next(iter(sizes.values())))
+    ]
 
 
 def check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:

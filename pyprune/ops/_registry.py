@@ -124,9 +124,20 @@ def backends(op: str, device: str, dtype: torch.dtype = torch.float32) -> list[s
     return [b for b in PREFERENCE[device] if not unavailable(op, b, device, dtype)]
 
 
+FORCE = "PYPRUNE_BACKEND"
+# os.environ encodes a name before it looks it up, which takes a microsecond.
+_ENVIRON: Any = getattr(os.environ, "_data", os.environ)
+_FORCE_KEY: Any = os.environ.encodekey(FORCE) if _ENVIRON is not os.environ else FORCE
+
+
+def any_backend_forced() -> bool:
+    """Whether `PYPRUNE_BACKEND` is set."""
+    return _FORCE_KEY in _ENVIRON
+
+
 def forced_backend(op: str) -> str:
     """What `PYPRUNE_BACKEND` names for `op`, or an empty string."""
-    setting = os.environ.get("PYPRUNE_BACKEND", "")
+    setting = os.environ.get(FORCE, "") if any_backend_forced() else ""
     if "=" not in setting:
         return setting
     chosen = dict(item.partition("=")[::2] for item in setting.split(","))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _registry
-from pyprune.ops._checks import check_rows, check_same_device, check_shape
+from pyprune.ops._checks import check_rows, check_same_device, check_shape, over_stack
 from pyprune.ops._precision import full_precision
 
 FACTOR_DTYPES = (torch.float32, torch.float64)
@@ -92,16 +92,23 @@ def kron_quadratic(w: Tensor, h: Tensor) -> Tensor:
     costs (van der Ouderaa et al. 2024, arXiv 2312.17244, section 3.3).
 
     Args:
-        w: weights `[R, C]`, fp32 or fp64 (bf16 and fp16 are widened to fp32), any strides.
-        h: symmetric `[C, C]` of that dtype; only blocks on and above the diagonal are read.
+        w: weights `[R, C]`, or a stack `[B, R, C]`; fp32 or fp64 (bf16 and fp16 are widened to
+            fp32), any strides.
+        h: symmetric `[C, C]` (shared by a stack) or `[B, C, C]` of that dtype; only blocks on and
+            above the diagonal are read.
 
     Returns:
-        `[R]`, in that dtype. NaN and infinite inputs propagate.
+        `[R]` or `[B, R]`, in that dtype. NaN and infinite inputs propagate.
 
     Raises:
         ValueError: a shape, dtype or device does not match.
     """
     w = widened(w)
+    if w.dim() == 3 and h.dim() == 2:  # rows know nothing of one another
+        return kron_quadratic(w.flatten(0, 1), h).view(w.shape[:2])
+    if h.dim() == 3:
+        forms = over_stack(kron_quadratic, {"w": w, "h": h}, (2, 2))
+        return torch.stack(forms) if forms else w.new_empty(w.shape[:-1])
     _check_kron_quadratic(w, h)
     out: Tensor = torch.ops.pyprune.kron_quadratic(w, h)
     return out
@@ -181,19 +188,25 @@ def kron_remove(
     original W and lacks their cross term.
 
     Args:
-        w: weights `[R, C]`, fp32 or fp64 (bf16 and fp16 are widened to fp32), any strides. Not
-            modified.
+        w: weights `[R, C]`, or a stack `[B, R, C]`; fp32 or fp64 (bf16 and fp16 are widened to
+            fp32), any strides. Not modified.
         rows, columns: int64 `[p]` and `[q]`, distinct indices of what goes; either may be empty.
         a_inverse, g_inverse: `[C, C]` and `[R, R]`, inverses of the damped factors, of that dtype.
+            With a stack each of these four is one for all, or `[B, ...]`.
 
     Returns:
-        The new weights `[R, C]`, exactly zero in `rows` and `columns`.
+        The new weights, shaped like `w`, exactly zero in `rows` and `columns`.
 
     Raises:
         ValueError: a shape, dtype or device does not match.
         torch.linalg.LinAlgError: a block of an inverse is singular (an index given twice, say).
     """
     w = widened(w)
+    if w.dim() == 3:
+        given = {"w": w, "rows": rows, "columns": columns}
+        given |= {"a_inverse": a_inverse, "g_inverse": g_inverse}
+        updated = over_stack(kron_remove, given, (2, 1, 1, 2, 2))
+        return torch.stack(updated) if updated else torch.empty_like(w)
     _check_kron_remove(w, rows, columns, a_inverse, g_inverse)
     out: Tensor = torch.ops.pyprune.kron_remove(w, rows, columns, a_inverse, g_inverse)
     return out

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyprune.ops import _registry
-from pyprune.ops._checks import check_rows, check_same_device, check_shape
+from pyprune.ops._checks import check_rows, check_same_device, check_shape, over_stack
 from pyprune.ops._precision import full_precision
 from pyprune.ops.kron import FACTOR_DTYPES, check_factors, widened
 from pyprune.ops.kron_multipliers import LEAST_TOLERANCE, Found, by_multipliers
@@ -23,7 +24,7 @@ PcgTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class KronPcg(NamedTuple):
-    """`weight` `[R, C]`; scalars: `loss` and `gap` fp64, `iterations` int32."""
+    """`weight` `[..., R, C]`; for every matrix, `[...]`: `loss`, `gap` fp64, `iterations` int32."""
 
     weight: Tensor
     loss: Tensor
@@ -31,8 +32,9 @@ class KronPcg(NamedTuple):
     iterations: Tensor
 
     def converged(self, tolerance: float) -> bool:
-        """Whether the loss is, by the estimate, within `1 + tolerance` of the least."""
-        return bool(self.gap <= tolerance)
+        """Whether the loss is, by the estimate, within `1 + tolerance` of the least, in every
+        matrix."""
+        return bool((self.gap <= tolerance).all())
 
 
 class _Pcg(NamedTuple):
@@ -240,14 +242,18 @@ def kron_pcg(
       K directions.
 
     Args:
-        w: weights `[R, C]`, fp32 or fp64 (bf16 and fp16 are widened to fp32).
-        mask: bool `[R, C]`, True = kept. Weights that are zero already and shall stay so are False.
-        a, g: damped positive definite factors `[C, C]` and `[R, R]`, of that dtype.
+        w: weights `[R, C]`, or a stack `[B, R, C]`; fp32 or fp64 (bf16 and fp16 are widened to
+            fp32).
+        mask: bool like w, True = kept. Weights that are zero already and shall stay so are False.
+        a, g: damped positive definite factors `[C, C]` and `[R, R]`, of that dtype; with a stack
+            one for all, or `[B, ...]`. Its matrices are solved one after the other: each stops
+            where it has converged.
         iterations: most of them.
         tolerance: stop when `gap` is at most this; 0 runs all iterations.
 
     Returns:
-        `weight`: the new weights `[R, C]`, exactly zero where pruned.
+        `weight`: the new weights, shaped like w, exactly zero where pruned. The others are scalars,
+        or `[B]`.
         `loss`: `1/2 tr(D^T G D A)`.
         `gap`: an estimate of how far the loss is above the least possible one, relative to it. From
             multipliers: the loss over what they prove to be unavoidable, less what further
@@ -270,6 +276,13 @@ def kron_pcg(
             not positive definite elsewhere has no multipliers.
     """
     w = widened(w)
+    if w.dim() == 3:
+        solve = partial(kron_pcg, iterations=iterations, tolerance=tolerance)
+        each = over_stack(solve, {"w": w, "mask": mask, "a": a, "g": g}, (2, 2, 2, 2))
+        if each:
+            return KronPcg(*map(torch.stack, zip(*each, strict=True)))
+        none = w.new_zeros(0, dtype=torch.float64)
+        return KronPcg(torch.empty_like(w), none, none.clone(), none.to(torch.int32))
     args = _Pcg(w, mask, a, g, iterations, float(tolerance))
     args.check()
     if w.numel() == 0:

@@ -3,13 +3,17 @@
 rows of x     | kernel
 --------------|----------------------------------------------------------------------------
 up to 64      | `csrc/cuda/linear_24.cu`: sparse tensor cores on W as it is stored
-above         | cuSPARSELt through PyTorch, with bf16 its algorithm searched once a shape of W and
-              | power of two of rows; where PyTorch was built without it, the expanded matrix and a
-              | dense product
+above, large  | cuSPARSELt through PyTorch, with bf16 its algorithm searched once a shape of W and
+              | power of two of rows
+above, else   | the expanded matrix, made anew by `unpack_24`, and a dense product
 
 Up to 64 rows the product is a matter of reading W. Above, arithmetic decides, and the library is
-the better tool; its compressed copy of W is made at the first such product and kept while `values`
-lives, which costs another 9/16 of the dense bytes.
+the better tool, but PyTorch makes a new plan of its at every call: about half a millisecond of the
+host's time, whatever the size (H200: a model of 224 products took 126 ms for 256 tokens and for
+1,024, launched from Python). So the library serves a product that takes the device longer than
+that (`LIBRARY_FLOPS`), and smaller ones in a CUDA graph, whose launches cost the host nothing, if
+W was prepared for it (`prepare_library`, or a larger product before). Its compressed copy of W is
+kept while `values` lives, which costs another 9/16 of the dense bytes.
 
 Speed as a multiple of cuBLAS's on the dense matrix, bf16, H200, CUDA graphs, W out of memory:
 
@@ -34,7 +38,6 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyprune import _native
-from pyprune.ops.pack import unpack_24
 
 ROWS = 64  # of x that the kernel takes
 WORD = 64  # columns that a warp reads at once: C must be a multiple
@@ -43,6 +46,9 @@ WORD = 64  # columns that a warp reads at once: C must be a multiple
 # multiples of the second.
 LIBRARY_TOKENS = 8
 LIBRARY_ALIGNMENT = 16
+# Multiplications and additions of a dense product from which on the library gains more than its
+# plan costs: 0.55 ms in cuBLAS and the expansion before it, H200.
+LIBRARY_FLOPS = 4e11
 
 
 @dataclass
@@ -95,10 +101,11 @@ def linear_24_cuda(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None)
     rows = values.shape[0]
     if flat.shape[0] <= ROWS:
         y = _few_rows(_native.aligned(flat), _native.aligned(values), _native.aligned(meta), bias)
-    elif library_serves(rows, flat.shape[1]):
+    elif library_serves(rows, flat.shape[1]) and _library_pays(flat, values, meta, bias):
         y = _library(flat, values, meta, bias)
     else:
-        weight = unpack_24(values, meta)
+        # The op, not the public function: validating would wait for the device at every call.
+        weight = torch.ops.pyprune.unpack_24(values, meta)
         y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
     return y.reshape(*x.shape[:-1], rows)
 
@@ -114,21 +121,49 @@ def _few_rows(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> T
     return y
 
 
-def _library(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
-    state = (_version(values), id(meta), _version(meta))
+def _library_pays(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> bool:
+    rows = values.shape[0]
+    if not torch.cuda.is_current_stream_capturing():
+        return 2.0 * x.shape[0] * x.shape[1] * rows >= LIBRARY_FLOPS
+    # Neither the search nor the conversion of W may be recorded.
+    searched = x.dtype == torch.float16 or algorithm_key(x, rows, bias) in _algorithms
+    return searched and _known(values, meta) is not None
+
+
+def prepare_library(
+    values: Tensor, meta: Tensor, tokens: int, *, bias: Tensor | None = None
+) -> bool:
+    """Converts W for cuSPARSELt and searches the algorithm for as many rows of x as `tokens`, so
+    that a CUDA graph captured later multiplies with it. False where the library takes no such W."""
+    rows, cols = values.shape[0], 2 * values.shape[1]
+    if not library_serves(rows, cols):
+        return False
+    _library(values.new_zeros(tokens, cols), values, meta, bias)
+    return True
+
+
+def _known(values: Tensor, meta: Tensor) -> Tensor | None:
+    """The library's copy of W, if it was made from what the two hold now."""
     weight: _LibraryWeight | None = _library_weights.get(values)  # type: ignore[no-untyped-call]
-    if weight is None or weight.state != state:
-        weight = _LibraryWeight(torch._cslt_compress(unpack_24(values, meta)), state)
-        _library_weights[values] = weight
+    return weight.packed if weight is not None and weight.state == _state(values, meta) else None
+
+
+def _state(values: Tensor, meta: Tensor) -> tuple[int, int, int]:
+    return _version(values), id(meta), _version(meta)
+
+
+def _library(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    packed = _known(values, meta)
+    if packed is None:
+        packed = torch._cslt_compress(torch.ops.pyprune.unpack_24(values, meta))
+        _library_weights[values] = _LibraryWeight(packed, _state(values, meta))
     m = x.shape[0]
     # Without anything to pad it would still copy x: a tenth of the product's time.
     missing = -m % LIBRARY_TOKENS
     padded = torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    algorithm = _algorithm(weight.packed, padded, values.shape[0], bias)
-    y = torch._cslt_sparse_mm(
-        weight.packed, padded.T, bias=bias, transpose_result=True, alg_id=algorithm
-    )
+    algorithm = _algorithm(packed, padded, values.shape[0], bias)
+    y = torch._cslt_sparse_mm(packed, padded.T, bias=bias, transpose_result=True, alg_id=algorithm)
     return y[:m]
 
 

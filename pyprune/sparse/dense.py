@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from pyprune import _native
-from pyprune.sparse.weight import autocast
+from pyprune.sparse.direct import Prepared, can_prepare, is_plain
 
 # Up to so many rows of x our bf16 kernel reads weights at the memory's pace, which PyTorch's does
 # not; with more of them PyTorch multiplies faster (benchmarks/bench_sparse_linear.py).
@@ -23,6 +21,9 @@ class DenseLinear(nn.Linear):
 
     Parameters are those of `nn.Linear`, and may be shared with other modules.
     """
+
+    _prepared: Prepared | None = None
+    _address: int = 0
 
     @classmethod
     def of(cls, linear: nn.Linear) -> DenseLinear:
@@ -38,39 +39,38 @@ class DenseLinear(nn.Linear):
         return new.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        input = autocast(input)
-        if not self._own(input):
-            return F.linear(input, self.weight, self.bias)
-        flat = input.reshape(-1, self.in_features)
-        if flat.stride(1) != 1:
-            flat = flat.contiguous()
-        y = torch.empty((flat.shape[0], self.out_features), dtype=input.dtype)
-        bias = None if self.bias is None else _native.capsule(self.bias.float())
-        _native.call("linear_dense", y, flat, self.weight, bias)
-        return y.view(*input.shape[:-1], self.out_features)
+        if is_plain(input) and input.dtype is torch.bfloat16:
+            ready = self._ready(input)
+            if ready is not None:
+                return ready.product(input)
+        return F.linear(input, self.weight, self.bias)
 
-    def _own(self, x: Tensor) -> bool:
-        return (
-            not torch.compiler.is_compiling()
-            and type(x) is Tensor
-            and x.dtype is torch.bfloat16
-            and x.device.type == "cpu"
-            and x.shape[-1] == self.in_features
-            and 0 < x.numel() <= OWN_ROWS * self.in_features
-            and self.weight.dtype is torch.bfloat16
-            and self.weight.device.type == "cpu"
-            and self.weight.is_contiguous()
-            and not (torch.is_grad_enabled() and self._trains(x))
-            and _native.MODULE is not None
-            and "PYPRUNE_BACKEND" not in os.environ
-            and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-            and not torch._C._functorch.is_functorch_wrapped_tensor(x)
-            and forward_ad._current_level < 0
-        )
+    def _ready(self, x: Tensor) -> Prepared | None:
+        """The weight and bias ready for our kernel; None where PyTorch's serves."""
+        parameters = self._parameters
+        weight, bias, known = parameters["weight"], parameters["bias"], self._prepared
+        assert weight is not None
+        if (
+            weight.dtype is not torch.bfloat16
+            or x.shape[-1] != self.in_features
+            or not 0 < x.numel() <= OWN_ROWS * self.in_features
+            or (torch.is_grad_enabled() and (weight.requires_grad or _trains(bias)))
+        ):
+            return None
+        # Parameters are given other memory in place, as by `module.to`.
+        if known is None or weight.data_ptr() != self._address or not known.is_of((weight,), bias):
+            known = None
+            if weight.is_contiguous() and can_prepare((weight,), self.in_features):
+                known = Prepared("linear_dense", (weight,), bias, *weight.shape)
+            self._prepared, self._address = known, weight.data_ptr()
+        return known
 
-    def _trains(self, x: Tensor) -> bool:
-        bias = self.bias is not None and self.bias.requires_grad
-        return x.requires_grad or self.weight.requires_grad or bias
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_prepared": None}  # it can be neither copied nor pickled
+
+
+def _trains(bias: Tensor | None) -> bool:
+    return bias is not None and bias.requires_grad
 
 
 def use_own_kernels(model: nn.Module) -> None:

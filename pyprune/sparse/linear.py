@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from pyprune import _native, ops
+from pyprune import ops
 from pyprune.errors import LayerError, UserError
 from pyprune.ops import _registry
+from pyprune.sparse.direct import Prepared, can_prepare, is_plain
 from pyprune.sparse.weight import DENSE_INT8, FORMATS, StoredWeight, autocast, pack
 
 # Compressing a layer must save at least this share of its bytes to be worth a format of its own.
@@ -106,7 +106,7 @@ class SparseLinear(StoredWeight):
         self.register_buffer(
             "bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None
         )
-        self._prepared: tuple[tuple[Tensor | None, ...], int, tuple[Any, ...]] | None = None
+        self._prepared: Prepared | None = None
 
     @classmethod
     def from_dense(cls, linear: nn.Module, format: str, int8: bool = False) -> SparseLinear:
@@ -139,10 +139,12 @@ class SparseLinear(StoredWeight):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_plain(x) and x.shape[-1:] == (self.in_features,):
+            ready = self._ready()
+            if ready is not None:
+                return ready.product(x)
         x = autocast(x)
-        if self._direct(x):
-            if x.device.type == "cpu":
-                return self._forward_native(x)
+        if self._direct_on_cuda(x):
             result: Tensor = _registry.call(self._op, x, *self._weight, self.bias)
             return result
         if x.shape[-1:] != (self.in_features,):
@@ -154,63 +156,40 @@ class SparseLinear(StoredWeight):
     def _op(self) -> str:
         return _OP[self.format, self.int8]
 
-    def _direct(self, x: Tensor) -> bool:
-        # A decode step of a small model is hundreds of these calls, each of some microseconds of
-        # work: the op's dispatch (schema, fake mode, Python key) would cost more than the product.
+    def _ready(self) -> Prepared | None:
+        """The weight and bias ready for the CPU kernel, made anew whenever a buffer was replaced or
+        the bias written to. None where the kernel does not serve, or a gradient is asked for."""
+        weight, bias, known = self._weight, self._buffers["bias"], self._prepared
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            return None
+        if known is None or not known.is_of(weight, bias):
+            known = None
+            if can_prepare(weight, self.in_features):
+                known = Prepared(self._op, weight, bias, self.out_features, self.in_features)
+            self._prepared = known
+        return known
+
+    def _direct_on_cuda(self, x: Tensor) -> bool:
+        """Whether the implementation may be called without the operator's dispatch."""
         if torch.compiler.is_compiling() or type(x) is not Tensor:
             return False
-        values, device = self._values, x.device
-        if device.type == "cuda":
-            kernel = x.dtype in _registry.HALF_OR_SINGLE
-        else:
-            fits = x.dtype is torch.float32 or x.dtype is torch.bfloat16
-            kernel = fits and device.type == "cpu" and _native.MODULE is not None
+        values, bias = self._values, self._buffers["bias"]
         return (
-            kernel
+            x.device.type == "cuda"
+            and x.dtype in _registry.HALF_OR_SINGLE
             and x.shape[-1:] == (self.in_features,)
             and not x.requires_grad
-            and not (self.bias is not None and self.bias.requires_grad and torch.is_grad_enabled())
-            and values.device == device
+            and not (bias is not None and bias.requires_grad and torch.is_grad_enabled())
+            and values.device == x.device
             and values.dtype is not torch.float64
-            and "PYPRUNE_BACKEND" not in os.environ
+            and not _registry.any_backend_forced()
             and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-            # What torch.func and forward-mode gradients wrap: the op answers, or refuses.
             and not torch._C._functorch.is_functorch_wrapped_tensor(x)
             and forward_ad._current_level < 0
         )
 
-    def _forward_native(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, self.in_features)
-        if flat.stride(1) != 1:
-            flat = flat.contiguous()
-        y = torch.empty((flat.shape[0], self.out_features), dtype=x.dtype)
-        if y.numel():
-            _native.call(self._op, y, flat, *self._capsules())
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def _capsules(self) -> tuple[Any, ...]:
-        """The weight and the bias ready for the native call (scales and bias as fp32); made anew
-        whenever a buffer was replaced, or the bias written to. Each capsule keeps the memory it
-        describes alive."""
-        bias = self.bias
-        written = 0 if bias is None or bias.is_inference() else bias._version
-        buffers = (*self._weight, bias)
-        known = self._prepared
-        if (
-            known is None
-            or known[1] != written
-            or any(a is not b for a, b in zip(buffers, known[0], strict=True))
-        ):
-            weight = list(self._weight)
-            if self.int8:
-                weight[-1] = weight[-1].float()
-            ready = [_native.capsule(t.contiguous()) for t in weight]
-            wide = None if bias is None else _native.capsule(bias.float().contiguous())
-            self._prepared = known = (buffers, written, (*ready, wide))
-        return known[2]
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_prepared": None}  # capsules can be neither copied nor pickled
+        return {**self.__dict__, "_prepared": None}  # it can be neither copied nor pickled
 
     def _load_from_state_dict(self, *args: Any) -> None:
         self._prepared = None  # a bias may be overwritten in place

@@ -16,10 +16,10 @@ from pyprune.progress import Progress
 from pyprune.width.apply import remove
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
-from pyprune.width.hypernet import BASE, Gate, Training, train
+from pyprune.width.hypernet import BASE, Gate, Place, Training, train
 from pyprune.width.registry import width_method
 from pyprune.width.select import best, check_multiple, prunable, uniform_sizes
-from pyprune.width.structure import Group, Widths
+from pyprune.width.structure import Group, Slice, Widths
 
 NOT_STOCK = (
     "the subsets of the residual stream that each matrix reads and writes are stored as zeros: no "
@@ -30,10 +30,11 @@ NOT_STOCK = (
 @dataclass(frozen=True)
 class DispOptions:
     """gates: hidden (the channels between gate, up and down, equally many per layer, so that a
-    stock model results) or all (also which channels of the residual stream every matrix reads and
-    writes; full shapes with zeros result). iterations: training steps, one batch each (published:
-    10000). rate, decay: of AdamW. strength: of the budget's penalty (paper 6, code 16). multiple:
-    of which the channels left are one, with hidden. seed.
+    stock model results; every fused expert chooses its own) or all (also which channels of the
+    residual stream every matrix reads and writes, those of fused experts together; full shapes with
+    zeros result). iterations: training steps, one batch each (published: 10000). rate, decay: of
+    AdamW. strength: of the budget's penalty (paper 6, code 16). multiple: of which the channels
+    left are one, with hidden. seed.
     """
 
     gates: Literal["hidden", "all"] = "hidden"
@@ -86,15 +87,13 @@ def _hidden(
     progress: Progress | None,
 ) -> WidthDecision:
     dense = sum(p.numel() for p in widths.model.parameters())
-    groups = [group for group in prunable(widths, "mlp") if group.writer.index is None]
-    if not groups:
-        raise UserError(f"{type(widths.model).__name__}: channels of fused experts cannot be gated")
+    groups = prunable(widths, "mlp")
     sizes = uniform_sizes(widths, groups, math.ceil(config.ratio * dense), options.multiple)
     gates = [_writer_gate(group) for group in groups]
     shares = [sizes[group.name] / group.units for group in groups]
 
     def penalty(values: Sequence[Tensor]) -> Tensor:
-        """Every layer has its own budget here: in the end all keep equally many."""
+        """Every MLP has its own budget here: in the end all keep equally many."""
         off = [_log_ratio(v.mean(), share) for v, share in zip(values, shares, strict=True)]
         return torch.stack(off).mean()
 
@@ -121,7 +120,10 @@ def _log_ratio(share: Tensor, wanted: float) -> Tensor:
 def _writer_gate(group: Group) -> Gate:
     owner = torch.empty(group.columns.numel(), dtype=torch.int64)
     owner[group.columns] = torch.arange(group.units)[:, None].expand_as(group.columns)
-    return Gate(group.name, group.units, ((group.writer.module, "input", owner),))
+    module, expert = group.writer.module, group.writer.index
+    if expert is None:
+        return Gate(group.name, group.units, (Place(module, "input", owner),))
+    return Gate(group.name, group.units, (Place(module, "hidden", owner, expert),))
 
 
 def _some(losses: list[float]) -> list[float]:
@@ -135,32 +137,27 @@ def _some(losses: list[float]) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class _Module:
-    """An attention or an MLP: what reads the stream and what writes it."""
+    """An attention, an MLP or an expert: what reads the stream and what writes it.
+
+    name: of the gates on the stream, which the experts of one module share. readers: matrices; rows
+    of all of them.
+    """
 
     group: Group
-    readers: tuple[nn.Module, ...]
+    name: str
+    readers: tuple[Slice, ...]
     rows: int
 
     @classmethod
     def of(cls, group: Group) -> _Module:
-        readers = tuple(part.module for part in group.slices[:-1] if part.parameter == "weight")
-        rows = sum(_rows(reader) for reader in readers)
-        return cls(group, readers, rows)
-
-
-def _rows(module: nn.Module) -> int:
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.numel() // _stream(module)
-
-
-def _stream(module: nn.Module) -> int:
-    """Inputs of a linear map."""
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    return weight.shape[_input_axis(module)]
-
-
-def _input_axis(module: nn.Module) -> int:
-    return 1 if isinstance(module, nn.Linear) else 0
+        last = group.writer
+        readers = tuple(part for part in group.slices[:-1] if part.tensor().dim() == 2)
+        return cls(
+            group,
+            group.name if last.index is None else last.parameter_name,
+            readers,
+            sum(part.tensor().shape[part.axis] for part in readers),
+        )
 
 
 def _all(
@@ -213,37 +210,39 @@ def _all(
 
 
 def _modules(widths: Widths) -> list[_Module]:
-    """All attentions and MLPs. UserError if one of them has no units."""
-    found = [_Module.of(g) for g in widths.groups if g.writer.index is None]
-    if widths.refused or len(found) < len(widths.groups):
-        why = next(iter(widths.refused.values()), "fused experts cannot be gated")
+    """All attentions, MLPs and experts. UserError if one of them has no units."""
+    if widths.refused:
+        name, why = next(iter(widths.refused.items()))
         raise UserError(
-            f"{type(widths.model).__name__}: expected every module to have units: {why}"
+            f"{type(widths.model).__name__}: expected every module to have units: {name} {why}"
         )
-    return found
+    return [_Module.of(group) for group in widths.groups]
 
 
 def _stream_gates(modules: Sequence[_Module], width: int) -> list[Gate]:
     """What each module reads (s1, s3) and writes (s2, s5) of the stream, and the MLPs' own channels
     (s4); the names of the former have a colon."""
-    gates = []
+    gates: dict[str, Gate] = {}
     every = torch.arange(width)
     for module in modules:
-        name, writer = module.group.name, module.group.writer.module
-        reads = tuple((reader, "input", every) for reader in module.readers)
-        gates.append(Gate(f"{name}:reads", width, reads))  # type: ignore[arg-type]
-        gates.append(Gate(f"{name}:writes", width, ((writer, "output", every),)))
-        if module.group.kind == "mlp":
-            gates.append(_writer_gate(module.group))
-    return gates
+        group, name = module.group, module.name
+        if f"{name}:reads" not in gates:
+            readers = dict.fromkeys(part.module for part in module.readers)
+            reads = tuple(Place(reader, "input", every) for reader in readers)
+            gates[f"{name}:reads"] = Gate(f"{name}:reads", width, reads)
+            writes = (Place(group.writer.module, "output", every),)
+            gates[f"{name}:writes"] = Gate(f"{name}:writes", width, writes)
+        if group.kind == "mlp":
+            gates[group.name] = _writer_gate(group)
+    return list(gates.values())
 
 
 def _kept(module: _Module, at: Mapping[str, Tensor]) -> Tensor:
     """Weights of a module that are left (section 3.2): `reads x rows + columns x writes`, where
     rows and columns shrink with the hidden gate of an MLP."""
-    name = module.group.name
-    share = at[name].mean() if name in at else 1.0
-    columns = module.group.columns.numel()
+    group, name = module.group, module.name
+    share = at[group.name].mean() if group.name in at else 1.0
+    columns = group.columns.numel()
     reads, writes = at[f"{name}:reads"].sum(), at[f"{name}:writes"].sum()
     return share * (reads * module.rows + writes * columns)
 
@@ -279,10 +278,9 @@ def _within(logits: Sequence[Tensor], kept_weights: Any, most: float) -> tuple[l
 @torch.no_grad()
 def _zero_stream(module: _Module, at: Mapping[str, Tensor]) -> None:
     """Zeros where the module's gates on the stream are closed."""
-    reads, writes = (_closed(at[f"{module.group.name}:{part}"]) for part in ("reads", "writes"))
-    for reader in module.readers:
-        weight: Tensor = reader.weight  # type: ignore[assignment]
-        weight.index_fill_(_input_axis(reader), reads.to(weight.device), 0)
+    reads, writes = (_closed(at[f"{module.name}:{part}"]) for part in ("reads", "writes"))
+    for part in module.readers:
+        part.tensor().index_fill_(1 - part.axis, reads.to(part.tensor().device), 0)
     last = module.group.slices[-1]
     last.tensor().index_fill_(1 - last.axis, writes.to(last.tensor().device), 0)
     bias = getattr(last.module, "bias", None)

@@ -4,10 +4,10 @@ training on a frozen model."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import Batch
 from pyprune.errors import UserError
+from pyprune.models.experts import ExpertInput, Hidden, observed
 from pyprune.progress import Progress
 
 INPUT, HIDDEN = 32, 64  # of the recurrent network, as published
@@ -23,16 +24,23 @@ BASE, TEMPERATURE = 3.0, 0.4  # every gate starts open
 IGNORED = -100
 
 
+class Place(NamedTuple):
+    """A tensor that goes through switches: a module's input or output, or the hidden channels of
+    one `expert` of a module of fused experts. switch: int64 [C], that of each of its channels."""
+
+    module: nn.Module
+    where: Literal["input", "output", "hidden"]
+    switch: Tensor
+    expert: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """Switches for `size` channels, and the places where a tensor's channels go through them.
-
-    places: module, whether its input or its output, and int64 [C]: the switch of each channel.
-    """
+    """Switches for `size` channels, and the places where channels go through them."""
 
     name: str
     size: int
-    places: tuple[tuple[nn.Module, Literal["input", "output"], Tensor], ...]
+    places: tuple[Place, ...]
 
 
 class HyperNet(nn.Module):
@@ -73,28 +81,41 @@ def gated(gates: Sequence[Gate], values: list[Tensor]) -> Iterator[None]:
     """Within it the model runs with its channels multiplied by `values` (one `[size]` per gate; the
     list is read at every forward)."""
 
-    def of_input(i: int, index: Tensor) -> Callable[..., Any]:
+    def of_input(i: int, switch: Tensor) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (args[0] * values[i][index].to(args[0].dtype), *args[1:])
+            return (through(i, switch, args[0]), *args[1:])
 
         return hook
 
-    def of_output(i: int, index: Tensor) -> Callable[..., Any]:
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            return output * values[i][index].to(output.dtype)
+    def of_output(i: int, switch: Tensor) -> Callable[..., Any]:
+        return lambda _module, _args, output: through(i, switch, output)
 
-        return hook
+    def of_experts(switches: Mapping[int, tuple[int, Tensor]]) -> Hidden:
+        return lambda e, x: through(*switches[e], x) if e in switches else x
 
+    def through(i: int, switch: Tensor, x: Tensor) -> Tensor:
+        return x * values[i][switch].to(x.dtype)
+
+    experts: dict[nn.Module, dict[int, tuple[int, Tensor]]] = {}
     with ExitStack() as stack:
         for i, gate in enumerate(gates):
-            for module, where, index in gate.places:
-                index = index.to(next(module.parameters()).device)
-                if where == "input":
-                    handle = module.register_forward_pre_hook(of_input(i, index))
+            for module, where, switch, expert in gate.places:
+                switch = switch.to(next(module.parameters()).device)
+                if where == "hidden":
+                    experts.setdefault(module, {})[expert] = (i, switch)
+                elif where == "input":
+                    handle = module.register_forward_pre_hook(of_input(i, switch))
+                    stack.callback(handle.remove)
                 else:
-                    handle = module.register_forward_hook(of_output(i, index))
-                stack.callback(handle.remove)
+                    handle = module.register_forward_hook(of_output(i, switch))
+                    stack.callback(handle.remove)
+        for module, switches in experts.items():
+            stack.enter_context(observed(module, _unseen, hidden=of_experts(switches)))
         yield
+
+
+def _unseen(_module: nn.Module, _projection: str, _inputs: list[ExpertInput]) -> None:
+    """What experts read is of no interest here."""
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,9 @@ class WidthReport(StructuralReport):
             column.justify = "right"
         for name, (old, new) in decision.sizes.items():
             table.add_row(name, f"{old:,}", f"{new:,}")
-        table.add_row("parameters", f"{before:,}", f"{after:,} ({1 - after / before:.1%} less)")
+        # An untied head is more than what zeros in stock shapes save.
+        change = f"{abs(1 - after / before):.1%} {'less' if after <= before else 'more'}"
+        table.add_row("parameters", f"{before:,}", f"{after:,} ({change})")
         if decision.zeroed:
             table.add_row("without the zeros", "", f"{decision.wanted:,}")
         return with_notes(table, decision.notes)

@@ -252,3 +252,19 @@ def test_fuzz_against_brute_force(rows, cols, sparsity, seed):
     got = ops.kron_pcg(w.float(), mask, a.float(), g.float(), iterations=500, tolerance=1e-6)
     limit = best * (1 + 1e-3) + 1e-5 * loss(0 * w, w, a, g)
     assert loss(got.weight, w, a, g) <= limit
+
+
+def test_stacks():
+    w, mask, a, g = problem(36, 40, 0.4)
+    stack = torch.stack([w, 2 * w, w.flip(1)]), torch.stack([mask, mask, mask.flip(1)])
+    both = torch.stack([a, a.flip(0, 1), definite(40, 5)])
+    got = ops.kron_pcg(*stack, both, g, tolerance=1e-3)
+    for b in range(3):
+        one = ops.kron_pcg(stack[0][b], stack[1][b], both[b], g, tolerance=1e-3)
+        for name in got._fields:
+            assert torch.equal(getattr(got, name)[b], getattr(one, name))
+    assert got.converged(1e-3) and not got.converged(0.5 * float(got.gap.max()))
+    none = ops.kron_pcg(stack[0][:0], stack[1][:0], a, g)
+    assert none.weight.shape == (0, 36, 40) and none.loss.shape == (0,) and none.converged(0)
+    with pytest.raises(ValueError, match="one size, got w 3, mask 2"):
+        ops.kron_pcg(stack[0], stack[1][:2], a, g)

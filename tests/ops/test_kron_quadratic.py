@@ -143,3 +143,17 @@ def test_fuzz_native_against_float64(rows, cols, scale, turned, isa, seed):
     size = w.double().abs() @ h.double().abs()
     bound = 3e-6 * (size * w.double().abs()).sum(1)
     assert bool(((got.double() - exact(w, h)).abs() <= bound).all())
+
+
+def test_stacks(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    made = [problem(7, 60, torch.float32, seed) for seed in range(3)]
+    w, h = (torch.stack(ts).to(device) for ts in zip(*made, strict=True))
+    each = torch.stack([ops.kron_quadratic(a, b) for a, b in zip(w, h, strict=True)])
+    assert torch.equal(ops.kron_quadratic(w, h), each)
+    torch.testing.assert_close(
+        ops.kron_quadratic(w, h[0]), torch.stack([ops.kron_quadratic(a, h[0]) for a in w])
+    )
+    assert ops.kron_quadratic(w[:0], h[:0]).shape == (0, 7)
+    with pytest.raises(ValueError, match="one size, got w 3, h 2"):
+        ops.kron_quadratic(w, h[:2])

@@ -105,3 +105,16 @@ def test_fuzz_at_once_against_one_after_the_other(rows, cols, share_rows, share_
     single = ops.kron_remove(w.float(), p, q, ai.float(), gi.float())
     torch.testing.assert_close(ops.kron_remove(w, p, q, ai, gi), want, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(single.double(), want, rtol=1e-3, atol=1e-3)
+
+
+def test_stacks(backend, device, use_backend):
+    use_backend(backend, OP, device, torch.float64)
+    made = [problem(9, 6, 2, 3, seed) for seed in range(3)]
+    w, p, q, _, _, ai, gi = (torch.stack(ts).to(device) for ts in zip(*made, strict=True))
+    each = [ops.kron_remove(*args) for args in zip(w, p, q, ai, gi, strict=True)]
+    assert torch.equal(ops.kron_remove(w, p, q, ai, gi), torch.stack(each))
+    shared = [ops.kron_remove(w[b], p[0], q[b], ai[0], gi[b]) for b in range(3)]
+    assert torch.equal(ops.kron_remove(w, p[0], q, ai[0], gi), torch.stack(shared))
+    assert ops.kron_remove(w[:0], p[:0], q[:0], ai[:0], gi[:0]).shape == (0, 9, 6)
+    with pytest.raises(ValueError, match="one size, got w 3, rows 2"):
+        ops.kron_remove(w, p[:2], q, ai, gi)

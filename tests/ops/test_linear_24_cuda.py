@@ -161,6 +161,43 @@ def test_no_search_in_fp16(searches):
     assert asked == []
 
 
+def test_the_library_serves_what_outlasts_its_plan(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    values, meta = torch.zeros(4096, 2048).bfloat16(), torch.zeros(4096, 512, dtype=torch.uint8)
+    served = [
+        tokens
+        for tokens in (65, 1024, 4096, 8192, 16384)
+        if linear_24_cuda._library_pays(
+            torch.empty(tokens, 4096, device="meta", dtype=torch.bfloat16), values, meta, None
+        )
+    ]
+    # 2 * 4096 * 4096 operations a token: 4e11 are reached at 11,921 tokens.
+    assert served == [16384]
+
+
+def test_a_graph_multiplies_by_the_library_if_it_was_prepared(monkeypatch, searches):
+    def product(packed, xt, bias, transpose_result, alg_id):
+        assert transpose_result
+        return xt.T @ packed.T
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda w: w)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+    (values, meta), dense = weight(32, 64)
+    x = torch.randn(72, 64).bfloat16()
+    pays = linear_24_cuda._library_pays
+    assert not pays(x, values, meta, None)
+    assert linear_24_cuda.prepare_library(values, meta, 72)
+    assert pays(x, values, meta, None) and not pays(x.repeat(2, 1), values, meta, None)
+    assert torch.equal(linear_24_cuda.linear_24_cuda(x, values, meta, None), x @ dense.T)
+    values.mul_(2)  # its copy is of what it was
+    assert not pays(x, values, meta, None)
+    assert torch.equal(linear_24_cuda.linear_24_cuda(x, values, meta, None), x @ (2 * dense).T)
+    assert not linear_24_cuda.prepare_library(values[:31], meta[:31], 72)
+    assert len(searches[0]) == 1
+
+
 @pytest.mark.parametrize(
     ("x", "values", "reason"),
     [
@@ -204,7 +241,7 @@ def test_matches_float64_on_a_gpu(use_backend, dtype, shape):
     tensors, dense = weight(*shape, dtype)
     on_gpu = [t.cuda() for t in tensors]
     bias = torch.randn(shape[0], generator=torch.Generator().manual_seed(3))
-    # 65 and 512 rows: cuSPARSELt, or the expanded matrix where it does not serve.
+    # 65 and 512 rows: the expanded matrix.
     for m in (1, 7, 8, 9, 16, 31, 33, 64, 65, 512):
         x = torch.randn(m, shape[1], generator=torch.Generator().manual_seed(m)).to(dtype)
         for b in (None, bias):
@@ -238,8 +275,46 @@ def test_same_result_every_time_on_a_gpu(use_backend):
 
 
 @pytest.mark.gpu
-def test_changed_weights_are_compressed_anew_on_a_gpu(use_backend):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_library_matches_float64_on_a_gpu(monkeypatch, use_backend, dtype):
+    use_backend("cuda", "linear_24", "cuda", dtype)
+    monkeypatch.setattr(linear_24_cuda, "LIBRARY_FLOPS", 0)
+    tensors, dense = weight(96, 192, dtype)
+    on_gpu = [t.cuda() for t in tensors]
+    bias = torch.randn(96, generator=torch.Generator().manual_seed(3))
+    for m in (65, 512):
+        x = torch.randn(m, 192, generator=torch.Generator().manual_seed(m)).to(dtype)
+        for b in (None, bias):
+            got = ops.linear_24(x.cuda(), *on_gpu, bias=None if b is None else b.cuda())
+            assert_product(got.cpu(), x, dense, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("prepared", [False, True])
+def test_many_rows_in_a_graph_on_a_gpu(use_backend, prepared):
     use_backend("cuda", "linear_24", "cuda", torch.bfloat16)
+    tensors, dense = weight(96, 192)
+    on_gpu = [t.cuda() for t in tensors]
+    static = torch.zeros(256, 192, dtype=torch.bfloat16, device="cuda")
+    if prepared:
+        linear_24_cuda.prepare_library(*on_gpu, 256)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        ops.linear_24(static, *on_gpu)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.linear_24(static, *on_gpu)
+    x = torch.randn(256, 192, generator=torch.Generator().manual_seed(4)).bfloat16()
+    static.copy_(x)
+    graph.replay()
+    assert_product(y.cpu(), x, dense)
+
+
+@pytest.mark.gpu
+def test_changed_weights_are_compressed_anew_on_a_gpu(monkeypatch, use_backend):
+    use_backend("cuda", "linear_24", "cuda", torch.bfloat16)
+    monkeypatch.setattr(linear_24_cuda, "LIBRARY_FLOPS", 0)
     tensors, dense = weight(64, 128)
     values, meta = (t.cuda() for t in tensors)
     x = torch.randn(128, 128, generator=torch.Generator().manual_seed(4)).bfloat16()

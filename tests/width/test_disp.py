@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_tokens
+from tiny_models import MOE_FAMILIES, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 from pyprune.calibration.batches import as_token_set
@@ -41,20 +41,54 @@ def gates_of(model):
     return widths, [disp._writer_gate(group) for group in widths.groups]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon", "gemma2", *MOE_FAMILIES])
 def test_open_gates_do_nothing_and_closed_ones_are_the_cut(family):
     model, ids = tiny_model(family), tiny_tokens()
     dense = logits(model, ids)
     widths, gates = gates_of(model)
     values = [torch.ones(gate.size) for gate in gates]
     with gated(gates, values):
-        assert torch.equal(logits(model, ids), dense)
+        # Gated experts run one after the other, not in a grouped product.
+        exact = {} if family in MOE_FAMILIES else {"rtol": 0, "atol": 0}
+        torch.testing.assert_close(logits(model, ids), dense, **exact)
         for value in values:
             value[::2] = 0
         half = logits(model, ids)
     assert torch.equal(logits(model, ids), dense)
     widths.mask({g.name: torch.arange(1, g.units, 2) for g in widths.groups})
     torch.testing.assert_close(logits(model, ids), half, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_gradients_of_experts_gates(family):
+    """Those of a model whose `down_proj` columns are multiplied by the gates."""
+    model, batch = tiny_model(family), Batch(tiny_tokens())
+    model.set_experts_implementation("eager")
+    gen = torch.Generator().manual_seed(0)
+    groups = [g for g in Widths.of(model).of_kind("mlp") if g.writer.index is not None]
+    values = [torch.rand(g.units, generator=gen).requires_grad_() for g in groups]
+    with gated([disp._writer_gate(group) for group in groups], values):
+        got = next_token_loss(model, batch)
+    grads = torch.autograd.grad(got, values)
+    scaled = {}
+    for group, value in zip(groups, values, strict=True):
+        scaled.setdefault(group.writer.parameter_name, []).append(group.writer.weight() * value)
+    weights = {name: torch.stack(parts) for name, parts in scaled.items()}
+
+    def masked(**given):
+        return torch.func.functional_call(model, weights, kwargs=given)
+
+    expected = next_token_loss(Masked(model, masked), batch)
+    torch.testing.assert_close(got, expected)
+    for mine, theirs in zip(grads, torch.autograd.grad(expected, values), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-7)
+    assert all(bool(grad.any()) for grad in grads)
+
+
+class Masked(torch.nn.Module):
+    def __init__(self, model, forward):
+        super().__init__()
+        self.model, self.forward = model, forward
 
 
 def test_straight_through():
@@ -138,7 +172,49 @@ def test_hidden_gates_make_a_stock_model(tmp_path):
     assert torch.equal(logits(loaded, ids), logits(model, ids))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_experts_keep_equally_many_channels_of_their_own(family, tmp_path):
+    ids, dense = tiny_tokens(), tiny_model(family)
+    model = tiny_model(family)
+    config = WidthConfig("disp-llm", ratio=0.15, method_options=FEW)
+    decision = run_width(model, tokens_of(), config)
+    before, after = decision.parameters
+    assert after == sum(p.numel() for p in model.parameters()) <= 0.85 * before
+    assert not decision.zeroed and decision.wanted == after
+    field = "intermediate_size" if family == "mixtral" else "moe_intermediate_size"
+    old, new = decision.sizes[field]
+    assert new == getattr(model.config, field) < old and new % 8 == 0
+    experts = {n: gone for n, gone in decision.removed.items() if "experts" in n}
+    assert {len(gone) for gone in experts.values()} == {old - new}
+    assert len(set(map(tuple, experts.values()))) > 1
+    Widths.of(dense).mask(decision.kept())
+    torch.testing.assert_close(logits(model, ids), logits(dense, ids), rtol=1e-4, atol=1e-5)
+    save_model(model, None, tmp_path / "out")
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", output_loading_info=True, dtype=torch.float32
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    torch.testing.assert_close(logits(loaded.eval(), ids), logits(model, ids))
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    cached = loaded.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, loaded.generate(ids, use_cache=False, **options))
+
+
+def test_penalty_brings_every_expert_to_its_share():
+    model = tiny_model("mixtral", num_hidden_layers=1)
+    groups = [g for g in Widths.of(model).of_kind("mlp") if g.writer.index is not None]
+
+    def penalty(values):
+        return torch.stack([disp._log_ratio(v.mean(), 0.5) for v in values]).mean()
+
+    gates = [disp._writer_gate(group) for group in groups]
+    options = Training(iterations=40, rate=3e-2, decay=0.0, strength=16.0, seed=0)
+    logits, _ = train(model, [Batch(tiny_tokens())], gates, penalty, options)
+    shares = [float((logit + BASE > 0).double().mean()) for logit in logits]
+    assert len(shares) == 4 and all(abs(share - 0.5) < 0.2 for share in shares), shares
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral", "qwen2_moe"])
 def test_all_gates_are_saved_as_zeros(family):
     ids = tiny_tokens()
     model, dense = tiny_model(family), tiny_model(family)
@@ -151,15 +227,16 @@ def test_all_gates_are_saved_as_zeros(family):
     widths = Widths.of(dense)
     gates, values = [], []
     for group in widths.groups:
-        readers = {s.module for s in group.slices[:-1] if s.parameter == "weight"}
+        readers = {s.module for s in group.slices[:-1] if s.tensor().dim() == 2}
         every = torch.arange(32)
+        name = group.name.removesuffix(f".{group.writer.index}")
         for part, places in (
-            ("reads", [(m, "input", every) for m in readers]),
-            ("writes", [(group.writer.module, "output", every)]),
+            ("reads", [disp.Place(m, "input", every) for m in readers]),
+            ("writes", [disp.Place(group.writer.module, "output", every)]),
         ):
             gates.append(disp.Gate(part, 32, tuple(places)))
             value = torch.ones(32)
-            value[stream[f"{group.name}:{part}"]] = 0
+            value[stream[f"{name}:{part}"]] = 0
             values.append(value)
         gates.append(disp._writer_gate(group))
         value = torch.ones(group.units)
@@ -172,18 +249,19 @@ def test_all_gates_are_saved_as_zeros(family):
     assert disp.NOT_STOCK in decision.notes
 
 
-def test_counter_equals_the_weights():
-    model = tiny_model("llama")
-    modules = [disp._Module.of(g) for g in Widths.of(model).groups]
-    full = {}
-    for module in modules:
-        name = module.group.name
-        full |= {f"{name}:reads": torch.ones(32), f"{name}:writes": torch.ones(32)}
-        if module.group.kind == "mlp":
-            full[name] = torch.ones(module.group.units)
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_counter_equals_the_weights(family):
+    model = tiny_model(family)
+    modules = disp._modules(Widths.of(model))
+    full = {gate.name: torch.ones(gate.size) for gate in disp._stream_gates(modules, 32)}
     counted = sum(float(disp._kept(m, full)) for m in modules)
-    layers = sum(p.numel() for p in model.model.layers.parameters() if p.dim() > 1)
-    assert counted == layers
+    layers = {
+        n: p for n, p in model.model.layers.named_parameters() if not n.endswith("mlp.gate.weight")
+    }
+    assert counted == sum(p.numel() for p in layers.values() if p.dim() > 1)
+    # Experts have gates of their own, and read and write the stream as one.
+    names = [gate.name for gate in disp._stream_gates(modules, 32) if ".0.mlp" in gate.name]
+    assert len(names) == (3 if family == "llama" else 2 + 4)
 
 
 def test_threshold_moves_only_as_far_as_it_must():
@@ -197,8 +275,9 @@ def test_threshold_moves_only_as_far_as_it_must():
 
 
 def test_what_cannot_be_gated():
-    with pytest.raises(UserError, match="fused experts cannot be gated"):
-        run_width(tiny_model("mixtral"), tokens_of(), WidthConfig("disp-llm", ratio=0.1))
+    every = WidthConfig("disp-llm", ratio=0.1, method_options={"gates": "all", **FEW})
+    with pytest.raises(UserError, match=r"have units: .*self_attention has a single key-value"):
+        run_width(tiny_model("falcon"), tokens_of(), every)
     with pytest.raises(UserError, match="expected iterations of 1"):
         WidthConfig("disp-llm", ratio=0.1, method_options={"iterations": 0})
     model = tiny_model("llama")

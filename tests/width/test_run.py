@@ -63,6 +63,29 @@ def test_each_method(source, capsys, method):
     assert f"pruned: {method}" in card and (source / "out" / "LICENSE").exists()
 
 
+@pytest.mark.parametrize(
+    ("method", "family", "stays"),
+    [("slicegpt", "gpt2", True), ("slicegpt", "phi", False), ("disp-llm", "mixtral", False)],
+)
+def test_families_of_other_kinds(tmp_path, capsys, method, family, stays):
+    """LayerNorms with heads as wide as the stream, and with a size of their own; fused experts."""
+    model = tiny_model(family, vocab_size=258)
+    save_model(model, byte_tokenizer(), tmp_path / "in")
+    (tmp_path / "text.txt").write_text("A stitch in time saves nine, they say. " * 100)
+    assert run(tmp_path, "-m", method, "--ratio", "0.2", *OPTIONS.get(method, [])) == 0
+    shown = capsys.readouterr().out
+    parameters = json.loads((tmp_path / "out" / "pyprune.json").read_text())["parameters"]
+    pruned = load(tmp_path / "out")
+    assert parameters["after"] == sum(p.numel() for p in pruned.parameters())
+    if stays:
+        # A head of its own costs more here than the zeros, which a stock GPT-2 has to keep.
+        assert "% more)" in shown and "without the zeros" in shown
+        assert parameters["removed_share"] >= 0.2 > parameters["realised_share"]
+    else:
+        assert "% less)" in shown
+        assert parameters["realised_share"] >= 0.2
+
+
 def test_zeros_are_reported(source, capsys):
     assert run(source, "-m", "flap", "--ratio", "0.1", "-O", "structure=adaptive", "--json") == 0
     report = json.loads(capsys.readouterr().out)
