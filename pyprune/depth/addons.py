@@ -327,7 +327,10 @@ def refit(
     others for every ridge of a ladder, and T = I is one of the choices; the one with the least
     error on the held-out sequences is then used on all of them. d^2 unknowns per gap fit a few
     thousand tokens too well. Rows count by their size as published: weighted by 1 / |x_q|^2, the
-    few huge states that attention rests on come off worst, and perplexity rises (measured).
+    few huge states that attention rests on come off worst, and perplexity rises (measured). Where
+    such states arise within the gap they are most of the error, though, and fitting them can move
+    all others away: there too perplexity rises (measured), and `compensate`, which goes by the mean
+    of ratios, is the better choice.
 
     given: weights that a method has changed since; refitted ones are added to it. factors: of gaps
     that are compensated, by their first position: in the model as pruned the stream is multiplied
