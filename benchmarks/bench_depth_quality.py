@@ -47,6 +47,7 @@ class Variant:
 FAST = {"mode": "fast"}
 GREEDY = {**FAST, "refine": "none"}
 PUBLISHED = {**FAST, "compare": "score"}
+NOT_THE_LAST = {"fold": 2, "highest": 26}
 VARIANTS: dict[str, Variant] = {
     **{name: Variant(name) for name in DEPTH_METHODS.load()},
     "blockpruner": Variant("blockpruner", FAST, searched=True),
@@ -61,7 +62,15 @@ VARIANTS: dict[str, Variant] = {
     "shortgpt, compensate": Variant("shortgpt", {"compensate": True}),
     "shortgpt, refit": Variant("shortgpt", {"refit": True}),
     "laco": Variant("laco", {"fold": 3}),
-    "laco, not the last": Variant("laco", {"fold": 2, "highest": 26}),
+    "laco, compensate": Variant("laco", {"fold": 3, "compensate": True}),
+    "laco, refit": Variant("laco", {"fold": 3, "refit": True}),
+    "laco, not the last": Variant("laco", NOT_THE_LAST),
+    "laco, not the last, compensate": Variant("laco", {**NOT_THE_LAST, "compensate": True}),
+    "laco, not the last, refit": Variant("laco", {**NOT_THE_LAST, "refit": True}),
+    "llm-streamline, compensate": Variant("llm-streamline", {"compensate": True}),
+    "llm-streamline, refit": Variant("llm-streamline", {"refit": True}),
+    "llm-streamline, untrained": Variant("llm-streamline", {"epochs": 0}),
+    "llm-streamline, untrained, refit": Variant("llm-streamline", {"epochs": 0, "refit": True}),
 }
 
 

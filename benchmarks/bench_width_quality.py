@@ -42,6 +42,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "slicegpt": ("slicegpt", {"multiple": 1}),
     "disp-llm": ("disp-llm", {"iterations": 200, "rate": 5e-3}),
     "multipruner": ("multipruner", {}),
+    "multipruner, compensate": ("multipruner", {"compensate": True}),
+    "multipruner, refit": ("multipruner", {"refit": True}),
     "llm-surgeon-width": ("llm-surgeon-width", {}),
 }
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from pyprune.calibration.tokens import Batch
-from pyprune.depth.graph import Branch, ResidualGraph, State
+from pyprune.depth.given import Given
+from pyprune.depth.graph import Branch, Context, ResidualGraph, State
 from pyprune.depth.hidden import real_tokens
 from pyprune.depth.ridge import HELD_OUT, Moments, check_ridge, choose_ridge
 from pyprune.errors import UserError
@@ -38,31 +39,62 @@ class AddOns:
 
     def __post_init__(self) -> None:
         check_ridge(self.ridge)
+        if self.ridge is not None and not self.refit:
+            raise UserError(f"ridge: expected none without refit, got {self.ridge:g}")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do."""
+        return self.compensate or self.refit
+
+
+@dataclass(frozen=True)
+class OneAddOn(AddOns):
+    """`AddOns` of a method that leaves a layer before every gap, so that with both nothing would be
+    left to compensation: UserError."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.compensate and self.refit:
+            raise UserError(
+                "compensate, refit: expected one of them, got both; a layer stands before every "
+                "gap, and once it is refitted nothing is left to compensate"
+            )
 
 
 def check_add_ons(graph: ResidualGraph, options: AddOns) -> None:
     """Raises UserError where the model's branches cannot have what `options` ask for: before a
     search, which may take hours, not after it."""
-    for branch in graph.branches if options.refit or options.compensate else ():
+    for branch in graph.branches if options.wanted else ():
         if options.refit or norm_after(graph, branch) is None:
             writers(graph, branch)
 
 
 def apply_add_ons(
-    graph: ResidualGraph, removed: Collection[Branch], batches: Sequence[Batch], options: AddOns
+    graph: ResidualGraph,
+    removed: Collection[Branch],
+    batches: Sequence[Batch],
+    options: AddOns,
+    given: Given | None = None,
 ) -> tuple[dict[str, Any], ...]:
-    """What `options` ask for, in place, before `removed` go; what was done."""
-    done: list[dict[str, Any]] = []
-    left = set(removed)
-    if options.compensate and options.refit:
-        found = gaps(removed, len(graph.layouts))
-        left = {b for first, end in found if first == 0 for b in graph.branches[:end]}
-    if options.compensate and left:
-        factors = compensate(graph, left, batches)
-        done.append({"kind": "compensate", "factors": factors})
+    """What `options` ask for, in place, before `removed` go; what was done.
+
+    given: what the method has changed in the weights that stay, with their values from before.
+    Everything is then measured against that model, see `size_factors` and `refit`.
+    """
+    given = Given() if given is None else given
+    found = gaps(removed, len(graph.layouts)) if options.compensate else []
     if options.refit:
-        fits = refit(graph, removed, batches, options.ridge)
+        found = [gap for gap in found if gap[0] == 0]
+    factors = size_factors(graph, removed, found, batches, given) if found else {}
+    done: list[dict[str, Any]] = []
+    if factors:
+        done.append({"kind": "compensate", "factors": list(factors.values())})
+    if options.refit:
+        fits = refit(graph, removed, batches, options.ridge, given, factors)
         done += [{"kind": "refit", **fit} for fit in fits]
+    if factors:
+        compensate(graph, removed, batches, factors)
     return tuple(done)
 
 
@@ -96,13 +128,71 @@ def size_ratios(
     for. UserError where a state is all zeros."""
     sums, count = [0.0] * len(found), 0
     for batch in batches:
-        norms = [x.double().square().sum(1).sqrt() for x in streams(graph, batch)]
-        if not all(bool((norm > 0).all()) for norm in norms):
-            raise UserError("a hidden state is all zeros: its size cannot be compensated")
+        norms = [_sizes(x) for x in streams(graph, batch)]
         for i, (first, end) in enumerate(found):
             sums[i] += float((norms[end] / norms[first]).sum())
         count += len(norms[0])
     return [total / count for total in sums]
+
+
+@torch.no_grad()
+def size_factors(
+    graph: ResidualGraph,
+    removed: Collection[Branch],
+    found: Sequence[tuple[int, int]],
+    batches: Sequence[Batch],
+    given: Given,
+) -> dict[int, float]:
+    """What the stream has to be multiplied by at each of the gaps `found`: first position of the
+    gap -> E[|x_end| / |x_first|] over all tokens.
+
+    As published both sizes are those of the model before anything went. Where a method has changed
+    weights besides (`given` holds some), x_end is of the model as given, and x_first of the model
+    as it will be: with the weights of now, without `removed`, earlier gaps made up for.
+    """
+    if not given:
+        ratios = size_ratios(graph, found, batches)
+        return dict(zip((first for first, _ in found), ratios, strict=True))
+    factors: dict[int, float] = {}
+    for first, end in found:
+        total, count = 0.0, 0
+        for batch in batches:
+            begin = graph.start(batch)
+            with given.back():
+                after = _state_at(graph, end, *begin)
+            before = _state_at(graph, first, *begin, removed, factors)
+            large, small = (_sizes(real_tokens(state.total, batch)) for state in (after, before))
+            total += float((large / small).sum())
+            count += len(large)
+        factors[first] = total / count
+    return factors
+
+
+def _sizes(rows: Tensor) -> Tensor:
+    """Their norms, float64 [n]. UserError where one is 0."""
+    sizes = rows.double().square().sum(1).sqrt()
+    if not bool((sizes > 0).all()):
+        raise UserError("a hidden state is all zeros: its size cannot be compensated")
+    return sizes
+
+
+def _state_at(
+    graph: ResidualGraph,
+    end: int,
+    state: State,
+    context: Context,
+    removed: Collection[Branch] = (),
+    factors: Mapping[int, float] | None = None,
+) -> State:
+    """The state before position `end`, from the one before the first branch, without `removed`, the
+    stream multiplied at the positions of `factors`."""
+    for branch in graph.branches[:end]:
+        factor = 1.0 if factors is None else factors.get(branch.position, 1.0)
+        if factor != 1:
+            state = State(state.read * factor, state.total * factor)
+        gone = branch in removed
+        state = graph.skip(branch, state) if gone else graph.run(branch, state, context)
+    return state
 
 
 def writers(graph: ResidualGraph, branch: Branch) -> list[Tensor]:
@@ -137,27 +227,31 @@ def norm_after(graph: ResidualGraph, branch: Branch) -> nn.Module | None:
 
 @torch.no_grad()
 def compensate(
-    graph: ResidualGraph, removed: Collection[Branch], batches: Sequence[Batch]
+    graph: ResidualGraph,
+    removed: Collection[Branch],
+    batches: Sequence[Batch],
+    factors: Mapping[int, float] | None = None,
 ) -> list[float]:
-    """Prune&Comp (arXiv 2507.18212): makes up for the size that each gap leaves missing, in place;
-    returns the factors E[|x_after| / |x_before|], gap by gap.
+    """Prune&Comp (arXiv 2507.18212): makes up for the size that gaps leave missing, in place;
+    returns the factors, gap by gap.
 
     The paper multiplies everything before a gap by its factor, embeddings included. Divided instead
     is everything after it (the last linear maps of those branches, or the norms after them where
     there are some): the stream differs by a scale, which every norm that reads it takes away, and
     tied embeddings stay tied. The branches to remove are still there, and must be removed
-    afterwards. Raises UserError if the output depends on the scale; the model must not be used
-    after it.
+    afterwards. factors: by the first position of their gaps, None: of all gaps of the model as
+    given, E[|x_after| / |x_before|]; see `size_factors`. Raises UserError if the output depends on
+    the scale; the model must not be used after it.
     """
     found = gaps(removed, len(graph.layouts))
-    if not found:
+    if factors is None:
+        factors = size_factors(graph, removed, found, batches, Given())
+    if not factors:
         return []
-    factors = size_ratios(graph, found, batches)
-    at = dict(zip((first for first, _ in found), factors, strict=True))
-    expected = _output(graph, removed, batches[0], at)
+    ends = dict(found)
+    expected = _output(graph, removed, batches[0], factors)
     for branch in graph.branches:
-        before = zip(found, factors, strict=True)
-        factor = math.prod(f for (_, end), f in before if end <= branch.position)
+        factor = math.prod(f for first, f in factors.items() if ends[first] <= branch.position)
         if factor != 1 and branch not in removed:
             _scale_branch(graph, branch, 1 / factor)
     off = (_output(graph, removed, batches[0], {}) - expected).norm() / expected.norm()
@@ -166,20 +260,14 @@ def compensate(
             f"{type(graph.model).__name__}: its output depends on the scale of the residual stream "
             f"(off by {float(off):.1e}): compensation is not possible"
         )
-    return factors
+    return list(factors.values())
 
 
 def _output(
     graph: ResidualGraph, removed: Collection[Branch], batch: Batch, factors: Mapping[int, float]
 ) -> Tensor:
     """The decoder's output [n, d] without `removed`, the stream multiplied at these positions."""
-    state, context = graph.start(batch)
-    for branch in graph.branches:
-        factor = factors.get(branch.position, 1.0)
-        if factor != 1:
-            state = State(state.read * factor, state.total * factor)
-        gone = branch in removed
-        state = graph.skip(branch, state) if gone else graph.run(branch, state, context)
+    state = _state_at(graph, len(graph.branches), *graph.start(batch), removed, factors)
     return real_tokens(graph.finish(state.total, batch), batch)
 
 
@@ -223,6 +311,8 @@ def refit(
     removed: Collection[Branch],
     batches: Sequence[Batch],
     ridge: float | None = None,
+    given: Given | None = None,
+    factors: Mapping[int, float] | None = None,
 ) -> list[dict[str, Any]]:
     """ReplaceMe (arXiv 2505.02819, section 3.2), for gaps of branches: what the branch before each
     gap p..q-1 adds is multiplied by the matrix T that minimises |M T - (x_q - u)|^2 +
@@ -238,7 +328,14 @@ def refit(
     others for every ridge of a ladder, and T = I is one of the choices; the one with the least
     error on the held-out sequences is then used on all of them. d^2 unknowns per gap fit a few
     thousand tokens too well. Rows count by their size as published: weighted by 1 / |x_q|^2, the
-    few huge states that attention rests on come off worst, and perplexity rises (measured).
+    few huge states that attention rests on come off worst, and perplexity rises (measured). Where
+    such states arise within the gap they are most of the error, though, and fitting them can move
+    all others away: there too perplexity rises (measured), and `compensate`, which goes by the mean
+    of ratios, is the better choice.
+
+    given: weights that a method has changed since; refitted ones are added to it. factors: of gaps
+    that are compensated, by their first position: in the model as pruned the stream is multiplied
+    there (`compensate` comes afterwards).
 
     Returns per gap {"branch", "removed", "ridge", "held_out", "before", "after"}: names; the ridge,
     None if T = I was best; the held-out error over that of T = I (None if the ridge was given);
@@ -250,12 +347,12 @@ def refit(
     gone = set(removed)
     for start, _ in found:
         writers(graph, graph.branches[start - 1])  # refused before anything is changed
-    originals: dict[Branch, list[Tensor]] = {}
+    given = Given() if given is None else given
     report = []
     for start, end in found:
         last = graph.branches[start - 1]
-        fitted, held, scale = _moments(graph, gone, (start, end), batches, originals)
-        originals[last] = [p.clone() for p in writers(graph, last)]
+        fitted, held, scale = _moments(graph, gone, (start, end), batches, given, factors)
+        given.hold(writers(graph, last))
         used, gain = (ridge, None) if ridge is not None else choose_ridge(fitted, held)
         both = fitted + held
         change = torch.zeros_like(both.gram) if used is None else both.solve(used)
@@ -274,36 +371,23 @@ def refit(
     return report
 
 
-def _put(graph: ResidualGraph, weights: Mapping[Branch, Sequence[Tensor]]) -> None:
-    for branch, values in weights.items():
-        for parameter, value in zip(writers(graph, branch), values, strict=True):
-            parameter.copy_(value)
-
-
 def _moments(
     graph: ResidualGraph,
     gone: set[Branch],
     gap: tuple[int, int],
     batches: Sequence[Batch],
-    originals: Mapping[Branch, Sequence[Tensor]],
+    given: Given,
+    factors: Mapping[int, float] | None,
 ) -> tuple[Moments, Moments, float]:
     """Of the tokens to fit and of those held out, with the sum of |x_q|^2 over both."""
     start, end = gap
     parts: list[Any] = [None, None]
     scale = 0.0
-    refitted = {branch: [p.clone() for p in writers(graph, branch)] for branch in originals}
     for batch, held in zip(batches, _held_out(batches), strict=True):
         first, context = graph.start(batch)
-        _put(graph, originals)
-        state = first
-        for branch in graph.branches[:end]:
-            state = graph.run(branch, state, context)
-        target = real_tokens(state.total, batch)
-        _put(graph, refitted)
-        state = first
-        for branch in graph.branches[: start - 1]:
-            skipped = branch in gone
-            state = graph.skip(branch, state) if skipped else graph.run(branch, state, context)
+        with given.back():
+            target = real_tokens(_state_at(graph, end, first, context).total, batch)
+        state = _state_at(graph, start - 1, first, context, gone, factors)
         u = real_tokens(state.total, batch)
         state = graph.run(graph.branches[start - 1], state, context)
         m = real_tokens(state.total, batch) - u

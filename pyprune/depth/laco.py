@@ -13,6 +13,7 @@ from transformers import Conv1D
 
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.criteria import run_layer
+from pyprune.depth.given import Given
 from pyprune.depth.graph import Context, ResidualGraph, State
 from pyprune.depth.hidden import real_tokens
 from pyprune.errors import UserError
@@ -57,6 +58,7 @@ def collapse(
     threshold: float = 0.65,
     merge: Merge = "rdsc",
     enough: Callable[[list[int]], bool] | None = None,
+    given: Given | None = None,
 ) -> list[Fold]:
     """Folds in place, from the top down; the layers named as removed must be removed afterwards.
 
@@ -66,7 +68,8 @@ def collapse(
     threshold: T; a fold is kept if its similarity, the mean over sequences of the cosine between
     flattened final (normed) states, padding excluded, is above it. enough: told all removed layers,
     whether to stop. Norms are never merged. The prefix up to a folded layer is always the original,
-    so it runs once for all trials, and no model is copied.
+    so it runs once for all trials, and no model is copied. given: is told the weights that the
+    accepted folds changed, as they were.
     """
     layers = len(graph.layouts)
     top = layers - 1 if highest is None else highest
@@ -85,15 +88,18 @@ def collapse(
             at -= 1
             continue
         layer = left[at]
-        old = [p.clone() for p in _matrices(graph, layer)]
+        matrices = _matrices(graph, layer)
+        old = [p.clone() for p in matrices]
         _merge_into(graph, layer, gone, merge)
         rest = [i for i in left[at:] if i not in gone]
         similarity = _similarity(graph, runs, layer, rest)
         if not similarity > threshold:
-            for parameter, value in zip(_matrices(graph, layer), old, strict=True):
+            for parameter, value in zip(matrices, old, strict=True):
                 parameter.copy_(value)
             at -= 1
             continue
+        if given is not None:
+            given.hold(matrices, old)
         folds.append(Fold(layer, tuple(gone), similarity))
         left = [i for i in left if i not in gone]
         if enough is not None and enough(sorted(set(range(layers)) - set(left))):

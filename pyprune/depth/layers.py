@@ -4,7 +4,7 @@ and a row in the table of methods."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.depth import criteria
-from pyprune.depth.addons import AddOns, apply_add_ons
+from pyprune.depth.addons import AddOns, OneAddOn, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, parameter_count, units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Step, calibration_facts, name_of
+from pyprune.depth.given import Given
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
 from pyprune.depth.hidden import angular_distances, block_influence, token_states
 from pyprune.depth.laco import Merge, collapse
@@ -83,9 +84,10 @@ class SegmentOptions(AddOns):
 
 
 @dataclass(frozen=True)
-class LacoOptions:
+class LacoOptions(OneAddOn):
     """fold: layers that become one. interval, lowest, highest, threshold, merge: see
-    `pyprune.depth.laco.collapse`. sentences: calibration sequences that are compared."""
+    `pyprune.depth.laco.collapse`. sentences: calibration sequences that are compared. And one of
+    the add-ons `compensate` and `refit` (with `ridge`), see `laco`."""
 
     fold: int = 4
     interval: int = 1
@@ -97,9 +99,11 @@ class LacoOptions:
 
 
 @dataclass(frozen=True)
-class StreamlineOptions:
+class StreamlineOptions(OneAddOn):
     """epochs over the calibration text; 0 only initialises. learning_rate: at its peak. start:
-    weights that the replacement begins with: first, last or best of the window."""
+    weights that the replacement begins with: first, last or best of the window. epochs=0 with
+    start=first is plain pruning. And one of the add-ons `compensate` and `refit` (with `ridge`),
+    see `streamline`."""
 
     epochs: int = 1
     learning_rate: float = 2e-4
@@ -132,6 +136,7 @@ def _search(
     """What `choose` removes, as a decision."""
     graph = ResidualGraph(model, adapter)
     graph.check()
+    check_add_ons(graph, config.own_options())
     units = units_of(graph.branches, layers=True)
     batches = moved(tokens.batches, graph.device)
     budget = Budget.of(graph, config, units, batches[0])
@@ -255,9 +260,7 @@ def segments(
     removed = _first(segment_order(importance, starts), enough, len(values))
     choice = _with_add_ons(graph, batches, options, removed, options.criterion, importance)
     found = {"kind": "segments", "starts": starts}
-    return LayerChoice(
-        choice.removed, choice.objective, choice.importance, (*choice.transforms, found)
-    )
+    return replace(choice, transforms=(*choice.transforms, found))
 
 
 @layer_method("reverse", title="Last layers first", paper="arXiv 2411.15558", options=AddOns)
@@ -287,8 +290,15 @@ def laco(
     enough: Enough,
     progress: Progress | None = None,
 ) -> LayerChoice:
-    """LaCo: folds until it is enough. UserError if the threshold ends it before that."""
+    """LaCo: folds until it is enough. UserError if the threshold ends it before that.
+
+    The add-ons come after the search, which folds and accepts as published, and use all of the
+    text. A gap is what was folded into the layer before it. refit: the MLP of that layer, as
+    merged, is fitted to the stream that the last folded layer gave in the model as given.
+    compensate: the size of that stream over the size of the merged layer's output.
+    """
     few = _sequences(batches, options.sentences)
+    given = Given() if options.wanted else None
     folds = collapse(
         graph,
         few,
@@ -299,6 +309,7 @@ def laco(
         threshold=options.threshold,
         merge=options.merge,
         enough=enough,
+        given=given,
     )
     removed = tuple(i for fold in folds for i in fold.removed)
     if not removed or not enough(removed):
@@ -307,7 +318,8 @@ def laco(
             f"similarity above {options.threshold:g}; a lower threshold or another fold may do"
         )
     transforms = tuple({"kind": "fold", "merge": options.merge, **asdict(f)} for f in folds)
-    return LayerChoice(removed, "cosine of final states", (), transforms)
+    choice = _with_add_ons(graph, batches, options, removed, "cosine of final states", None, given)
+    return replace(choice, transforms=(*transforms, *choice.transforms))
 
 
 @layer_method(
@@ -324,7 +336,15 @@ def streamline(
     progress: Progress | None = None,
 ) -> LayerChoice:
     """LLM-Streamline: of the windows of n + 1 layers the one that changes direction least becomes
-    one trained layer; the smallest n that is enough. Ties go to the lower window."""
+    one trained layer; the smallest n that is enough. Ties go to the lower window.
+
+    The add-ons come after the training, for the n layers that the replacement stands before, and
+    are measured against the model as given. refit: the replacement's MLP is fitted to what is left
+    of the error that it was trained on, in closed form (the sequences that choose the ridge are
+    held out of this fit, not of the training). compensate: the size of the window's output over
+    that of the replacement's, which a mean squared error trains to be too small. Untrained, both
+    are what they are for layers removed otherwise.
+    """
     layers = len(graph.layouts)
     for n in range(1, layers):
         windows = [tuple(range(first, first + n)) for first in range(1, layers - n + 1)]
@@ -334,6 +354,9 @@ def streamline(
         removed = windows[start]
         if not enough(removed):
             continue
+        given = Given()
+        if options.wanted:
+            given.hold(list(graph.adapter.blocks[start].parameters()))
         result = replace_window(
             graph,
             batches,
@@ -345,9 +368,9 @@ def streamline(
             start=options.start,
             say=progress,
         )
-        return LayerChoice(
-            removed, "cosine of windows", (), ({"kind": "replacement", **asdict(result)},)
-        )
+        trained = {"kind": "replacement", **asdict(result)}
+        choice = _with_add_ons(graph, batches, options, removed, "cosine of windows", None, given)
+        return replace(choice, transforms=(trained, *choice.transforms))
     raise _too_much(layers - 1, layers)
 
 
@@ -382,10 +405,12 @@ def _with_add_ons(
     removed: tuple[int, ...],
     objective: str,
     importance: Tensor | None,
+    given: Given | None = None,
 ) -> LayerChoice:
     values = () if importance is None else tuple(importance.tolist())
     gone = [Branch(kind, i) for i in removed for kind in KINDS]
-    return LayerChoice(removed, objective, values, apply_add_ons(graph, gone, batches, options))
+    done = apply_add_ons(graph, gone, batches, options, given)
+    return LayerChoice(removed, objective, values, done)
 
 
 def _sequences(batches: Sequence[Batch], count: int) -> list[Batch]:

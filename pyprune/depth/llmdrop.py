@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 
 from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.addons import AddOns, apply_add_ons
+from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, parameter_count, units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Step, calibration_facts
@@ -49,6 +49,7 @@ def llm_drop(
     options: LlmDropOptions = config.own_options()
     graph = ResidualGraph(model, adapter)
     graph.check()
+    check_add_ons(graph, options)
     kinds = ("attention", "mlp") if options.blocks == "mixed" else (options.blocks,)
     units = units_of(
         [b for b in graph.branches if b.kind in kinds and config.allows(b)], layers=False

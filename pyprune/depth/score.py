@@ -55,9 +55,9 @@ class Scorer:
             with torch.no_grad():
                 self._dense = [self._finished(i, self._run(i)) for i in range(len(self.batches))]
 
-    def _run(self, i: int) -> Tensor:
+    def _run(self, i: int, removed: Collection[Branch] = ()) -> Tensor:
         state, context = self.graph.start(self.batches[i])
-        return self.graph.run_from(0, state, context)
+        return self.graph.run_from(0, state, context, removed)
 
     def _scored(self, batch: Batch) -> Tensor:
         """1 for targets that count, float64 [B, n]."""
@@ -100,6 +100,12 @@ class Scorer:
         log_p = dense.log_softmax(-1)
         log_q = logits.log_softmax(-1).view(-1, *log_p.shape)
         return ((log_p.exp() * (log_p - log_q)).sum(-1)).flatten(0, 1).double()
+
+    @torch.no_grad()
+    def score(self, removed: Collection[Branch] = ()) -> float:
+        """Score without `removed`."""
+        rows = [self.rows(i, self._run(i, removed)) for i in range(len(self.batches))]
+        return self.total(rows)[0]
 
     @torch.no_grad()
     def rows_naive(self, i: int, removed: Collection[Branch]) -> Tensor:
@@ -149,7 +155,6 @@ class Scorer:
         return math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
 
 
-@torch.no_grad()
 def perplexities(
     graph: ResidualGraph,
     batches: Sequence[Batch],
@@ -157,11 +162,4 @@ def perplexities(
 ) -> list[float]:
     """Perplexity (see `Scorer`) of the model without each of `removals`."""
     scorer = Scorer(graph, batches)
-    found = []
-    for removed in removals:
-        rows = []
-        for i, batch in enumerate(scorer.batches):
-            state, context = graph.start(batch)
-            rows.append(scorer.rows(i, graph.run_from(0, state, context, removed)))
-        found += scorer.total(rows)
-    return found
+    return [scorer.score(removed) for removed in removals]

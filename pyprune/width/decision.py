@@ -11,6 +11,8 @@ from torch import Tensor
 
 from pyprune.errors import UserError
 
+ADD_ONS = "add-ons"  # a point of `WidthDecision.curve`
+
 
 @dataclass(frozen=True)
 class WidthDecision:
@@ -29,8 +31,8 @@ class WidthDecision:
     calibration: source, sha256, tokens, seqlen, sequences. config: `WidthConfig.to_dict`.
     transforms: what else the method did to the kept weights.
     curve: (what went, parameters left without zeros, perplexity on the calibration text): the dense
-        model, then every step of a method that goes by perplexity, or "pruned" where both ends were
-        measured; empty where nothing was.
+        model, then every step of a method that goes by perplexity (and "add-ons" where some were
+        applied to the result), or "pruned" where both ends were measured; empty where nothing was.
     """
 
     method: str

@@ -17,9 +17,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pyprune.calibration.tokens import TokenSet
+from pyprune.calibration.tokens import Batch, TokenSet
+from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
+from pyprune.depth.given import Given
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import PARTS, in_parts
 from pyprune.depth.registry import run_search
@@ -30,7 +32,7 @@ from pyprune.errors import UserError
 from pyprune.progress import Progress
 from pyprune.width.apply import remove
 from pyprune.width.config import WidthConfig
-from pyprune.width.decision import WidthDecision
+from pyprune.width.decision import ADD_ONS, WidthDecision
 from pyprune.width.registry import width_method
 from pyprune.width.structure import Group, Widths
 
@@ -42,7 +44,7 @@ Module = tuple[Group, ...]  # all groups of one branch: one, or one per expert
 
 
 @dataclass(frozen=True)
-class MultiPrunerOptions:
+class MultiPrunerOptions(AddOns):
     """blocks, heads: the shares of what is removed that go as whole branches and as KV groups; the
     rest goes as channels. None: the paper's, 0.44 and 0.04, with grouped queries 0.3 and 0. steps:
     into which each MLP's channels are divided. mode: exact (everything is scored at every step,
@@ -50,7 +52,8 @@ class MultiPrunerOptions:
     audit_every: in every n-th step fast also looks at the module that it has not looked at for
     longest (0: never). every: score each n-th token (1: all, as published); the head and its loss
     are half of the time of a small model's scores. memory_mb: for cached hidden states and live
-    streams. width: streams that run at once.
+    streams. width: streams that run at once. And the add-ons `compensate`, `refit`, `ridge`, see
+    `multipruner`.
     """
 
     blocks: float | None = None
@@ -63,6 +66,12 @@ class MultiPrunerOptions:
     width: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.wanted and self.blocks == 0:
+            raise UserError(
+                "compensate, refit: expected with blocks above 0, got 0; they make up for branches "
+                "that went"
+            )
         for grouped in (False, True):
             blocks, heads = self.shares(grouped)
             if not (blocks >= 0 and heads >= 0 and blocks + heads <= 1):
@@ -96,17 +105,27 @@ def multipruner(
     model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
 ) -> WidthDecision:
     """A stock model has one width for all layers: it is as narrow as its widest layer, and what
-    narrower ones lack beyond that is zeros. Branches are re-packed into fewer layers."""
+    narrower ones lack beyond that is zeros. Branches are re-packed into fewer layers.
+
+    The add-ons act on the gaps that branches leave, and come when both searches are done, before
+    anything is cut: what they are fitted to is the stream of the dense model, and what they start
+    from that of the model as narrow as it will be. What narrower modules lack elsewhere is left to
+    the next gap.
+    """
     options: MultiPrunerOptions = config.own_options()
     dense = sum(p.numel() for p in model.parameters())
     target = config.ratio * dense
     widths = Widths.of(model)
     graph = ResidualGraph(model, widths.adapter)
     graph.check()
+    check_add_ons(graph, options)
     kv_groups = widths.of_kind("heads")
     blocks, share = options.shares(any(g.fields["num_attention_heads"] > 1 for g in kv_groups))
     found = _branches(graph, tokens, config, blocks, progress)
     removed = [] if found is None else found.removed
+    given = Given()
+    if options.wanted:
+        given.hold([group.slices[-1].owner() for group in widths.groups])
     search = WidthSearch(graph, widths, tokens, removed, options, progress)
     gone = graph.removed_parameters(removed)
     norms = {group.name: norm_of_rows(group) for group in widths.groups}
@@ -115,6 +134,10 @@ def multipruner(
     gone += search.remove("mlp", math.ceil(target) - gone - heads)
     if heads:
         gone += search.remove("heads", math.ceil(target) - gone)
+    curve += search.curve(curve[-1][1])
+    done = apply_add_ons(graph, removed, search.batches, options, given)
+    if done:
+        curve.append((ADD_ONS, curve[-1][1], search.score()))
     decision = remove(
         widths,
         search.kept(),
@@ -122,7 +145,8 @@ def multipruner(
         config=config,
         dense_parameters=dense,
         transforms=[
-            {"steps": [list(step) for step in search.log], "evaluations": search.evaluations}
+            {"steps": [list(step) for step in search.log], "evaluations": search.evaluations},
+            *done,
         ],
         scores=norms,
         objective="L1 norm",
@@ -142,7 +166,7 @@ def multipruner(
         zeroed={k: v for k, v in decision.zeroed.items() if k not in whole},
         parameters=(dense, after),
         wanted=dense - gone,
-        curve=(*curve, *search.curve(curve[-1][1])),
+        curve=tuple(curve),
         notes=(*decision.notes, *filter(None, [packing.reason])),
     )
 
@@ -224,6 +248,15 @@ class WidthSearch:
         self.log: list[tuple[str, int, float]] = []
         self._gone: list[int] = []  # parameters, in every step
         self.evaluations = 0
+
+    @property
+    def batches(self) -> list[Batch]:
+        """What it is measured on, on the model's device."""
+        return self._scorer.batches
+
+    def score(self) -> float:
+        """Perplexity of the model as it is now, without the branches; from no cached state."""
+        return self._scorer.score(self._removed)
 
     def groups(self, branch: Branch) -> Module:
         """What of the branch has units; nothing if its family has none."""

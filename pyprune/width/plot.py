@@ -18,7 +18,7 @@ from pyprune.pictures import (
     millions,
     paint_perplexity,
 )
-from pyprune.width.decision import WidthDecision
+from pyprune.width.decision import ADD_ONS, WidthDecision
 
 # Kind of group -> its colour, how it is called, and how a whole branch of it is.
 KINDS = {"heads": ("attention", "KV groups", "A"), "mlp": ("mlp", "MLP channels", "M")}
@@ -205,7 +205,7 @@ def _parameters(axis: Any, decision: WidthDecision) -> None:
 
 def _curve(axis: Any, decision: WidthDecision) -> None:
     """Branches are named where they went; steps of width are too many."""
-    named = {"dense", "pruned", *decision.branches}
+    named = {"dense", "pruned", ADD_ONS, *decision.branches}
     labelled = [i for i, (name, _, _) in enumerate(decision.curve) if name in named]
     whole = decision.curve[-1][0] != "pruned"
     paint_perplexity(axis, decision.curve, labelled=labelled, whole=whole)

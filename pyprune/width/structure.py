@@ -49,9 +49,14 @@ class Slice:
                 f"{size} entries along axis {self.axis}, got {tuple(self.index.shape)}"
             )
 
+    def owner(self) -> Tensor:
+        """The live parameter, of all experts."""
+        owner: Tensor = getattr(self.module, self.parameter)
+        return owner
+
     def tensor(self) -> Tensor:
         """The live parameter (of the expert), detached; writing to it changes the model."""
-        owner: Tensor = getattr(self.module, self.parameter).detach()
+        owner = self.owner().detach()
         return owner if self.expert is None else owner[self.expert]
 
     def zero(self, units: Tensor) -> None:

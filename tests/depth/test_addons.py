@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from depth_streams import POST_NORM, model_of, scaled_input, states_of
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
@@ -19,28 +20,11 @@ from pyprune.depth.addons import (
 )
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
-from pyprune.depth.hidden import visit_states
 from pyprune.depth.repack import repack
 from pyprune.depth.ridge import LADDER
 from pyprune.depth.save import drop_layers
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
-
-POST_NORM = ("gemma2", "gemma3_text")
-
-
-def model_of(family):
-    name = "n_layer" if family in ("gpt2", "bloom") else "num_hidden_layers"
-    more = {name: 4}
-    if family in POST_NORM:
-        more["layer_types"] = ["sliding_attention", "full_attention"] * 2
-    return tiny_model(family, **more)
-
-
-def states_of(model, ids):
-    found = []
-    visit_states(ResidualGraph.of(model).adapter, Batch(ids), lambda _, h: found.append(h.clone()))
-    return found
 
 
 def layers(*indices):
@@ -67,17 +51,6 @@ def test_streams_and_sizes():
     norms = [x.double().norm(dim=-1) for x in found]
     expected = [float((norms[end] / norms[first]).mean()) for first, end in ((2, 6), (3, 4))]
     assert ratios == pytest.approx(expected, rel=1e-5)
-
-
-def scaled_input(factor):
-    """A hook on a layer that multiplies what it is given."""
-
-    def hook(_module, args, kwargs):
-        if args:
-            return (args[0] * factor, *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": kwargs["hidden_states"] * factor}
-
-    return hook
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -261,3 +234,31 @@ def test_both_together():
     kinds = [t["kind"] for t in apply_add_ons(ResidualGraph.of(model), removed, [Batch(ids)], both)]
     assert kinds == ["compensate", "refit", "refit"]
     assert apply_add_ons(ResidualGraph.of(model), HALVES, [Batch(ids)], AddOns()) == ()
+
+
+@torch.no_grad()
+def test_a_compensated_beginning_is_what_the_fits_see():
+    """The fits' targets and inputs have one scale: their errors are those that the model has."""
+    ids = tiny_tokens(6, 32)
+    model, removed = model_of("llama"), [*layers(0), *HALVES]
+    targets = list(streams(ResidualGraph.of(model_of("llama")), Batch(ids)))
+    graph = ResidualGraph.of(model)
+    beginning, *fits = apply_add_ons(graph, removed, [Batch(ids)], AddOns(True, True))
+    (factor,) = beginning["factors"]
+    assert abs(factor - 1) > 0.1 and [fit["branch"] for fit in fits] == ["A1", "M2"]
+    state, context = graph.start(Batch(ids))
+    found = []
+    for branch in graph.branches:
+        gone = branch in removed
+        state = graph.skip(branch, state) if gone else graph.run(branch, state, context)
+        found.append(state.total.flatten(0, 1))
+    for fit, end in zip(fits, (5, 7), strict=True):
+        error = (factor * found[end - 1] - targets[end]).square().sum()
+        assert fit["after"] < fit["before"]
+        assert float(error / targets[end].square().sum()) == pytest.approx(fit["after"], rel=1e-2)
+
+
+def test_a_ridge_without_refit_is_refused():
+    for method in ("blockpruner", "shortgpt", "laco", "llm-drop"):
+        with pytest.raises(UserError, match=r"ridge: expected none without refit, got 0\.01"):
+            StructureConfig(method, count=1, method_options={"ridge": 0.01, "compensate": True})
