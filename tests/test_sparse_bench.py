@@ -23,6 +23,7 @@ from pyprune.sparse.bench import (
 from pyprune.sparse.convert import compress_checkpoint
 from pyprune.sparse.dense import DenseLinear
 from pyprune.sparse.load import load
+from pyprune.sparse.plot import DENSE_COLOUR, colour
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +169,10 @@ def test_mistakes(pair, capsys):
     for prompt, steps in ((127, 2), (2, 127), (500, 1)):
         with pytest.raises(UserError, match="at most the model's 128 positions together"):
             bench(models, Protocol((1,), prompt, steps, 1))
+
+
+def test_no_other_model_has_the_dense_ones_colour():
+    names = ["dense", *(f"model {i}" for i in range(9))]
+    colours = [colour(name, names) for name in names]
+    assert len(set(colours)) == 10 and colours[0] == DENSE_COLOUR
+    assert colour("model 9", [*names, "model 9"]) == colours[1]

@@ -10,7 +10,17 @@ from pyprune.pictures import require_matplotlib
 from pyprune.sparse.bench import OWN, PHASES, BenchResult
 from pyprune.sparse.stored import DENSE
 
-COLOURS = ("#7f7f7f", "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd")
+DENSE_COLOUR = "#7f7f7f"
+COLOURS = (
+    "#1f77b4", "#ff7f0e", "#2ca02c", "#9467bd", "#d62728", "#8c564b", "#e377c2", "#bcbd22",
+    "#17becf",
+)  # fmt: skip
+
+
+def colour(name: str, names: list[str]) -> str:
+    """Grey for the dense model, which is one of `names`; the others' colours come round again."""
+    others = [other for other in names if other != DENSE]
+    return DENSE_COLOUR if name == DENSE else COLOURS[others.index(name) % len(COLOURS)]
 
 
 def plot(result: BenchResult, file: Path) -> None:
@@ -48,7 +58,7 @@ def _rates(axis: Any, result: BenchResult, phase: str) -> None:
             x, height = j + (i + 0.5) * width - 0.4, rate.median / dense
             spread = [[(rate.median - rate.least) / dense], [(rate.greatest - rate.median) / dense]]
             axis.bar(
-                x, height, width * 0.92, color=COLOURS[i % len(COLOURS)],
+                x, height, width * 0.92, color=colour(name, result.names),
                 label=name if j == 0 else None, yerr=spread, capsize=2,
                 error_kw={"elinewidth": 0.8},
             )  # fmt: skip
@@ -71,7 +81,7 @@ def _sizes(axis: Any, result: BenchResult) -> None:
             continue  # the same weights once more
         labels.append(f"{model['name']} {model['dtype']}")
         megabytes.append(model["weight_bytes"] / 1e6)
-        colours.append(COLOURS[result.names.index(model["name"]) % len(COLOURS)])
+        colours.append(colour(model["name"], result.names))
     bars = axis.barh(range(len(labels)), megabytes, color=colours)
     axis.bar_label(bars, [f"{value:,.0f}" for value in megabytes], fontsize=8, padding=2)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
