@@ -8,7 +8,7 @@ from tiny_models import tiny_model, tiny_tokens
 
 from pyprune.errors import UserError
 from pyprune.sparse.convert import compress_checkpoint
-from pyprune.sparse.embedding import Int8Embedding
+from pyprune.sparse.embedding import StoredEmbedding
 from pyprune.sparse.factored import FactoredLinear
 from pyprune.sparse.linear import SparseLinear
 from pyprune.sparse.load import load
@@ -21,7 +21,7 @@ IDS = tiny_tokens(2, 8)
 TARGETS = ["q_proj", "down_proj"]
 
 
-@pytest.fixture(scope="module", params=["bitmap", "sparse24", "int8"])
+@pytest.fixture(scope="module", params=["bitmap", "sparse24", "int8", "coded"])
 def folder(request, tmp_path_factory):
     made = tmp_path_factory.mktemp("compressed")
     model = tiny_model("llama", tie_word_embeddings=True)
@@ -33,8 +33,11 @@ def folder(request, tmp_path_factory):
                     module.weight.data[:, 1] = 0
                     module.weight.data[0] = 1.0
     model.save_pretrained(made / "dense")
-    more = {"int8": True, "int8_embeddings": True} if request.param == "int8" else {}
-    compress_checkpoint(made / "dense", made / "small", **more)
+    more = {
+        "int8": {"int8": True, "embeddings": "int8"},
+        "coded": {"embeddings": "coded", "dtype": torch.bfloat16},
+    }
+    compress_checkpoint(made / "dense", made / "small", **more.get(request.param, {}))
     return made / "small"
 
 
@@ -119,8 +122,8 @@ def test_what_needs_a_dense_weight_says_to_decompress(folder):
     assert linear.qweight is linear.values
     with pytest.raises(AttributeError, match="no attribute 'weights'"):
         _ = linear.weights
-    if isinstance(embedding, Int8Embedding):
-        with pytest.raises(UserError, match="Int8Embedding: its weight is compressed"):
+    if isinstance(embedding, StoredEmbedding):
+        with pytest.raises(UserError, match="StoredEmbedding: its weight is compressed"):
             model.resize_token_embeddings(80)
     else:
         model.resize_token_embeddings(80)
