@@ -60,16 +60,18 @@ class LayerInspection:
 
     @property
     def smallest(self) -> int:
-        """Bytes in the smallest of the three formats, at the precision it has."""
-        return min(self.nbytes_dense, self.nbytes_bitmap, self.nbytes_24 or self.nbytes_dense)
+        """Bytes as it is stored or in the smallest of the three formats, at the precision it has:
+        coded matrices and thin factors are smaller than any of them."""
+        sizes = (self.nbytes, self.nbytes_dense, self.nbytes_bitmap, self.nbytes_24)
+        return min(size for size in sizes if size is not None)
 
 
 @dataclass(frozen=True)
 class Inspection:
     """layers: the matrices of the decoder blocks. others: matrices outside of them that are stored
-    in a compressed format (a pruned head, embeddings with int8 rows). other_bytes: of all other
-    tensors (embeddings, head, norms, biases, routers). note: why the matrices may be others than
-    those, or empty."""
+    in a compressed format (a pruned head, embeddings with int8 or coded rows). other_bytes: of all
+    other tensors (embeddings, head, norms, biases, routers). note: why the matrices may be others
+    than those, or empty."""
 
     path: str
     model_type: str
