@@ -57,11 +57,11 @@ def slicegpt(
     stream = Stream.of(model)
     most = (1 - config.ratio) * before
     graph = stream.graph
-    multiple = options.multiple
-    if any(graph.adapter.experts(i) for i in range(len(graph.layouts))):
-        multiple = math.lcm(multiple, EXPERT_STEP)
+    experts = any(graph.adapter.experts(i) for i in range(len(graph.layouts)))
+    least = EXPERT_STEP if experts else 1
+    multiple = math.lcm(options.multiple, least)
     width = fitting_width(stream, most, multiple)
-    notes = _notes(stream, width, affordable_width(stream, most, multiple))
+    notes = _notes(stream, width, most, multiple, least)
     batches = [_on(batch, graph.device) for batch in tokens.batches]
     if progress is not None:
         progress("principal directions of the stream", 0, None)
@@ -117,8 +117,9 @@ def fitting_width(stream: Stream, most: float, multiple: int) -> int:
     )
 
 
-def _notes(stream: Stream, width: int, affordable: int) -> tuple[str, ...]:
-    """What a reader of the result should know; of the stream as it still is."""
+def _notes(stream: Stream, width: int, most: float, multiple: int, least: int) -> tuple[str, ...]:
+    """What a reader of the result should know; of the stream as it still is. least: of which the
+    width has to be a multiple, whatever is asked for."""
     notes = [NOTE]
     if stream.tied:
         notes.append("the head is no longer tied to the embeddings")
@@ -127,9 +128,14 @@ def _notes(stream: Stream, width: int, affordable: int) -> tuple[str, ...]:
             f"{width} of {stream.width} dimensions are left, the others stay as zeros: "
             f"{stream.obstacle}"
         )
+    affordable = affordable_width(stream, most, multiple)
     if width < affordable:
         name = type(stream.graph.model.config.get_text_config()).__name__
-        notes.append(f"{width} is narrower than asked for, but {name} does not take {affordable}")
+        wider = fitting_width(stream, most, least)
+        instead = f" (-O multiple={least}: {wider})" if wider > width else ""
+        notes.append(
+            f"{width} is narrower than asked for, but {name} does not take {affordable}{instead}"
+        )
     return tuple(notes)
 
 

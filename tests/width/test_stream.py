@@ -336,8 +336,14 @@ def test_slicegpt_meets_the_ratio(tmp_path):
     decision = run_width(
         tiny_model("llama", hidden_size=64, intermediate_size=96), tokens_of(), odd
     )
-    assert decision.sizes["hidden_size"][1] % 12 == 0
-    assert any("LlamaConfig does not take" in note for note in decision.notes)
+    narrower = decision.sizes["hidden_size"][1]
+    assert narrower % 12 == 0
+    said = next(note for note in decision.notes if "LlamaConfig does not take" in note)
+    any_width = WidthConfig("slicegpt", ratio=0.25, method_options={"multiple": 1})
+    wider = run_width(
+        tiny_model("llama", hidden_size=64, intermediate_size=96), tokens_of(), any_width
+    ).sizes["hidden_size"][1]
+    assert wider > narrower and said.endswith(f"(-O multiple=1: {wider})")
     narrow = r"ratio: expected at most 0\.\d+ .*at least 8 wide\), got 0.990"
     with pytest.raises(UserError, match=narrow):
         run_width(tiny_model("llama"), tokens_of(), WidthConfig("slicegpt", ratio=0.99))
