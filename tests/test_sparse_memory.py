@@ -81,7 +81,8 @@ def test_peak_is_the_compressed_size(tmp_path):
     # Expanded, one of the three matrices alone would add 40 MB; threads and what is imported late
     # come to half of that.
     assert compressed < report.nbytes_after + 28 * MB
-    assert whole > report.nbytes_dense
+    # That a dense model is seen: memory that was freed just before is used again, some megabytes.
+    assert whole > 0.8 * report.nbytes_dense
 
 
 def test_a_conversion_holds_one_matrix_at_a_time(tmp_path):
