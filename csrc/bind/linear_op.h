@@ -30,20 +30,21 @@ inline std::vector<LinearOp>& linear_ops() {
   return known;
 }
 
+inline void require_contiguous(const TensorView& t, DType dtype,
+                               std::initializer_list<int64_t> shape, const char* name) {
+  require_dtype(t, dtype, name);
+  require_shape(t, shape, name);
+  require_contiguous(t, name);
+}
+
 // What all formats ask of x, y and the bias.
 inline void check_linear(const TensorView& y, const TensorView& x, int64_t rows,
                          const TensorView* bias) {
   require(x.ndim == 2 && (x.shape[1] <= 1 || x.stride[1] == 1),
           "x: expected two dimensions with unit stride along the last");
   require(x.dtype == DType::f32 || x.dtype == DType::bf16, "x: expected float32 or bfloat16");
-  require_dtype(y, x.dtype, "y");
-  require_shape(y, {x.shape[0], rows}, "y");
-  require_contiguous(y, "y");
-  if (bias) {
-    require_dtype(*bias, DType::f32, "bias");
-    require_shape(*bias, {rows}, "bias");
-    require_contiguous(*bias, "bias");
-  }
+  require_contiguous(y, x.dtype, {x.shape[0], rows}, "y");
+  if (bias) require_contiguous(*bias, DType::f32, {rows}, "bias");
 }
 
 inline void bind_linear(py::module_& m, const LinearOp& op) {

@@ -5,19 +5,12 @@
 namespace pyprune {
 namespace {
 
-void require_bytes(const TensorView& t, DType dtype, std::initializer_list<int64_t> shape,
-                   const char* name) {
-  require_dtype(t, dtype, name);
-  require_shape(t, shape, name);
-  require_contiguous(t, name);
-}
-
 void finish(void (*kernel)(const SparseInt8Args&), const SparseInt8Args& a) {
   const SparseLinearArgs& l = a.linear;
   check_linear(l.y, l.x, l.rows, l.bias);
   require_dtype(l.values, DType::i8, "values");
   require_contiguous(l.values, "values");
-  require_bytes(a.scales, DType::f32, {l.rows}, "scales");
+  require_contiguous(a.scales, DType::f32, {l.rows}, "scales");
   if (l.y.numel() == 0) return;
   require(l.cols > 0, "x: expected at least one column");
   kernel(a);
@@ -37,7 +30,7 @@ void multiply_24(const TensorView& y, const TensorView& x, const LinearWeight& w
   require(x.ndim == 2 && values.ndim == 2 && x.shape[1] % 8 == 0, "x: expected 8 n columns");
   const int64_t rows = values.shape[0], cols = x.shape[1];
   require_shape(values, {rows, cols / 2}, "values");
-  require_bytes(meta, DType::u8, {rows, cols / 8}, "meta");
+  require_contiguous(meta, DType::u8, {rows, cols / 8}, "meta");
   finish(sparse_int8,
          {{WeightFormat::sparse24, y, x, rows, cols, values, &meta, nullptr, w.bias, threads},
           w.parts[2]});
@@ -47,8 +40,8 @@ void multiply_bitmap(const TensorView& y, const TensorView& x, const LinearWeigh
   const TensorView &values = w.parts[0], &bitmap = w.parts[1], &offsets = w.parts[2];
   require(x.ndim == 2 && values.ndim == 1 && bitmap.ndim == 2, "expected x [M, C], values [nnz]");
   const int64_t rows = bitmap.shape[0], cols = x.shape[1];
-  require_bytes(bitmap, DType::u8, {rows, (cols + 7) / 8}, "bitmap");
-  require_bytes(offsets, DType::i64, {rows + 1}, "row_offsets");
+  require_contiguous(bitmap, DType::u8, {rows, (cols + 7) / 8}, "bitmap");
+  require_contiguous(offsets, DType::i64, {rows + 1}, "row_offsets");
   finish(sparse_int8,
          {{WeightFormat::bitmap, y, x, rows, cols, values, &bitmap, &offsets, w.bias, threads},
           w.parts[3]});

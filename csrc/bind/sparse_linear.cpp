@@ -9,13 +9,6 @@
 namespace pyprune {
 namespace {
 
-void require_matrix(const TensorView& t, DType dtype, int64_t rows, int64_t cols,
-                    const char* name) {
-  require_dtype(t, dtype, name);
-  require_shape(t, {rows, cols}, name);
-  require_contiguous(t, name);
-}
-
 void finish(const SparseLinearArgs& a) {
   check_linear(a.y, a.x, a.rows, a.bias);
   require_contiguous(a.values, "values");
@@ -37,7 +30,7 @@ void multiply_24(const TensorView& y, const TensorView& x, const LinearWeight& w
   require(x.ndim == 2 && values.ndim == 2 && x.shape[1] % 8 == 0, "x: expected 8 n columns");
   const int64_t rows = values.shape[0], cols = x.shape[1];
   require_shape(values, {rows, cols / 2}, "values");
-  require_matrix(meta, DType::u8, rows, cols / 8, "meta");
+  require_contiguous(meta, DType::u8, {rows, cols / 8}, "meta");
   finish({WeightFormat::sparse24, y, x, rows, cols, values, &meta, nullptr, w.bias, threads});
 }
 
@@ -45,10 +38,8 @@ void multiply_bitmap(const TensorView& y, const TensorView& x, const LinearWeigh
   const TensorView &values = w.parts[0], &bitmap = w.parts[1], &offsets = w.parts[2];
   require(x.ndim == 2 && values.ndim == 1 && bitmap.ndim == 2, "expected x [M, C], values [nnz]");
   const int64_t rows = bitmap.shape[0], cols = x.shape[1];
-  require_matrix(bitmap, DType::u8, rows, (cols + 7) / 8, "bitmap");
-  require_dtype(offsets, DType::i64, "row_offsets");
-  require_shape(offsets, {rows + 1}, "row_offsets");
-  require_contiguous(offsets, "row_offsets");
+  require_contiguous(bitmap, DType::u8, {rows, (cols + 7) / 8}, "bitmap");
+  require_contiguous(offsets, DType::i64, {rows + 1}, "row_offsets");
   finish({WeightFormat::bitmap, y, x, rows, cols, values, &bitmap, &offsets, w.bias, threads});
 }
 
@@ -71,10 +62,10 @@ Linear24 linear_24_args(const py::capsule& y, const py::capsule& x, const py::ca
   require(1 <= m && m <= 64, "x: expected 1 to 64 rows");
   require(cols > 0 && cols % 64 == 0 && rows > 0, "x: expected a multiple of 64 columns");
   require(a.x.dtype == DType::bf16 || a.x.dtype == DType::f16, "x: expected a 16-bit float");
-  require_matrix(a.x, a.x.dtype, m, cols, "x");
-  require_matrix(a.y, a.x.dtype, m, rows, "y");
-  require_matrix(a.values, a.x.dtype, rows, cols / 2, "values");
-  require_matrix(a.meta, DType::u8, rows, cols / 8, "meta");
+  require_contiguous(a.x, a.x.dtype, {m, cols}, "x");
+  require_contiguous(a.y, a.x.dtype, {m, rows}, "y");
+  require_contiguous(a.values, a.x.dtype, {rows, cols / 2}, "values");
+  require_contiguous(a.meta, DType::u8, {rows, cols / 8}, "meta");
   for (const TensorView* t : {&a.x, &a.values, &a.meta})
     require(reinterpret_cast<uintptr_t>(t->data) % 16 == 0, "expected 16-byte aligned tensors");
   if (bias) {
@@ -103,10 +94,10 @@ LinearBitmap linear_bitmap_args(const py::capsule& y, const py::capsule& x,
   const int64_t most = linear_bitmap_rows(a.x.dtype);
   require(1 <= m && m <= most, "x: expected 1 to " + std::to_string(most) + " rows");
   require(cols > 0 && cols % 32 == 0 && rows > 0, "x: expected a multiple of 32 columns");
-  require_matrix(a.x, a.x.dtype, m, cols, "x");
-  require_matrix(a.y, a.x.dtype, m, rows, "y");
+  require_contiguous(a.x, a.x.dtype, {m, cols}, "x");
+  require_contiguous(a.y, a.x.dtype, {m, rows}, "y");
   require_dtype(a.values, a.x.dtype == DType::f32 ? DType::bf16 : a.x.dtype, "values");
-  require_matrix(a.bitmap, DType::u8, rows, cols / 8, "bitmap");
+  require_contiguous(a.bitmap, DType::u8, {rows, cols / 8}, "bitmap");
   require_dtype(a.row_offsets, DType::i64, "row_offsets");
   require_shape(a.row_offsets, {rows + 1}, "row_offsets");
   for (const TensorView* t : {&a.values, &a.row_offsets})
