@@ -101,5 +101,7 @@ def test_a_conversion_holds_one_matrix_at_a_time(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert sum(f.stat().st_size for f in (tmp_path / "dense").iterdir()) > 192 * MB
-    # A matrix, what counts its zeros, what it is packed into; and what the allocator keeps of them.
-    assert all(peak < 64 * MB for peak in json.loads(done.stdout))
+    # A matrix, what counts its zeros, what it is packed into; and what the allocator keeps of them:
+    # 23 to 77 MB in twelve runs, where the whole model would be 192.
+    peaks = json.loads(done.stdout)
+    assert all(peak < 100 * MB for peak in peaks), peaks
