@@ -7,6 +7,7 @@
 #include <string>
 #include <type_traits>
 
+#include "cpu/bitmap_table.h"
 #include "cpu/int8_wide.h"
 #include "cpu/sparse_bf16.h"
 #include "cpu/sparse_rows.h"
@@ -380,11 +381,13 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
   const int64_t m = a.linear.x.shape[0];
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<X, bf16>)
-    if (current_isa() >= Isa::avx512_bf16 && w.format == WeightFormat::sparse24 &&
-        m > kGatherPairRows) {
+    if (current_isa() >= Isa::avx512_bf16) {
       SparseLinearArgs scaled = a.linear;
       scaled.scales = a.scales.ptr<const float>();
-      return run_table<int8_t, X>(scaled, w);
+      if (w.format == WeightFormat::sparse24 && m > kGatherPairRows)
+        return run_table<Source24<int8_t>, X>(scaled, w);
+      if (w.format == WeightFormat::bitmap && tables_pay<int8_t>(w, m))
+        return run_table<BitmapSource<int8_t>, X>(scaled, w, broken);
     }
 #endif
   if (m > kInt8FewRows) return many_rows<X>(a, w, broken);

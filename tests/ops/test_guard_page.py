@@ -52,7 +52,7 @@ for shape in ((3, 72), (5, 136), (18, 1096), (1, 1), (1, 7), (2, 63), (5, 65), (
             mask = random_24_mask(*shape, gen)
         q = (32 * w).clamp(-127, 127).to(torch.int8)
         scales = torch.full((shape[0],), 1 / 64)
-        for m in (1, 3, 8, 12, 40):
+        for m in (1, 3, 8, 12, 40, 200):
             for x_dtype in (torch.float32, torch.bfloat16):
                 x = guarded(torch.randn(m, shape[1], generator=gen).to(x_dtype))
                 want = x.double() @ (w * mask).double().T
