@@ -83,6 +83,23 @@ inline void decode_rows(const Weights& w, Cursor<T>* cursors, int64_t i0, int64_
   }
 }
 
+// Rows of W that one turn of the kernel decodes side by side: as many as their M sums each leave
+// registers for.
+constexpr int side_by_side(int m) { return m <= 4 ? 4 : 2; }
+
+#elif defined(__AVX2__)
+
+template <class T, bool kDense, int M, int R>
+inline void decode_rows(const Weights& w, Cursor<T>* cursors, int64_t i0, int64_t i1,
+                        const float* x, int64_t ahead, float* sums) {
+  RowsAt<T, R> rows = {{}, {}, static_cast<const T*>(w.values) + w.nnz, w.cols};
+  for (int r = 0; r < R; ++r) rows.v[r] = cursors[r].v, rows.masks[r] = cursors[r].words;
+  multiply_words<T, kDense, 32, M>(rows, i0, i1, x, ahead, sums);
+  for (int r = 0; r < R; ++r) cursors[r].v = rows.v[r];
+}
+
+constexpr int side_by_side(int m) { return rows_of_a_turn(m); }
+
 #else
 
 template <class T, bool kDense, int M, int R>
@@ -112,11 +129,9 @@ inline void decode_rows(const Weights& w, Cursor<T>* cursors, int64_t i0, int64_
   }
 }
 
-#endif
-
-// Rows of W that one turn of the kernel decodes side by side: as many as their M sums each leave
-// registers for.
 constexpr int side_by_side(int m) { return m <= 4 ? 4 : 2; }
+
+#endif
 
 // Rows of W that share a piece of x small enough for the first-level cache. For one or two rows of
 // x all of it is.

@@ -13,6 +13,9 @@
 #include "cpu/sparse_rows.h"
 #include "cpu/sparse_run.h"
 #include "cpu/sparse_table.h"
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "cpu/sparse_gather_avx2.h"
+#endif
 #include "cpu/widen_int8.h"
 
 namespace pyprune {
@@ -96,33 +99,29 @@ void spread_rows(const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1, con
 // Where Columns64 has a column.
 inline int64_t columns64_place(int64_t c) { return 16 * (c & 3) + (c >> 2); }
 
+constexpr int spread_side(int m) { return m <= 4 ? 4 : 2; }
+
+#elif defined(__AVX2__)
+
+inline int64_t columns64_place(int64_t c) { return c; }
+
+template <int M, int R>
+void spread_rows(const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1, const float* x,
+                 int64_t ahead, float* sums) {
+  RowsAt<int8_t, R> rows = {{}, {}, end, 0};
+  for (int r = 0; r < R; ++r) rows.v[r] = cursors[r].v, rows.masks[r] = cursors[r].meta;
+  multiply_words<int8_t, false, 64, M>(rows, i0, i1, x, ahead, sums);
+  for (int r = 0; r < R; ++r) cursors[r].v = rows.v[r];
+}
+
+constexpr int spread_side(int m) { return rows_of_a_turn(m); }
+
 #else
 
 inline int64_t columns64_place(int64_t c) { return c; }
 
-// The values at `v` over the kept columns of one word, zeros elsewhere; where they went on to.
-inline const int8_t* spread_word(const int8_t* v, const int8_t* end, uint64_t keep, float* out) {
-#if defined(__AVX2__)
-  for (int i = 0; i < 8; ++i, keep >>= 8) {
-    int64_t bytes = 0;
-    if (end - v >= 8)
-      std::memcpy(&bytes, v, 8);
-    else if (v < end)  // the matrix ends here: no load may reach past it
-      std::memcpy(&bytes, v, static_cast<size_t>(end - v));
-    const __m256i q = _mm256_cvtepi8_epi32(_mm_cvtsi64_si128(bytes));
-    const unsigned kept = keep & 0xff;
-    _mm256_storeu_ps(out + 8 * i, expand8({_mm256_cvtepi32_ps(q)}, kept));
-    v += popcount(kept);
-  }
-#else
-  (void)end;
-  for (int c = 0; c < kMaskColumns; ++c) out[c] = (keep >> c) & 1 ? static_cast<float>(*v++) : 0.0f;
-#endif
-  return v;
-}
-
 template <int M, int R>
-void spread_rows(const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1, const float* x,
+void spread_rows(const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1, const float* x,
                  int64_t, float* sums) {
   for (int r = 0; r < R; ++r) {
     Vec acc[M];
@@ -132,7 +131,8 @@ void spread_rows(const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1,
       uint64_t keep;
       std::memcpy(&keep, cursors[r].meta + 8 * i, 8);
       float row[kMaskColumns];
-      v = spread_word(v, end, keep, row);
+      for (int c = 0; c < kMaskColumns; ++c)
+        row[c] = (keep >> c) & 1 ? static_cast<float>(*v++) : 0.0f;
       for (int64_t c = 0; c < kMaskColumns; c += Vec::kLanes) {
         const Vec w = Vec::load(row + c);
         for (int m = 0; m < M; ++m)
@@ -144,6 +144,8 @@ void spread_rows(const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1,
   }
 }
 
+constexpr int spread_side(int m) { return m <= 4 ? 4 : 2; }
+
 #endif
 
 // fp32: spreads the values over their columns and multiplies.
@@ -151,7 +153,7 @@ struct Spread {
   using T = float;
   static constexpr int kParts = 1, kMost = kInt8ChunkRows;
   static constexpr bool kRuns = false;
-  static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
+  static constexpr int side(int m) { return spread_side(m); }
   static int64_t place(int64_t c) { return columns64_place(c); }
   static const uint8_t* meta(const Weights& w, int64_t r, uint64_t* words) {
     return row_mask(w, r, words) ? reinterpret_cast<const uint8_t*>(words) : nullptr;
@@ -389,6 +391,12 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
       if (w.format == WeightFormat::bitmap && tables_pay<int8_t>(w, m))
         return run_table<BitmapSource<int8_t>, X>(scaled, w, broken);
     }
+#elif defined(__AVX2__)
+  if (w.format == WeightFormat::sparse24 && m <= kMostGatherRows) {
+    SparseLinearArgs scaled = a.linear;
+    scaled.scales = a.scales.ptr<const float>();
+    return run_gather_avx2<int8_t, X>(scaled, w);
+  }
 #endif
   if (m > kInt8FewRows) return many_rows<X>(a, w, broken);
   for (int64_t m0 = 0; m0 < m; m0 += kInt8ChunkRows) {

@@ -10,6 +10,9 @@
 #include "cpu/sparse_gather.h"
 #include "cpu/sparse_gemm.h"
 #include "cpu/sparse_table.h"
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "cpu/sparse_gather_avx2.h"
+#endif
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -50,6 +53,9 @@ void run(const SparseLinearArgs& a) {
   bool done = false;
 #if defined(__AVX512F__)
   done = run_avx512<T, X>(a, w, &broken);
+#elif defined(__AVX2__)
+  done = a.format == WeightFormat::sparse24 && a.x.shape[0] <= kMostGatherRows;
+  if (done) run_gather_avx2<T, X>(a, w);
 #endif
   if (!done && a.x.shape[0] <= kMaxDecodeRows)
     run_decode<T, X>(a, w, &broken);

@@ -7,6 +7,9 @@
 
 #include "cpu/simd.h"
 #include "cpu/sparse_linear.h"
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "cpu/sparse_avx2.h"
+#endif
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -241,57 +244,26 @@ const T* expand_columns(const T* v, const T*, const uint64_t* words, int64_t n, 
   return v;
 }
 
-#else
+#elif defined(__AVX2__)
 
 template <class T>
-constexpr bool kEvenOdd = false;
-
-#if defined(__AVX2__)
-
-// rank[mask][j]: how many bits of `mask` are set below bit j, which is where column j's value lies
-// among the eight next values.
-struct RankTable {
-  uint8_t rank[256][8];
-  constexpr RankTable() : rank() {
-    for (int mask = 0; mask < 256; ++mask) {
-      uint8_t below = 0;
-      for (int j = 0; j < 8; ++j) {
-        rank[mask][j] = below & 7;
-        below = static_cast<uint8_t>(below + ((mask >> j) & 1));
-      }
-    }
-  }
-};
-constexpr RankTable kRanks;
-
-inline __m256 expand8(Vec next, unsigned keep) {
-  const __m256i rank =
-      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(kRanks.rank[keep])));
-  const __m256i to_sign = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
-  const __m256i kept =
-      _mm256_srai_epi32(_mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(keep)), to_sign), 31);
-  return _mm256_and_ps(_mm256_permutevar8x32_ps(next.v, rank), _mm256_castsi256_ps(kept));
-}
+constexpr bool kEvenOdd = Columns32<T>::kEvenOdd;
 
 template <class T>
 const T* expand_columns(const T* v, const T* end, const uint64_t* words, int64_t n, float* out) {
-  for (int64_t i = 0; i < 8 * n; ++i) {
-    const unsigned keep = (words[i / 8] >> (8 * (i & 7))) & 0xff;
-    Vec next;
-    if (end - v >= 8) {
-      next = Vec::load(v);
-    } else {  // the matrix ends here: no load may reach past it
-      T last[8] = {};
-      std::copy(v, end, last);
-      next = Vec::load(last);
-    }
-    _mm256_storeu_ps(out + 8 * i, expand8(next, keep));
+  for (int64_t i = 0; i < 2 * n; ++i) {
+    const uint32_t keep = static_cast<uint32_t>(words[i / 2] >> (32 * (i & 1)));
+    const auto columns = spread_columns(v, end - v, keep);
+    for (int k = 0; k < 4; ++k) _mm256_storeu_ps(out + 32 * i + 8 * k, columns.v[k]);
     v += popcount(keep);
   }
   return v;
 }
 
 #else
+
+template <class T>
+constexpr bool kEvenOdd = false;
 
 template <class T>
 const T* expand_columns(const T* v, const T*, const uint64_t* words, int64_t n, float* out) {
@@ -301,7 +273,6 @@ const T* expand_columns(const T* v, const T*, const uint64_t* words, int64_t n, 
   return v;
 }
 
-#endif
 #endif
 
 // n columns of a dense row as floats, in the order of expand_columns(), padded with zeros to whole
@@ -317,6 +288,11 @@ void widen_columns(const T* v, int64_t n, float* out) {
     const auto w = Columns32<T>::load(v + c, valid);
     _mm512_storeu_ps(out + c, w.a);
     _mm512_storeu_ps(out + c + 16, w.b);
+  }
+#elif defined(__AVX2__)
+  for (; c < padded; c += 32) {
+    const auto columns = load_columns(v + c, n - c);
+    for (int k = 0; k < 4; ++k) _mm256_storeu_ps(out + c + 8 * k, columns.v[k]);
   }
 #else
   for (; c < n; ++c) out[c] = to_float(v[c]);
