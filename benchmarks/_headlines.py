@@ -24,7 +24,8 @@ def headlines(folder: Path, results: Path | None) -> list[str]:
         return json.loads(path.read_text()) if path and path.exists() else []
 
     lines = [
-        *_model(rows("model")), *_layers(rows("sparse_linear")), *_pruning(rows("prune_model")),
+        *_model(rows("model")), *_layers(rows("sparse_linear")),
+        *_layers(rows("sparse_linear_avx2")), *_pruning(rows("prune_model")),
         *_solve(rows("obs")), *_gram(rows("gram")),
         *_reconstruction(rows("reconstruct_model")), *_search(rows("blockpruner")),
         *_perplexity(rows("gradient_quality", results)),
@@ -72,7 +73,8 @@ def _layers(rows: Rows) -> Iterator[Line]:
             ]
         ]
         if cells:
-            yield (f"linear layer, {words}, bf16", ", ".join(cells) + " rows of x",
+            isa = f", {mine[0]['isa'].upper()} alone" if "isa" in mine[0] else ""
+            yield (f"linear layer, {words}, bf16{isa}", ", ".join(cells) + " rows of x",
                    "the fastest dense product of PyTorch's and ours" if mine[0].get("threads")
                    else "cuBLAS's dense product")  # fmt: skip
 

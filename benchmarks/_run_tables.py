@@ -23,8 +23,9 @@ def sparse_linear(rows: list[Row]) -> list[str]:
         )  # fmt: skip
     first = rows[0]
     dense = "PyTorch fp32 and bf16, our bf16 kernel" if first.get("threads") else "cuBLAS, bf16"
+    isa = f" with {first['isa'].upper()} alone" if "isa" in first else ""
     return [
-        "### Sparse linear layers",
+        f"### Sparse linear layers{isa}",
         "",
         f"How many times faster than the fastest dense product ({dense}). Weights rotate through "
         f"{first['rotated_bytes'] / 2**20:,.0f} MiB; last-level cache "

@@ -19,13 +19,18 @@ rows on, peers for 2:4 where PyTorch has them: `cusparselt` with its algorithm s
 those of CUDA graphs of calls: at a few microseconds a product, launching from Python would decide.
 `read_bandwidth` is there that of a copy.
 
+`--isa avx2` stands for a processor without AVX-512: our kernels, PyTorch, oneDNN and MKL are held
+to that.
+
 Every call takes the next of several copies of the weights, together more than twice the last-level
 cache, so that nothing is served from it. `cache_bytes` and `rotated_bytes` are in the rows.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -42,7 +47,7 @@ from _harness import (
     time_interleaved,
 )
 
-from pyprune import ops
+from pyprune import _native, ops
 from pyprune.measure import last_level_cache
 from pyprune.ops import _registry, linear_24_cuda
 
@@ -271,8 +276,26 @@ def bench_shape(bench: Bench, rows: int, cols: int) -> None:
         bench_rows(bench, m, copies, dense)
 
 
+# What PyTorch and its libraries read when they are loaded.
+LIMITS = {
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
+             "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}  # fmt: skip
+
+
+def hold_to(isa: str) -> None:
+    """Restricts everything that is timed to an instruction set; starts anew if torch is not."""
+    if any(os.environ.get(name) != value for name, value in LIMITS[isa].items()):
+        os.environ.update(LIMITS[isa])
+        os.execv(sys.executable, [sys.executable, *sys.argv])
+    assert _native.MODULE is not None, _native.MISSING
+    _native.MODULE.set_isa(isa)
+
+
 def main() -> None:
-    args = parse(__doc__)
+    args = parse(__doc__, isa={"choices": list(LIMITS), "help": "do without what is newer"})
+    if args.isa:
+        hold_to(args.isa)
     bench = Bench("sparse_linear", args)
     torch.manual_seed(0)
     bandwidth = read_bandwidth(bench.device, bench.smoke)
@@ -280,6 +303,8 @@ def main() -> None:
     full = CUDA_SHAPES if bench.device == "cuda" else SHAPES
     for rows, cols in SMOKE_SHAPES if bench.smoke else full:
         bench_shape(bench, rows, cols)
+    if args.isa:
+        bench.rows = [row | {"isa": args.isa} for row in bench.rows]
     bench.finish()
 
 

@@ -176,6 +176,7 @@ def model(rows: list[Row]) -> list[str]:
 
 RUNS = {
     "sparse_linear": sparse_linear,
+    "sparse_linear_avx2": sparse_linear,
     "prune_model": prune_model,
     "walk": walk,
     "memory": memory,

@@ -25,7 +25,10 @@ CUDA = ["gram", "fisher", "kron", "obs", "reconstruct", "select", "pack", "spars
         "prune_model", "model"]  # fmt: skip
 
 # Benchmarks with an option of their own: name of the rows, script, what to add. On a CPU only.
-VARIANTS = {"reconstruct_model": ("reconstruct", ["--model"])}
+VARIANTS = {
+    "reconstruct_model": ("reconstruct", ["--model"]),
+    "sparse_linear_avx2": ("sparse_linear", ["--isa", "avx2"]),
+}
 SMOKE_VARIANTS = {"reconstruct_model": ["--tokens", "512", "--every", "200", "--rows", "2"]}
 
 
@@ -56,7 +59,7 @@ def main() -> int:
     if args.device == "cpu":
         for name, (script, extra) in VARIANTS.items():
             scripts[name] = scripts[script]
-            options[name] = extra + (SMOKE_VARIANTS[name] if args.smoke else [])
+            options[name] = extra + (SMOKE_VARIANTS.get(name, []) if args.smoke else [])
     if unknown := set(args.names) - set(scripts):
         parser.error(f"no such benchmark: {sorted(unknown)}; there are {sorted(scripts)}")
     failed = []
