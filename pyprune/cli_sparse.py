@@ -224,7 +224,7 @@ def bench(
     bfloat16 with our own dense kernel.
     """
     cli.quiet()
-    from pyprune.pictures import require_matplotlib
+    from pyprune.pictures import check_picture
     from pyprune.sparse import plot as drawing
     from pyprune.sparse.bench import Protocol, contestants
     from pyprune.sparse.bench import bench as run
@@ -235,9 +235,7 @@ def bench(
         raise UserError(f"--batches: expected numbers with commas, got {batches!r}") from error
     protocol = Protocol(sizes, prompt, steps, rounds, graph=graph)
     if plot is not None:
-        require_matplotlib()
-        if not plot.absolute().parent.is_dir():
-            raise UserError(f"--plot: {plot.parent}: no such directory")
+        check_picture(plot, "--plot")
     with ProgressBar(cli.stderr(), "benchmark") as bar:
         bar.step("loading the models")
         dense = None if against is None else cli.resolve(against, bar)
