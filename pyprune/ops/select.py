@@ -327,7 +327,7 @@ def _terms_of(lists: Sequence[TermLists], i: int) -> Terms:
 
 
 def _check_mask_global(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> None:
-    if not ws:
+    if len(ws) == 0:
         raise ValueError("ws: expected at least one tensor")
     for name, t in zip(("column_scales", "row_scales", "addends", "preserves"), lists, strict=True):
         if t is not None and len(t) != len(ws):
