@@ -107,7 +107,13 @@ def compress(
             measured_rows=rows if choose == "measured" else None,
             progress=bar.step,
         )
-    cli.show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
+    notes = []
+    if report.nbytes_after >= report.nbytes_dense:
+        kinds = " or ".join(allowed)
+        notes.append(
+            f"Nothing became smaller: no layer's zeros save a tenth of its bytes as {kinds}"
+        )
+    cli.show(report.to_dict(), as_json, _table(report), *notes, f"Saved in {out}")
 
 
 def _to_deci(model: str, out: Path, rounded: bool, as_json: bool) -> None:
