@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
+from pyprune.ops.column_norms import matrices
+
 # Rows per program: long enough that the partial sums are a small share of the traffic (1/512 of a
 # bf16 input), short enough that a calibration batch fills the device.
 ROWS_PER_PROGRAM = 1024
@@ -52,6 +54,11 @@ def _column_norms_kernel(
 
 
 def column_norms_triton(acc: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None) -> None:
+    for matrix in matrices(acc, x, weight):
+        _add_norms(*matrix)
+
+
+def _add_norms(acc: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None) -> None:
     rows, cols = x.shape
     programs_t = triton.cdiv(rows, ROWS_PER_PROGRAM)
     part = torch.empty(programs_t, cols, dtype=torch.float32, device=x.device)

@@ -5,6 +5,8 @@ tensor | dtype | shape  | layout
 mask   | int8  | [R, C] | contiguous (a bool tensor's bytes)
 """
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ import triton.language as tl
 from pyprune.kernels import score
 from pyprune.kernels.score import score_keys, term_arguments
 from pyprune.kernels.select_global import mask_global_triton
+from pyprune.ops.select import fill_stack
 
 INTERPRET = triton.knobs.runtime.interpret
 
@@ -88,11 +91,17 @@ def _mask_nm_kernel(
 
 
 def mask_nm_triton(w: torch.Tensor, n: int, m: int, *terms: torch.Tensor | None) -> torch.Tensor:
-    rows, cols = w.shape
-    mask = torch.empty(rows, cols, dtype=torch.bool, device=w.device)
+    mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+    return fill_stack(partial(_fill_nm, n, m), mask, w, *terms)
+
+
+def _fill_nm(
+    n: int, m: int, mask: torch.Tensor, w: torch.Tensor, *terms: torch.Tensor | None
+) -> None:
     if m > MAX_RANKED:
         _select_segments(w, m, m - n, terms, mask)
-        return mask
+        return
+    rows, cols = w.shape
     pointers, flags = term_arguments(w, *terms)
     padded = triton.next_power_of_2(m)
     # 2:4: 4096 weights a program; otherwise 4096 comparisons.
@@ -113,7 +122,6 @@ def mask_nm_triton(w: torch.Tensor, n: int, m: int, *terms: torch.Tensor | None)
         **flags,
         num_warps=4,
     )
-    return mask
 
 
 @triton.jit
@@ -209,17 +217,22 @@ def _select_segments(
 
 
 def mask_topk_triton(w: torch.Tensor, pruned: int, *terms: torch.Tensor | None) -> torch.Tensor:
+    mask = torch.empty(w.shape, dtype=torch.bool, device=w.device)
+    return fill_stack(partial(_fill_topk, pruned), mask, w, *terms)
+
+
+def _fill_topk(
+    pruned: int, mask: torch.Tensor, w: torch.Tensor, *terms: torch.Tensor | None
+) -> None:
     rows, cols = w.shape
-    mask = torch.empty(rows, cols, dtype=torch.bool, device=w.device)
     if cols <= LONG_ROW:
         _select_segments(w, cols, pruned, terms, mask)
-        return mask
+        return
     column_scale, *by_row = terms
     for i in range(rows):
         one = [None if t is None else [t[i : i + 1]] for t in by_row]
         columns = None if column_scale is None else [column_scale]
         mask[i] = mask_global_triton([w[i : i + 1]], pruned, columns, *one)[0][0]
-    return mask
 
 
 def _aot(kernel, constexprs: dict, ints: tuple[str, ...], warps: int) -> list[dict]:

@@ -112,6 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # pyprune inspect DIR | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except PermissionError as error:
+        return _fail(f"{error.filename}: {error.strerror}")
     except Exception as error:
         if not _is_users(error):
             raise

@@ -107,7 +107,13 @@ def compress(
             measured_rows=rows if choose == "measured" else None,
             progress=bar.step,
         )
-    cli.show(report.to_dict(), as_json, _table(report), f"Saved in {out}")
+    notes = []
+    if report.nbytes_after >= report.nbytes_dense:
+        kinds = " or ".join(allowed)
+        notes.append(
+            f"Nothing became smaller: no layer's zeros save a tenth of its bytes as {kinds}"
+        )
+    cli.show(report.to_dict(), as_json, _table(report), *notes, f"Saved in {out}")
 
 
 def _to_deci(model: str, out: Path, rounded: bool, as_json: bool) -> None:
@@ -224,7 +230,7 @@ def bench(
     bfloat16 with our own dense kernel.
     """
     cli.quiet()
-    from pyprune.pictures import require_matplotlib
+    from pyprune.pictures import check_picture
     from pyprune.sparse import plot as drawing
     from pyprune.sparse.bench import Protocol, contestants
     from pyprune.sparse.bench import bench as run
@@ -235,9 +241,7 @@ def bench(
         raise UserError(f"--batches: expected numbers with commas, got {batches!r}") from error
     protocol = Protocol(sizes, prompt, steps, rounds, graph=graph)
     if plot is not None:
-        require_matplotlib()
-        if not plot.absolute().parent.is_dir():
-            raise UserError(f"--plot: {plot.parent}: no such directory")
+        check_picture(plot, "--plot")
     with ProgressBar(cli.stderr(), "benchmark") as bar:
         bar.step("loading the models")
         dense = None if against is None else cli.resolve(against, bar)

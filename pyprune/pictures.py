@@ -33,19 +33,36 @@ def require_matplotlib() -> None:
         raise UserError("a plot needs matplotlib: pip install 'pyprune[plot]'")
 
 
-def check_pictures(path: Path) -> None:
-    """Raises UserError unless pictures can go to `path`: a .png file, or a directory, in one that
-    exists and can be written to; and matplotlib is there."""
+def check_picture(path: Path, option: str) -> None:
+    """Raises UserError, naming `option`, unless a picture can go to `path`: a .png file in a
+    directory that exists and can be written to; and matplotlib is there."""
     require_matplotlib()
-    if path.suffix not in ("", ".png"):
+    if path.suffix != ".png":
+        raise UserError(f"{option}: expected a .png file, got {path}")
+    if path.is_dir():
+        raise UserError(f"{option}: expected a file, {path} is a directory")
+    _check_parent(path, option)
+
+
+def check_pictures(path: Path) -> None:
+    """As `check_picture`, of a .png file or a directory for several."""
+    require_matplotlib()
+    if path.suffix == ".png":
+        check_picture(path, "report")
+    elif path.suffix != "":
         raise UserError(f"report: expected a directory or a .png file, got {path}")
-    if path.suffix == ".png" and path.is_dir():
-        raise UserError(f"report: expected a file, {path} is a directory")
-    if path.suffix == "" and path.exists() and not path.is_dir():
+    elif path.is_dir():
+        check_writable(path, "report")
+    elif path.exists():
         raise UserError(f"report: expected a directory, {path} is a file")
+    else:
+        _check_parent(path, "report")
+
+
+def _check_parent(path: Path, option: str) -> None:
     if not path.absolute().parent.is_dir():
-        raise UserError(f"report: expected {path.absolute().parent} to exist")
-    check_writable(path if path.is_dir() else path.absolute().parent, "report")
+        raise UserError(f"{option}: expected {path.absolute().parent} to exist")
+    check_writable(path.absolute().parent, option)
 
 
 def draw_panels(panels: Sequence[Panel], title: str, layers: int, path: Path) -> list[Path]:

@@ -34,6 +34,21 @@ def pair(tmp_path_factory):
     return dense, folder / "small"
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("x.foo", "expected a .png file, got x.foo"), ("", "expected a .png file"),
+     ("a.png", "a.png is a directory"), ("none/x.png", "none to exist")],
+)  # fmt: skip
+def test_a_picture_that_cannot_be_written_is_refused_first(
+    pair, tmp_path, monkeypatch, capsys, name, message
+):
+    monkeypatch.setattr("pyprune.sparse.bench.bench", lambda *args: pytest.fail("measured"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.png").mkdir()
+    assert cli.main(["bench", str(pair[1]), "--plot", name]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_command(pair, tmp_path, capsys):
     picture = tmp_path / "bench.png"
     arguments = ["bench", str(pair[1]), "--batches", "1,3", "--steps", "2", "--rounds", "2"]

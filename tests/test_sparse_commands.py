@@ -1,5 +1,7 @@
 """eval and inspect on compressed directories: what they say of the dense one they stand for."""
 
+import errno
+import io
 import json
 import shutil
 
@@ -117,3 +119,31 @@ def test_damage_is_reported(folders, tmp_path, capsys):
     for command in ("inspect", "eval"):
         assert cli.main([command, str(tmp_path / "small")]) == 2
         assert "truncated" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "decompress", "compress"])
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_that_may_not_be_read(command, name, folders, tmp_path, monkeypatch, capsys):
+    """As for any user but root, who may read all."""
+    _, small, _ = folders["2:4"]
+    usual = io.open
+
+    def guarded(file, *args, **kwargs):
+        if str(file) == str(small / name):
+            raise PermissionError(errno.EACCES, "Permission denied", str(file))
+        return usual(file, *args, **kwargs)
+
+    monkeypatch.setattr("io.open", guarded)
+    monkeypatch.setattr("builtins.open", guarded)
+    out = [] if command == "inspect" else ["--out", str(tmp_path / "out")]
+    assert cli.main([command, str(small), *out]) == 2
+    error = capsys.readouterr().err
+    assert f"pyprune: {small / name}: Permission denied" in error
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "random"])
+def test_compress_says_where_nothing_became_smaller(pattern, folders, tmp_path, capsys):
+    dense, _, _ = folders[pattern]
+    assert cli.main(["compress", str(dense), "--out", str(tmp_path), "--format", "sparse24"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert ("Nothing became smaller" in shown) == (pattern == "random")

@@ -214,6 +214,10 @@ def test_tampered_tensors_are_refused_by_file_and_name(pattern_and_case, compres
             "rank: expected none with format sparse24, got 2",
         ),
         (
+            lambda c: c["layers"].pop(LAYER),
+            rf"model.safetensors: tensor {LAYER}.values: .*config.json has no layer {LAYER}",
+        ),
+        (
             lambda c: c["layers"].update(
                 x={"format": "factored", "shape": [9, 8], "rank": 2, "transposed": True}
             ),

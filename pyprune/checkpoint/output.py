@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pyprune.checkpoint.source import INDEX, Checkpoint, read_json
 from pyprune.errors import UserError
+from pyprune.packaged import RECEIPT
 
 REPORT = "pyprune.json"
 CARD = "README.md"
@@ -28,7 +29,8 @@ MAX_SHARD_SIZE = "5GB"
 # training states, logs) is left behind.
 AUXILIARY_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".md")
 AUXILIARY_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
-NOT_AUXILIARY = (REPORT, CARD)
+# Of another checkpoint's weights: its report and card, and the packaged model's sizes of its files.
+NOT_AUXILIARY = (REPORT, CARD, RECEIPT)
 # Room for configuration, tokenizer and the report, when free space is checked in advance.
 AUXILIARY_BYTES = 64 << 20
 

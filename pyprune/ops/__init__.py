@@ -1,5 +1,7 @@
 """The kernels, one op family a module. Every op has a plain PyTorch reference and faster backends;
-see `pyprune.ops._registry` for how one is chosen."""
+see `pyprune.ops._registry` for how one is chosen. Products (`linear_*`) have gradients, see
+`pyprune.ops.linear_backward`; results of the other ops never require one, whatever their inputs
+do."""
 
 from pyprune.ops import linear_backward  # noqa: F401  registers gradients
 from pyprune.ops.coded import linear_coded, pack_coded, unpack_coded, validate_coded

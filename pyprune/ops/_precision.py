@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Lock
 from typing import Any
 
@@ -47,12 +47,14 @@ _setting = _Setting()
 def full_precision() -> Iterator[None]:
     """PyTorch's fp32 matrix products round no input while this is open; also a decorator.
 
-    A model may well run in TF32 while it is pruned: `torch.backends.fp32_precision = "tf32"` (what
-    transformers sets) or `torch.set_float32_matmul_precision("high")`. Its ten bits are too few for
-    a Hessian's factor and for what a sweep passes on.
+    A model may well run in TF32 while it is pruned (`torch.backends.fp32_precision = "tf32"`, what
+    transformers sets, or `torch.set_float32_matmul_precision("high")`), or under `torch.autocast`.
+    Ten bits, or eight, are too few for a Hessian's factor and for what a sweep passes on.
     """
     _setting.enter()
-    try:
+    with ExitStack() as stack:
+        stack.callback(_setting.leave)
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
         yield
-    finally:
-        _setting.leave()

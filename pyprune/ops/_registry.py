@@ -57,11 +57,18 @@ _DTYPE_ARG: dict[str, int] = {}
 
 
 def register(
-    schema: str, *, fake: Callable[..., Any], impls: dict[str, Impl], dtype_arg: int = 0
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    impls: dict[str, Impl],
+    dtype_arg: int = 0,
+    gradient: bool = False,
 ) -> None:
     """Defines op `schema` on the `pyprune` library with its fake and its implementations.
 
     `dtype_arg`: position of the tensor whose dtype and device decide which backend can serve.
+    `gradient`: whether one is registered (`linear_backward`). Results of other ops require none,
+    though a layer's weight, a parameter, may be among what they are made of.
     """
     name = schema.split("(", 1)[0]
     unknown = set(impls) - set(BACKENDS)
@@ -71,11 +78,14 @@ def register(
     _DTYPE_ARG[name] = dtype_arg
 
     def run(*args: Any) -> Any:
-        return call(name, *args)
+        with torch.no_grad():
+            return call(name, *args)
 
     LIBRARY.define(schema)
     LIBRARY.impl(name, run, "CPU")
     LIBRARY.impl(name, run, "CUDA")
+    if not gradient:
+        LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"pyprune::{name}", fake, lib=LIBRARY)
 
 

@@ -337,6 +337,7 @@ _registry.register(
     "linear_coded(Tensor x, Tensor low, Tensor codes, Tensor bases, Tensor escapes,"
     " Tensor row_offsets, Tensor? bias) -> Tensor",
     fake=_linear_coded_fake,
+    gradient=True,
     impls={
         "reference": _registry.Impl(linear_coded_reference),
         "native": _registry.Impl(_linear_coded_native, _registry.HALF_OR_SINGLE),

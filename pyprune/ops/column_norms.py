@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,6 @@ from pyprune.ops._checks import (
     accumulation_dtype,
     check_accumulator,
     check_matrices,
-    check_rows,
     check_same_device,
     check_token_weight,
     drop_unweighted,
@@ -19,24 +20,37 @@ from pyprune.ops._checks import (
 
 
 def _check_column_norms(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
-    check_rows("x", x)
-    check_accumulator("out", acc, (x.shape[1],), x)
+    check_matrices("x", x)
+    check_accumulator("out", acc, (*x.shape[:-2], x.shape[-1]), x)
     check_token_weight(weight, x)
     check_same_device(x, acc, weight)
+
+
+Matrix = tuple[Tensor, Tensor, Tensor | None]
+
+
+def matrices(acc: Tensor, x: Tensor, weight: Tensor | None) -> Iterator[Matrix]:
+    """The arguments of every matrix of a stack, or those of the one that there is."""
+    if x.dim() == 2:
+        yield acc, x, weight
+        return
+    for b in range(len(x)):
+        yield acc[b], x[b], None if weight is None else weight[b]
 
 
 def column_norms_reference(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
     squares = x.to(acc.dtype).square()
     if weight is not None:
-        squares = drop_unweighted(squares, weight) * weight.to(acc.dtype)[:, None]
-    acc += squares.sum(dim=0)
+        squares = drop_unweighted(squares, weight) * weight.to(acc.dtype)[..., None]
+    acc += squares.sum(dim=-2)
 
 
 def _column_norms_native(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
-    rows = x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+    rows = x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
     target = acc if acc.is_contiguous() else acc.contiguous()
     token_weight = None if weight is None else weight.float().contiguous()
-    _native.call("column_norms", target, rows, _native.optional_capsule(token_weight))
+    for sums, tokens, scales in matrices(target, rows, token_weight):
+        _native.call("column_norms", sums, tokens, _native.optional_capsule(scales))
     if target is not acc:
         acc.copy_(target)
 
@@ -75,15 +89,9 @@ def column_norms(x: Tensor, *, weight: Tensor | None = None, out: Tensor | None 
             match.
     """
     check_matrices("x", x)
-    shape = (*x.shape[:-2], x.shape[-1])
     if out is None:
+        shape = (*x.shape[:-2], x.shape[-1])
         out = torch.zeros(shape, dtype=accumulation_dtype(x), device=x.device)
-    if x.dim() == 3:
-        check_accumulator("out", out, shape, x)
-        check_token_weight(weight, x)
-        for b in range(len(x)):
-            column_norms(x[b], weight=None if weight is None else weight[b], out=out[b])
-        return out
     _check_column_norms(out, x, weight)
     if x.numel():
         torch.ops.pyprune.column_norms(out, x, weight)

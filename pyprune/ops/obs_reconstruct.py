@@ -257,7 +257,9 @@ def obs_reconstruct(
 
     Args:
         w: `[R, C]` or `[B, R, C]`, the weights before pruning, fp32 or fp64 (16 bits are widened).
-        h: Gram matrix `[C, C]` (shared by the batch) or `[B, C, C]`, undamped, at any scale.
+        h: Gram matrix `[C, C]` (shared by the batch) or `[B, C, C]`, undamped, at any scale whose
+            squares fp32 can tell from zero: tried with mean diagonals from 1e-22 to 1e32. At 1e-28
+            a row takes no step and has a gap of 0.
         mask: bool like `w`, True = kept.
         start: like `w`: weights to start from, e.g. those of `obs_sweep`; what the mask prunes is
             ignored. None starts from `w`. The result does not depend on it beyond `tolerance`.

@@ -17,6 +17,7 @@ pruned even where the quota is smaller.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,16 +45,19 @@ def _check_scores(
     addend: Tensor | None,
     preserve: Tensor | None,
 ) -> None:
-    check_rows("w", w)
-    rows, cols = w.shape
-    wanted = {"column_scale": (cols,), "row_scale": (rows,), "addend": (rows, cols)}
+    check_matrices("w", w)
+    shape = tuple(w.shape)
+    columns: tuple[int, ...] = (shape[-1],)
+    if w.dim() == 3 and column_scale is not None and column_scale.dim() != 1:
+        columns = (shape[0], shape[-1])
+    wanted = {"column_scale": columns, "row_scale": shape[:-1], "addend": shape}
     given = {"column_scale": column_scale, "row_scale": row_scale, "addend": addend}
     for name, t in given.items():
         if t is not None:
             check_shape(name, t, wanted[name])
             check_float(name, t)
     if preserve is not None:
-        check_shape("preserve", preserve, (rows, cols))
+        check_shape("preserve", preserve, shape)
         if preserve.dtype != torch.bool:
             raise ValueError(f"preserve: expected torch.bool, got {preserve.dtype}")
     check_same_device(w, column_scale, row_scale, addend, preserve)
@@ -102,22 +106,29 @@ def _unit_columns(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
 
-def _stacked(select: Callable[..., Tensor], w: Tensor, *terms: Tensor | None) -> Tensor:
-    """`select(w, *terms)` of a stack `[B, R, C]`: one call on all rows, which do not know of one
-    another, or one for each matrix where each has column scales of its own."""
-    check_matrices("w", w)
-    batch, rows, _ = w.shape
-    names = ("column_scale", "row_scale", "addend", "preserve")
+def _kernel(run: Callable[..., object], *numbers: int) -> Callable[..., None]:
+    """What `fill_stack` takes, of `run(mask, w, *numbers, *terms)`, a function of `_C`."""
+
+    def fill(mask: Tensor, w: Tensor, *terms: Tensor | None) -> None:
+        run(mask, _unit_columns(w), *numbers, *map(_native.optional_capsule, _native_terms(terms)))
+
+    return fill
+
+
+def fill_stack(fill: Callable[..., None], mask: Tensor, w: Tensor, *terms: Tensor | None) -> Tensor:
+    """`mask`, written by `fill(mask, w, *terms)`, which takes matrices. Of a stack `[B, R, C]` it
+    takes all rows at once, which do not know of one another, or a matrix at a time where each has
+    column scales of its own."""
     column_scale, *by_row = terms
-    for name, t, sizes in zip(names[1:], by_row, ((batch, rows), w.shape, w.shape), strict=True):
-        if t is not None:
-            check_shape(name, t, tuple(sizes))
-    if column_scale is None or column_scale.dim() == 1:
+    if w.dim() == 2:
+        fill(mask, w, *terms)
+    elif column_scale is None or column_scale.dim() == 1:
         flat = [None if t is None else t.flatten(0, 1) for t in by_row]
-        return select(w.flatten(0, 1), column_scale, *flat).view(w.shape)
-    check_shape("column_scale", column_scale, (batch, w.shape[2]))
-    each = [select(w[b], *(None if t is None else t[b] for t in terms)) for b in range(batch)]
-    return torch.stack(each) if each else w.new_empty(w.shape, dtype=torch.bool)
+        fill(mask.flatten(0, 1), w.flatten(0, 1), column_scale, *flat)
+    else:
+        for b in range(len(w)):
+            fill(mask[b], w[b], *(None if t is None else t[b] for t in terms))
+    return mask
 
 
 # --- mask_nm -------------------------------------------------------------------------------------
@@ -127,13 +138,16 @@ def _check_mask_nm(w: Tensor, n: int, m: int, *terms: Tensor | None) -> None:
     _check_scores(w, *terms)
     if not 1 <= n <= m:
         raise ValueError(f"n, m: expected 1 <= n <= m (n kept of every m), got {n}:{m}")
-    if w.shape[1] % m:
-        raise ValueError(f"m: expected a divisor of w's {w.shape[1]} columns, got {m}")
+    if w.shape[-1] % m:
+        raise ValueError(f"m: expected a divisor of w's {w.shape[-1]} columns, got {m}")
 
 
 def mask_nm_reference(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
-    groups = _score_reference(w, *terms).reshape(-1, m)
-    return _keep_all_but(groups, m - n).reshape(w.shape)
+    def fill(mask: Tensor, w: Tensor, *terms: Tensor | None) -> None:
+        groups = _score_reference(w, *terms).reshape(-1, m)
+        mask.copy_(_keep_all_but(groups, m - n).view(mask.shape))
+
+    return fill_stack(fill, w.new_empty(w.shape, dtype=torch.bool), w, *terms)
 
 
 def _mask_nm_fake(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
@@ -142,17 +156,13 @@ def _mask_nm_fake(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
 
 
 def _mask_nm_native(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
-    mask = _native.empty_mask(tuple(w.shape))
-    extra = map(_native.optional_capsule, _native_terms(terms))
-    _native.call("mask_nm", mask, _unit_columns(w), n, m, *extra)
-    return mask
+    fill = _kernel(partial(_native.call, "mask_nm"), n, m)
+    return fill_stack(fill, _native.empty_mask(tuple(w.shape)), w, *terms)
 
 
 def _mask_nm_cuda(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
-    mask = w.new_empty(w.shape, dtype=torch.bool)
-    extra = map(_native.optional_capsule, _native_terms(terms))
-    _native.launch("mask_nm_cuda", w.device, mask, _unit_columns(w), n, m, *extra)
-    return mask
+    fill = _kernel(partial(_native.launch, "mask_nm_cuda", w.device), n, m)
+    return fill_stack(fill, w.new_empty(w.shape, dtype=torch.bool), w, *terms)
 
 
 def _mask_nm_cuda_limits(w: Tensor, n: int, m: int, *terms: Tensor | None) -> str:
@@ -205,12 +215,6 @@ def mask_nm(
         ValueError: a shape, dtype, device or n:m rule is broken.
     """
     terms = (column_scale, row_scale, addend, preserve)
-    if w.dim() == 3:
-        return _stacked(lambda w, *terms: _mask_nm(w, n, m, *terms), w, *terms)
-    return _mask_nm(w, n, m, *terms)
-
-
-def _mask_nm(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
     _check_mask_nm(w, n, m, *terms)
     if w.numel() == 0:
         return w.new_empty(w.shape, dtype=torch.bool)
@@ -223,12 +227,15 @@ def _mask_nm(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
 
 def _check_mask_topk(w: Tensor, pruned: int, *terms: Tensor | None) -> None:
     _check_scores(w, *terms)
-    if not 0 <= pruned <= w.shape[1]:
-        raise ValueError(f"pruned: expected 0 to {w.shape[1]} (columns), got {pruned}")
+    if not 0 <= pruned <= w.shape[-1]:
+        raise ValueError(f"pruned: expected 0 to {w.shape[-1]} (columns), got {pruned}")
 
 
 def mask_topk_reference(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
-    return _keep_all_but(_score_reference(w, *terms), pruned)
+    def fill(mask: Tensor, w: Tensor, *terms: Tensor | None) -> None:
+        mask.copy_(_keep_all_but(_score_reference(w, *terms), pruned))
+
+    return fill_stack(fill, w.new_empty(w.shape, dtype=torch.bool), w, *terms)
 
 
 def _mask_topk_fake(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
@@ -237,25 +244,21 @@ def _mask_topk_fake(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
 
 
 def _mask_topk_native(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
-    mask = _native.empty_mask(tuple(w.shape))
-    extra = map(_native.optional_capsule, _native_terms(terms))
-    _native.call("mask_topk", mask, _unit_columns(w), pruned, *extra)
-    return mask
+    fill = _kernel(partial(_native.call, "mask_topk"), pruned)
+    return fill_stack(fill, _native.empty_mask(tuple(w.shape)), w, *terms)
 
 
 def _mask_topk_cuda(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
     if pruned == 0:
         return _allowed(w, terms[3])
-    mask = w.new_empty(w.shape, dtype=torch.bool)
-    extra = map(_native.optional_capsule, _native_terms(terms))
-    _native.launch("mask_topk_cuda", w.device, mask, _unit_columns(w), pruned, *extra)
-    return mask
+    fill = _kernel(partial(_native.launch, "mask_topk_cuda", w.device), pruned)
+    return fill_stack(fill, w.new_empty(w.shape, dtype=torch.bool), w, *terms)
 
 
 def _mask_topk_cuda_limits(w: Tensor, pruned: int, *terms: Tensor | None) -> str:
-    if w.shape[1] <= TOPK_COLUMNS:
+    if w.shape[-1] <= TOPK_COLUMNS:
         return ""
-    return f"mask_topk's cuda kernel takes up to {TOPK_COLUMNS} columns, not {w.shape[1]}"
+    return f"mask_topk's cuda kernel takes up to {TOPK_COLUMNS} columns, not {w.shape[-1]}"
 
 
 def _allowed(w: Tensor, preserve: Tensor | None) -> Tensor:
@@ -306,12 +309,6 @@ def mask_topk(
         ValueError: a shape, dtype, device or range rule is broken.
     """
     terms = (column_scale, row_scale, addend, preserve)
-    if w.dim() == 3:
-        return _stacked(lambda w, *terms: _mask_topk(w, pruned, *terms), w, *terms)
-    return _mask_topk(w, pruned, *terms)
-
-
-def _mask_topk(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
     _check_mask_topk(w, pruned, *terms)
     if w.numel() == 0:
         return w.new_empty(w.shape, dtype=torch.bool)
@@ -330,12 +327,13 @@ def _terms_of(lists: Sequence[TermLists], i: int) -> Terms:
 
 
 def _check_mask_global(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> None:
-    if not ws:
+    if len(ws) == 0:
         raise ValueError("ws: expected at least one tensor")
     for name, t in zip(("column_scales", "row_scales", "addends", "preserves"), lists, strict=True):
         if t is not None and len(t) != len(ws):
             raise ValueError(f"{name}: expected {len(ws)} tensors as in ws, got {len(t)}")
     for i, w in enumerate(ws):
+        check_rows(f"ws[{i}]", w)
         _check_scores(w, *_terms_of(lists, i))
         if w.dtype != ws[0].dtype:
             raise ValueError(f"ws[{i}]: expected {ws[0].dtype} as ws[0], got {w.dtype}")

@@ -40,6 +40,7 @@ def row_blocks(w: Tensor) -> list[slice]:
     return [slice(first, first + step) for first in range(0, w.shape[0], step)]
 
 
+@torch.no_grad()
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     """int8 numbers and scales with `w ~ scales[:, None] * q`, symmetric, each row by itself.
 
@@ -231,6 +232,7 @@ def _define(op: str, weight: str, check: Callable[..., None], dense: Callable[..
     _registry.register(
         f"{op}(Tensor x, {names}Tensor scales, Tensor? bias) -> Tensor",
         fake=fake,
+        gradient=True,
         impls={
             "reference": _registry.Impl(reference),
             "native": _registry.Impl(native, _registry.HALF_OR_SINGLE),

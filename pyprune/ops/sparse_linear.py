@@ -195,6 +195,7 @@ def triton_limits(x: Tensor, *rest: Tensor | None) -> str:
 _registry.register(
     "linear_24(Tensor x, Tensor values, Tensor meta, Tensor? bias) -> Tensor",
     fake=_linear_24_fake,
+    gradient=True,
     impls={
         "reference": _registry.Impl(linear_24_reference),
         "native": _registry.Impl(_linear_24_native, _registry.HALF_OR_SINGLE, _native_limits),
@@ -214,6 +215,7 @@ _registry.register(
     "linear_bitmap(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor? bias)"
     " -> Tensor",
     fake=_linear_bitmap_fake,
+    gradient=True,
     impls={
         "reference": _registry.Impl(linear_bitmap_reference),
         "native": _registry.Impl(_linear_bitmap_native, _registry.HALF_OR_SINGLE, _native_limits),
@@ -232,6 +234,7 @@ _registry.register(
 _registry.register(
     "linear_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=_linear_dense_fake,
+    gradient=True,
     impls={
         "reference": _registry.Impl(linear_dense_reference),
         "native": _registry.Impl(_linear_dense_native, _registry.HALF_OR_SINGLE, _native_limits),

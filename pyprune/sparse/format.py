@@ -245,6 +245,17 @@ def check_entries(
     return parts
 
 
+def refuse_unlisted(entries: Mapping[str, TensorEntry], where: str) -> None:
+    """Raises UserError if `entries`, the tensors that no layer of config.json (`where`) consists
+    of, hold a compressed weight: nothing would be loaded in its place."""
+    named = [names for form, names in PARTS.items() if form not in (DENSE_INT8, FACTORED)]
+    for first, *others in (*named, ("values", "scales")):
+        for tensor, entry in entries.items():
+            layer = tensor.removesuffix(f".{first}")
+            if layer != tensor and all(f"{layer}.{other}" in entries for other in others):
+                raise UserError(f"{entry.file}: tensor {tensor}: {where} has no layer {layer}")
+
+
 def check_tensors(name: str, layer: LayerFormat, parts: Mapping[str, Tensor], where: str) -> None:
     """Raises UserError, naming `where` and the tensor, unless the metadata describes a weight."""
     if layer.format == FACTORED:  # it has none

@@ -93,6 +93,9 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
                 mixtures.setdefault(match["experts"], {})[place] = name
             else:
                 self._place(model, name)
+        listed = {f"{name}.{part}" for name, found in self._parts.items() for part in found}
+        others = {name: entry for name, entry in self._entries.items() if name not in listed}
+        formats.refuse_unlisted(others, str(folder / "config.json"))
         for experts, names in mixtures.items():
             self._place_experts(model, experts, names)
         self._tie(model)

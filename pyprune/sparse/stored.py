@@ -86,6 +86,7 @@ class StoredCheckpoint:
                 del dense[f"{name}.{part}"]
             first = replace(found[layer.main], dtype=layer.dense_dtype(found))
             dense[name + formats.WEIGHT] = _dense_entry(first, layer.dense_shape)
+        formats.refuse_unlisted(dense, where)
         return cls(path, raw, formats.METHOD, stored, dense, layers, parts)
 
     @classmethod

@@ -180,6 +180,7 @@ def source(folder: Path) -> Path:
         "model.gguf",
         "README.md",
         "pyprune.json",
+        "pyprune-source.json",
         ".hidden.json",
     ):
         (folder / name).write_text(name)

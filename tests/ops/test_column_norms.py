@@ -128,6 +128,8 @@ def test_opcheck():
     x = torch.randn(5, 7)
     for weight in (None, torch.rand(5)):
         torch.library.opcheck(torch.ops.pyprune.column_norms, (torch.zeros(7), x, weight))
+    x, weight = torch.randn(3, 5, 7), torch.rand(3, 5)
+    torch.library.opcheck(torch.ops.pyprune.column_norms, (torch.zeros(3, 7), x, weight))
 
 
 def test_compiles_without_graph_breaks():
@@ -137,6 +139,14 @@ def test_compiles_without_graph_breaks():
     x = torch.randn(9, 11)
     got = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
     torch.testing.assert_close(got, f(x))
+
+
+def test_compiled_stacks_of_several_lengths():
+    """Written by one op: TorchInductor adds to the wrong matrices where slices are written."""
+    compiled = torch.compile(ops.column_norms, fullgraph=True, dynamic=True)
+    for tokens in (12, 13):
+        x = torch.randn(3, tokens, 5)
+        torch.testing.assert_close(compiled(x), x.square().sum(1))
 
 
 @settings(max_examples=40, deadline=None)

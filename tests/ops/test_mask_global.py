@@ -127,6 +127,8 @@ def test_fuzz(data):
     ("ws", "kwargs", "message"),
     [
         ([], {}, "ws: expected at least one"),
+        (torch.zeros(2, 2), {}, r"ws\[0\]: expected 2 dimensions"),
+        ([torch.zeros(1, 2, 2)], {}, r"ws\[0\]: expected 2 dimensions"),
         ([torch.zeros(2, 2), torch.zeros(2, 2).half()], {}, r"ws\[1\]: expected torch.float32"),
         ([torch.zeros(2, 2)], {"column_scales": []}, "column_scales: expected 1 tensors"),
         ([torch.zeros(2, 2)], {"row_scales": [torch.zeros(3)]}, "row_scale: expected shape"),

@@ -194,7 +194,7 @@ def test_fuzz(data):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"w": torch.zeros(8)}, "w: expected 2 dimensions"),
+        ({"w": torch.zeros(8)}, "w: expected 2 or 3 dimensions"),
         ({"w": torch.zeros(2, 8, dtype=torch.int8)}, "w: expected bf16, fp16, fp32 or fp64"),
         ({"m": 3}, "m: expected a divisor of w's 8 columns, got 3"),
         ({"n": 5}, "1 <= n <= m"),
@@ -224,9 +224,11 @@ def test_cuda_kernel_declines_other_patterns():
 
 @pytest.mark.parametrize("names", selection.TERMS.values(), ids=selection.TERMS)
 @pytest.mark.parametrize("shared", [False, True], ids=["own scales", "shared scales"])
-def test_a_stack_is_its_matrices(names, shared):
-    w = torch.stack([selection.weights("ties", 3, 12, torch.bfloat16, seed=b) for b in range(4)])
-    each = [selection.terms(names, 3, 12, "cpu", seed=b) for b in range(4)]
+def test_a_stack_is_its_matrices(backend, device, use_backend, names, shared):
+    use_backend(backend, OP, device, torch.bfloat16)
+    made = [selection.weights("ties", 3, 12, torch.bfloat16, seed=b) for b in range(4)]
+    w = torch.stack(made).to(device)
+    each = [selection.terms(names, 3, 12, device, seed=b) for b in range(4)]
     given = {name: torch.stack([one[name] for one in each]) for name in names}
     if shared and "column_scale" in given:
         given["column_scale"] = given["column_scale"][0]
@@ -234,7 +236,24 @@ def test_a_stack_is_its_matrices(names, shared):
     want = torch.stack([ops.mask_nm(w[b], 2, 4, **one) for b, one in enumerate(each)])
     assert torch.equal(ops.mask_nm(w, 2, 4, **given), want)
     view = w.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(ops.mask_nm(view, 2, 4, **given), want)
+    got = ops.mask_nm(view, 2, 4, **given)
+    assert torch.equal(got, want) and got.is_contiguous()
+
+
+def test_a_stack_with_its_own_scales_is_one_call(monkeypatch):
+    calls = []
+    implementation = _registry.Impl(lambda w, *rest: calls.append(w.shape) or w.bool())
+    monkeypatch.setitem(_registry.IMPLS, OP, {"reference": implementation})
+    ops.mask_nm(torch.ones(4, 3, 12), 2, 4, column_scale=torch.ones(4, 12))
+    assert calls == [(4, 3, 12)]
+
+
+def test_stacks_without_a_matrix_and_without_rows():
+    for shape in ((0, 3, 12), (4, 0, 12), (4, 3, 0)):
+        w, scale = torch.empty(shape), torch.empty(shape[0], shape[2])
+        for columns in (None, scale[0] if len(scale) else torch.ones(12), scale):
+            got = ops.mask_nm(w, 2, 4, column_scale=columns)
+            assert got.shape == shape and got.dtype == torch.bool
 
 
 @pytest.mark.parametrize(
@@ -253,18 +272,30 @@ def test_bad_stacks(change, message):
         ops.mask_nm(w, 2, 4, **change)
 
 
-def test_opcheck():
-    w = torch.randn(5, 12)
-    given = selection.terms(selection.TERMS["all"], 5, 12, "cpu")
-    terms = [given[k] for k in ("column_scale", "row_scale", "addend", "preserve")]
+@pytest.mark.parametrize("own", [False, True], ids=["shared scales", "own scales"])
+def test_opcheck(own):
+    stack = (4,) if own else ()
+    given = [selection.terms(selection.TERMS["all"], 5, 12, "cpu", seed=b) for b in range(4)]
+    terms = [
+        torch.stack([one[k] for one in given]) if own else given[0][k]
+        for k in ("column_scale", "row_scale", "addend", "preserve")
+    ]
     for extra in ([None] * 4, terms):
-        torch.library.opcheck(torch.ops.pyprune.mask_nm, (w, 2, 4, *extra))
+        torch.library.opcheck(torch.ops.pyprune.mask_nm, (torch.randn(*stack, 5, 12), 2, 4, *extra))
 
 
 def test_compiles_without_graph_breaks():
     def f(w, s):
         return w * ops.mask_nm(w, 2, 4, column_scale=s)
 
-    w, s = torch.randn(9, 12), torch.rand(12)
-    got = torch.compile(f, fullgraph=True, backend="aot_eager")(w, s)
-    assert torch.equal(got, f(w, s))
+    for w, s in ((torch.randn(9, 12), torch.rand(12)), (torch.randn(4, 9, 12), torch.rand(4, 12))):
+        got = torch.compile(f, fullgraph=True, backend="aot_eager")(w, s)
+        assert torch.equal(got, f(w, s))
+
+
+def test_shape_without_data():
+    """On the meta device, for a matrix and a stack with scales of its own."""
+    for shape in ((9, 12), (4, 9, 12)):
+        w = torch.empty(shape, device="meta")
+        got = ops.mask_nm(w, 2, 4, column_scale=torch.empty(*shape[:-2], 12, device="meta"))
+        assert got.is_meta and got.shape == shape and got.dtype == torch.bool

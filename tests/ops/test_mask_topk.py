@@ -227,9 +227,11 @@ def test_bad_count(pruned):
 
 @pytest.mark.parametrize("names", selection.TERMS.values(), ids=selection.TERMS)
 @pytest.mark.parametrize("shared", [False, True], ids=["own scales", "shared scales"])
-def test_a_stack_is_its_matrices(names, shared):
-    w = torch.stack([selection.weights("ties", 3, 12, torch.bfloat16, seed=b) for b in range(4)])
-    each = [selection.terms(names, 3, 12, "cpu", seed=b) for b in range(4)]
+def test_a_stack_is_its_matrices(backend, device, use_backend, names, shared):
+    use_backend(backend, OP, device, torch.bfloat16)
+    made = [selection.weights("ties", 3, 12, torch.bfloat16, seed=b) for b in range(4)]
+    w = torch.stack(made).to(device)
+    each = [selection.terms(names, 3, 12, device, seed=b) for b in range(4)]
     given = {name: torch.stack([one[name] for one in each]) for name in names}
     if shared and "column_scale" in given:
         given["column_scale"] = given["column_scale"][0]
@@ -237,7 +239,24 @@ def test_a_stack_is_its_matrices(names, shared):
     want = torch.stack([ops.mask_topk(w[b], 5, **one) for b, one in enumerate(each)])
     assert torch.equal(ops.mask_topk(w, 5, **given), want)
     view = w.transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(ops.mask_topk(view, 5, **given), want)
+    got = ops.mask_topk(view, 5, **given)
+    assert torch.equal(got, want) and got.is_contiguous()
+
+
+def test_a_stack_with_its_own_scales_is_one_call(monkeypatch):
+    calls = []
+    implementation = _registry.Impl(lambda w, *rest: calls.append(w.shape) or w.bool())
+    monkeypatch.setitem(_registry.IMPLS, OP, {"reference": implementation})
+    ops.mask_topk(torch.ones(4, 3, 12), 5, column_scale=torch.ones(4, 12))
+    assert calls == [(4, 3, 12)]
+
+
+def test_stacks_without_a_matrix_and_without_rows():
+    for shape in ((0, 3, 12), (4, 0, 12), (4, 3, 0)):
+        w, scale = torch.empty(shape), torch.empty(shape[0], shape[2])
+        for columns in (None, scale[0] if len(scale) else torch.ones(12), scale):
+            got = ops.mask_topk(w, 0, column_scale=columns)
+            assert got.shape == shape and got.dtype == torch.bool
 
 
 @pytest.mark.parametrize(
@@ -257,12 +276,24 @@ def test_bad_stacks(change, message):
 
 
 def test_opcheck():
-    torch.library.opcheck(torch.ops.pyprune.mask_topk, (torch.randn(5, 12), 3, *[None] * 4))
+    for stack in ((), (4,)):
+        w, scale = torch.randn(*stack, 5, 12), torch.rand(*stack, 12)
+        for columns in (None, scale):
+            torch.library.opcheck(torch.ops.pyprune.mask_topk, (w, 3, columns, None, None, None))
 
 
 def test_compiles_without_graph_breaks():
-    def f(w):
-        return w * ops.mask_topk(w, 5)
+    def f(w, s):
+        return w * ops.mask_topk(w, 5, column_scale=s)
 
-    w = torch.randn(9, 12)
-    assert torch.equal(torch.compile(f, fullgraph=True, backend="aot_eager")(w), f(w))
+    for w, s in ((torch.randn(9, 12), torch.rand(12)), (torch.randn(4, 9, 12), torch.rand(4, 12))):
+        got = torch.compile(f, fullgraph=True, backend="aot_eager")(w, s)
+        assert torch.equal(got, f(w, s))
+
+
+def test_shape_without_data():
+    """On the meta device, for a matrix and a stack with scales of its own."""
+    for shape in ((9, 12), (4, 9, 12)):
+        w = torch.empty(shape, device="meta")
+        got = ops.mask_topk(w, 5, column_scale=torch.empty(*shape[:-2], 12, device="meta"))
+        assert got.is_meta and got.shape == shape and got.dtype == torch.bool

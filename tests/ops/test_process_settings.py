@@ -1,4 +1,5 @@
-"""What a process sets for itself (precision of products, default dtype, threads) changes no op."""
+"""What a process sets for itself (precision of products, autocast, default dtype, threads) changes
+no op."""
 
 import os
 import subprocess
@@ -135,6 +136,20 @@ def test_default_dtype_does_not_matter(op, default_dtype):
         got = impl.resolve()(*clones(arguments))
         for a, b in zip(tensors(got), tensors(want), strict=True):
             assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_does_not_matter(op):
+    impls = ops._registry.IMPLS[op]
+    for impl in [impls[name] for name in impls if name != "triton"]:
+        arguments, function = calls()[op], impl.resolve()
+        want, got = clones(arguments), clones(arguments)
+        results = function(*want)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = function(*got)
+        for a, b in zip(tensors(found) + got, tensors(results) + want, strict=True):
+            if isinstance(a, torch.Tensor):  # of the arguments some are written to
+                assert a.dtype == b.dtype and torch.equal(a, b)
 
 
 def clones(arguments):
