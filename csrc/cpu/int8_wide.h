@@ -1,5 +1,5 @@
 // Compressed int8 weights with many rows of x: some rows of W at a time are widened to bf16, which
-// holds every int8, and given to sparse_linear(). Scales and bias come after it.
+// holds every int8, and given to sparse_linear(), which scales its sums before it rounds them.
 #pragma once
 
 #include <algorithm>
@@ -71,7 +71,6 @@ inline bool widen_rows(const Weights& w, int64_t r0, int64_t count, int threads,
   return true;
 }
 
-// bf16 x: a sum is rounded to bf16 before it is scaled, and rounded once more then.
 template <class X>
 void many_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
   const SparseLinearArgs& args = a.linear;
@@ -81,9 +80,6 @@ void many_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* 
   const Scratch block(tokens * most * static_cast<int64_t>(sizeof(X)));
   auto* wide = values.as<bf16>();
   auto* begins = offsets.as<int64_t>();
-  const auto* sums = block.as<const X>();
-  const float* scales = a.scales.ptr<const float>();
-  const float* bias = args.bias ? args.bias->ptr<const float>() : nullptr;
   X* y = args.y.ptr<X>();
   for (int64_t r0 = 0; r0 < w.rows; r0 += kWideRows) {
     const int64_t count = std::min(kWideRows, w.rows - r0);
@@ -91,19 +87,22 @@ void many_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* 
     TensorView meta =
         view_of(const_cast<uint8_t*>(w.meta) + r0 * w.meta_stride, DType::u8, count, w.meta_stride);
     TensorView starts = view_of(begins, DType::i64, count + 1);
+    TensorView bias;
     SparseLinearArgs part = args;
     part.y = view_of(block.as<X>(), args.y.dtype, tokens, count);
     part.rows = count;
     part.values = view_of(wide, DType::bf16, bitmap ? begins[count] : count * w.cols / 2);
     part.meta = &meta;
     part.offsets = bitmap ? &starts : nullptr;
-    part.bias = nullptr;
+    part.scales = a.scales.ptr<const float>() + r0;
+    if (args.bias) {
+      bias = view_of(args.bias->ptr<float>() + r0, DType::f32, count);
+      part.bias = &bias;
+    }
     PYPRUNE_ISA::sparse_linear(part);
 #pragma omp parallel for schedule(static) num_threads(args.threads)
     for (int64_t t = 0; t < tokens; ++t)
-      for (int64_t r = 0; r < count; ++r)
-        store(y + t * w.rows + r0 + r,
-              to_float(sums[t * count + r]) * scales[r0 + r] + (bias ? bias[r0 + r] : 0.0f));
+      std::copy_n(block.as<const X>() + t * count, count, y + t * w.rows + r0);
   }
 }
 

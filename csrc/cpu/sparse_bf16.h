@@ -322,9 +322,11 @@ void dot_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_
       for (int64_t r = 0; r < count; r += 16) {
         const __mmask16 rows = first_lanes(std::min<int64_t>(16, count - r));
         const __m512 sum = sums_of(sums + (r * chunk + m) * 16, chunk * 16, count - r);
+        const __m512 scale =
+            a.scales ? _mm512_maskz_loadu_ps(rows, a.scales + r0 + r) : _mm512_set1_ps(1.0f);
         const __m512 shift =
             bias ? _mm512_maskz_loadu_ps(rows, bias + r0 + r) : _mm512_setzero_ps();
-        store_lanes(y + m * w.rows + r, rows, _mm512_add_ps(sum, shift));
+        store_lanes(y + m * w.rows + r, rows, _mm512_fmadd_ps(sum, scale, shift));
       }
   }
 }

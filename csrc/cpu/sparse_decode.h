@@ -189,8 +189,9 @@ void decode(const SparseLinearArgs& a, const Weights& w, const DecodeScratch& sc
     decode_block<T, kDense, M>(w, r0, count, scratch.x, words, sums);
     for (int64_t r = 0; r < count; ++r)
       for (int m = 0; m < M; ++m)
-        store(y + m * w.rows + r0 + r,
-              Vec::load(sums + (r * M + m) * Vec::kLanes).sum() + (bias ? bias[r0 + r] : 0.0f));
+        store(y + m * w.rows + r0 + r, Vec::load(sums + (r * M + m) * Vec::kLanes).sum() *
+                                               (a.scales ? a.scales[r0 + r] : 1.0f) +
+                                           (bias ? bias[r0 + r] : 0.0f));
   }
 }
 

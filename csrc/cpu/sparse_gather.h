@@ -278,8 +278,8 @@ void gather_rows(const Weights& w, int64_t r0, int64_t count, const typename L::
 
 // The sums of `count` rows of W for `tokens` rows of x, `chunk` of which they were made for.
 template <class X>
-void store_pairs(const float* sums, int64_t chunk, int64_t tokens, int64_t count, const float* bias,
-                 X* y, int64_t stride) {
+void store_pairs(const float* sums, int64_t chunk, int64_t tokens, int64_t count,
+                 const float* scales, const float* bias, X* y, int64_t stride) {
   for (int64_t r = 0; r < count; r += 2)
     for (int64_t m = 0; m < tokens; m += 4) {
       const auto vector = [&](int64_t i) {
@@ -289,7 +289,8 @@ void store_pairs(const float* sums, int64_t chunk, int64_t tokens, int64_t count
       sum_halves(vector(0), vector(1), vector(2), vector(3), sum[0], sum[1]);
       for (int64_t k = 0; k < std::min<int64_t>(2, count - r); ++k)
         for (int64_t i = 0; i < std::min<int64_t>(4, tokens - m); ++i)
-          store(y + (m + i) * stride + r + k, sum[k][i] + (bias ? bias[r + k] : 0.0f));
+          store(y + (m + i) * stride + r + k,
+                sum[k][i] * (scales ? scales[r + k] : 1.0f) + (bias ? bias[r + k] : 0.0f));
     }
 }
 
@@ -306,8 +307,8 @@ void gather_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int
       gather_rows<L, decltype(rows)::value>(w, r0, count, packed + m0 * width, m0 == 0 ? ahead : 0,
                                             sums);
     });
-    store_pairs(sums, chunk, std::min(chunk, total - m0), count, bias,
-                a.y.ptr<X>() + m0 * w.rows + r0, w.rows);
+    store_pairs(sums, chunk, std::min(chunk, total - m0), count, a.scales ? a.scales + r0 : nullptr,
+                bias, a.y.ptr<X>() + m0 * w.rows + r0, w.rows);
   }
 }
 
