@@ -104,22 +104,6 @@ void build_table(const char* pairs, int64_t stride, int64_t words, char* table) 
 inline int64_t chunk_lanes(int64_t t0, int64_t m) { return m - t0 <= 16 ? 16 : kTableChunk; }
 inline int64_t all_lanes(int64_t m) { return (m + 15) / 16 * 16; }
 
-// One word of columns of a chunk of x, [32][lanes] pairs, zeros outside x.
-inline void pack_pairs(const bf16* x, int64_t stride, int64_t tokens, int64_t cols, int64_t lanes,
-                       uint32_t* out) {
-  for (int64_t t0 = 0; t0 < lanes; t0 += 16)
-    for (int64_t k0 = 0; k0 < kWordPairs; k0 += 16) {
-      const int64_t left = std::clamp<int64_t>(cols - 2 * k0, 0, 32);
-      const __mmask32 columns = static_cast<__mmask32>((uint64_t{1} << left) - 1);
-      __m512i v[16];
-      for (int t = 0; t < 16; ++t)
-        v[t] = t0 + t < tokens ? _mm512_maskz_loadu_epi16(columns, x + (t0 + t) * stride + 2 * k0)
-                               : _mm512_setzero_si512();
-      transpose16(v);
-      for (int k = 0; k < 16; ++k) _mm512_store_si512(out + (k0 + k) * lanes + t0, v[k]);
-    }
-}
-
 // Rows [m0, m0 + m) of x, packed as [word][chunk][32][lanes].
 struct TablePass {
   const char* packed;
@@ -215,9 +199,9 @@ void run_table(const SparseLinearArgs& a, const Weights& w, Args... args) {
       for (int64_t i = 0; i < n * chunks; ++i) {
         const int64_t t0 = i % chunks * kTableChunk, c = i / chunks * kMaskColumns;
         pack_pairs(a.x.ptr<const bf16>() + (m0 + t0) * a.x.stride[0] + c, a.x.stride[0],
-                   std::min<int64_t>(kTableChunk, tokens - t0), std::min(kMaskColumns, w.cols - c),
+                   std::min<int64_t>(kTableChunk, tokens - t0), w.cols - c, kWordPairs,
                    chunk_lanes(t0, tokens),
-                   reinterpret_cast<uint32_t*>(packed) + (c / 64 * lanes + t0) * kWordPairs);
+                   reinterpret_cast<float*>(packed) + (c / 64 * lanes + t0) * kWordPairs);
       }
 #pragma omp for schedule(static)
       for (int64_t g = 0; g < blocks; ++g) {

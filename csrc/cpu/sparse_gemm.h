@@ -86,22 +86,6 @@ struct AsPairs {
     return sum;
   }
   static constexpr bool kPairs = true;
-  // `words` pairs of columns, of which x has `cols` columns, of `tokens` tokens: all lanes of the
-  // vectors that any of these is in, zeros outside x.
-  static void pack(const bf16* x, int64_t stride, int64_t tokens, int64_t cols, int64_t words,
-                   float* panel) {
-    for (int64_t t0 = 0; t0 < tokens; t0 += 16)
-      for (int64_t k0 = 0; k0 < words; k0 += 16) {
-        const int64_t left = std::clamp<int64_t>(cols - 2 * k0, 0, 32);
-        const __mmask32 columns = static_cast<__mmask32>((uint64_t{1} << left) - 1);
-        __m512i v[16];
-        for (int t = 0; t < 16; ++t)
-          v[t] = t0 + t < tokens ? _mm512_maskz_loadu_epi16(columns, x + (t0 + t) * stride + 2 * k0)
-                                 : _mm512_setzero_si512();
-        transpose16(v);
-        for (int k = 0; k < 16; ++k) _mm512_store_si512(panel + (k0 + k) * kPanelTokens + t0, v[k]);
-      }
-  }
   static void widen(const bf16* v, int64_t columns, float* row) {
     for (int64_t c = 0; c < mask_words(columns) * kMaskColumns; c += 32) {
       const int64_t left = columns - c;
@@ -141,7 +125,7 @@ void pack_tokens(const X* x, int64_t stride, int64_t tokens, int64_t cols, int64
   const int64_t depth = std::min(As::kColumns, cols - k0), words = tile_depth<As>(depth);
   const X* first = x + t0 * stride + k0;
   if constexpr (As::kPairs) {
-    As::pack(first, stride, width, depth, words, panel);
+    pack_pairs(first, stride, width, depth, words, kPanelTokens, panel);
   } else {
     if (depth < As::kColumns || width < kPanelTokens)
       std::fill(panel, panel + words * kPanelTokens, 0.0f);

@@ -2,6 +2,7 @@
 // output, and the choice of a kernel by the number of rows of x.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -71,6 +72,24 @@ inline void transpose16(__m512i* v) {
     v[8 + k] = _mm512_shuffle_i32x4(p, r, 0xdd);
     v[12 + k] = _mm512_shuffle_i32x4(q, s, 0xdd);
   }
+}
+
+// `words` pairs of neighbouring columns of `tokens` rows of x, of which `cols` columns are there:
+// out[word][lane], a row of x a lane, words `out_stride` apart; all lanes of the vectors that any
+// row is in, zeros outside x.
+inline void pack_pairs(const bf16* x, int64_t stride, int64_t tokens, int64_t cols, int64_t words,
+                       int64_t out_stride, float* out) {
+  for (int64_t t0 = 0; t0 < tokens; t0 += 16)
+    for (int64_t k0 = 0; k0 < words; k0 += 16) {
+      const int64_t left = std::clamp<int64_t>(cols - 2 * k0, 0, 32);
+      const __mmask32 columns = static_cast<__mmask32>((uint64_t{1} << left) - 1);
+      __m512i v[16];
+      for (int t = 0; t < 16; ++t)
+        v[t] = t0 + t < tokens ? _mm512_maskz_loadu_epi16(columns, x + (t0 + t) * stride + 2 * k0)
+                               : _mm512_setzero_si512();
+      transpose16(v);
+      for (int k = 0; k < 16; ++k) _mm512_store_si512(out + (k0 + k) * out_stride + t0, v[k]);
+    }
 }
 
 // Lane i is the sum over the vector at at + i * stride, for the first `count` of 16; the others are
