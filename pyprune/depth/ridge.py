@@ -11,7 +11,7 @@ from torch import Tensor
 from pyprune.errors import UserError
 
 # Ridges that are tried, in mean squared outputs; the largest first, which wins ties.
-LADDER = tuple(10.0**k for k in range(3, -4, -1))
+LADDER = tuple(10.0**k for k in range(3, -5, -1))
 
 
 def check_ridge(ridge: float | None) -> None:
