@@ -11,7 +11,9 @@ Rows already in the JSON file are kept, so that an interrupted run goes on where
 Searches continue from one ratio to the next: a greedy list is, but for its end, a prefix of a
 longer one. Add-ons and other ways of saving continue from the plain variant's search and take only
 their own time; --states DIR keeps the searches, so that rows can be made in several runs.
---rates-only times the rows of the JSON file again, on random weights, for an idle moment.
+--rates-only times the rows of the JSON file again, on random weights, for an idle moment. --again
+makes its rows again, all of them that --variants and --ratios name, and keeps the speeds of those
+whose shape stays.
 """
 
 from __future__ import annotations

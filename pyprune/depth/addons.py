@@ -4,8 +4,9 @@ architecture."""
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from transformers import Conv1D
 
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.given import Given
-from pyprune.depth.graph import Branch, Context, ResidualGraph, State
+from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.heldout import Change, HeldOut, Part, advance, least, parts_of, unchanged
 from pyprune.depth.hidden import real_tokens
-from pyprune.depth.ridge import HELD_OUT, Moments, check_ridge, choose_ridge
+from pyprune.depth.ridge import LADDER, Moments, Solutions, check_ridge
 from pyprune.errors import UserError
 
 # Last linear maps of a branch, by name, in every supported family.
@@ -30,8 +32,8 @@ TOLERANCE = 2e-3
 class AddOns:
     """compensate: make up for the size that a gap leaves missing (Prune&Comp). refit: fit the
     branch before a gap to the stream after it by least squares (ReplaceMe), with a ridge of `ridge`
-    times the mean squared output, towards no change; none: chosen on held-out text. With both, gaps
-    are refitted, and compensation is left to one that has no branch before it."""
+    times the mean squared output, towards no change; none: chosen by the loss of held-out text.
+    With both, gaps are refitted, and compensation is left to one that has no branch before it."""
 
     compensate: bool = False
     refit: bool = False
@@ -159,8 +161,8 @@ def size_factors(
         for batch in batches:
             begin = graph.start(batch)
             with given.back():
-                after = _state_at(graph, end, *begin)
-            before = _state_at(graph, first, *begin, removed, factors)
+                after = advance(graph, (0, end), *begin)
+            before = advance(graph, (0, first), *begin, removed, factors)
             large, small = (_sizes(real_tokens(state.total, batch)) for state in (after, before))
             total += float((large / small).sum())
             count += len(large)
@@ -174,25 +176,6 @@ def _sizes(rows: Tensor) -> Tensor:
     if not bool((sizes > 0).all()):
         raise UserError("a hidden state is all zeros: its size cannot be compensated")
     return sizes
-
-
-def _state_at(
-    graph: ResidualGraph,
-    end: int,
-    state: State,
-    context: Context,
-    removed: Collection[Branch] = (),
-    factors: Mapping[int, float] | None = None,
-) -> State:
-    """The state before position `end`, from the one before the first branch, without `removed`, the
-    stream multiplied at the positions of `factors`."""
-    for branch in graph.branches[:end]:
-        factor = 1.0 if factors is None else factors.get(branch.position, 1.0)
-        if factor != 1:
-            state = State(state.read * factor, state.total * factor)
-        gone = branch in removed
-        state = graph.skip(branch, state) if gone else graph.run(branch, state, context)
-    return state
 
 
 def writers(graph: ResidualGraph, branch: Branch) -> list[Tensor]:
@@ -267,7 +250,7 @@ def _output(
     graph: ResidualGraph, removed: Collection[Branch], batch: Batch, factors: Mapping[int, float]
 ) -> Tensor:
     """The decoder's output [n, d] without `removed`, the stream multiplied at these positions."""
-    state = _state_at(graph, len(graph.branches), *graph.start(batch), removed, factors)
+    state = advance(graph, (0, len(graph.branches)), *graph.start(batch), removed, factors)
     return real_tokens(graph.finish(state.total, batch), batch)
 
 
@@ -324,23 +307,21 @@ def refit(
     zero). A gap with nothing before it is left, and so is one after a branch that adds nothing (the
     zeros of an earlier re-packing).
 
-    ridge: None chooses it for each gap: every fourth sequence is held out, T is found from the
-    others for every ridge of a ladder, and T = I is one of the choices; the one with the least
-    error on the held-out sequences is then used on all of them. d^2 unknowns per gap fit a few
-    thousand tokens too well. Rows count by their size as published: weighted by 1 / |x_q|^2, the
-    few huge states that attention rests on come off worst, and perplexity rises (measured). Where
-    such states arise within the gap they are most of the error, though, and fitting them can move
-    all others away: there too perplexity rises (measured), and `compensate`, which goes by the mean
-    of ratios, is the better choice.
+    ridge: None chooses it for each gap by the loss of held-out tokens in the model as pruned, later
+    gaps as they are (`HeldOut`, `_chosen`); T = I is one of the choices. The squared error does not
+    say what a map does to the model: rows count by their size, and a few huge states, which
+    attention rests on, can be nearly all of it; fitting them can move all others away. Weighted by
+    1 / |x_q|^2 they come off worst instead. Perplexity rises both ways (measured).
 
     given: weights that a method has changed since; refitted ones are added to it. factors: of gaps
     that are compensated, by their first position: in the model as pruned the stream is multiplied
     there (`compensate` comes afterwards).
 
     Returns per gap {"branch", "removed", "ridge", "held_out", "before", "after"}: names; the ridge,
-    None if T = I was best; the held-out error over that of T = I (None if the ridge was given);
-    relative squared errors of the stream at the gap's end on this text. The branches to remove must
-    be removed afterwards.
+    None if T = I was best; [held-out loss of T = I, of the T that the other sequences give] (None
+    if the ridge was given, and if no held-out token can be predicted: T = I then); relative squared
+    errors of the stream at the gap's end on this text. The branches to remove must be removed
+    afterwards.
     """
     check_ridge(ridge)
     found = [gap for gap in gaps(removed, len(graph.layouts)) if gap[0] > 0]
@@ -348,14 +329,21 @@ def refit(
     for start, _ in found:
         writers(graph, graph.branches[start - 1])  # refused before anything is changed
     given = Given() if given is None else given
+    parts = parts_of(batches)
+    by_loss = found and ridge is None and HeldOut.predicted(parts)
+    held_out = HeldOut(graph, parts, given) if by_loss else None
     report = []
     for start, end in found:
         last = graph.branches[start - 1]
-        fitted, held, scale = _moments(graph, gone, (start, end), batches, given, factors)
+        fitted, held, scale = _moments(graph, gone, (start, end), parts, given, factors)
+        both, used, losses = fitted + held, ridge, None
+        change = None if ridge is None else both.solve(ridge)
+        if held_out is not None:
+            measure = partial(held_out.losses, start, gone, factors)
+            used, change, losses = _chosen(fitted, held, measure)
+        if change is None:
+            change = torch.zeros_like(both.gram)
         given.hold(writers(graph, last))
-        used, gain = (ridge, None) if ridge is not None else choose_ridge(fitted, held)
-        both = fitted + held
-        change = torch.zeros_like(both.gram) if used is None else both.solve(used)
         if change.any():
             _fold(graph, last, change)
         report.append(
@@ -363,7 +351,7 @@ def refit(
                 "branch": str(last),
                 "removed": "+".join(map(str, graph.branches[start:end])),
                 "ridge": used,
-                "held_out": gain,
+                "held_out": losses,
                 "before": float(both.error) / scale,
                 "after": both.error_of(change) / scale,
             }
@@ -371,51 +359,60 @@ def refit(
     return report
 
 
+def _chosen(
+    fitted: Moments, held: Moments, losses: Callable[[Sequence[Change]], list[float]]
+) -> tuple[float | None, Tensor | None, list[float]]:
+    """The ridge whose map, of the sequences that are not held out, has the least loss on those that
+    are; W for it; the losses without a map and with that one. None, None where no map is better
+    than none, which wins ties; of equals the larger ridge.
+
+    W is made from all sequences unless that has a higher loss on the held-out ones, though it has
+    seen them: so the loss there never rises.
+    """
+    if not fitted.unit > 0:
+        none = losses([unchanged])
+        return None, None, none * 2
+    solutions = Solutions(fitted)
+    found = losses([unchanged, *(partial(solutions.change_of, ridge=r) for r in LADDER)])
+    best = least(found)
+    if best == 0:
+        return None, None, [found[0]] * 2
+    ridge = LADDER[best - 1]
+    change = (fitted + held).solve(ridge)
+    (again,) = losses([lambda rows: rows @ change])
+    if least([again, found[best]]) != 0:
+        change = fitted.solve(ridge)
+    return ridge, change, [found[0], found[best]]
+
+
 def _moments(
     graph: ResidualGraph,
     gone: set[Branch],
     gap: tuple[int, int],
-    batches: Sequence[Batch],
+    parts: Sequence[Part],
     given: Given,
     factors: Mapping[int, float] | None,
 ) -> tuple[Moments, Moments, float]:
     """Of the tokens to fit and of those held out, with the sum of |x_q|^2 over both."""
     start, end = gap
-    parts: list[Any] = [None, None]
+    sums: list[Any] = [None, None]
     scale = 0.0
-    for batch, held in zip(batches, _held_out(batches), strict=True):
+    for part in parts:
+        batch = part.batch
         first, context = graph.start(batch)
         with given.back():
-            target = real_tokens(_state_at(graph, end, first, context).total, batch)
-        state = _state_at(graph, start - 1, first, context, gone, factors)
+            target = real_tokens(advance(graph, (0, end), first, context).total, batch)
+        state = advance(graph, (0, start - 1), first, context, gone, factors)
         u = real_tokens(state.total, batch)
         state = graph.run(graph.branches[start - 1], state, context)
         m = real_tokens(state.total, batch) - u
         missing = target - u - m
+        held = part.held_rows()
         for k, rows in enumerate((~held, held)):
-            part = Moments.of(m[rows], missing[rows])
-            parts[k] = part if parts[k] is None else parts[k] + part
+            moments = Moments.of(m[rows], missing[rows])
+            sums[k] = moments if sums[k] is None else sums[k] + moments
         scale += float(target.double().square().sum())
-    return parts[0], parts[1], scale
-
-
-def _held_out(batches: Sequence[Batch]) -> list[Tensor]:
-    """Which real tokens of each batch are held out, bool [n]: every `HELD_OUT`-th sequence, the
-    last of fewer, and of a single one the last quarter."""
-    masks = [torch.ones_like(b.input_ids) if b.attention_mask is None else b.attention_mask
-             for b in batches]  # fmt: skip
-    lengths = [(mask != 0).sum(1) for mask in masks]
-    count = sum(map(len, lengths))
-    period = min(HELD_OUT, count)
-    found, seen = [], 0
-    for length in lengths:
-        rows = torch.arange(seen, seen + len(length), device=length.device) % period == period - 1
-        tokens = rows.repeat_interleave(length)
-        if count == 1:
-            tokens[: len(tokens) * (HELD_OUT - 1) // HELD_OUT] = False
-        found.append(tokens)
-        seen += len(length)
-    return found
+    return sums[0], sums[1], scale
 
 
 def _fold(graph: ResidualGraph, branch: Branch, change: Tensor) -> None:

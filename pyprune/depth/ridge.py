@@ -1,4 +1,4 @@
-"""Least squares for a square matrix that is drawn to the identity, and how strongly."""
+"""Least squares for a square matrix that is drawn to the identity."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from torch import Tensor
 
 from pyprune.errors import UserError
 
-# Ridges that are tried, in mean squared outputs: half decades.
-LADDER = tuple(10.0 ** (k / 2) for k in range(-8, 7))
-HELD_OUT = 4  # every so many-th sequence is held out
+# Ridges that are tried, in mean squared outputs; the largest first, which wins ties.
+LADDER = tuple(10.0**k for k in range(3, -5, -1))
 
 
 def check_ridge(ridge: float | None) -> None:
@@ -57,33 +56,21 @@ class Moments:
         return solution
 
 
-def held_out_errors(fitted: Moments, held: Moments, ridges: tuple[float, ...]) -> list[float]:
-    """Errors on `held` of the solutions of `fitted`, one per ridge; none is negative.
+class Solutions:
+    """`Moments.solve` for many ridges by one eigendecomposition of the Gram matrix: with its
+    eigenvectors Q, W = Q S C with C = Q'M'E and S = 1 / (eigenvalues + ridge x unit) diagonal. The
+    Gram matrix must not be 0."""
 
-    With the eigenvectors Q of the Gram matrix, W = Q S C with C = Q'M'E and S = 1 / (eigenvalues +
-    ridge) diagonal; so the error is a quadratic form in S, and each ridge takes d^2 operations.
-    """
-    values, vectors = torch.linalg.eigh(fitted.gram)
-    c = vectors.T @ fitted.cross
-    linear = (c * (vectors.T @ held.cross)).sum(1)
-    square = (vectors.T @ held.gram @ vectors) * (c @ c.T)
-    errors = []
-    for ridge in ridges:
-        s = 1 / (values.clamp(min=0) + ridge * fitted.unit)
-        error = float(held.error - 2 * (s * linear).sum() + s @ (square @ s))
-        errors.append(max(error, 0.0))  # what rounding leaves of a perfect fit
-    return errors
+    def __init__(self, fitted: Moments) -> None:
+        values, self._vectors = torch.linalg.eigh(fitted.gram)
+        self._values, self._unit = values.clamp(min=0), fitted.unit
+        self._c = self._vectors.T @ fitted.cross
 
+    def _scales(self, ridge: float) -> Tensor:
+        scales: Tensor = 1 / (self._values + ridge * self._unit)
+        return scales
 
-def choose_ridge(
-    fitted: Moments, held: Moments, ridges: tuple[float, ...] = LADDER
-) -> tuple[float | None, float]:
-    """The ridge of those whose solution on `fitted` has the least error on `held`, and that error
-    over the error without a change. None (and 1) where no change is best, which wins ties; of
-    equals the larger ridge."""
-    best: tuple[float | None, float] = (None, float(held.error))
-    if fitted.unit > 0:
-        for ridge, error in zip(ridges, held_out_errors(fitted, held, ridges), strict=True):
-            if error < best[1] or (error == best[1] and best[0] is not None):
-                best = ridge, error
-    return best[0], best[1] / float(held.error) if best[0] is not None else 1.0
+    def change_of(self, rows: Tensor, ridge: float) -> Tensor:
+        """rows @ W, float64 [n, d], without W."""
+        change: Tensor = (rows @ self._vectors * self._scales(ridge)) @ self._c
+        return change

@@ -25,7 +25,8 @@ class Scorer:
     pruned) per position; only the dense decoder outputs are kept, the dense logits are recomputed
     chunk by chunk. Padding is never a target.
 
-    every: score each `every`-th target of a row, the same ones for every candidate.
+    every: score each `every`-th target of a row, the same ones for every candidate. counted: which
+    tokens are targets, bool [B, T] for every batch; None: all.
     """
 
     def __init__(
@@ -34,6 +35,7 @@ class Scorer:
         batches: Sequence[Batch],
         objective: ObjectiveName = "perplexity",
         every: int = 1,
+        counted: Sequence[Tensor] | None = None,
     ) -> None:
         self.graph = graph
         self.objective = objective
@@ -47,7 +49,8 @@ class Scorer:
             for b in batches
         ]
         # Rows without a target (a single token) have no score.
-        self._weights = [self._scored(batch) for batch in self.batches]
+        tokens = [None] * len(batches) if counted is None else counted
+        self._weights = list(map(self._scored, self.batches, tokens))
         if not any(bool(weights.any()) for weights in self._weights):
             raise UserError("calibration: expected sequences of 2 tokens or more, got none")
         self._dense: list[Tensor] = []
@@ -59,10 +62,12 @@ class Scorer:
         state, context = self.graph.start(self.batches[i])
         return self.graph.run_from(0, state, context, removed)
 
-    def _scored(self, batch: Batch) -> Tensor:
+    def _scored(self, batch: Batch, counted: Tensor | None) -> Tensor:
         """1 for targets that count, float64 [B, n]."""
         ids = batch.input_ids
         mask = torch.ones_like(ids) if batch.attention_mask is None else batch.attention_mask
+        if counted is not None:
+            mask = mask * counted.to(mask)
         return mask[:, 1:][:, :: self.every].double()
 
     def _finished(self, i: int, hidden: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def damage(
         config: with `factored` a `FactoredLinear` takes the place of an `nn.Linear` where it is
             smaller; fused experts and Conv1D stay dense.
         device: where the backward passes run; eigenvectors are computed on the CPU, in fp64.
-        progress: called with (what happens, done, total).
+        progress: called with (what happens, done, total): batches ("factors", "curvature") or
+            matrices ("eigenvectors", "weights"), over all parts.
 
     Raises:
         LayerError, UserError: see `collect_factors`; nothing has changed then. New weights that do
@@ -89,18 +90,19 @@ def damage(
     refs = [matrix.ref for block in blocks for matrix in block]
     own = config.own_options()
     groups = grouped(blocks, own.factor_memory * GIB, COPIES)
-    run = _Run(adapter, tokens, config, device, progress)
+    run = _Run(adapter, tokens, config, device, progress, len(refs))
     with TensorStore(len(groups) > 1, "cpu") as store:
         for number, group in enumerate(groups):
             run.look([matrix.ref for matrix in group], store, number, len(groups))
         chosen = run.choose()
         layers = []
-        for ref in refs:
+        for done, ref in enumerate(refs, 1):
             if ref.name in run.notes:
                 layers.append(_kept(ref, run.notes[ref.name]))
             else:
                 known = _Known.of(store.take(ref.name))
                 layers.append(_write(adapter, ref, known, chosen[ref.name], own.factored))
+            run.say("weights", done, len(refs))
     return layers
 
 
@@ -160,7 +162,9 @@ class _Run:
         config: EigenDamageConfig,
         device: torch.device | str,
         progress: Progress | None,
+        matrices: int,
     ) -> None:
+        self._matrices, self._seen = matrices, 0
         self._adapter, self._tokens, self._config = adapter, tokens, config
         self._own, self._device, self._progress = config.own_options(), device, progress
         self.notes: dict[str, str] = {}
@@ -180,7 +184,8 @@ class _Run:
         )
         unknown = {ref.name: _unknown(ref, factors[ref.name]) for ref in refs}
         self.notes |= {name: why for name, why in unknown.items() if why}
-        bases = _bases({name: f for name, f in factors.items() if not unknown[name]})
+        bases = self._bases({name: f for name, f in factors.items() if not unknown[name]})
+        self._seen += len(refs)
         del factors
         again = self._reestimated(bases, number, parts) if self._own.reestimate and bases else {}
         known = {name: _Known(basis, again.get(name)) for name, basis in bases.items()}
@@ -192,6 +197,21 @@ class _Run:
                     (costs.sum(1), costs.sum(0)) if directions else (costs.float(),)
                 )
         store.put({name: some.tensors() for name, some in known.items()})
+
+    def _bases(self, factors: dict[str, KroneckerFactors]) -> dict[str, EigenBasis]:
+        """On the CPU. Matrices that read one tensor share its factor in memory, so its eigenvectors
+        are taken once."""
+        inputs: dict[int, tuple[Tensor, Tensor]] = {}
+        bases = {}
+        self.say("eigenvectors", self._seen, self._matrices)
+        for done, (name, statistic) in enumerate(factors.items(), 1):
+            a, g = (t.cpu() for t in statistic.normalised())
+            right = inputs.get(id(statistic.a)) or eigenvectors(a)
+            inputs[id(statistic.a)] = right
+            left = eigenvectors(g)
+            bases[name] = EigenBasis(left[1], right[1], left[0], right[0])
+            self.say("eigenvectors", self._seen + done, self._matrices)
+        return bases
 
     def _reestimated(
         self, bases: dict[str, EigenBasis], number: int, parts: int
@@ -215,6 +235,10 @@ class _Run:
         )
         return {name: statistic.total / statistic.targets for name, statistic in made.items()}
 
+    def say(self, phase: str, done: int, total: int) -> None:
+        if self._progress is not None:
+            self._progress(phase, done, total)
+
     def _told(self, phase: str, number: int, parts: int) -> Callable[[int, int], None] | None:
         say = self._progress
         if say is None:
@@ -232,19 +256,6 @@ class _Run:
         count = pruned_count(sum(c.numel() for c in costs), self._config.sparsity)
         masks = ops.mask_global(costs, count) if costs else []
         return {name: _Choice(mask) for name, mask in zip(names, masks, strict=True)}
-
-
-def _bases(factors: dict[str, KroneckerFactors]) -> dict[str, EigenBasis]:
-    """On the CPU. Matrices that read one tensor share its factor in memory: one decomposition."""
-    inputs: dict[int, tuple[Tensor, Tensor]] = {}
-    bases = {}
-    for name, statistic in factors.items():
-        a, g = (t.cpu() for t in statistic.normalised())
-        right = inputs.get(id(statistic.a)) or eigenvectors(a)
-        inputs[id(statistic.a)] = right
-        left = eigenvectors(g)
-        bases[name] = EigenBasis(left[1], right[1], left[0], right[0])
-    return bases
 
 
 def _unknown(ref: LinearRef, statistic: KroneckerFactors) -> str:

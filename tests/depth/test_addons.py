@@ -132,7 +132,8 @@ def test_refit_brings_the_stream_closer(family, tmp_path):
 def test_a_ridge_is_chosen_or_given_or_too_much_of_a_change():
     ids = tiny_tokens(6, 32)
     (chosen,) = refit(ResidualGraph.of(model_of("llama")), layers(2), [Batch(ids)])
-    assert chosen["ridge"] in LADDER and 0 < chosen["held_out"] < 1
+    without, held_out = chosen["held_out"]
+    assert chosen["ridge"] in LADDER and 0 < held_out < without
     assert chosen["after"] < chosen["before"]
     (given,) = refit(ResidualGraph.of(model_of("llama")), layers(2), [Batch(ids)], 1e-4)
     assert given["ridge"] == 1e-4 and given["held_out"] is None
@@ -218,7 +219,7 @@ def test_single_branches_are_refitted(family):
         return (state.total.flatten(0, 1) - target).square().sum() / target.square().sum()
 
     without = float(at_the_end())
-    first, second = refit(graph, HALVES, [Batch(ids[:2]), Batch(ids[2:])])
+    first, second = refit(graph, HALVES, [Batch(ids[:2]), Batch(ids[2:])], 1e-2)
     assert (first["branch"], first["removed"]) == ("A1", "M1+A2")
     assert (second["branch"], second["removed"]) == ("M2", "A3")
     assert all(gap["after"] < gap["before"] for gap in (first, second))

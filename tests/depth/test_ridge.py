@@ -1,12 +1,9 @@
-"""Ridges drawn to the identity, chosen on rows that were not fitted."""
+"""Least squares drawn to the identity, for one ridge and for many."""
 
 import pytest
 import torch
-from tiny_models import tiny_tokens
 
-from pyprune.calibration.tokens import Batch
-from pyprune.depth.addons import _held_out
-from pyprune.depth.ridge import LADDER, Moments, choose_ridge, held_out_errors
+from pyprune.depth.ridge import LADDER, Moments, Solutions
 
 
 def rows(n, d=6, noise=1.0, seed=0, change=0.5):
@@ -35,13 +32,13 @@ def test_solutions_and_errors_against_stacked_least_squares(n):
     (m, y), (other_m, other_y) = rows(n), rows(17, seed=1)
     fitted, held = moments(m, y), moments(other_m, other_y)
     assert float(held.error) == pytest.approx(float((other_y - other_m).square().sum()))
-    found = held_out_errors(fitted, held, LADDER)
-    for ridge, error in zip(LADDER, found, strict=True):
+    solutions = Solutions(fitted)
+    for ridge in LADDER:
         wanted = oracle(m, y, ridge)
         change = fitted.solve(ridge)
         torch.testing.assert_close(change + torch.eye(6, dtype=m.dtype), wanted)
+        torch.testing.assert_close(solutions.change_of(other_m, ridge), other_m @ wanted - other_m)
         expected = float((other_m @ wanted - other_y).square().sum())
-        assert error == pytest.approx(expected, rel=1e-6)
         assert held.error_of(change) == pytest.approx(expected, rel=1e-6)
         assert fitted.error_of(change) == pytest.approx(
             float((m @ wanted - y).square().sum()), rel=1e-6, abs=1e-6
@@ -56,45 +53,6 @@ def test_moments_add_up():
         torch.testing.assert_close(getattr(both, name), getattr(whole, name))
 
 
-def test_much_clean_text_takes_a_small_ridge_little_noisy_text_a_large_one():
-    clean, _ = choose_ridge(moments(*rows(400, noise=0.01)), moments(*rows(100, noise=0.01)))
-    noisy, gain = choose_ridge(moments(*rows(8, noise=1.0)), moments(*rows(100, noise=1.0)))
-    assert clean is not None and noisy is not None and clean < noisy / 10 and gain < 1
-
-
-def test_no_change_is_a_choice():
-    """Where what is missing has nothing to do with the branch, most of all."""
-    none, worst = 0, 1.0
-    for seed in range(20):
-        fitted = moments(*rows(8, noise=3.0, seed=seed, change=0.0))
-        held = moments(*rows(30, noise=3.0, seed=seed, change=0.0))
-        ridge, gain = choose_ridge(fitted, held)
-        errors = held_out_errors(fitted, held, LADDER)
-        none += ridge is None
-        worst = max(worst, gain)
-        assert (ridge is None) == (min(errors) >= float(held.error))
-        if ridge is not None:
-            assert gain == pytest.approx(min(errors) / float(held.error))
-    assert none > 5 and worst == 1.0  # an unbounded fit would be far above 1
-
-
 def test_a_branch_that_is_silent():
-    nothing, y = torch.zeros(5, 6, dtype=torch.float64), rows(5)[1]
-    silent = moments(nothing, y)
-    assert choose_ridge(silent, silent) == (None, 1.0)
+    silent = moments(torch.zeros(5, 6, dtype=torch.float64), rows(5)[1])
     assert not silent.solve(1.0).any()
-
-
-def test_whole_sequences_are_held_out():
-    ids = tiny_tokens(3, 8)
-    split = _held_out([Batch(ids), Batch(ids), Batch(ids[:2])])
-    assert [t.view(-1, 8).all(1).tolist() for t in split] == [
-        [False, False, False], [True, False, False], [False, True],
-    ]  # fmt: skip
-    assert all(bool((t.view(-1, 8).all(1) == t.view(-1, 8).any(1)).all()) for t in split)
-    assert [t.sum().item() for t in _held_out([Batch(ids)])] == [8]  # the last of fewer than four
-    assert _held_out([Batch(ids[:1])])[0].tolist() == [False] * 6 + [True] * 2
-    mask = torch.ones_like(ids)
-    mask[0, 5:], mask[2, 3:] = 0, 0
-    (padded,) = _held_out([Batch(ids, mask)])
-    assert padded.tolist() == [False] * 13 + [True] * 3
