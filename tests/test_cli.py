@@ -101,6 +101,19 @@ def test_help_cuts_no_option_short(capsys, monkeypatch):
     assert "..." not in capsys.readouterr().out.split("Commands:")[1]
 
 
+def test_python_m_pyprune():
+    done = subprocess.run(
+        [sys.executable, "-m", "pyprune", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"pyprune {pyprune.__version__}\n"
+
+
+def test_every_public_name_is_there():
+    for name in pyprune.__all__:
+        assert getattr(pyprune, name) is not None
+    assert {"compress_checkpoint", "decompress_checkpoint"} < set(pyprune.__all__)
+
+
 def test_no_command_is_help(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["pyprune"])
     assert cli.main() == 0
