@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pyprune.depth.config import StructureConfig
     from pyprune.depth.run import prune_structure, prune_structure_checkpoint
     from pyprune.prune import prune, prune_checkpoint
+    from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
     from pyprune.sparse.load import load
     from pyprune.width.config import WidthConfig
     from pyprune.width.run import prune_width, prune_width_checkpoint
@@ -27,6 +28,8 @@ __all__ = [
     "StructureConfig",
     "WidthConfig",
     "__version__",
+    "compress_checkpoint",
+    "decompress_checkpoint",
     "load",
     "ops",
     "prune",
@@ -42,6 +45,8 @@ _HOMES = {
     "PruneConfig": "pyprune.config",
     "StructureConfig": "pyprune.depth.config",
     "WidthConfig": "pyprune.width.config",
+    "compress_checkpoint": "pyprune.sparse.convert",
+    "decompress_checkpoint": "pyprune.sparse.convert",
     "load": "pyprune.sparse.load",
     "prune": "pyprune.prune",
     "prune_checkpoint": "pyprune.prune",

@@ -17,7 +17,7 @@ from pyprune.progress import ProgressBar
 @app.command(
     epilog=examples(
         "pyprune heal pruned --out healed",
-        "pyprune heal pruned --out healed --text alpaca.jsonl --steps 1000 --learning-rate 2e-4",
+        "pyprune heal pruned -o healed --text a.jsonl --learning-rate 2e-4",
     )
 )
 def heal(

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.console import Console
 from rich.table import Table
 
 from pyprune import cli
@@ -155,10 +157,7 @@ def methods(as_json: AsJson = False) -> None:
     rows: list[dict[str, Any]] = []
     shown: list[Any] = []
     for family in families():
-        table = Table(*family.headers, title=family.title)
-        table.columns[0].no_wrap = True
-        for column in table.columns[1:]:
-            column.overflow = "fold"
+        table = Table(*family.headers, title=family.title, box=box.SIMPLE, padding=0)
         table.show_lines = True
         notes = []
         for method in family.methods().values():
@@ -166,21 +165,34 @@ def methods(as_json: AsJson = False) -> None:
             table.add_row(*cells)
             rows.append(row)
             notes += [f"{row['name']} -O {k}=...: {takes}" for k, takes in row["options"].items()]
+        _give_room(table)
         shown += [table, *notes]
     cli.show([*rows, *_allocations(shown)], as_json, *shown)
+
+
+def _give_room(table: Table) -> None:
+    """To the column "what", which holds sentences: the others, but the name, need no more than
+    their longest word and get no more than a seventh."""
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.overflow = "fold"
+        if column.header != "what":
+            words = " ".join(map(str, (column.header, *column.cells))).split()
+            column.max_width = max(Console().width // 7, *map(len, words))
 
 
 def _allocations(shown: list[Any]) -> list[dict[str, Any]]:
     """The rows of the table of allocations; adds it to what is shown."""
     from pyprune.allocation.table import ALLOCATIONS, HEADERS, describe_allocation
 
-    table = Table(*HEADERS, title="--allocation of an unstructured sparsity")
+    table = Table(*HEADERS, title="--allocation of an unstructured sparsity", box=box.SIMPLE)
     rows, notes = [], []
     for allocation in ALLOCATIONS.values():
         cells, row = describe_allocation(allocation)
         table.add_row(*cells)
         rows.append(row)
         notes += [f"{row['name']} -A {k}=...: {takes}" for k, takes in row["options"].items()]
+    _give_room(table)
     shown += [table, *notes]
     return rows
 

@@ -39,8 +39,8 @@ OWN = {
         "pyprune prune packaged --method sparsegpt --pattern 2:4 --out pruned",
         "pyprune prune ./llama --method wanda --sparsity 0.6 --scope row --out pruned",
         "pyprune prune org/model --config run.yaml --out pruned --json > report.json",
-        "pyprune prune ./llama -m magnitude -s 0.5 --exclude '*.down_proj' --out pruned",
-        "pyprune prune ./llama -m blockpruner --ratio 0.2 --out smaller --report pictures",
+        "pyprune prune ./llama -m magnitude -s 0.5 --exclude '*.down_proj' -o out",
+        "pyprune prune ./llama -m blockpruner --ratio 0.2 -o out --report pictures",
         "pyprune prune ./llama -m shortgpt --count 4 -O refit=true --out smaller",
     )
 )

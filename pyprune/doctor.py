@@ -75,17 +75,30 @@ class Diagnosis:
         return table
 
     def _ops(self) -> Table:
-        table = Table("op", "device", "runs", "also here", "not here, because", show_lines=True)
+        """Ops that run alike, for the same reasons, share a line."""
+        table = Table("ops", "device", "runs", "also here", "not here, because", show_lines=True)
         devices = [d for d in DEVICES if d == "cpu" or self.gpus]
+        alike: dict[tuple[str, ...], list[str]] = {}
         for op in dict.fromkeys(status.op for status in self.backends):
             for device in devices:
                 rows = [s for s in self.backends if (s.op, s.device) == (op, device)]
                 good = [s.backend for s in rows if not s.reason]
                 # The interpreter is never picked on its own.
                 good.sort(key=lambda backend: device == "cpu" and backend == "triton")
-                bad = [f"{s.backend}: {s.reason}" for s in rows if s.reason]
-                table.add_row(op, device, good[0], ", ".join(good[1:]), "\n".join(bad))
+                bad = [_because(s) for s in rows if s.reason]
+                cells = (device, good[0], ", ".join(good[1:]), "\n".join(bad))
+                alike.setdefault(cells, []).append(op)
+        for shared, names in alike.items():
+            table.add_row(", ".join(names), *shared)
         return table
+
+
+def _because(status: BackendStatus) -> str:
+    """Without the op's name, which the line has already, so that reasons compare alike."""
+    reason = status.reason
+    for own in (f"{status.op} has ", f"{status.op}'s "):
+        reason = reason.removeprefix(own)
+    return f"{status.backend}: {reason}"
 
 
 def diagnose() -> Diagnosis:

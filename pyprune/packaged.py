@@ -53,7 +53,6 @@ PARTS = ("calibration", "evaluation")
 FIRST_SHARE = 0.6  # of the documents go to the part named first, the others to the second
 PART_ORDER = {"wiki": ("calibration", "evaluation"), "sotu": ("evaluation", "calibration")}
 MIN_ARTICLE = 4000  # characters: shorter pages are lists of links rather than prose
-SEPARATOR = "\n\n"
 RECEIPT = "pyprune-source.json"  # what the directory was made from, and its files' sizes
 
 
@@ -110,11 +109,6 @@ def packaged_documents(
         return list(documents)
     split = int(len(documents) * FIRST_SHARE + 0.5)
     return list(documents[:split] if part == PART_ORDER[name][0] else documents[split:])
-
-
-def packaged_text(name: str, part: str | None = None, progress: Progress | None = None) -> str:
-    """`packaged_documents` joined by an empty line."""
-    return SEPARATOR.join(packaged_documents(name, part, progress))
 
 
 def _tell(progress: Progress | None, line: str) -> None:

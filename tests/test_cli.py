@@ -95,9 +95,23 @@ def test_help_cuts_no_option_short(capsys, monkeypatch):
     for command in ("prune", "heal", "bench"):
         assert run(command, "-h") == 0
         out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= 80
         assert "…" not in out and "Examples:\n    pyprune " + command in out
     assert run("-h") == 0
     assert "..." not in capsys.readouterr().out.split("Commands:")[1]
+
+
+def test_python_m_pyprune():
+    done = subprocess.run(
+        [sys.executable, "-m", "pyprune", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"pyprune {pyprune.__version__}\n"
+
+
+def test_every_public_name_is_there():
+    for name in pyprune.__all__:
+        assert getattr(pyprune, name) is not None
+    assert {"compress_checkpoint", "decompress_checkpoint"} < set(pyprune.__all__)
 
 
 def test_no_command_is_help(capsys, monkeypatch):
@@ -119,6 +133,22 @@ def test_methods(capsys):
     assert ecoflap["kind"] == "allocation"
     assert ecoflap["options"]["order"] == "zeroth or first; by default zeroth"
     assert "besa -A steps=...: a whole number; by default 32" in out and "alphapruning" in out
+
+
+def test_methods_give_sentences_room(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("methods") == 0
+    tables = capsys.readouterr().out
+    assert "smallest |w| times input " in tables  # not a word or two a line
+    assert max(len(line) for line in tables.splitlines() if line[:1] == " ") <= 80
+
+
+def test_doctor_says_a_reason_once(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert run("doctor") == 0
+    out = capsys.readouterr().out
+    assert 1 <= out.count("TRITON_INTERPRET=1") <= 4 and len(out.splitlines()) < 90
 
 
 def test_doctor(capsys):

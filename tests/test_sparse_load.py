@@ -2,6 +2,7 @@
 damaged."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from tiny_models import FAMILIES, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 import pyprune
+from pyprune.checkpoint import Checkpoint
 from pyprune.errors import UserError
 from pyprune.sparse import SparseLinear
 from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
+from pyprune.sparse.generate import generate
 from pyprune.sparse.quantizer import PyPruneConfig, PyPruneQuantizer
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -67,6 +70,27 @@ def test_plain_from_pretrained_and_dtypes(pair):
     model = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32)
     assert model.get_submodule(LAYER).values.dtype == torch.float32
     assert type(pyprune.load(pair[0]).get_submodule(LAYER)) is torch.nn.Linear
+
+
+@pytest.mark.parametrize("dtype", ["float7", "int8", "nn", torch.int8, 16])
+def test_a_dtype_that_is_none_is_refused_by_name(pair, tmp_path, dtype):
+    message = f"dtype: expected one of auto, float32, bfloat16, float16, got {dtype!r}"
+    for call in (
+        lambda: pyprune.load(pair[0], dtype=dtype),
+        lambda: pyprune.load(pair[1], dtype=dtype),
+        lambda: Checkpoint.open(pair[0]).load_model(dtype=dtype),
+        lambda: compress_checkpoint(pair[0], tmp_path / "out", dtype=dtype),
+        lambda: generate(pair[1], "a", dtype=dtype, write=print),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            call()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_dtype_may_be_named(pair):
+    assert pyprune.load(pair[1], dtype="float32").dtype == torch.float32
+    assert pyprune.load(pair[1], dtype="auto").dtype == torch.bfloat16
+    assert Checkpoint.open(pair[0]).load_model(dtype="float32").dtype == torch.float32
 
 
 def test_generates_like_the_dense_model_with_left_padding_and_cache(pair):

@@ -28,6 +28,7 @@ from transformers import (
 
 from pyprune.checkpoint.names import NameMap, map_names
 from pyprune.checkpoint.shards import TensorEntry, read_header, read_headers
+from pyprune.devices import find_dtype
 from pyprune.errors import UserError
 
 logger = logging.getLogger("pyprune")
@@ -127,18 +128,19 @@ class Checkpoint:
         return model.eval()
 
     def load_model(
-        self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+        self, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
     ) -> PreTrainedModel:
         """The whole model in memory, through transformers' own loading.
 
         Raises UserError if the checkpoint lacks a parameter (transformers would fill it with
-        random numbers).
+        random numbers), or `dtype` is not a floating point one or the name of one.
         """
+        compute = find_dtype(dtype)
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
                 self.path,
                 config=deepcopy(self.config),
-                dtype=dtype or self.dtype,
+                dtype=compute or self.dtype,
                 trust_remote_code=self.trust_remote_code,
                 output_loading_info=True,
                 use_safetensors=True,

@@ -35,6 +35,7 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_same_device, check_shape
+from pyprune.ops._precision import full_precision
 from pyprune.ops.sparse_linear import check_activations, native_linear, triton_limits
 
 WINDOW = 7  # exponents that have a code of their own
@@ -301,6 +302,7 @@ def _check_linear_coded(
     check_same_device(x, low, bias)
 
 
+@full_precision()
 def linear_coded_reference(
     x: Tensor, low: Tensor, codes: Tensor, bases: Tensor, escapes: Tensor, row_offsets: Tensor,
     bias: Tensor | None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +29,10 @@ NATIVE_COLUMNS = 2560
 
 # Rows of U that are multiplied at a time when its product with itself is formed.
 PANEL = 256
+
+# Powers of two between which the mean diagonal of H and the largest weight of a row stay as they
+# are: products of both, squared and summed over a row, are then far from where fp32 ends.
+ORDINARY_H, ORDINARY_W = 40, 20
 
 ReconstructTensors = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -88,6 +93,36 @@ class _Args(NamedTuple):
             raise ValueError(f"max_iterations: expected at least 0, got {self.max_iterations}")
         check_same_device(w, h, self.shift, self.u, self.mask, self.start)
 
+    def scales(self) -> tuple[Tensor, Tensor]:
+        """`root` `[1 or B, 1, 1]` and `size` `[B, R, 1]`, fp64 powers of two: H times root^2 and
+        rows times size have numbers about one. Both are 1 where the scale is ordinary."""
+        mean = (self.h.diagonal(dim1=1, dim2=2) + self.shift).double().mean(1)
+        largest = self.w.abs().amax(2)
+        if self.start is not None:
+            kept = torch.where(self.mask, self.start, 0)
+            largest = torch.maximum(largest, kept.abs().amax(2))
+        root = _exponent(mean, ORDINARY_H, self.w.dtype) // 2
+        size = _exponent(largest, ORDINARY_W, self.w.dtype)
+        one = torch.ones((), dtype=torch.float64, device=self.w.device)
+        return (
+            torch.ldexp(one.expand_as(root), -root)[:, None, None],
+            torch.ldexp(one.expand_as(size), -size)[..., None],
+        )
+
+    def scaled(self, root: Tensor, size: Tensor) -> _Args:
+        """H of an ordinary scale is not copied, nor are its weights."""
+        args, dtype = self, self.w.dtype
+        if bool((root != 1).any()):
+            by = root.to(dtype)
+            # Not by root^2, which fp32 may not hold.
+            h, shift, u = args.h * by * by, args.shift * by[:, 0] * by[:, 0], args.u / by
+            args = args._replace(h=h, shift=shift, u=u)
+        if bool((size != 1).any()):
+            by = size.to(dtype)
+            start = None if args.start is None else args.start * by
+            args = args._replace(w=args.w * by, start=start)
+        return args
+
     def problems(self) -> list[Problem]:
         """One of each matrix, at its start. Those that share H share what is made of it."""
         w, mask, start = self.w, self.mask, self.start
@@ -98,6 +133,15 @@ class _Args(NamedTuple):
             )
             for b in range(len(w))
         ]
+
+
+def _exponent(x: Tensor, ordinary: int, dtype: torch.dtype) -> Tensor:
+    """x is about 2 to this; 0 where that is ordinary, or x is no number. Its power of two, and one
+    over that, are numbers of `dtype`."""
+    reach = math.frexp(torch.finfo(dtype).max)[1] - 8
+    exponent = torch.frexp(x).exponent
+    extreme = x.isfinite() & (exponent.abs() > ordinary)
+    return torch.where(extreme, exponent.clamp(-reach, reach), 0)
 
 
 def _inverse(u: Tensor) -> Tensor:
@@ -166,10 +210,27 @@ def _solve_rows(problem: Problem) -> tuple[Problem, Tensor, Tensor]:
     return problem._replace(x=solved, loss=loss.clamp_min_(0)), gap, count
 
 
+def _solve(
+    values: tuple[Any, ...], solver: Callable[[_Args, Problem], tuple[Problem, Tensor, Tensor]]
+) -> ReconstructTensors:
+    """All backends come through here: their arithmetic sees numbers about one."""
+    given = _Args(*values)
+    root, size = given.scales()
+    args = given.scaled(root, size)
+    solved = [solver(args, problem) for problem in args.problems()]
+    weight, loss, gap, iterations = _collect(solved, args.w)
+    if args is not given:
+        weight = weight / size.to(weight.dtype)
+        # Scaling down may have taken the last bits of a row's smallest weights.
+        weight = torch.where(given.mask.all(2, keepdim=True), given.w, weight)
+        by = (root * size)[..., 0]
+        loss = loss / by / by
+    return weight, loss, gap, iterations
+
+
 @full_precision()
 def obs_reconstruct_reference(*values: Any) -> ReconstructTensors:
-    args = _Args(*values)
-    return _collect([_solve_rows(p) for p in args.problems()], args.w)
+    return _solve(values, lambda _, problem: _solve_rows(problem))
 
 
 def _solve_native(
@@ -185,22 +246,23 @@ def _solve_native(
 
 @full_precision()
 def _obs_reconstruct_native(*values: Any) -> ReconstructTensors:
-    args = _Args(*values)
-    solve = _solve_native if args.w.shape[2] < NATIVE_COLUMNS else solve_by_products
-    solved = [solve(p, args.tolerance, args.max_iterations) for p in args.problems()]
-    return _collect(solved, args.w)
+    def solver(args: _Args, problem: Problem) -> tuple[Problem, Tensor, Tensor]:
+        solve = _solve_native if args.w.shape[2] < NATIVE_COLUMNS else solve_by_products
+        return solve(problem, args.tolerance, args.max_iterations)
+
+    return _solve(values, solver)
 
 
 @full_precision()
 def _obs_reconstruct_triton(*values: Any) -> ReconstructTensors:
     from pyprune.kernels.obs_reconstruct import TritonSteps
 
-    args = _Args(*values)
-    solved = [
-        solve_by_products(p, args.tolerance, args.max_iterations, TritonSteps)
-        for p in args.problems()
-    ]
-    return _collect(solved, args.w)
+    return _solve(
+        values,
+        lambda args, problem: solve_by_products(
+            problem, args.tolerance, args.max_iterations, TritonSteps
+        ),
+    )
 
 
 def _obs_reconstruct_fake(*values: Any) -> ReconstructTensors:
@@ -257,9 +319,11 @@ def obs_reconstruct(
 
     Args:
         w: `[R, C]` or `[B, R, C]`, the weights before pruning, fp32 or fp64 (16 bits are widened).
-        h: Gram matrix `[C, C]` (shared by the batch) or `[B, C, C]`, undamped, at any scale whose
-            squares fp32 can tell from zero: tried with mean diagonals from 1e-22 to 1e32. At 1e-28
-            a row takes no step and has a gap of 0.
+        h: Gram matrix `[C, C]` (shared by the batch) or `[B, C, C]`, undamped. Where its mean
+            diagonal is far from one (2^40), or a row's largest weight (2^20), they are scaled by
+            powers of two on the way in and the results on the way out: H times a power of four, or
+            w and `start` times a power of two, gives the same bits wherever the inputs and results
+            are normal numbers. Tried in fp32 with mean diagonals from 1e-36 to 1e38.
         mask: bool like `w`, True = kept.
         start: like `w`: weights to start from, e.g. those of `obs_sweep`; what the mask prunes is
             ignored. None starts from `w`. The result does not depend on it beyond `tolerance`.

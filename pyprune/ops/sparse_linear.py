@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from pyprune import _native
 from pyprune.ops import _registry, linear_24_cuda, linear_bitmap_cuda
 from pyprune.ops._checks import check_float, check_same_device, check_shape
+from pyprune.ops._precision import full_precision
 
 GROUP = 4
 META_COLUMNS = 8  # columns a byte of 2:4 metadata or of a bitmap describes
@@ -135,6 +136,7 @@ def decompress_bitmap(values: Tensor, bitmap: Tensor, cols: int) -> Tensor:
     return values.new_zeros(mask.shape).masked_scatter_(mask, values)
 
 
+@full_precision()
 def linear_dense_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     y = x.to(wide) @ weight.to(wide).T

@@ -27,6 +27,7 @@ from pyprune.checkpoint import (
 from pyprune.checkpoint.output import AUXILIARY_BYTES, CARD, REPORT
 from pyprune.checkpoint.shards import DTYPES, LENGTH_BYTES
 from pyprune.checkpoint.source import INDEX
+from pyprune.devices import find_dtype
 from pyprune.errors import UserError
 from pyprune.sparse import format as formats
 from pyprune.sparse.choice import (
@@ -87,7 +88,7 @@ def compress_checkpoint(
     allowed: tuple[str, ...] = FORMATS,
     int8: bool = False,
     embeddings: str = "same",
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     measured_rows: int | None = None,
     progress: Progress | None = None,
 ) -> ConversionReport:
@@ -105,23 +106,26 @@ def compress_checkpoint(
             are; "int8": with a scale for each entry of the vocabulary; "coded": bf16 with coded
             exponents, about 0.71 of the bytes and not a bit lost, where that saves a tenth of them.
             A head that one of the formats makes smaller keeps to that.
-        dtype: what the numbers of a dense checkpoint are rounded to first, or None.
+        dtype: what the numbers of a dense checkpoint are rounded to first, or its
+            name; None leaves them.
         measured_rows: instead of the smallest, take the format (or dense) that multiplies so many
             rows fastest on this machine, among those that save a tenth of the bytes.
         progress: called with a tensor's name, how many are through, and their number.
 
     Raises:
         UserError: the input is none of these or damaged, a weight to be rounded to int8 is not
-            finite, embeddings to be coded are not bf16, or `out` cannot be written.
+            finite, embeddings to be coded are not bf16, `dtype` is not a floating point one, or
+            `out` cannot be written.
     """
     if embeddings not in EMBEDDINGS:
         raise UserError(f"embeddings: expected {', '.join(EMBEDDINGS)}, got {embeddings!r}")
     if not allowed or not set(allowed) <= set(FORMATS):
         raise UserError(f"formats: expected some of {', '.join(FORMATS)}, got {allowed}")
+    rounded = find_dtype(dtype)
     check_output(out)
     stored = StoredCheckpoint.open(source)
-    if dtype is not None:
-        stored = stored.rounded(dtype)
+    if rounded is not None:
+        stored = stored.rounded(rounded)
     checkpoint = stored.checkpoint()
     candidates = compressible(checkpoint)
     rows = set() if embeddings == "same" else set(embedding_tensors(checkpoint, embeddings))

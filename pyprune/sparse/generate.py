@@ -34,7 +34,7 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     chat: bool = False,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | None = None,
     write: Callable[[str], None],
 ) -> int:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pyprune.checkpoint.source import main_dtype
+from pyprune.devices import find_dtype
 from pyprune.errors import UserError
 from pyprune.sparse import format as formats
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
@@ -20,7 +21,7 @@ KINDS = (DENSE, formats.METHOD)
 
 def load(
     source: str | Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
 ) -> PreTrainedModel:
     """The causal language model in `source`, for inference; compressed layers are `SparseLinear`,
@@ -28,14 +29,16 @@ def load(
 
     Args:
         source: a directory or hub id, compressed by `pyprune compress` or dense.
-        dtype: of weights and activations; the checkpoint's own by default.
+        dtype: of weights and activations, or its name; the checkpoint's own by default.
         device: the CPU by default.
 
     Raises:
         UserError: a file is truncated or damaged, a tensor is missing or does not fit, the version
             is unknown, or the checkpoint is quantized or in an old layout (`pyprune compress`
-            converts those). File and tensor are named; nothing was computed by then.
+            converts those). File and tensor are named; nothing was computed by then. Or `dtype`
+            is not a floating point one.
     """
+    compute = find_dtype(dtype)
     stored = StoredCheckpoint.open(source)
     if stored.kind not in KINDS:
         raise UserError(
@@ -45,7 +48,7 @@ def load(
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             stored.path,
-            dtype=dtype or main_dtype(stored.path, stored.entries),
+            dtype=compute or main_dtype(stored.path, stored.entries),
             output_loading_info=True,
             use_safetensors=True,
             local_files_only=True,

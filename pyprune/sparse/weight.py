@@ -182,11 +182,6 @@ class StoredWeight(nn.Module):
         validate(self.format, self.int8, self._weight, self.cols)
 
     @property
-    def memory_bytes(self) -> int:
-        """Bytes of the module's buffers: the weight, unless another module holds it, and a bias."""
-        return sum(t.nbytes for t in self.buffers())
-
-    @property
     def qweight(self) -> Tensor:
         """The stored values: where libraries that know quantised layers look for the device."""
         return self._values

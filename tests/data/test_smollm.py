@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pyprune.calibration.tokens import calibration_tokens
 from pyprune.evaluate import perplexity
-from pyprune.packaged import packaged_documents, packaged_model_dir, packaged_text
+from pyprune.packaged import packaged_documents, packaged_model_dir
 
 pytestmark = pytest.mark.model
 
@@ -71,7 +71,7 @@ def test_wiki_text():
         52,
         34,
     ]
-    text = packaged_text("wiki")
+    text = "\n\n".join(packaged_documents("wiki"))
     assert (
         digest(text.encode()) == "44ea854649782887cdf10abe91264e52ae933c1144935e22dcce8f2b147b91f5"
     )

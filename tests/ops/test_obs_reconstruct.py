@@ -280,6 +280,62 @@ def test_badly_scaled(backend, use_backend):
         )
 
 
+@pytest.mark.parametrize(
+    ("h_power", "w_power"), [(42, 0), (-92, 0), (-110, 0), (126, 0), (0, 66), (0, -66), (-92, 66)]
+)
+@pytest.mark.parametrize("wide", [False, True], ids=["packed", "products"])
+def test_powers_of_two_change_no_bit(
+    backend, device, use_backend, monkeypatch, wide, h_power, w_power
+):
+    """Some take no step, or a NaN, where the arithmetic sees these numbers as they are."""
+    use_backend(backend, OP, device)
+    monkeypatch.setattr(MODULE, "NATIVE_COLUMNS", 0 if wide else 2560)
+    w, h, mask = problem(5, 40)
+    mask[2] = True
+    start = w + torch.randn(w.shape, generator=torch.Generator().manual_seed(1))
+    w, h, start = w.float(), (h / h.diagonal().mean()).float(), start.float()
+    mask, by = mask.to(device), 2.0**w_power
+
+    def run(w, h, start):
+        return ops.obs_reconstruct(
+            w.to(device), h.to(device), mask, start=start.to(device), tolerance=1e-6
+        )
+
+    want, got = run(w, h, start), run(w * by, h * 2.0**h_power, start * by)
+    assert torch.equal(got.weight, want.weight * by)
+    assert torch.equal(got.loss, want.loss * 2.0**h_power * by**2)
+    assert torch.equal(got.gap, want.gap) and torch.equal(got.iterations, want.iterations)
+    assert bool(got.converged(1e-6).all()) and torch.equal(got.weight[2].cpu(), w[2] * by)
+
+
+def test_each_matrix_and_row_has_its_own_scale(backend, use_backend):
+    use_backend(backend, OP, "cpu")
+    w, h, mask = problem(4, 30)
+    w, h, mask = w.float().expand(3, -1, -1), h.float().expand(3, -1, -1), mask.expand(3, -1, -1)
+    want = ops.obs_reconstruct(w, h, mask)
+    by_h = torch.tensor([2.0**-96, 1, 2.0**80])[:, None, None]
+    by_w = torch.tensor([1, 2.0**-70, 2.0**90, 2.0**-30])[:, None]
+    got = ops.obs_reconstruct(w * by_w, h * by_h, mask)
+    assert torch.equal(got.weight, want.weight * by_w)
+    assert torch.equal(got.loss, want.loss * by_h[:, 0].double() * by_w[:, 0].double() ** 2)
+    assert torch.equal(got.gap, want.gap)
+
+
+def test_a_row_that_keeps_everything_keeps_its_smallest_weights(backend, use_backend):
+    use_backend(backend, OP, "cpu")
+    w = torch.tensor([[1e38, 1e-30, 1.0]])
+    got = ops.obs_reconstruct(w, torch.eye(3), torch.ones(1, 3, dtype=torch.bool))
+    assert torch.equal(got.weight, w) and got.loss[0] == 0
+
+
+def test_an_ordinary_scale_copies_nothing():
+    w, h, mask = (t[None] for t in problem(3, 9))
+    args = MODULE._Args(w, h, torch.zeros(1, 9), h, mask, w, 1e-3, 10)
+    assert args.scaled(*args.scales()) is args
+    by_w = args._replace(w=w * 2.0**30)
+    assert by_w.scaled(*by_w.scales()).h is h
+
+
 def test_dead_inputs_keep_their_weights(backend, use_backend):
     use_backend(backend, OP, "cpu")
     w, h, mask = problem(7, 30)

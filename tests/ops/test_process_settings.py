@@ -16,6 +16,8 @@ from pyprune.ops._precision import full_precision
 BACKENDS = torch.backends
 OPS = ["gram", "fisher_accumulate", "obs_factor", "obs_sweep", "obs_reconstruct", "obs_greedy",
        "kron_quadratic", "kron_remove", "kron_pcg"]  # fmt: skip
+LINEAR = ["linear_dense", "linear_24", "linear_bitmap", "linear_coded", "linear_int8",
+          "linear_24_int8", "linear_bitmap_int8"]  # fmt: skip
 PRODUCTS = {"mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_"}
 
 
@@ -94,6 +96,40 @@ def test_products_inside_an_op_take_all_bits(op, reduced):
         made += len(products.seen)
         assert settings() == reduced
     assert made > 0
+
+
+def linear_calls():
+    """The arguments of the linear ops, as their references take them."""
+    gen = torch.Generator().manual_seed(0)
+    x, w = torch.randn(4, 64, generator=gen), torch.randn(24, 64, generator=gen)
+    bias, scales = torch.randn(24, generator=gen), torch.rand(24, generator=gen) + 0.5
+    pruned = w * ops.mask_nm(w, 2, 4)
+    packed = {"": (w,), "_24": ops.pack_24(pruned), "_bitmap": ops.pack_bitmap(pruned)}
+    found = {"linear_dense": (x, w, bias), "linear_coded": (x, *ops.pack_coded(w.bfloat16()), bias)}
+    for format, (values, *rest) in packed.items():
+        codes = (values * 20).round().clamp(-127, 127).to(torch.int8)
+        found[f"linear{format}"] = (x, values, *rest, bias)
+        found[f"linear{format}_int8"] = (x, codes, *rest, scales, bias)
+    return found
+
+
+@pytest.mark.parametrize("op", LINEAR)
+def test_the_references_of_linear_ops_take_all_bits(op, reduced):
+    """They are what the kernels are held against."""
+    with Products() as products:
+        ops._registry.IMPLS[op]["reference"].resolve()(*linear_calls()[op])
+    assert products.seen
+    assert not {"tf32", "bf16"} & {value for pair in products.seen for value in pair}
+    assert settings() == reduced
+
+
+@pytest.mark.parametrize("op", LINEAR)
+def test_autocast_does_not_change_the_references_of_linear_ops(op):
+    arguments, function = linear_calls()[op], ops._registry.IMPLS[op]["reference"].resolve()
+    want = function(*arguments)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = function(*arguments)
+    assert got.dtype == want.dtype and torch.equal(got, want)
 
 
 def test_calls_in_several_threads_share_the_setting(reduced):

@@ -1,0 +1,7 @@
+"""`python -m pyprune`: the command line."""
+
+import sys
+
+from pyprune.cli import main
+
+sys.exit(main())
