@@ -74,14 +74,13 @@ struct PairList {
 static_assert((kListWords * kWordGroups * kGroupEntries + kMostEntries) * kPairUnit < 1 << 16);
 
 // Whether m rows of x make up for the lists: by share p of the columns kept, tables and tiles
-// (sparse_gemm.h) take as long at some 40 rows at 0.1, 85 at 0.3, 150 at 0.5 and 220 at 0.7, with
-// int8 values a sixth more (4096 x 4096, two Zen 4 cores). Denser ones gain less than 1 in 20.
-template <class T>
-bool tables_pay(const Weights& w, int64_t m) {
+// (sparse_gemm.h) take as long at some 40 rows at 0.1, 85 at 0.3, 150 at 0.5 and 220 at 0.7 (4096 x
+// 4096, two Zen 4 cores). Denser ones gain less than 1 in 20. int8 values would ask for a sixth
+// more rows, but with fewer they are widened to bf16 and come here as such.
+inline bool tables_pay(const Weights& w, int64_t m) {
   const double size = static_cast<double>(w.rows) * static_cast<double>(w.cols);
   const double p = static_cast<double>(w.nnz) / size;
-  const double rows = 24 + 128 * p + 224 * p * p;
-  return p <= 0.75 && static_cast<double>(m) >= (sizeof(T) == 1 ? rows * 7 / 6 : rows);
+  return p <= 0.75 && static_cast<double>(m) >= 24 + 128 * p + 224 * p * p;
 }
 
 #pragma GCC push_options
@@ -293,7 +292,7 @@ class BitmapSource {
   }
 
   // Fetches what rows [r, r + 4) list next into the second level: their next columns, or the next
-  // block's first. As many lines as half of these columns take, and one more.
+  // block's first. As many lines as half of these columns take, and two more.
   void fetch_ahead(int64_t r) const {
     const int64_t lines = words_ * kWordPairs * static_cast<int64_t>(sizeof(T)) / 64 + 2;
     for (int64_t k = r; k < std::min(r + kTableSide, count_); ++k) {

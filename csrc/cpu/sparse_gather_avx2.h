@@ -126,7 +126,7 @@ void run_gather_avx2(const SparseLinearArgs& a, const Weights& w) {
   pack_gather(a.x.ptr<const X>(), a.x.stride[0], rows, w.cols, x);
   with_rows<kMostGatherRows>(rows, [&](auto count) {
     constexpr int M = decltype(count)::value, R = gather_side(M);
-    // Four rows share x in the first-level cache; what the next ones hold is fetched meanwhile.
+    // Some rows share x in the first-level cache; what the next ones hold is fetched meanwhile.
     const int64_t ahead = R * (w.cols / 2) * static_cast<int64_t>(sizeof(T));
     const int64_t turns = w.rows / R;
 #pragma omp parallel for num_threads(a.threads) schedule(static)

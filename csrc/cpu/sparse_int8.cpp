@@ -388,7 +388,7 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
       scaled.scales = a.scales.ptr<const float>();
       if (w.format == WeightFormat::sparse24 && m > kGatherPairRows)
         return run_table<Source24<int8_t>, X>(scaled, w);
-      if (w.format == WeightFormat::bitmap && tables_pay<int8_t>(w, m))
+      if (w.format == WeightFormat::bitmap && tables_pay(w, m))
         return run_table<BitmapSource<int8_t>, X>(scaled, w, broken);
     }
 #elif defined(__AVX2__)

@@ -19,8 +19,8 @@ PYPRUNE_CPU_KERNEL(sparse_int8, SparseInt8Args)
 PYPRUNE_CPU_KERNEL(linear_int8, SparseInt8Args)
 
 // x rows up to which int8 values are widened in registers; above, some rows of W at a time are
-// widened to bf16 in memory and given to sparse_linear(). Not so 2:4 with bf16 x of more than
-// kGatherPairRows rows, where bf16 is native: sparse_table.h takes it.
+// widened to bf16 in memory and given to sparse_linear(). Not so with bf16 x of so many rows that
+// tables pay (sparse_table.h, bitmap_table.h), where bf16 is native.
 constexpr int64_t kInt8FewRows = 16;
 
 }  // namespace pyprune

@@ -32,7 +32,7 @@ bool run_avx512(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t
     const int64_t dot_rows = a.format == WeightFormat::dense ? kDotRowsDense : kDotRowsBitmap;
     if (pairs && is_24 && m > kGatherPairRows) return run_table<Source24<bf16>, X>(a, w), true;
     if (pairs && is_24) return run_gather<GatherBf16, X>(a, w), true;
-    if (pairs && a.format == WeightFormat::bitmap && tables_pay<bf16>(w, m))
+    if (pairs && a.format == WeightFormat::bitmap && tables_pay(w, m))
       return run_table<BitmapSource<bf16>, X>(a, w, broken), true;
     if (pairs && m > dot_rows) return run_multiply<AsPairs, X>(a, w, broken), true;
     if (pairs) return run_dot<X>(a, w, broken), true;

@@ -25,7 +25,7 @@ struct SparseLinearArgs {
   const TensorView* offsets;  // bitmap only
   const TensorView* bias;     // f32 [R], contiguous, or null
   int threads;
-  const float* scales = nullptr;  // [R], what sums are multiplied by; int8 values alone have them
+  const float* scales = nullptr;  // [R], what sums are multiplied by: of int8 values, also widened
 };
 
 // Throws std::invalid_argument when a bitmap row's bits and offsets disagree: nothing outside the
@@ -41,7 +41,8 @@ constexpr int64_t kMaxDecodeRows = 8;
 constexpr int64_t kSplitRows = 2;
 
 // bf16 x rows up to which bf16 weights are multiplied row by row with such products; above, they
-// are decoded into tiles. Dense rows need no decoding, so tiles pay later. A bitmap's tiles take as
+// are decoded into tiles, or bitmaps listed for tables (bitmap_table.h). Dense rows need no
+// decoding, so tiles pay later. A bitmap's tiles take as
 // long at 28 rows and 0.93-0.95 of the time at 32 (8192 x 4096, 4096 x 14336), 0.72-0.85 in the
 // cache (576 x 576 to 576 x 1536; one Zen 4 core, busy).
 constexpr int64_t kDotRowsBitmap = 24, kDotRowsDense = 128;

@@ -323,7 +323,8 @@ def obs_reconstruct(
             diagonal is far from one (2^40), or a row's largest weight (2^20), they are scaled by
             powers of two on the way in and the results on the way out: H times a power of four, or
             w and `start` times a power of two, gives the same bits wherever the inputs and results
-            are normal numbers. Tried in fp32 with mean diagonals from 1e-36 to 1e38.
+            are normal numbers and no input is dead (a dead one's diagonal counts as 1, also in the
+            mean). Tried in fp32 with mean diagonals from 1e-36 to 1e38.
         mask: bool like `w`, True = kept.
         start: like `w`: weights to start from, e.g. those of `obs_sweep`; what the mask prunes is
             ignored. None starts from `w`. The result does not depend on it beyond `tolerance`.

@@ -289,8 +289,8 @@ def linear_24_int8(
 
     Returns:
         `[..., R]` in x's dtype. Products x * q are summed in fp32 and scaled once, so sums beyond
-        3.4e38 overflow even where the scale would bring them back (fp64 x: computed in fp64). With
-        more than 16 rows of bf16 x the sums are rounded to bf16 before they are scaled.
+        3.4e38 overflow even where the scale would bring them back (fp64 x: computed in fp64), and
+        rounded once.
 
     Raises:
         ValueError: a shape, dtype or device does not match.

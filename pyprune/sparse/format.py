@@ -247,7 +247,8 @@ def check_entries(
 
 def refuse_unlisted(entries: Mapping[str, TensorEntry], where: str) -> None:
     """Raises UserError if `entries`, the tensors that no layer of config.json (`where`) consists
-    of, hold a compressed weight: nothing would be loaded in its place."""
+    of, hold a compressed weight: nothing would be loaded in its place. Factors are passed over: a
+    module may have parts of their names."""
     named = [names for form, names in PARTS.items() if form not in (DENSE_INT8, FACTORED)]
     for first, *others in (*named, ("values", "scales")):
         for tensor, entry in entries.items():
