@@ -150,6 +150,35 @@ class FetchAhead {
 
 inline int popcount(uint64_t word) { return __builtin_popcountll(word); }
 
+// Bits set in n bytes.
+inline int64_t count_bits(const uint8_t* p, int64_t n) {
+  int64_t i = 0, count = 0;
+#if defined(__AVX2__)
+  // Nibbles by a table of 16 counts, then sums of eight bytes.
+  const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4,  //
+                                         0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+  const __m256i low = _mm256_set1_epi8(15), zero = _mm256_setzero_si256();
+  __m256i sums = zero;
+  for (; i + 32 <= n; i += 32) {
+    const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i));
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), low);
+    const __m256i counts = _mm256_add_epi8(_mm256_shuffle_epi8(table, _mm256_and_si256(bytes, low)),
+                                           _mm256_shuffle_epi8(table, high));
+    sums = _mm256_add_epi64(sums, _mm256_sad_epu8(counts, zero));
+  }
+  alignas(32) int64_t four[4];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(four), sums);
+  count = four[0] + four[1] + four[2] + four[3];
+#endif
+  for (; i + 8 <= n; i += 8) {
+    uint64_t word;
+    std::memcpy(&word, p + i, 8);
+    count += popcount(word);
+  }
+  for (; i < n; ++i) count += popcount(p[i]);
+  return count;
+}
+
 // Row r's kept columns, one bit each, padded with zeros to whole words. False when the row's bits
 // do not fit its share of the values, so that whoever gets true may read as many values as there
 // are bits. (2:4 has at most as many bits as values by construction.)
@@ -164,9 +193,7 @@ inline bool row_mask(const Weights& w, int64_t r, uint64_t* words) {
   std::memcpy(words, row, static_cast<size_t>(w.meta_stride));
   const int tail = static_cast<int>(w.cols % kMaskColumns);
   const uint64_t stray = tail ? words[n - 1] >> tail : 0;
-  int64_t count = 0;
-  for (int64_t i = 0; i < n; ++i) count += popcount(words[i]);
-  return !stray && w.encloses(r, count);
+  return !stray && w.encloses(r, count_bits(row, w.meta_stride));
 }
 
 #if defined(__AVX512F__)
@@ -247,14 +274,13 @@ const T* expand_columns(const T* v, const T*, const uint64_t* words, int64_t n, 
 #elif defined(__AVX2__)
 
 template <class T>
-constexpr bool kEvenOdd = Columns32<T>::kEvenOdd;
+constexpr bool kEvenOdd = false;
 
 template <class T>
 const T* expand_columns(const T* v, const T* end, const uint64_t* words, int64_t n, float* out) {
-  for (int64_t i = 0; i < 2 * n; ++i) {
-    const uint32_t keep = static_cast<uint32_t>(words[i / 2] >> (32 * (i & 1)));
-    const auto columns = spread_columns(v, end - v, keep);
-    for (int k = 0; k < 4; ++k) _mm256_storeu_ps(out + 32 * i + 8 * k, columns.v[k]);
+  for (int64_t i = 0; i < 8 * n; ++i) {
+    const uint8_t keep = static_cast<uint8_t>(words[i / 8] >> (8 * (i % 8)));
+    _mm256_storeu_ps(out + 8 * i, spread_columns(v, end - v, keep));
     v += popcount(keep);
   }
   return v;
@@ -290,10 +316,7 @@ void widen_columns(const T* v, int64_t n, float* out) {
     _mm512_storeu_ps(out + c + 16, w.b);
   }
 #elif defined(__AVX2__)
-  for (; c < padded; c += 32) {
-    const auto columns = load_columns(v + c, n - c);
-    for (int k = 0; k < 4; ++k) _mm256_storeu_ps(out + c + 8 * k, columns.v[k]);
-  }
+  for (; c < padded; c += 8) _mm256_storeu_ps(out + c, load_columns(v + c, n - c));
 #else
   for (; c < n; ++c) out[c] = to_float(v[c]);
   for (; c < padded; ++c) out[c] = 0.0f;
