@@ -278,10 +278,14 @@ constexpr bool kEvenOdd = false;
 
 template <class T>
 const T* expand_columns(const T* v, const T* end, const uint64_t* words, int64_t n, float* out) {
-  for (int64_t i = 0; i < 8 * n; ++i) {
-    const uint8_t keep = static_cast<uint8_t>(words[i / 8] >> (8 * (i % 8)));
-    _mm256_storeu_ps(out + 8 * i, spread_columns(v, end - v, keep));
-    v += popcount(keep);
+  const auto* masks = reinterpret_cast<const uint8_t*>(words);
+  for (int64_t i = 0; i < n; ++i) {
+    const bool inside = end - v >= kMaskColumns + 8;  // a word's values, and what is read past them
+    for (int k = 0; k < 8; ++k, out += 8) {
+      const uint8_t keep = masks[8 * i + k];
+      _mm256_storeu_ps(out, inside ? expand8(v, keep) : spread_columns(v, end - v, keep));
+      v += popcount(keep);
+    }
   }
   return v;
 }
