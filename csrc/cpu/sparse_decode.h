@@ -51,19 +51,28 @@ inline void decode_rows(const Weights& w, Cursor<T>* cursors, int64_t i0, int64_
     for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
   }
   const auto step = [&](int64_t i, int half, uint32_t valid) __attribute__((always_inline)) {
-#pragma GCC unroll 8
+    __m512 a[R], b[R];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const uint32_t keep =
           kDense ? valid : static_cast<uint32_t>(cursors[r].words[i] >> (32 * half));
       const auto c = kDense ? Columns32<T>::load(v[r], keep) : Columns32<T>::expand(v[r], keep);
+      a[r] = c.a, b[r] = c.b;
       v[r] += kDense ? 32 : popcount(keep);
       if (kDense || sizeof(T) == 4 || half)
         _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
+    }
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const float* xm = x + ((2 * i + half) * M + m) * 32;
-        acc[r][m] = _mm512_fmadd_ps(c.a, _mm512_loadu_ps(xm), acc[r][m]);
-        acc[r][m] = _mm512_fmadd_ps(c.b, _mm512_loadu_ps(xm + 16), acc[r][m]);
+    for (int m = 0; m < M; ++m) {
+      const float* xm = x + ((2 * i + half) * M + m) * 32;
+      __m512 xa = _mm512_loadu_ps(xm), xb = _mm512_loadu_ps(xm + 16);
+      // Into registers, once for all rows: as operands of the products these would be as many loads
+      // again, and a core may have one of 64 bytes a cycle.
+      if (R > 1) asm volatile("" : "+v"(xa), "+v"(xb));
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        acc[r][m] = _mm512_fmadd_ps(a[r], xa, acc[r][m]);
+        acc[r][m] = _mm512_fmadd_ps(b[r], xb, acc[r][m]);
       }
     }
   };
