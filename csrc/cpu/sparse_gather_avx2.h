@@ -17,7 +17,10 @@ namespace pyprune {
 namespace PYPRUNE_ISA {
 
 constexpr int64_t kPieceColumns = 32;  // four bytes of metadata, 16 values, four vectors of x
-constexpr int kMostGatherRows = 4;  // of x; above, spreading W costs less than gathering for each
+
+// Rows of x up to which gathering for each costs less than spreading W (which int8 makes dearer).
+template <class T>
+constexpr int kMostGatherRows = sizeof(T) == 1 ? 3 : 2;
 
 // Where column c of 16 goes: groups 0 and 2, then groups 1 and 3, so that the values of a pair of
 // groups come from the same half of two vectors.
@@ -27,10 +30,19 @@ inline int64_t gather_place(int64_t c) { return (c & 3) + ((c & 8) >> 1) + ((c &
 template <class X>
 void pack_gather(const X* x, int64_t stride, int64_t m, int64_t cols, float* out) {
   for (int64_t c = 0; c < cols; c += kPieceColumns)
-    for (int64_t i = 0; i < m; ++i, out += kPieceColumns)
-      for (int64_t j = 0; j < kPieceColumns; ++j)
-        out[(j & 16) + gather_place(j & 15)] =
-            c + j < cols ? to_float(x[i * stride + c + j]) : 0.0f;
+    for (int64_t i = 0; i < m; ++i, out += kPieceColumns) {
+      const X* row = x + i * stride + c;
+      if (c + kPieceColumns <= cols) {
+        for (int64_t j = 0; j < kPieceColumns; j += 16) {
+          const __m256 a = Vec::load(row + j).v, b = Vec::load(row + j + 8).v;
+          _mm256_store_ps(out + j, _mm256_permute2f128_ps(a, b, 0x20));
+          _mm256_store_ps(out + j + 8, _mm256_permute2f128_ps(a, b, 0x31));
+        }
+      } else {
+        for (int64_t j = 0; j < kPieceColumns; ++j)
+          out[(j & 16) + gather_place(j & 15)] = c + j < cols ? to_float(row[j]) : 0.0f;
+      }
+    }
 }
 
 template <class T>
@@ -49,39 +61,46 @@ constexpr int gather_side(int m) { return m <= 2 ? 4 : 2; }
 // x.
 template <class T, int M, int R>
 inline void gather_pieces(const T* const* values, const uint8_t* const* meta, int64_t p0,
-                          int64_t p1, const float* x, int64_t ahead, __m256 (&acc)[R][M]) {
+                          int64_t p1, const float* x, int64_t ahead, __m256 (&sums)[R][M]) {
   const __m256i low = _mm256_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14);
   const __m256i high = _mm256_add_epi32(low, _mm256_set1_epi32(16));
+  // Copies: `sums` are in memory, where each product would wait for the store of the one before.
+  __m256 acc[R][M];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) acc[r][m] = sums[r][m];
 #pragma GCC unroll 1
-  for (int64_t p = p0; p < p1; ++p) {
-    __m256 w[R][2];
-    __m256i kept[R][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const T* v = values[r] + 16 * (p - p0);
-      int32_t codes;
-      std::memcpy(&codes, meta[r] + 4 * (p - p0), 4);
-      const __m256i all = _mm256_set1_epi32(codes);
-      kept[r][0] = _mm256_srlv_epi32(all, low);
-      kept[r][1] = _mm256_srlv_epi32(all, high);
-      w[r][0] = load8(v);
-      w[r][1] = load8(v + 8);
-      _mm_prefetch(reinterpret_cast<const char*>(v) + ahead, _MM_HINT_T1);
-    }
-#pragma GCC unroll 8
-    for (int m = 0; m < M; ++m)
+  for (int64_t p = p0; p < p1; ++p)
 #pragma GCC unroll 2
-      for (int h = 0; h < 2; ++h) {
-        const float* at = x + (p * M + m) * kPieceColumns + 16 * h;
-        const __m256 even = _mm256_load_ps(at), odd = _mm256_load_ps(at + 8);
+    for (int h = 0; h < 2; ++h) {
+      __m256 even[M], odd[M];
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          const __m256 picked = _mm256_blend_ps(_mm256_permutevar_ps(even, kept[r][h]),
-                                                _mm256_permutevar_ps(odd, kept[r][h]), 0b11001100);
-          acc[r][m] = _mm256_fmadd_ps(w[r][h], picked, acc[r][m]);
+      for (int m = 0; m < M; ++m) {
+        const float* at = x + (p * M + m) * kPieceColumns + 16 * h;
+        even[m] = _mm256_load_ps(at), odd[m] = _mm256_load_ps(at + 8);
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        const T* v = values[r] + 16 * (p - p0) + 8 * h;
+        int32_t codes;
+        std::memcpy(&codes, meta[r] + 4 * (p - p0), 4);
+        const __m256i kept = _mm256_srlv_epi32(_mm256_set1_epi32(codes), h ? high : low);
+        const __m256 w = load8(v);
+        if (h || sizeof(T) == 4)
+          _mm_prefetch(reinterpret_cast<const char*>(v) + ahead, _MM_HINT_T1);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          const __m256 picked = _mm256_blend_ps(_mm256_permutevar_ps(even[m], kept),
+                                                _mm256_permutevar_ps(odd[m], kept), 0b11001100);
+          acc[r][m] = _mm256_fmadd_ps(w, picked, acc[r][m]);
         }
       }
-  }
+    }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) sums[r][m] = acc[r][m];
 }
 
 // Rows [r0, r0 + R) of the output. `ahead`: bytes from a value to one that is fetched meanwhile.
@@ -124,7 +143,7 @@ void run_gather_avx2(const SparseLinearArgs& a, const Weights& w) {
   Scratch scratch(rows * mask_words(w.cols) * kMaskColumns * 4);
   float* x = scratch.as<float>();
   pack_gather(a.x.ptr<const X>(), a.x.stride[0], rows, w.cols, x);
-  with_rows<kMostGatherRows>(rows, [&](auto count) {
+  with_rows<kMostGatherRows<T>>(rows, [&](auto count) {
     constexpr int M = decltype(count)::value, R = gather_side(M);
     // Some rows share x in the first-level cache; what the next ones hold is fetched meanwhile.
     const int64_t ahead = R * (w.cols / 2) * static_cast<int64_t>(sizeof(T));

@@ -392,7 +392,7 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
         return run_table<BitmapSource<int8_t>, X>(scaled, w, broken);
     }
 #elif defined(__AVX2__)
-  if (w.format == WeightFormat::sparse24 && m <= kMostGatherRows) {
+  if (w.format == WeightFormat::sparse24 && m <= kMostGatherRows<int8_t>) {
     SparseLinearArgs scaled = a.linear;
     scaled.scales = a.scales.ptr<const float>();
     return run_gather_avx2<int8_t, X>(scaled, w);

@@ -54,7 +54,7 @@ void run(const SparseLinearArgs& a) {
 #if defined(__AVX512F__)
   done = run_avx512<T, X>(a, w, &broken);
 #elif defined(__AVX2__)
-  done = a.format == WeightFormat::sparse24 && a.x.shape[0] <= kMostGatherRows;
+  done = a.format == WeightFormat::sparse24 && a.x.shape[0] <= kMostGatherRows<T>;
   if (done) run_gather_avx2<T, X>(a, w);
 #endif
   if (!done && a.x.shape[0] <= kMaxDecodeRows)
