@@ -57,6 +57,11 @@ class StoredCheckpoint:
         quantization = raw.get("quantization_config")
         if isinstance(quantization, Mapping) and quantization.get("quant_method") == formats.METHOD:
             return cls._of_pyprune(path, raw, stored, trust_remote_code)
+        if raw.get("transformers_weights") == formats.HOW_TO_LOAD:
+            raise UserError(
+                f"{path / CONFIG}: expected a quantization_config with quant_method "
+                f"{formats.METHOD!r}, as in every checkpoint that pyprune has compressed"
+            )
         kind = legacy.legacy_format(raw, str(path / CONFIG))
         if kind in legacy.FORMATS:
             return cls._of_legacy(path, raw, stored, kind)
@@ -79,6 +84,7 @@ class StoredCheckpoint:
         cls, path: Path, raw: dict[str, Any], stored: dict[str, TensorEntry], code: bool
     ) -> StoredCheckpoint:
         where = str(path / CONFIG)
+        read_json(path / CONFIG, once=True)  # a layer may be there twice
         layers = formats.parse_quantization_config(raw["quantization_config"], where)
         parts, dense = {}, dict(stored)
         for name, layer in layers.items():
