@@ -10,11 +10,11 @@ scale    | fp32  | [b, C]    | contiguous, optional; scores are |w| scale, witho
 grid     | fp32  | [B, 3, R] | contiguous, optional; step, low, high of what kept weights round to
 error    | fp32  | [B, S, R] | contiguous; errors of the S columns of a panel, transposed
 loss     | fp64  | [B, R]    | contiguous; accumulated
-keys     | i32   | [B, N]    | contiguous; scores as order-preserving integers
 
 A program owns BLOCK_R rows and keeps the sub-block's columns in registers from the first to the
 last. What lies to the right of the sub-block follows as full-precision matrix products: one as far
-as the panel of sub-blocks goes, and after its last one for all columns right of the panel.
+as the panel of sub-blocks goes, and after its last one for all columns right of the panel. Which of
+a block's weights go, other than N of every M, is chosen before it (`obs_choice`).
 """
 
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from pyprune.kernels.obs_choice import keep_but_smallest
 from pyprune.ops._precision import full_precision
 from pyprune.ops.obs_sweep import SweepArgs, keys_of_scores, scored, smallest_in_groups
 
@@ -35,12 +36,6 @@ from pyprune.ops.obs_sweep import SweepArgs, keys_of_scores, scored, smallest_in
 # them after each sub-block would take as long to move as to multiply.
 BLOCK_R, BLOCK_C, PANEL = (64, 16, 32) if triton.knobs.runtime.interpret else (32, 64, 512)
 NUM_WARPS = 8
-
-# Radix select, digit by digit from the top. 256 bins: a histogram's cost grows with its bins.
-BINS = 256
-SHIFTS = (24, 16, 8, 0)
-KEYS_PER_PROGRAM = 4096
-
 
 # x + 1.5 * 2^23 has no room for a fraction: adding and taking it off again rounds |x| < 2^22 to the
 # nearest whole number, ties to even.
@@ -157,147 +152,6 @@ def _obs_sweep_kernel(
     tl.store(loss_ptr + batch * R + rows, total + loss.to(tl.float64), mask=in_rows)
 
 
-@triton.jit
-def _next_digit(state_ptr, histogram_ptr, BINS: tl.constexpr):
-    """Of the state `(prefix, wanted)` before a digit and the counts of that digit among the keys
-    with this prefix: the state after it. The wanted-th smallest key has the new prefix, and is the
-    new wanted-th among the keys that have it."""
-    prefix, wanted = tl.load(state_ptr), tl.load(state_ptr + 1)
-    bins = tl.arange(0, BINS)
-    counts = tl.load(histogram_ptr + bins)
-    running = tl.cumsum(counts, 0)
-    digit = tl.sum((running < wanted).to(tl.int32), 0)
-    before = tl.sum(tl.where(bins < digit, counts, 0), 0)
-    return prefix * BINS + digit, wanted - before
-
-
-@triton.jit
-def _digit_histogram_kernel(
-    keys_ptr,
-    state_ptr,
-    histogram_ptr,
-    N,
-    LEVEL: tl.constexpr,
-    SHIFT: tl.constexpr,
-    LEVELS: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Counts the digit at SHIFT of the keys whose digits above it are those of the key sought.
-
-    Keys are taken up by one, so that the lowest is 0: they reach 2^31. `state` is int64
-    `[B, LEVELS + 1, 2]`, `histogram` int32 `[B, LEVELS, BINS]`: each level reads what the one
-    before it left there.
-    """
-    batch = tl.program_id(1).to(tl.int64)
-    state_ptr += batch * (LEVELS + 1) * 2
-    histogram_ptr += batch * LEVELS * BINS + LEVEL * BINS
-    prefix = tl.zeros([], dtype=tl.int64)
-    if LEVEL > 0:
-        prefix, wanted = _next_digit(state_ptr + (LEVEL - 1) * 2, histogram_ptr - BINS, BINS)
-        if tl.program_id(0) == 0:
-            tl.store(state_ptr + LEVEL * 2, prefix)
-            tl.store(state_ptr + LEVEL * 2 + 1, wanted)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys_ptr + batch * N + i, mask=i < N, other=0).to(tl.int64) + 1
-    counted = (i < N) & ((key >> SHIFT) // BINS == prefix)
-    digit = ((key >> SHIFT) & (BINS - 1)).to(tl.int32)
-    counts = tl.histogram(digit, BINS, mask=counted)
-    # Integer additions: the order of the programs does not show in the sums.
-    tl.atomic_add(histogram_ptr + tl.arange(0, BINS), counts, mask=counts > 0)
-
-
-@triton.jit
-def _count_ties_kernel(
-    keys_ptr,
-    state_ptr,
-    histogram_ptr,
-    ties_ptr,
-    N,
-    LEVELS: tl.constexpr,
-    BINS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """How many keys of each block equal the one sought, int32 `[B, blocks]`."""
-    batch = tl.program_id(1).to(tl.int64)
-    state_ptr += batch * (LEVELS + 1) * 2 + (LEVELS - 1) * 2
-    histogram_ptr += batch * LEVELS * BINS + (LEVELS - 1) * BINS
-    sought, wanted = _next_digit(state_ptr, histogram_ptr, BINS)
-    if tl.program_id(0) == 0:
-        tl.store(state_ptr + 2, sought)
-        tl.store(state_ptr + 3, wanted)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys_ptr + batch * N + i, mask=i < N, other=-2).to(tl.int64) + 1
-    ties = tl.sum((key == sought).to(tl.int32), 0)
-    tl.store(ties_ptr + batch * tl.num_programs(0) + tl.program_id(0), ties)
-
-
-@triton.jit(do_not_specialize=["count_stride"])
-def _keep_kernel(
-    keys_ptr,
-    count_ptr,
-    state_ptr,
-    ties_ptr,
-    kept_ptr,
-    N,
-    count_stride,
-    LEVELS: tl.constexpr,
-    ALL_TIES: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Keeps what is above the key sought, and of those equal to it all but the first wanted ones
-    (none if ALL_TIES)."""
-    batch = tl.program_id(1).to(tl.int64)
-    state_ptr += batch * (LEVELS + 1) * 2 + LEVELS * 2
-    sought, wanted = tl.load(state_ptr), tl.load(state_ptr + 1)
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys_ptr + batch * N + i, mask=i < N, other=0).to(tl.int64) + 1
-    pruned = key <= sought
-    if not ALL_TIES:
-        ties_ptr += batch * tl.num_programs(0)
-        before = tl.zeros([BLOCK], dtype=tl.int32)
-        for first in range(0, tl.program_id(0), BLOCK):
-            block = first + tl.arange(0, BLOCK)
-            before += tl.load(ties_ptr + block, mask=block < tl.program_id(0), other=0)
-        tie = key == sought
-        rank = tl.sum(before, 0) + tl.cumsum(tie.to(tl.int32), 0)
-        pruned = pruned & ((rank <= wanted) | (key < sought))
-        pruned = pruned & (tl.load(count_ptr + batch * count_stride) > 0)
-    # Key 0 is what must stay pruned.
-    tl.store(kept_ptr + batch * N + i, (~pruned & (key > 0)).to(tl.uint8), mask=i < N)
-
-
-def _keep_but_smallest(keys: torch.Tensor, count: torch.Tensor, all_ties: bool) -> torch.Tensor:
-    """Which of `keys` `[B, N]` are kept when the `count[b]` smallest go, the lower index first
-    among equal ones. No host synchronisation, six launches."""
-    batch, n = keys.shape
-    blocks, levels = triton.cdiv(n, KEYS_PER_PROGRAM), len(SHIFTS)
-    state = torch.zeros(batch, levels + 1, 2, dtype=torch.int64, device=keys.device)
-    state[:, 0, 1] = count.clamp(min=1)
-    histogram = torch.zeros(batch, levels, BINS, dtype=torch.int32, device=keys.device)
-    ties = torch.empty(batch, blocks, dtype=torch.int32, device=keys.device)
-    kept = torch.empty(keys.shape, dtype=torch.bool, device=keys.device)
-    sizes = {"LEVELS": levels, "BLOCK": KEYS_PER_PROGRAM}
-    grid = (blocks, batch)
-    for level, shift in enumerate(SHIFTS):
-        _digit_histogram_kernel[grid](
-            keys, state, histogram, n, LEVEL=level, SHIFT=shift, BINS=BINS, **sizes
-        )
-    _count_ties_kernel[grid](keys, state, histogram, ties, n, BINS=BINS, **sizes)
-    _keep_kernel[grid](
-        keys,
-        count,
-        state,
-        ties,
-        kept.view(torch.uint8),
-        n,
-        count.stride(0),
-        ALL_TIES=all_ties,
-        **sizes,
-    )
-    return kept
-
-
 def _choose(
     scores: torch.Tensor, count: torch.Tensor, preserve: torch.Tensor | None, all_ties: bool
 ) -> torch.Tensor:
@@ -306,7 +160,7 @@ def _choose(
     batch, rows, cols = scores.shape
     keys = keys_of_scores(scores, preserve)
     if count.shape[1] == 1 and rows > 1:
-        return _keep_but_smallest(keys.view(batch, -1), count[:, 0], all_ties).view_as(scores)
+        return keep_but_smallest(keys.view(batch, -1), count[:, 0], all_ties).view_as(scores)
     pruned = smallest_in_groups(keys.view(-1, cols), count.reshape(-1), all_ties)
     kept = ~pruned.view_as(scores)
     return kept if preserve is None else kept & preserve
@@ -458,18 +312,6 @@ def _aot(label: str, keep: int, group: int, **flags: bool) -> dict:
     }
 
 
-_SELECT = {
-    "keys_ptr": "*i32",
-    "count_ptr": "*i32",
-    "state_ptr": "*i64",
-    "histogram_ptr": "*i32",
-    "ties_ptr": "*i32",
-    "kept_ptr": "*u8",
-    "N": "i32",
-    "count_stride": "i32",
-}
-_SELECT_SIZES = {"LEVELS": len(SHIFTS), "BLOCK": KEYS_PER_PROGRAM}
-
 AOT = [
     _aot("given mask", 0, 0),
     _aot("given mask quantised", 0, 0, quantise=True),
@@ -478,32 +320,4 @@ AOT = [
     _aot("2:4 scaled", 2, 4, scale=True),
     _aot("2:4 quantised", 2, 4, quantise=True),
     _aot("4:8", 4, 8),
-    *(
-        {
-            "kernel": _digit_histogram_kernel,
-            "label": f"radix digit at bit {shift}",
-            "signature": _SELECT,
-            "constexprs": {"LEVEL": level, "SHIFT": shift, "BINS": BINS, **_SELECT_SIZES},
-            "num_warps": 4,
-            "num_stages": 3,
-            "aligned": ["N"],
-        }
-        for level, shift in enumerate(SHIFTS)
-    ),
-    {
-        "kernel": _count_ties_kernel,
-        "signature": _SELECT,
-        "constexprs": {"BINS": BINS, **_SELECT_SIZES},
-        "num_warps": 4,
-        "num_stages": 3,
-        "aligned": ["N"],
-    },
-    {
-        "kernel": _keep_kernel,
-        "signature": _SELECT,
-        "constexprs": {"ALL_TIES": False, **_SELECT_SIZES},
-        "num_warps": 4,
-        "num_stages": 3,
-        "aligned": ["N"],
-    },
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils import dlpack
 
-# Above this size the C library gives memory back to the kernel when it is freed.
+# From this size on the C library gives memory back to the kernel when it is freed.
 KEPT_BYTES = 32 << 20
 
 # torch is imported first on purpose: its OpenMP runtime is then the one `_C` binds to, and both
@@ -45,13 +45,14 @@ def optional_capsule(t: torch.Tensor | None) -> Any:
     return None if t is None else capsule(t)
 
 
-def empty_mask(shape: tuple[int, ...]) -> torch.Tensor:
-    """An uninitialised bool tensor on the CPU. A large one takes the memory of the last large one
-    that was freed: fresh pages cost more than a selection does (csrc/bind/kept_memory.cpp)."""
-    count = math.prod(shape)
-    if count <= KEPT_BYTES:
-        return torch.empty(shape, dtype=torch.bool)
-    return dlpack.from_dlpack(call("kept_bytes", count)).view(torch.bool).view(shape)
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialised tensor on the CPU. A large one takes the memory of the last large one that
+    was freed: fresh pages cost more than selecting or unpacking does (csrc/bind/kept_memory.cpp).
+    """
+    count = math.prod(shape) * dtype.itemsize
+    if count < KEPT_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return dlpack.from_dlpack(call("kept_bytes", count)).view(dtype).view(shape)
 
 
 def call(name: str, *args: Any) -> Any:

@@ -6,10 +6,13 @@ Results go to stdout, everything else to stderr. A user's mistake is one line an
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
 import sys
+import textwrap
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,6 +28,11 @@ from pyprune.errors import UserError
 from pyprune.progress import ProgressBar
 
 USAGE, INTERRUPTED = 2, 130
+# What the file system, and not a defect of ours, says no to.
+FILE_SYSTEM = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EMFILE,
+)  # fmt: skip
 # typer brings its own copy of click's exceptions in some versions and click's in others.
 CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 PACKAGED = "packaged"
@@ -89,13 +97,18 @@ def _options(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status.
 
-    2: the request cannot be served; one line on stderr says what was expected and what came.
+    2: the request cannot be served; one line on stderr says what was expected and what came, or
+    what the file system refused, or that memory ran out.
     130: interrupted, by Ctrl-C, SIGTERM or the terminal's end. 1 with a traceback: a defect of
     pyprune.
     """
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:  # nohup has SIGHUP ignored
             signal.signal(number, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        # A path may be no text in the terminal's encoding: better escaped than not said at all.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors == "strict":
+            stream.reconfigure(errors="backslashreplace")
     given = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status = typer.main.get_command(app).main(
@@ -112,12 +125,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # pyprune inspect DIR | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except PermissionError as error:
-        return _fail(f"{error.filename}: {error.strerror}")
+    except OSError as error:
+        if error.filename is None or error.errno not in FILE_SYSTEM:
+            raise
+        return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}")
     except Exception as error:
+        if _is_out_of_memory(error):
+            return _fail(f"out of memory: {textwrap.shorten(str(error), 200)}")
         if not _is_users(error):
             raise
         return _fail(str(error))
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # PyTorch has a class of it for accelerators alone.
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return named or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -1,5 +1,7 @@
 """Linear layers stored as products of two thin matrices."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -99,6 +101,51 @@ def test_damage_is_named(tmp_path, change, message):
         pyprune.load(folder)
     with pytest.raises(UserError, match=message):
         decompress_checkpoint(folder, tmp_path / "no")
+
+
+def tampered(folder, change):
+    file = folder / "config.json"
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_factors_that_no_layer_of_the_configuration_has_are_refused(tmp_path, family):
+    """Nothing would be loaded in their place, and decompressing would leave the weight out."""
+    layer = LAYER if family == "llama" else "model.layers.1.block_sparse_moe.experts.2.w2"
+    tiny_model(family).save_pretrained(tmp_path / "dense")
+    shape = load_file(tmp_path / "dense/model.safetensors")[f"{layer}.weight"].shape
+    factors = torch.ones(shape[0], 3), torch.ones(3, shape[1])
+    with write_factored(tmp_path / "dense", tmp_path / "small", {f"{layer}.weight": factors}):
+        pass
+    tampered(tmp_path / "small", lambda raw: raw["quantization_config"]["layers"].pop(layer))
+    for call in (
+        lambda: pyprune.load(tmp_path / "small"),
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "small"),
+        lambda: decompress_checkpoint(tmp_path / "small", tmp_path / "no"),
+    ):
+        wanted = rf"model\.safetensors: tensor {layer}\.up\.weight: .*config\.json has no layer"
+        with pytest.raises(UserError, match=f"{wanted} {layer}$"):
+            call()
+    assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("beside", [{}, {f"{LAYER}.weight": torch.ones(32, 64)}])
+def test_parts_of_those_names_may_be_a_modules_own(tmp_path, beside):
+    """They are factors where the model wants the weight and the file does not have it."""
+    prefix = LAYER if beside else "model.layers.1.extra"
+    folder = factored(tmp_path)[0]
+    tensors = load_file(folder / "model.safetensors")
+    up, down = (tensors.pop(f"{LAYER}.{part}.weight") for part in ("up", "down"))
+    own = {f"{prefix}.up.weight": up, f"{prefix}.down.weight": down}
+    dense = load_file(tmp_path / "dense/model.safetensors")
+    weight = {f"{LAYER}.weight": dense[f"{LAYER}.weight"]}
+    save_file({**tensors, **own, **weight, **beside}, folder / "model.safetensors")
+    tampered(folder, lambda raw: raw["quantization_config"]["layers"].clear())
+    report = decompress_checkpoint(folder, tmp_path / "back")
+    assert not report.layers
+    assert load_file(tmp_path / "back/model.safetensors").keys() >= own.keys()
 
 
 def test_only_a_dense_checkpoint_gets_factors(tmp_path):

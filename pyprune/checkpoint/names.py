@@ -90,6 +90,12 @@ def map_names(entries: Mapping[str, TensorEntry], model: PreTrainedModel) -> Nam
     return names
 
 
+def has_place_for(model: PreTrainedModel, tensor: str) -> bool:
+    """Whether `tensor` of a checkpoint is a parameter or persistent buffer of `model`, or part of
+    one."""
+    return _place(tensor, model.state_dict(keep_vars=True), model.base_model_prefix) is not None
+
+
 def candidate_names(tensor: str, prefix: str) -> Iterator[str]:
     """What a checkpoint's tensor may be called in a model with the base model prefix `prefix`."""
     renamed = tensor

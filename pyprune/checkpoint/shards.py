@@ -113,12 +113,22 @@ def _parse_header(file: Path, size: int) -> tuple[dict[str, Any], int]:
             raise _corrupt(file, f"header of {length} bytes in a file of {size}")
         text = stream.read(length)
     try:
-        header = json.loads(text)
+        header = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise _corrupt(file, f"its header is not JSON ({error})") from error
     if not isinstance(header, dict):
         raise _corrupt(file, "its header is not a JSON object")
     return header, start
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` that lets no name be there twice: it is up to a reader which counts.
+    Raises ValueError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)} is there twice")
+    return found
 
 
 def _is_sizes(value: Any) -> TypeGuard[list[int]]:

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from pyprune.checkpoint.names import NameMap, map_names
-from pyprune.checkpoint.shards import TensorEntry, read_header, read_headers
+from pyprune.checkpoint.shards import TensorEntry, read_header, read_headers, unique
 from pyprune.devices import find_dtype
 from pyprune.errors import UserError
 
@@ -243,11 +243,13 @@ def _download(repository: str, revision: str | None, code: bool) -> Path:
     return path
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, *, once: bool = False) -> dict[str, Any]:
+    """The object in a file. once: no name may be twice in one object. Raises UserError."""
     if not file.is_file():
         raise UserError(f"{file.parent}: expected a Hugging Face checkpoint, it has no {file.name}")
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        value = json.loads(text, object_pairs_hook=unique if once else None)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: expected JSON: {error}") from error
     if not isinstance(value, dict):
@@ -303,8 +305,10 @@ def read_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pre
         config = AutoConfig.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (StrictDataclassError, *CANNOT_BUILD, OSError) as error:
-        what = "a configuration that cannot be used" if kind in CONFIG_MAPPING else UNKNOWN
+    # An AttributeError: torch has no dtype of that name.
+    except (StrictDataclassError, *CANNOT_BUILD, AttributeError, OSError) as error:
+        known = isinstance(kind, str) and kind in CONFIG_MAPPING
+        what = "a configuration that cannot be used" if known else UNKNOWN
         raise UserError(f"{path}: {what}: model_type {kind!r} ({_line(error)})") from error
     remote = trust_remote_code and "AutoModelForCausalLM" in raw.get("auto_map", {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not remote:

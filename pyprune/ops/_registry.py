@@ -78,6 +78,8 @@ def register(
     _DTYPE_ARG[name] = dtype_arg
 
     def run(*args: Any) -> Any:
+        if gradient:  # what is registered has left autograd behind by now
+            return call(name, *args)
         with torch.no_grad():
             return call(name, *args)
 

@@ -6,7 +6,9 @@ around a compressed layer (embeddings, norms, adapters, prompts) can then be tra
     dL/dx = dL/dy W        dL/dbias = dL/dy summed over all rows of x
 
 W is expanded for one product, in the wider of its dtype and x's. `linear_dense` has a gradient for
-its weight too.
+its weight too. Like the products forward, those backward round no fp32 number to TF32 or bf16,
+whatever the process allows PyTorch (`ops._precision`), and autocast does not reach them. They are
+an operator of their own, which keeps it so in a graph that `torch.compile` runs later.
 
 `torch.vmap` over x adds a leading dimension, which the products take as it is. Over anything else
 it is refused, and so are forward-mode tangents.
@@ -21,8 +23,45 @@ import torch
 from torch import Tensor
 
 from pyprune.ops import _registry
+from pyprune.ops._precision import full_precision
 from pyprune.ops.coded import unpack_coded
 from pyprune.ops.sparse_int8 import dequantize_rows
+
+
+@full_precision()
+def _full_product(a: Tensor, b: Tensor) -> Tensor:
+    """`a @ b` of matrices `[..., n, k]` and `[..., k, m]` of one dtype; also what is known of the
+    result without numbers."""
+    return a @ b
+
+
+def _register_product() -> None:
+    library = _registry.LIBRARY
+    library.define("full_product(Tensor a, Tensor b) -> Tensor")
+    library.impl("full_product", _full_product, "CompositeExplicitAutograd")
+    name = "pyprune::full_product"
+    torch.library.register_fake(name, _full_product, lib=library)
+
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        a, b = ctx.saved_tensors
+        needs_a, needs_b = ctx.needs_input_grad
+        product = torch.ops.pyprune.full_product
+        return (
+            product(grad, b.mT) if needs_a else None,
+            product(a.mT, grad) if needs_b else None,
+        )
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *ab: Tensor) -> tuple[Tensor, int]:
+        moved = [
+            t if dim is None else t.movedim(dim, 0) for t, dim in zip(ab, in_dims, strict=True)
+        ]
+        return torch.ops.pyprune.full_product(*moved), 0
+
+    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
+    torch.library.register_vmap(name, vmap, lib=library)
 
 
 def _expand_24(cols: int, values: Tensor, meta: Tensor) -> Tensor:
@@ -81,14 +120,15 @@ def _register(name: str, expand: Callable[..., Tensor]) -> None:
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *weight = ctx.saved_tensors
         needs_x, *needs_weight, needs_bias = ctx.needs_input_grad
-        flat = grad.reshape(-1, grad.shape[-1])
+        product, flat = torch.ops.pyprune.full_product, grad.reshape(-1, grad.shape[-1])
         found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if needs_x:
             w = expand(ctx.cols, *weight)
             wide = torch.promote_types(grad.dtype, w.dtype)
-            found[0] = (grad.to(wide) @ w.to(wide)).to(grad.dtype)
+            made = product(flat.to(wide), w.to(wide)).to(grad.dtype)
+            found[0] = made.reshape(*grad.shape[:-1], ctx.cols)
         if dense and needs_weight[0]:
-            found[1] = (flat.T @ x.reshape(-1, ctx.cols)).to(weight[0].dtype)
+            found[1] = product(flat.T, x.reshape(-1, ctx.cols)).to(weight[0].dtype)
         if needs_bias:
             wide = torch.promote_types(grad.dtype, torch.float32)
             found[-1] = flat.sum(0, dtype=wide).to(ctx.bias_dtype)
@@ -113,6 +153,7 @@ def _register_vmap(name: str) -> None:
     torch.library.register_vmap(f"pyprune::{name}", vmap, lib=_registry.LIBRARY)
 
 
+_register_product()
 for _name, _expand in _EXPAND.items():
     _register(_name, _expand)
     _register_vmap(_name)

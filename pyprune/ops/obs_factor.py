@@ -275,7 +275,7 @@ def obs_factor(h: Tensor, *, damping: float = 0.01, max_damping: float = 1.0) ->
 
     Args:
         h: symmetric positive semidefinite `[C, C]` or `[B, C, C]`, fp32 or fp64, any strides, any
-            positive scale (raw sums `X^T X` will do). Not modified.
+            positive scale (raw sums `X^T X` will do; of dead inputs see below). Not modified.
         damping: first damping tried, as a fraction of the mean diagonal.
         max_damping: while the factorisation fails the damping is multiplied by 10, up to this.
 
@@ -283,8 +283,11 @@ def obs_factor(h: Tensor, *, damping: float = 0.01, max_damping: float = 1.0) ->
         `u`, in the dtype of `h`. Its relative error in fp32 is that of a backward stable solve: H
             perturbed by about C * 6e-8 of its mean diagonal, small beside the damping. A matrix
             whose factorisation fails in fp32 is tried in fp64 before its damping is raised.
-        `dead`: inputs that were always zero, `diag(H) == 0`. Their diagonal counts as 1, also in
-            the mean. Their weights do not matter: set `w[:, dead] = 0` before `obs_sweep`.
+        `dead`: inputs that were always zero, `diag(H) == 0`. As in the SparseGPT code, their
+            diagonal is set to 1 before the mean is taken over all C entries. With dead inputs, and
+            only then, the damping's share of the others therefore depends on the scale of `h`:
+            where that is far below 1 the ones make most of the mean. Their weights do not matter:
+            set `w[:, dead] = 0` before `obs_sweep`.
         `damping`: what was used, per matrix.
 
     Raises:

@@ -177,7 +177,7 @@ def _unpack_bitmap_fake(values: Tensor, bitmap: Tensor, row_offsets: Tensor, col
 
 
 def _unpack_bitmap_native(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> Tensor:
-    w = values.new_empty(bitmap.shape[0], cols)
+    w = _native.empty((bitmap.shape[0], cols), values.dtype)
     arrays = (values.contiguous(), bitmap.contiguous(), row_offsets.contiguous())
     broken = _native.call("move_bitmap_values", w, *arrays, False)
     if broken >= 0:

@@ -157,7 +157,7 @@ def _mask_nm_fake(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
 
 def _mask_nm_native(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
     fill = _kernel(partial(_native.call, "mask_nm"), n, m)
-    return fill_stack(fill, _native.empty_mask(tuple(w.shape)), w, *terms)
+    return fill_stack(fill, _native.empty(tuple(w.shape), torch.bool), w, *terms)
 
 
 def _mask_nm_cuda(w: Tensor, n: int, m: int, *terms: Tensor | None) -> Tensor:
@@ -245,7 +245,7 @@ def _mask_topk_fake(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
 
 def _mask_topk_native(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
     fill = _kernel(partial(_native.call, "mask_topk"), pruned)
-    return fill_stack(fill, _native.empty_mask(tuple(w.shape)), w, *terms)
+    return fill_stack(fill, _native.empty(tuple(w.shape), torch.bool), w, *terms)
 
 
 def _mask_topk_cuda(w: Tensor, pruned: int, *terms: Tensor | None) -> Tensor:
@@ -370,7 +370,7 @@ def _capsules(
 
 
 def _mask_global_native(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> list[Tensor]:
-    masks = [_native.empty_mask(tuple(w.shape)) for w in ws]
+    masks = [_native.empty(tuple(w.shape), torch.bool) for w in ws]
     groups = _capsules(ws, masks, lists)
     _native.call("mask_global", *groups[:2], pruned, *groups[2:])
     return masks

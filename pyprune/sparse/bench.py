@@ -55,9 +55,11 @@ class Protocol:
 
     def __post_init__(self) -> None:
         numbers = (*self.batches, self.prompt, self.steps, self.rounds)
-        if not self.batches or min(numbers) < 1:
+        if not self.batches or min(numbers) < 1 or max(numbers) >= 1 << 31:
             given = f"{self.batches}, {self.prompt}, {self.steps} and {self.rounds}"
-            raise UserError(f"expected batches, prompt, steps and rounds above 0, got {given}")
+            raise UserError(
+                f"expected batches, prompt, steps and rounds above 0 and below 2^31, got {given}"
+            )
 
 
 @dataclass(frozen=True)

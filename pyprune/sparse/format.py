@@ -7,7 +7,7 @@ weight consists of, and what must hold of them before they are used.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -245,16 +245,26 @@ def check_entries(
     return parts
 
 
-def refuse_unlisted(entries: Mapping[str, TensorEntry], where: str) -> None:
+def refuse_unlisted(
+    entries: Mapping[str, TensorEntry], where: str, model_takes: Callable[[str], bool]
+) -> None:
     """Raises UserError if `entries`, the tensors that no layer of config.json (`where`) consists
-    of, hold a compressed weight: nothing would be loaded in its place. Factors are passed over: a
-    module may have parts of their names."""
-    named = [names for form, names in PARTS.items() if form not in (DENSE_INT8, FACTORED)]
+    of, hold a compressed weight: nothing would be loaded in its place.
+
+    model_takes: whether the model has a parameter for the tensor of that name. Asked where there
+    may be factors, as a module can have parts of their names: they are none unless the model wants
+    the weight that they would stand for, and the file does not have it.
+    """
+    named = [names for form, names in PARTS.items() if form != DENSE_INT8]
     for first, *others in (*named, ("values", "scales")):
         for tensor, entry in entries.items():
             layer = tensor.removesuffix(f".{first}")
-            if layer != tensor and all(f"{layer}.{other}" in entries for other in others):
-                raise UserError(f"{entry.file}: tensor {tensor}: {where} has no layer {layer}")
+            if layer == tensor or any(f"{layer}.{other}" not in entries for other in others):
+                continue
+            weight = layer + WEIGHT
+            if first in PARTS[FACTORED] and (weight in entries or not model_takes(weight)):
+                continue
+            raise UserError(f"{entry.file}: tensor {tensor}: {where} has no layer {layer}")
 
 
 def check_tensors(name: str, layer: LayerFormat, parts: Mapping[str, Tensor], where: str) -> None:

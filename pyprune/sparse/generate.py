@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,14 +44,20 @@ def generate(
     max_new_tokens: fewer come where the model's positions end, or where it ends the text.
     temperature: 0 takes the likeliest token each time. chat: put the prompt into the tokenizer's
     chat template. write: called with each piece of text. Raises UserError as `load` does, and for a
-    prompt without tokens or too long for the model, a number out of range, or a tokenizer that does
-    not load.
+    prompt that is no text, without tokens or too long for the model, a number out of range, a
+    tokenizer that does not load, or a generation_config.json that transformers refuses.
     """
     if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise UserError(
             f"expected at least 1 new token and a temperature of at least 0, got {max_new_tokens} "
             f"and {temperature}"
         )
+    if not -(1 << 63) <= seed < 1 << 64:
+        raise UserError(f"seed: expected a number that 64 bits hold, got {seed}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:  # what the shell gave was no text
+        raise UserError(f"prompt: expected text in UTF-8, got {prompt!r}") from error
     model = load(source, dtype, device)
     tokenizer = load_tokenizer(model.name_or_path)
     if chat:
@@ -69,17 +76,27 @@ def generate(
                 f"{ids.shape[1]}"
             )
         max_new_tokens = min(max_new_tokens, positions - ids.shape[1])
-    options: dict[str, Any] = {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+    # The model's own generation_config.json may ask for beams, which cannot be streamed.
+    options: dict[str, Any] = {"do_sample": temperature > 0, "num_beams": 1}
+    options["max_new_tokens"] = max_new_tokens
     if temperature > 0:
         options["temperature"] = temperature
     torch.manual_seed(seed)
     ids = ids.to(model.device).long()
     with torch.inference_mode():
-        done = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            streamer=_Streamer(tokenizer, write),
-            pad_token_id=tokenizer.pad_token_id or 0,
-            **options,
-        )
+        try:
+            done = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=_Streamer(tokenizer, write),
+                pad_token_id=tokenizer.pad_token_id or 0,
+                **options,
+            )
+        except (TypeError, ValueError) as error:
+            # transformers checks what that file says where it uses it.
+            line = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
+            raise UserError(
+                f"{model.name_or_path}: cannot generate, by its generation_config.json or "
+                f"otherwise: {line}"
+            ) from error
     return int(done.shape[1] - ids.shape[1])

@@ -34,9 +34,9 @@ def load(
 
     Raises:
         UserError: a file is truncated or damaged, a tensor is missing or does not fit, the version
-            is unknown, or the checkpoint is quantized or in an old layout (`pyprune compress`
-            converts those). File and tensor are named; nothing was computed by then. Or `dtype`
-            is not a floating point one.
+            is unknown, the configuration cannot be used, or the checkpoint is quantized or in an
+            old layout (`pyprune compress` converts those). File and tensor are named; nothing was
+            computed by then. Or `dtype` is not a floating point one.
     """
     compute = find_dtype(dtype)
     stored = StoredCheckpoint.open(source)
@@ -44,6 +44,7 @@ def load(
         raise UserError(
             f"{stored.path}: stored as {stored.kind}: convert it with `pyprune compress` first"
         )
+    checkpoint = stored.checkpoint()  # which reads the configuration
     options: dict[str, Any] = {"device_map": str(device)} if device is not None else {}
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
@@ -58,7 +59,13 @@ def load(
         raise
     except (ValueError, RuntimeError, TypeError, LookupError, OSError, SafetensorError) as error:
         line = textwrap.shorten(f"{type(error).__name__}: {error}", 300)
-        raise UserError(f"{stored.path}: cannot be loaded: {line}") from error
+        where = stored.path
+        if "mismatched" in line:
+            # Of shapes transformers says no more than that they are listed "above", in its log.
+            line = checkpoint.streamable() or line
+            tensor = stored.entries.get(line.partition(" ")[0])
+            where = where if tensor is None else tensor.file
+        raise UserError(f"{where}: cannot be loaded: {line}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise UserError(f"{stored.path}: tensor {missing[0]} is missing, of {len(missing)}")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain
 from operator import attrgetter
 from pathlib import Path
@@ -71,7 +71,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        from pyprune.checkpoint.names import EXPERT
+        from pyprune.checkpoint.names import EXPERT, has_place_for
         from pyprune.checkpoint.shards import read_headers
         from pyprune.models.experts import FUSED_EXPERTS
         from pyprune.sparse import format as formats
@@ -95,7 +95,8 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
                 self._place(model, name)
         listed = {f"{name}.{part}" for name, found in self._parts.items() for part in found}
         others = {name: entry for name, entry in self._entries.items() if name not in listed}
-        formats.refuse_unlisted(others, str(folder / "config.json"))
+        takes = partial(has_place_for, model)
+        formats.refuse_unlisted(others, str(folder / "config.json"), takes)
         for experts, names in mixtures.items():
             self._place_experts(model, experts, names)
         self._tie(model)

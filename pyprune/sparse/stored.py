@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pyprune.checkpoint import Checkpoint, TensorEntry, read_tensor
+from pyprune.checkpoint.names import has_place_for
 from pyprune.checkpoint.source import locate, main_dtype, read_config, read_json, read_tensors
 from pyprune.errors import UserError
 from pyprune.sparse import format as formats
@@ -54,7 +56,12 @@ class StoredCheckpoint:
         stored = read_tensors(path)
         quantization = raw.get("quantization_config")
         if isinstance(quantization, Mapping) and quantization.get("quant_method") == formats.METHOD:
-            return cls._of_pyprune(path, raw, stored)
+            return cls._of_pyprune(path, raw, stored, trust_remote_code)
+        if raw.get("transformers_weights") == formats.HOW_TO_LOAD:
+            raise UserError(
+                f"{path / CONFIG}: expected a quantization_config with quant_method "
+                f"{formats.METHOD!r}, as in every checkpoint that pyprune has compressed"
+            )
         kind = legacy.legacy_format(raw, str(path / CONFIG))
         if kind in legacy.FORMATS:
             return cls._of_legacy(path, raw, stored, kind)
@@ -74,9 +81,10 @@ class StoredCheckpoint:
 
     @classmethod
     def _of_pyprune(
-        cls, path: Path, raw: dict[str, Any], stored: dict[str, TensorEntry]
+        cls, path: Path, raw: dict[str, Any], stored: dict[str, TensorEntry], code: bool
     ) -> StoredCheckpoint:
         where = str(path / CONFIG)
+        read_json(path / CONFIG, once=True)  # a layer may be there twice
         layers = formats.parse_quantization_config(raw["quantization_config"], where)
         parts, dense = {}, dict(stored)
         for name, layer in layers.items():
@@ -86,8 +94,10 @@ class StoredCheckpoint:
                 del dense[f"{name}.{part}"]
             first = replace(found[layer.main], dtype=layer.dense_dtype(found))
             dense[name + formats.WEIGHT] = _dense_entry(first, layer.dense_shape)
-        formats.refuse_unlisted(dense, where)
-        return cls(path, raw, formats.METHOD, stored, dense, layers, parts)
+        opened = cls(path, raw, formats.METHOD, stored, dense, layers, parts)
+        empty = cache(lambda: opened.checkpoint(code).build_model())  # seldom needed, takes a while
+        formats.refuse_unlisted(dense, where, lambda weight: has_place_for(empty(), weight))
+        return opened
 
     @classmethod
     def _of_legacy(

@@ -1,4 +1,5 @@
-"""Large masks reuse memory: a fresh page for every 4 KiB costs more than the selection."""
+"""Large masks and unpacked weights reuse memory: a fresh page for every 4 KiB costs more than
+making them."""
 
 import gc
 import resource
@@ -31,6 +32,25 @@ def test_the_next_mask_lies_where_the_last_one_was(w):
     assert torch.equal(again[:2], want) and torch.equal(again[:2], ops.mask_nm(w[:2], 2, 4))
 
 
+@pytest.mark.parametrize("format", ["24", "bitmap"])
+def test_the_next_weight_lies_where_the_last_one_was(w, format):
+    pruned = w[:, : COLS // 8 * 4].contiguous()  # 16-bit numbers, just above the limit
+    pruned.view(-1, 4)[:, 1:3] = 0
+    packed = ops.pack_24(pruned) if format == "24" else (*ops.pack_bitmap(pruned), pruned.shape[1])
+    unpack = ops.unpack_24 if format == "24" else ops.unpack_bitmap
+    first = unpack(*packed)
+    assert torch.equal(first, pruned)
+    place = first.data_ptr()
+    first.fill_(7)  # what was there does not show
+    del first
+    gc.collect()
+    before = faults()
+    again = unpack(*packed)
+    assert again.data_ptr() == place and faults() - before < 2048  # 4 KiB pages: 8192
+    assert torch.equal(again, pruned) and again.is_contiguous()
+    assert not again.untyped_storage().resizable()  # none of PyTorch's
+
+
 def test_memory_that_a_view_holds_is_not_given_to_another(w):
     first = ops.mask_topk(w, COLS // 2)
     view, want = first[3], first[3].clone()
@@ -43,14 +63,17 @@ def test_memory_that_a_view_holds_is_not_given_to_another(w):
 
 
 def test_small_masks_come_from_pytorch():
-    small = _native.empty_mask((3, 5))
+    small = _native.empty((3, 5), torch.bool)
     assert small.shape == (3, 5) and small.dtype == torch.bool
     assert small.untyped_storage().resizable()
-    large = _native.empty_mask((ROWS, COLS))
+    large = _native.empty((ROWS, COLS), torch.bool)
     assert large.shape == (ROWS, COLS) and large.data_ptr() % (2 << 20) == 0
     large.fill_(True)
     assert bool(large[-1, -1])
-    assert _native.empty_mask((0, 5)).numel() == 0
+    # The C library gives a block of exactly the limit back, too.
+    limit = _native.empty((_native.KEPT_BYTES // 2,), torch.float16)
+    assert limit.dtype == torch.float16 and not limit.untyped_storage().resizable()
+    assert _native.empty((0, 5), torch.bool).numel() == 0
 
 
 def test_native_entry_is_guarded():

@@ -131,6 +131,37 @@ def test_opcheck(op):
     )
 
 
+def test_the_product_backward_is_an_operator_like_any_other():
+    a, b = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((3, 4), (4, 5)))
+    product = torch.ops.pyprune.full_product
+    torch.library.opcheck(product, (a, b))
+    assert torch.autograd.gradcheck(product, (a, b)) and torch.autograd.gradgradcheck(
+        product, (a, b)
+    )
+    for dims in ((0, None), (None, 0), (2, 1)):
+        many = [
+            t.detach() if dim is None else torch.stack([t.detach(), -2 * t.detach()], dim)
+            for t, dim in zip((a, b), dims, strict=True)
+        ]
+        got, want = (torch.vmap(f, in_dims=dims)(*many) for f in (product, torch.matmul))
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("op", FORMATS)
+def test_gradients_of_gradients_and_of_many_at_once(op):
+    tensors, dense = weight(op, torch.float32)
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(2), requires_grad=True)
+    many, found = torch.eye(15).view(15, 3, 5), []
+    for product, given in ((getattr(ops, op), tensors), (nn.functional.linear, (dense.float(),))):
+        y = product(x, *given)
+        (first,) = torch.autograd.grad(y.square().square().sum(), x, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), x, retain_graph=True)
+        (jacobian,) = torch.autograd.grad(y, x, many, is_grads_batched=True)
+        found.append((first.detach(), second, jacobian))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
+
+
 @pytest.mark.parametrize(("format", "int8"), [("sparse24", True), ("bitmap", False)])
 def test_what_surrounds_a_compressed_layer_learns(format, int8):
     """As adapters and prompts need it: compiled or not, the gradient of the layer before."""

@@ -87,16 +87,24 @@ def test_strided_input(backend, use_backend):
     assert torch.equal(ops.obs_factor(view).u, ops.obs_factor(hessian(50)).u)
 
 
-def test_dead_inputs_get_a_unit_diagonal_that_counts_in_the_mean(backend, use_backend):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 1e-3, 1e3])
+def test_dead_inputs_get_a_unit_diagonal_that_counts_in_the_mean(
+    backend, use_backend, dtype, scale
+):
+    """As in the SparseGPT code, which writes the ones before it takes the mean. So the scale of H
+    matters then: with small inputs the ones are most of the mean, with large ones next to none."""
     use_backend(backend, OP, "cpu")
-    h = hessian(12)
+    h = scale * hessian(12)
     h[[3, 7]] = 0
     h[:, [3, 7]] = 0
-    u, dead, _ = ops.obs_factor(h)
+    u, dead, _ = ops.obs_factor(h.to(dtype))
     assert dead.nonzero().flatten().tolist() == [3, 7]
     filled = h.clone()
     filled[[3, 7], [3, 7]] = 1
-    assert residual(u, damped(filled)) < 1e-11
+    # A mean without the ones would be seen.
+    assert abs(filled.diagonal().mean() / h.diagonal()[~dead].mean() - 1) > 0.05
+    assert residual(u, damped(filled)) < (1e-4 if dtype == torch.float32 else 1e-11)
     # No input at all: the identity, damped.
     u, dead, _ = ops.obs_factor(torch.zeros(5, 5))
     assert bool(dead.all())

@@ -221,7 +221,7 @@ def test_a_row_of_zeros_stays_one(backend, device, use_backend, rule):
 def test_triton_radix_select_takes_the_first_of_equal_keys(use_backend, monkeypatch, n, all_ties):
     """Many equal keys over many programs, keys in every digit, those that must stay pruned (-1),
     NaN above infinity; from no key to all of them."""
-    from pyprune.kernels import obs_sweep as kernel
+    from pyprune.kernels import obs_choice as kernel
 
     use_backend("triton", "obs_sweep", "cpu")
     monkeypatch.setattr(kernel, "KEYS_PER_PROGRAM", 64)
@@ -231,7 +231,7 @@ def test_triton_radix_select_takes_the_first_of_equal_keys(use_backend, monkeypa
     keys[3] = torch.randn(n, generator=gen).abs().view(torch.int32)
     for count in ([0, 1, n, n // 2], [n // 3, n, 1, 0]):
         wanted = torch.tensor(count, dtype=torch.int32)
-        kept = kernel._keep_but_smallest(keys, wanted, all_ties)
+        kept = kernel.keep_but_smallest(keys, wanted, all_ties)
         for row, few, got in zip(keys, count, kept, strict=True):
             pruned = torch.zeros(n, dtype=torch.bool)
             order = row.argsort(stable=True)

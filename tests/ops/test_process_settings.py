@@ -11,6 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyprune import ops
+from pyprune.ops import linear_backward
 from pyprune.ops._precision import full_precision
 
 BACKENDS = torch.backends
@@ -47,11 +48,14 @@ class Products(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.seen, self.full = [], 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in PRODUCTS:
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS:
             self.seen.append(settings())
+        elif name == "full_product":  # not looked into from here
+            self.full += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -130,6 +134,46 @@ def test_autocast_does_not_change_the_references_of_linear_ops(op):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = function(*arguments)
     assert got.dtype == want.dtype and torch.equal(got, want)
+
+
+def test_full_products_take_all_bits(reduced):
+    with Products() as products:
+        linear_backward._full_product(torch.ones(3, 4), torch.ones(4, 5))
+    assert len(products.seen) == 1
+    assert not {"tf32", "bf16"} & set(products.seen[0])
+
+
+def backward_of(op, compiled=False):
+    """Gradients for fp32 x (and a dense weight, and the bias), and what products were made on the
+    way back."""
+    x, *weight, bias = linear_calls()[op]
+    wanted = [x.requires_grad_(), bias.requires_grad_()]
+    if op == "linear_dense":
+        wanted.append(weight[0].requires_grad_())
+    call = getattr(torch.ops.pyprune, op)
+    if compiled:  # a graph back that is of PyTorch's operators
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    y = call(x, *weight, bias)
+    with Products() as products:
+        found = torch.autograd.grad(y.square().sum(), wanted)
+    return found, products
+
+
+@pytest.mark.parametrize(
+    ("op", "compiled"), [*((op, False) for op in LINEAR), ("linear_dense", True)]
+)
+def test_gradients_of_linear_ops_take_all_bits(op, compiled):
+    """As the products forward do: all are full ones, in a compiled graph too."""
+    _, products = backward_of(op, compiled)
+    assert products.full == (2 if op == "linear_dense" else 1) and not products.seen
+
+
+@pytest.mark.parametrize("op", LINEAR)
+def test_autocast_does_not_change_the_gradients_of_linear_ops(op):
+    want, _ = backward_of(op)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, _ = backward_of(op)
+    assert all(map(torch.equal, got, want))
 
 
 def test_calls_in_several_threads_share_the_setting(reduced):
