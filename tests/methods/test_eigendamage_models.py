@@ -1,6 +1,7 @@
 """EigenDamage on whole tiny models, in memory and on disk."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -325,8 +326,13 @@ def test_one_block_at_a_time_on_disk_changes_nothing(family, own):
         for phase in ("factors", "curvature") if own else ("factors",):
             steps = [(done, total) for said, done, total in told if said == phase]
             assert steps == [(n, 6 * passes) for n in range(1, 6 * passes + 1)]
-    assert results[0][0] == results[1][0]
-    assert all(map(torch.equal, results[0][1], results[1][1]))
+    # But for rounding: experts of blocks that a pass is not about go through grouped products.
+    (layers, weights), (others, their_weights) = results
+    for layer, other in zip(layers, others, strict=True):
+        assert replace(other, loss=layer.loss) == layer
+        assert other.loss == pytest.approx(layer.loss, rel=1e-5)
+    for weight, other_weight in zip(weights, their_weights, strict=True):
+        torch.testing.assert_close(other_weight, weight, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_not_known_is_kept_and_named():
