@@ -372,6 +372,23 @@ def test_dense_layers_leave_many_rows_and_other_dtypes_to_pytorch():
 
 
 @native
+@pytest.mark.parametrize("format", ["bitmap", "coded"])
+def test_products_while_an_equal_weight_is_loaded(monkeypatch, format):
+    layer = SparseLinear.from_dense(linear(), format)
+    x, load, during = tokens(2, 40), nn.Module._load_from_state_dict, []
+
+    def other_thread_first(module, *args):
+        during.append(layer(x))
+        load(module, *args)
+
+    want = layer(x)
+    monkeypatch.setattr(nn.Module, "_load_from_state_dict", other_thread_first)
+    for assign in (False, True):
+        layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=assign)
+    assert len(during) == 2 and all(torch.equal(y, want) for y in [*during, layer(x)])
+
+
+@native
 @pytest.mark.parametrize("kind", range(5))
 def test_threads_share_a_layer(kind):
     """The first products of all, and those while what the layer holds is replaced by its equal."""
