@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from threading import Barrier
 
 import pytest
 import torch
@@ -112,7 +114,9 @@ def test_bytes_are_prepared_like_numbers():
 
 @native
 @pytest.mark.parametrize("kind", range(5))
-@pytest.mark.parametrize("change", ["written", "replaced", "moved", "data"])
+@pytest.mark.parametrize(
+    "change", ["written", "replaced", "moved", "data", "written in data", "added to data"]
+)
 def test_a_bias_that_changed_is_taken_anew(kind, change):
     layer = layers(True)[kind]
     layer(tokens(1, 40))
@@ -125,8 +129,12 @@ def test_a_bias_that_changed_is_taken_anew(kind, change):
         elif change == "moved":
             layer.to(torch.float32).bias.add_(3)
             layer.to(torch.bfloat16)
-        else:
+        elif change == "data":
             layer.bias.data = layer.bias.data + 3
+        elif change == "written in data":  # a tensor with a version counter of its own
+            layer.bias.data.fill_(3)
+        else:
+            layer.bias.data += 3
     assert_serves(layer)
 
 
@@ -143,6 +151,8 @@ def test_weights_that_changed_are_taken_anew(kind):
         layer.scales.mul_(2)
         assert_serves(layer)
         layer.scales.data = layer.scales / 2
+        assert_serves(layer)
+        layer.scales.data.mul_(2)
     else:
         layer.values = 2 * layer.values
         assert_serves(layer)
@@ -151,6 +161,55 @@ def test_weights_that_changed_are_taken_anew(kind):
     with torch.no_grad():
         (layer.weight if isinstance(layer, DenseLinear) else layer.values).zero_()
     assert torch.equal(layer(tokens(1, 40))[0], layer.bias)
+
+
+@native
+def test_other_layouts_at_the_same_address_are_taken_anew():
+    square = nn.Linear(40, 40).requires_grad_(False).bfloat16()
+    x = tokens(2, 40)
+    layer = DenseLinear.of(square)
+    layer(x)
+    layer.weight.data = layer.weight.data.T
+    assert_serves(layer)
+    layer.weight = nn.Parameter(layer.weight.T[:24], False)
+    layer.bias.data = layer.bias.data[:24]
+    layer.out_features = 24
+    assert_serves(layer)
+    layer = SparseLinear.from_dense(linear(), "sparse24")
+    layer(x)
+    layer.values = layer.values.view(torch.float16)
+    assert_serves(layer)
+    layer = SparseLinear.from_dense(linear(), "sparse24")
+    layer(x)
+    layer.values, layer.metadata = layer.values[:16], layer.metadata[:16]
+    layer.bias, layer.out_features = layer.bias[:16], 16
+    assert_serves(layer)
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_bias_of_another_dtype(kind, dtype):
+    layer = layers(True)[kind]
+    bias = layer.bias.to(dtype)
+    layer.bias = nn.Parameter(bias, False) if isinstance(layer, DenseLinear) else bias
+    if isinstance(layer, DenseLinear):
+        with pytest.raises(RuntimeError, match="same dtype"):  # as with nn.Linear
+            layer(tokens(2, 40))
+    else:
+        assert_serves(layer)
+
+
+@native
+def test_tensors_that_are_not_contiguous_go_another_way():
+    for layer in layers(True):
+        bias = torch.stack([layer.bias, layer.bias], 1)[:, 0]
+        layer.bias = nn.Parameter(bias, False) if isinstance(layer, DenseLinear) else bias
+        assert_serves(layer)
+        assert layer._prepared is None
+    layer = layers(True)[2]
+    layer.values = layer.values.T.contiguous().T
+    assert_serves(layer)
 
 
 @native
@@ -208,6 +267,18 @@ def test_inference_tensors_that_are_loaded(kind):
         layer(tokens(1, 40))
         layer.load_state_dict(other.state_dict())
         assert torch.equal(layer(tokens(2, 40)), other(tokens(2, 40)))
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_inference_tensors_that_are_written_to(kind):
+    with torch.inference_mode():
+        layer = layers(True)[kind]
+        layer(tokens(1, 40))
+        layer.bias.add_(3)
+        if kind in (2, 3):
+            layer.scales.mul_(2)
+        assert_serves(layer)
 
 
 @native
@@ -301,6 +372,51 @@ def test_dense_layers_leave_many_rows_and_other_dtypes_to_pytorch():
 
 
 @native
+@pytest.mark.parametrize("format", ["bitmap", "coded"])
+def test_products_while_an_equal_weight_is_loaded(monkeypatch, format):
+    layer = SparseLinear.from_dense(linear(), format)
+    x, load, during = tokens(2, 40), nn.Module._load_from_state_dict, []
+
+    def other_thread_first(module, *args):
+        during.append(layer(x))
+        load(module, *args)
+
+    want = layer(x)
+    monkeypatch.setattr(nn.Module, "_load_from_state_dict", other_thread_first)
+    for assign in (False, True):
+        layer.load_state_dict(copy.deepcopy(layer.state_dict()), assign=assign)
+    assert len(during) == 2 and all(torch.equal(y, want) for y in [*during, layer(x)])
+
+
+@native
+@pytest.mark.parametrize("kind", range(5))
+def test_threads_share_a_layer(kind):
+    """The first products of all, and those while what the layer holds is replaced by its equal."""
+    rows = (1, 3, 12, 16)
+    xs = [tokens(n, 40) for n in rows]
+    source = layers(True)[kind]
+    wanted = [source(x) for x in xs]
+    for _ in range(10):
+        layer, start = copy.deepcopy(source), Barrier(len(rows) + 1)
+
+        def multiply(number, layer=layer, start=start):
+            start.wait()
+            return all(torch.equal(layer(xs[number]), wanted[number]) for _ in range(20))
+
+        def replace(layer=layer, start=start):
+            start.wait()
+            for _ in range(20):
+                for tensor in layer.state_dict(keep_vars=True).values():
+                    tensor.data = tensor.data.clone()
+            return True
+
+        with ThreadPoolExecutor(len(rows) + 1) as pool:
+            done = [pool.submit(multiply, number) for number in range(len(rows))]
+            done.append(pool.submit(replace))
+            assert all(thread.result() for thread in done)
+
+
+@native
 def test_the_binding_refuses_what_does_not_fit():
     values, meta = ops.pack_24(linear().weight)
     parts = [_native.capsule(values), _native.capsule(meta)]
@@ -314,5 +430,13 @@ def test_the_binding_refuses_what_does_not_fit():
         wrong = make("linear_24", parts, None, rows, cols)
         with pytest.raises(ValueError, match=words):
             wrong.multiply(y.data_ptr(), x.data_ptr(), 1, True, 1)
+    apart = _native.capsule(torch.empty(24, 2, dtype=torch.bfloat16)[:, 0])
+    with pytest.raises(ValueError, match="bias: expected a contiguous tensor"):
+        make("linear_24", parts, apart, 24, 40)
+    with pytest.raises(ValueError, match="scales: expected a contiguous tensor"):
+        make("linear_int8", [_native.capsule(values.to(torch.int8)), apart], None, 24, 20)
+    short = make("linear_24", parts, _native.capsule(values[0, :20]), 24, 40)
+    with pytest.raises(ValueError, match="bias: unexpected shape"):
+        short.multiply(y.data_ptr(), x.data_ptr(), 1, True, 1)
     with pytest.raises(ValueError, match="threads"):
         make("linear_24", parts, None, 24, 40).multiply(y.data_ptr(), x.data_ptr(), 1, True, 0)

@@ -1,4 +1,6 @@
 #include <algorithm>
+#include <cstring>
+#include <memory>
 #include <string>
 
 #include "bind/linear_op.h"
@@ -6,8 +8,30 @@
 namespace pyprune {
 namespace {
 
+// bf16 numbers of a vector as fp32, for the length of a call: a copy that was kept would not see
+// what is written to the original.
+class Widened {
+ public:
+  void take(TensorView& t) {
+    if (t.dtype != DType::bf16) return;
+    const int64_t n = t.numel();
+    numbers_.reset(new float[static_cast<size_t>(n)]);
+    const auto* from = t.ptr<const uint16_t>();
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+      std::memcpy(&numbers_[static_cast<size_t>(i)], &bits, 4);
+    }
+    t.data = numbers_.get();
+    t.dtype = DType::f32;
+  }
+
+ private:
+  std::unique_ptr<float[]> numbers_;
+};
+
 // A weight that was taken once, so that a product takes two addresses: describing four or five
-// tensors anew costs more than the product of one row with a small matrix.
+// tensors anew costs more than the product of one row with a small matrix. The scales of int8
+// values, and the bias, are fp32 or bf16.
 class PreparedLinear {
  public:
   PreparedLinear(const std::string& name, const std::vector<py::capsule>& parts,
@@ -16,11 +40,11 @@ class PreparedLinear {
     require(static_cast<int>(parts.size()) == op_.parts,
             name + ": expected " + std::to_string(op_.parts) + " tensors of W");
     for (int i = 0; i < op_.parts; ++i) weight_.parts[i] = keep(parts[i]);
-    weight_.bias = nullptr;
-    if (bias) {
-      bias_ = keep(*bias);
-      weight_.bias = &bias_;
-    }
+    scaled_ = weight_.parts[0].dtype == DType::i8;
+    if (scaled_) require_contiguous(weight_.parts[op_.parts - 1], "scales");
+    has_bias_ = bias.has_value();
+    if (has_bias_) bias_ = keep(*bias);
+    if (has_bias_) require_contiguous(bias_, "bias");
   }
   PreparedLinear(const PreparedLinear&) = delete;
   PreparedLinear& operator=(const PreparedLinear&) = delete;
@@ -31,15 +55,23 @@ class PreparedLinear {
     const DType dtype = bf16 ? DType::bf16 : DType::f32;
     const TensorView out = matrix(y, dtype, m, rows_), in = matrix(x, dtype, m, cols_);
     py::gil_scoped_release release;
-    op_.multiply(out, in, weight_, threads);
+    LinearWeight w = weight_;
+    TensorView shift = bias_;
+    Widened scales, wide_bias;
+    if (scaled_) scales.take(w.parts[op_.parts - 1]);
+    if (has_bias_) wide_bias.take(shift);
+    w.bias = has_bias_ ? &shift : nullptr;
+    op_.multiply(out, in, w, threads);
   }
 
  private:
   LinearOp op_;
   int64_t rows_, cols_;
   std::vector<py::object> kept_;  // capsules: they hold the memory that the views describe
-  LinearWeight weight_;
+  LinearWeight weight_{};
   TensorView bias_;
+  bool scaled_ = false;  // the last of the parts are scales
+  bool has_bias_ = false;
 
   static const LinearOp& find(const std::string& name) {
     const auto& known = linear_ops();

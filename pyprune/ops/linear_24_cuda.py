@@ -53,10 +53,12 @@ LIBRARY_FLOPS = 4e11
 
 @dataclass
 class _LibraryWeight:
-    """W in cuSPARSELt's layout, for one state of `values` and `meta`."""
+    """W in cuSPARSELt's layout, for one state of `values` and `meta`. Holds the memory that these
+    had: until they are converted anew no other tensor has its addresses."""
 
     packed: Tensor
     state: tuple[int, ...]
+    memory: tuple[Tensor, Tensor]
 
 
 _library_weights: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -92,7 +94,8 @@ def library_serves(rows: int, cols: int) -> bool:
 
 
 def _version(t: Tensor) -> int:
-    """How often `t` was written to; inference tensors do not count, and are taken not to change."""
+    """How often `t` was written to; inference tensors do not count, and are taken not to change.
+    Writes to `t.data` are not counted either."""
     return 0 if t.is_inference() else t._version
 
 
@@ -152,14 +155,17 @@ def _known(values: Tensor, meta: Tensor) -> Tensor | None:
 
 def _state(values: Tensor, meta: Tensor) -> tuple[int, ...]:
     """Changes when one of them is replaced, written to or given other memory (`.data`)."""
-    return id(meta), *(n for t in (values, meta) for n in (t.data_ptr(), _version(t)))
+    return tuple(n for t in (values, meta) for n in (t.data_ptr(), _version(t)))
 
 
 def _library(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
     packed = _known(values, meta)
     if packed is None:
-        packed = torch._cslt_compress(torch.ops.pyprune.unpack_24(values, meta))
-        _library_weights[values] = _LibraryWeight(packed, _state(values, meta))
+        # The state first: what another thread writes meanwhile must not pass for converted.
+        memory = values.detach(), meta.detach()
+        state = _state(*memory)
+        packed = torch._cslt_compress(torch.ops.pyprune.unpack_24(*memory))
+        _library_weights[values] = _LibraryWeight(packed, state, memory)
     m = x.shape[0]
     # Without anything to pad it would still copy x: a tenth of the product's time.
     missing = -m % LIBRARY_TOKENS

@@ -48,6 +48,7 @@ class DenseLinear(PreparesWeight, nn.Linear):
             weight is None
             or "bias" not in parameters  # one of them is computed (torch.nn.utils.parametrize)
             or not _is_plain_weight(weight)
+            or (bias is not None and bias.dtype is not weight.dtype)
             or x.shape[-1:] != (self.in_features,)
             or not 0 < x.numel() <= OWN_ROWS * self.in_features
             or (torch.is_grad_enabled() and (weight.requires_grad or _trains(bias)))
@@ -55,7 +56,7 @@ class DenseLinear(PreparesWeight, nn.Linear):
             return None
         if known is None or not known.is_of((weight,), bias):
             known = None
-            if weight.is_contiguous() and can_prepare((weight,), bias, self.in_features):
+            if can_prepare((weight,), bias, self.in_features):
                 known = Prepared("linear_dense", (weight,), bias, *weight.shape)
             self._prepared = known
         return known

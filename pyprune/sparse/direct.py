@@ -20,6 +20,7 @@ from pyprune import _native
 from pyprune.ops import _registry
 
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
+WIDENED = (torch.float32, torch.bfloat16)  # what a bias and scales may be
 
 
 def is_alone(x: Tensor) -> bool:
@@ -48,16 +49,16 @@ def is_plain(x: Tensor) -> bool:
 
 
 class Prepared:
-    """A weight and a bias as the kernel takes them. Holds on to the memory that they are in.
+    """A weight and a bias as the kernel takes them: the memory that they are in, which it holds.
+    Nothing is copied: version counters do not tell of all that is written to the original (`.data`
+    has its own, inference tensors have none).
 
     Args:
-        op: the product's name. parts: W's tensors in the order of the op. bias: or None.
-        rows, cols: of W.
+        op: the product's name. parts: W's tensors in the order of the op. bias: or None; for which
+            `can_prepare` holds. rows, cols: of W.
     """
 
-    __slots__ = (
-        "_addresses", "_cols", "_copied", "_counts", "_memory", "_multiply", "_rows", "op",
-    )  # fmt: skip
+    __slots__ = ("_cols", "_layouts", "_multiply", "_rows", "op")
 
     def __init__(
         self, op: str, parts: Sequence[Tensor], bias: Tensor | None, rows: int, cols: int
@@ -67,28 +68,18 @@ class Prepared:
         module = _native.MODULE
         if module is None:
             raise RuntimeError(_native.MISSING)
-        given = [*parts] if bias is None else [*parts, bias]
-        # While this memory is held no other tensor has these addresses.
-        self._memory = [t.detach() for t in given]
-        self._addresses = [t.data_ptr() for t in given]
-        taken = [t.contiguous() for t in self._memory]
-        if taken[0].dtype is torch.int8:
-            taken[len(parts) - 1] = taken[len(parts) - 1].float()
-        if bias is not None:
-            taken[-1] = taken[-1].float()
-        # A copy does not see what is written to the original.
-        self._copied = [i for i, t in enumerate(taken) if t.data_ptr() != self._addresses[i]]
-        self._counts = [_written(given[i]) for i in self._copied]
-        capsules = [_native.capsule(t) for t in taken]
-        wide = None if bias is None else capsules.pop()
-        self._multiply = module.PreparedLinear(op, capsules, wide, rows, cols).multiply
+        # Detached: another thread may replace what the originals hold while they are taken.
+        held = [t.detach() for t in (parts if bias is None else (*parts, bias))]
+        self._layouts = _layouts(held)
+        capsules = [_native.capsule(t) for t in held]
+        shift = None if bias is None else capsules.pop()
+        self._multiply = module.PreparedLinear(op, capsules, shift, rows, cols).multiply
 
     def is_of(self, parts: Sequence[Tensor], bias: Tensor | None) -> bool:
-        """Whether it was made of what these hold now."""
+        """Whether it was made of the memory that these are in now, laid out alike. While it is held
+        no other tensor has these addresses."""
         given = parts if bias is None else (*parts, bias)
-        if [t.data_ptr() for t in given] != self._addresses:
-            return False
-        return [_written(given[i]) for i in self._copied] == self._counts
+        return _layouts(given) == self._layouts
 
     def product(self, x: Tensor) -> Tensor:
         """`[..., rows]` of `x [..., cols]`, for which `is_plain` holds."""
@@ -100,19 +91,26 @@ class Prepared:
         return y
 
 
-def _written(t: Tensor) -> int:
-    """How often `t` was written to; inference tensors do not count that."""
-    return 0 if t.is_inference() else t._version
+def _layouts(
+    tensors: Sequence[Tensor],
+) -> list[tuple[int, torch.dtype, torch.Size, tuple[int, ...]]]:
+    """Where each one's numbers are. Addresses alone do not say: a slice, a transpose or a view as
+    another dtype may begin where the whole does."""
+    return [(t.data_ptr(), t.dtype, t.shape, t.stride()) for t in tensors]
 
 
 def can_prepare(parts: Sequence[Tensor], bias: Tensor | None, cols: int) -> bool:
-    """Whether there is a kernel for W's tensors and a bias here."""
+    """Whether there is a kernel for W's tensors and a bias here, as they are in memory."""
+    floats = [] if bias is None else [bias]
+    if parts[0].dtype is torch.int8:
+        floats.append(parts[-1])  # scales
+    given = parts if bias is None else (*parts, bias)
     return (
         _native.MODULE is not None
         and cols > 0
         and parts[0].dtype in VALUES
-        and all(t.device.type == "cpu" for t in parts)
-        and (bias is None or bias.device.type == "cpu")
+        and all(t.dtype in WIDENED for t in floats)
+        and all(t.device.type == "cpu" and t.is_contiguous() for t in given)
     )
 
 
@@ -130,5 +128,5 @@ class PreparesWeight(nn.Module):
         return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        self._prepared = None  # inference tensors do not count that they are written to
+        self._prepared = None  # nor does one that loads, which may be into new memory
         super()._load_from_state_dict(*args)

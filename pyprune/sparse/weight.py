@@ -207,7 +207,10 @@ class StoredWeight(nn.Module):
         counted = {"bitmap": "values", CODED: "escapes"}.get(self.format)
         stored = state_dict.get(f"{prefix}{counted}")
         if counted and not self._owner and isinstance(stored, Tensor) and stored.dim() == 1:
-            self.register_buffer(counted, self.get_buffer(counted).new_empty(stored.shape))
+            held = self.get_buffer(counted)
+            # One that fits stays: another thread's forward would meet memory not yet written to.
+            if stored.shape != held.shape:
+                self.register_buffer(counted, held.new_empty(stored.shape))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

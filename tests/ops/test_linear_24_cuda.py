@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ops.compressed import pack_24, random_24_mask
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from pyprune import _native, ops
 from pyprune.ops import _registry, linear_24_cuda
@@ -175,15 +176,49 @@ def test_the_library_serves_what_outlasts_its_plan(monkeypatch):
     assert served == [16384]
 
 
-def test_a_graph_multiplies_by_the_library_if_it_was_prepared(monkeypatch, searches):
+@pytest.fixture
+def library(monkeypatch, searches):
+    """cuSPARSELt's functions, done densely."""
+
     def product(packed, xt, bias, transpose_result, alg_id):
         assert transpose_result
         return xt.T @ packed.T
 
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     monkeypatch.setattr(torch, "_cslt_compress", lambda w: w)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+
+
+def test_weights_that_are_written_while_they_are_converted_are_converted_anew(monkeypatch, library):
+    (values, meta), dense = weight(32, 64)
+    x = torch.randn(72, 64).bfloat16()
+
+    def compress(w):  # another thread comes first with its write
+        monkeypatch.setattr(torch, "_cslt_compress", lambda w: w)
+        values.mul_(2)
+        return w
+
+    monkeypatch.setattr(torch, "_cslt_compress", compress)
+    assert torch.equal(linear_24_cuda._library(x, values, meta, None), x @ dense.T)
+    assert torch.equal(linear_24_cuda._library(x, values, meta, None), x @ (2 * dense).T)
+
+
+def test_nothing_else_gets_the_address_that_a_converted_weight_is_known_by(library):
+    for number in range(2):
+        both = [t.clone() for t in weight(32, 64)[0]]  # views would hold what they are views of
+        assert linear_24_cuda.prepare_library(*both, 72)
+        held = StorageWeakRef(both[number].untyped_storage())
+        both[number].data = both[number].clone()
+        assert not held.expired()
+        assert linear_24_cuda.prepare_library(*both, 72)
+        assert held.expired()
+        held = StorageWeakRef(both[number].untyped_storage())
+        del both
+        assert held.expired()
+
+
+def test_a_graph_multiplies_by_the_library_if_it_was_prepared(monkeypatch, library, searches):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     (values, meta), dense = weight(32, 64)
     x = torch.randn(72, 64).bfloat16()
     pays = linear_24_cuda._library_pays
