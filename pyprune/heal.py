@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from pyprune.calibration.configured import configured_tokens
-from pyprune.calibration.tokens import Batch, TokenSet
+from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint import Checkpoint, check_output
 from pyprune.checkpoint.output import REPORT, changed_model, earlier_report, write_report
 from pyprune.config import CalibrationConfig, check_device
@@ -27,6 +27,7 @@ from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 from pyprune.progress import Progress
+from pyprune.surroundings import in_memory, undisturbed
 
 BOX = "model"
 
@@ -94,9 +95,10 @@ class HealReport:
     text_sha256: str
 
 
+@undisturbed()
 def heal_model(
     model: Any,
-    tokens: TokenSet,
+    tokenizer_or_batches: object,
     config: HealConfig,
     progress: Progress | None = None,
     *,
@@ -104,12 +106,23 @@ def heal_model(
 ) -> HealReport:
     """Trains and merges LoRA on all matrices that pruning could touch, in place.
 
-    only: names of the matrices to train; None: all. Fused experts, embeddings and the head stay as
-    they are. Dropout is seeded (`training.seed`).
-    Raises UserError: peft is not installed, too few batches, or a loss that is not finite (the
-    model has its old weights then).
+    Args:
+        model: a causal language model; it stays on its device and in its dtype: the config's are a
+            checkpoint's business.
+        tokenizer_or_batches: a tokenizer, with which `config.training` is read; or the batches
+            themselves, see `calibration.batches.as_token_set`.
+        config: what to do. Dropout is seeded (`training.seed`).
+        progress: called with (what happens, done, total or None).
+        only: names of the matrices to train; None: all. Fused experts, embeddings and the head stay
+            as they are.
+
+    Raises:
+        UserError: peft is not installed, too few batches, or a loss that is not finite (the model
+            has its old weights then).
     """
     lora = require_peft()
+    model = in_memory(model, structure=True)
+    tokens = configured_tokens(tokenizer_or_batches, config.training, model.config)
     train, held_out = _split(tokens.batches, config)
     names = [name for name in _targets(model) if only is None or name in only]
     if not names:
@@ -165,6 +178,7 @@ def heal_model(
     )
 
 
+@undisturbed()
 def heal_checkpoint(
     source: str | Path, out: str | Path, config: HealConfig, progress: Progress | None = None
 ) -> HealReport:
@@ -179,8 +193,7 @@ def heal_checkpoint(
     tokenizer = checkpoint.tokenizer()
     device = str(find_device(config.device))
     model: Any = checkpoint.load_model(device, getattr(torch, config.dtype))
-    tokens = configured_tokens(tokenizer, config.training, model.config)
-    report = heal_model(model, tokens, config, progress)
+    report = heal_model(model, tokenizer, config, progress)
     with changed_model(checkpoint, model, out) as folder:
         write_report(folder, {**_before(checkpoint), "heal": asdict(report)}, _card(report))
     return report

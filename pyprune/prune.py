@@ -47,8 +47,10 @@ from pyprune.report import (
 from pyprune.session import Look, Progress, Session, look_at_whole, looks_at_whole, needs_of
 from pyprune.surgeon.run import Surgeon
 from pyprune.surgeon.state import State
+from pyprune.surroundings import adapters, in_memory, undisturbed
 
 
+@undisturbed()
 def prune(
     model: nn.Module,
     tokenizer_or_batches: object = None,
@@ -63,9 +65,13 @@ def prune(
 ) -> Report:
     """Prunes the decoder blocks of a transformers model in memory, in place.
 
+    The outcome depends on the arguments alone: `torch.autocast`, inference mode and compiled
+    modules around the call are without effect in it.
+
     Args:
         model: a causal language model (or its decoder), on any device; blocks go to
-            `config.device` one at a time and come back.
+            `config.device` one at a time and come back. What peft has added beside a layer takes
+            part in the forward and stays as it is.
         tokenizer_or_batches: a tokenizer, with which `config.calibration` is read; or the batches
             themselves, see `calibration.batches.as_token_set`. Magnitude needs neither.
         method: a name in `pyprune.methods.METHODS` or `SHOT_METHODS`.
@@ -91,6 +97,7 @@ def prune(
         raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
     _check_mask(config, preserve_mask)
     measure = Measure()
+    model = in_memory(model)
     adapter = _adapter(model, config)
     masks = read_masks(preserve_mask, adapter)
     with measure.phase("tokens"):
@@ -99,7 +106,7 @@ def prune(
     if config.in_shots():
         surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
         layers = surgeon.run()
-        notes = (*surgeon.notes(), *_shared(adapter))
+        notes = (*surgeon.notes(), *_untouched(adapter))
         return _report(model_name(model), config, tokens, layers, measure, notes)
     _no_state(config, state)
     look = look_at_whole(config, adapter, tokens, device, measure, progress)
@@ -107,10 +114,11 @@ def prune(
         pruned = Session(
             config, adapter, tokens, store, store.flush, device, measure, progress, look, masks
         ).run()
-    notes = (*pruned.notes, *describe_masks(masks), *_shared(adapter))
+    notes = (*pruned.notes, *describe_masks(masks), *_untouched(adapter))
     return _report(model_name(model), config, tokens, pruned.layers, measure, notes)
 
 
+@undisturbed()
 def prune_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -189,7 +197,7 @@ def prune_checkpoint(
                 ).run()
             with measure.phase("write"):
                 model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        notes = (*pruned.notes, *describe_masks(masks), *_shared(adapter))
+        notes = (*pruned.notes, *describe_masks(masks), *_untouched(adapter))
         if not streamed:
             notes = (f"loaded whole, not streamed block by block: {problem}", *notes)
         report = _report(name, config, tokens, pruned.layers, measure, notes)
@@ -222,7 +230,7 @@ def _shots(
         with measure.phase("write"):
             empty = _adapter(checkpoint.build_model("meta", dtype), config) if streamed else None
             write_parameters(checkpoint, model, empty, surgeon.parameters(), folder)
-        notes = (*surgeon.notes(), *_shared(adapter))
+        notes = (*surgeon.notes(), *_untouched(adapter))
         report = _report(name, config, tokens, layers, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
     return report
@@ -292,14 +300,20 @@ def _adapter(model: nn.Module, config: PruneConfig) -> Adapter:
     return adapter
 
 
-def _shared(adapter: Adapter) -> tuple[str, ...]:
-    """What is said of matrices that stay as they are for it."""
-    if not adapter.shared:
-        return ()
-    return (
-        f"{len(adapter.shared)} matrices share their parameter with another module and stay as "
-        f"they are, the first is {adapter.shared[0]}",
-    )
+def _untouched(adapter: Adapter) -> tuple[str, ...]:
+    """What is said of matrices that stay as they are."""
+    notes = []
+    if adapter.shared:
+        notes.append(
+            f"{len(adapter.shared)} matrices share their parameter with another module and stay as "
+            f"they are, the first is {adapter.shared[0]}"
+        )
+    if adapted := adapters(adapter.model):
+        notes.append(
+            f"adapters of peft beside {len(adapted)} layers stay as they are: merged, they would "
+            "fill the zeros"
+        )
+    return tuple(notes)
 
 
 def _dtype(config: PruneConfig) -> torch.dtype | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def as_token_set(data: object, *, vocabulary: int | None, positions: int | None)
         UserError: something else was given, a batch does not fit the model, or there is no token.
     """
     if isinstance(data, TokenSet):
+        data = replace(data, batches=[_ordinary(batch) for batch in data.batches])
         for i, batch in enumerate(data.batches):
             _check(i, batch, vocabulary, positions)
         return data
@@ -33,7 +35,7 @@ def as_token_set(data: object, *, vocabulary: int | None, positions: int | None)
             "calibration: expected a tokenizer or an iterable of token id tensors, "
             f"got {type(data).__name__}"
         )
-    batches = [_as_batch(i, item) for i, item in enumerate(data)]
+    batches = [_ordinary(_as_batch(i, item)) for i, item in enumerate(data)]
     for i, batch in enumerate(batches):
         _check(i, batch, vocabulary, positions)
     tokens = sum(_real_tokens(batch) for batch in batches)
@@ -64,6 +66,14 @@ def _as_batch(i: int, item: Any) -> Batch:
         f"calibration batch {i}: expected a tensor of token ids or a mapping with input_ids, "
         f"got {type(item).__name__}"
     )
+
+
+def _ordinary(batch: Batch) -> Batch:
+    """Without tensors of `torch.inference_mode`, which no gradient can be taken behind."""
+    ids, mask = batch.input_ids, batch.attention_mask
+    if ids.is_inference() or (mask is not None and mask.is_inference()):
+        return Batch(ids.clone(), None if mask is None else mask.clone())
+    return batch
 
 
 def _two_dimensional(i: int, name: str, x: Any) -> Tensor:

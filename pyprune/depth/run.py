@@ -30,6 +30,7 @@ from pyprune.progress import Progress
 from pyprune.registry import HEADERS, MethodRow
 from pyprune.report import RunReport, model_name, versions
 from pyprune.structural import check_in_memory, prune_loaded
+from pyprune.surroundings import in_memory, undisturbed
 
 Curve = tuple[tuple[int, float], ...]
 STATE_FILE = "search.json"  # in the directory of --state
@@ -39,6 +40,7 @@ NOTHING_GOES = "no layer goes: no attention and MLP of different layers came nex
 FIRST_STAYS = "the attention of layer 0 was no candidate: DeciLM does not run without it"
 
 
+@undisturbed()
 def prune_structure(
     model: Any,
     tokenizer_or_batches: object,
@@ -68,6 +70,7 @@ def prune_structure(
     check_in_memory(config)
     if config.fill == "deci":
         raise UserError("fill: expected packed or zeros for a model in memory, got 'deci'")
+    model = in_memory(model, structure=True)
     return _prune(model, tokenizer_or_batches, config, progress, curve, Measure())
 
 
@@ -115,6 +118,7 @@ def _prune(
     )
 
 
+@undisturbed()
 def prune_structure_checkpoint(
     source: str | Path,
     out: str | Path,

@@ -49,6 +49,7 @@ from pyprune.report import (
 )
 from pyprune.sparse.convert import write_factored
 from pyprune.sparse.factored import FactoredLinear
+from pyprune.surroundings import in_memory, undisturbed
 
 STORED_DENSE = (
     "what is left is stored as dense matrices: nothing is smaller or faster by itself (thin "
@@ -173,6 +174,7 @@ class EigenDamageReport:
         )
 
 
+@undisturbed()
 def prune_eigendamage(
     model: nn.Module,
     tokenizer_or_batches: object,
@@ -194,6 +196,7 @@ def prune_eigendamage(
     """
     if config.dtype != "auto":
         raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
+    model = in_memory(model)
     return _prune(model, tokenizer_or_batches, config, progress, Measure())
 
 
@@ -265,6 +268,7 @@ def _adapter(model: nn.Module, config: EigenDamageConfig) -> Adapter:
     return adapter.restricted(select_linears(adapter, config.include, config.exclude))
 
 
+@undisturbed()
 def prune_eigendamage_checkpoint(
     source: str | Path,
     out: str | Path,

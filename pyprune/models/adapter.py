@@ -17,6 +17,7 @@ from transformers import Conv1D
 from pyprune.errors import UserError
 from pyprune.models.experts import FUSED_EXPERTS, PROJECTIONS, expert_count
 from pyprune.models.linears import LinearRef
+from pyprune.surroundings import is_adapted
 
 # The configuration's model_type -> path of the blocks in the decoder, where more than one
 # ModuleList has as many entries as there are layers.
@@ -132,8 +133,14 @@ def _shared_parameters(model: nn.Module, blocks: list[nn.Module]) -> set[int]:
 
 
 def _linears(block: nn.Module, block_name: str) -> Iterator[LinearRef]:
+    beside: list[str] = []
     for path, module in block.named_modules():
         name = f"{block_name}.{path}" if path else block_name
+        if is_adapted(module):
+            parts = [part for part, _ in module.named_children() if part != "base_layer"]
+            beside += [f"{path}.{part}" for part in parts]
+        if any(f"{path}.".startswith(f"{part}.") for part in beside):
+            continue  # what peft has added: it is to be trained, or merged
         if isinstance(module, nn.Linear | Conv1D):
             if not _is_router(block, path):
                 _check_plain(name, module.weight)

@@ -28,6 +28,7 @@ from pyprune.structural import (
     model_card,
     prune_loaded,
 )
+from pyprune.surroundings import in_memory, undisturbed
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.plot import draw
@@ -91,6 +92,7 @@ class WidthReport(StructuralReport):
         )
 
 
+@undisturbed()
 def prune_width(
     model: Any,
     tokenizer_or_batches: object,
@@ -122,6 +124,7 @@ def prune_width(
             been changed then.
     """
     check_in_memory(config)
+    model = in_memory(model, structure=True)
     return _prune(model, tokenizer_or_batches, config, progress, Measure(), state, curve)
 
 
@@ -153,6 +156,7 @@ def _perplexity(model: Any, tokens: TokenSet) -> float:
     return perplexities(ResidualGraph(model, Adapter.of(model)), tokens.batches)[0]
 
 
+@undisturbed()
 def prune_width_checkpoint(
     source: str | Path,
     out: str | Path,
