@@ -143,7 +143,7 @@ def _linears(block: nn.Module, block_name: str) -> Iterator[LinearRef]:
             continue  # what peft has added: it is to be trained, or merged
         if isinstance(module, nn.Linear | Conv1D):
             if not _is_router(block, path):
-                _check_plain(name, module.weight)
+                _check_plain(name, module)
                 yield LinearRef(name, module, "weight", transposed=isinstance(module, Conv1D))
         elif type(module).__name__ in FUSED_EXPERTS:
             for projection in PROJECTIONS:
@@ -153,13 +153,25 @@ def _linears(block: nn.Module, block_name: str) -> Iterator[LinearRef]:
             _check_no_hidden_experts(name, path, module)
 
 
+def is_computed(module: nn.Module) -> bool:
+    """Whether the module's weight is made of other parameters at each call."""
+    return "weight" not in module._parameters
+
+
 def _is_router(block: nn.Module, path: str) -> bool:
     parent, _, leaf = path.rpartition(".")
     return leaf in ROUTERS and hasattr(block.get_submodule(parent), "experts")
 
 
-def _check_plain(name: str, weight: Tensor) -> None:
-    if weight.dim() != 2 or not weight.is_floating_point():
+def _check_plain(name: str, module: nn.Module) -> None:
+    if is_computed(module):
+        raise UserError(
+            f"{name}: expected a weight that is a parameter, got one that is computed before each "
+            "use (torch.nn.utils.prune, weight_norm, a parametrization), where what is written to "
+            "it would be lost: make it a parameter first (prune.remove, remove_parametrizations)"
+        )
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise UserError(
             f"{name}: expected a floating point matrix, got {weight.dtype} of shape "
             f"{tuple(weight.shape)}; load the model without quantisation"
