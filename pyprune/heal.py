@@ -22,7 +22,13 @@ from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint import Checkpoint, check_output
 from pyprune.checkpoint.output import REPORT, changed_model, earlier_report, write_report
-from pyprune.config import CalibrationConfig, check_device
+from pyprune.config import (
+    CalibrationConfig,
+    check_call,
+    check_device,
+    check_types,
+    convert_fields,
+)
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
@@ -60,6 +66,8 @@ class HealConfig:
     )
 
     def __post_init__(self) -> None:
+        convert_fields(self)
+        check_types(self, "")
         for name in ("rank", "steps", "accumulate", "held_out"):
             value = getattr(self, name)
             if not (type(value) is int and value >= 1):
@@ -120,6 +128,7 @@ def heal_model(
         UserError: peft is not installed, too few batches, or a loss that is not finite (the model
             has its old weights then).
     """
+    check_call(config, HealConfig, progress)
     lora = require_peft()
     model = in_memory(model, structure=True)
     tokens = configured_tokens(tokenizer_or_batches, config.training, model.config)
@@ -187,6 +196,7 @@ def heal_checkpoint(
     pyprune.json keeps what the source's said (what was removed stays true) and adds "heal". Raises
     UserError as `heal_model` does, and if `out` exists.
     """
+    check_call(config, HealConfig, progress)
     check_output(out)
     require_peft()
     checkpoint = Checkpoint.open(source)

@@ -23,7 +23,7 @@ from pyprune.checkpoint import (
     write_report,
 )
 from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE
-from pyprune.config import PruneConfig
+from pyprune.config import ConfigFile, PruneConfig, check_call
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.families import Family, Run
@@ -93,6 +93,7 @@ def prune(
             come first; after an error in the middle, the blocks before the named one are pruned.
     """
     config = _config(method, pattern, config, options)
+    check_call(config, PruneConfig, progress)
     if config.dtype != "auto":
         raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
     _check_mask(config, preserve_mask)
@@ -153,6 +154,7 @@ def prune_checkpoint(
     Raises:
         UserError: see `prune`, `Checkpoint.open` and `output_directory`. Nothing is left at `out`.
     """
+    check_call(config, PruneConfig, progress)
     _check_mask(config, preserve_mask)
     measure = Measure()
     check_output(out)
@@ -270,6 +272,10 @@ def _config(
     options: dict[str, Any],
 ) -> PruneConfig:
     """One config out of either way to ask."""
+    if isinstance(method, ConfigFile):
+        raise UserError(
+            f"method: expected a name, got a {type(method).__name__}: give it as config="
+        )
     if config is not None:
         if method is not None or pattern is not None or options:
             raise UserError("expected either config or method, pattern and options, got both")
@@ -379,6 +385,7 @@ FAMILY = Family(
     title="weights (the first scope is the method's default)",
     methods=lambda: {**METHODS, **SHOT_METHODS},
     config=PruneConfig,
+    call="prune",
     targets={"sparsity": ("pattern",), "pattern": ("sparsity", "scope")},
     run=_run,
     headers=HEADERS,

@@ -11,6 +11,7 @@ from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import TokenSet
 from pyprune.checkpoint.output import save_stock
+from pyprune.config import check_call
 from pyprune.deci import NOTE, check_before, save_deci, to_deci
 from pyprune.depth.budget import parameter_count
 from pyprune.depth.config import StructureConfig
@@ -67,6 +68,7 @@ def prune_structure(
         UserError: the request, the data or the architecture make it impossible. Methods that change
             weights may have done so.
     """
+    check_call(config, StructureConfig, progress)
     check_in_memory(config)
     if config.fill == "deci":
         raise UserError("fill: expected packed or zeros for a model in memory, got 'deci'")
@@ -147,6 +149,7 @@ def prune_structure_checkpoint(
         UserError: see `prune_structure`, `Checkpoint.open` and `output_directory`. Nothing is left
             at `out`.
     """
+    check_call(config, StructureConfig, progress)
 
     def prune(model: Any, data: object, measure: Measure) -> StructureReport:
         return _prune(model, data, config, progress, curve, measure)
@@ -234,6 +237,7 @@ FAMILY = Family(
     title="branches and layers",
     methods=DEPTH_METHODS.load,
     config=StructureConfig,
+    call="prune_structure",
     targets={"ratio": ("count",), "count": ("ratio",)},
     run=_run,
     headers=HEADERS,
