@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from pyprune.calibration.configured import configured_tokens
+from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint import Checkpoint, check_output
 from pyprune.checkpoint.output import REPORT, changed_model, earlier_report, write_report
@@ -140,7 +141,8 @@ def heal_model(
     zeros = sum(int((modules[name].weight == 0).sum()) for name in names)
     before = _loss(model, held_out)
     seed = config.training.seed
-    training, required = model.training, {id(p): p.requires_grad for p in model.parameters()}
+    training = [module for module in model.modules() if module.training]
+    required = {id(p): p.requires_grad for p in model.parameters()}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         # Of a mixture's model peft takes names like `mlp.up_proj` for experts that transformers
@@ -169,7 +171,9 @@ def heal_model(
             for layer in masked:
                 del layer.forward
             wrapped.unload()
-            model.train(training)
+            model.eval()
+            for module in training:
+                module.training = True
             for p in model.parameters():
                 p.requires_grad_(required[id(p)])
     after = _loss(model, held_out)
@@ -339,10 +343,8 @@ def _token_losses(model: Any, batch: Batch) -> Tensor:
 @torch.no_grad()
 def _loss(model: Any, batches: list[Batch]) -> float:
     """Mean over all tokens, dropout off."""
-    training = model.training
-    model.eval()
-    losses = torch.cat([_token_losses(model, batch) for batch in batches])
-    model.train(training)
+    with evaluation(model):
+        losses = torch.cat([_token_losses(model, batch) for batch in batches])
     if not losses.isfinite().all():
         raise UserError("the model's loss is NaN or infinite on the held-out text")
     return float(losses.double().mean())

@@ -175,6 +175,19 @@ def test_gradients_that_are_there_stay_and_are_not_added_to(run):
         assert p.requires_grad == ("proj" not in name)
 
 
+@pytest.mark.parametrize("run", ["sparsegpt", "llm-surgeon", "llm-streamline", "blockpruner",
+                                 "slicegpt", "heal"])  # fmt: skip
+def test_each_module_keeps_its_own_mode(run):
+    """A model with one layer frozen in evaluation mode, say; or all of it is."""
+    for mode in (True, False):
+        model = deep().train(mode)
+        model.model.layers[1].eval()
+        before = {module: module.training for module in model.modules()}
+        RUNS[run](model)
+        for name, module in model.named_modules():
+            assert module.training == before.get(module, mode), name
+
+
 def test_healing_takes_a_tokenizer_too(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("all work and no play makes a dull model " * 100)
