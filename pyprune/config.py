@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -81,14 +81,7 @@ class ConfigFile:
         given = values.get("calibration", {})
         if not isinstance(given, CalibrationConfig):
             check_keys(CalibrationConfig, given, "calibration")
-            values["calibration"] = dataclasses.replace(cls._shown_by_default(), **given)
         return cls(**values)
-
-    @classmethod
-    def _shown_by_default(cls) -> CalibrationConfig:
-        (default,) = (f.default_factory for f in dataclasses.fields(cls) if f.name == "calibration")
-        shown: CalibrationConfig = default()  # type: ignore[operator]
-        return shown
 
     def to_yaml(self) -> str:
         # Escaped ASCII: PyYAML writes some Unicode line breaks in a way that it reads as spaces.
@@ -158,10 +151,7 @@ class PruneConfig(ConfigFile):
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude"):
-            value = getattr(self, name)
-            if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+        convert_fields(self)
         check_types(self, "")
         if (self.sparsity is None) == (self.pattern is None):
             raise UserError(
@@ -352,9 +342,31 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     str | None: ((str, type(None)), "text"),
     Scope | None: ((str, type(None)), "text"),
     tuple[str, ...]: ((tuple,), "a list of texts"),
-    CalibrationConfig: ((CalibrationConfig,), "a mapping"),
+    CalibrationConfig: ((CalibrationConfig,), "a mapping or CalibrationConfig"),
     Mapping[str, Scalar]: ((Mapping,), "a mapping of names to values"),
 }
+
+
+def convert_fields(config: Any) -> None:
+    """Lists become tuples, mappings a CalibrationConfig, where a frozen dataclass has such fields:
+    what a mapping leaves out has the default of that dataclass."""
+    hints = get_type_hints(type(config))
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if hints[f.name] is CalibrationConfig and isinstance(value, Mapping):
+            check_keys(CalibrationConfig, value, f.name)
+            made: Callable[[], CalibrationConfig] = f.default_factory  # type: ignore[assignment]
+            object.__setattr__(config, f.name, replace(made(), **value))
+        elif hints[f.name] == tuple[str, ...] and isinstance(value, list):
+            object.__setattr__(config, f.name, tuple(value))
+
+
+def check_call(config: object, kind: type, progress: object) -> None:
+    """Raises UserError unless `config` is a `kind`, and `progress` can be called or is None."""
+    if not isinstance(config, kind):
+        raise UserError(f"config: expected a {kind.__name__}, got {type(config).__name__}")
+    if progress is not None and not callable(progress):
+        raise UserError(f"progress: expected a function or None, got {progress!r}")
 
 
 def check_types(config: Any, prefix: str) -> None:

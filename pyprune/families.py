@@ -63,15 +63,17 @@ class Run:
 class Family:
     """One kind of methods.
 
-    title: what they prune. methods: the rows, by name. config: of a run. targets: for each of its
-    fields that say how much goes, the fields that it takes the place of when a configuration file
-    says otherwise. run: does it. headers, describe: of the table of methods; `describe` turns a row
-    into cells and into a mapping for JSON, with the method's own options under "options".
+    title: what they prune. methods: the rows, by name. config: of a run. call: the function of
+    `pyprune` that does it to a model in memory. targets: for each of the configuration's fields
+    that say how much goes, the fields that it takes the place of when a configuration file says
+    otherwise. run: does it. headers, describe: of the table of methods; `describe` turns a row into
+    cells and into a mapping for JSON, with the method's own options under "options".
     """
 
     title: str
     methods: Callable[[], Mapping[str, Any]]
     config: type[ConfigFile]
+    call: str
     targets: Mapping[str, tuple[str, ...]]
     run: Callable[[Run], Outcome]
     headers: tuple[str, ...]
@@ -92,11 +94,4 @@ def find_family(method: object) -> Family:
         if isinstance(method, str) and method in family.methods():
             return family
         names += family.methods()
-    from pyprune.allocation.table import ALLOCATIONS
-
-    if isinstance(method, str) and method in ALLOCATIONS:
-        raise UserError(
-            f"method: {method} is an allocation, which shares out the sparsity of a method: "
-            f"expected e.g. -m wanda --allocation {method}"
-        )
     raise unknown_method(method, names)

@@ -19,14 +19,22 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from pyprune.calibration.configured import configured_tokens
-from pyprune.calibration.tokens import Batch, TokenSet
+from pyprune.calibration.coroutine import evaluation
+from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint import Checkpoint, check_output
 from pyprune.checkpoint.output import REPORT, changed_model, earlier_report, write_report
-from pyprune.config import CalibrationConfig, check_device
+from pyprune.config import (
+    CalibrationConfig,
+    check_call,
+    check_device,
+    check_types,
+    convert_fields,
+)
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 from pyprune.progress import Progress
+from pyprune.surroundings import in_memory, undisturbed
 
 BOX = "model"
 
@@ -59,6 +67,8 @@ class HealConfig:
     )
 
     def __post_init__(self) -> None:
+        convert_fields(self)
+        check_types(self, "")
         for name in ("rank", "steps", "accumulate", "held_out"):
             value = getattr(self, name)
             if not (type(value) is int and value >= 1):
@@ -94,9 +104,10 @@ class HealReport:
     text_sha256: str
 
 
+@undisturbed()
 def heal_model(
     model: Any,
-    tokens: TokenSet,
+    tokenizer_or_batches: object,
     config: HealConfig,
     progress: Progress | None = None,
     *,
@@ -104,12 +115,24 @@ def heal_model(
 ) -> HealReport:
     """Trains and merges LoRA on all matrices that pruning could touch, in place.
 
-    only: names of the matrices to train; None: all. Fused experts, embeddings and the head stay as
-    they are. Dropout is seeded (`training.seed`).
-    Raises UserError: peft is not installed, too few batches, or a loss that is not finite (the
-    model has its old weights then).
+    Args:
+        model: a causal language model; it stays on its device and in its dtype: the config's are a
+            checkpoint's business.
+        tokenizer_or_batches: a tokenizer, with which `config.training` is read; or the batches
+            themselves, see `calibration.batches.as_token_set`.
+        config: what to do. Dropout is seeded (`training.seed`).
+        progress: called with (what happens, done, total or None).
+        only: names of the matrices to train; None: all. Fused experts, embeddings and the head stay
+            as they are.
+
+    Raises:
+        UserError: peft is not installed, too few batches, or a loss that is not finite (the model
+            has its old weights then).
     """
+    check_call(config, HealConfig, progress)
     lora = require_peft()
+    model = in_memory(model, structure=True)
+    tokens = configured_tokens(tokenizer_or_batches, config.training, model.config)
     train, held_out = _split(tokens.batches, config)
     names = [name for name in _targets(model) if only is None or name in only]
     if not names:
@@ -118,7 +141,8 @@ def heal_model(
     zeros = sum(int((modules[name].weight == 0).sum()) for name in names)
     before = _loss(model, held_out)
     seed = config.training.seed
-    training, required = model.training, {id(p): p.requires_grad for p in model.parameters()}
+    training = [module for module in model.modules() if module.training]
+    required = {id(p): p.requires_grad for p in model.parameters()}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         # Of a mixture's model peft takes names like `mlp.up_proj` for experts that transformers
@@ -147,7 +171,9 @@ def heal_model(
             for layer in masked:
                 del layer.forward
             wrapped.unload()
-            model.train(training)
+            model.eval()
+            for module in training:
+                module.training = True
             for p in model.parameters():
                 p.requires_grad_(required[id(p)])
     after = _loss(model, held_out)
@@ -165,6 +191,7 @@ def heal_model(
     )
 
 
+@undisturbed()
 def heal_checkpoint(
     source: str | Path, out: str | Path, config: HealConfig, progress: Progress | None = None
 ) -> HealReport:
@@ -173,14 +200,14 @@ def heal_checkpoint(
     pyprune.json keeps what the source's said (what was removed stays true) and adds "heal". Raises
     UserError as `heal_model` does, and if `out` exists.
     """
+    check_call(config, HealConfig, progress)
     check_output(out)
     require_peft()
     checkpoint = Checkpoint.open(source)
     tokenizer = checkpoint.tokenizer()
     device = str(find_device(config.device))
     model: Any = checkpoint.load_model(device, getattr(torch, config.dtype))
-    tokens = configured_tokens(tokenizer, config.training, model.config)
-    report = heal_model(model, tokens, config, progress)
+    report = heal_model(model, tokenizer, config, progress)
     with changed_model(checkpoint, model, out) as folder:
         write_report(folder, {**_before(checkpoint), "heal": asdict(report)}, _card(report))
     return report
@@ -316,10 +343,8 @@ def _token_losses(model: Any, batch: Batch) -> Tensor:
 @torch.no_grad()
 def _loss(model: Any, batches: list[Batch]) -> float:
     """Mean over all tokens, dropout off."""
-    training = model.training
-    model.eval()
-    losses = torch.cat([_token_losses(model, batch) for batch in batches])
-    model.train(training)
+    with evaluation(model):
+        losses = torch.cat([_token_losses(model, batch) for batch in batches])
     if not losses.isfinite().all():
         raise UserError("the model's loss is NaN or infinite on the held-out text")
     return float(losses.double().mean())

@@ -32,6 +32,11 @@ def read_masks(given: Masks | None, adapter: Adapter) -> dict[str, Tensor]:
     """
     if given is None:
         return {}
+    if not isinstance(given, Mapping | str | Path):
+        raise UserError(
+            "preserve_mask: expected bool tensors by layer name or a safetensors file, "
+            f"got {type(given).__name__}"
+        )
     masks = given if isinstance(given, Mapping) else _load(Path(given))
     shapes = {
         ref.name: tuple(ref.weight().shape)

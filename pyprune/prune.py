@@ -23,7 +23,7 @@ from pyprune.checkpoint import (
     write_report,
 )
 from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE
-from pyprune.config import PruneConfig
+from pyprune.config import ConfigFile, PruneConfig, check_call
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.families import Family, Run
@@ -47,8 +47,10 @@ from pyprune.report import (
 from pyprune.session import Look, Progress, Session, look_at_whole, looks_at_whole, needs_of
 from pyprune.surgeon.run import Surgeon
 from pyprune.surgeon.state import State
+from pyprune.surroundings import adapters, in_memory, undisturbed
 
 
+@undisturbed()
 def prune(
     model: nn.Module,
     tokenizer_or_batches: object = None,
@@ -63,9 +65,13 @@ def prune(
 ) -> Report:
     """Prunes the decoder blocks of a transformers model in memory, in place.
 
+    The outcome depends on the arguments alone: `torch.autocast`, inference mode and compiled
+    modules around the call are without effect in it.
+
     Args:
         model: a causal language model (or its decoder), on any device; blocks go to
-            `config.device` one at a time and come back.
+            `config.device` one at a time and come back. What peft has added beside a layer takes
+            part in the forward and stays as it is.
         tokenizer_or_batches: a tokenizer, with which `config.calibration` is read; or the batches
             themselves, see `calibration.batches.as_token_set`. Magnitude needs neither.
         method: a name in `pyprune.methods.METHODS` or `SHOT_METHODS`.
@@ -87,10 +93,12 @@ def prune(
             come first; after an error in the middle, the blocks before the named one are pruned.
     """
     config = _config(method, pattern, config, options)
+    check_call(config, PruneConfig, progress)
     if config.dtype != "auto":
         raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
     _check_mask(config, preserve_mask)
     measure = Measure()
+    model = in_memory(model)
     adapter = _adapter(model, config)
     masks = read_masks(preserve_mask, adapter)
     with measure.phase("tokens"):
@@ -99,7 +107,7 @@ def prune(
     if config.in_shots():
         surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
         layers = surgeon.run()
-        notes = (*surgeon.notes(), *_shared(adapter))
+        notes = (*surgeon.notes(), *_untouched(adapter))
         return _report(model_name(model), config, tokens, layers, measure, notes)
     _no_state(config, state)
     look = look_at_whole(config, adapter, tokens, device, measure, progress)
@@ -107,10 +115,11 @@ def prune(
         pruned = Session(
             config, adapter, tokens, store, store.flush, device, measure, progress, look, masks
         ).run()
-    notes = (*pruned.notes, *describe_masks(masks), *_shared(adapter))
+    notes = (*pruned.notes, *describe_masks(masks), *_untouched(adapter))
     return _report(model_name(model), config, tokens, pruned.layers, measure, notes)
 
 
+@undisturbed()
 def prune_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -145,6 +154,7 @@ def prune_checkpoint(
     Raises:
         UserError: see `prune`, `Checkpoint.open` and `output_directory`. Nothing is left at `out`.
     """
+    check_call(config, PruneConfig, progress)
     _check_mask(config, preserve_mask)
     measure = Measure()
     check_output(out)
@@ -189,7 +199,7 @@ def prune_checkpoint(
                 ).run()
             with measure.phase("write"):
                 model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
-        notes = (*pruned.notes, *describe_masks(masks), *_shared(adapter))
+        notes = (*pruned.notes, *describe_masks(masks), *_untouched(adapter))
         if not streamed:
             notes = (f"loaded whole, not streamed block by block: {problem}", *notes)
         report = _report(name, config, tokens, pruned.layers, measure, notes)
@@ -222,7 +232,7 @@ def _shots(
         with measure.phase("write"):
             empty = _adapter(checkpoint.build_model("meta", dtype), config) if streamed else None
             write_parameters(checkpoint, model, empty, surgeon.parameters(), folder)
-        notes = (*surgeon.notes(), *_shared(adapter))
+        notes = (*surgeon.notes(), *_untouched(adapter))
         report = _report(name, config, tokens, layers, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
     return report
@@ -262,6 +272,10 @@ def _config(
     options: dict[str, Any],
 ) -> PruneConfig:
     """One config out of either way to ask."""
+    if isinstance(method, ConfigFile):
+        raise UserError(
+            f"method: expected a name, got a {type(method).__name__}: give it as config="
+        )
     if config is not None:
         if method is not None or pattern is not None or options:
             raise UserError("expected either config or method, pattern and options, got both")
@@ -292,14 +306,20 @@ def _adapter(model: nn.Module, config: PruneConfig) -> Adapter:
     return adapter
 
 
-def _shared(adapter: Adapter) -> tuple[str, ...]:
-    """What is said of matrices that stay as they are for it."""
-    if not adapter.shared:
-        return ()
-    return (
-        f"{len(adapter.shared)} matrices share their parameter with another module and stay as "
-        f"they are, the first is {adapter.shared[0]}",
-    )
+def _untouched(adapter: Adapter) -> tuple[str, ...]:
+    """What is said of matrices that stay as they are."""
+    notes = []
+    if adapter.shared:
+        notes.append(
+            f"{len(adapter.shared)} matrices share their parameter with another module and stay as "
+            f"they are, the first is {adapter.shared[0]}"
+        )
+    if adapted := adapters(adapter.model):
+        notes.append(
+            f"adapters of peft beside {len(adapted)} layers stay as they are: merged, they would "
+            "fill the zeros"
+        )
+    return tuple(notes)
 
 
 def _dtype(config: PruneConfig) -> torch.dtype | None:
@@ -365,6 +385,7 @@ FAMILY = Family(
     title="weights (the first scope is the method's default)",
     methods=lambda: {**METHODS, **SHOT_METHODS},
     config=PruneConfig,
+    call="prune",
     targets={"sparsity": ("pattern",), "pattern": ("sparsity", "scope")},
     run=_run,
     headers=HEADERS,

@@ -72,8 +72,23 @@ class MethodTable(Generic[Row]):
 
 
 def unknown_method(name: object, known: Iterable[str]) -> UserError:
-    """What to raise for a name that no table has: it says which there are, and the closest."""
+    """What to raise for a name that a table does not have: it says which there are, and the
+    closest, or what knows the name."""
+    from pyprune.allocation import ALLOCATIONS
+    from pyprune.families import families
+
     names = list(known)
-    close = get_close_matches(str(name), names, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
+    if isinstance(name, str) and name in ALLOCATIONS:
+        return UserError(
+            f"method: {name} is an allocation, which shares out the sparsity of a method: "
+            f"expected e.g. -m wanda --allocation {name} (method and allocation in Python)"
+        )
+    for family in families():
+        if isinstance(name, str) and name in family.methods():
+            call, config = family.call, family.config.__name__
+            hint = f": pyprune.{call} does that, with a {config}"
+            return UserError(f"method: expected one of {', '.join(names)}, got {name!r}{hint}")
+    by_lower = {known.lower(): known for known in names}
+    close = get_close_matches(str(name).lower(), by_lower, n=1)
+    hint = f" (did you mean {by_lower[close[0]]}?)" if close else ""
     return UserError(f"method: expected one of {', '.join(names)}, got {name!r}{hint}")

@@ -109,7 +109,7 @@ class RunReport:
     peak_cuda_bytes: int | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The outcome of `prune`. In the file everything that varies between identical runs stands in
     the last section, `run`.
@@ -124,6 +124,9 @@ class Report:
     calibration: CalibrationReport | None = None
     run: RunReport = field(default_factory=RunReport)
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<Report of {self.model}: {_summary(self)}>"
 
     @property
     def sparsity(self) -> float:

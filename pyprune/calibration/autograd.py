@@ -59,6 +59,12 @@ def checkpointed(block: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Within the context no parameter asks for a gradient. UserError if one could not have any."""
+    if any(p.is_inference() for p in model.parameters()):
+        raise UserError(
+            "model: expected ordinary parameters, got some that were made in torch.inference_mode: "
+            "no gradient can be taken through them; load the model outside of it"
+        )
     asking = [p for p in model.parameters() if p.requires_grad]
     for p in asking:
         p.requires_grad_(False)

@@ -13,6 +13,7 @@ from pyprune.config import (
     check_choice,
     check_device,
     check_types,
+    convert_fields,
 )
 from pyprune.depth.graph import Branch
 from pyprune.depth.repack import Fill
@@ -54,6 +55,7 @@ class StructureConfig(ConfigFile):
     )
 
     def __post_init__(self) -> None:
+        convert_fields(self)
         check_types(self, "")
         if (self.ratio is None) == (self.count is None):
             raise UserError(

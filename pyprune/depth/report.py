@@ -16,7 +16,7 @@ from pyprune.report import with_notes
 from pyprune.structural import StructuralReport, calibration_fact, model_card
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StructureReport(StructuralReport):
     """The outcome of `prune_structure`.
 
@@ -32,6 +32,13 @@ class StructureReport(StructuralReport):
     zeros: int
     curve: tuple[tuple[int, float], ...] = ()
     notes: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"<StructureReport of {self.decision.model}: {self.decision.method}, "
+            f"{self.packing.before} -> {len(self.packing.pairs)} layers, "
+            f"{self.realised_share:.1%} of the parameters less>"
+        )
 
     def named(self, name: str) -> StructureReport:
         return replace(self, decision=replace(self.decision, model=name))

@@ -11,6 +11,7 @@ from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import TokenSet
 from pyprune.checkpoint.output import save_stock
+from pyprune.config import check_call
 from pyprune.deci import NOTE, check_before, save_deci, to_deci
 from pyprune.depth.budget import parameter_count
 from pyprune.depth.config import StructureConfig
@@ -30,6 +31,7 @@ from pyprune.progress import Progress
 from pyprune.registry import HEADERS, MethodRow
 from pyprune.report import RunReport, model_name, versions
 from pyprune.structural import check_in_memory, prune_loaded
+from pyprune.surroundings import in_memory, undisturbed
 
 Curve = tuple[tuple[int, float], ...]
 STATE_FILE = "search.json"  # in the directory of --state
@@ -39,6 +41,7 @@ NOTHING_GOES = "no layer goes: no attention and MLP of different layers came nex
 FIRST_STAYS = "the attention of layer 0 was no candidate: DeciLM does not run without it"
 
 
+@undisturbed()
 def prune_structure(
     model: Any,
     tokenizer_or_batches: object,
@@ -65,9 +68,11 @@ def prune_structure(
         UserError: the request, the data or the architecture make it impossible. Methods that change
             weights may have done so.
     """
+    check_call(config, StructureConfig, progress)
     check_in_memory(config)
     if config.fill == "deci":
         raise UserError("fill: expected packed or zeros for a model in memory, got 'deci'")
+    model = in_memory(model, structure=True)
     return _prune(model, tokenizer_or_batches, config, progress, curve, Measure())
 
 
@@ -115,6 +120,7 @@ def _prune(
     )
 
 
+@undisturbed()
 def prune_structure_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -143,6 +149,7 @@ def prune_structure_checkpoint(
         UserError: see `prune_structure`, `Checkpoint.open` and `output_directory`. Nothing is left
             at `out`.
     """
+    check_call(config, StructureConfig, progress)
 
     def prune(model: Any, data: object, measure: Measure) -> StructureReport:
         return _prune(model, data, config, progress, curve, measure)
@@ -230,6 +237,7 @@ FAMILY = Family(
     title="branches and layers",
     methods=DEPTH_METHODS.load,
     config=StructureConfig,
+    call="prune_structure",
     targets={"ratio": ("count",), "count": ("ratio",)},
     run=_run,
     headers=HEADERS,

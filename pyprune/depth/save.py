@@ -94,9 +94,10 @@ def restack(model: PreTrainedModel, slots: Sequence[Slot], mlp: Sequence[str] = 
     for slot, modules in zip(slots, parts, strict=True):
         for name, module in zip(mlp, modules, strict=True):
             blocks[slot.layer].set_submodule(name, module)
-    parent, _, name = adapter.block_names[0].rpartition(".")[0].rpartition(".")
-    kept = nn.ModuleList([blocks[slot.layer] for slot in slots])
-    setattr(model.get_submodule(parent), name, kept)
+    kept = model.get_submodule(adapter.block_names[0].rpartition(".")[0])
+    assert isinstance(kept, nn.ModuleList)
+    del kept[:]  # the same list afterwards, in its own mode
+    kept.extend([blocks[slot.layer] for slot in slots])
     for new, block in enumerate(kept):
         for module in block.modules():
             for attribute in INDEX_ATTRIBUTES:

@@ -106,7 +106,6 @@ def replace_window(
         _put(parameters, original)
         for p, required in wanted:
             p.requires_grad_(required)
-            p.grad = None
     after = _error(graph, batches, layer, end, original, current)
     if not after < errors[chosen]:
         current, after = choices[chosen], errors[chosen]
@@ -142,10 +141,10 @@ def _train(
                 p.requires_grad_(True)
             with torch.enable_grad():
                 loss = _mse(run_layer(graph, layer, state, context), batches[i], target)
-                loss.backward()  # type: ignore[no-untyped-call]
-            for value, p in zip(current, parameters, strict=True):
-                value.grad = None if p.grad is None else p.grad.to(value.dtype)
-                p.grad = None
+                # Not added to the gradients that the model's owner may hold in `.grad`.
+                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for value, p, grad in zip(current, parameters, found, strict=True):
+                value.grad = None if grad is None else grad.to(value.dtype)
                 p.requires_grad_(False)
             torch.nn.utils.clip_grad_norm_(current, clip)
             optimiser.step()

@@ -14,9 +14,11 @@ from pyprune.config import (
     check_choice,
     check_device,
     check_types,
+    convert_fields,
 )
 from pyprune.errors import UserError
 from pyprune.methods.options import Scalar, build_options
+from pyprune.registry import unknown_method
 
 METHOD = "eigendamage"
 Unit = Literal["directions", "elements"]
@@ -80,11 +82,10 @@ class EigenDamageConfig(ConfigFile):
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
-        for name in ("include", "exclude"):
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
+        convert_fields(self)
         check_types(self, "")
-        check_choice("method", self.method, (METHOD,))
+        if self.method != METHOD:
+            raise unknown_method(self.method, [METHOD])
         if not 0 <= self.sparsity < 1:
             raise UserError(f"sparsity: expected a fraction in [0, 1), got {self.sparsity}")
         check_choice("dtype", self.dtype, DTYPES)

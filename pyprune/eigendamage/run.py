@@ -28,6 +28,7 @@ from pyprune.checkpoint import (
 )
 from pyprune.checkpoint.names import Piece, map_names
 from pyprune.checkpoint.output import AUXILIARY_BYTES
+from pyprune.config import check_call
 from pyprune.devices import find_device
 from pyprune.eigendamage.config import METHOD, EigenDamageConfig, EigenDamageOptions
 from pyprune.eigendamage.layers import EigenLayer, Progress, damage
@@ -49,6 +50,7 @@ from pyprune.report import (
 )
 from pyprune.sparse.convert import write_factored
 from pyprune.sparse.factored import FactoredLinear
+from pyprune.surroundings import in_memory, undisturbed
 
 STORED_DENSE = (
     "what is left is stored as dense matrices: nothing is smaller or faster by itself (thin "
@@ -66,7 +68,7 @@ ROW: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EigenDamageReport:
     """The outcome of `prune_eigendamage`.
 
@@ -80,6 +82,12 @@ class EigenDamageReport:
     versions: Mapping[str, str] = field(default_factory=versions)
     notes: tuple[str, ...] = ()
     run: RunReport = field(default_factory=RunReport)
+
+    def __repr__(self) -> str:
+        return (
+            f"<EigenDamageReport of {self.model}: {self.sparsity:.1%} of the entries of "
+            f"{len(self.layers)} matrices removed>"
+        )
 
     @property
     def sparsity(self) -> float:
@@ -173,6 +181,7 @@ class EigenDamageReport:
         )
 
 
+@undisturbed()
 def prune_eigendamage(
     model: nn.Module,
     tokenizer_or_batches: object,
@@ -192,8 +201,10 @@ def prune_eigendamage(
         UserError: the request, the data or a layer (LayerError, named) make it impossible; see
             `damage`.
     """
+    check_call(config, EigenDamageConfig, progress)
     if config.dtype != "auto":
         raise UserError(f"dtype: expected auto for a model in memory, got {config.dtype!r}")
+    model = in_memory(model)
     return _prune(model, tokenizer_or_batches, config, progress, Measure())
 
 
@@ -265,6 +276,7 @@ def _adapter(model: nn.Module, config: EigenDamageConfig) -> Adapter:
     return adapter.restricted(select_linears(adapter, config.include, config.exclude))
 
 
+@undisturbed()
 def prune_eigendamage_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -294,6 +306,7 @@ def prune_eigendamage_checkpoint(
         UserError: see `prune_eigendamage`, `Checkpoint.open` and `output_directory`. Nothing is
             left at `out`.
     """
+    check_call(config, EigenDamageConfig, progress)
     measure = Measure()
     check_output(out)
     with measure.phase("open"):
@@ -382,6 +395,7 @@ FAMILY = Family(
     title="rotated weights",
     methods=lambda: {METHOD: ROW},
     config=EigenDamageConfig,
+    call="prune_eigendamage",
     targets={"sparsity": ()},
     run=_run,
     headers=("method", "what", "removes"),

@@ -6,11 +6,13 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pyprune import ops
 from pyprune.errors import UserError
+from pyprune.models.adapter import is_computed
 
 LOG = logging.getLogger(__name__)
 
@@ -19,7 +21,15 @@ def matrix(layer: nn.Module) -> Tensor:
     """The weight as `[R, C]`, a view; of a Conv2d, C is channels x kernel height x width. Raises
     UserError for any other layer than Linear, Conv1D and Conv2d."""
     if not isinstance(layer, nn.Linear | Conv1D | nn.Conv2d):
-        raise UserError(f"layer: expected Linear, Conv1D or Conv2d, got {type(layer).__name__}")
+        kind = type(layer).__name__
+        if kind in ("Linear", "Conv1D", "Conv2d"):  # another's, such as peft's
+            kind = f"{type(layer).__module__}.{kind}"
+        raise UserError(f"layer: expected Linear, Conv1D or Conv2d, got {kind}")
+    if is_computed(layer):
+        raise UserError(
+            "layer: expected a weight that is a parameter, got one that is computed before each "
+            "use (torch.nn.utils.prune, weight_norm, a parametrization)"
+        )
     weight: Tensor = layer.weight.detach()
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1:
@@ -47,6 +57,8 @@ def tokens(layer: nn.Module, inputs: Tensor) -> tuple[Tensor, int]:
     Linear and Conv1D: `[B, ..., C]`, or one sequence, `[T, C]`, or token, `[C]`. Conv2d: `[B, C, H,
     W]`, or without B; a token is what one position of the output is computed from.
     """
+    if inputs.dtype == torch.float64:  # sums are kept in fp32, as there
+        inputs = inputs.float()
     if isinstance(layer, nn.Conv2d):
         images = inputs if inputs.dim() == 4 else inputs[None]
         padding: Any = layer.padding  # numbers: see `matrix`

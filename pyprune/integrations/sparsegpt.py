@@ -66,12 +66,19 @@ class SparseGPT:
         """
         if getattr(self, "quantizer", None) is not None:
             raise UserError("quantizer: expected none; pyprune prune -O quantise_bits=4 rounds too")
+        if prunen and not (0 < prunen < prunem and self.columns % prunem == 0):
+            raise UserError(
+                "prunen, prunem: expected fewer than all of every prunem weights, prunem a divisor "
+                f"of the {self.columns} columns, got prunen {prunen} and prunem {prunem}"
+            )
         swept = sweep(
             matrix(self.layer), self._hessian(),
             sparsity=sparsity, pruned=prunen, group=prunem, block_size=blocksize, damping=percdamp,
         )  # fmt: skip
         weight: nn.Parameter = self.layer.weight  # type: ignore[assignment]
-        weight.data = like_weight(self.layer, swept.weight)
+        w = like_weight(self.layer, swept.weight)
+        with torch.inference_mode(False):  # or the layer could not be trained afterwards
+            weight.data = w.clone() if w.is_inference() else w
         return float(swept.loss.sum())
 
     def free(self) -> None:

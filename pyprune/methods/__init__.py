@@ -1,9 +1,6 @@
 """Pruning methods, one file each: which statistic, which score, which update. They know tensors,
 not models; `METHODS` and `SHOT_METHODS` are the tables of them."""
 
-from difflib import get_close_matches
-
-from pyprune.errors import UserError
 from pyprune.methods import (
     exactobs,
     gblm,
@@ -42,9 +39,9 @@ def find_method(name: str) -> Method:
     known = {**METHODS, **SHOT_METHODS}
     if name in known:
         return known[name]
-    close = get_close_matches(str(name), known, n=1)
-    hint = f" (did you mean {close[0]}?)" if close else ""
-    raise UserError(f"method: expected one of {', '.join(known)}, got {name!r}{hint}")
+    from pyprune.registry import unknown_method  # which imports this package
+
+    raise unknown_method(name, known)
 
 
 __all__ = [

@@ -17,6 +17,7 @@ from transformers import Conv1D
 from pyprune.errors import UserError
 from pyprune.models.experts import FUSED_EXPERTS, PROJECTIONS, expert_count
 from pyprune.models.linears import LinearRef
+from pyprune.surroundings import is_adapted
 
 # The configuration's model_type -> path of the blocks in the decoder, where more than one
 # ModuleList has as many entries as there are layers.
@@ -132,11 +133,17 @@ def _shared_parameters(model: nn.Module, blocks: list[nn.Module]) -> set[int]:
 
 
 def _linears(block: nn.Module, block_name: str) -> Iterator[LinearRef]:
+    beside: list[str] = []
     for path, module in block.named_modules():
         name = f"{block_name}.{path}" if path else block_name
+        if is_adapted(module):
+            parts = [part for part, _ in module.named_children() if part != "base_layer"]
+            beside += [f"{path}.{part}" for part in parts]
+        if any(f"{path}.".startswith(f"{part}.") for part in beside):
+            continue  # what peft has added: it is to be trained, or merged
         if isinstance(module, nn.Linear | Conv1D):
             if not _is_router(block, path):
-                _check_plain(name, module.weight)
+                _check_plain(name, module)
                 yield LinearRef(name, module, "weight", transposed=isinstance(module, Conv1D))
         elif type(module).__name__ in FUSED_EXPERTS:
             for projection in PROJECTIONS:
@@ -146,13 +153,25 @@ def _linears(block: nn.Module, block_name: str) -> Iterator[LinearRef]:
             _check_no_hidden_experts(name, path, module)
 
 
+def is_computed(module: nn.Module) -> bool:
+    """Whether the module's weight is made of other parameters at each call."""
+    return "weight" not in module._parameters
+
+
 def _is_router(block: nn.Module, path: str) -> bool:
     parent, _, leaf = path.rpartition(".")
     return leaf in ROUTERS and hasattr(block.get_submodule(parent), "experts")
 
 
-def _check_plain(name: str, weight: Tensor) -> None:
-    if weight.dim() != 2 or not weight.is_floating_point():
+def _check_plain(name: str, module: nn.Module) -> None:
+    if is_computed(module):
+        raise UserError(
+            f"{name}: expected a weight that is a parameter, got one that is computed before each "
+            "use (torch.nn.utils.prune, weight_norm, a parametrization), where what is written to "
+            "it would be lost: make it a parameter first (prune.remove, remove_parametrizations)"
+        )
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if weight.dim() != 2 or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise UserError(
             f"{name}: expected a floating point matrix, got {weight.dtype} of shape "
             f"{tuple(weight.shape)}; load the model without quantisation"

@@ -13,13 +13,23 @@ from pyprune.ops._registry import ANY_FLOAT
 T = TypeVar("T")
 
 
+def check_tensor(name: str, t: object) -> None:
+    """`t` is a tensor whose elements lie in memory at strides."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(t).__name__}")
+    if t.layout is not torch.strided:
+        raise ValueError(f"{name}: expected a dense tensor, got one of layout {t.layout}")
+
+
 def check_float(name: str, t: Tensor) -> None:
+    check_tensor(name, t)
     if t.dtype not in ANY_FLOAT:
         raise ValueError(f"{name}: expected bf16, fp16, fp32 or fp64, got {t.dtype}")
 
 
 def check_rows(name: str, t: Tensor) -> None:
     """`t` is a floating point matrix."""
+    check_tensor(name, t)
     if t.dim() != 2:
         raise ValueError(f"{name}: expected 2 dimensions, got shape {tuple(t.shape)}")
     check_float(name, t)
@@ -27,6 +37,7 @@ def check_rows(name: str, t: Tensor) -> None:
 
 def check_matrices(name: str, t: Tensor) -> None:
     """`t` is a floating point matrix or a stack of them."""
+    check_tensor(name, t)
     if t.dim() not in (2, 3):
         raise ValueError(f"{name}: expected 2 or 3 dimensions, got shape {tuple(t.shape)}")
     check_float(name, t)
@@ -53,6 +64,7 @@ def over_stack(
 
 
 def check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
+    check_tensor(name, t)
     if tuple(t.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
 

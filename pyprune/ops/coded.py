@@ -34,7 +34,7 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _registry
-from pyprune.ops._checks import check_same_device, check_shape
+from pyprune.ops._checks import check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 from pyprune.ops.sparse_linear import check_activations, native_linear, triton_limits
 
@@ -98,6 +98,7 @@ def _unpack_codes(codes: Tensor, cols: int) -> Tensor:
 
 
 def _check_matrix(w: Tensor) -> None:
+    check_tensor("w", w)
     if w.dim() != 2 or w.dtype != torch.bfloat16:
         raise ValueError(f"w: expected a bf16 matrix, got {tuple(w.shape)} of {w.dtype}")
 

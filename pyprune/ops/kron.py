@@ -8,7 +8,13 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _registry
-from pyprune.ops._checks import check_rows, check_same_device, check_shape, over_stack
+from pyprune.ops._checks import (
+    check_rows,
+    check_same_device,
+    check_shape,
+    check_tensor,
+    over_stack,
+)
 from pyprune.ops._precision import full_precision
 
 FACTOR_DTYPES = (torch.float32, torch.float64)
@@ -32,6 +38,7 @@ def check_factors(w: Tensor, factors: dict[str, tuple[Tensor | None, int]]) -> N
 
 def widened(w: Tensor) -> Tensor:
     """16-bit weights as fp32: there is no 16-bit arithmetic here."""
+    check_tensor("w", w)
     return w.float() if w.dtype in (torch.bfloat16, torch.float16) else w
 
 
@@ -104,6 +111,7 @@ def kron_quadratic(w: Tensor, h: Tensor) -> Tensor:
         ValueError: a shape, dtype or device does not match.
     """
     w = widened(w)
+    check_tensor("h", h)
     if w.dim() == 3 and h.dim() == 2:  # rows know nothing of one another
         return kron_quadratic(w.flatten(0, 1), h).view(w.shape[:2])
     if h.dim() == 3:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _registry
+from pyprune.ops._checks import check_tensor
 from pyprune.ops._precision import full_precision
 
 # Below this size the blocked recursion hands over to LAPACK. Tried from 64 to 384 on a CPU: flat
@@ -40,6 +41,7 @@ class ObsFactor(NamedTuple):
 
 
 def _check_obs_factor(h: Tensor, damping: float, max_damping: float) -> None:
+    check_tensor("h", h)
     if h.dim() not in (2, 3) or h.shape[-1] != h.shape[-2]:
         raise ValueError(f"h: expected shape [C, C] or [B, C, C], got {tuple(h.shape)}")
     if h.dtype not in FACTOR_DTYPES:
@@ -313,5 +315,12 @@ def inverse_diagonal(u: Tensor) -> Tensor:
 
     This is the denominator of the OBS score of a weight that is removed alone, `w_j^2 / d_j`
     (weights elsewhere free to adapt), not `U_jj^2`, which holds the columns before j fixed.
+
+    Returns `[..., C]`. Raises ValueError unless `u` is square, in fp32 or fp64.
     """
+    check_tensor("u", u)
+    if u.dim() < 2 or u.shape[-1] != u.shape[-2]:
+        raise ValueError(f"u: expected shape [..., C, C], got {tuple(u.shape)}")
+    if u.dtype not in FACTOR_DTYPES:
+        raise ValueError(f"u: expected fp32 or fp64, got {u.dtype}")
     return u.square().sum(dim=-2)

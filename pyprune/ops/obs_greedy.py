@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _registry
-from pyprune.ops._checks import check_same_device, check_shape
+from pyprune.ops._checks import check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 
 GREEDY_DTYPES = (torch.float32, torch.float64)
@@ -28,6 +28,8 @@ class ObsGreedy(NamedTuple):
 def _check_obs_greedy(
     w: Tensor, inverse: Tensor, first: Tensor | None, steps: int, n: int, m: int
 ) -> None:
+    check_tensor("w", w)
+    check_tensor("inverse", inverse)
     if w.dim() != 2 or w.dtype not in GREEDY_DTYPES:
         raise ValueError(f"w: expected [P, C] in fp32 or fp64, got {tuple(w.shape)} {w.dtype}")
     count, cols = w.shape

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _registry
-from pyprune.ops._checks import check_float, check_same_device, check_shape
+from pyprune.ops._checks import check_float, check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 from pyprune.ops.gram import gram
 from pyprune.ops.masked_cg import (
@@ -349,6 +349,7 @@ def obs_reconstruct(
         NotPositiveDefiniteError, ValueError: see `obs_factor`; a shape, dtype or device mismatch.
     """
     check_float("w", w)
+    check_tensor("h", h)
     if w.dim() not in (2, 3):
         raise ValueError(f"w: expected [R, C] or [B, R, C], got shape {tuple(w.shape)}")
     batched = w.dim() == 3

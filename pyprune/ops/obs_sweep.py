@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _registry
-from pyprune.ops._checks import check_float, check_same_device, check_shape
+from pyprune.ops._checks import check_float, check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 from pyprune.ops.pack import bits_of
 from pyprune.ops.row_grid import RowGrid, round_to_grid
@@ -364,6 +364,7 @@ def obs_sweep(
         ValueError: a shape, dtype or device does not match, or a pattern does not fit.
     """
     check_float("w", w)
+    check_tensor("u", u)
     if w.dim() not in (2, 3):
         raise ValueError(f"w: expected [R, C] or [B, R, C], got shape {tuple(w.shape)}")
     batched = w.dim() == 3

@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from pyprune.ops import _registry
-from pyprune.ops._checks import check_float, check_rows, check_same_device, check_shape
+from pyprune.ops._checks import (
+    check_float,
+    check_rows,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from pyprune.ops.pack import unpack_24, unpack_bitmap, validate_24, validate_bitmap
 from pyprune.ops.sparse_linear import (
     META_COLUMNS,
@@ -85,7 +91,14 @@ def _quantize(w: Tensor, first: int) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_rows(q: Tensor, scales: Tensor) -> Tensor:
-    """`scales[:, None] * q` in the dtype of the scales: `[R, C]` of any dtype that holds int8."""
+    """`scales[:, None] * q` in the dtype of the scales: `[R, C]` of any dtype that holds int8.
+    Raises ValueError unless `scales` is one floating point number a row."""
+    check_tensor("q", q)
+    if q.dim() != 2:
+        raise ValueError(f"q: expected 2 dimensions, got shape {tuple(q.shape)}")
+    check_float("scales", scales)
+    check_shape("scales", scales, (q.shape[0],))
+    check_same_device(q, scales)
     wide = torch.float64 if scales.dtype == torch.float64 else torch.float32
     w = torch.empty_like(q, dtype=scales.dtype)
     for rows in row_blocks(q):

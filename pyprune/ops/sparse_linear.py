@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 
 from pyprune import _native
 from pyprune.ops import _registry, linear_24_cuda, linear_bitmap_cuda
-from pyprune.ops._checks import check_float, check_same_device, check_shape
+from pyprune.ops._checks import check_float, check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 
 GROUP = 4
@@ -32,6 +32,7 @@ TRITON_ROWS = 16
 
 
 def check_activations(x: Tensor, bias: Tensor | None, rows: int) -> None:
+    check_tensor("x", x)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., C] with C > 0, got shape {tuple(x.shape)}")
     check_float("x", x)
@@ -81,6 +82,7 @@ def _check_linear_bitmap(
 
 
 def _check_linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensor("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected 2 dimensions, got shape {tuple(weight.shape)}")
     check_activations(x, bias, weight.shape[0])

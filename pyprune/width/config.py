@@ -13,6 +13,7 @@ from pyprune.config import (
     check_choice,
     check_device,
     check_types,
+    convert_fields,
 )
 from pyprune.errors import UserError
 from pyprune.methods.options import Scalar, build_options
@@ -39,6 +40,7 @@ class WidthConfig(ConfigFile):
     )
 
     def __post_init__(self) -> None:
+        convert_fields(self)
         check_types(self, "")
         if not 0 < self.ratio < 1:
             raise UserError(f"ratio: expected a number between 0 and 1, got {self.ratio!r}")

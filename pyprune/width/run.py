@@ -12,6 +12,7 @@ from rich.table import Table
 from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import TokenSet
+from pyprune.config import check_call
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.score import perplexities
 from pyprune.families import Family, Run
@@ -28,6 +29,7 @@ from pyprune.structural import (
     model_card,
     prune_loaded,
 )
+from pyprune.surroundings import in_memory, undisturbed
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.plot import draw
@@ -37,12 +39,15 @@ from pyprune.width.registry import WIDTH_METHODS, run_width
 _SHARED = ("config", "calibration")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class WidthReport(StructuralReport):
     """The outcome of `prune_width`. model: its name."""
 
     model: str
     decision: WidthDecision
+
+    def __repr__(self) -> str:
+        return f"<WidthReport of {self.model}: {self.decision.method}, {self.decision.summary()}>"
 
     def named(self, name: str) -> WidthReport:
         return replace(self, model=name)
@@ -91,6 +96,7 @@ class WidthReport(StructuralReport):
         )
 
 
+@undisturbed()
 def prune_width(
     model: Any,
     tokenizer_or_batches: object,
@@ -121,7 +127,9 @@ def prune_width(
         UserError: the request, the data or the architecture make it impossible. The model may have
             been changed then.
     """
+    check_call(config, WidthConfig, progress)
     check_in_memory(config)
+    model = in_memory(model, structure=True)
     return _prune(model, tokenizer_or_batches, config, progress, Measure(), state, curve)
 
 
@@ -153,6 +161,7 @@ def _perplexity(model: Any, tokens: TokenSet) -> float:
     return perplexities(ResidualGraph(model, Adapter.of(model)), tokens.batches)[0]
 
 
+@undisturbed()
 def prune_width_checkpoint(
     source: str | Path,
     out: str | Path,
@@ -184,6 +193,7 @@ def prune_width_checkpoint(
         UserError: see `prune_width`, `Checkpoint.open` and `output_directory`. Nothing is left at
             `out`.
     """
+    check_call(config, WidthConfig, progress)
 
     def prune(model: Any, data: object, measure: Measure) -> WidthReport:
         return _prune(model, data, config, progress, measure, state, curve)
@@ -217,6 +227,7 @@ FAMILY = Family(
     title="channels and heads",
     methods=WIDTH_METHODS.load,
     config=WidthConfig,
+    call="prune_width",
     targets={"ratio": ()},
     run=_run,
     headers=HEADERS,

@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused():
     layer, shape = layer_of("linear")
     gpt = SparseGPT(layer)
     gpt.add_batch(torch.randn(shape))
-    with pytest.raises(ValueError, match="nm"):
+    with pytest.raises(ValueError, match="got prunen 3 and prunem 7"):
         gpt.fasterprune(0.0, prunen=3, prunem=7)
     gpt.quantizer = object()
     with pytest.raises(UserError, match="quantizer"):
@@ -143,3 +143,54 @@ def test_wanda_statistic(kind):
     _, rows = seen(layer, torch.cat(batches))
     assert wrapped.nsamples == 4 and wrapped.layer_name == "fc"
     torch.testing.assert_close(wrapped.scaler_row, rows.square().sum(0) / 4)
+
+
+def test_layers_and_inputs_in_fp64():
+    """The repositories take them: sums are fp32 there, as here."""
+    layer, shape = layer_of("linear", torch.float64)
+    single, _ = layer_of("linear")
+    layer.weight.data = single.weight.detach().double()
+    x = torch.randn(shape, dtype=torch.float64)
+    found = []
+    for module, inputs in ((layer, x), (single, x.float())):
+        wanda, gpt = WrappedGPT(module), SparseGPT(module)
+        wanda.add_batch(inputs)
+        gpt.add_batch(inputs)
+        assert gpt.H.dtype == wanda.scaler_row.dtype == torch.float32
+        found.append((gpt.fasterprune(0.5), wanda.scaler_row))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+    assert layer.weight.dtype == torch.float64
+    assert torch.equal(layer.weight.float(), single.weight)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 0), (4, 4), (5, 4), (2, 5), (-1, 4)])
+def test_patterns_that_do_not_fit_are_called_by_their_names(n, m):
+    layer, shape = layer_of("linear")
+    gpt = SparseGPT(layer)
+    gpt.add_batch(torch.randn(shape))
+    with pytest.raises(UserError, match=f"48 columns, got prunen {n} and prunem {m}$"):
+        gpt.fasterprune(0, prunen=n, prunem=m)
+
+
+def test_a_layer_pruned_in_inference_mode_can_be_trained():
+    layer, shape = layer_of("linear")
+    other, _ = layer_of("linear")
+    x = torch.randn(shape)
+    with torch.inference_mode():
+        gpt = SparseGPT(layer)
+        gpt.add_batch(x)
+        gpt.fasterprune(0.5)
+    gpt = SparseGPT(other)
+    gpt.add_batch(x)
+    gpt.fasterprune(0.5)
+    assert torch.equal(layer.weight, other.weight)
+    layer(x.requires_grad_()).sum().backward()
+    assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("kind", [SparseGPT, WrappedGPT])
+def test_weights_that_are_computed_are_refused(kind):
+    layer, _ = layer_of("linear")
+    nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(UserError, match="expected a weight that is a parameter, got one that is"):
+        kind(layer)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny_models import BLOCKS, FAMILIES, tiny_model
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from pyprune.errors import UserError
@@ -185,4 +186,22 @@ def test_unknown_expert_layouts_are_refused():
         Adapter.of(model)
     model.model.layers[0].mlp.experts = nn.ModuleList([nn.Linear(32, 32)])
     with pytest.raises(UserError, match="one module per expert"):
+        Adapter.of(model)
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "masked", "spectral_norm"])
+def test_weights_that_are_computed_are_refused(how):
+    """What was written to them was lost, and the report said that half was zero."""
+    model = tiny_model("llama")
+    layer = model.model.layers[1].mlp.up_proj
+    if how == "weight_norm":
+        nn.utils.parametrizations.weight_norm(layer)
+    elif how == "masked":
+        prune.random_unstructured(layer, "weight", 0.1)
+    else:
+        nn.utils.spectral_norm(layer)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj: expected a weight that is"):
+        Adapter.of(model)
+    if how == "masked":
+        prune.remove(layer, "weight")
         Adapter.of(model)
