@@ -4,13 +4,13 @@
     python benchmarks/aot.py --json benchmarks/results/aot.json --markdown docs/aot.md
 
 Each `pyprune/kernels/<family>.py` lists the configurations it launches in `AOT`: dicts with
-`kernel`, `signature`, `constexprs`, and optionally `num_warps`, `num_stages`, `label`, `targets`
-(the only ones that it is launched on), and `aligned` (integer arguments that are multiples of 16 in
-practice; pointers always are). Strides
-that are 1 in practice belong in `constexprs`, as Triton specialises them when it launches.
-Registers, spills and shared
-memory come from `ptxas -v`; the instruction mix is counted in the PTX. `csrc/cuda/<file>.cu` is the
-family `cuda/<file>`; where there is no nvcc those are left out, and said to be.
+`kernel`, `signature`, `constexprs`, and optionally `num_warps`, `num_stages` (a number, or a
+function of the compute capability's first), `label`, `targets` (the only ones that it is launched
+on), and `aligned` (integer arguments that are multiples of 16 in practice; pointers always are).
+Strides that are 1 in practice belong in `constexprs`, as Triton specialises them when it launches.
+Registers, spills and shared memory come from `ptxas -v`; the instruction mix is counted in the PTX.
+`csrc/cuda/<file>.cu` is the family `cuda/<file>`; where there is no nvcc those are left out, and
+said to be.
 """
 
 from __future__ import annotations
@@ -88,7 +88,10 @@ def compile_one(family: str, spec: dict, target: str) -> dict:
         for i, n in enumerate(kernel.arg_names)
         if signature[n].startswith("*") or n in aligned
     }
-    options = {"num_warps": spec.get("num_warps", 4), "num_stages": spec.get("num_stages", 3)}
+    stages = spec.get("num_stages", 3)
+    if callable(stages):
+        stages = stages(capability // 10)
+    options = {"num_warps": spec.get("num_warps", 4), "num_stages": stages}
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attrs)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     ptx = compiled.asm["ptx"]

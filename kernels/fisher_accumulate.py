@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyprune.kernels.gram import FP32_PRECISION, indexable
+from pyprune.kernels.gram import FP32_PRECISION, indexable, large_stages
 
 # Tiles of this many tile rows run next to each other, so that the panels they share are still in
 # the L2 cache.
@@ -88,7 +88,7 @@ def _blocks(x: torch.Tensor, interpreted: bool) -> dict[str, int]:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1}
     if x.dtype == torch.float32:
         return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-    stages = 4 if torch.cuda.get_device_capability(x.device)[0] >= 9 else 3
+    stages = large_stages(torch.cuda.get_device_capability(x.device)[0])
     return {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": stages}
 
 
@@ -140,7 +140,7 @@ def _aot(dtype: str, label: str, warps: int, **constexprs: int | bool) -> dict:
         "signature": pointers | sizes | strides,
         "constexprs": fixed | {"PRECISION": FP32_PRECISION, "GROUP": GROUP} | constexprs,
         "num_warps": warps,
-        "num_stages": 3,
+        "num_stages": large_stages if warps == 8 else 3,
         "aligned": [*pointers, "R", "C", *(k for k, v in strides.items() if v == "i32")],
         "label": label,
     }

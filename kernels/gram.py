@@ -261,6 +261,12 @@ def _is_interpreted() -> bool:
     return not isinstance(_gram_kernel, triton.JITFunction)
 
 
+def large_stages(capability: int) -> int:
+    """Steps of a tile of 128 x 128 and more that are under way, by the compute capability's first
+    number: as many as its shared memory has room for."""
+    return 4 if capability in (9, 10) else 3
+
+
 def _blocks(x: torch.Tensor, upcast: bool, described: bool) -> dict[str, int]:
     """Tile sides and launch options. 16-bit: two warpgroups of 64 rows each feed the matrix units;
     fp32 runs on the ordinary multipliers and wants smaller tiles."""
@@ -269,7 +275,7 @@ def _blocks(x: torch.Tensor, upcast: bool, described: bool) -> dict[str, int]:
         return small | {"num_warps": 4, "num_stages": 1}
     if x.dtype == torch.float32 or upcast:
         return _SMALL | {"num_warps": 4, "num_stages": 3}
-    stages = 4 if torch.cuda.get_device_capability(x.device)[0] in (9, 10) else 3
+    stages = large_stages(torch.cuda.get_device_capability(x.device)[0])
     wide = described and x.shape[2] >= WIDE_SIDE
     return (_WIDE if wide else _LARGE) | {"num_warps": 8, "num_stages": stages}
 
@@ -421,7 +427,7 @@ def _accumulate(
         )
 
 
-def _aot(dtype: str, label: str, blocks: dict[str, int], warps: int, stages: int, **flags) -> dict:
+def _aot(dtype: str, label: str, blocks: dict[str, int], warps: int, **flags) -> dict:
     sizes = ["T", "C", "N", "stride_b", "stride_t", "tiles", "whole", "splits", "tokens_per_split"]
     panels = {
         f"panels_{side.lower()}": f"tensordesc<{dtype}[1, {blocks['BLOCK_K']}, {blocks[name]}]>"
@@ -439,7 +445,7 @@ def _aot(dtype: str, label: str, blocks: dict[str, int], warps: int, stages: int
         | dict.fromkeys(sizes, "i32"),
         "constexprs": fixed | {"PRECISION": FP32_PRECISION} | blocks | flags,
         "num_warps": warps,
-        "num_stages": stages,
+        "num_stages": large_stages if warps == 8 else 3,
         # Launches find these out by themselves; without them no load is wide enough to be
         # asynchronous.
         "aligned": ["T", "C", "N", "stride_b", "stride_t", "tokens_per_split"],
@@ -448,13 +454,13 @@ def _aot(dtype: str, label: str, blocks: dict[str, int], warps: int, stages: int
 
 
 AOT = [
-    _aot("bf16", "bf16 128x256x64 bulk copies", _WIDE, 8, 4, DESCRIPTORS=True),
-    _aot("bf16", "bf16 128x128x64 bulk copies", _LARGE, 8, 4, DESCRIPTORS=True),
-    _aot("bf16", "bf16 128x128x64", _LARGE, 8, 3),
-    _aot("fp16", "fp16 128x128x64 masked", _LARGE, 8, 3, WEIGHT=WEIGHT_MASK),
-    _aot("bf16", "bf16 128x128x64 ones column", _LARGE | {"CHUNK": 0}, 8, 3, ONES=True),
-    _aot("bf16", "bf16 64x64x32 weighted", _SMALL, 4, 3, WEIGHT=WEIGHT_ANY, UPCAST=True),
-    _aot("fp32", "fp32 64x64x32", _SMALL, 4, 3),
+    _aot("bf16", "bf16 128x256x64 bulk copies", _WIDE, 8, DESCRIPTORS=True),
+    _aot("bf16", "bf16 128x128x64 bulk copies", _LARGE, 8, DESCRIPTORS=True),
+    _aot("bf16", "bf16 128x128x64", _LARGE, 8),
+    _aot("fp16", "fp16 128x128x64 masked", _LARGE, 8, WEIGHT=WEIGHT_MASK),
+    _aot("bf16", "bf16 128x128x64 ones column", _LARGE | {"CHUNK": 0}, 8, ONES=True),
+    _aot("bf16", "bf16 64x64x32 weighted", _SMALL, 4, WEIGHT=WEIGHT_ANY, UPCAST=True),
+    _aot("fp32", "fp32 64x64x32", _SMALL, 4),
     *(
         {
             "kernel": _gram_reduce_kernel,

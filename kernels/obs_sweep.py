@@ -82,7 +82,8 @@ def _obs_sweep_kernel(
     in_rows = rows < R
     inside = in_rows[:, None] & (cols < width)[None, :]
     at = (batch * R + rows)[:, None] * C + (first + cols)[None, :]
-    u_ptr += batch * u_batch_stride + first.to(tl.int64) * (C + 1)
+    # Not `first.to()`: an argument of 1 is a constant, which has no methods.
+    u_ptr += batch * u_batch_stride + tl.cast(first, tl.int64) * (C + 1)
     error_ptr += (batch * panel_width + (first - panel_first)) * R + rows
 
     w = tl.load(w_ptr + at, mask=inside, other=0.0)

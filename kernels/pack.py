@@ -38,7 +38,8 @@ def _pack_24_kernel(
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     group = 2 * tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, 2 * BLOCK)
     index = tl.arange(0, 4)
-    valid = (group < 2 * BYTES)[:, None] & (index >= 0)[None, :]
+    there = group < 2 * tl.cast(BYTES, tl.int64)
+    valid = there[:, None] & (index >= 0)[None, :]
     flat = 4 * group[:, None] + index[None, :]
     w = tl.load(w_ptr + flat // C * stride_r + flat % C * stride_c, mask=valid, other=0)
     padding = (10 + index) % 4 + 8
@@ -58,7 +59,7 @@ def _pack_24_kernel(
     nibble = tl.sum(stored * (index[None, :] << (2 * slot)), axis=1)
     low, high = tl.split(tl.reshape(nibble, [BLOCK, 2]))
     tl.store(meta_ptr + byte, (low | (high << 4)).to(tl.uint8), mask=byte < BYTES)
-    crowded = (tl.sum(keep.to(tl.int32), axis=1) > 2) & (group < 2 * BYTES)
+    crowded = (tl.sum(keep.to(tl.int32), axis=1) > 2) & there
     first = tl.min(tl.where(crowded, group, 0x7FFFFFFFFFFFFFFF), axis=0)
     tl.store(overfull_ptr + tl.program_id(0), first)
 

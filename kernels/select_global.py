@@ -137,8 +137,10 @@ def mask_global_triton(
 ) -> list[torch.Tensor]:
     device = ws[0].device
     masks = [torch.empty(w.shape, dtype=torch.bool, device=device) for w in ws]
-    # With nothing to prune the cut lies below every key.
-    state = torch.tensor([0 if pruned else -1, pruned], dtype=torch.int64, device=device)
+    # With nothing to prune the cut lies below every key. Filled on the device: a copy of numbers
+    # from the host cannot be captured.
+    state = torch.empty(2, dtype=torch.int64, device=device)
+    state[0], state[1] = (0 if pruned else -1), pruned
     jobs = []
     for i, w in enumerate(ws):
         if w.numel():

@@ -17,6 +17,15 @@ TERMS = {
     "preserve": ("preserve",),
 }
 
+# What a stack [4, 3, 8] does not take, and what is said of it.
+BAD_STACKS = (
+    ({"column_scale": torch.ones(2, 8)}, "column_scale: expected shape"),
+    ({"row_scale": torch.ones(3)}, "row_scale: expected shape"),
+    ({"addend": torch.ones(3, 8)}, "addend: expected shape"),
+    ({"preserve": torch.ones(2, 3, 8, dtype=torch.bool)}, "preserve: expected shape"),
+    ({"w": torch.ones(2, 2, 3, 8)}, "w: expected 2"),
+)
+
 
 def weights(kind: str, rows: int, cols: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     gen = torch.Generator().manual_seed(seed)
@@ -104,3 +113,18 @@ def golden_column_norms() -> torch.Tensor:
 def pruned_pattern(mask: torch.Tensor) -> str:
     """`1` = pruned, `.` = kept, rows separated by slashes."""
     return " / ".join("".join(".1"[not keep] for keep in row) for row in mask.tolist())
+
+
+def check_stack(select, names: tuple[str, ...], shared: bool, device: str) -> None:
+    """`select(w, **terms)` of a stack is that of its matrices, whatever its strides."""
+    made = [weights("ties", 3, 12, torch.bfloat16, seed=b) for b in range(4)]
+    w = torch.stack(made).to(device)
+    each = [terms(names, 3, 12, device, seed=b) for b in range(4)]
+    given = {name: torch.stack([one[name] for one in each]) for name in names}
+    if shared and "column_scale" in given:
+        given["column_scale"] = given["column_scale"][0]
+        each = [one | {"column_scale": given["column_scale"]} for one in each]
+    want = torch.stack([select(w[b], **one) for b, one in enumerate(each)])
+    assert torch.equal(select(w, **given), want)
+    got = select(w.transpose(0, 1).contiguous().transpose(0, 1), **given)
+    assert torch.equal(got, want) and got.is_contiguous()

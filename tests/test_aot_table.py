@@ -11,12 +11,15 @@ ROWS = json.loads((ROOT / "benchmarks" / "results" / "aot.json").read_text())
 
 
 def launched():
-    """Kernel, label and target of every configuration that a Triton launcher says it uses."""
+    """Kernel, label, target and stages of every configuration that a launcher says it uses."""
     for path in sorted((ROOT / "kernels").glob("*.py")):
         for spec in importlib.import_module(f"pyprune.kernels.{path.stem}").AOT:
             name = getattr(spec["kernel"], "fn", spec["kernel"]).__name__
             for target in spec.get("targets", TARGETS):
-                yield path.stem, name, spec.get("label", ""), target
+                stages = spec.get("num_stages", 3)
+                if callable(stages):
+                    stages = stages(int(target[3:]) // 10)
+                yield path.stem, name, spec.get("label", ""), target, stages
 
 
 def entries():
@@ -29,10 +32,11 @@ def entries():
 
 
 def test_every_configuration_has_a_row_for_every_target():
-    found = {(r["family"], r["kernel"], r["label"], r["target"]) for r in ROWS}
+    columns = ("family", "kernel", "label", "target", "num_stages")
+    found = {tuple(row[column] for column in columns) for row in ROWS}
     triton = {row for row in found if not row[0].startswith("cuda/")}
     assert triton == set(launched())
-    cuda = {(family, kernel, target) for family, kernel, _, target in found - triton}
+    cuda = {(family, kernel, target) for family, kernel, _, target, _ in found - triton}
     assert cuda == {(*one, target) for one in entries() for target in TARGETS}
 
 

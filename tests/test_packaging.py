@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pyprune
@@ -9,7 +10,7 @@ import pyprune
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def python(code: str, **env: str) -> str:
+def python(code: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -35,6 +36,18 @@ def test_every_package_with_code_is_listed_in_setup():
     for folder in (ROOT / "pyprune").rglob("*.py"):
         package = ".".join(folder.parent.relative_to(ROOT).parts)
         assert f'"{package}"' in listed, f"{package} is missing from setup.py"
+
+
+def test_a_source_distribution_has_what_the_build_reads(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", tmp_path]
+    command += ["sdist", "--dist-dir", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as archive:
+        held = {m.name.partition("/")[2]: m.isfile() for m in archive.getmembers()}
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    kernels = ROOT / "pyprune" / "kernels"  # a link here, a folder of files there
+    for path in (ROOT / "CMakeLists.txt", *sources, *kernels.glob("*.py")):
+        assert held.get(str(path.relative_to(ROOT))), path
 
 
 def test_version_is_a_string():

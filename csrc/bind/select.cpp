@@ -100,6 +100,7 @@ void check_status(cudaError_t status) {
 TensorView cuda_weight(const py::capsule& capsule) {
   const TensorView w = weight(capsule);
   require(w.on_cuda, "w: expected a CUDA tensor");
+  require(w.numel() > 0, "w: expected at least one row and one column");
   return w;
 }
 

@@ -170,12 +170,7 @@ inline void multiply_lists(const PairList* lists, const uint16_t* rows, int coun
   }
   __m512 acc[kTableSide][S::kChains][V];
 #pragma GCC unroll 4
-  for (int r = 0; r < kTableSide; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      acc[r][0][v] = _mm512_load_ps(sums[r] + v * 16);
-      if (S::kChains == 2) acc[r][S::kChains - 1][v] = _mm512_setzero_ps();
-    }
+  for (int r = 0; r < kTableSide; ++r) load_sums(sums[r], acc[r]);
   constexpr auto kFour = std::make_integer_sequence<int, kListStep>();
 #pragma GCC unroll 1
   for (int i = 0; i < count; i += kListStep) {
@@ -200,13 +195,7 @@ inline void multiply_lists(const PairList* lists, const uint16_t* rows, int coun
     });
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kTableSide; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      __m512 sum = acc[r][0][v];
-      if (S::kChains == 2) sum = _mm512_add_ps(sum, acc[r][S::kChains - 1][v]);
-      _mm512_store_ps(sums[r] + v * 16, sum);
-    }
+  for (int r = 0; r < kTableSide; ++r) store_sums(acc[r], sums[r]);
 }
 
 #pragma GCC pop_options

@@ -74,6 +74,25 @@ template <int... I, class F>
   (f(std::integral_constant<int, I>()), ...);
 }
 
+// The sums of a row of W, V vectors in C chains each, as they come from memory and go back.
+template <int C, int V>
+[[gnu::always_inline]] inline void load_sums(const float* sums, __m512 (&acc)[C][V]) {
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    acc[0][v] = _mm512_load_ps(sums + v * 16);
+    if (C == 2) acc[C - 1][v] = _mm512_setzero_ps();
+  }
+}
+template <int C, int V>
+[[gnu::always_inline]] inline void store_sums(const __m512 (&acc)[C][V], float* sums) {
+#pragma GCC unroll 2
+  for (int v = 0; v < V; ++v) {
+    __m512 sum = acc[0][v];
+    if (C == 2) sum = _mm512_add_ps(sum, acc[C - 1][v]);
+    _mm512_store_ps(sums + v * 16, sum);
+  }
+}
+
 // The table of `words` words of one chunk of x, whose pairs of columns are [word][32][kLanes],
 // words `stride` bytes apart.
 template <int V>

@@ -48,12 +48,7 @@ inline void table_words(const TableRows<T>& rows, int64_t words, const char* tab
   using S = TableShape<V>;
   __m512 acc[kTableSide][S::kChains][V];
 #pragma GCC unroll 4
-  for (int r = 0; r < kTableSide; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      acc[r][0][v] = _mm512_load_ps(sums + r * S::kLanes + v * 16);
-      if (S::kChains == 2) acc[r][S::kChains - 1][v] = _mm512_setzero_ps();
-    }
+  for (int r = 0; r < kTableSide; ++r) load_sums(sums + r * S::kLanes, acc[r]);
 #pragma GCC unroll 1
   for (int64_t i = 0; i < words; ++i, table += S::kWordBytes) {
     uint64_t meta[kTableSide];
@@ -89,13 +84,7 @@ inline void table_words(const TableRows<T>& rows, int64_t words, const char* tab
     });
   }
 #pragma GCC unroll 4
-  for (int r = 0; r < kTableSide; ++r)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      __m512 sum = acc[r][0][v];
-      if (S::kChains == 2) sum = _mm512_add_ps(sum, acc[r][S::kChains - 1][v]);
-      _mm512_store_ps(sums + r * S::kLanes + v * 16, sum);
-    }
+  for (int r = 0; r < kTableSide; ++r) store_sums(acc[r], sums + r * S::kLanes);
 }
 
 // The same where the last of the words is the one that the matrix ends in, of `left` columns: it is

@@ -22,12 +22,6 @@ inline Vec where_not(const int32_t* mask, Vec x) {
   return {_mm512_andnot_ps(_mm512_castsi512_ps(_mm512_loadu_si512(mask)), x.v)};
 }
 
-// GCC 12 takes the deliberately undefined pass-through operand of the unmasked unpack intrinsics
-// for an uninitialised variable (its bug 105593).
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
-
 // dst[c * ld_dst + r] = src[r * ld_src + c] for kLanes rows and columns.
 inline void transpose_tile(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
   __m512 a[16], b[16];
@@ -55,7 +49,6 @@ inline void transpose_tile(const float* src, int64_t ld_src, float* dst, int64_t
     _mm512_storeu_ps(dst + (j + 8) * ld_dst, _mm512_shuffle_f32x4(b[j], b[j + 8], 0xdd));
   }
 }
-#pragma GCC diagnostic pop
 
 #elif defined(__AVX2__)
 

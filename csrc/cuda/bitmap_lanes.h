@@ -64,6 +64,12 @@ struct Lanes {
   // Copies of a chunk that a lane may have to make: a full row from an unaligned start.
   static constexpr int kCopies = (2 * kColumns / kChunkBytes + kAcross) / kAcross;
 
+  // Words of a row of `words` in front of a turn. Where turns do not divide the row, the one behind
+  // the last begins where the row ends.
+  PYPRUNE_LANES static int words_before(int turn, int words) {
+    return turn * kWords < words ? turn * kWords : words;
+  }
+
   PYPRUNE_LANES static int place_of(int lane) { return lane % kAcross; }
   // Row of the turn; `half` 0 or 1.
   PYPRUNE_LANES static int row_of(int lane, int half) { return lane / kAcross + half * kHalfRows; }

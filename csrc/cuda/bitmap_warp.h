@@ -143,8 +143,8 @@ __device__ inline void count_slabs(const Problem& p, int64_t block_row, int* cou
   const int pair = threadIdx.x / kCounters, counter = threadIdx.x % kCounters;
   const int64_t row = min(block_row + pair / p.along_columns, p.rows - int64_t{1});
   const int slab = pair % p.along_columns;
-  const int slab_words = p.slab_turns * S::L::kWords;
-  const int begin = min(slab * slab_words, p.words), end = min(begin + slab_words, p.words);
+  const int begin = S::L::words_before(slab * p.slab_turns, p.words);
+  const int end = S::L::words_before((slab + 1) * p.slab_turns, p.words);
   int sum = count_words<kCounters>(p.bitmap + row * p.words + begin, counter, end - begin,
                                    p.words % 4 == 0);
 #pragma unroll

@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, S::kBlocks)
                   L::place_of(lane),
                   begin,
                   (end - begin) * S::kTurns,
-                  min(end * L::kWords, p.words),
+                  L::words_before(end, p.words),
                   static_cast<uint32_t>(__cvta_generic_to_shared(shared)),
                   first_stage,
                   first_stage,
@@ -195,8 +195,9 @@ __global__ void __launch_bounds__(Wide<kTiles>::kThreads, Wide<kTiles>::S::kBloc
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   const uint32_t first_stage = warp * S::kStages * L::kTurnBytes;
   Warp<T, T, S> w{
-      p,       lane,        place,       begin, end - begin, min(end * L::kWords, p.words),
+      p,       lane,        place,       begin, end - begin, L::words_before(end, p.words),
       address, first_stage, first_stage, {},    {},          selectors_of(lane)};
+  const int words_before = L::words_before(begin, p.words);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int64_t row = block_row + warp * L::kRows + L::row_of(lane, half);
@@ -204,7 +205,7 @@ __global__ void __launch_bounds__(Wide<kTiles>::kThreads, Wide<kTiles>::S::kBloc
     const int r = static_cast<int>(min(row, p.rows - int64_t{1}));
     // The lanes of a row count what lies in front of the block's columns.
     const uint32_t* bits = p.bitmap + static_cast<int64_t>(r) * p.words;
-    int before = count_words<L::kAcross>(bits, place, begin * L::kWords, p.words % 4 == 0);
+    int before = count_words<L::kAcross>(bits, place, words_before, p.words % 4 == 0);
 #pragma unroll
     for (int d = 1; d < L::kAcross; d *= 2) before += __shfl_xor_sync(~0u, before, d);
     w.row_words[0][half] = static_cast<uint32_t>(r) * p.words + place;

@@ -87,8 +87,8 @@ __device__ inline float finite_score(float score) {
   return key >= 0 ? __uint_as_float(key) : -__uint_as_float(-key);
 }
 
-// Keeps the n highest of every M scores, none of which is NaN; of equal ones the later. One byte a
-// column. What few groups need is asked once for all of them.
+// Keeps the n highest of every M scores, of equal ones the later. One byte a column. What few
+// groups need is asked once for all of them: finite scores, which differences can be taken of.
 template <int M, bool kHalf, int kColumns>
 __device__ inline void keep_highest(float (&score)[kColumns], int n,
                                     uint32_t (&bytes)[kColumns / 4]) {

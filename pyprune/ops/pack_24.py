@@ -17,8 +17,8 @@ from pyprune.ops._packing import (
     unit_columns,
 )
 
-# Order in which a group that keeps fewer than two is filled up. It is the choice that PyTorch's
-# converter makes, so that both encode a matrix alike.
+# Order in which a group that keeps fewer than two is filled up: position 2, then 3. It is the
+# choice that PyTorch's converter makes, so that both encode a matrix alike.
 _PADDING_ORDER = (10, 11, 8, 9)
 
 
@@ -102,7 +102,7 @@ def pack_24(w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """A 2:4 sparse matrix as values and metadata.
 
     Each group of four columns stores two elements: those kept, then (only without a mask) negative
-    zeros, lowest index first, then +0 at positions 2, 3, 1, 0 in this order of preference.
+    zeros, lowest index first, then +0 at position 2 or 3, the lower first.
 
     Args:
         w: weights `[R, C]`, bf16, fp16, fp32 or fp64; any strides; C a multiple of 8.

@@ -250,6 +250,14 @@ int64_t end_of_reads(uint32_t first, uint32_t chunks, uint32_t values) {
   return end;
 }
 
+// Words of a row of `words` that block `block` of a cluster of `blocks` counts before its own, as
+// linear_bitmap_wide_kernel() does.
+int words_before_block(int words, int block, int blocks) {
+  using L = Lanes<1>;
+  const int turns = (words + L::kWords - 1) / L::kWords, slab = (turns + blocks - 1) / blocks;
+  return L::words_before(block * slab < turns ? block * slab : turns, words);
+}
+
 // The three parts of each fp32 number, as the fp32 numbers that they are.
 void parts(const float* v, int64_t count, float* out) {
   for (int64_t i = 0; i < count; ++i)

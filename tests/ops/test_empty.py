@@ -1,6 +1,7 @@
 """Every function of `pyprune._C`, called around the checks of `pyprune.ops`: sizes of zero are a
 no-op or a ValueError, never a division by zero."""
 
+import ctypes
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.dlpack import to_dlpack
 
 _C = pytest.importorskip("pyprune._C")
 
@@ -81,3 +83,21 @@ def test_gpu_functions_take_no_cpu_tensors(call):
             arguments.append(torch.ones(0, 8) if "Capsule" in kind else 1)
     with pytest.raises(ValueError, match="expected"):
         getattr(_C, call)(*map(capsules, arguments))
+
+
+def said_to_be_on_a_gpu(t):
+    """A capsule whose device, the number behind the pointer to its memory, is a GPU."""
+    capsule, pointer_of = to_dlpack(t), ctypes.pythonapi.PyCapsule_GetPointer
+    pointer_of.restype, pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    ctypes.c_int32.from_address(pointer_of(capsule, b"dltensor") + 8).value = 2
+    return capsule
+
+
+@pytest.mark.parametrize("call", sorted({"mask_nm_cuda", "mask_topk_cuda"} & set(CUDA)))
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)], ids=str)
+def test_masks_of_nothing_are_refused_before_they_are_launched(call, shape):
+    # How a launch is shared out would be asked of the number of blocks, which is zero.
+    tensors = (torch.empty(shape, dtype=torch.bool), torch.empty(shape))
+    numbers = (2, 4) if call == "mask_nm_cuda" else (1,)
+    with pytest.raises(ValueError, match="w: expected at least one row and one column"):
+        getattr(_C, call)(*map(said_to_be_on_a_gpu, tensors), *numbers, *[None] * 4, 0, 1)

@@ -147,6 +147,14 @@ def test_copies_end_with_the_values(lanes, values):
             assert end == want
 
 
+def test_no_block_counts_past_the_end_of_a_row(lanes):
+    # 33 to 35 turns are five for each of eight blocks, but for the last, which has none: its words
+    # begin where the last row's allocation may end.
+    for words in range(129, 141):
+        before = [lanes.words_before_block(words, block, 8) for block in range(8)]
+        assert before == [min(20 * block, words) for block in range(8)]
+
+
 def test_layout_of_a_turn(lanes):
     for segments in SEGMENTS:
         out = (ctypes.c_int * 5)()

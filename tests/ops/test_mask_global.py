@@ -153,3 +153,20 @@ def test_compiles_without_graph_breaks():
 
     ws = torch.randn(5, 12), torch.randn(2, 3)
     check(torch.compile(f, fullgraph=True, backend="aot_eager")(*ws), f(*ws))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_in_a_graph_on_a_gpu(use_backend, name):
+    # Everything happens on the device: nothing comes from the host, nothing is read back.
+    use_backend(name, OP, "cuda")
+    static, given = problem("normal", torch.float32, "cuda", ("column_scale",))
+    ops.mask_global(static, 900, **given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        masks = ops.mask_global(static, 900, **given)
+    ws, _ = problem("normal", torch.float32, "cuda", seed=7)
+    for held, w in zip(static, ws, strict=True):
+        held.copy_(w)
+    graph.replay()
+    check(masks, brute_force(ws, 900, given))

@@ -226,18 +226,7 @@ def test_cuda_kernel_declines_other_patterns():
 @pytest.mark.parametrize("shared", [False, True], ids=["own scales", "shared scales"])
 def test_a_stack_is_its_matrices(backend, device, use_backend, names, shared):
     use_backend(backend, OP, device, torch.bfloat16)
-    made = [selection.weights("ties", 3, 12, torch.bfloat16, seed=b) for b in range(4)]
-    w = torch.stack(made).to(device)
-    each = [selection.terms(names, 3, 12, device, seed=b) for b in range(4)]
-    given = {name: torch.stack([one[name] for one in each]) for name in names}
-    if shared and "column_scale" in given:
-        given["column_scale"] = given["column_scale"][0]
-        each = [one | {"column_scale": given["column_scale"]} for one in each]
-    want = torch.stack([ops.mask_nm(w[b], 2, 4, **one) for b, one in enumerate(each)])
-    assert torch.equal(ops.mask_nm(w, 2, 4, **given), want)
-    view = w.transpose(0, 1).contiguous().transpose(0, 1)
-    got = ops.mask_nm(view, 2, 4, **given)
-    assert torch.equal(got, want) and got.is_contiguous()
+    selection.check_stack(lambda w, **t: ops.mask_nm(w, 2, 4, **t), names, shared, device)
 
 
 def test_a_stack_with_its_own_scales_is_one_call(monkeypatch):
@@ -256,20 +245,11 @@ def test_stacks_without_a_matrix_and_without_rows():
             assert got.shape == shape and got.dtype == torch.bool
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"column_scale": torch.ones(2, 8)}, "column_scale: expected shape"),
-        ({"row_scale": torch.ones(3)}, "row_scale: expected shape"),
-        ({"addend": torch.ones(3, 8)}, "addend: expected shape"),
-        ({"preserve": torch.ones(2, 3, 8, dtype=torch.bool)}, "preserve: expected shape"),
-        ({"w": torch.ones(2, 2, 3, 8)}, "w: expected 2"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), selection.BAD_STACKS)
 def test_bad_stacks(change, message):
-    w = change.pop("w", torch.zeros(4, 3, 8))
+    w = torch.zeros(4, 3, 8)
     with pytest.raises(ValueError, match=message):
-        ops.mask_nm(w, 2, 4, **change)
+        ops.mask_nm(**({"w": w} | change), n=2, m=4)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared scales", "own scales"])

@@ -258,3 +258,18 @@ def test_opcheck():
 
 def test_backends_of_both_directions_agree():
     assert set(_registry.IMPLS["pack_24"]) == set(_registry.IMPLS["unpack_24"])
+
+
+def test_twice_the_bytes_of_metadata_may_not_fit_in_32_bits(device):
+    # The Triton kernel's first program, told that it packs 2^33 weights, as a stack of experts has.
+    from pyprune.kernels.pack import _pack_24_kernel
+
+    w = sparse(256, 8, torch.bfloat16).to(device)
+    want_values, want_meta, _ = ops.pack.pack_24_reference(w, None)
+    values, meta = torch.zeros_like(want_values), torch.zeros_like(want_meta)
+    overfull = torch.zeros(1, dtype=torch.int64, device=device)
+    _pack_24_kernel[(1,)](
+        w.view(torch.int16), w, values.view(torch.int16), meta, overfull, 2**30, 8, 8, 1,
+        SIGN=-(2**15), HAS_MASK=False, BLOCK=256,
+    )  # fmt: skip
+    assert same_bits(values, want_values) and torch.equal(meta, want_meta)
