@@ -362,13 +362,13 @@ def test_bad_requests(args, options, message):
         (3, "expected a tokenizer or an iterable of token id tensors, got int"),
         ([], "expected some tokens, got 0 batches without"),
         ([torch.zeros(1, 0, dtype=torch.long)], "expected some tokens, got 1 batches without"),
-        (["text"], "batch 0: expected a tensor of token ids or a mapping .* got str"),
+        (["text"], "batch 0: expected a tensor of token ids or a mapping .* got text"),
         (
             [torch.ones(2, 3)],
             r"batch 0: expected token ids as integers \[B, T\], got torch.float32",
         ),
         ([torch.ones(2, 3, 4).long()], r"as integers \[B, T\], got torch.int64 \(2, 3, 4\)"),
-        ([{"input_ids": [1, 2]}], "expected a tensor of token ids or a mapping"),
+        ([{"input_ids": [[1, 2], [3]]}], "input_ids as integers .* got a list that is none"),
         (
             [{"input_ids": tiny_tokens(), "attention_mask": torch.ones(2, 3).long()}],
             r"expected an attention_mask \(2, 16\), got \(2, 3\)",
