@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyprune.calibration.autograd import without_parameter_gradients
 from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import Batch
 from pyprune.errors import UserError
@@ -152,7 +153,12 @@ def train(
     noise = torch.Generator().manual_seed(options.seed)
     losses: list[float] = []
     values: list[Tensor] = []
-    with frozen(model), evaluation(model), torch.enable_grad(), gated(gates, values):
+    with (
+        without_parameter_gradients(model),
+        evaluation(model),
+        torch.enable_grad(),
+        gated(gates, values),
+    ):
         for step in range(options.iterations):
             values[:] = gumbel_gates(net(), noise)
             loss = next_token_loss(model, batches[step % len(batches)])
@@ -181,15 +187,3 @@ def next_token_loss(model: Any, batch: Batch) -> Tensor:
     return F.cross_entropy(
         logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED
     )
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Within it no parameter of the model asks for a gradient."""
-    asking = [p for p in model.parameters() if p.requires_grad]
-    model.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in asking:
-            p.requires_grad_(True)
