@@ -42,9 +42,9 @@ constexpr int64_t kSplitRows = 2;
 
 // bf16 x rows up to which bf16 weights are multiplied row by row with such products; above, they
 // are decoded into tiles, or bitmaps listed for tables (bitmap_table.h). Dense rows need no
-// decoding, so tiles pay later. A bitmap's tiles take as
-// long at 28 rows and 0.93-0.95 of the time at 32 (8192 x 4096, 4096 x 14336), 0.72-0.85 in the
-// cache (576 x 576 to 576 x 1536; one Zen 4 core, busy).
+// decoding, so tiles pay later. A bitmap's tiles take as long at 28 rows and 0.93-0.95 of the time
+// at 32 (8192 x 4096, 4096 x 14336), 0.72-0.85 in the cache (576 x 576 to 576 x 1536; one Zen 4
+// core, busy).
 constexpr int64_t kDotRowsBitmap = 24, kDotRowsDense = 128;
 
 // bf16 x rows up to which 2:4 gathers them (sparse_gather.h); above, a table of their pairs

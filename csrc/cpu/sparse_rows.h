@@ -199,7 +199,7 @@ inline bool row_mask(const Weights& w, int64_t r, uint64_t* words) {
 #if defined(__AVX512F__)
 
 // 32 consecutive columns as two vectors of 16 floats. bf16 comes as even and odd columns (a shift
-// and a mask widen it in place), the other types in order; pack_columns() below orders x alike.
+// and a mask widen it in place), the other types in order; pack_decode() orders x alike.
 template <class T>
 struct Columns32;
 
