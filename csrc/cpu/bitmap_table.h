@@ -87,9 +87,7 @@ inline bool tables_pay(const Weights& w, int64_t m) {
 #pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq,bmi2")
 
 // 32 columns of which `keep` are stored from `v` on, spread out, as bf16.
-inline __m512i spread_columns(const bf16* v, uint32_t keep) {
-  return _mm512_maskz_expandloadu_epi16(keep, v);
-}
+inline __m512i spread_columns(const bf16* v, uint32_t keep) { return expand_words(keep, v); }
 inline __m512i spread_columns(const int8_t* v, uint32_t keep) {
   const __m256i q = _mm256_maskz_expandloadu_epi8(keep, v);
   const auto half = [](__m128i p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(p)); };

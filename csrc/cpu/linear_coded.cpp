@@ -339,23 +339,8 @@ void few_outputs(const SparseLinearArgs& a, const CodedMatrix& w, int64_t r0, in
   });
   for (int64_t r = 0; r < count; ++r)
     if (!rows[r].complete()) return broken->store(r0 + r, std::memory_order_relaxed);
-  const float* bias = a.bias ? a.bias->ptr<const float>() + r0 : nullptr;
-  X* y = a.y.ptr<X>() + r0;
-  for (int64_t m = 0; m < total; ++m) {
-#if defined(__AVX512F__)
-    for (int64_t r = 0; r < count; r += 16) {
-      const __mmask16 lanes = first_lanes(std::min<int64_t>(16, count - r));
-      const __m512 sum = sums_of(sums + (r * total + m) * 16, total * 16, count - r);
-      const __m512 shift = bias ? _mm512_maskz_loadu_ps(lanes, bias + r) : _mm512_setzero_ps();
-      store_lanes(y + m * w.rows + r, lanes, _mm512_add_ps(sum, shift));
-    }
-#else
-    for (int64_t r = 0; r < count; ++r) {
-      const float sum = Vec::load(sums + (r * total + m) * Vec::kLanes).sum();
-      store(y + m * w.rows + r, sum + (bias ? bias[r] : 0.0f));
-    }
-#endif
-  }
+  store_outputs(sums, count, total, nullptr, a.bias ? a.bias->ptr<const float>() + r0 : nullptr,
+                a.y.ptr<X>() + r0, w.rows);
 }
 
 template <class Kernel, class X>

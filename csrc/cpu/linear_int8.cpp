@@ -16,8 +16,8 @@ namespace pyprune {
 namespace PYPRUNE_ISA {
 namespace {
 
-constexpr int kChunk = 8;          // rows of x that one pass over a block of W serves
-constexpr int kFewBlockRows = 16;  // of W; they stay in the second level between chunks
+constexpr int kChunk = 8;              // rows of x that one pass over a block of W serves
+constexpr int64_t kFewBlockRows = 16;  // of W; they stay in the second level between chunks
 constexpr int64_t kFewPieceBytes = 24 * 1024;
 
 inline Vec widen(const int8_t* p) {
@@ -66,7 +66,9 @@ struct Floats {
   template <int M, int R>
   static void rows(const Piece& p, const float* x, float* sums) {
     Vec acc[R][M];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[r][m] = Vec::load(sums + (r * M + m) * Vec::kLanes);
     const auto step = [&](int64_t i, const int8_t* q, int64_t stride)
                           __attribute__((always_inline)) {
@@ -78,7 +80,8 @@ struct Floats {
                               for (int r = 0; r < R; ++r) w[r] = widen(q + r * stride + c);
 #pragma GCC unroll 8
                               for (int m = 0; m < M; ++m) {
-                                const Vec xm = Vec::load(xi + m * kMaskColumns + c);
+                                Vec xm = Vec::load(xi + m * kMaskColumns + c);
+                                hold(xm);
 #pragma GCC unroll 4
                                 for (int r = 0; r < R; ++r)
                                   acc[r][m] = Vec::fma(w[r], xm, acc[r][m]);
@@ -98,7 +101,9 @@ struct Floats {
         std::memcpy(last[r], q + r * p.cols, static_cast<size_t>(p.cols % kMaskColumns));
       step(whole, last[0], kMaskColumns);
     }
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[r][m].store(sums + (r * M + m) * Vec::kLanes);
   }
 };
@@ -133,16 +138,18 @@ struct PairsLayout {
 
 // Pairs of bf16 products, summed in fp32.
 struct Pairs : PairsLayout {
-  // For 64 weights a Zen 4 core takes 9 cycles and 4.3 for every row of x; through tiles 27, and 35
-  // for every 16 rows of x or part of them (49152 x 576 from memory).
-  static bool few(int64_t m) { return m <= 11 || (m > 16 && m <= 20); }
+  // Two Zen 4 cores, 8192 x 4096 from memory, ms at 12, 16, 24 and 32 rows of x: 3.0, 3.6, 5.8 and
+  // 7.0; through tiles, which take 16 rows at a time, 3.7, 3.7, 6.0 and 6.0.
+  static bool few(int64_t m) { return m <= 22; }
   static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
 
   template <int M, int R>
   static void rows(const Piece& p, const bf16* x, float* sums) {
     const Widen64 widen;
     __m512 acc[R][M];
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
     const auto step = [&](int64_t i, __mmask64 valid) __attribute__((always_inline)) {
       const int8_t* q = p.q + i * kMaskColumns;
@@ -155,19 +162,21 @@ struct Pairs : PairsLayout {
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) {
         const bf16* xm = x + (i * M + m) * kMaskColumns;
-        const __m512bh x0 = words_of(_mm512_load_si512(xm));
-        const __m512bh x1 = words_of(_mm512_load_si512(xm + 32));
+        __m512i x0 = _mm512_load_si512(xm), x1 = _mm512_load_si512(xm + 32);
+        hold(x0, x1);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
-          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], x0);
-          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][1], x1);
+          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], words_of(x0));
+          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][1], words_of(x1));
         }
       }
     };
     const int64_t whole = std::min(p.i1, p.cols / kMaskColumns);
     for (int64_t i = p.i0; i < whole; ++i) step(i, ~uint64_t{0});
     if (whole < p.i1) step(whole, (uint64_t{1} << (p.cols % kMaskColumns)) - 1);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
       for (int m = 0; m < M; ++m) _mm512_store_ps(sums + (r * M + m) * 16, acc[r][m]);
   }
 };
@@ -255,12 +264,7 @@ void few_outputs(const SparseInt8Args& a, int64_t r0, int64_t count, const typen
     with_rows<kChunk>(chunk, [&](auto rows) {
       few_block<Kernel, decltype(rows)::value>(q, l.cols, count, x + m0 * width, sums);
     });
-    X* y = l.y.ptr<X>() + m0 * l.rows + r0;
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t m = 0; m < chunk; ++m) {
-        const float sum = Vec::load(sums + (r * chunk + m) * Vec::kLanes).sum();
-        store(y + m * l.rows + r, sum * scales[r] + (bias ? bias[r] : 0.0f));
-      }
+    store_outputs(sums, count, chunk, scales, bias, l.y.ptr<X>() + m0 * l.rows + r0, l.rows);
   }
 }
 
@@ -268,7 +272,8 @@ template <class Kernel, class X>
 void few_rows(const SparseInt8Args& a) {
   const SparseLinearArgs& l = a.linear;
   const int64_t m = l.x.shape[0], width = mask_words(l.cols) * kMaskColumns;
-  const int64_t block = m <= 2 ? Kernel::side(static_cast<int>(m)) : kFewBlockRows;
+  const int64_t block =
+      m <= 2 ? std::min(few_rows_block(l.rows, l.cols, l.threads), kFewBlockRows) : kFewBlockRows;
   const int64_t blocks = (l.rows + block - 1) / block;
   const int64_t sum_floats = kFewBlockRows * kChunk * Vec::kLanes;
   const int64_t x_bytes = m * width * static_cast<int64_t>(sizeof(typename Kernel::T));

@@ -29,7 +29,7 @@ namespace PYPRUNE_ISA {
 // With 16 a pass has registers for the sums of one row of W alone, and x is loaded as often as it
 // is multiplied: slower, though a bitmap would be spread over its columns once and not twice.
 constexpr int kChunkRows = 8;
-constexpr int kDotBlockRows = 32;  // of W, at most; they stay in the second level between chunks
+constexpr int kDotBlockRows = kMostFewRows;  // of W, at most; they stay in the second level
 
 // The bf16 parts of an activation, most significant first; kParts of them add up to it exactly.
 template <class X>
@@ -212,9 +212,8 @@ inline void bitmap_rows(DotCursor* cursors, int64_t i0, int64_t i1, const bf16* 
       std::memcpy(&word, cursors[r].meta + 8 * std::min(i, i1 - 1), 8);
       if (i == i1) word = 0;  // nothing more to spread, nothing read
       const uint32_t first = static_cast<uint32_t>(word);
-      to_low[r] = _mm512_maskz_expandloadu_epi16(first, v[r]);
-      to_high[r] =
-          _mm512_maskz_expandloadu_epi16(static_cast<uint32_t>(word >> 32), v[r] + popcount(first));
+      to_low[r] = expand_words(first, v[r]);
+      to_high[r] = expand_words(static_cast<uint32_t>(word >> 32), v[r] + popcount(first));
       v[r] += popcount(word);
     }
   };
@@ -317,27 +316,9 @@ void dot_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_
       constexpr int M = decltype(rows)::value;
       dot_block<kFormat, kParts<X>, M>(w, cursors, count, packed + m0 * width, *fetch, sums);
     });
-    X* y = a.y.ptr<X>() + m0 * w.rows + r0;
-    for (int64_t m = 0; m < chunk; ++m)
-      for (int64_t r = 0; r < count; r += 16) {
-        const __mmask16 rows = first_lanes(std::min<int64_t>(16, count - r));
-        const __m512 sum = sums_of(sums + (r * chunk + m) * 16, chunk * 16, count - r);
-        const __m512 scale =
-            a.scales ? _mm512_maskz_loadu_ps(rows, a.scales + r0 + r) : _mm512_set1_ps(1.0f);
-        const __m512 shift =
-            bias ? _mm512_maskz_loadu_ps(rows, bias + r0 + r) : _mm512_setzero_ps();
-        store_lanes(y + m * w.rows + r, rows, _mm512_fmadd_ps(sum, scale, shift));
-      }
+    store_outputs(sums, count, chunk, a.scales ? a.scales + r0 : nullptr,
+                  bias ? bias + r0 : nullptr, a.y.ptr<X>() + m0 * w.rows + r0, w.rows);
   }
-}
-
-// Rows of W in a block where x has one or two: the next block is fetched during one, so long rows
-// go by fours; short ones by more, or what a block costs besides would take longer than its
-// products, unless there would be too few blocks to share out evenly.
-inline int64_t few_rows_block(int64_t rows, int64_t cols, int threads) {
-  const int64_t share = rows / (8 * int64_t{threads});
-  const int64_t most = std::min<int64_t>((int64_t{1} << 14) / std::max<int64_t>(cols, 1), share);
-  return std::clamp<int64_t>(most / 4 * 4, 4, kDotBlockRows);
 }
 
 template <WeightFormat kFormat, class X>

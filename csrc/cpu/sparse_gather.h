@@ -51,15 +51,31 @@ inline __m512i two_rows_meta(const uint8_t* low, const uint8_t* high) {
   return _mm512_mask_broadcastd_epi32(all, 0xff00, _mm_loadu_si32(high));
 }
 
-// How a register holds kColumns columns of x, of which each of two rows of W stores kStored.
+// Where two rows of W begin.
+template <class T>
+struct PairOfRows {
+  const T* v[2];
+  const uint8_t* meta[2];
+};
+
+// A layout L decodes kColumns columns at a time, of which each of two rows of W stores kStored, and
+// which are kRegisters registers of x.
+//
+// One register a step: stored values, and the columns of x that they meet.
 template <class T>
 struct GatherFloat {
   using Value = T;
   using Element = float;
   using Register = __m512;
-  static constexpr int kColumns = 16, kStored = 8;
+  static constexpr int kColumns = 16, kStored = 8, kRegisters = 1;
   static constexpr int kRows = 16;  // of x that one pass over a block of W serves, at most
-  static Register values(const T* low, const T* high) { return widen_two_rows(low, high); }
+  static int64_t place(int64_t c) { return c; }
+  static constexpr int side(int m) { return m <= 10 ? 2 : 1; }
+  static void decode(const PairOfRows<T>& rows, int64_t part, Register* values, __m512i* which) {
+    const int64_t first = kStored * part;
+    values[0] = widen_two_rows(rows.v[0] + first, rows.v[1] + first);
+    which[0] = columns(rows.meta[0], rows.meta[1], part);
+  }
   static Register load(const float* x) { return _mm512_load_ps(x); }
   static Register pick(__m512i columns, Register x) { return _mm512_permutexvar_ps(columns, x); }
   static __m512 product(__m512 acc, Register a, Register b) { return _mm512_fmadd_ps(a, b, acc); }
@@ -83,9 +99,15 @@ struct GatherBf16 {
   using Value = bf16;
   using Element = bf16;
   using Register = __m512i;
-  static constexpr int kColumns = 32, kStored = 16;
+  static constexpr int kColumns = 32, kStored = 16, kRegisters = 1;
   static constexpr int kRows = kGatherPairRows;
-  static Register values(const bf16* low, const bf16* high) { return two_rows(low, high); }
+  static int64_t place(int64_t c) { return c; }
+  static constexpr int side(int m) { return m <= 10 ? 2 : 1; }
+  static void decode(const PairOfRows<bf16>& rows, int64_t part, Register* values, __m512i* which) {
+    const int64_t first = kStored * part;
+    values[0] = two_rows(rows.v[0] + first, rows.v[1] + first);
+    which[0] = columns(rows.meta[0], rows.meta[1], part);
+  }
   static Register load(const bf16* x) { return _mm512_load_si512(x); }
   static Register pick(__m512i columns, Register x) { return _mm512_permutexvar_epi16(columns, x); }
   static __m512 product(__m512 acc, Register a, Register b) {
@@ -108,44 +130,42 @@ struct GatherBf16 {
   }
 };
 
+// Columns of x that stay neighbours in every layout's place().
+constexpr int64_t kGatherRun = 16;
+
 // `cols` columns (at most a word) of m rows of x: [chunk][64], zeros outside.
-template <class E, class X>
-void pack_gather(const X* x, int64_t stride, int64_t m, int64_t chunk, int64_t cols, E* out) {
-  std::memset(out, 0, chunk * kMaskColumns * sizeof(E));
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t c = 0; c < cols; ++c) {
-      if constexpr (std::is_same_v<E, X>)
-        out[i * kMaskColumns + c] = x[i * stride + c];
+template <class L, class X>
+void pack_gather(const X* x, int64_t stride, int64_t m, int64_t chunk, int64_t cols,
+                 typename L::Element* out) {
+  std::memset(out, 0, chunk * kMaskColumns * sizeof(*out));
+  for (int64_t i = 0; i < m; ++i) {
+    const X* row = x + i * stride;
+    int64_t c = 0;
+    if constexpr (std::is_same_v<typename L::Element, X>)
+      for (; c + kGatherRun <= cols; c += kGatherRun)
+        std::memcpy(out + i * kMaskColumns + L::place(c), row + c, kGatherRun * sizeof(X));
+    for (; c < cols; ++c) {
+      if constexpr (std::is_same_v<typename L::Element, X>)
+        out[i * kMaskColumns + L::place(c)] = row[c];
       else
-        out[i * kMaskColumns + c] = to_float(x[i * stride + c]);
+        out[i * kMaskColumns + L::place(c)] = to_float(row[c]);
     }
+  }
 }
 
-// Where two rows of W begin.
-template <class T>
-struct PairOfRows {
-  const T* v[2];
-  const uint8_t* meta[2];
-};
-
-// What one register's worth of columns needs of G pairs of rows.
+// What one step needs of G pairs of rows.
 template <class L, int G>
 struct Gathered {
-  typename L::Register values[G];
-  __m512i columns[G];
+  typename L::Register values[G][L::kRegisters];
+  __m512i columns[G][L::kRegisters];
 };
 
-// `part` counts registers of columns from the rows' start.
+// `part` counts steps of columns from the rows' start.
 template <class L, int G>
 inline Gathered<L, G> gathered(const PairOfRows<typename L::Value>* pairs, int64_t part) {
   Gathered<L, G> out;
 #pragma GCC unroll 2
-  for (int g = 0; g < G; ++g) {
-    const auto& rows = pairs[g];
-    const int64_t first = L::kStored * part;
-    out.values[g] = L::values(rows.v[0] + first, rows.v[1] + first);
-    out.columns[g] = L::columns(rows.meta[0], rows.meta[1], part);
-  }
+  for (int g = 0; g < G; ++g) L::decode(pairs[g], part, out.values[g], out.columns[g]);
   return out;
 }
 
@@ -172,13 +192,15 @@ inline void gather_words(const PairOfRows<typename L::Value>* pairs, int64_t i0,
       _mm_prefetch(reinterpret_cast<const char*>(pairs[g].v[0] + 2 * L::kStored * p) + ahead,
                    _MM_HINT_T1);
     const typename L::Element* xp = x + p / kParts * M * kMaskColumns + p % kParts * L::kColumns;
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) {
-      const auto xm = L::load(xp + m * kMaskColumns);
 #pragma GCC unroll 2
-      for (int g = 0; g < G; ++g)
-        acc[g][m] = L::product(acc[g][m], w.values[g], L::pick(w.columns[g], xm));
-    }
+    for (int h = 0; h < L::kRegisters; ++h)
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) {
+        const auto xm = L::load(xp + m * kMaskColumns + h * (L::kColumns / L::kRegisters));
+#pragma GCC unroll 2
+        for (int g = 0; g < G; ++g)
+          acc[g][m] = L::product(acc[g][m], w.values[g][h], L::pick(w.columns[g][h], xm));
+      }
     w = next;
   }
   for (int g = 0; g < G; ++g)
@@ -256,7 +278,7 @@ template <class L, int M>
 void gather_rows(const Weights& w, int64_t r0, int64_t count, const typename L::Element* x,
                  int64_t ahead, float* sums) {
   using T = typename L::Value;
-  constexpr int kSide = M <= 10 ? 2 : 1;  // pairs whose sums fit the registers
+  constexpr int kSide = L::side(M);  // pairs whose sums fit the registers
   const int64_t n = mask_words(w.cols), pairs = (count + 1) / 2;
   constexpr int64_t kPiece =
       kGatherPiece / (M * kMaskColumns * static_cast<int64_t>(sizeof(typename L::Element)));
@@ -331,8 +353,8 @@ void run_gather(const SparseLinearArgs& a, const Weights& w) {
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < chunks * n; ++i) {
       const int64_t m0 = i / n * chunk, c = i % n * kMaskColumns;
-      pack_gather(x + m0 * a.x.stride[0] + c, a.x.stride[0], std::min(chunk, m - m0), chunk,
-                  std::min(kMaskColumns, w.cols - c), packed + i * chunk * kMaskColumns);
+      pack_gather<L>(x + m0 * a.x.stride[0] + c, a.x.stride[0], std::min(chunk, m - m0), chunk,
+                     std::min(kMaskColumns, w.cols - c), packed + i * chunk * kMaskColumns);
     }
     float* mine = sums + omp_get_thread_num() * sum_floats;
 #pragma omp for schedule(static)

@@ -10,6 +10,8 @@
 #include "cpu/bitmap_table.h"
 #include "cpu/int8_wide.h"
 #include "cpu/sparse_bf16.h"
+#include "cpu/sparse_gather_int8.h"
+#include "cpu/sparse_int8_bf16.h"
 #include "cpu/sparse_rows.h"
 #include "cpu/sparse_run.h"
 #include "cpu/sparse_table.h"
@@ -25,14 +27,7 @@ namespace {
 // Rows of x that one pass over W serves.
 constexpr int kInt8ChunkRows = 8;
 
-// Where a kernel stands in one row: the next value, and the row's mask words (or, where a kernel
-// reads that itself, its 2:4 metadata).
-struct ByteCursor {
-  const int8_t* v;
-  const uint8_t* meta;
-};
-
-constexpr int kInt8BlockRows = 16;
+constexpr int64_t kInt8BlockRows = 16;
 // A piece of x for the first-level cache; for one or two rows of x all of it is one.
 constexpr int64_t kInt8PieceBytes = 24 * 1024;
 
@@ -53,8 +48,9 @@ constexpr int64_t kInt8PieceBytes = 24 * 1024;
 // lies in its 32-bit lane, so that column 4 l + b is lane l of vector b.
 struct Columns64 {
   __m512 v[4];
+  Columns64() = default;
   Columns64(uint64_t keep, const int8_t* p) {
-    const __m512i q = _mm512_maskz_expandloadu_epi8(keep, p);
+    const __m512i q = expand_bytes(keep, p);
     v[0] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(q, 24), 24));
     v[1] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(q, 16), 24));
     v[2] = _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(q, 8), 24));
@@ -67,29 +63,36 @@ void spread_rows(const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1, con
                  int64_t ahead, float* sums) {
   __m512 acc[R][M];
   const int8_t* v[R];
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     v[r] = cursors[r].v;
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
   }
   for (int64_t i = i0; i < i1; ++i) {
+    Columns64 w[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       uint64_t keep;
       std::memcpy(&keep, cursors[r].meta + 8 * i, 8);
-      const Columns64 w(keep, v[r]);
+      w[r] = Columns64(keep, v[r]);
       v[r] += popcount(keep);
       _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const float* xm = x + (i * M + m) * kMaskColumns;
-#pragma GCC unroll 4
-        for (int b = 0; b < 4; ++b)
-          acc[r][m] = _mm512_fmadd_ps(w.v[b], _mm512_load_ps(xm + 16 * b), acc[r][m]);
-      }
     }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 4
+      for (int b = 0; b < 4; ++b) {
+        Vec xm = Vec::load(x + (i * M + m) * kMaskColumns + 16 * b);
+        hold(xm);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) acc[r][m] = _mm512_fmadd_ps(w[r].v[b], xm.v, acc[r][m]);
+      }
   }
+#pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     cursors[r].v = v[r];
+#pragma GCC unroll 8
     for (int m = 0; m < M; ++m) _mm512_store_ps(sums + (r * M + m) * 16, acc[r][m]);
   }
 }
@@ -99,7 +102,8 @@ void spread_rows(const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1, con
 // Where Columns64 has a column.
 inline int64_t columns64_place(int64_t c) { return 16 * (c & 3) + (c >> 2); }
 
-constexpr int spread_side(int m) { return m <= 4 ? 4 : 2; }
+// The sums of R x M products and the columns of R rows have to fit the registers.
+constexpr int spread_side(int m) { return m <= 2 ? 4 : 2; }
 
 #elif defined(__AVX2__)
 
@@ -169,110 +173,16 @@ struct Spread {
   }
 };
 
-#if defined(__AVX512F__)
-
-// How Dot reads x. Apart from it, as what is compiled for more instructions than its caller is
-// never inlined.
-template <WeightFormat kFormat, int P>
-struct DotLayout {
-  using T = bf16;
-  static constexpr int kParts = P, kMost = P == 1 ? kInt8ChunkRows : kSplitRows;
-  static constexpr bool kMeta = kFormat == WeightFormat::sparse24, kRuns = true;
-  static int64_t place(int64_t c) { return kMeta ? c : widen64_place(c); }
-  template <class X>
-  static void part(X x, bf16* parts) {
-    split(x, parts);
-  }
-};
-
-#pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512vbmi,avx512vbmi2,avx512vpopcntdq")
-
-inline __m512 widen16(__m128i q) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q)); }
-
-// Pairs of bf16 products, summed in fp32; fp32 x comes as three bf16 parts (see sparse_bf16.h). A
-// bitmap spreads its values over their columns, 2:4 gathers the activations instead.
-template <WeightFormat kFormat, int P>
-struct Dot : DotLayout<kFormat, P> {
-  using DotLayout<kFormat, P>::kMeta;
-  static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
-  static const uint8_t* meta(const Weights& w, int64_t r, uint64_t* words) {
-    return kMeta ? w.meta + r * w.meta_stride : bitmap_row(w, r, words);
-  }
-
-  template <int M, int R>
-  static void rows(int64_t cols, const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1,
-                   const bf16* x, int64_t ahead, float* sums) {
-    const Widen64 widen;
-    __m512 acc[R][M];
-    const int8_t* v[R];
-    for (int r = 0; r < R; ++r) {
-      v[r] = cursors[r].v;
-      for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
-    }
-    // kTail: the word that the matrix ends in, `left` of its columns (2:4 alone has to know).
-    const auto step = [&](int64_t i, auto tail, int64_t left) __attribute__((always_inline)) {
-      constexpr bool kTail = decltype(tail)::value && kMeta;
-      __m512bh w[R][2];
-      __m512i picks[R];
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        uint64_t word = 0;
-        if (kTail)
-          std::memcpy(&word, cursors[r].meta + 8 * i, static_cast<size_t>(left / 8));
-        else
-          std::memcpy(&word, cursors[r].meta + 8 * i, 8);
-        if (kMeta) {
-          const uint32_t k = kTail ? (uint32_t{1} << (left / 2)) - 1 : ~0u;
-          const __m128i lo = _mm_maskz_loadu_epi8(static_cast<__mmask16>(k), v[r]);
-          const __m128i hi = _mm_maskz_loadu_epi8(static_cast<__mmask16>(k >> 16), v[r] + 16);
-          w[r][0] = _mm512_cvtne2ps_pbh(widen16(hi), widen16(lo));
-          picks[r] = kept_of(word);
-          v[r] += 32;
-        } else {
-          widen(_mm512_maskz_expandloadu_epi8(word, v[r]), w[r]);
-          v[r] += popcount(word);
-        }
-        _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
-      }
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m)
-#pragma GCC unroll 3
-        for (int p = 0; p < P; ++p) {
-          const bf16* xp = x + ((i * M + m) * P + p) * kMaskColumns;
-          const __m512i x0 = _mm512_load_si512(xp), x1 = _mm512_load_si512(xp + 32);
-#pragma GCC unroll 4
-          for (int r = 0; r < R; ++r) {
-            if (kMeta) {
-              acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], words_of(pick(x0, x1, picks[r])));
-            } else {
-              acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], words_of(x0));
-              acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][1], words_of(x1));
-            }
-          }
-        }
-    };
-    const int64_t whole = kMeta ? std::min(i1, cols / kMaskColumns) : i1;
-    for (int64_t i = i0; i < whole; ++i) step(i, std::false_type(), 0);
-    if (whole < i1) step(whole, std::true_type(), cols % kMaskColumns);
-    for (int r = 0; r < R; ++r) {
-      cursors[r].v = v[r];
-      for (int m = 0; m < M; ++m) _mm512_store_ps(sums + (r * M + m) * 16, acc[r][m]);
-    }
-  }
-};
-
-#pragma GCC pop_options
-
-#endif
+// Words of columns of packed x: an even number, as some kernels take two at a time.
+inline int64_t packed_words(int64_t cols) { return (mask_words(cols) + 1) / 2 * 2; }
 
 // `m` rows of x as Kernel reads them.
 template <class Kernel, class X>
 void pack_words(const X* x, int64_t stride, int64_t m, int64_t cols, typename Kernel::T* out) {
   constexpr int P = Kernel::kParts;
-  for (int64_t c = 0; c < cols; c += kMaskColumns)
+  for (int64_t c = 0; c < packed_words(cols) * kMaskColumns; c += kMaskColumns)
     for (int64_t i = 0; i < m; ++i, out += P * kMaskColumns) {
-      const int64_t width = std::min(kMaskColumns, cols - c);
+      const int64_t width = std::clamp<int64_t>(cols - c, 0, kMaskColumns);
       if (width < kMaskColumns) std::memset(out, 0, P * kMaskColumns * sizeof(*out));
       const X* row = x + i * stride + c;
       int64_t j = 0;
@@ -312,7 +222,7 @@ bool few_block(const Weights& w, int64_t r0, int64_t count, const typename Kerne
   }
   const int64_t ahead = w.begin_within(std::min(r0 + count, w.rows - 1)) - w.begin(r0);
   constexpr int64_t word_bytes = kMaskColumns * sizeof(typename Kernel::T) * Kernel::kParts * M;
-  const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, kInt8PieceBytes / word_bytes);
+  const int64_t piece = M <= 2 ? n : std::max<int64_t>(2, kInt8PieceBytes / word_bytes / 2 * 2);
   std::fill(s.sums, s.sums + count * M * Vec::kLanes, 0.0f);
   for (int64_t i0 = 0; i0 < n; i0 += piece) {
     const int64_t i1 = std::min(n, i0 + piece);
@@ -329,12 +239,14 @@ bool few_block(const Weights& w, int64_t r0, int64_t count, const typename Kerne
 
 template <class Kernel, class X, int M>
 void few_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
-  constexpr int64_t kBlock = M <= 2 ? Kernel::side(M) : kInt8BlockRows;
-  const int64_t n = mask_words(w.cols), blocks = (w.rows + kBlock - 1) / kBlock;
-  const int64_t sum_floats = kBlock * M * Vec::kLanes;
   const int threads = a.linear.threads;
-  const Scratch packed(n * M * kMaskColumns * Kernel::kParts * sizeof(typename Kernel::T));
-  const Scratch sums(threads * sum_floats * 4), words(threads * kBlock * n * 8);
+  const int64_t block =
+      M <= 2 ? std::min(few_rows_block(w.rows, w.cols, threads), kInt8BlockRows) : kInt8BlockRows;
+  const int64_t n = mask_words(w.cols), blocks = (w.rows + block - 1) / block;
+  const int64_t sum_floats = block * M * Vec::kLanes;
+  const Scratch packed(packed_words(w.cols) * M * kMaskColumns * Kernel::kParts *
+                       sizeof(typename Kernel::T));
+  const Scratch sums(threads * sum_floats * 4), words(threads * block * n * 8);
   auto* x = packed.as<typename Kernel::T>();
   pack_words<Kernel>(a.linear.x.ptr<const X>(), a.linear.x.stride[0], M, w.cols, x);
   const float* scales = a.scales.ptr<const float>();
@@ -342,16 +254,12 @@ void few_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
   X* y = a.linear.y.ptr<X>();
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t g = 0; g < blocks; ++g) {
-    const int64_t r0 = g * kBlock, count = std::min(kBlock, w.rows - r0);
+    const int64_t r0 = g * block, count = std::min(block, w.rows - r0);
     const int64_t me = omp_get_thread_num();
-    const FewScratch s{words.as<uint64_t>() + me * kBlock * n, sums.as<float>() + me * sum_floats};
-    prefetch_meta(w, r0 + kBlock, kBlock);
+    const FewScratch s{words.as<uint64_t>() + me * block * n, sums.as<float>() + me * sum_floats};
+    prefetch_meta(w, r0 + block, block);
     if (!few_block<Kernel, M>(w, r0, count, x, s, broken)) continue;
-    for (int64_t r = 0; r < count; ++r)
-      for (int64_t m = 0; m < M; ++m) {
-        const float sum = Vec::load(s.sums + (r * M + m) * Vec::kLanes).sum();
-        store(y + m * w.rows + r0 + r, sum * scales[r0 + r] + (bias ? bias[r0 + r] : 0.0f));
-      }
+    store_outputs(s.sums, count, M, scales + r0, bias ? bias + r0 : nullptr, y + r0, w.rows);
   }
 }
 
@@ -368,11 +276,12 @@ template <class X>
 void run_chunk(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
   const int64_t m = a.linear.x.shape[0];
 #if defined(__AVX512F__)
-  constexpr int P = kParts<X>;
-  if (current_isa() >= Isa::avx512_bf16 && (P == 1 || m <= kSplitRows)) {
-    if (w.format == WeightFormat::sparse24)
-      return few_rows<Dot<WeightFormat::sparse24, P>, X>(a, w, m, broken);
-    return few_rows<Dot<WeightFormat::bitmap, P>, X>(a, w, m, broken);
+  if (current_isa() >= Isa::avx512_bf16) {
+    constexpr int P = kParts<X>;
+    if (w.format == WeightFormat::sparse24 && m <= PickInt8<P>::kMost)
+      return few_rows<PickInt8<P>, X>(a, w, m, broken);
+    // With fp32 x, spreading to floats takes 17 cycles for 64 columns and two rows, in parts 23.
+    if constexpr (P == 1) return few_rows<SpreadInt8, X>(a, w, m, broken);
   }
 #endif
   few_rows<Spread, X>(a, w, m, broken);
@@ -386,8 +295,10 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
     if (current_isa() >= Isa::avx512_bf16) {
       SparseLinearArgs scaled = a.linear;
       scaled.scales = a.scales.ptr<const float>();
-      if (w.format == WeightFormat::sparse24 && m > kGatherPairRows)
-        return run_table<Source24<int8_t>, X>(scaled, w);
+      if (w.format == WeightFormat::sparse24) {
+        if (m > kGatherPairRows) return run_table<Source24<int8_t>, X>(scaled, w);
+        if (m > 1) return run_gather<GatherInt8, X>(scaled, w);
+      }
       if (w.format == WeightFormat::bitmap && tables_pay(w, m))
         return run_table<BitmapSource<int8_t>, X>(scaled, w, broken);
     }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/expand.h"
 #include "cpu/simd.h"
 #include "cpu/sparse_linear.h"
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -203,16 +204,6 @@ inline bool row_mask(const Weights& w, int64_t r, uint64_t* words) {
 template <class T>
 struct Columns32;
 
-inline __m512i expand_words(uint32_t keep, const void* p) {
-  // vpexpandw is AVX-512 VBMI2, which sparse_linear() has checked for; written as assembly because
-  // this file is compiled for the common subset. A masked load never touches what it leaves out.
-  __m512i out;
-  asm("vpexpandw %1, %0%{%2%}%{z%}"
-      : "=v"(out)
-      : "m"(*static_cast<const char (*)[64]>(p)), "Yk"(static_cast<__mmask32>(keep)));
-  return out;
-}
-
 template <>
 struct Columns32<bf16> {
   static constexpr bool kEvenOdd = true;
@@ -246,7 +237,7 @@ struct Columns32<float> {
   __m512 a, b;
   static Columns32 expand(const float* p, uint32_t keep) {
     const __mmask16 lo = static_cast<__mmask16>(keep), hi = static_cast<__mmask16>(keep >> 16);
-    return {_mm512_maskz_expandloadu_ps(lo, p), _mm512_maskz_expandloadu_ps(hi, p + popcount(lo))};
+    return {expand_floats(lo, p), expand_floats(hi, p + popcount(lo))};
   }
   static Columns32 load(const float* p, uint32_t valid) {
     return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(valid), p),

@@ -150,6 +150,39 @@ void store_square(const float* sums, int64_t stride, int64_t count, int64_t toke
 
 #endif
 
+// y[t, r] = sum over vector (r, t) of sums [count, tokens] * scales[r] + bias[r]; rows of y are
+// `y_stride` apart, and scales or bias may be null.
+template <class X>
+void store_outputs(const float* sums, int64_t count, int64_t tokens, const float* scales,
+                   const float* bias, X* y, int64_t y_stride) {
+#if defined(__AVX512F__)
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t r = 0; r < count; r += 16) {
+      const __mmask16 rows = first_lanes(std::min<int64_t>(16, count - r));
+      const __m512 sum = sums_of(sums + (r * tokens + t) * 16, tokens * 16, count - r);
+      const __m512 scale = scales ? _mm512_maskz_loadu_ps(rows, scales + r) : _mm512_set1_ps(1.0f);
+      const __m512 shift = bias ? _mm512_maskz_loadu_ps(rows, bias + r) : _mm512_setzero_ps();
+      store_lanes(y + t * y_stride + r, rows, _mm512_fmadd_ps(sum, scale, shift));
+    }
+#else
+  for (int64_t r = 0; r < count; ++r)
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float sum = Vec::load(sums + (r * tokens + t) * Vec::kLanes).sum();
+      store(y + t * y_stride + r, sum * (scales ? scales[r] : 1.0f) + (bias ? bias[r] : 0.0f));
+    }
+#endif
+}
+
+// Rows of W in a block where x has one or two: the next block is fetched during one, so long rows
+// go by fours; short ones by more, or what a block costs besides would take longer than its
+// products, unless there would be too few blocks to share out evenly.
+constexpr int64_t kMostFewRows = 32;
+inline int64_t few_rows_block(int64_t rows, int64_t cols, int threads) {
+  const int64_t share = rows / (8 * int64_t{threads});
+  const int64_t most = std::min<int64_t>((int64_t{1} << 14) / std::max<int64_t>(cols, 1), share);
+  return std::clamp<int64_t>(most / 4 * 4, 4, kMostFewRows);
+}
+
 // y[t, r] = sums[r, t] * scales[r] + bias[r] for `count` rows of W, whose sums are `stride` apart,
 // and `tokens` of x; without scales or bias where those are null.
 template <class X>
