@@ -126,8 +126,8 @@ inline int list_pairs(const T*& next, const uint64_t* masks, int64_t words, Pair
         _mm512_add_epi32(groups, _mm512_set1_epi32(static_cast<int>(8 * i * kStep)));
     const __m512i entries = _mm512_add_epi32(_mm512_permutex2var_epi64(entry0, mask, entry1), base);
     const __mmask16 there = _knot_mask16(_mm512_movepi32_mask(entries));
-    // One compression, which takes as long as five permutes, for both.
-    const __m512i from = _mm512_maskz_compress_epi32(there, lanes);
+    // One compression for both.
+    const __m512i from = compress_dwords(there, lanes);
     _mm512_storeu_si512(list.weights + count, _mm512_permutexvar_epi32(from, pairs));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(list.entries + count),
                         _mm512_cvtepi32_epi16(_mm512_permutexvar_epi32(from, entries)));

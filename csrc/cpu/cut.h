@@ -1,6 +1,7 @@
 // Selection on keys: the cut that prunes an exact number of them, and masks from a cut.
 #pragma once
 
+#include "cpu/expand.h"
 #include "cpu/score.h"
 
 namespace pyprune {
@@ -37,8 +38,8 @@ inline int64_t gather_range(const int32_t* keys, int64_t n, int32_t lo, int32_t 
     } else {
       for (int v = 0, at = 0; v < 4; ++v) {
         const __mmask16 part = static_cast<__mmask16>(in >> (16 * v));
-        _mm512_storeu_si512(out + taken + at, _mm512_maskz_compress_epi32(
-                                                  part, _mm512_loadu_si512(keys + i + 16 * v)));
+        _mm512_storeu_si512(out + taken + at,
+                            compress_dwords(part, _mm512_loadu_si512(keys + i + 16 * v)));
         at += __builtin_popcount(part);
       }
     }

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/expand.h"
 #include "cpu/obs_tile.h"
 #include "cpu/strip.h"
 
@@ -263,9 +264,9 @@ class PrunedErrors {
       const __m512 e = _mm512_loadu_ps(x + k);
       const __mmask16 some = _mm512_mask_cmp_ps_mask(inside, e, _mm512_setzero_ps(), _CMP_NEQ_UQ);
       // To a register first: compressing to memory is many times slower on some processors.
-      _mm512_storeu_ps(values + count, _mm512_maskz_compress_ps(some, e));
+      _mm512_storeu_si512(values + count, compress_dwords(some, _mm512_castps_si512(e)));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(rows + count),
-                          _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(some, row)));
+                          _mm512_cvtepi32_epi16(compress_dwords(some, row)));
       count += __builtin_popcount(some);
     }
 #else

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cpu/expand.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -67,26 +69,21 @@ inline uint64_t bits_of_bools(const uint8_t* x, int64_t count) {
 }
 
 #if defined(__AVX512F__)
-__attribute__((target("avx512vbmi2"))) inline void compress_16(const uint16_t* x, uint64_t bits,
-                                                               uint16_t* out) {
+inline void compress_16(const uint16_t* x, uint64_t bits, uint16_t* out) {
   for (int half = 0; half < 2; ++half) {
     const __mmask32 keep = static_cast<__mmask32>(bits >> (32 * half));
     const __m512i v = _mm512_maskz_loadu_epi16(keep, x + 32 * half);
     const int n = __builtin_popcount(keep);
-    _mm512_mask_storeu_epi16(out, static_cast<__mmask32>((1ull << n) - 1),
-                             _mm512_maskz_compress_epi16(keep, v));
+    _mm512_mask_storeu_epi16(out, static_cast<__mmask32>((1ull << n) - 1), compress_words(keep, v));
     out += n;
   }
 }
 
-__attribute__((target("avx512vbmi2"))) inline void expand_16(const uint16_t* x, uint64_t bits,
-                                                             uint16_t* out) {
+inline void expand_16(const uint16_t* x, uint64_t bits, uint16_t* out) {
   for (int half = 0; half < 2; ++half) {
     const __mmask32 keep = static_cast<__mmask32>(bits >> (32 * half));
-    const int n = __builtin_popcount(keep);
-    const __m512i v = _mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << n) - 1), x);
-    _mm512_storeu_si512(out + 32 * half, _mm512_maskz_expand_epi16(keep, v));
-    x += n;
+    _mm512_storeu_si512(out + 32 * half, expand_words(keep, x));
+    x += __builtin_popcount(keep);
   }
 }
 #endif
@@ -101,9 +98,8 @@ inline void compress(const U* x, uint64_t bits, U* out, bool vbmi2) {
     for (int v = 0; v < 4; ++v) {
       const __mmask16 keep = static_cast<__mmask16>(bits >> (16 * v));
       const int n = __builtin_popcount(keep);
-      _mm512_mask_storeu_epi32(
-          out, static_cast<__mmask16>((1u << n) - 1),
-          _mm512_maskz_compress_epi32(keep, _mm512_maskz_loadu_epi32(keep, x + 16 * v)));
+      _mm512_mask_storeu_epi32(out, static_cast<__mmask16>((1u << n) - 1),
+                               compress_dwords(keep, _mm512_maskz_loadu_epi32(keep, x + 16 * v)));
       out += n;
     }
     return;
@@ -124,10 +120,8 @@ inline void expand(const U* x, uint64_t bits, U* out, int64_t count, bool vbmi2)
     } else {
       for (int v = 0; v < 4; ++v) {
         const __mmask16 keep = static_cast<__mmask16>(bits >> (16 * v));
-        const int n = __builtin_popcount(keep);
-        const __m512i packed = _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << n) - 1), x);
-        _mm512_storeu_si512(out + 16 * v, _mm512_maskz_expand_epi32(keep, packed));
-        x += n;
+        _mm512_storeu_si512(out + 16 * v, expand_dwords(keep, x));
+        x += __builtin_popcount(keep);
       }
       return;
     }
