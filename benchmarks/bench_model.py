@@ -4,7 +4,7 @@
     python benchmarks/bench_model.py --device cuda --json model.json
 
 A random bf16 Llama: dense, 2:4, and half of the weights zero anywhere as bitmaps, side by side in
-bf16. The packaged model of the demo is so small that a good part of a decoding step is Python; this
+bf16; on the CPU also with int8 values. The packaged model of the demo is so small that a good part of a decoding step is Python; this
 one shows what the kernels bring beyond it. Before anything is timed, one decoding step of each
 model is compared with that of its decompressed form.
 
@@ -56,6 +56,8 @@ SMOKE_PROTOCOL = Protocol(batches=(1,), prompt=8, steps=2, rounds=1)
 # Of the logits, bf16 products summed in another order through all blocks.
 TOLERANCE = 0.05
 MODELS = {"2:4": ("2:4", "sparse24"), "50% bitmap": ("random", "bitmap")}
+# On the CPU also with int8 values, a scale a row.
+INT8 = " int8"
 
 
 @torch.inference_mode()
@@ -75,6 +77,8 @@ def from_disk(smoke: bool, device: str) -> list[Contestant]:
             source.mkdir(exist_ok=True)
             make_checkpoint(source, SMOKE_SIZES if smoke else SIZES, zeros)
             compress_checkpoint(source, small[name], allowed=(layout,))
+            small[name + INT8] = Path(tmp) / (layout + "-int8")
+            compress_checkpoint(source, small[name + INT8], allowed=(layout,), int8=True)
         return contestants(small, dtypes=(torch.bfloat16,), device=device)
 
 
