@@ -266,15 +266,8 @@ def _reconstruction(config: PruneConfig) -> str:
 
 def _summary(report: Report) -> str:
     config = report.config
-    variant = [
-        _allocated(config),
-        f"update {config.update}" if config.update != "none" else "",
-        "score mass" if config.score_mass else "",
-        _reconstruction(config),
-        "reference count" if config.reference_count else "",
-        _own_options(config),
-    ]
-    words = ", ".join([config.method, str(config.target()), *filter(None, variant)])
+    variant = filter(None, [_allocated(config), _variant(config)])
+    words = ", ".join([config.method, str(config.target()), *variant])
     whole = f"{words}: {report.sparsity:.2%} of {len(report.layers)} matrices is zero"
     shares = sorted(layer.sparsity for layer in report.layers)
     if not shares or shares[-1] - shares[0] < UNEQUAL:
@@ -290,9 +283,16 @@ def _allocated(config: PruneConfig) -> str:
     return ", ".join([f"allocation {config.allocation}", *own])
 
 
-def _own_options(config: PruneConfig) -> str:
-    """What was asked for of the method's own options."""
-    return ", ".join(f"{name} {value}" for name, value in config.method_options.items())
+def _variant(config: PruneConfig) -> str:
+    """What was asked for beyond the method, its own options included."""
+    common = [
+        f"update {config.update}" if config.update != "none" else "",
+        "score mass" if config.score_mass else "",
+        _reconstruction(config),
+        "reference count" if config.reference_count else "",
+    ]
+    own = [f"{name} {value}" for name, value in config.method_options.items()]
+    return ", ".join([*filter(None, common), *own])
 
 
 def _untouched(config: PruneConfig) -> str:
@@ -330,8 +330,8 @@ def model_card(report: Report) -> str:
     ]
     if _allocated(config):
         lines.append(f"- Sparsity: {_allocated(config)}")
-    if config.method_options:
-        lines.append(f"- Options: {_own_options(config)}")
+    if _variant(config):
+        lines.append(f"- Options: {_variant(config)}")
     if calibration is not None:
         lines.append(
             f"- Calibration: {calibration.source}, {calibration.tokens:,} tokens in "
