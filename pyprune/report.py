@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 import pyprune
+from pyprune.calibration.text import HUB_PREFIX
 from pyprune.config import PruneConfig
 from pyprune.errors import UserError
 
@@ -48,6 +49,11 @@ def model_name(model: Any) -> str:
 def source_name(source: str | Path) -> str:
     """A hub id, or the name of the directory."""
     return Path(source).resolve().name if Path(source).is_dir() else str(source)
+
+
+def text_name(source: str) -> str:
+    """What a text is called where others read it: a file without the folders of this machine."""
+    return source if source.startswith(HUB_PREFIX) else Path(source).name
 
 
 @dataclass(frozen=True)
@@ -334,7 +340,7 @@ def model_card(report: Report) -> str:
         lines.append(f"- Options: {_variant(config)}")
     if calibration is not None:
         lines.append(
-            f"- Calibration: {calibration.source}, {calibration.tokens:,} tokens in "
+            f"- Calibration: {text_name(calibration.source)}, {calibration.tokens:,} tokens in "
             f"{calibration.sequences} sequences of up to {calibration.seqlen}"
             + (f", sha256 `{calibration.sha256}`" if calibration.sha256 else "")
         )

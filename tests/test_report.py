@@ -142,5 +142,15 @@ def test_model_card_says_what_became_of_the_kept_weights():
     assert "- Options" not in model_card(replace(report(), config=plain))
 
 
+def test_model_card_names_a_text_without_its_folders():
+    for source, words in (
+        ("/home/someone/texts/a.jsonl", "- Calibration: a.jsonl, "),
+        ("hub:org/set:main", "- Calibration: hub:org/set:main, "),
+    ):
+        shown_text = replace(report().calibration, source=source)
+        card = model_card(replace(report(), calibration=shown_text))
+        assert words in card and "/home" not in card
+
+
 def test_model_card_is_the_same_for_equal_runs():
     assert model_card(report()) == model_card(replace(report(), run=RunReport()))
