@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -149,25 +151,68 @@ def inspect(
     cli.show(found.to_dict(), as_json, found.table(), *filter(None, [found.note]))
 
 
-@app.command()
-def methods(as_json: AsJson = False) -> None:
+@app.command(epilog=examples("pyprune methods", "pyprune methods blockpruner"))
+def methods(
+    name: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="NAME",
+            help="Only this method or allocation, and what each of its own options means.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
     """List methods, and what can be combined."""
-    from pyprune.families import families
+    from pyprune.allocation import ALLOCATIONS
+    from pyprune.families import families, find_family
 
+    if name is not None and name not in ALLOCATIONS:
+        find_family(name)  # or the error that says which there are
     rows: list[dict[str, Any]] = []
     shown: list[Any] = []
     for family in families():
         table = Table(*family.headers, title=family.title, box=box.SIMPLE, padding=0)
         table.show_lines = True
-        notes = []
-        for method in family.methods().values():
-            cells, row = family.describe(method)
-            table.add_row(*cells)
-            rows.append(row)
-            notes += [f"{row['name']} -O {k}=...: {takes}" for k, takes in row["options"].items()]
+        described = [family.describe(method) for method in family.methods().values()]
+        _add_rows(described, "-O", name, table, rows, shown)
+    from pyprune.allocation.table import HEADERS, describe_allocation
+
+    table = Table(*HEADERS, title="--allocation of an unstructured sparsity", box=box.SIMPLE)
+    described = [describe_allocation(allocation) for allocation in ALLOCATIONS.values()]
+    _add_rows(described, "-A", name, table, rows, shown)
+    if name is None:
+        shown.append("pyprune methods NAME says what the options of one mean.")
+    cli.show(rows, as_json, *shown)
+
+
+def _add_rows(
+    described: Sequence[tuple[tuple[str, ...], dict[str, Any]]],
+    option: str,
+    name: str | None,
+    table: Table,
+    rows: list[dict[str, Any]],
+    shown: list[Any],
+) -> None:
+    """Those called `name` (None: all): to the table, to the rows, and the table with a line for
+    each option to what is shown; with a name its meaning as well."""
+    notes = []
+    for cells, row in described:
+        if name not in (None, row["name"]):
+            continue
+        table.add_row(*cells)
+        rows.append(row)
+        for key, takes in row["options"].items():
+            notes.append(f"{row['name']} {option} {key}=...: {takes}")
+            if name is not None:
+                width = Console().width
+                notes.append(
+                    textwrap.fill(
+                        row["meanings"][key], width, initial_indent="  ", subsequent_indent="  "
+                    )
+                )
+    if table.row_count:
         _give_room(table)
         shown += [table, *notes]
-    cli.show([*rows, *_allocations(shown)], as_json, *shown)
 
 
 def _give_room(table: Table) -> None:
@@ -179,22 +224,6 @@ def _give_room(table: Table) -> None:
         if column.header != "what":
             words = " ".join(map(str, (column.header, *column.cells))).split()
             column.max_width = max(Console().width // 7, *map(len, words))
-
-
-def _allocations(shown: list[Any]) -> list[dict[str, Any]]:
-    """The rows of the table of allocations; adds it to what is shown."""
-    from pyprune.allocation.table import ALLOCATIONS, HEADERS, describe_allocation
-
-    table = Table(*HEADERS, title="--allocation of an unstructured sparsity", box=box.SIMPLE)
-    rows, notes = [], []
-    for allocation in ALLOCATIONS.values():
-        cells, row = describe_allocation(allocation)
-        table.add_row(*cells)
-        rows.append(row)
-        notes += [f"{row['name']} -A {k}=...: {takes}" for k, takes in row["options"].items()]
-    _give_room(table)
-    shown += [table, *notes]
-    return rows
 
 
 @app.command()

@@ -32,6 +32,8 @@ OWN = {
     "method_options": ("option", "method"),
     "allocation_options": ("allocation-option", "allocation"),
 }
+# Fields that say how much goes, each of some methods.
+AMOUNTS = ("sparsity", "pattern", "ratio", "count")
 
 
 @app.command(
@@ -106,7 +108,8 @@ def prune(
     reference_count: Annotated[
         bool | None,
         typer.Option(
-            "--reference-count/--exact-count", help="The reference code's threshold rule."
+            "--reference-count/--exact-count",
+            help="magnitude and sparsegpt: the reference code's threshold rule.",
         ),
     ] = None,
     preserve_zeros: Annotated[
@@ -299,7 +302,9 @@ def _prune_config(
     for name in given:
         if name not in known:
             option = OWN.get(name, (name,))[0].replace("_", "-")
-            raise UserError(f"--{option}: not for {method}; see pyprune prune --help")
+            takes = " or ".join(f"--{target}" for target in family.targets)
+            hint = f", which takes {takes}" if name in AMOUNTS else ""
+            raise UserError(f"--{option}: not for {method}{hint}; see pyprune prune --help")
     # One takes the place of the other in the file; both together are refused below.
     for name in set(family.targets) & set(given):
         for other in family.targets[name]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pyprune.checkpoint import check_writable
 from pyprune.errors import UserError
+from pyprune.report import text_name
 
 COLOURS = {"attention": "#1f77b4", "mlp": "#ff7f0e", "layer": "#1f77b4", "rest": "#8c8c8c"}
 # Wide enough for the labels of so many layers; every fifth is named where there are more.
@@ -110,7 +111,14 @@ def millions(parameters: int) -> tuple[float, str]:
 
 def calibration_words(text: Mapping[str, Any]) -> str:
     """For a title; text: source and tokens."""
-    return f"; calibration {text['source']}, {text['tokens']:,} tokens" if text else ""
+    if not text:
+        return ""
+    return f"; calibration {text_name(text['source'])}, {text['tokens']:,} tokens"
+
+
+def short(value: float) -> str:
+    """Three digits or all before the point: 0.361, 12.3, 1,775."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def paint_perplexity(

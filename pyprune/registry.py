@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, Generic, TypeVar
 
 from pyprune.errors import UserError
-from pyprune.methods.options import describe_options
+from pyprune.methods.options import of_options
 
 HEADERS = ("method", "what", "removes")
 
@@ -36,7 +36,7 @@ class MethodRow:
             "title": self.title,
             "paper": self.paper,
             "removes": self.removes,
-            "options": describe_options(self.options),
+            **of_options(self.options),
         }
         return (self.name, f"{self.title} ({self.paper})", self.removes), row
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 import pyprune
+from pyprune.calibration.text import HUB_PREFIX
 from pyprune.config import PruneConfig
 from pyprune.errors import UserError
 
@@ -48,6 +49,11 @@ def model_name(model: Any) -> str:
 def source_name(source: str | Path) -> str:
     """A hub id, or the name of the directory."""
     return Path(source).resolve().name if Path(source).is_dir() else str(source)
+
+
+def text_name(source: str) -> str:
+    """What a text is called where others read it: a file without the folders of this machine."""
+    return source if source.startswith(HUB_PREFIX) else Path(source).name
 
 
 @dataclass(frozen=True)
@@ -266,15 +272,8 @@ def _reconstruction(config: PruneConfig) -> str:
 
 def _summary(report: Report) -> str:
     config = report.config
-    variant = [
-        _allocated(config),
-        f"update {config.update}" if config.update != "none" else "",
-        "score mass" if config.score_mass else "",
-        _reconstruction(config),
-        "reference count" if config.reference_count else "",
-        _own_options(config),
-    ]
-    words = ", ".join([config.method, str(config.target()), *filter(None, variant)])
+    variant = filter(None, [_allocated(config), _variant(config)])
+    words = ", ".join([config.method, str(config.target()), *variant])
     whole = f"{words}: {report.sparsity:.2%} of {len(report.layers)} matrices is zero"
     shares = sorted(layer.sparsity for layer in report.layers)
     if not shares or shares[-1] - shares[0] < UNEQUAL:
@@ -290,9 +289,16 @@ def _allocated(config: PruneConfig) -> str:
     return ", ".join([f"allocation {config.allocation}", *own])
 
 
-def _own_options(config: PruneConfig) -> str:
-    """What was asked for of the method's own options."""
-    return ", ".join(f"{name} {value}" for name, value in config.method_options.items())
+def _variant(config: PruneConfig) -> str:
+    """What was asked for beyond the method, its own options included."""
+    common = [
+        f"update {config.update}" if config.update != "none" else "",
+        "score mass" if config.score_mass else "",
+        _reconstruction(config),
+        "reference count" if config.reference_count else "",
+    ]
+    own = [f"{name} {value}" for name, value in config.method_options.items()]
+    return ", ".join([*filter(None, common), *own])
 
 
 def _untouched(config: PruneConfig) -> str:
@@ -330,11 +336,11 @@ def model_card(report: Report) -> str:
     ]
     if _allocated(config):
         lines.append(f"- Sparsity: {_allocated(config)}")
-    if config.method_options:
-        lines.append(f"- Options: {_own_options(config)}")
+    if _variant(config):
+        lines.append(f"- Options: {_variant(config)}")
     if calibration is not None:
         lines.append(
-            f"- Calibration: {calibration.source}, {calibration.tokens:,} tokens in "
+            f"- Calibration: {text_name(calibration.source)}, {calibration.tokens:,} tokens in "
             f"{calibration.sequences} sequences of up to {calibration.seqlen}"
             + (f", sha256 `{calibration.sha256}`" if calibration.sha256 else "")
         )

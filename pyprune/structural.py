@@ -20,7 +20,7 @@ from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.measure import Measure
 from pyprune.registry import MethodRow
-from pyprune.report import SCHEMA, RunReport, source_name
+from pyprune.report import SCHEMA, RunReport, source_name, text_name
 
 
 class Config(Protocol):
@@ -116,8 +116,8 @@ def model_card(
 def calibration_fact(text: Mapping[str, Any]) -> str:
     """text: source, sha256, tokens, seqlen, sequences."""
     return (
-        f"Calibration: {text['source']}, {text['tokens']:,} tokens in {text['sequences']} "
-        f"sequences of up to {text['seqlen']}, sha256 `{text['sha256']}`"
+        f"Calibration: {text_name(text['source'])}, {text['tokens']:,} tokens in "
+        f"{text['sequences']} sequences of up to {text['seqlen']}, sha256 `{text['sha256']}`"
     )
 
 

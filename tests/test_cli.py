@@ -120,29 +120,6 @@ def test_no_command_is_help(capsys, monkeypatch):
     assert "Usage: pyprune" in capsys.readouterr().out
 
 
-def test_methods(capsys):
-    assert run("methods", "--json") == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert {row["name"] for row in rows} >= {"magnitude", "wanda", "sparsegpt"}
-    (gblm,) = (row for row in rows if row["name"] == "gblm")
-    assert gblm["gradient"] and gblm["options"]["norm"] == "l1 or l2; by default l1"
-    assert run("methods") == 0
-    out = capsys.readouterr().out
-    assert "sparsegpt" in out and "gblm -O alpha=...: a number; by default 100.0" in out
-    (ecoflap,) = (row for row in rows if row["name"] == "ecoflap")
-    assert ecoflap["kind"] == "allocation"
-    assert ecoflap["options"]["order"] == "zeroth or first; by default zeroth"
-    assert "besa -A steps=...: a whole number; by default 32" in out and "alphapruning" in out
-
-
-def test_methods_give_sentences_room(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    assert run("methods") == 0
-    tables = capsys.readouterr().out
-    assert "smallest |w| times input " in tables  # not a word or two a line
-    assert max(len(line) for line in tables.splitlines() if line[:1] == " ") <= 80
-
-
 def test_doctor_says_a_reason_once(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -3,8 +3,10 @@ reports as they are shown."""
 
 import json
 import pydoc
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -241,3 +243,18 @@ def test_reports_are_short_to_look_at_and_go_into_other_tools():
     for shown in (layers, channels, directions):
         assert len(repr(shown)) < 400
         json.dumps(shown.to_dict())
+
+
+def test_names_in_the_readme_are_there():
+    """After its own import lines alone: another test may have imported more here."""
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    imports = sorted(set(re.findall(r"^from pyprune\S* import \w+", text, re.MULTILINE)))
+    calls = sorted(set(re.findall(r"\bpyprune(?:\.\w+)+(?=\()", text)))
+    ops = sorted(set(re.findall(r"`(ops\.\w+)`", text)))
+    assert len(imports) >= 3 and len(calls) >= 2 and len(ops) >= 4
+    bare = "\n".join(["import pyprune", *calls])
+    for script in (bare, "\n".join([*imports, "from pyprune import ops", *ops])):
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr

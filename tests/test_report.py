@@ -129,5 +129,28 @@ def test_model_card_has_a_yaml_header_and_says_what_was_done():
         assert expected in body
 
 
+def test_model_card_says_what_became_of_the_kept_weights():
+    """Wanda leaves them alone by itself: with these it is another model."""
+    for more, words in (
+        ({"reconstruct": True}, "reconstruction"),
+        ({"update": "iterative"}, "update iterative"),
+        ({"score_mass": True}, "score mass"),
+    ):
+        config = PruneConfig(method="wanda", sparsity=0.5, **more)
+        assert f"\n- Options: {words}\n" in model_card(replace(report(), config=config))
+    plain = PruneConfig(method="wanda", sparsity=0.5)
+    assert "- Options" not in model_card(replace(report(), config=plain))
+
+
+def test_model_card_names_a_text_without_its_folders():
+    for source, words in (
+        ("/home/someone/texts/a.jsonl", "- Calibration: a.jsonl, "),
+        ("hub:org/set:main", "- Calibration: hub:org/set:main, "),
+    ):
+        shown_text = replace(report().calibration, source=source)
+        card = model_card(replace(report(), calibration=shown_text))
+        assert words in card and "/home" not in card
+
+
 def test_model_card_is_the_same_for_equal_runs():
     assert model_card(report()) == model_card(replace(report(), run=RunReport()))

@@ -29,8 +29,8 @@ Run = Callable[[int, Mapping[str, Tensor] | None], Tensor]
 class BesaOptions:
     """granularity: each `row` has a sparsity of its own, or all rows of a matrix (`layer`) have
     one. candidates: pruning rates from 0 to 1 in equal steps. steps: of the optimiser (Adam) in
-    each block, a calibration batch each, in turn. learning_rate: its. penalty: lambda, weight of
-    the squared relative deviation from the target sparsity while it learns."""
+    each block, a calibration batch each, in turn. learning_rate: of Adam. penalty: lambda, weight
+    of the squared relative deviation from the target sparsity while it learns."""
 
     granularity: Literal["row", "layer"] = "row"
     candidates: int = 101

@@ -33,8 +33,9 @@ class EcoflapOptions:
     sum of |g| (zeroth: sqrt(2 / pi) times the norm of g); `weight-gradient`, the sum of |w g|;
     `squared`, of their squares (zeroth: the scalar, or its square, times the sum of |w| or w^2).
     max_sparsity: of any group; none: the target and 0.1. samples: calibration sequences that are
-    used; none: all. noises, epsilon, seed: of the zeroth order: directions per batch of sequences,
-    length of the step in units of a standard normal direction, and where its numbers start."""
+    used; none: all. noises: of the zeroth order, directions per batch of sequences. epsilon: of the
+    zeroth order, length of the step in units of a standard normal direction. seed: of the zeroth
+    order's directions."""
 
     order: Literal["zeroth", "first"] = "zeroth"
     granularity: Literal["block", "layer"] = "block"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pyprune.allocation.besa import BesaOptions
 from pyprune.allocation.ecoflap import EcoflapOptions
-from pyprune.methods.options import describe_options
+from pyprune.methods.options import of_options
 
 HEADERS = ("allocation", "what", "looks at", "--allocation-strength")
 # What an allocation is decided from: the weights alone; a walk's norms of the inputs; losses or
@@ -82,5 +82,5 @@ def describe_allocation(row: AllocationRow) -> tuple[tuple[str, ...], dict[str, 
         "paper": row.paper,
         "looks_at": _LOOKS_AT[row.source],
         "strength": row.strength,
-        "options": describe_options(row.options_type),
+        **of_options(row.options_type),
     }

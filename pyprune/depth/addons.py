@@ -31,9 +31,9 @@ TOLERANCE = 2e-3
 @dataclass(frozen=True)
 class AddOns:
     """compensate: make up for the size that a gap leaves missing (Prune&Comp). refit: fit the
-    branch before a gap to the stream after it by least squares (ReplaceMe), with a ridge of `ridge`
-    times the mean squared output, towards no change; none: chosen by the loss of held-out text.
-    With both, gaps are refitted, and compensation is left to one that has no branch before it."""
+    branch before a gap to the stream after it by least squares (ReplaceMe). With both, gaps are
+    refitted, and compensation is left to one that has no branch before it. ridge: of the refit,
+    towards no change, times the mean squared output; none: chosen by the loss of held-out text."""
 
     compensate: bool = False
     refit: bool = False

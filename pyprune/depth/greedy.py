@@ -37,7 +37,7 @@ class GreedyOptions(AddOns):
     forward per candidate: the reference). objective: perplexity, kl to the dense model, or auto
     (perplexity, unless a method says otherwise). compare: what is least of the unit that a round
     removes: score (the objective after its removal, as published), rate (the rise of the mean loss
-    over what the removal saves, see `rate`) or auto (rate where the target is a share of parameters
+    over what the removal saves) or auto (rate where the target is a share of parameters
     or latency, score where units are counted).
     every: score each n-th token (1: all). memory_mb: for cached hidden states and live streams;
     more of it saves time. width: streams that run at once. audit_every: fast looks at everything in

@@ -64,8 +64,8 @@ class ShortGptOptions(AddOns):
 
 @dataclass(frozen=True)
 class ShortenedOptions(AddOns):
-    """criterion: ppl, taylor or magnitude. plus: the first four and last two layers go last. And
-    the add-ons."""
+    """criterion: what a layer is worth: ppl (the perplexity without it), taylor or magnitude.
+    plus: the first four and last two layers go last. And the add-ons."""
 
     criterion: Literal["ppl", "taylor", "magnitude"] = "ppl"
     plus: bool = True
@@ -73,9 +73,9 @@ class ShortenedOptions(AddOns):
 
 @dataclass(frozen=True)
 class SegmentOptions(AddOns):
-    """segments: how many; None: as many as lower the loss by more than 5 % each, up to
-    `most`. tokens: for the CKA. criterion: within a segment: ppl, influence or taylor. And the
-    add-ons."""
+    """segments: how many; none: as many as lower the loss by more than 5 % each. most: of them,
+    with none. tokens: that the CKA looks at. criterion: within a segment: ppl, influence or taylor.
+    And the add-ons."""
 
     segments: int | None = None
     most: int = 7
@@ -85,9 +85,12 @@ class SegmentOptions(AddOns):
 
 @dataclass(frozen=True)
 class LacoOptions(OneAddOn):
-    """fold: layers that become one. interval, lowest, highest, threshold, merge: see
-    `pyprune.depth.laco.collapse`. sentences: calibration sequences that are compared. And one of
-    the add-ons `compensate` and `refit` (with `ridge`), see `laco`."""
+    """fold: layers that become one. interval: layers to step down after a fold. lowest, highest:
+    the range of layers that may go or be folded into, both included; none: the last. threshold: the
+    least similarity of the final states, before and after, at which a fold is kept. merge: what
+    becomes of the weights: rdsc (the first layer's and all differences from it, the paper's
+    equation), last (the last layer's) or mean. sentences: calibration sequences that are compared.
+    And one of the add-ons `compensate` and `refit` (with `ridge`), see `laco`."""
 
     fold: int = 4
     interval: int = 1
@@ -100,7 +103,7 @@ class LacoOptions(OneAddOn):
 
 @dataclass(frozen=True)
 class StreamlineOptions(OneAddOn):
-    """epochs over the calibration text; 0 only initialises. learning_rate: at its peak. start:
+    """epochs: over the calibration text; 0 only initialises. learning_rate: at its peak. start:
     weights that the replacement begins with: first, last or best of the window. epochs=0 with
     start=first is plain pruning. And one of the add-ons `compensate` and `refit` (with `ridge`),
     see `streamline`."""

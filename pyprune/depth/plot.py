@@ -17,6 +17,7 @@ from pyprune.pictures import (
     draw_panels,
     layer_axis,
     paint_perplexity,
+    short,
 )
 
 LABELS = {"attention": "attention", "mlp": "MLP", "layer": "layer"}
@@ -104,12 +105,13 @@ def _importance(axis: Any, decision: Decision) -> None:
         )  # fmt: skip
         for place, (_, v) in zip(places, found, strict=True):
             if v > top:
-                words = f" {v:,.0f}" if v >= 100 else f" {v:.3g}"
-                axis.text(place, top, words, rotation=90, ha="center", va="bottom", fontsize=7)
+                axis.text(
+                    place, top, f" {short(v)}", rotation=90, ha="center", va="bottom", fontsize=7
+                )
     highest = min(top, max(known))
     if highest > base:  # room for the legend
         axis.set_ylim(top=base + 1.3 * (highest - base))
-    if decision.dense is not None:
+    if base:  # else the axis is that line
         axis.axhline(base, color="black", linewidth=0.8, linestyle=":", label="dense")
     axis.set_ylabel(OBJECTIVES.get(decision.objective, decision.objective), fontsize=8)
     words = "; cut bars say how long they are" if max(known) > top else ""

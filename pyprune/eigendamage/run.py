@@ -36,7 +36,7 @@ from pyprune.errors import UserError
 from pyprune.families import Family, Run
 from pyprune.layers import select_linears
 from pyprune.measure import Measure
-from pyprune.methods.options import describe_options
+from pyprune.methods.options import of_options
 from pyprune.models.adapter import Adapter
 from pyprune.report import (
     SCHEMA,
@@ -64,7 +64,7 @@ ROW: dict[str, Any] = {
     "title": "OBD in the eigenbasis of the Kronecker-factored Fisher information",
     "paper": "Wang et al. 2019, arXiv 1905.05934",
     "removes": "directions or entries of the rotated weights; the result is dense",
-    "options": describe_options(EigenDamageOptions),
+    **of_options(EigenDamageOptions),
 }
 
 

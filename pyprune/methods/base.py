@@ -264,10 +264,14 @@ class Method:
             raise UserError(f"scope: {self.name} takes {', '.join(self.scopes)}, got {scope!r}")
         if options.score_mass:
             self._check_score_mass(scope, options)
-        if options.reference_count and scope != self.reference_scope:
-            expected = self.reference_scope or "no scope: its count is exact there too"
+        if options.reference_count and self.reference_scope is None:
             raise UserError(
-                f"reference_count: for {self.name} expected scope {expected}, got {scope}"
+                f"reference_count: {self.name} has no use for it: its count is exact in any case"
+            )
+        if options.reference_count and scope != self.reference_scope:
+            raise UserError(
+                f"reference_count: for {self.name} expected scope {self.reference_scope}, "
+                f"got {scope}"
             )
         explicit = None if isinstance(pattern, NM) else pattern.scope
         if options.update == "iterative" and explicit not in (None, "row"):

@@ -17,9 +17,10 @@ from pyprune.ops.obs_factor import NotPositiveDefiniteError, damping_ladder
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """samples: gradients that S is made of; each takes 4 bytes a weight until its layer is pruned.
-    More sequences than that are summed in turn. shrinkage: how far S moves to its diagonal; few
-    samples say little of what is beside it. 0 leaves S as it is, 1 is OBD's curvature."""
+    """samples: gradients that the Fisher matrix S is made of; each takes 4 bytes a weight until
+    its layer is pruned. More sequences than that are summed in turn. shrinkage: how far S moves to
+    its diagonal; few samples say little of what is beside it. 0 leaves S as it is, 1 is OBD's
+    curvature."""
 
     samples: int = 16
     shrinkage: float = 0.5

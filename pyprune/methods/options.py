@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from types import NoneType
@@ -48,6 +50,32 @@ def describe_options(kind: type | None) -> dict[str, str]:
         field.name: f"{_takes(hints[field.name])}; by default {_shown(field.default)}"
         for field in dataclasses.fields(kind)
     }
+
+
+def explain_options(kind: type | None) -> dict[str, str]:
+    """Name -> what it does: what the docstring of the class that has the field says after
+    `name: ` or `name, name: `."""
+    if kind is None:
+        return {}
+    names = [field.name for field in dataclasses.fields(kind)]
+    either = "|".join(names)
+    head = re.compile(rf"(?:^|(?<=\. ))((?:{either})(?:, (?:{either}))*): ")
+    meanings = {}
+    for owner in kind.__mro__:
+        own = inspect.get_annotations(owner)
+        _, *parts = head.split(" ".join((owner.__doc__ or "").split()))
+        for heads, words in zip(parts[::2], parts[1::2], strict=True):
+            for name in heads.split(", "):
+                if name in own:
+                    meanings[name] = re.sub(
+                        r" And (those|(one of )?the add-ons)\b.*", "", words
+                    ).strip()
+    return {name: meanings[name] for name in names if name in meanings}
+
+
+def of_options(kind: type | None) -> dict[str, dict[str, str]]:
+    """What a row of a table of methods says of them."""
+    return {"options": describe_options(kind), "meanings": explain_options(kind)}
 
 
 def _takes(hint: Any) -> str:

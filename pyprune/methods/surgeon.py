@@ -33,7 +33,7 @@ class SurgeonOptions:
         compare with; or none.
     tolerance: how far above the least loss the joint update of weights and N:M groups may end, as
         a fraction of it, by estimate. iterations: most conjugate gradient steps on the way.
-    gradient_damping: as `damping`, of the gradients' factor; None: 0.1 for weights and N:M, 0.01
+    gradient_damping: as `damping`, of the gradients' factor; none: 0.1 for weights and N:M, 0.01
         for rows and columns, as in the paper.
     cap: most of one matrix that may go: of its weights or N:M groups, of its rows and its columns.
     kronecker: `independent` factors, or those `nearest` to the Fisher information.
@@ -45,7 +45,7 @@ class SurgeonOptions:
         each; `calibration.seed` and the shot say which.
     corrections: steps of low-rank training after each shot, on the calibration text; what is
         pruned stays so, and fused experts stay as the shot left them. correction_rank,
-        correction_rate: rank and learning rate of it.
+        correction_rate: their rank and learning rate.
     """
 
     structure: Structure = "element"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyprune.methods.base import Method
-from pyprune.methods.options import describe_options
+from pyprune.methods.options import of_options
 
 HEADERS = ("method", "what", "scopes", "N:M", "calibration", "--update")
 
@@ -22,7 +22,7 @@ def describe(method: Method) -> tuple[tuple[str, ...], dict[str, Any]]:
         "updates_weights": method.updates_weights,
         "updates": list(method.updates),
         "gradient": method.gradient is not None,
-        "options": describe_options(method.options_type),
+        **of_options(method.options_type),
     }
     cells = (
         method.name,

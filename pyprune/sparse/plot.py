@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.inspection import SHORT_DTYPES
-from pyprune.pictures import require_matplotlib
+from pyprune.pictures import require_matplotlib, short
 from pyprune.sparse.bench import OWN, PHASES, BenchResult
 from pyprune.sparse.stored import DENSE
 
@@ -70,7 +70,7 @@ def _rates(axis: Any, result: BenchResult, phase: str) -> None:
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(result.protocol.batches)), [str(b) for b in result.protocol.batches])
     axis.set_xlabel("batch size")
-    axis.set_ylabel("rate / fastest dense")
+    axis.set_ylabel("tokens/s over the fastest dense")
     axis.set_title(phase)
 
 
@@ -83,7 +83,7 @@ def _sizes(axis: Any, result: BenchResult) -> None:
         megabytes.append(model["weight_bytes"] / 1e6)
         colours.append(colour(model["name"], result.names))
     bars = axis.barh(range(len(labels)), megabytes, color=colours)
-    axis.bar_label(bars, [f"{value:,.0f}" for value in megabytes], fontsize=8, padding=2)
+    axis.bar_label(bars, [short(value) for value in megabytes], fontsize=8, padding=2)
     axis.set_yticks(range(len(labels)), labels, fontsize=8)
     axis.invert_yaxis()
     axis.margins(x=0.15)

@@ -33,8 +33,8 @@ class DispOptions:
     stock model results; every fused expert chooses its own) or all (also which channels of the
     residual stream every matrix reads and writes, those of fused experts together; full shapes with
     zeros result). iterations: training steps, one batch each (published: 10000). rate, decay: of
-    AdamW. strength: of the budget's penalty (paper 6, code 16). multiple: of which the channels
-    left are one, with hidden. seed.
+    AdamW. strength: of the budget's penalty (paper 6, code 16). multiple: that the
+    channels left are a multiple of, with hidden. seed: of the network's start and the gates' noise.
     """
 
     gates: Literal["hidden", "all"] = "hidden"

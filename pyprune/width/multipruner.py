@@ -46,7 +46,7 @@ Module = tuple[Group, ...]  # all groups of one branch: one, or one per expert
 @dataclass(frozen=True)
 class MultiPrunerOptions(AddOns):
     """blocks, heads: the shares of what is removed that go as whole branches and as KV groups; the
-    rest goes as channels. None: the paper's, 0.44 and 0.04, with grouped queries 0.3 and 0. steps:
+    rest goes as channels; none: the paper's, 0.44 and 0.04, with grouped queries 0.3 and 0. steps:
     into which each MLP's channels are divided. mode: exact (everything is scored at every step,
     also in the search for branches) or fast (lazily: what cost least when last scored).
     audit_every: in every n-th step fast also looks at the module that it has not looked at for

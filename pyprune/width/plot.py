@@ -17,6 +17,7 @@ from pyprune.pictures import (
     layer_axis,
     millions,
     paint_perplexity,
+    short,
 )
 from pyprune.width.decision import ADD_ONS, WidthDecision
 
@@ -184,7 +185,7 @@ def _parameters(axis: Any, decision: WidthDecision) -> None:
             axis.barh(row, length, 0.7, start, color=COLOURS[name],
                       label=words[name] if row == 0 else None)  # fmt: skip
             if counts[row] > 0.04 * before:
-                share = f"{length:,.1f}\n{counts[row] / before:.0%}"
+                share = f"{short(length)}\n{counts[row] / before:.0%}"
                 axis.text(start + length / 2, row, share, ha="center", va="center",
                           color="white", fontsize=8)  # fmt: skip
             start += length

@@ -20,7 +20,7 @@ Units = Literal["stock", "all", "mlp", "heads"]
 @dataclass(frozen=True)
 class UnitOptions:
     """units: which may go: stock (channels and KV groups that a stock model can have fewer of), all
-    (others too, as zeros), mlp or heads. multiple: of which the channels left are a multiple, where
+    (others too, as zeros), mlp or heads. multiple: that the channels left are a multiple of, where
     all layers keep equally many."""
 
     units: Units = "stock"

@@ -28,7 +28,7 @@ NOTE = (
 
 @dataclass(frozen=True)
 class SliceGptOptions:
-    """multiple: of which the width of the stream is a multiple (with Llama it is one of the number
+    """multiple: that the width of the stream is a multiple of (with Llama it is one of the number
     of heads, with fused experts one of 8 in any case). normalised: directions are those of the
     stream as norms see it, every token alike (else of the stream itself)."""
 

@@ -62,6 +62,7 @@ def test_axes_name_their_units_and_cut_bars_say_so():
     axis = Figure().subplots()
     _importance(axis, decision)
     assert axis.get_ylabel() == "KL to the dense model, nats per token"
+    assert axis.get_legend_handles_labels()[1] == ["attention", "MLP"]  # dense: the axis itself
     values = dict.fromkeys(decision.importance, 0.1)
     assert "cut" not in _titled(replace(decision, importance=values))
     assert "cut bars" in _titled(replace(decision, importance={**values, "A0": 9.0}))

@@ -71,6 +71,17 @@ def test_parameters_add_up():
         assert ends[1] * 1e6 == pytest.approx(decision.parameters[1])
 
 
+def test_small_numbers_keep_their_digits():
+    """A tiny model's matrices are hundredths of a million."""
+    decision = decided("flap", structure="adaptive")
+    written = painted(plot._parameters, decision).texts
+    shares = [text.get_text().split("\n") for text in written]
+    before = decision.parameters[0] / 1e6
+    for number, percent in shares:
+        assert float(number) == pytest.approx(before * float(percent[:-1]) / 100, abs=before / 150)
+    assert all(float(number) > 0 for number, _ in shares)
+
+
 def test_branches_that_went_have_nothing_left():
     decision = decided("multipruner", steps=4, blocks=0.8)
     assert decision.branches
