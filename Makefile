@@ -1,6 +1,6 @@
 # make demo | test | asan | bench | gpu | aot | lint    Each sets up what it needs on a fresh machine.
 #
-# PYTHON   the interpreter a new virtual environment is made from (3.10 - 3.13)
+# PYTHON   the interpreter a new virtual environment is made from (3.11 - 3.13; `pip install .` takes 3.10 too)
 # VENV     where it is put; reused by every target
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c

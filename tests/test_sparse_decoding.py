@@ -3,9 +3,11 @@
 import pytest
 import torch
 from tiny_models import CONFIGS, VOCAB, tiny_model
+from transformers.utils import logging
 
 from pyprune.errors import UserError
-from pyprune.sparse.decoding import StaticDecoding
+from pyprune.sparse.bench import _time
+from pyprune.sparse.decoding import StaticDecoding, cache_name
 
 # In some releases of transformers BLOOM's position biases do not fit a static cache.
 FAMILIES = sorted(set(CONFIGS) - {"bloom"})
@@ -27,6 +29,24 @@ def test_tokens_are_those_of_generate(family):
             eos_token_id=None, pad_token_id=0,
         )  # fmt: skip
         assert torch.equal(decoding.continued(given, 8), wanted[:, 7:])
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_cache_has_the_name_that_transformers_wants(monkeypatch):
+    # Of an argument's old name transformers 5.24 warns, of an output's it logs, once a process.
+    logger = logging.get_logger("transformers.utils.generic")
+    monkeypatch.setattr(logger, "warning_once", pytest.fail, raising=False)
+    model = tiny_model("llama")
+    StaticDecoding(model, 3, 16).continued(prompt(), 2)
+    _time(model, prompt(), 2)
+
+
+def test_code_that_came_with_a_checkpoint_may_know_the_old_name():
+    class Older(torch.nn.Module):
+        def forward(self, input_ids, past_key_values=None, **kwargs):
+            raise NotImplementedError
+
+    assert cache_name(Older()) == "past_key_values"
 
 
 def test_a_sliding_window_cannot_be_recorded():

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from pyprune.errors import UserError
 from pyprune.models.positions import positions_of
-from pyprune.sparse.decoding import WARM_UP, StaticDecoding
+from pyprune.sparse.decoding import WARM_UP, StaticDecoding, cache_name
 from pyprune.sparse.dense import DenseLinear, use_own_kernels
 from pyprune.sparse.embedding import StoredEmbedding
 from pyprune.sparse.factored import FactoredLinear
@@ -348,7 +348,7 @@ def _time(
     model: PreTrainedModel, ids: Tensor, steps: int, recorded: StaticDecoding | None = None
 ) -> tuple[float, float]:
     """Tokens per second in prefill and in decoding."""
-    ids = ids.to(model.device)
+    ids, cache = ids.to(model.device), cache_name(model)
     _wait(model)
     started = time.perf_counter()
     out = model(ids, use_cache=True, logits_to_keep=1)
@@ -364,7 +364,7 @@ def _time(
             recorded.step()
     else:
         for _ in range(steps):
-            out = model(token, past_key_values=out.past_key_values, use_cache=True)
+            out = model(token, **{cache: getattr(out, cache)}, use_cache=True)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
     _wait(model)
     end = time.perf_counter()

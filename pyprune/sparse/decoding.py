@@ -6,6 +6,8 @@ Python takes longer to launch them than the GPU to run them. Recorded once, a st
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
@@ -16,6 +18,16 @@ from pyprune.errors import UserError
 # Steps before a step is recorded: kernels are compiled, libraries choose their algorithms and
 # allocate workspaces, none of which can happen while recording.
 WARM_UP = 2
+
+
+def cache_name(model: PreTrainedModel) -> str:
+    """What `model` calls its key-value cache, as an argument and in its output.
+
+    Transformers 5.24 renamed it, and warns of the old name; code that came with a checkpoint may
+    know the old one alone.
+    """
+    new = "cache" in inspect.signature(model.forward).parameters
+    return "cache" if new else "past_key_values"
 
 
 class StaticDecoding:
@@ -31,6 +43,7 @@ class StaticDecoding:
     def __init__(self, model: PreTrainedModel, batch: int, positions: int) -> None:
         self._model = model
         self._cache = StaticCache(config=model.config, max_cache_len=positions)
+        self._options = {cache_name(model): self._cache, "use_cache": True, "logits_to_keep": 1}
         self._graph: torch.cuda.CUDAGraph | None = None
         self.token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
 
@@ -85,5 +98,5 @@ class StaticDecoding:
         self._graph = graph
 
     def _advance(self, ids: Tensor) -> None:
-        out = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        out = self._model(ids, **self._options)
         self.token.copy_(out.logits[:, -1].argmax(-1, keepdim=True))

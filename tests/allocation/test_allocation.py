@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_model, tiny_tokens
 
@@ -35,6 +35,7 @@ def test_published_allocation_of_llama_7b():
     torch.testing.assert_close(found, LLAMA_7B_SPARSITIES, atol=2e-4, rtol=0)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0.01, 2), st.integers(1, 10**9)), min_size=1, max_size=20),
     st.floats(0, 0.99),

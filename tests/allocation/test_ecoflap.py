@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
@@ -35,6 +35,7 @@ def by_rounds(scores, sizes, target, maximum):
     return [1 - k / n for k, n in zip(keep, sizes, strict=True)]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.floats(0.01, 10), st.integers(1, 10**6)), min_size=1, max_size=12),
     st.floats(0, 0.9),
