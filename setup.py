@@ -6,6 +6,7 @@ Environment:
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,10 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+NEEDED = """
+pyprune._C was not built: {}.
+It takes a C++17 compiler with OpenMP (GCC or Clang; CXX names one), CMake and Ninja.
+PYPRUNE_NATIVE=OFF installs pyprune without it: the reference and Triton remain."""
 
 
 class CMakeBuild(build_ext):
@@ -26,6 +31,9 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"PYPRUNE_CUDA must be AUTO, ON or OFF, got {cuda!r}")
         import pybind11  # only a build dependency
 
+        for tool in ("cmake", "ninja"):
+            if shutil.which(tool) is None:
+                raise SystemExit(NEEDED.format(f"{tool} was not found"))
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",
@@ -34,13 +42,18 @@ class CMakeBuild(build_ext):
             f"-DPYPRUNE_CUDA={cuda}",
             f"-DPYPRUNE_OUTPUT_DIR={out_dir}",
         ]  # fmt: skip
+        cache = build_dir / "CMakeCache.txt"
+        configured = cache.exists()
+        failed = subprocess.call(configure) != 0
         # A build directory configured by another (build-isolation) environment names tools that
         # may be gone by now: start over rather than fail on them.
-        if subprocess.call(configure) != 0:
-            cache = build_dir / "CMakeCache.txt"
+        if failed and configured:
             cache.unlink(missing_ok=True)
-            subprocess.check_call(configure)
-        subprocess.check_call(["cmake", "--build", str(build_dir), "--target", "_C"])
+            failed = subprocess.call(configure) != 0
+        if failed:
+            raise SystemExit(NEEDED.format("CMake's messages above say what it misses"))
+        if subprocess.call(["cmake", "--build", str(build_dir), "--target", "_C"]) != 0:
+            raise SystemExit(NEEDED.format("the compiler's messages above say why"))
 
 
 WITH_NATIVE = os.environ.get("PYPRUNE_NATIVE", "ON").upper() != "OFF"

@@ -182,6 +182,16 @@ def _native_module() -> dict[str, Any]:
         return {"pyprune._C": f"missing: {_native.MISSING}"}
     return {
         "pyprune._C": "built",
-        "pyprune._C isa": _native.MODULE.isa(),
+        "pyprune._C isa": _instruction_set(_native.MODULE.isa()),
         "pyprune._C cuda": _native.MODULE.has_cuda,
     }
+
+
+def _instruction_set(isa: str) -> str:
+    """The set in use and, where that is the slowest, why no other is."""
+    if isa != "portable":
+        return isa
+    machine = platform.machine()
+    if machine != "x86_64":
+        return f"portable, the only one for {machine}"
+    return "portable: of AVX2, FMA, F16C, BMI, BMI2 and POPCNT the processor lacks one or more"

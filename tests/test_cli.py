@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -140,6 +141,22 @@ def test_doctor(capsys):
         assert rows["column_norms", "cuda", "triton"] == "no CUDA device here"
     assert run("doctor") == 0
     assert "column_norms" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("isa", "machine", "says"),
+    [
+        ("avx2", "x86_64", "avx2"),
+        ("portable", "aarch64", "portable, the only one for aarch64"),
+        ("portable", "x86_64", "portable: of AVX2, FMA, F16C, BMI, BMI2 and POPCNT"),
+    ],
+)
+def test_doctor_says_which_instruction_set_and_why(capsys, monkeypatch, isa, machine, says):
+    module = SimpleNamespace(isa=lambda: isa, has_cuda=False)
+    monkeypatch.setattr("pyprune._native.MODULE", module)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert run("doctor", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["native"]["pyprune._C isa"].startswith(says)
 
 
 def test_inspect(model, capsys, monkeypatch):

@@ -1,9 +1,13 @@
 """The layout decisions of setup.py, checked from the outside."""
 
+import os
+import shutil
 import subprocess
 import sys
 import tarfile
 from pathlib import Path
+
+import pytest
 
 import pyprune
 
@@ -48,6 +52,48 @@ def test_a_source_distribution_has_what_the_build_reads(tmp_path):
     kernels = ROOT / "pyprune" / "kernels"  # a link here, a folder of files there
     for path in (ROOT / "CMakeLists.txt", *sources, *kernels.glob("*.py")):
         assert held.get(str(path.relative_to(ROOT))), path
+
+
+@pytest.fixture
+def build(tmp_path):
+    """`setup.py build_ext` on a copy of what it reads, with `settings` in the environment."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "CMakeLists.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+
+    def run(**settings: str) -> subprocess.CompletedProcess[str]:
+        tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return subprocess.run(
+            [sys.executable, "setup.py", "build_ext"],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": tools, "PYPRUNE_CUDA": "OFF", **settings},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    return run
+
+
+def test_a_build_without_a_compiler_says_what_to_do(build):
+    done = build(CXX="/nowhere/c++")
+    assert done.returncode != 0
+    assert "PYPRUNE_NATIVE=OFF" in done.stderr and "C++17 compiler" in done.stderr
+    assert "/nowhere/c++" in done.stderr  # as CMake says it
+    assert "Traceback" not in done.stderr
+
+
+def test_a_build_without_cmake_says_what_to_do(build, tmp_path):
+    done = build(PATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "cmake was not found" in done.stderr and "PYPRUNE_NATIVE=OFF" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_the_native_module_nothing_is_compiled(build, tmp_path):
+    done = build(PYPRUNE_NATIVE="OFF", PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*.so"))
 
 
 def test_version_is_a_string():

@@ -99,11 +99,6 @@ struct CodedBytes {
 };
 alignas(64) constexpr CodedBytes kCodedBytes;
 
-// Whether the processor permutes and expands bytes, as what is under this target does.
-inline bool decodes_bytes() {
-  return __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2");
-}
-
 #pragma GCC push_options
 #pragma GCC target("avx512vbmi,avx512vbmi2")
 

@@ -8,25 +8,11 @@
 
 #include <atomic>
 
+#include "cpu/processor.h"
+
 namespace pyprune {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
-
-inline Isa best_isa() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
-                   __builtin_cpu_supports("avx512vbmi2") &&
-                   __builtin_cpu_supports("avx512vpopcntdq")
-               ? Isa::avx512_bf16
-               : Isa::avx512;
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-#endif
-  return Isa::portable;
-}
+inline Isa best_isa() { return processor().best; }
 
 inline std::atomic<int>& isa_slot() {
   static std::atomic<int> slot{static_cast<int>(best_isa())};

@@ -385,7 +385,7 @@ void run(const LinearCodedArgs& a) {
 void linear_coded(const LinearCodedArgs& args) {
   const bool floats = args.linear.x.dtype == DType::f32;
 #if defined(__AVX512F__)
-  if (!decodes_bytes()) return avx2::linear_coded(args);
+  if (!processor().moves_bytes) return avx2::linear_coded(args);
   if (floats) return run<Fused<float>, TileFloats, float>(args);
   if (current_isa() == Isa::avx512_bf16) return run<Fused<bf16>, TilePairs, bf16>(args);
   return run<Fused<float>, TileFloats, bf16>(args);

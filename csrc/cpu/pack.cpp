@@ -183,7 +183,7 @@ using Pattern = std::remove_pointer_t<Pointer>;
 
 void pack_24(const Pack24Args& args) {
   const int64_t rows = args.w.shape[0], groups = args.w.shape[1] / 4;
-  const bool vbmi2 = has_vbmi2();
+  const bool vbmi2 = processor().moves_bytes;
   int64_t first = INT64_MAX;
   with_pattern_type(args.w.dtype, [&](auto* tag) {
 #pragma omp parallel for num_threads(args.threads) schedule(static) reduction(min : first)
@@ -196,7 +196,7 @@ void pack_24(const Pack24Args& args) {
 }
 
 void unpack_24(const Unpack24Args& args) {
-  const bool vbmi2 = has_vbmi2();
+  const bool vbmi2 = processor().moves_bytes;
   with_pattern_type(args.w.dtype, [&](auto* tag) {
 #pragma omp parallel for num_threads(args.threads) schedule(static)
     for (int64_t i = 0; i < args.w.shape[0]; ++i)
@@ -213,7 +213,7 @@ void pack_bitmap_rows(const BitmapRowsArgs& args) {
 }
 
 void move_bitmap_values(const BitmapValuesArgs& args) {
-  const bool vbmi2 = has_vbmi2();
+  const bool vbmi2 = processor().moves_bytes;
   int64_t first = INT64_MAX;
   with_pattern_type(args.w.dtype, [&](auto* tag) {
 #pragma omp parallel for num_threads(args.threads) schedule(static) reduction(min : first)

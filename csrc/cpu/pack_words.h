@@ -13,15 +13,6 @@
 namespace pyprune {
 namespace PYPRUNE_ISA {
 
-// Whether the processor compresses 16-bit lanes (VBMI2), which the avx512 set does not promise.
-inline bool has_vbmi2() {
-#if defined(__AVX512F__)
-  return __builtin_cpu_supports("avx512vbmi2");
-#else
-  return false;
-#endif
-}
-
 // Bits of the `count` <= 64 elements at `x` whose patterns under `select` differ from zero.
 template <class U>
 inline uint64_t bits_set(const U* x, int64_t count, U select) {

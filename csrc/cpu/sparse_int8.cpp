@@ -323,7 +323,7 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
 
 void sparse_int8(const SparseInt8Args& args) {
 #if defined(__AVX512F__)
-  if (!__builtin_cpu_supports("avx512vbmi2")) return avx2::sparse_int8(args);
+  if (!processor().moves_bytes) return avx2::sparse_int8(args);
 #endif
   const Weights w(args.linear);
   std::atomic<int64_t> broken{-1};

@@ -70,7 +70,7 @@ void run(const SparseLinearArgs& a) {
 
 void sparse_linear(const SparseLinearArgs& args) {
 #if defined(__AVX512F__)
-  if (!__builtin_cpu_supports("avx512vbmi2")) return avx2::sparse_linear(args);
+  if (!processor().moves_bytes) return avx2::sparse_linear(args);
 #endif
   with_float_type(args.values.dtype, [&](auto* tag) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(tag)>>;

@@ -47,7 +47,7 @@ void run(const UnpackCodedArgs& a) {
 
 void unpack_coded(const UnpackCodedArgs& args) {
 #if defined(__AVX512F__)
-  if (!decodes_bytes()) return avx2::unpack_coded(args);
+  if (!processor().moves_bytes) return avx2::unpack_coded(args);
 #endif
   run(args);
 }

@@ -1,0 +1,99 @@
+// Which of the kernels' instruction sets a processor runs, from what CPUID says of it.
+//
+// A set is there only with every extension that its kernels are compiled with (CMakeLists.txt, the
+// `target` pragmas): processors and hypervisors leave out any one of them. Nor is an extension
+// enough whose registers the operating system does not save (XCR0).
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace pyprune {
+
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+
+// The words that describe an x86 processor; all zero on others.
+struct CpuidWords {
+  enum Word { leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_1_eax, xcr0, kWords };
+  uint32_t words[kWords];
+};
+
+// An extension by the compiler's name for it, its bit, and the first set that needs it.
+struct Extension {
+  const char* name;
+  CpuidWords::Word word;
+  int bit;
+  Isa set;
+};
+
+constexpr Extension kExtensions[] = {
+    {"popcnt", CpuidWords::leaf1_ecx, 23, Isa::avx2},
+    {"fma", CpuidWords::leaf1_ecx, 12, Isa::avx2},
+    {"f16c", CpuidWords::leaf1_ecx, 29, Isa::avx2},
+    {"bmi", CpuidWords::leaf7_ebx, 3, Isa::avx2},
+    {"avx2", CpuidWords::leaf7_ebx, 5, Isa::avx2},
+    {"bmi2", CpuidWords::leaf7_ebx, 8, Isa::avx2},
+    {"avx512f", CpuidWords::leaf7_ebx, 16, Isa::avx512},
+    {"avx512dq", CpuidWords::leaf7_ebx, 17, Isa::avx512},
+    {"avx512bw", CpuidWords::leaf7_ebx, 30, Isa::avx512},
+    {"avx512vl", CpuidWords::leaf7_ebx, 31, Isa::avx512},
+    {"avx512vbmi", CpuidWords::leaf7_ecx, 1, Isa::avx512_bf16},
+    {"avx512vbmi2", CpuidWords::leaf7_ecx, 6, Isa::avx512_bf16},
+    {"avx512vpopcntdq", CpuidWords::leaf7_ecx, 14, Isa::avx512_bf16},
+    {"avx512bf16", CpuidWords::leaf7_1_eax, 5, Isa::avx512_bf16},
+};
+
+struct Processor {
+  Isa best;
+  // AVX-512 VBMI and VBMI2, which move bytes and 16-bit lanes. The set avx512 does not promise
+  // them: its kernels that use them ask.
+  bool moves_bytes;
+};
+
+inline Processor processor_of(const CpuidWords& cpu) {
+  const auto has = [&](CpuidWords::Word word, uint32_t bits) {
+    return (cpu.words[word] & bits) == bits;
+  };
+  constexpr uint32_t kReadsXcr0 = 1u << 27, kAvx = 1u << 28;
+  constexpr uint32_t kYmm = 0x06, kZmm = 0xe6;  // XMM, YMM; mask registers, all of ZMM
+  Isa best = Isa::avx512_bf16;
+  const auto at_most = [&](int set) {
+    if (set < static_cast<int>(best)) best = static_cast<Isa>(set);
+  };
+  if (!has(CpuidWords::leaf1_ecx, kReadsXcr0 | kAvx) || !has(CpuidWords::xcr0, kYmm))
+    at_most(static_cast<int>(Isa::portable));
+  if (!has(CpuidWords::xcr0, kZmm)) at_most(static_cast<int>(Isa::avx2));
+  for (const Extension& e : kExtensions)
+    if (!has(e.word, 1u << e.bit)) at_most(static_cast<int>(e.set) - 1);
+  constexpr uint32_t kVbmi = 1u << 1, kVbmi2 = 1u << 6;
+  return {best, best >= Isa::avx512 && has(CpuidWords::leaf7_ecx, kVbmi | kVbmi2)};
+}
+
+inline CpuidWords read_cpuid() {
+  CpuidWords cpu{};
+#if defined(__x86_64__)
+  uint32_t a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return cpu;
+  cpu.words[CpuidWords::leaf1_ecx] = c;
+  if (c >> 27 & 1) {
+    uint32_t low, high;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    cpu.words[CpuidWords::xcr0] = low;
+  }
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
+  cpu.words[CpuidWords::leaf7_ebx] = b;
+  cpu.words[CpuidWords::leaf7_ecx] = c;
+  if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.words[CpuidWords::leaf7_1_eax] = a;
+#endif
+  return cpu;
+}
+
+inline const Processor& processor() {
+  static const Processor found = processor_of(read_cpuid());
+  return found;
+}
+
+}  // namespace pyprune
