@@ -41,12 +41,7 @@ def is_alone(x: Tensor) -> bool:
 
 def is_plain(x: Tensor) -> bool:
     """Whether `x` is fp32, bf16 or fp16 numbers on the CPU, for a layer alone, without autocast."""
-    return (
-        is_alone(x)
-        and x.dtype in WIDENED
-        and x.is_cpu
-        and not torch.is_autocast_enabled("cpu")
-    )
+    return is_alone(x) and x.dtype in WIDENED and x.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 class Prepared:
