@@ -66,6 +66,27 @@ def config(change):
     return spoil
 
 
+def beside(**parts):
+    def spoil(folder):
+        file = folder / "model.safetensors"
+        added = {f"{LAYER}.{part}": torch.ones(shape) for part, shape in parts.items()}
+        save_file({**load_file(file), **added}, file, {"format": "pt"})
+
+    return spoil
+
+
+def indexed(name, keep):
+    def spoil(folder):
+        (folder / name).write_bytes((folder / "model.safetensors").read_bytes())
+        weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), name)
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        if not keep:
+            (folder / "model.safetensors").unlink()
+
+    return spoil
+
+
 def layer_twice(folder):
     text = (folder / "config.json").read_text()
     other = f'"{LAYER}": {{"format": "bitmap", "shape": [64, 32]}}, '
@@ -106,6 +127,20 @@ SPOILT = {
         config(lambda c: c["quantization_config"].update(rotation="hadamard")),
         r"small/config\.json: quantization_config: unknown field 'rotation'",
     ),
+    "a bitmap beside 2:4": (
+        beside(bitmap=(64, 4), row_offsets=65),
+        rf"small/model\.safetensors: tensor {LAYER}\.bitmap: .*stored as sparse24",
+    ),
+    "factors beside 2:4": (
+        beside(**{"up.weight": (64, 2), "down.weight": (2, 32)}),
+        rf"small/model\.safetensors: tensor {LAYER}\.down\.weight: .*stored as sparse24",
+    ),
+    "scales beside 2:4": (beside(scales=64), rf"tensor {LAYER}\.scales: .*stored as sparse24"),
+    "a shard of another kind": (
+        indexed("model.bin", False),
+        r"small/model\.safetensors\.index\.json: 'model\.bin' is no name of a \.safetensors file",
+    ),
+    "shards and one file": (indexed("a.safetensors", True), "small: expected .* got both"),
     "layer twice": (layer_twice, rf"small/config\.json: .*{LAYER} is there twice"),
     "tensor twice": (tensor_twice, rf"small/model\.safetensors: .*{LAYER}\.values is there twice"),
 }
@@ -130,6 +165,12 @@ def test_a_dense_tensor_of_another_shape(small, capsys):
     with pytest.raises(UserError, match=message):
         pyprune.load(small)
     assert re.search(message, refused(capsys, small, "generate", small, "abc"))
+
+
+def test_a_tokenizer_configuration_that_is_none(small, capsys):
+    (small / "tokenizer_config.json").write_text("[]")
+    line = refused(capsys, small, "generate", small, "abc")
+    assert f"{small}: its tokenizer does not load: AttributeError" in line
 
 
 @pytest.mark.parametrize("index", [False, True])

@@ -36,6 +36,7 @@ PARTS = {
     "factored": ("up.weight", "down.weight"),
     CODED: ("low", "codes", "bases", "escapes", "row_offsets"),
 }
+ALL_PARTS = {"scales"}.union(*PARTS.values())
 # The part whose length is known from the data alone.
 COUNTED = {"bitmap": "values", CODED: "escapes"}
 FACTORED = "factored"  # a product of two thin matrices
@@ -235,6 +236,12 @@ def check_entries(
         parts[part] = entries[tensor]
     if name + WEIGHT in entries:
         raise UserError(f"{entries[name + WEIGHT].file}: tensor {name}{WEIGHT} is there twice")
+    for part in sorted(ALL_PARTS - parts.keys()):
+        if f"{name}.{part}" in entries:
+            raise UserError(
+                f"{entries[f'{name}.{part}'].file}: tensor {name}.{part}: expected none, the layer "
+                f"is stored as {layer.label}"
+            )
     counted, shapes = COUNTED.get(layer.format), layer.part_shapes(layer.count(parts))
     for part, entry in parts.items():
         wanted = dict.fromkeys(layer.part_dtype(part, dtype) for dtype in VALUE_DTYPES)
