@@ -190,12 +190,17 @@ class StoredCheckpoint:
         return index if index.is_file() else self.path / WEIGHTS
 
     def require_complete(self, checkpoint: Checkpoint) -> None:
-        """Raises UserError, naming file and tensor, unless the dense tensors make up the model.
+        """Raises UserError, naming file and tensor, unless the dense tensors make up the model, and
+        each compressed one is part of it.
 
         checkpoint: of this. Where tensors are left over, one of them may be what seems to be
         missing, by a name that transformers alone knows: loading such a checkpoint tells.
         """
         names = checkpoint.names
+        for tensor in names.unused:
+            if self.kind == formats.METHOD and tensor in self.parts:
+                file = self.entries[tensor].file
+                raise UserError(f"{file}: tensor {tensor}: the model has no place for it")
         if names.problem and not names.unused:
             raise UserError(f"{self.weights_file}: {names.problem}")
 
