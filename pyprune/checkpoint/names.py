@@ -69,13 +69,15 @@ class Piece:
 class NameMap:
     """Which tensors make up each parameter or persistent buffer, and why not, where they do not.
 
-    pieces: by the model's name. unused: tensors of the checkpoint that the model has no place for,
-    but for those that its class expects to be there for nothing (rotary frequencies of old files).
+    pieces: by the model's name. unused: tensors of the checkpoint that the model has no place for.
+    unexplained: those of them that its class does not expect to be there for nothing, as it does
+    rotary frequencies of old files.
     problem: why the model cannot be filled from the checkpoint by these rules; empty if it can.
     """
 
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    unexplained: list[str] = field(default_factory=list)
     problem: str = ""
 
 
@@ -87,8 +89,9 @@ def map_names(entries: Mapping[str, TensorEntry], model: PreTrainedModel) -> Nam
     for tensor in entries:
         found = _place(tensor, state, model.base_model_prefix)
         if found is None:
+            names.unused.append(tensor)
             if not any(re.search(pattern, tensor) for pattern in ignored):
-                names.unused.append(tensor)
+                names.unexplained.append(tensor)
         else:
             names.pieces.setdefault(found[0], []).append(found[1])
     names.problem = _problem(names, entries, state)

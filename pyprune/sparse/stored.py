@@ -201,7 +201,7 @@ class StoredCheckpoint:
             if self.kind == formats.METHOD and tensor in self.parts:
                 file = self.entries[tensor].file
                 raise UserError(f"{file}: tensor {tensor}: the model has no place for it")
-        if names.problem and not names.unused:
+        if names.problem and not names.unexplained:
             raise UserError(f"{self.weights_file}: {names.problem}")
 
     def read(self, name: str) -> Tensor:
