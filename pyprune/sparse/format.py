@@ -236,12 +236,6 @@ def check_entries(
         parts[part] = entries[tensor]
     if name + WEIGHT in entries:
         raise UserError(f"{entries[name + WEIGHT].file}: tensor {name}{WEIGHT} is there twice")
-    for part in sorted(ALL_PARTS - parts.keys()):
-        if f"{name}.{part}" in entries:
-            raise UserError(
-                f"{entries[f'{name}.{part}'].file}: tensor {name}.{part}: expected none, the layer "
-                f"is stored as {layer.label}"
-            )
     counted, shapes = COUNTED.get(layer.format), layer.part_shapes(layer.count(parts))
     for part, entry in parts.items():
         wanted = dict.fromkeys(layer.part_dtype(part, dtype) for dtype in VALUE_DTYPES)
@@ -259,6 +253,12 @@ def check_entries(
             raise UserError(
                 f"{entry.file}: tensor {name}.{part}: expected shape {list(shapes[part])}, "
                 f"got {list(entry.shape)}"
+            )
+    for part in sorted(ALL_PARTS - parts.keys()):
+        if f"{name}.{part}" in entries:
+            raise UserError(
+                f"{entries[f'{name}.{part}'].file}: tensor {name}.{part}: expected none, the layer "
+                f"is stored as {layer.label}"
             )
     return parts
 
