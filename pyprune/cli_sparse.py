@@ -227,7 +227,9 @@ def bench(
     """Measure dense and compressed side by side. Bytes, load time, prefill and decode tokens/s.
 
     Both run in float32 and bfloat16; the dense yardstick is the fastest of these two and of
-    bfloat16 with our own dense kernel.
+    bfloat16 with our own dense kernel. The model of --against may have other layers and sizes (a
+    line says which), but has to have the same tokenizer: tokens/s of others say nothing of each
+    other.
     """
     cli.quiet()
     from pyprune.pictures import check_picture
@@ -249,7 +251,8 @@ def bench(
         result = run(models, protocol, bar.step)
     if plot is not None:
         drawing.plot(result, plot)
-    cli.show(result.to_dict(), as_json, *bench_tables(result), *result.verdict())
+    notes = (*result.warnings(), *result.verdict())
+    cli.show(result.to_dict(), as_json, *bench_tables(result), *notes)
 
 
 def bench_tables(result: BenchResult) -> list[Table]:

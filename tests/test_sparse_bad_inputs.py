@@ -66,6 +66,27 @@ def config(change):
     return spoil
 
 
+def beside(**parts):
+    def spoil(folder):
+        file = folder / "model.safetensors"
+        added = {f"{LAYER}.{part}": torch.ones(shape) for part, shape in parts.items()}
+        save_file({**load_file(file), **added}, file, {"format": "pt"})
+
+    return spoil
+
+
+def indexed(name, keep):
+    def spoil(folder):
+        (folder / name).write_bytes((folder / "model.safetensors").read_bytes())
+        weight_map = dict.fromkeys(load_file(folder / "model.safetensors"), name)
+        index = folder / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        if not keep:
+            (folder / "model.safetensors").unlink()
+
+    return spoil
+
+
 def layer_twice(folder):
     text = (folder / "config.json").read_text()
     other = f'"{LAYER}": {{"format": "bitmap", "shape": [64, 32]}}, '
@@ -98,6 +119,28 @@ SPOILT = {
         config(lambda c: c.update(quantization_config={})),
         r"small/config\.json: expected a quantization_config with quant_method 'pyprune'",
     ),
+    "unknown field": (
+        config(lambda c: c["quantization_config"]["layers"][LAYER].update(permuted=True)),
+        rf"small/config\.json: layer {LAYER}: unknown field 'permuted'",
+    ),
+    "unknown field beside the layers": (
+        config(lambda c: c["quantization_config"].update(rotation="hadamard")),
+        r"small/config\.json: quantization_config: unknown field 'rotation'",
+    ),
+    "a bitmap beside 2:4": (
+        beside(bitmap=(64, 4), row_offsets=65),
+        rf"small/model\.safetensors: tensor {LAYER}\.bitmap: .*stored as sparse24",
+    ),
+    "factors beside 2:4": (
+        beside(**{"up.weight": (64, 2), "down.weight": (2, 32)}),
+        rf"small/model\.safetensors: tensor {LAYER}\.down\.weight: .*stored as sparse24",
+    ),
+    "scales beside 2:4": (beside(scales=64), rf"tensor {LAYER}\.scales: .*stored as sparse24"),
+    "a shard of another kind": (
+        indexed("model.bin", False),
+        r"small/model\.safetensors\.index\.json: 'model\.bin' is no name of a \.safetensors file",
+    ),
+    "shards and one file": (indexed("a.safetensors", True), "small: expected .* got both"),
     "layer twice": (layer_twice, rf"small/config\.json: .*{LAYER} is there twice"),
     "tensor twice": (tensor_twice, rf"small/model\.safetensors: .*{LAYER}\.values is there twice"),
 }
@@ -122,6 +165,50 @@ def test_a_dense_tensor_of_another_shape(small, capsys):
     with pytest.raises(UserError, match=message):
         pyprune.load(small)
     assert re.search(message, refused(capsys, small, "generate", small, "abc"))
+
+
+def test_a_compressed_layer_that_the_model_has_no_place_for(small, capsys):
+    config(lambda c: c.update(num_hidden_layers=0))(small)
+    for command in ("decompress", "compress"):
+        line = refused(capsys, small, command, small, "--out", small.parent / "out")
+        assert re.search(r"tensor model\.layers\.0\..*: the model has no place for it", line)
+
+
+def test_a_tokenizer_configuration_that_is_none(small, capsys):
+    (small / "tokenizer_config.json").write_text("[]")
+    line = refused(capsys, small, "generate", small, "abc")
+    assert f"{small}: its tokenizer does not load: AttributeError" in line
+
+
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize("tensor", ["model.norm.weight", "model.layers.0.mlp.up_proj.bias"])
+def test_a_dense_tensor_that_is_missing(tensor, index, small, folders, capsys):
+    """From the file; the index, where there is one, does not name it either."""
+    state = load_file(small / "model.safetensors")
+    weight_map = dict.fromkeys(state, "model.safetensors")
+    del state[tensor]
+    save_file(state, small / "model.safetensors", {"format": "pt"})
+    where = small / "model.safetensors"
+    if index:
+        where = small / "model.safetensors.index.json"
+        where.write_text(json.dumps({"weight_map": weight_map}))
+        line = refused(capsys, small, "decompress", small, "--out", small.parent / "out")
+        assert f"{small / 'model.safetensors'}: tensor {tensor} is missing; the index has" in line
+        del weight_map[tensor]
+        where.write_text(json.dumps({"weight_map": weight_map}))
+    for command in ("decompress", "compress"):
+        line = refused(capsys, small, command, small, "--out", small.parent / "out")
+        assert line == f"pyprune: {where}: no tensor of the checkpoint is {tensor}"
+    with pytest.raises(UserError, match=re.escape(f"{where}: tensor {tensor} is missing")):
+        pyprune.load(small)
+    dense = shutil.copytree(folders / "dense", small.parent / "dense")
+    state = load_file(dense / "model.safetensors")
+    del state[tensor]
+    # A buffer of old files that no model takes any more does not make up for it.
+    state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    save_file(state, dense / "model.safetensors", {"format": "pt"})
+    line = refused(capsys, dense, "compress", dense, "--out", small.parent / "out")
+    assert f"no tensor of the checkpoint is {tensor}" in line
 
 
 def test_decilm_is_not_run(folders, capsys):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from byte_tokenizer import byte_tokenizer
 from sparse_checkpoints import prune_in_place, pruned_checkpoint
 from tiny_models import tiny_model
 
@@ -20,10 +21,12 @@ from pyprune.sparse.bench import (
     weight_bytes,
     with_own_kernels,
 )
+from pyprune.sparse.compare import differences
 from pyprune.sparse.convert import compress_checkpoint
 from pyprune.sparse.dense import DenseLinear
 from pyprune.sparse.load import load
 from pyprune.sparse.plot import DENSE_COLOUR, colour
+from pyprune.sparse.stored import StoredCheckpoint
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +154,48 @@ def test_models_take_turns(pair):
         "dense bfloat16", "dense bfloat16, own kernel", "sparse bfloat16",
     ]  # fmt: skip
     assert [m.seconds is None for m in models] == [False, True, False]
+
+
+def test_another_model_is_named(pair, tmp_path, capsys):
+    """Fewer layers and other widths are sometimes what is to be compared."""
+    other = pruned_checkpoint(tmp_path / "other", num_hidden_layers=1, intermediate_size=48)
+    command = ["bench", str(pair[1]), "--batches", "1", "--steps", "1", "--rounds", "1"]
+    assert cli.main([*command, "--against", str(other), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (line,) = result["warnings"]
+    assert line.startswith("sparse is another model than the dense one: ")
+    assert "mlp.down_proj.weight [32, 64] instead of [32, 48]" in line
+    assert "parameters more (model.layers.1." in line and "fewer" not in line
+    assert {m["name"]: bool(m["differs"]) for m in result["models"]} == {
+        "dense": False, "sparse": True,
+    }  # fmt: skip
+    assert cli.main([*command, "--against", str(other)]) == 0
+    assert "sparse is another model than" in " ".join(capsys.readouterr().out.split())
+    assert cli.main([*command, "--against", str(pair[0]), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["warnings"] == []
+
+
+def test_other_tokens_are_not_compared(pair, tmp_path, capsys):
+    other = pruned_checkpoint(tmp_path / "other", vocab_size=258)
+    assert cli.main(["bench", str(pair[1]), "--against", str(other)]) == 2
+    assert "got vocabularies of 64 and 258 tokens" in capsys.readouterr().err
+    # Where both have a tokenizer, that decides: tables of embeddings are padded now and then.
+    compress_checkpoint(byte_tokenizer_in(other), tmp_path / "small")
+    padded = pruned_checkpoint(tmp_path / "padded", vocab_size=264)
+    stored, dense = (StoredCheckpoint.open(f) for f in (tmp_path / "small", padded))
+    with pytest.raises(UserError, match="vocabularies of 258 and 264"):
+        differences(stored, dense)
+    assert "other shapes" in differences(stored, StoredCheckpoint.open(byte_tokenizer_in(padded)))
+    words = byte_tokenizer()
+    words.add_tokens(["another"])
+    words.save_pretrained(padded)
+    with pytest.raises(UserError, match="other tokenizers"):
+        differences(stored, StoredCheckpoint.open(padded))
+
+
+def byte_tokenizer_in(folder):
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.gpu

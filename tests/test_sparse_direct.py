@@ -39,8 +39,8 @@ class Tagged(torch.Tensor):
 
 def test_what_something_else_has_a_say_in_is_not_plain(monkeypatch):
     x = tokens(3, 40)
-    assert is_plain(x) and is_plain(x.float()) and is_plain(x.T)
-    for other in (x.half(), x.double(), x.to("meta"), x.float().requires_grad_()):
+    assert is_plain(x) and is_plain(x.float()) and is_plain(x.half()) and is_plain(x.T)
+    for other in (x.double(), x.to("meta"), x.float().requires_grad_()):
         assert not is_plain(other)
     assert not is_plain(x.as_subclass(Tagged))
     with torch.autocast("cpu", torch.bfloat16):
@@ -97,6 +97,41 @@ def test_prepared_once(kind, bias):
     assert layer._prepared is ready
     x = tokens(40, 5).T
     assert torch.equal(layer(x), layer(x.contiguous()))
+
+
+@native
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("form", ["sparse24", "bitmap"])
+def test_fp16_layers_are_prepared_too(form, int8, bias):
+    layer = SparseLinear.from_dense(linear(bias, torch.float16), form, int8)
+    assert_serves(layer, torch.float16)
+    ready = layer._prepared
+    assert ready is not None
+    assert_serves(layer, torch.float32)
+    assert_serves(layer, torch.bfloat16)
+    assert layer._prepared is ready
+    x = tokens(40, 5, dtype=torch.float16).T
+    product = getattr(ops, ready.op)  # the operator: the same kernel, reached otherwise
+    assert torch.equal(layer(x), product(x, *layer._weight, bias=layer.bias))
+
+
+@native
+def test_every_fp16_bias_is_widened_exactly():
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(torch.float16)
+    layer = SparseLinear.from_dense(nn.Linear(8, 2**16, dtype=torch.float16), "bitmap")
+    layer.load_state_dict(
+        {
+            "values": torch.empty(0, dtype=torch.float16),
+            "bitmap": torch.zeros(2**16, 1, dtype=torch.uint8),
+            "row_offsets": torch.zeros(2**16 + 1, dtype=torch.int64),
+            "bias": every,
+        }
+    )
+    got = layer(torch.ones(1, 8))[0]
+    assert layer._prepared is not None
+    numbers = every.isfinite() | every.isinf()
+    assert torch.equal(got[numbers], every.float()[numbers]) and got[~numbers].isnan().all()
 
 
 @native

@@ -82,7 +82,7 @@ def test_direct_call_and_op_agree_on_a_gpu(format, pattern, dtype, int8):
 
 def test_activations_of_other_kinds_take_the_op():
     sparse = SparseLinear.from_dense(pruned(), "sparse24")
-    for x in (tokens(2, 40).double(), tokens(2, 40).half(), tokens(2, 40).to("meta")):
+    for x in (tokens(2, 40).double(), tokens(2, 40).to("meta")):
         assert not is_plain(x)
     assert sparse(tokens(2, 40).double()).dtype == torch.float64
 

@@ -8,19 +8,38 @@
 namespace pyprune {
 namespace {
 
-// bf16 numbers of a vector as fp32, for the length of a call: a copy that was kept would not see
+float of_bits(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+float widen_bf16(uint16_t h) { return of_bits(static_cast<uint32_t>(h) << 16); }
+
+// Without branches: a loop of these is made of vectors.
+float widen_f16(uint16_t h) {
+  const uint32_t magnitude = h & 0x7fffu, sign = static_cast<uint32_t>(h & 0x8000u) << 16;
+  // Zero and subnormals count in units of 2^-24; an exponent of all ones stays one.
+  const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+  uint32_t bits;
+  std::memcpy(&bits, &small, 4);
+  const uint32_t rebased = (magnitude << 13) + ((magnitude < 0x7c00u ? 112u : 224u) << 23);
+  return of_bits((magnitude < 0x400u ? bits : rebased) | sign);
+}
+
+// 16-bit numbers of a vector as fp32, for the length of a call: a copy that was kept would not see
 // what is written to the original.
 class Widened {
  public:
   void take(TensorView& t) {
-    if (t.dtype != DType::bf16) return;
+    if (t.dtype != DType::bf16 && t.dtype != DType::f16) return;
     const int64_t n = t.numel();
     numbers_.reset(new float[static_cast<size_t>(n)]);
     const auto* from = t.ptr<const uint16_t>();
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-      std::memcpy(&numbers_[static_cast<size_t>(i)], &bits, 4);
-    }
+    if (t.dtype == DType::bf16)
+      std::transform(from, from + n, numbers_.get(), widen_bf16);
+    else
+      std::transform(from, from + n, numbers_.get(), widen_f16);
     t.data = numbers_.get();
     t.dtype = DType::f32;
   }
@@ -31,7 +50,7 @@ class Widened {
 
 // A weight that was taken once, so that a product takes two addresses: describing four or five
 // tensors anew costs more than the product of one row with a small matrix. The scales of int8
-// values, and the bias, are fp32 or bf16.
+// values, and the bias, are fp32, bf16 or fp16.
 class PreparedLinear {
  public:
   PreparedLinear(const std::string& name, const std::vector<py::capsule>& parts,

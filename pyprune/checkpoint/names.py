@@ -25,6 +25,8 @@ RENAMES = (
     (re.compile(r"LayerNorm\.gamma$"), "LayerNorm.weight"),
     (re.compile(r"LayerNorm\.beta$"), "LayerNorm.bias"),
 )
+# Buffers that files of earlier releases have, and that no model takes any more.
+IGNORED = (r"rotary_emb\.inv_freq$",)
 EXPERT = re.compile(
     r"^(?P<experts>.*\.experts)\.(?P<expert>\d+)\."
     r"(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
@@ -68,11 +70,14 @@ class NameMap:
     """Which tensors make up each parameter or persistent buffer, and why not, where they do not.
 
     pieces: by the model's name. unused: tensors of the checkpoint that the model has no place for.
+    unexplained: those of them that its class does not expect to be there for nothing, as it does
+    rotary frequencies of old files.
     problem: why the model cannot be filled from the checkpoint by these rules; empty if it can.
     """
 
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    unexplained: list[str] = field(default_factory=list)
     problem: str = ""
 
 
@@ -80,10 +85,13 @@ def map_names(entries: Mapping[str, TensorEntry], model: PreTrainedModel) -> Nam
     """Maps the tensors of a checkpoint to the parameters and persistent buffers of `model`."""
     state = model.state_dict(keep_vars=True)
     names = NameMap()
+    ignored = (*IGNORED, *(model._keys_to_ignore_on_load_unexpected or ()))
     for tensor in entries:
         found = _place(tensor, state, model.base_model_prefix)
         if found is None:
             names.unused.append(tensor)
+            if not any(re.search(pattern, tensor) for pattern in ignored):
+                names.unexplained.append(tensor)
         else:
             names.pieces.setdefault(found[0], []).append(found[1])
     names.problem = _problem(names, entries, state)

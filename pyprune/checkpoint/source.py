@@ -35,6 +35,7 @@ logger = logging.getLogger("pyprune")
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 UNKNOWN = "unknown architecture"
 DECI = "nemotron-nas"  # the model_type of DeciLM, see pyprune.deci
@@ -185,7 +186,7 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, ImportError, KeyError, TypeError) as error:
+    except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its tokenizer does not load: {_line(error)}") from error
     if not tokenizer.get_vocab().keys() - tokenizer.all_special_tokens:
         raise UserError(
@@ -271,7 +272,13 @@ def read_tensors(path: Path) -> dict[str, TensorEntry]:
     for name in weight_map.values():
         if not isinstance(name, str) or not name or Path(name).name != name:
             raise UserError(f"{index}: {name!r} is no file name")
+        if not name.endswith(SUFFIX):  # transformers takes any other file for a pickle
+            raise UserError(f"{index}: {name!r} is no name of a {SUFFIX} file")
     names = sorted(set(weight_map.values()))
+    if WEIGHTS not in names and (path / WEIGHTS).is_file():
+        raise UserError(
+            f"{path}: expected {WEIGHTS} or {INDEX}, got both, and transformers reads the first"
+        )
     for name in names:
         if not (path / name).is_file():
             raise UserError(f"{path}: {name} is missing; the index says that it holds weights")

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import _registry, _transforms
 from pyprune.ops._checks import check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 from pyprune.ops.sparse_linear import check_activations, native_linear, triton_limits
@@ -383,5 +383,4 @@ def linear_coded(
             when a layer is loaded; `validate_coded` makes it for tensors from elsewhere.
     """
     _check_linear_coded(x, low, codes, bases, escapes, row_offsets, bias)
-    y: Tensor = torch.ops.pyprune.linear_coded(x, low, codes, bases, escapes, row_offsets, bias)
-    return y
+    return _transforms.call("linear_coded", x, low, codes, bases, escapes, row_offsets, bias)

@@ -10,8 +10,9 @@ its weight too. Like the products forward, those backward round no fp32 number t
 whatever the process allows PyTorch (`ops._precision`), and autocast does not reach them. They are
 an operator of their own, which keeps it so in a graph that `torch.compile` runs later.
 
-`torch.vmap` over x adds a leading dimension, which the products take as it is. Over anything else
-it is refused, and so are forward-mode tangents.
+Forward-mode tangents go through the product itself, which is linear in x. `torch.vmap` over x adds
+a leading dimension, which the products take as it is; over anything else it is refused. All of them
+nest, as `torch.func` has them (`ops._transforms`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune.ops import _registry
+from pyprune.ops import _registry, _transforms
 from pyprune.ops._precision import full_precision
 from pyprune.ops.coded import unpack_coded
 from pyprune.ops.sparse_int8 import dequantize_rows
+
+Multiply = Callable[..., Tensor]
 
 
 @full_precision()
@@ -42,26 +45,47 @@ def _register_product() -> None:
     name = "pyprune::full_product"
     torch.library.register_fake(name, _full_product, lib=library)
 
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         needs_a, needs_b = ctx.needs_input_grad
-        product = torch.ops.pyprune.full_product
         return (
-            product(grad, b.mT) if needs_a else None,
-            product(a.mT, grad) if needs_b else None,
+            _product(grad, b.mT) if needs_a else None,
+            _product(a.mT, grad) if needs_b else None,
         )
 
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *ab: Tensor) -> tuple[Tensor, int]:
+    def jvp(ctx: Any, along_a: Tensor | None, along_b: Tensor | None) -> Tensor:
+        a, b = ctx.saved_tensors
+        return _sum(
+            None if along_a is None else _product(along_a, b),
+            None if along_b is None else _product(a, along_b),
+        )
+
+    def vmap(
+        multiply: Multiply, info: Any, in_dims: tuple[int | None, ...], *ab: Tensor
+    ) -> tuple[Tensor, int]:
         moved = [
             t if dim is None else t.movedim(dim, 0) for t, dim in zip(ab, in_dims, strict=True)
         ]
-        return torch.ops.pyprune.full_product(*moved), 0
+        return multiply(*moved), 0
 
-    torch.library.register_autograd(name, backward, setup_context=setup_context, lib=library)
-    torch.library.register_vmap(name, vmap, lib=library)
+    _transforms.register(
+        "full_product", setup_context=setup_context, backward=backward, jvp=jvp, vmap=vmap
+    )
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return _transforms.call("full_product", a, b)
+
+
+def _sum(*parts: Tensor | None) -> Tensor:
+    """Of those that are there, one at least."""
+    first, *others = [part for part in parts if part is not None]
+    for other in others:
+        first = first + other
+    return first
 
 
 def _expand_24(cols: int, values: Tensor, meta: Tensor) -> Tensor:
@@ -107,53 +131,62 @@ _EXPAND: dict[str, Callable[..., Tensor]] = {
 def _register(name: str, expand: Callable[..., Tensor]) -> None:
     dense = expand is _expand_dense
 
-    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, *weight, bias = inputs
         if not dense and any(ctx.needs_input_grad[1 : 1 + len(weight)]):
             raise ValueError(
                 f"values: {name} has gradients for x and bias alone, got a weight that requires one"
             )
         ctx.save_for_backward(x if dense else None, *weight)
-        ctx.cols = x.shape[-1]  # type: ignore[union-attr]
+        ctx.cols, ctx.shape, ctx.dtype = x.shape[-1], output.shape, output.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *weight = ctx.saved_tensors
         needs_x, *needs_weight, needs_bias = ctx.needs_input_grad
-        product, flat = torch.ops.pyprune.full_product, grad.reshape(-1, grad.shape[-1])
+        flat = grad.reshape(-1, grad.shape[-1])
         found: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         if needs_x:
             w = expand(ctx.cols, *weight)
             wide = torch.promote_types(grad.dtype, w.dtype)
-            made = product(flat.to(wide), w.to(wide)).to(grad.dtype)
+            made = _product(flat.to(wide), w.to(wide)).to(grad.dtype)
             found[0] = made.reshape(*grad.shape[:-1], ctx.cols)
         if dense and needs_weight[0]:
-            found[1] = product(flat.T, x.reshape(-1, ctx.cols)).to(weight[0].dtype)
+            found[1] = _product(flat.T, x.reshape(-1, ctx.cols)).to(weight[0].dtype)
         if needs_bias:
             wide = torch.promote_types(grad.dtype, torch.float32)
             found[-1] = flat.sum(0, dtype=wide).to(ctx.bias_dtype)
         return tuple(found)
 
-    torch.library.register_autograd(
-        f"pyprune::{name}", backward, setup_context=setup_context, lib=_registry.LIBRARY
-    )
-
-
-def _register_vmap(name: str) -> None:
-    op = getattr(torch.ops.pyprune, name)
+    def jvp(ctx: Any, *along: Tensor | None) -> Tensor:
+        x, *weight = ctx.saved_tensors
+        along_x, *along_weight, along_bias = along
+        if not dense and any(tangent is not None for tangent in along_weight):
+            raise ValueError(
+                f"values: {name} has tangents for x and bias alone, got a weight that has one"
+            )
+        w = along_weight[0]
+        return _sum(
+            None if along_x is None else _transforms.call(name, along_x, *weight, None),
+            None if w is None else _transforms.call(name, x, w, None),
+            None if along_bias is None else along_bias.to(ctx.dtype).expand(ctx.shape).clone(),
+        )
 
     def vmap(
-        info: Any, in_dims: tuple[int | None, ...], x: Tensor, *rest: Tensor | None
+        multiply: Multiply,
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        *rest: Tensor | None,
     ) -> tuple[Tensor, int]:
         over, *others = in_dims
         if over is None or any(dim is not None for dim in others):
             raise ValueError(f"in_dims: {name} is mapped over x alone, got {in_dims}")
-        return op(x.movedim(over, 0), *rest), 0
+        return multiply(x.movedim(over, 0), *rest), 0
 
-    torch.library.register_vmap(f"pyprune::{name}", vmap, lib=_registry.LIBRARY)
+    _transforms.register(name, setup_context=setup_context, backward=backward, jvp=jvp, vmap=vmap)
 
 
 _register_product()
 for _name, _expand in _EXPAND.items():
     _register(_name, _expand)
-    _register_vmap(_name)

@@ -288,8 +288,9 @@ def obs_factor(h: Tensor, *, damping: float = 0.01, max_damping: float = 1.0) ->
         `dead`: inputs that were always zero, `diag(H) == 0`. As in the SparseGPT code, their
             diagonal is set to 1 before the mean is taken over all C entries. With dead inputs, and
             only then, the damping's share of the others therefore depends on the scale of `h`:
-            where that is far below 1 the ones make most of the mean. Their weights do not matter:
-            set `w[:, dead] = 0` before `obs_sweep`.
+            where that is far below 1 the ones make most of the mean. The SparseGPT code has
+            `H = 2/N X^T X`; in sums over tokens, which `pyprune prune` gives, the ones are next to
+            nothing. Their weights do not matter: set `w[:, dead] = 0` before `obs_sweep`.
         `damping`: what was used, per matrix.
 
     Raises:

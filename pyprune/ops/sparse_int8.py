@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyprune.ops import _registry
+from pyprune.ops import _registry, _transforms
 from pyprune.ops._checks import (
     check_float,
     check_rows,
@@ -283,8 +283,7 @@ def linear_int8(x: Tensor, values: Tensor, scales: Tensor, *, bias: Tensor | Non
         ValueError: a shape, dtype or device does not match.
     """
     _check_linear_int8(x, values, scales, bias)
-    y: Tensor = torch.ops.pyprune.linear_int8(x, values, scales, bias)
-    return y
+    return _transforms.call("linear_int8", x, values, scales, bias)
 
 
 def linear_24_int8(
@@ -309,8 +308,7 @@ def linear_24_int8(
         ValueError: a shape, dtype or device does not match.
     """
     _check_linear_24_int8(x, values, meta, scales, bias)
-    y: Tensor = torch.ops.pyprune.linear_24_int8(x, values, meta, scales, bias)
-    return y
+    return _transforms.call("linear_24_int8", x, values, meta, scales, bias)
 
 
 def linear_bitmap_int8(
@@ -338,5 +336,4 @@ def linear_bitmap_int8(
         ValueError: a shape, dtype or device does not match, or a row's bits and offsets disagree.
     """
     _check_linear_bitmap_int8(x, values, bitmap, row_offsets, scales, bias)
-    y: Tensor = torch.ops.pyprune.linear_bitmap_int8(x, values, bitmap, row_offsets, scales, bias)
-    return y
+    return _transforms.call("linear_bitmap_int8", x, values, bitmap, row_offsets, scales, bias)

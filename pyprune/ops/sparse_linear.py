@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from pyprune import _native
-from pyprune.ops import _registry, linear_24_cuda, linear_bitmap_cuda
+from pyprune.ops import _registry, _transforms, linear_24_cuda, linear_bitmap_cuda
 from pyprune.ops._checks import check_float, check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 
@@ -36,11 +35,6 @@ def check_activations(x: Tensor, bias: Tensor | None, rows: int) -> None:
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"x: expected [..., C] with C > 0, got shape {tuple(x.shape)}")
     check_float("x", x)
-    # PyTorch drops the tangents of operators that are not its own without a word.
-    if forward_ad._current_level >= 0:
-        tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
-        if tangent is not None:
-            raise ValueError("x: expected no forward-mode tangent: there is backward alone")
     if bias is not None:
         check_float("bias", bias)
         check_shape("bias", bias, (rows,))
@@ -271,8 +265,7 @@ def linear_24(x: Tensor, values: Tensor, meta: Tensor, *, bias: Tensor | None = 
         ValueError: a shape, dtype or device does not match.
     """
     _check_linear_24(x, values, meta, bias)
-    y: Tensor = torch.ops.pyprune.linear_24(x, values, meta, bias)
-    return y
+    return _transforms.call("linear_24", x, values, meta, bias)
 
 
 def linear_bitmap(
@@ -300,8 +293,7 @@ def linear_bitmap(
             when a layer is loaded; `validate_bitmap` makes it for tensors from elsewhere.
     """
     _check_linear_bitmap(x, values, bitmap, row_offsets, bias)
-    y: Tensor = torch.ops.pyprune.linear_bitmap(x, values, bitmap, row_offsets, bias)
-    return y
+    return _transforms.call("linear_bitmap", x, values, bitmap, row_offsets, bias)
 
 
 def linear_dense(x: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Tensor:
@@ -311,5 +303,4 @@ def linear_dense(x: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Te
     over it is owed to the format alone. Arguments, result and errors as in `linear_24`.
     """
     _check_linear_dense(x, weight, bias)
-    y: Tensor = torch.ops.pyprune.linear_dense(x, weight, bias)
-    return y
+    return _transforms.call("linear_dense", x, weight, bias)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from pyprune.errors import UserError
 from pyprune.models.positions import positions_of
+from pyprune.sparse.compare import differences
 from pyprune.sparse.decoding import WARM_UP, StaticDecoding, cache_name
 from pyprune.sparse.dense import DenseLinear, use_own_kernels
 from pyprune.sparse.embedding import StoredEmbedding
@@ -66,7 +67,8 @@ class Protocol:
 class Contestant:
     """One model in one dtype. name: DENSE or what the compressed one is called. seconds: to load.
     file_bytes: of the tensors on disk. weight_bytes: of the model's weights in memory. kernels: of
-    its linear layers."""
+    its linear layers. differs: in what its model differs from the dense one, beyond the values of
+    its weights; empty if in nothing."""
 
     name: str
     dtype: str
@@ -75,6 +77,7 @@ class Contestant:
     weight_bytes: int
     model: PreTrainedModel = field(repr=False, compare=False)
     kernels: str = OWN
+    differs: str = ""
 
     @property
     def label(self) -> str:
@@ -88,6 +91,7 @@ class Contestant:
             "file_bytes": self.file_bytes,
             "weight_bytes": self.weight_bytes,
             "kernels": self.kernels,
+            "differs": self.differs,
         }
 
 
@@ -153,6 +157,15 @@ class BenchResult:
             if m["name"] != DENSE and m["dtype"] in ("bfloat16", "float16") and m["dtype"] in dense
         }
 
+    def warnings(self) -> list[str]:
+        """One sentence for each model whose rates differ from the dense one's for other reasons
+        than how its weights are stored."""
+        found = {m["name"]: m["differs"] for m in self.models if m.get("differs")}
+        return [
+            f"{name} is another model than the dense one: {what}. Ratios compare the two models."
+            for name, what in found.items()
+        ]
+
     def verdict(self) -> list[str]:
         """One sentence for each compressed model in each dtype: where it loses to dense."""
         lost: dict[str, list[str]] = {}
@@ -169,7 +182,7 @@ class BenchResult:
 
     def to_dict(self) -> dict[str, Any]:
         derived = {"ratios": self.ratios(), "memory": self.memory(), "verdict": self.verdict()}
-        return {**asdict(self), **derived}
+        return {**asdict(self), **derived, "warnings": self.warnings()}
 
 
 def weight_bytes(model: nn.Module) -> int:
@@ -217,8 +230,12 @@ def contestants(
 ) -> list[Contestant]:
     """Loads the dense model and the compressed `sources` (by name), each in every dtype.
 
-    against: the dense directory; None: the first source, decompressed in memory. On the CPU the
+    against: the dense directory; None: the first source, decompressed in memory. What a source's
+    model has other than the dense one (fewer layers, other widths) is noted. On the CPU the
     dense model takes part in bfloat16 once more, with our dense kernel in its linear layers.
+
+    Raises UserError if a source is not compressed, `against` not dense, or a source has another
+    vocabulary than the dense model.
     """
     opened = {name: StoredCheckpoint.open(source) for name, source in sources.items()}
     for name, stored in opened.items():
@@ -230,12 +247,17 @@ def contestants(
     base = None if against is None else StoredCheckpoint.open(against)
     if base is not None and base.kind != DENSE:
         raise UserError(f"{base.path}: expected a dense checkpoint, it is {base.kind}")
+    dense = base or next(iter(opened.values()), None)
+    differ = {
+        name: "" if dense is None or stored is dense else differences(stored, dense)
+        for name, stored in opened.items()
+    }
     made = []
     for dtype in dtypes:
         first: PreTrainedModel | None = None
         loaded = []
         for name, stored in opened.items():
-            found = _load(name, stored, dtype, device)
+            found = replace(_load(name, stored, dtype, device), differs=differ[name])
             first = first or found.model
             loaded.append(found)
         if base is not None:

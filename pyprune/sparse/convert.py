@@ -113,9 +113,9 @@ def compress_checkpoint(
         progress: called with a tensor's name, how many are through, and their number.
 
     Raises:
-        UserError: the input is none of these or damaged, a weight to be rounded to int8 is not
-            finite, embeddings to be coded are not bf16, `dtype` is not a floating point one, or
-            `out` cannot be written.
+        UserError: the input is none of these, damaged or incomplete, a weight to be rounded to int8
+            is not finite, embeddings to be coded are not bf16, `dtype` is not a floating point one,
+            or `out` cannot be written.
     """
     if embeddings not in EMBEDDINGS:
         raise UserError(f"embeddings: expected {', '.join(EMBEDDINGS)}, got {embeddings!r}")
@@ -127,6 +127,7 @@ def compress_checkpoint(
     if rounded is not None:
         stored = stored.rounded(rounded)
     checkpoint = stored.checkpoint()
+    stored.require_complete(checkpoint)
     candidates = compressible(checkpoint)
     rows = set() if embeddings == "same" else set(embedding_tensors(checkpoint, embeddings))
     steps = _Steps(progress, len(stored.entries) + len({*candidates, *rows}))
@@ -176,6 +177,7 @@ def decompress_checkpoint(
     stored = StoredCheckpoint.open(source)
     if stored.kind == DENSE:
         raise UserError(f"{stored.path}: expected a compressed checkpoint, it is dense")
+    stored.require_complete(stored.checkpoint())
     steps = _Steps(progress, len(stored.entries))
     plan = {tensor: {tensor: entry} for tensor, entry in stored.entries.items()}
 

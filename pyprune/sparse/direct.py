@@ -20,7 +20,8 @@ from pyprune import _native
 from pyprune.ops import _registry
 
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
-WIDENED = (torch.float32, torch.bfloat16)  # what a bias and scales may be
+# What x may be, and a bias and scales.
+WIDENED = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def is_alone(x: Tensor) -> bool:
@@ -39,13 +40,8 @@ def is_alone(x: Tensor) -> bool:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether `x` is fp32 or bf16 numbers on the CPU, for a layer alone, without autocast."""
-    return (
-        is_alone(x)
-        and (x.dtype is torch.bfloat16 or x.dtype is torch.float32)
-        and x.is_cpu
-        and not torch.is_autocast_enabled("cpu")
-    )
+    """Whether `x` is fp32, bf16 or fp16 numbers on the CPU, for a layer alone, without autocast."""
+    return is_alone(x) and x.dtype in WIDENED and x.is_cpu and not torch.is_autocast_enabled("cpu")
 
 
 class Prepared:
@@ -83,12 +79,15 @@ class Prepared:
 
     def product(self, x: Tensor) -> Tensor:
         """`[..., rows]` of `x [..., cols]`, for which `is_plain` holds."""
+        half = x.dtype is torch.float16  # the kernels multiply fp32 and bf16
+        if half:
+            x = x.float()
         if not x.is_contiguous():
             x = x.contiguous()
         y = x.new_empty((*x.shape[:-1], self._rows))
-        count, wide = x.numel() // self._cols, x.dtype is torch.bfloat16
-        self._multiply(y.data_ptr(), x.data_ptr(), count, wide, torch.get_num_threads())
-        return y
+        count, short = x.numel() // self._cols, x.dtype is torch.bfloat16
+        self._multiply(y.data_ptr(), x.data_ptr(), count, short, torch.get_num_threads())
+        return y.half() if half else y
 
 
 def _layouts(

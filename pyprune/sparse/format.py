@@ -36,10 +36,13 @@ PARTS = {
     "factored": ("up.weight", "down.weight"),
     CODED: ("low", "codes", "bases", "escapes", "row_offsets"),
 }
+ALL_PARTS = {"scales"}.union(*PARTS.values())
 # The part whose length is known from the data alone.
 COUNTED = {"bitmap": "values", CODED: "escapes"}
 FACTORED = "factored"  # a product of two thin matrices
 INT8 = "int8"
+FIELDS = ("quant_method", "format_version", "how_to_load", "layers")
+LAYER_FIELDS = ("format", "shape", "values", "transposed", "rank")
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 HOW_TO_LOAD = (
     "this checkpoint is compressed by pyprune: `import pyprune` before loading it, or turn it into "
@@ -158,7 +161,7 @@ def quantization_config(layers: Mapping[str, LayerFormat]) -> dict[str, Any]:
 
 def parse_quantization_config(value: Any, where: str) -> dict[str, LayerFormat]:
     """The layers of a `quantization_config`. Raises UserError, starting with `where`, for another
-    method or version, or a layer that is not described completely."""
+    method or version, a layer that is not described completely, and a field that no version has."""
     if not isinstance(value, Mapping) or value.get("quant_method") != METHOD:
         raise UserError(f"{where}: expected a quantization_config with quant_method {METHOD!r}")
     version = value.get("format_version")
@@ -168,6 +171,7 @@ def parse_quantization_config(value: Any, where: str) -> dict[str, LayerFormat]:
             f"{where}: expected a format_version among {known}, got {version!r}; "
             "a newer pyprune may read it"
         )
+    _refuse_unknown(value, FIELDS, f"{where}: quantization_config")
     layers = value.get("layers")
     if not isinstance(layers, Mapping):
         raise UserError(f"{where}: quantization_config: expected an object named layers")
@@ -181,9 +185,17 @@ def parse_quantization_config(value: Any, where: str) -> dict[str, LayerFormat]:
     return found
 
 
+def _refuse_unknown(value: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    """What a field says of the weights cannot be known, and must not be passed over."""
+    unknown = next((field for field in value if field not in known), None)
+    if unknown is not None:
+        raise UserError(f"{where}: unknown field {unknown!r}, expected {', '.join(known)}")
+
+
 def _layer(value: Any, where: str) -> LayerFormat:
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected an object, got {type(value).__name__}")
+    _refuse_unknown(value, LAYER_FIELDS, where)
     kind, shape = value.get("format"), value.get("shape")
     if not isinstance(kind, str) or kind not in PARTS:
         raise UserError(f"{where}: format: expected one of {', '.join(PARTS)}, got {kind!r}")
@@ -241,6 +253,12 @@ def check_entries(
             raise UserError(
                 f"{entry.file}: tensor {name}.{part}: expected shape {list(shapes[part])}, "
                 f"got {list(entry.shape)}"
+            )
+    for part in sorted(ALL_PARTS - parts.keys()):
+        if f"{name}.{part}" in entries:
+            raise UserError(
+                f"{entries[f'{name}.{part}'].file}: tensor {name}.{part}: expected none, the layer "
+                f"is stored as {layer.label}"
             )
     return parts
 

@@ -68,6 +68,7 @@ def load(
         raise UserError(f"{where}: cannot be loaded: {line}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
-        raise UserError(f"{stored.path}: tensor {missing[0]} is missing, of {len(missing)}")
+        others = f", and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(f"{stored.weights_file}: tensor {missing[0]} is missing{others}")
     model.requires_grad_(False)
     return model.eval()

@@ -15,7 +15,15 @@ from torch import Tensor
 
 from pyprune.checkpoint import Checkpoint, TensorEntry, read_tensor
 from pyprune.checkpoint.names import has_place_for
-from pyprune.checkpoint.source import locate, main_dtype, read_config, read_json, read_tensors
+from pyprune.checkpoint.source import (
+    INDEX,
+    WEIGHTS,
+    locate,
+    main_dtype,
+    read_config,
+    read_json,
+    read_tensors,
+)
 from pyprune.errors import UserError
 from pyprune.sparse import format as formats
 from pyprune.sparse import legacy
@@ -174,6 +182,27 @@ class StoredCheckpoint:
                 delattr(config, field)
         dtype = main_dtype(self.path, self.entries)
         return Checkpoint(self.path, config, dtype, self.entries, trust_remote_code)
+
+    @property
+    def weights_file(self) -> Path:
+        """The file that says where tensors are: the index, or the only one of weights."""
+        index = self.path / INDEX
+        return index if index.is_file() else self.path / WEIGHTS
+
+    def require_complete(self, checkpoint: Checkpoint) -> None:
+        """Raises UserError, naming file and tensor, unless the dense tensors make up the model, and
+        each compressed one is part of it.
+
+        checkpoint: of this. Where tensors are left over, one of them may be what seems to be
+        missing, by a name that transformers alone knows: loading such a checkpoint tells.
+        """
+        names = checkpoint.names
+        for tensor in names.unused:
+            if self.kind == formats.METHOD and tensor in self.parts:
+                file = self.entries[tensor].file
+                raise UserError(f"{file}: tensor {tensor}: the model has no place for it")
+        if names.problem and not names.unexplained:
+            raise UserError(f"{self.weights_file}: {names.problem}")
 
     def read(self, name: str) -> Tensor:
         """The dense tensor `name`, in a tensor of its own. Raises UserError, naming file and

@@ -95,11 +95,97 @@ def test_vmap_over_x_alone(op):
 
 
 @pytest.mark.parametrize("op", FORMATS)
-def test_tangents_are_refused_not_dropped(op):
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.func.grad,
+        lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).square().sum()),
+        torch.func.hessian,  # forward over backward
+        lambda f: torch.func.jacfwd(torch.func.jacfwd(f)),
+        lambda f: torch.func.vmap(torch.func.vmap(torch.func.grad(f))),
+        lambda f: lambda x: torch.func.jvp(f, (x,), (x.cos(),))[1],
+        torch.func.functionalize,
+    ],
+    ids=["grad", "twice", "hessian", "forward twice", "each", "tangent", "functionalize"],
+)
+def test_transformations_of_torch_func(op, transform):
+    """The loss is of degree four, so that no derivative is a constant by luck."""
+    tensors, dense = weight(op, torch.float64)
+    gen = torch.Generator().manual_seed(3)
+    x, bias = (torch.randn(s, dtype=torch.float64, generator=gen) for s in ((2, 3, 24), (5,)))
+    product = getattr(ops, op)
+    got = transform(lambda x: product(x, *tensors, bias=bias).pow(4).sum())(x)
+    want = transform(lambda x: nn.functional.linear(x, dense, bias).pow(4).sum())(x)
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("op", FORMATS)
+def test_directions_of_differentiation_agree(op):
+    tensors, _ = weight(op, torch.float64, (3, 8))
+    gen = torch.Generator().manual_seed(4)
+    x, bias = (
+        torch.randn(s, dtype=torch.float64, generator=gen, requires_grad=True)
+        for s in ((2, 8), (3,))
+    )
+
+    def product(x, bias):
+        return getattr(ops, op)(x, *tensors, bias=bias)
+
+    assert torch.autograd.gradcheck(
+        product, (x, bias), check_forward_ad=True, check_batched_forward_grad=True
+    )
+    assert torch.autograd.gradgradcheck(product, (x, bias))
+
+
+@pytest.mark.parametrize("op", ["linear_24", "linear_bitmap", "linear_int8", "linear_dense"])
+def test_the_tangent_of_a_weight_is_refused_not_dropped(op):
     tensors, _ = weight(op, torch.float32)
-    x = torch.randn(2, 24)
-    with pytest.raises(ValueError, match="forward-mode"):
-        torch.func.jvp(lambda x: getattr(ops, op)(x, *tensors), (x,), (x,))
+    at = len(tensors) - 1 if op.endswith("int8") else 0
+    x, w = torch.randn(2, 24), tensors[at]
+
+    def product(w):
+        return getattr(ops, op)(x, *(w if k == at else t for k, t in enumerate(tensors)))
+
+    if op == "linear_dense":
+        got = torch.func.jvp(product, (w,), (2 * w,))[1]
+        torch.testing.assert_close(got, 2 * product(w), rtol=1e-5, atol=1e-5)
+        return
+    with pytest.raises(ValueError, match="tangents for x and bias alone"):
+        torch.func.jvp(product, (w,), (w,))
+    with pytest.raises(ValueError, match="gradients for x and bias alone"):
+        torch.func.grad(lambda w: product(w).sum())(w)
+
+
+def _along(f, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(f(forward_ad.make_dual(x, x))).tangent
+
+
+@pytest.mark.parametrize(
+    ("derive", "within"),
+    [
+        (lambda f, x: torch.func.grad(lambda x: f(x).square().sum())(x), False),
+        (lambda f, x: torch.func.jvp(f, (x,), (x,))[1], True),
+        (_along, True),
+    ],
+    ids=["grad", "jvp", "dual"],
+)
+def test_transformations_and_compilation(derive, within):
+    """Around a compiled product, and within what is compiled: a tangent is never dropped."""
+    (w, meta), dense = weight("linear_24", torch.float32)
+    x = torch.randn(3, 24, generator=torch.Generator().manual_seed(5))
+
+    def product(x):
+        return ops.linear_24(x, w, meta)
+
+    want = derive(lambda x: x @ dense.float().T, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(product, backend="aot_eager")
+    torch.testing.assert_close(derive(compiled, x), want, rtol=1e-4, atol=1e-4)
+    if within:
+        # PyTorch runs what it cannot trace: the error that is raised while it does says so.
+        compiled = torch.compile(lambda x: derive(product, x), backend="aot_eager")
+        torch.testing.assert_close(compiled(x), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("make", ["sparse", "dense"])
@@ -117,9 +203,8 @@ def test_transforms_of_a_layer(make):
     with torch.no_grad():
         # Two kernels that round alike, but sum in another order.
         torch.testing.assert_close(torch.vmap(layer)(x), layer(x), rtol=2**-7, atol=2**-7)
-    if make == "sparse":
-        with pytest.raises(ValueError, match="forward-mode"), forward_ad.dual_level():
-            layer(forward_ad.make_dual(x, x))
+    got = _along(layer, x)
+    torch.testing.assert_close(got, nn.functional.linear(x, linear.weight), rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("op", FORMATS)
