@@ -15,13 +15,14 @@ SOURCES := setup.py CMakeLists.txt $(shell find csrc -name '*.cpp' -o -name '*.h
 .PHONY: demo test test-all lint bench bench-smoke micro gpu gpu-sanitize aot asan asan-sparse clean
 
 # Dependencies, pinned by constraints.txt. torch first and by its exact version: a bare requirement
-# would let the resolver pick a newer build with several gigabytes of CUDA libraries.
+# would let the resolver pick a newer build with several gigabytes of CUDA libraries. Byte code is
+# made of what is imported, when it is: of all packages it takes half as long as installing them.
+PIP_INSTALL = $(BIN)/python -m pip install -q --no-compile
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q "setuptools>=77" wheel
-	$(BIN)/python -m pip install -q "$$(grep -i '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install -q -c constraints.txt pybind11 cmake ninja
-	PYPRUNE_NATIVE=OFF $(BIN)/python -m pip install -q --no-build-isolation -c constraints.txt -e '.[test,dev,datasets]'
+	$(PIP_INSTALL) -c constraints.txt "setuptools>=77" wheel pybind11 cmake ninja \
+	  "$$(grep -i '^torch==' constraints.txt)"
+	PYPRUNE_NATIVE=OFF $(PIP_INSTALL) --no-build-isolation -c constraints.txt -e '.[test,dev,datasets]'
 	touch $@
 
 $(BUILT): $(INSTALLED) $(SOURCES)
@@ -55,7 +56,8 @@ lint: $(INSTALLED)
 # or write compressed formats, and of mask selection, on their small shapes, for every instruction
 # set. The package is a directory of links around a module built for it. The C++ library is named
 # too, so that the sanitizer finds the exceptions that the kernels throw. Torch is never unloaded:
-# leaks would be its own. Vector loads under a mask are not instrumented, which is why
+# leaks would be its own. Tests of what is not built for it are left out: PyTorch's and Triton's. Two
+# threads each, for what only happens with more than one, that sleep when they wait. Vector loads under a mask are not instrumented, which is why
 # tests/ops/test_guard_page.py checks those against an unreadable page.
 #
 # asan-sparse builds the kernels of the compressed formats (and mask selection, which packing uses)
@@ -77,7 +79,9 @@ asan: $(INSTALLED)
 	  || { tail -n 40 $(ASAN_DIR)/build.log; exit 1; }
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	  ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$(CURDIR)/$(ASAN_SITE)" \
-	  $(BIN)/pytest -q --capture=sys -k "not triton and not compile and not opcheck" $(ASAN_TESTS) $(PYTEST_ARGS)
+	  OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
+	  $(BIN)/pytest -q --capture=sys -n auto --dist worksteal \
+	  -k "not triton and not reference and not compile and not opcheck" $(ASAN_TESTS) $(PYTEST_ARGS)
 
 asan-sparse:
 	$(MAKE) asan ASAN_DIR=build/asan-sparse \

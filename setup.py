@@ -2,6 +2,7 @@
 
 Environment:
   PYPRUNE_CUDA=AUTO|ON|OFF   build the CUDA objects (AUTO: whenever nvcc is found)
+  PYPRUNE_CUDA_ARCHS         which of them, e.g. 90a-real; default all that CMakeLists.txt names
   PYPRUNE_NATIVE=ON|OFF      OFF installs without pyprune._C: the reference and Triton remain
 """
 
@@ -40,6 +41,8 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DPYPRUNE_CUDA={cuda}",
+            # Also if empty: an earlier configuration may have been told which.
+            f"-DPYPRUNE_CUDA_ARCHS={os.environ.get('PYPRUNE_CUDA_ARCHS', '')}",
             f"-DPYPRUNE_OUTPUT_DIR={out_dir}",
         ]  # fmt: skip
         cache = build_dir / "CMakeCache.txt"

@@ -2,7 +2,7 @@
 left in the allocator would hide it.
 
 The benchmark has an option `--memory-of NAME`, with which it builds what it needs, calls
-`print_peak` and ends; `peak_of(NAME)` runs it like that.
+`print_peak` and ends; `peak_of(NAME)` runs it like that, and `peaks` for all of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -30,6 +30,15 @@ def peak_of(name: str) -> int:
     if done.returncode != 0:
         raise RuntimeError(f"the measured process failed:\n{done.stderr}")
     return int(json.loads(done.stdout)["peak_bytes"])
+
+
+def peaks(names: Iterable[str], smoke: bool) -> dict[str, int]:
+    """`peak_of` each. A smoke run asks for the first alone, which all get: that a process can be
+    measured is seen by one, and each takes seconds to import PyTorch."""
+    if smoke:
+        names = list(names)
+        return dict.fromkeys(names, peak_of(names[0]))
+    return {name: peak_of(name) for name in names}
 
 
 def print_peak(device: str, call: Callable[[], object]) -> None:

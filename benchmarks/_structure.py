@@ -55,10 +55,10 @@ def parse(
     smoke: Sequence[str],
     more: Callable[[argparse.ArgumentParser], object] = lambda parser: None,
 ) -> argparse.Namespace:
-    """The command line. names: of all variants; smoke: of the few that --smoke runs. more: adds
+    """The command line. names: of all variants; smoke: of those that --smoke runs. more: adds
     options of one bench."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="two variants, a few tokens")
+    parser.add_argument("--smoke", action="store_true", help="one variant, a few tokens")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--variants", nargs="+", choices=list(names), default=list(names))
@@ -79,7 +79,7 @@ def parse(
             parser.error(f"expected --json with a file of rows, got {args.json}")
     elif args.smoke:
         args.variants, args.ratios = list(smoke), [0.1]
-        args.nsamples, args.seqlen, args.tokens = 2, 32, SEQLEN
+        args.nsamples, args.seqlen, args.tokens = 2, 32, 64
     return args
 
 
@@ -159,7 +159,8 @@ def evaluate(folder: Path, args: argparse.Namespace) -> dict[str, Row]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     results = {}
     for text in TEXTS:
-        r = perplexity(model, tokenizer, text=text, seqlen=SEQLEN, max_tokens=args.tokens)
+        r = perplexity(model, tokenizer, text=text, seqlen=min(SEQLEN, args.tokens),
+                       max_tokens=args.tokens)  # fmt: skip
         results[text] = {"ppl": r.ppl, "tokens": r.tokens, "seqlen": r.seqlen, "bos": r.bos,
                          "dtype": args.dtype}  # fmt: skip
     return results

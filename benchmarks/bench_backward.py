@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from _harness import environment, parse, ratio, time_turns, write_rows
-from _memory import peak_of, print_peak
+from _memory import peaks, print_peak
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -162,6 +162,7 @@ def rows(args: Namespace) -> list[dict[str, Any]]:
     model, tokens = build(args)
     check(model, tokens)
     calls = {n: (lambda i, p=provider: p(model, tokens)) for n, provider in PROVIDERS.items()}
+    peak_bytes = peaks(PROVIDERS, args.smoke)
     samples = time_turns(calls, args.device, 1 if args.smoke else args.turns)
     return [
         {
@@ -178,7 +179,7 @@ def rows(args: Namespace) -> list[dict[str, Any]]:
             "repetitions": len(taken),
             "baseline": BASELINE,
             "ratio_to_baseline": ratio(taken, samples[BASELINE]),
-            "peak_bytes": peak_of(name),
+            "peak_bytes": peak_bytes[name],
             **environment(args.device),
         }
         for name, taken in samples.items()

@@ -112,7 +112,7 @@ def with_states(parser: argparse.ArgumentParser) -> None:
 
 
 def main() -> None:
-    args = parse(__doc__, VARIANTS, smoke=["shortgpt", "llm-drop"], more=with_states)
+    args = parse(__doc__, VARIANTS, smoke=["llm-drop"], more=with_states)
     with tempfile.TemporaryDirectory() as passing:
         states = args.states or Path(passing)
         states.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,16 @@ from rich.table import Table
 from pyprune.sparse.convert import compress_checkpoint
 from pyprune.sparse.stored import StoredCheckpoint
 
+FORMATS: dict[str, dict | None] = {
+    "dense": None,
+    "sparse24": {"allowed": ("sparse24",)},
+    "bitmap": {"allowed": ("bitmap",)},
+    "sparse24 int8": {"allowed": ("sparse24",), "int8": True},
+    "bitmap int8": {"allowed": ("bitmap",), "int8": True},
+}
+# Each takes a process; both layouts, both limits of `check`.
+SMOKE_FORMATS = {name: FORMATS[name] for name in ("dense", "sparse24", "bitmap int8")}
+
 CHILD = """
 import sys, json, time, torch
 import pyprune
@@ -77,13 +87,7 @@ def main() -> None:
         source.mkdir()
         make_checkpoint(source, sizes, zeros="2:4")
         want = None
-        for name, options in {
-            "dense": None,
-            "sparse24": {"allowed": ("sparse24",)},
-            "bitmap": {"allowed": ("bitmap",)},
-            "sparse24 int8": {"allowed": ("sparse24",), "int8": True},
-            "bitmap int8": {"allowed": ("bitmap",), "int8": True},
-        }.items():
+        for name, options in (SMOKE_FORMATS if args.smoke else FORMATS).items():
             folder = source
             if options is not None:
                 folder = Path(tmp) / "small"

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from _harness import environment, parse, ratio, write_rows
-from _memory import peak_of, print_peak
+from _memory import peaks, print_peak
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -131,6 +131,7 @@ def print_memory(args: Namespace) -> None:
 def rows(args: Namespace) -> list[dict[str, Any]]:
     model, batches = build(args)
     check_equal(model, batches, args)
+    peak_bytes = peaks(MODES, args.smoke)
     samples = time_modes(model, batches, args)
     base = [seconds for seconds, _ in samples[BASELINE]]
     made = []
@@ -159,7 +160,7 @@ def rows(args: Namespace) -> list[dict[str, Any]]:
             "passes": report.passes,
             "held_bytes": report.held_bytes,
             "spilled_bytes": report.spilled_bytes,
-            "peak_bytes": peak_of(name),
+            "peak_bytes": peak_bytes[name],
             **environment(args.device),
         })  # fmt: skip
     return made

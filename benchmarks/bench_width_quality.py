@@ -90,7 +90,7 @@ def per_branch(ratio: float, dense: PreTrainedModel, args: argparse.Namespace) -
 
 
 def main() -> None:
-    args = parse(__doc__, [*VARIANTS, PER_BRANCH], smoke=["wanda-sp", "disp-llm"])
+    args = parse(__doc__, [*VARIANTS, PER_BRANCH], smoke=["disp-llm"])
 
     def measure(name: str, ratio: float, dense: PreTrainedModel) -> Row:
         if name == PER_BRANCH:

@@ -1,4 +1,5 @@
-"""Runs every benchmark in this folder, each in its own process, and keeps its rows.
+"""Runs every benchmark in this folder, each in its own process, and keeps its rows. Smoke runs are
+forks of one process that has imported what takes seconds, as many at a time as there are cores.
 
 python benchmarks/run_all.py                  # all, rows into benchmarks/results/<device>/
 python benchmarks/run_all.py --smoke          # tiny sizes, rows thrown away: do they still run?
@@ -8,11 +9,17 @@ python benchmarks/run_all.py gram obs         # some of them
 from __future__ import annotations
 
 import argparse
+import importlib
+import multiprocessing
+import os
 import re
+import runpy
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
@@ -43,6 +50,61 @@ def device_slug(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+# What nearly every benchmark imports.
+PRELOADED = ("transformers.models.llama.modeling_llama", "pyprune.prune", "pyprune.sparse.bench")
+
+
+def as_script(command: list[str], log: Path) -> None:
+    """Runs `command`, a Python file and its arguments, in this process; what it prints, and what
+    its children do, goes to a file."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)  # a core has another benchmark
+    os.environ["OMP_NUM_THREADS"] = "1"  # for its children
+    sys.argv = command
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def run_forked(commands: Mapping[str, list[str]], logs: Path) -> list[str]:
+    """Runs all; returns the names of those that failed. What each printed is shown at its end."""
+    for module in PRELOADED:
+        importlib.import_module(module)
+    context = multiprocessing.get_context("fork")
+    waiting, running, failed = list(commands), {}, []
+    while waiting or running:
+        while waiting and len(running) < (os.cpu_count() or 1):
+            name = waiting.pop(0)
+            log = logs / f"{name}.log"
+            process = context.Process(target=as_script, args=(commands[name], log))
+            process.start()
+            running[process.sentinel] = (name, process, log, time.perf_counter())
+        for sentinel in wait(list(running)):
+            name, process, log, started = running.pop(sentinel)
+            process.join()
+            print(log.read_text(), end="")
+            report(name, process.exitcode, started)
+            if process.exitcode != 0:
+                failed.append(name)
+    return failed
+
+
+def run_one_by_one(commands: Mapping[str, list[str]]) -> list[str]:
+    """As `run_forked`, each in a new process with all cores."""
+    failed = []
+    for name, command in commands.items():
+        started = time.perf_counter()
+        code = subprocess.call([sys.executable, *command])
+        report(name, code, started)
+        if code != 0:
+            failed.append(name)
+    return failed
+
+
+def report(name: str, code: int | None, started: float) -> None:
+    print(f"{name}: exit {code}, {time.perf_counter() - started:.1f} s", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -62,7 +124,6 @@ def main() -> int:
             options[name] = extra + (SMOKE_VARIANTS.get(name, []) if args.smoke else [])
     if unknown := set(args.names) - set(scripts):
         parser.error(f"no such benchmark: {sorted(unknown)}; there are {sorted(scripts)}")
-    failed = []
     with tempfile.TemporaryDirectory() as tmp:
         if args.out is not None:
             out = args.out
@@ -71,18 +132,20 @@ def main() -> int:
         else:
             out = HERE / "results" / device_slug(args.device)
         out.mkdir(parents=True, exist_ok=True)
+        commands = {}
         for name in args.names or (CUDA if args.device == "cuda" else scripts):
-            started = time.perf_counter()
-            command = [sys.executable, str(scripts[name]), "--device", args.device,
-                       "--json", str(out / f"{name}.json")]  # fmt: skip
+            command = [str(scripts[name]), "--device", args.device]
+            command += ["--json", str(out / f"{name}.json")]
             command += ["--smoke"] if args.smoke else []
             command += options.get(name, [])
             if args.repetitions and name != "model":
                 command += ["--repetitions", str(args.repetitions)]
-            code = subprocess.call(command)
-            print(f"{name}: exit {code}, {time.perf_counter() - started:.1f} s", flush=True)
-            if code != 0:
-                failed.append(name)
+            commands[name] = command
+        # CUDA does not survive a fork.
+        if args.smoke and args.device == "cpu":
+            failed = run_forked(commands, Path(tmp))
+        else:
+            failed = run_one_by_one(commands)
     if failed:
         print("failed:", ", ".join(failed), file=sys.stderr)
     return 1 if failed else 0

@@ -1,6 +1,7 @@
 // The Python module pyprune._C. Each op family binds itself in csrc/bind/<family>.cpp: capsules
-// become TensorViews, are checked, the GIL is released and the kernel is called. One file a family
-// keeps a family's rebuild to that family. bind_list.h (from CMakeLists.txt) lists them.
+// become TensorViews, are checked, the GIL is released and the kernel is called. bind_list.h (from
+// CMakeLists.txt) lists them. They are compiled several at once (a unity build): what is in an
+// unnamed namespace there needs a name of its own all the same.
 #include <pybind11/pybind11.h>
 
 #include "cpu/dispatch.h"

@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import triton.language as tl
+from hypothesis import HealthCheck, settings
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder
 
 from pyprune import ops
@@ -24,6 +26,26 @@ if not hasattr(InterpreterBuilder, "get_bf16"):
     InterpreterBuilder.get_bf16 = lambda self, value: self.create_fp_trunc(
         self.get_fp32(value), tl.bfloat16
     )
+
+
+class Nothing:
+    def restore(self) -> None: ...
+
+
+def patch_unpatched(fn, patch=interpreter._patch_lang):
+    """Triton's interpreter replaces the functions of its language at every launch, and again at
+    every call of a device function, when nothing is left to replace: half of its time."""
+    languages = [v for v in fn.__globals__.values() if v is tl or v is tl.core]
+    if languages and not any(tl.core.is_builtin(language.load) for language in languages):
+        return Nothing()
+    return patch(fn)
+
+
+interpreter._patch_lang = patch_unpatched
+
+# Machines that run tests are busy: how long an example takes says nothing.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 ALLOCATORS = ("empty", "empty_like", "empty_strided")
 

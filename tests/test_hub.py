@@ -92,6 +92,9 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
             "HF_HOME": str(folder / "home"),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "NO_PROXY": "127.0.0.1",
+            # Seconds: machines that run tests are busy.
+            "HF_HUB_ETAG_TIMEOUT": "300",
+            "HF_HUB_DOWNLOAD_TIMEOUT": "300",
         }
         done = subprocess.run(
             [sys.executable, "-c", RUN],

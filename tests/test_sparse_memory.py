@@ -74,7 +74,7 @@ def test_peak_is_the_compressed_size(tmp_path):
     assert report.nbytes_dense > 120 * MB and report.nbytes_after < 32 * MB
     done = subprocess.run(
         [sys.executable, "-c", CHILD, small, str(tmp_path / "small"), str(dense)],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     compressed, whole = json.loads(done.stdout)
@@ -97,7 +97,7 @@ def test_a_conversion_holds_one_matrix_at_a_time(tmp_path):
     folders = (tiny, tmp_path / "dense", tmp_path)
     done = subprocess.run(
         [sys.executable, "-c", CONVERSION, *map(str, folders)],
-        capture_output=True, text=True, check=False, timeout=300,
+        capture_output=True, text=True, check=False, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert sum(f.stat().st_size for f in (tmp_path / "dense").iterdir()) > 192 * MB

@@ -3,6 +3,7 @@
 #include "bind/capsule.h"
 #include "huge_pages.h"
 #ifdef PYPRUNE_WITH_CUDA
+#include "bind/cuda_status.h"
 #include "cuda/pack_24.h"
 #include "cuda/pack_bitmap.h"
 #endif
@@ -55,10 +56,6 @@ TensorView bitmap_of(const py::capsule& capsule, const TensorView& w) {
 }
 
 #ifdef PYPRUNE_WITH_CUDA
-void check_status(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
-}
-
 void require_aligned(const TensorView& t, int64_t bytes, const char* name) {
   const bool rows = t.ndim < 2 || t.shape[0] <= 1 ||
                     t.stride[0] * (t.dtype == DType::boolean ? 1 : element_bytes(t)) % bytes == 0;

@@ -4,6 +4,7 @@
 #include "cpu/mask_topk.h"
 #include "huge_pages.h"
 #ifdef PYPRUNE_WITH_CUDA
+#include "bind/cuda_status.h"
 #include "cuda/mask_global.h"
 #include "cuda/mask_nm.h"
 #include "cuda/mask_topk.h"
@@ -93,10 +94,6 @@ void bind_mask_global(py::module_& m) {
 }
 
 #ifdef PYPRUNE_WITH_CUDA
-void check_status(cudaError_t status) {
-  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
-}
-
 TensorView cuda_weight(const py::capsule& capsule) {
   const TensorView w = weight(capsule);
   require(w.on_cuda, "w: expected a CUDA tensor");

@@ -16,7 +16,8 @@ void finish(void (*kernel)(const SparseInt8Args&), const SparseInt8Args& a) {
   kernel(a);
 }
 
-void multiply_dense(const TensorView& y, const TensorView& x, const LinearWeight& w, int threads) {
+void multiply_dense_int8(const TensorView& y, const TensorView& x, const LinearWeight& w,
+                         int threads) {
   const TensorView& values = w.parts[0];
   require(x.ndim == 2 && values.ndim == 2 && values.shape[1] == x.shape[1],
           "values: expected as many columns as x");
@@ -25,7 +26,8 @@ void multiply_dense(const TensorView& y, const TensorView& x, const LinearWeight
                        w.parts[1]});
 }
 
-void multiply_24(const TensorView& y, const TensorView& x, const LinearWeight& w, int threads) {
+void multiply_24_int8(const TensorView& y, const TensorView& x, const LinearWeight& w,
+                      int threads) {
   const TensorView &values = w.parts[0], &meta = w.parts[1];
   require(x.ndim == 2 && values.ndim == 2 && x.shape[1] % 8 == 0, "x: expected 8 n columns");
   const int64_t rows = values.shape[0], cols = x.shape[1];
@@ -36,7 +38,8 @@ void multiply_24(const TensorView& y, const TensorView& x, const LinearWeight& w
           w.parts[2]});
 }
 
-void multiply_bitmap(const TensorView& y, const TensorView& x, const LinearWeight& w, int threads) {
+void multiply_bitmap_int8(const TensorView& y, const TensorView& x, const LinearWeight& w,
+                          int threads) {
   const TensorView &values = w.parts[0], &bitmap = w.parts[1], &offsets = w.parts[2];
   require(x.ndim == 2 && values.ndim == 1 && bitmap.ndim == 2, "expected x [M, C], values [nnz]");
   const int64_t rows = bitmap.shape[0], cols = x.shape[1];
@@ -50,9 +53,9 @@ void multiply_bitmap(const TensorView& y, const TensorView& x, const LinearWeigh
 }  // namespace
 
 void bind_sparse_int8(py::module_& m) {
-  bind_linear(m, {"linear_int8", 2, multiply_dense});
-  bind_linear(m, {"linear_24_int8", 3, multiply_24});
-  bind_linear(m, {"linear_bitmap_int8", 4, multiply_bitmap});
+  bind_linear(m, {"linear_int8", 2, multiply_dense_int8});
+  bind_linear(m, {"linear_24_int8", 3, multiply_24_int8});
+  bind_linear(m, {"linear_bitmap_int8", 4, multiply_bitmap_int8});
 }
 
 }  // namespace pyprune

@@ -2,6 +2,7 @@
 
 #include "bind/linear_op.h"
 #ifdef PYPRUNE_WITH_CUDA
+#include "bind/cuda_status.h"
 #include "cuda/linear_24.h"
 #include "cuda/linear_bitmap.h"
 #endif
@@ -116,22 +117,19 @@ LinearBitmap linear_bitmap_args(const py::capsule& y, const py::capsule& x,
 }
 
 void bind_linear_bitmap_cuda(py::module_& m) {
-  m.def("linear_bitmap_cuda",
-        [](py::capsule y, py::capsule x, py::capsule values, py::capsule bitmap,
-           py::capsule row_offsets, OptionalCapsule bias, uintptr_t stream, int /*threads*/) {
-          const cudaError_t status =
-              launch_linear_bitmap(linear_bitmap_args(y, x, values, bitmap, row_offsets, bias),
-                                   reinterpret_cast<cudaStream_t>(stream));
-          if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
-        });
+  m.def("linear_bitmap_cuda", [](py::capsule y, py::capsule x, py::capsule values,
+                                 py::capsule bitmap, py::capsule row_offsets, OptionalCapsule bias,
+                                 uintptr_t stream, int /*threads*/) {
+    check_status(launch_linear_bitmap(linear_bitmap_args(y, x, values, bitmap, row_offsets, bias),
+                                      reinterpret_cast<cudaStream_t>(stream)));
+  });
 }
 
 void bind_linear_24_cuda(py::module_& m) {
   m.def("linear_24_cuda", [](py::capsule y, py::capsule x, py::capsule values, py::capsule meta,
                              OptionalCapsule bias, uintptr_t stream, int /*threads*/) {
-    const cudaError_t status = launch_linear_24(linear_24_args(y, x, values, meta, bias),
-                                                reinterpret_cast<cudaStream_t>(stream));
-    if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+    check_status(launch_linear_24(linear_24_args(y, x, values, meta, bias),
+                                  reinterpret_cast<cudaStream_t>(stream)));
   });
 }
 #endif

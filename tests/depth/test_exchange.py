@@ -161,8 +161,7 @@ def test_every_exchange_lowers_the_objective_and_nothing_needless_goes():
     assert found.evaluations > greedy.evaluations
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
-@pytest.mark.parametrize("by", ["params", "latency"])
+@pytest.mark.parametrize(("mode", "by"), [("exact", "params"), ("fast", "latency")])
 def test_goes_on_from_its_files(mode, by, tmp_path, monkeypatch):
     def seconds_of(graph, _batch):
         seconds = {

@@ -42,8 +42,7 @@ def test_continues_from_its_state_file(tmp_path, monkeypatch):
         search(model, config(count=2, state=file))
 
 
-@pytest.mark.parametrize("mode", ["exact", "fast"])
-@pytest.mark.parametrize("by", ["params", "latency"])
+@pytest.mark.parametrize(("mode", "by"), [("exact", "latency"), ("fast", "params")])
 def test_a_state_file_serves_any_share(mode, by, tmp_path, monkeypatch):
     """Also where the target had cut off what the last removals count for."""
     from pyprune.depth import budget

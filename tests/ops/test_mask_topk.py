@@ -136,7 +136,10 @@ def test_rows_of_layers(backend, device, use_backend, kind, cols):
     use_backend(backend, OP, device, torch.bfloat16)
     w = selection.weights(kind, 2, cols, torch.bfloat16).to(device)
     scale = torch.rand(cols, generator=torch.Generator().manual_seed(3)).to(device)
-    for pruned in (1, cols // 2, cols - 1):
+    counts = (1, cols // 2, cols - 1)
+    if backend == "triton" and device == "cpu" and cols > 4096:
+        counts = (cols // 2,)  # of the interpreter; its loop over blocks of 2048 is that of 4096
+    for pruned in counts:
         for columns in (None, scale):
             want = ops.select.mask_topk_reference(w, pruned, columns, None, None, None)
             assert torch.equal(ops.mask_topk(w, pruned, column_scale=columns), want)
