@@ -4,9 +4,9 @@
     python benchmarks/bench_model.py --device cuda --json model.json
 
 A random bf16 Llama: dense, 2:4, and half of the weights zero anywhere as bitmaps, side by side in
-bf16; on the CPU also with int8 values. The packaged model of the demo is so small that a good part of a decoding step is Python; this
-one shows what the kernels bring beyond it. Before anything is timed, one decoding step of each
-model is compared with that of its decompressed form.
+bf16; on the CPU also with int8 values. The packaged model of the demo is so small that a good part
+of a decoding step is Python; this one shows what the kernels bring beyond it. Before anything is
+timed, one decoding step of each model is compared with that of its decompressed form.
 
 size      | parameters              | how it is made
 ----------|-------------------------|---------------------------------------------------------------
