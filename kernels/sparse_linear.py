@@ -105,9 +105,13 @@ def _linear_bitmap_kernel(
     x_rows = x_ptr + m[:, None].to(tl.int64) * C
     bitmap_rows = bitmap_ptr + rows.to(tl.int64)[:, None] * row_bytes
     # Inside the values, whatever the offsets say.
-    next_value = tl.load(offsets_ptr + rows, mask=rows < R, other=0)
-    next_value = tl.minimum(tl.maximum(next_value, 0), NNZ)
+    first = tl.load(offsets_ptr + rows, mask=rows < R, other=0)
+    first = tl.minimum(tl.maximum(first, 0), NNZ)
     end = tl.minimum(tl.load(offsets_ptr + rows + 1, mask=rows < R, other=0), NNZ)
+    # From there on counted in 32 bits: a row has no more values than columns.
+    row_values = values_ptr + first[:, None]
+    left = tl.minimum(tl.maximum(end - first, 0), C).to(tl.int32)
+    used = tl.zeros([BLOCK_R], dtype=tl.int32)
     acc = tl.zeros([BLOCK_M, BLOCK_R, BLOCK_B], dtype=tl.float32)
     for start in range(0, row_bytes, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
@@ -115,13 +119,13 @@ def _linear_bitmap_kernel(
         byte = tl.load(bitmap_rows + b[None, :], mask=inside, other=0).to(tl.int32)
         count = _bits_of_byte(byte)
         # Where each byte's values start: the bits before it in this row.
-        at = next_value[:, None] + (tl.cumsum(count, axis=1) - count)
-        next_value += tl.sum(count, axis=1)
+        at = used[:, None] + (tl.cumsum(count, axis=1) - count)
+        used += tl.sum(count, axis=1)
         for k in tl.static_range(8):
             kept = ((byte >> k) & 1) != 0
             # Inside the row's own values, whatever the bits say.
-            w = tl.load(values_ptr + at, mask=kept & (at < end[:, None]), other=0.0)
-            at += kept.to(tl.int64)
+            w = tl.load(row_values + at, mask=kept & (at < left[:, None]), other=0.0)
+            at += kept.to(tl.int32)
             c = 8 * b + k
             x_mask = (m < M)[:, None] & (c < C)[None, :]
             x = tl.load(x_rows + c[None, :], mask=x_mask, other=0.0).to(tl.float32)

@@ -40,10 +40,8 @@ def test_every_configuration_has_a_row_for_every_target():
     assert cuda == {(*one, target) for one in entries() for target in TARGETS}
 
 
-def test_no_other_kernel_spills():
-    assert not [row for row in ROWS if not 0 < row["registers"] <= 255]
-    found = [(r["kernel"], r["label"], r["target"]) for r in ROWS if r["spill_bytes"]]
-    assert found == [("_linear_bitmap_kernel", "bf16 4 rows", "sm_90")]  # aot.KNOWN_SPILLS
+def test_no_kernel_spills():
+    assert not [row for row in ROWS if row["spill_bytes"] or not 0 < row["registers"] <= 255]
 
 
 def test_the_page_has_the_same_rows():
