@@ -1,6 +1,7 @@
 # make demo | test | asan | bench | gpu | aot | lint    Each sets up what it needs on a fresh machine.
 #
-# PYTHON   the interpreter a new virtual environment is made from (3.11 - 3.13; `pip install .` takes 3.10 too)
+# PYTHON   the interpreter a new virtual environment is made from (3.11 - 3.13; `pip install .`
+#          takes 3.10 too)
 # VENV     where it is put; reused by every target
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -57,8 +58,9 @@ lint: $(INSTALLED)
 # set. The package is a directory of links around a module built for it. The C++ library is named
 # too, so that the sanitizer finds the exceptions that the kernels throw. Torch is never unloaded:
 # leaks would be its own. Tests of what is not built for it are left out: PyTorch's and Triton's. Two
-# threads each, for what only happens with more than one, that sleep when they wait. Vector loads under a mask are not instrumented, which is why
-# tests/ops/test_guard_page.py checks those against an unreadable page.
+# threads each, for what only happens with more than one, that sleep when they wait. Vector loads
+# under a mask are not instrumented, which is why tests/ops/test_guard_page.py checks those against
+# an unreadable page.
 #
 # asan-sparse builds the kernels of the compressed formats (and mask selection, which packing uses)
 # alone: a minute instead of five. --capture=sys lets the report of a dying process through.
