@@ -2,8 +2,9 @@
 
 module         | stands for
 ---------------|--------------------------------------------------------------------------------
-sparsegpt      | `SparseGPT` of the SparseGPT repository (`sparsegpt.py`) and of Wanda's (`lib/`)
-wanda          | `WrappedGPT` of the Wanda repository (`lib/layerwrapper.py`)
+sparsegpt      | `SparseGPT` of the SparseGPT repository (`sparsegpt.py`), and of Wanda's and
+               | GBLM-Pruner's (`lib/sparsegpt.py`)
+wanda          | `WrappedGPT` of the Wanda and GBLM-Pruner repositories (`lib/layerwrapper.py`)
 llmcompressor  | what llm-compressor's SparseGPTModifier and WandaPruningModifier call
 peft           | nothing: lets peft put LoRA beside compressed layers
 

@@ -91,12 +91,14 @@ def sweep(
     block_size: int,
     damping: float,
     preserve: Tensor | None = None,
+    grid: ops.RowGrid | None = None,
 ) -> ops.ObsSweep:
     """SparseGPT for `w [R, C]` and `h [C, C]`, weights of dead inputs taken for 0, with
     `pruned` of every `group` weights removed, or, if those are 0, `sparsity` of every block of
     columns by the threshold rule of the SparseGPT code (one more than that share, and all ties).
-    With `preserve` (False: stays pruned) the count is exact instead. Raises UserError where no
-    input was seen, or zeros alone: all weights would go."""
+    With `preserve` (False: stays pruned) the count is exact instead. Kept weights are rounded to
+    `grid` where one is given. Raises UserError where no input was seen, or zeros alone: all weights
+    would go."""
     if not bool(h.diagonal().any()):
         raise UserError("inputs: expected some that are not zero before the layer is pruned")
     factor = ops.obs_factor(h, damping=damping)
@@ -105,9 +107,11 @@ def sweep(
     w = w.float().masked_fill(factor.dead, 0)
     if pruned:
         return ops.obs_sweep(
-            w, factor.u, nm=(group - pruned, group), preserve=preserve, block_size=block_size
-        )
+            w, factor.u,
+            nm=(group - pruned, group), preserve=preserve, block_size=block_size, grid=grid,
+        )  # fmt: skip
     return ops.obs_sweep(
-        w, factor.u, sparsity=sparsity, preserve=preserve, block_size=block_size,
+        w, factor.u,
+        sparsity=sparsity, preserve=preserve, block_size=block_size, grid=grid,
         reference_count=preserve is None and sparsity < 1,
     )  # fmt: skip

@@ -1,6 +1,13 @@
-"""`WrappedGPT` with the interface of the Wanda repository.
+"""`WrappedGPT` with the interface of the Wanda and GBLM-Pruner repositories.
 
 from pyprune.integrations.wanda import WrappedGPT  # instead of: from .layerwrapper import ...
+
+Their `lib/prune.py` makes the masks itself, by sorting scores. Faster, with the same counts:
+
+    terms = {"column_scale": wrapped.scaler_row.sqrt()}  # GBLM-Pruner: also addend=gradient.abs()
+    kept = ops.mask_topk(w, int(w.shape[1] * sparsity_ratio), **terms)
+    kept = ops.mask_nm(w, prune_m - prune_n, prune_m, **terms)  # for N:M: this one counts the kept
+    w[~kept] = 0
 """
 
 from __future__ import annotations

@@ -103,9 +103,8 @@ def test_what_does_not_fit_is_refused():
     gpt.add_batch(torch.randn(shape))
     with pytest.raises(ValueError, match="got prunen 3 and prunem 7"):
         gpt.fasterprune(0.0, prunen=3, prunem=7)
-    gpt.quantizer = object()
-    with pytest.raises(UserError, match="quantizer"):
-        gpt.fasterprune(0.5)
+    with pytest.raises(UserError, match="got both"):
+        gpt.fasterprune(0.0, 2, 4, prune_n=2)
 
 
 def test_nothing_seen_is_not_a_reason_to_zero_a_layer():
@@ -194,3 +193,111 @@ def test_weights_that_are_computed_are_refused(kind):
     nn.utils.parametrizations.weight_norm(layer)
     with pytest.raises(UserError, match="expected a weight that is a parameter, got one that is"):
         kind(layer)
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (0, 0)])
+def test_sparsegpt_as_wanda_and_gblm_call_it(n, m):
+    layer, shape = layer_of("linear")
+    other, _ = layer_of("linear")
+    x = torch.randn(shape)
+    for module, names in (
+        (layer, {"prune_n": n, "prune_m": m}),
+        (other, {"prunen": n, "prunem": m}),
+    ):
+        gpt = SparseGPT(module)
+        gpt.add_batch(x)
+        gpt.fasterprune(0.5, **names, percdamp=0.01, blocksize=128)
+    assert torch.equal(layer.weight, other.weight)
+    assert int((layer.weight == 0).sum()) == 480 + (n == 0)  # the threshold rule: one more
+
+
+class Grid:
+    """What SparseGPT's Quantizer is to the class: scale * (q - zero) for q from 0 to maxq."""
+
+    def __init__(self, bits, symmetric=False):
+        self.maxq, self.symmetric = torch.tensor(2**bits - 1), symmetric
+        self.scale = self.zero = torch.zeros(1)
+
+    def ready(self):
+        return torch.all(self.scale != 0)
+
+    def find_params(self, w, weight=False):
+        assert weight
+        least, most = w.amin(1, keepdim=True).clamp(max=0), w.amax(1, keepdim=True).clamp(min=0)
+        if self.symmetric:
+            most = torch.maximum(-least, most)
+            least = -most
+        self.scale = (most - least) / self.maxq
+        middle = torch.full_like(self.scale, (self.maxq + 1) / 2)
+        self.zero = middle if self.symmetric else torch.round(-least / self.scale)
+
+    def round(self, w):
+        q = torch.clamp(torch.round(w / self.scale[:, 0]) + self.zero[:, 0], 0, self.maxq)
+        return self.scale[:, 0] * (q - self.zero[:, 0])
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_sparsegpt_rounds_to_its_quantizer(kind, symmetric):
+    layer, shape = layer_of(kind)
+    gpt = SparseGPT(layer)
+    gpt.quantizer = Grid(3, symmetric)
+    x = torch.randn(shape)
+    x[..., 7] = 0  # dead: the grid is of the weights as they were
+    gpt.add_batch(x)
+    w, _ = seen(layer, x)
+    w, hessian = w.double(), gpt.H.double()
+    grid = Grid(3, symmetric)
+    grid.find_params(w.float(), weight=True)
+    hessian[7, 7] = 1
+    w[:, 7] = 0
+    hessian.diagonal().add_(0.01 * hessian.diagonal().mean())
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    u = torch.linalg.cholesky(inverse, upper=True)
+    want = torch.zeros_like(w)
+    for j in range(48):
+        if j % 4 == 0:
+            scores = w[:, j : j + 4] ** 2 / u.diagonal()[j : j + 4] ** 2
+            pruned = torch.zeros(20, 4, dtype=torch.bool)
+            pruned.scatter_(1, scores.topk(2, dim=1, largest=False).indices, True)
+        want[:, j] = grid.round(w[:, j].masked_fill(pruned[:, j % 4], 0).float())
+        w[:, j:] -= ((w[:, j] - want[:, j]) / u[j, j])[:, None] * u[j, j:]
+    gpt.fasterprune(0.0, prunen=2, prunem=4)
+    assert gpt.quantizer.ready()
+    assert torch.equal(layer.weight.detach(), own(layer, want).float())
+
+
+def test_sparsegpt_keeps_a_quantizer_that_is_ready():
+    layer, shape = layer_of("linear")
+    gpt = SparseGPT(layer)
+    gpt.quantizer = Grid(4)
+    gpt.quantizer.find_params(2 * layer.weight.detach(), weight=True)
+    scale = gpt.quantizer.scale.clone()
+    gpt.add_batch(torch.randn(shape))
+    gpt.fasterprune(0.5)
+    assert torch.equal(gpt.quantizer.scale, scale)
+    steps = layer.weight.detach() / scale
+    torch.testing.assert_close(steps, steps.round())
+
+
+def test_quantizers_that_do_not_fit_are_refused():
+    layer, shape = layer_of("linear")
+    before = layer.weight.detach().clone()
+    gpt = SparseGPT(layer)
+    gpt.add_batch(torch.randn(shape))
+    gpt.quantizer = object()
+    with pytest.raises(UserError, match="got object without ready and find_params"):
+        gpt.fasterprune(0.5)
+    for change, message in (
+        ({"zero": torch.full((20, 1), 2.5)}, "zero on the grid"),
+        ({"zero": torch.full((20, 1), 9.0)}, "zero on the grid"),
+        ({"scale": torch.full((20, 1), -1.0)}, "scales above 0"),
+        ({"scale": torch.full((20, 1), float("nan"))}, "scales above 0"),
+        ({"scale": torch.ones(20, 3)}, "each of 20 rows and one maxq, got 60, 20 and 1"),
+    ):
+        gpt.quantizer = Grid(3)
+        gpt.quantizer.find_params(before, weight=True)
+        vars(gpt.quantizer).update(change)
+        with pytest.raises(UserError, match=message):
+            gpt.fasterprune(0.5)
+    assert torch.equal(layer.weight, before)
