@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -315,7 +315,9 @@ def check_device(device: str) -> None:
 def check_keys(cls: type, values: object, where: str) -> None:
     """Raises UserError unless `values` is a mapping whose keys are fields of the dataclass."""
     if not isinstance(values, Mapping):
-        raise UserError(f"{where}: expected a mapping of names to values, got {values!r}")
+        raise UserError(
+            f"{where}: expected a mapping of names to values, got {_shown(where, values)}"
+        )
     names = [f.name for f in dataclasses.fields(cls)]
     for key in values:
         if key not in names:
@@ -328,6 +330,16 @@ def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Raises UserError unless `value` is one of `choices`."""
     if value not in choices:
         raise UserError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _shown(name: str, value: object) -> str:
+    """What was given, in few words, and where token ids go that were given as `calibration`."""
+    text = repr(value)
+    if len(text) > 200:  # a whole data set
+        text = f"a {type(value).__name__}"
+    if name == "calibration" and isinstance(value, Iterable) and not isinstance(value, str):
+        text += ": token ids are given as such, not in the configuration"
+    return text
 
 
 # What a field's annotation admits, and how it is called in a message. An int is a fine float.
@@ -381,4 +393,4 @@ def check_types(config: Any, prefix: str) -> None:
         if isinstance(value, tuple):
             right = right and all(isinstance(item, str) for item in value)
         if not right:
-            raise UserError(f"{prefix}{name}: expected {words}, got {value!r}")
+            raise UserError(f"{prefix}{name}: expected {words}, got {_shown(name, value)}")

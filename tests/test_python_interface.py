@@ -81,6 +81,7 @@ class Rows:
     [{"input_ids": [row], "attention_mask": [[1] * 12], "labels": row} for row in ROWS],
     [{"input_ids": np.array(row, dtype=np.int32)} for row in ROWS],
     [train_pair(ids) for ids in IDS],
+    [(ids[None], ids[None].clone()) for ids in IDS],  # GBLM-Pruner's, for gradients
     DataLoader(TensorDataset(torch.stack(IDS)), batch_size=2),
     Rows(),
     iter(Rows()),
@@ -131,6 +132,19 @@ def test_a_configuration_takes_its_calibration_as_a_mapping(kind, given):
         kind(**given, calibration={"seqlem": 8})
     with pytest.raises(UserError, match=r"calibration: expected a mapping or Calib.*, got 'wiki'"):
         kind(**given, calibration="wiki")
+
+
+@pytest.mark.parametrize("call", [
+    lambda pairs: prune(tiny_model("llama"), method="wanda", sparsity=0.5, calibration=pairs),
+    lambda pairs: StructureConfig(count=1, calibration=pairs),
+])  # fmt: skip
+def test_token_ids_in_the_place_of_the_calibration(call):
+    """In one line, whatever the size of the data."""
+    pairs = [train_pair(tiny_tokens(1, 128, seed)[0]) for seed in range(16)]
+    with pytest.raises(UserError, match="calibration: expected a mapping") as raised:
+        call(pairs)
+    got = "got a list: token ids are given as such, not in the configuration"
+    assert str(raised.value).endswith(got)
 
 
 def test_healing_is_told_what_is_wrong_with_its_configuration():

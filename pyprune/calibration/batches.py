@@ -24,7 +24,8 @@ def as_token_set(data: object, *, vocabulary: int | None, positions: int | None)
             mappings with `input_ids` and perhaps `attention_mask` (a tokenizer's output, a row of a
             dataset). Lists of integers and NumPy arrays are taken for tensors; of a list that holds
             one tensor (from a DataLoader over a TensorDataset), and of a pair of ids and targets
-            whose last one counts alone (of the SparseGPT and Wanda loaders), the ids.
+            whose last one counts alone (of the SparseGPT and Wanda loaders) or that are the ids
+            (of GBLM-Pruner's for gradients), the ids.
         vocabulary, positions: what the model takes: ids below the one, `T` up to the other.
 
     Raises:
@@ -88,6 +89,8 @@ def _ids_of(i: int, item: Sequence[Any]) -> Tensor:
     targets = item[1]
     if len(item) == 2 and isinstance(targets, Tensor) and targets.shape == ids.shape:
         ignored = targets[..., :-1]
+        if torch.equal(targets, ids):
+            return ids
         if bool((ignored == IGNORED).all()) and torch.equal(targets[..., -1], ids[..., -1]):
             return ids
     raise UserError(
