@@ -31,6 +31,11 @@ def matrix(layer: nn.Module) -> Tensor:
             "use (torch.nn.utils.prune, weight_norm, a parametrization)"
         )
     weight: Tensor = layer.weight.detach()
+    if weight.is_meta:
+        raise UserError(
+            "layer: expected a weight in memory, got one on the meta device: accelerate has "
+            "offloaded it, where device_map found no room"
+        )
     if isinstance(layer, nn.Conv2d):
         if layer.groups != 1:
             raise UserError(f"layer: expected a Conv2d with one group, got {layer.groups}")

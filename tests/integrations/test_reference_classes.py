@@ -92,6 +92,8 @@ def test_what_does_not_fit_is_refused():
         SparseGPT(nn.Embedding(3, 4))
     with pytest.raises(UserError, match="one group"):
         WrappedGPT(nn.Conv2d(4, 4, 1, groups=2))
+    with pytest.raises(UserError, match="got one on the meta device: accelerate has offloaded it"):
+        SparseGPT(nn.Linear(3, 4, device="meta"))
     with pytest.raises(UserError, match="got ReLU"):
         SparseGPT(nn.ReLU())
     with pytest.raises(UserError, match="padding"):
