@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
+#include "cpu/fetch_ahead.h"
 #include "cpu/simd.h"
 
 namespace pyprune {
@@ -83,6 +85,33 @@ inline __m256 load_columns(const T* p, int64_t count) {
   return Vec::load(row).v;
 }
 
+// Dense rows come eight columns at a time in order; bf16 ones as the even, then the odd of sixteen
+// columns, which a shift and a mask widen in place: a conversion in order would take one of the
+// pipes that multiply.
+template <class T>
+constexpr bool kDenseEvenOdd = std::is_same_v<T, bf16>;
+
+// Columns [8 * step, 8 * step + 8) of a dense row, in that order, from `p` on, which is the first
+// of them; `count` columns are left before the row ends. kEnds: that may be fewer than are read.
+template <bool kEnds, class T>
+inline __m256 dense_columns(const T* p, int step, int64_t count) {
+  constexpr int kRead = kDenseEvenOdd<T> ? 16 : 8;
+  const bool odd = kDenseEvenOdd<T> && step % 2;
+  if (odd) p -= 8, count += 8;
+  T row[kRead] = {};
+  if (kEnds && count < kRead) {
+    std::copy_n(p, std::max<int64_t>(count, 0), row);
+    p = row;
+  }
+  if constexpr (kDenseEvenOdd<T>) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    return _mm256_castsi256_ps(odd ? _mm256_and_si256(both, high) : _mm256_slli_epi32(both, 16));
+  } else {
+    return Vec::load(p).v;
+  }
+}
+
 // Eight columns of which `keep` are stored from p on, which is `left` values before the matrix
 // ends: nothing past that is read.
 template <class T>
@@ -107,9 +136,9 @@ struct RowsAt {
 // [C / kRun][M][kRun]. What lies `ahead` bytes further is fetched into the second level. With one
 // row of x every row of W has two sums: a sum alone would wait for itself.
 // kEnds: a row's last columns, or the matrix's last values, may be among these.
-template <class T, bool kDense, int kRun, int M, int R, bool kEnds>
+template <class T, bool kDense, bool kAhead, int kRun, int M, int R, bool kEnds>
 inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const float* x,
-                           int64_t ahead, float* sums) {
+                           int64_t ahead, FetchAhead* fetch, float* sums) {
   constexpr int kChains = M == 1 ? 2 : 1;
   constexpr int kSteps = R == 1 ? 4 : 1;  // of eight columns, before x is taken
   // Steps from one line to fetch to the next: dense, or at half density.
@@ -128,7 +157,8 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
   }
   x += i0 * 64 * M;
 #pragma GCC unroll 1
-  for (int64_t i = i0; i < i1; ++i, x += 64 * M)
+  for (int64_t i = i0; i < i1; ++i, x += 64 * M) {
+    if (!kAhead) fetch->step();
 #pragma GCC unroll 8
     for (int first = 0; first < 8; first += kSteps) {
       __m256 w[kSteps][R];
@@ -139,11 +169,11 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
           const int step = first + s;
           const uint8_t keep = kDense ? uint8_t{0xff} : masks[r][8 * i + step];
           if constexpr (kDense)
-            w[s][r] = kEnds ? load_columns(v[r], rows.cols - 64 * i - 8 * step) : Vec::load(v[r]).v;
+            w[s][r] = dense_columns<kEnds>(v[r], step, rows.cols - 64 * i - 8 * step);
           else
             w[s][r] = kEnds ? spread_columns(v[r], rows.end - v[r], keep) : expand8(v[r], keep);
           v[r] += kDense ? 8 : __builtin_popcount(keep);
-          if (step % kFetch == kFetch - 1)
+          if (kAhead && step % kFetch == kFetch - 1)
             _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
         }
 #pragma GCC unroll 8
@@ -160,6 +190,7 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
             acc[r][m][chain] = _mm256_fmadd_ps(w[s][r], xm, acc[r][m][chain]);
         }
     }
+  }
 #pragma GCC unroll 4
   for (int r = 0; r < R; ++r) {
     rows.v[r] = v[r];
@@ -171,16 +202,16 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
   }
 }
 
-template <class T, bool kDense, int kRun, int M, int R>
+template <class T, bool kDense, bool kAhead, int kRun, int M, int R>
 inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const float* x,
-                           int64_t ahead, float* sums) {
+                           int64_t ahead, FetchAhead* fetch, float* sums) {
   bool ends = kDense && i1 * 64 > rows.cols;
   // A word takes at most its 64 values, and up to 8 more are read.
   for (int r = 0; r < R; ++r) ends |= rows.end - rows.v[r] < (i1 - i0) * 64 + 8;
   if (ends)
-    multiply_words<T, kDense, kRun, M, R, true>(rows, i0, i1, x, ahead, sums);
+    multiply_words<T, kDense, kAhead, kRun, M, R, true>(rows, i0, i1, x, ahead, fetch, sums);
   else
-    multiply_words<T, kDense, kRun, M, R, false>(rows, i0, i1, x, ahead, sums);
+    multiply_words<T, kDense, kAhead, kRun, M, R, false>(rows, i0, i1, x, ahead, fetch, sums);
 }
 
 // Rows that one turn multiplies side by side: as many as their sums leave registers for.

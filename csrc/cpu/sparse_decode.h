@@ -1,4 +1,5 @@
-// Few rows of x: every row of W is read once, decoded in registers and multiplied with all of them.
+// Few rows of x: every row of W is read once from memory, decoded in registers and multiplied with
+// all of them.
 #pragma once
 
 #include <omp.h>
@@ -8,31 +9,47 @@
 
 #include "cpu/sparse_rows.h"
 #include "cpu/sparse_run.h"
+#if !defined(__AVX2__)
+#include "cpu/sparse_lists.h"
+#endif
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
 
-// x as the decode kernels read it: [C / 32][M][32] floats, in the order of expand_columns(), zeros
-// past C. One stream, whatever M is.
-template <class T, class X>
+// Columns of x whose even ones precede their odd ones, as rows of T are decoded; 0: all in order.
+template <class T, bool kDense>
+constexpr int64_t decode_run() {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return kDense && kDenseEvenOdd<T> ? 16 : 0;
+#else
+  return kEvenOdd<T> ? 32 : 0;
+#endif
+}
+
+// `m` rows of x as the decode kernels read them: [C / 32][m][32] floats, zeros past C. One stream,
+// whatever m is.
+template <class T, bool kDense, class X>
 void pack_decode(const X* x, int64_t stride, int64_t m, int64_t cols, float* out) {
+  constexpr int64_t kRun = decode_run<T, kDense>();
   const int64_t padded = mask_words(cols) * kMaskColumns;
-  for (int64_t c = 0; c < padded; c += 32) {
+  for (int64_t c = 0; c < padded; c += 32)
     for (int64_t i = 0; i < m; ++i, out += 32) {
       const X* row = x + i * stride + c;
-      if (c + 32 <= cols) {
-        if constexpr (kEvenOdd<T>) {
-          for (int j = 0; j < 16; ++j) out[j] = to_float(row[2 * j]);
-          for (int j = 0; j < 16; ++j) out[16 + j] = to_float(row[2 * j + 1]);
-        } else {
-          for (int j = 0; j < 32; ++j) out[j] = to_float(row[j]);
-        }
+      X last[32] = {};
+      if (c + 32 > cols) {
+        std::copy_n(row, std::max<int64_t>(cols - c, 0), last);
+        row = last;
+      }
+      if constexpr (kRun == 0) {
+        for (int64_t j = 0; j < 32; ++j) out[j] = to_float(row[j]);
       } else {
-        for (int j = 0; j < 32; ++j)
-          out[column_place<T>(j)] = c + j < cols ? to_float(row[j]) : 0.0f;
+        for (int64_t g = 0; g < 32; g += kRun)
+          for (int64_t j = 0; j < kRun / 2; ++j) {
+            out[g + j] = to_float(row[g + 2 * j]);
+            out[g + kRun / 2 + j] = to_float(row[g + 2 * j + 1]);
+          }
       }
     }
-  }
 }
 
 #if defined(__AVX512F__)
@@ -43,7 +60,7 @@ void pack_decode(const X* x, int64_t stride, int64_t m, int64_t cols, float* out
 // learn its stream in time. `sums` holds R x M vectors of partial sums.
 template <class T, bool kDense, int M, int R>
 inline void decode_rows(const Weights& w, Cursor<T>* cursors, int64_t i0, int64_t i1,
-                        const float* x, int64_t ahead, float* sums) {
+                        const float* x, int64_t ahead, FetchAhead& fetch, float* sums) {
   __m512 acc[R][M];
   const T* v[R];
   for (int r = 0; r < R; ++r) {
@@ -59,9 +76,9 @@ inline void decode_rows(const Weights& w, Cursor<T>* cursors, int64_t i0, int64_
       const auto c = kDense ? Columns32<T>::load(v[r], keep) : Columns32<T>::expand(v[r], keep);
       a[r] = c.a, b[r] = c.b;
       v[r] += kDense ? 32 : popcount(keep);
-      if (kDense || sizeof(T) == 4 || half)
-        _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
+      if (kDense) _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
     }
+    if (!kDense && half) fetch.step();
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const float* xm = x + ((2 * i + half) * M + m) * 32;
@@ -100,10 +117,10 @@ constexpr int side_by_side(int m) { return m <= 4 ? 4 : 2; }
 
 template <class T, bool kDense, int M, int R>
 inline void decode_rows(const Weights& w, Cursor<T>* cursors, int64_t i0, int64_t i1,
-                        const float* x, int64_t ahead, float* sums) {
+                        const float* x, int64_t ahead, FetchAhead& fetch, float* sums) {
   RowsAt<T, R> rows = {{}, {}, static_cast<const T*>(w.values) + w.nnz, w.cols};
   for (int r = 0; r < R; ++r) rows.v[r] = cursors[r].v, rows.masks[r] = cursors[r].words;
-  multiply_words<T, kDense, 32, M>(rows, i0, i1, x, ahead, sums);
+  multiply_words<T, kDense, kDense, 32, M>(rows, i0, i1, x, ahead, &fetch, sums);
   for (int r = 0; r < R; ++r) cursors[r].v = rows.v[r];
 }
 
@@ -111,29 +128,24 @@ constexpr int side_by_side(int m) { return rows_of_a_turn(m); }
 
 #else
 
+// Dense rows only: compressed ones have sparse_lists.h.
 template <class T, bool kDense, int M, int R>
 inline void decode_rows(const Weights& w, Cursor<T>* cursors, int64_t i0, int64_t i1,
-                        const float* x, int64_t, float* sums) {
-  const T* end = static_cast<const T*>(w.values) + w.nnz;
+                        const float* x, int64_t, FetchAhead&, float* sums) {
+  static_assert(kDense);
   for (int r = 0; r < R; ++r) {
     Vec acc[M];
     for (int m = 0; m < M; ++m) acc[m] = Vec::load(sums + (r * M + m) * Vec::kLanes);
-    const T* v = cursors[r].v;
     for (int64_t i = i0; i < i1; ++i) {
       float row[kMaskColumns];
-      if (kDense) {
-        widen_columns(v, std::min(kMaskColumns, w.cols - i * kMaskColumns), row);
-        v += kMaskColumns;
-      } else {
-        v = expand_columns(v, end, cursors[r].words + i, 1, row);
-      }
+      widen_columns(cursors[r].take(kMaskColumns),
+                    std::min(kMaskColumns, w.cols - i * kMaskColumns), row);
       for (int64_t c = 0; c < kMaskColumns; c += Vec::kLanes) {
         const Vec a = Vec::load(row + c);
         const float* xc = x + (2 * i + c / 32) * M * 32 + c % 32;
         for (int m = 0; m < M; ++m) acc[m] = Vec::fma(a, Vec::load(xc + 32 * m), acc[m]);
       }
     }
-    cursors[r].v = v;
     for (int m = 0; m < M; ++m) acc[m].store(sums + (r * M + m) * Vec::kLanes);
   }
 }
@@ -142,85 +154,137 @@ constexpr int side_by_side(int m) { return m <= 4 ? 4 : 2; }
 
 #endif
 
-// Rows of W that share a piece of x small enough for the first-level cache. For one or two rows of
-// x all of it is.
-constexpr int block_rows(int m) { return m <= 2 ? side_by_side(m) : 16; }
-constexpr int kMaxBlockRows = 16;
-constexpr int64_t kPieceBytes = 24 * 1024;
+// Rows of W as vectors of columns, each with a sum for every row of x.
+template <class T, bool kRowsDense>
+struct ColumnVectors {
+  using Value = T;
+  static constexpr bool kDense = kRowsDense;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  static constexpr int kChunk = 6;  // two rows of W then have all registers for their sums
+#else
+  static constexpr int kChunk = 8;
+#endif
+  static constexpr int64_t kSums = kMostFewRows * kChunk * Vec::kLanes;
+  static constexpr int lanes(int m) { return m; }
+  static constexpr int side(int m) { return side_by_side(m); }
 
-struct DecodeScratch {
-  const float* x;
-  uint64_t* words;  // [threads][kMaxBlockRows][mask_words]
-  float* sums;      // [threads][kMaxBlockRows][kMaxDecodeRows][Vec::kLanes]
-  std::atomic<int64_t>* broken;
+  template <class X>
+  static void pack(const X* x, int64_t stride, int64_t m, int64_t cols, float* out) {
+    pack_decode<T, kDense>(x, stride, m, cols, out);
+  }
+  template <int M>
+  static void multiply(const Weights& w, Cursor<T>* cursors, int64_t count, const float* x,
+                       int64_t ahead, FetchAhead& fetch, float* sums) {
+    const int64_t n = mask_words(w.cols);
+    std::fill(sums, sums + count * M * Vec::kLanes, 0.0f);
+    // For one or two rows of x all of it is a piece.
+    const int64_t piece = M <= 2 ? n : piece_words(M);
+    for (int64_t i0 = 0; i0 < n; i0 += piece) {
+      const int64_t i1 = std::min(n, i0 + piece);
+      int64_t r = 0;
+      for (; r + side(M) <= count; r += side(M))
+        decode_rows<T, kDense, M, side(M)>(w, cursors + r, i0, i1, x, ahead, fetch,
+                                           sums + r * M * Vec::kLanes);
+      for (; r < count; ++r)
+        decode_rows<T, kDense, M, 1>(w, cursors + r, i0, i1, x, ahead, fetch,
+                                     sums + r * M * Vec::kLanes);
+    }
+  }
+  template <class X>
+  static void store(const float* sums, int64_t count, int64_t m, const float* scales,
+                    const float* bias, X* y, int64_t y_stride) {
+    store_outputs(sums, count, m, scales, bias, y, y_stride);
+  }
 };
 
-// Rows [r0, r0 + count) times all M rows of x; the sums are left as vectors.
-template <class T, bool kDense, int M>
-void decode_block(const Weights& w, int64_t r0, int64_t count, const float* x, uint64_t* words,
-                  float* sums) {
-  constexpr int kSide = side_by_side(M), kBlock = block_rows(M);
-  const int64_t n = mask_words(w.cols);
-  Cursor<T> cursors[kBlock];
-  for (int64_t r = 0; r < count; ++r)
-    cursors[r] = {static_cast<const T*>(w.values) + w.begin(r0 + r), words + r * n};
-  std::fill(sums, sums + count * M * Vec::kLanes, 0.0f);
-  const int64_t ahead = (w.begin_within(std::min(r0 + kBlock, w.rows - 1)) - w.begin(r0)) *
-                        static_cast<int64_t>(sizeof(T));
-  const int64_t piece = M <= 2 ? n : std::max<int64_t>(1, kPieceBytes / (kMaskColumns * 4 * M));
-  for (int64_t i0 = 0; i0 < n; i0 += piece) {
-    const int64_t i1 = std::min(n, i0 + piece);
-    int64_t r = 0;
-    for (; r + kSide <= count; r += kSide)
-      decode_rows<T, kDense, M, kSide>(w, cursors + r, i0, i1, x, ahead,
-                                       sums + r * M * Vec::kLanes);
-    for (; r < count; ++r)
-      decode_rows<T, kDense, M, 1>(w, cursors + r, i0, i1, x, ahead, sums + r * M * Vec::kLanes);
+#if defined(__AVX2__)
+template <class T>
+using CompressedRows = ColumnVectors<T, false>;
+#else
+template <class T>
+using CompressedRows = ColumnLists<T>;
+#endif
+
+// m rows of x in chunks, one pass over a block of W each, as even as can be.
+struct Chunks {
+  int64_t count, base, longer;  // the first `longer` have base + 1 rows
+  Chunks(int64_t m, int64_t most) : count((m + most - 1) / most) {
+    base = m / count, longer = m % count;
+  }
+  int64_t begin(int64_t c) const { return c * base + std::min(c, longer); }
+  int64_t rows(int64_t c) const { return base + (c < longer); }
+};
+
+// Rows [r0, r0 + count) of the output. x is `packed`, a chunk every `stride` floats.
+template <class Kernel, class X>
+void decode_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_t count,
+                    const Chunks& chunks, const float* packed, int64_t stride,
+                    const uint64_t* words, FetchAhead& fetch, float* sums) {
+  using T = typename Kernel::Value;
+  const int64_t n = mask_words(w.cols), side = Kernel::side(static_cast<int>(chunks.rows(0)));
+  const auto row_at = [&](int64_t r) {
+    return static_cast<const char*>(w.values) +
+           static_cast<int64_t>(sizeof(T)) * w.begin_within(std::min(r, w.rows));
+  };
+  const char* const end = row_at(r0 + count);
+  fetch.plan(end, row_at(r0 + 2 * count), (count / side + count % side) * n * chunks.count);
+  for (int64_t c = 0; c < chunks.count; ++c) {
+    Cursor<T> cursors[kMostFewRows];
+    for (int64_t r = 0; r < count; ++r) cursors[r] = Cursor<T>::at(w, r0 + r, words + r * n);
+    const int64_t m0 = chunks.begin(c), m = chunks.rows(c);
+    with_rows<Kernel::kChunk>(m, [&](auto rows) {
+      Kernel::template multiply<decltype(rows)::value>(w, cursors, count, packed + c * stride,
+                                                       c == 0 ? end - row_at(r0) : 0, fetch, sums);
+    });
+    Kernel::store(sums, count, m, a.scales ? a.scales + r0 : nullptr,
+                  a.bias ? a.bias->ptr<const float>() + r0 : nullptr,
+                  a.y.ptr<X>() + m0 * w.rows + r0, w.rows);
   }
 }
 
-template <class T, bool kDense, int M, class X>
-void decode(const SparseLinearArgs& a, const Weights& w, const DecodeScratch& scratch) {
-  constexpr int kBlock = block_rows(M);
-  const int64_t n = mask_words(w.cols), blocks = (w.rows + kBlock - 1) / kBlock;
-  const float* bias = a.bias ? a.bias->ptr<const float>() : nullptr;
-  X* y = a.y.ptr<X>();
-#pragma omp parallel for num_threads(a.threads) schedule(static)
-  for (int64_t g = 0; g < blocks; ++g) {
-    const int64_t r0 = g * kBlock, count = std::min<int64_t>(kBlock, w.rows - r0);
-    const int thread = omp_get_thread_num();
-    uint64_t* words = scratch.words + thread * kMaxBlockRows * n;
-    float* sums = scratch.sums + thread * kMaxBlockRows * kMaxDecodeRows * Vec::kLanes;
-    if (!kDense) {
-      prefetch_meta(w, r0 + kBlock, kBlock);
-      if (!block_masks(w, r0, count, words, scratch.broken)) continue;
+template <class Kernel, class X>
+void run_rows(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+  const int64_t m = a.x.shape[0], n = mask_words(w.cols);
+  const Chunks chunks(m, Kernel::kChunk);
+  const int64_t block = m <= 2              ? few_rows_block(w.rows, w.cols, a.threads)
+                        : chunks.count <= 2 ? kMostFewRows / 2
+                                            : kMostFewRows;
+  const int64_t blocks = (w.rows + block - 1) / block;
+  const int64_t stride = Kernel::lanes(static_cast<int>(chunks.rows(0))) * n * kMaskColumns;
+  const int64_t x_floats = chunks.count * stride;
+  Scratch scratch((x_floats + a.threads * Kernel::kSums) * 4 + a.threads * kMostFewRows * n * 8);
+  float* packed = scratch.as<float>();
+  float* sums = packed + x_floats;
+  uint64_t* words = reinterpret_cast<uint64_t*>(sums + a.threads * Kernel::kSums);
+  const X* x = a.x.ptr<const X>();
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t c = 0; c < chunks.count; ++c)
+      Kernel::pack(x + chunks.begin(c) * a.x.stride[0], a.x.stride[0], chunks.rows(c), w.cols,
+                   packed + c * stride);
+    float* mine = sums + omp_get_thread_num() * Kernel::kSums;
+    uint64_t* masks = words + omp_get_thread_num() * kMostFewRows * n;
+    FetchAhead fetch;
+#pragma omp for schedule(static)
+    for (int64_t g = 0; g < blocks; ++g) {
+      const int64_t r0 = g * block, count = std::min(block, w.rows - r0);
+      if (!Kernel::kDense) {
+        prefetch_meta(w, r0 + block, block);
+        if (!block_masks(w, r0, count, masks, broken)) continue;
+      }
+      decode_outputs<Kernel, X>(a, w, r0, count, chunks, packed, stride, masks, fetch, mine);
     }
-    decode_block<T, kDense, M>(w, r0, count, scratch.x, words, sums);
-    for (int64_t r = 0; r < count; ++r)
-      for (int m = 0; m < M; ++m)
-        store(y + m * w.rows + r0 + r, Vec::load(sums + (r * M + m) * Vec::kLanes).sum() *
-                                               (a.scales ? a.scales[r0 + r] : 1.0f) +
-                                           (bias ? bias[r0 + r] : 0.0f));
   }
 }
 
+// T: bf16, f16, fp32. Any number of rows of x.
 template <class T, class X>
 void run_decode(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
-  const int64_t m = a.x.shape[0], n = mask_words(w.cols);
-  const int64_t x_floats = m * n * kMaskColumns;
-  const int64_t sum_floats = a.threads * kMaxBlockRows * kMaxDecodeRows * Vec::kLanes;
-  Scratch scratch((x_floats + sum_floats) * 4 + a.threads * kMaxBlockRows * n * 8);
-  float* x = scratch.as<float>();
-  const DecodeScratch s{x, reinterpret_cast<uint64_t*>(x + x_floats + sum_floats), x + x_floats,
-                        broken};
-  pack_decode<T>(a.x.ptr<const X>(), a.x.stride[0], m, w.cols, x);
-  with_rows<kMaxDecodeRows>(m, [&](auto rows) {
-    constexpr int M = decltype(rows)::value;
-    if (w.format == WeightFormat::dense)
-      decode<T, true, M, X>(a, w, s);
-    else
-      decode<T, false, M, X>(a, w, s);
-  });
+  if (w.format == WeightFormat::dense)
+    run_rows<ColumnVectors<T, true>, X>(a, w, broken);
+  else
+    run_rows<CompressedRows<T>, X>(a, w, broken);
 }
 
 }  // namespace PYPRUNE_ISA

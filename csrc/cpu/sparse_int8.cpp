@@ -114,7 +114,7 @@ void spread_rows(const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1,
                  int64_t ahead, float* sums) {
   RowsAt<int8_t, R> rows = {{}, {}, end, 0};
   for (int r = 0; r < R; ++r) rows.v[r] = cursors[r].v, rows.masks[r] = cursors[r].meta;
-  multiply_words<int8_t, false, 64, M>(rows, i0, i1, x, ahead, sums);
+  multiply_words<int8_t, false, true, 64, M>(rows, i0, i1, x, ahead, nullptr, sums);
   for (int r = 0; r < R; ++r) cursors[r].v = rows.v[r];
 }
 

@@ -8,8 +8,10 @@
 #include "cpu/sparse_bf16.h"
 #include "cpu/sparse_decode.h"
 #include "cpu/sparse_gather.h"
-#include "cpu/sparse_gemm.h"
 #include "cpu/sparse_table.h"
+#if defined(__AVX2__)
+#include "cpu/sparse_gemm.h"
+#endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #include "cpu/sparse_gather_avx2.h"
 #endif
@@ -57,10 +59,11 @@ void run(const SparseLinearArgs& a) {
   done = a.format == WeightFormat::sparse24 && a.x.shape[0] <= kMostGatherRows<T>;
   if (done) run_gather_avx2<T, X>(a, w);
 #endif
-  if (!done && a.x.shape[0] <= kMaxDecodeRows)
-    run_decode<T, X>(a, w, &broken);
-  else if (!done)
-    run_multiply<AsFloats<T>, X>(a, w, &broken);
+#if defined(__AVX2__)
+  if (!done && a.x.shape[0] > kMaxDecodeRows)
+    run_multiply<AsFloats<T>, X>(a, w, &broken), done = true;
+#endif
+  if (!done) run_decode<T, X>(a, w, &broken);
   if (broken.load() >= 0)
     throw std::invalid_argument("bitmap: row " + std::to_string(broken.load()) +
                                 " has bits that do not match its row_offsets");

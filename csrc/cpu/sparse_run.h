@@ -173,10 +173,16 @@ void store_outputs(const float* sums, int64_t count, int64_t tokens, const float
 #endif
 }
 
+// Words of columns whose x, `lanes` floats a column, fits the first-level cache beside W.
+inline int64_t piece_words(int lanes) {
+  constexpr int64_t kPieceBytes = 24 * 1024;
+  return std::max<int64_t>(1, kPieceBytes / (kMaskColumns * 4 * lanes));
+}
+
 // Rows of W in a block where x has one or two: the next block is fetched during one, so long rows
 // go by fours; short ones by more, or what a block costs besides would take longer than its
 // products, unless there would be too few blocks to share out evenly.
-constexpr int64_t kMostFewRows = 32;
+constexpr int64_t kMostFewRows = 32;  // of W, in any block; they stay in the second level
 inline int64_t few_rows_block(int64_t rows, int64_t cols, int threads) {
   const int64_t share = rows / (8 * int64_t{threads});
   const int64_t most = std::min<int64_t>((int64_t{1} << 14) / std::max<int64_t>(cols, 1), share);
