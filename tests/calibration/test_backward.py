@@ -219,6 +219,36 @@ def test_bfloat16_close_to_single():
         assert error < 0.1, name
 
 
+@pytest.mark.parametrize("factor", [1e-8, 1.0, 1e4])
+def test_fp16_close_to_single(factor, monkeypatch):
+    """Whether gradients are near the smallest numbers of fp16 or beyond the largest."""
+    summed = head._summed
+    monkeypatch.setattr(head, "_summed", lambda *given: factor * summed(*given))
+    model = tiny_model("llama").half()
+    batches = [Batch(tiny_tokens(4, 16)), Batch(tiny_tokens(2, 8, seed=1))]
+    got, report = collect(model, batches)
+    want, _ = collect(model.float(), batches)
+    assert not report.dead
+    for name, sums in want.items():
+        error = (got[name].absolute - sums.absolute).norm() / sums.absolute.norm()
+        assert error < 0.02, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fp16_scale_leaves_each_visit_alone(checkpointing):
+    """The run that finds it is not seen by visitors, progress or the report."""
+    model, seen = tiny_model("mixtral").half(), []
+    batches = [Batch(tiny_tokens(1, 16)), Batch(tiny_tokens(2, 8))]
+    options = {"checkpointing": checkpointing, "progress": lambda done, _: seen.append(done)}
+    got, report = collect(model, batches, **options)
+    want, other = collect(model.float(), batches, checkpointing=checkpointing)
+    assert seen == [1, 2] and report.tokens == other.tokens == 32
+    assert {n: s.tokens for n, s in got.items() if ".experts." not in n} == {
+        n: s.tokens for n, s in want.items() if ".experts." not in n
+    }
+    assert hook_count(model) == 0 and all(p.grad is None for p in model.parameters())
+
+
 def test_dead_layer_is_reported():
     model = model64()
     with torch.no_grad():
