@@ -20,6 +20,7 @@ from transformers import (
 
 from pyprune.checkpoint import (
     Checkpoint,
+    Originals,
     check_output,
     copy_auxiliary,
     output_directory,
@@ -68,13 +69,14 @@ def compress_deci(
     if progress is not None:
         progress("loading the model", 0, None)
     model = checkpoint.load_model()
+    originals = Originals(checkpoint, model)
     check_family(model)
     graph = ResidualGraph.of(model)
     dead = dead_branches(graph, Widths.of(model, graph.adapter).live())
     before = sum(p.numel() for p in model.parameters())
     repack(graph, dead)
     report = earlier_report(checkpoint)
-    with changed_model(checkpoint, model, out, save_deci) as folder:
+    with changed_model(checkpoint, originals, model, out, save_deci) as folder:
         deci = to_deci(model)
         # Of the model before anything was pruned, where a structural method has said it.
         sizes = {"before": before, **report.get("parameters", {})}

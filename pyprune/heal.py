@@ -22,7 +22,7 @@ from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint import Checkpoint, check_output
+from pyprune.checkpoint import Checkpoint, Originals, check_output
 from pyprune.checkpoint.output import REPORT, changed_model, earlier_report, write_report
 from pyprune.config import (
     CalibrationConfig,
@@ -208,8 +208,9 @@ def heal_checkpoint(
     tokenizer = checkpoint.tokenizer()
     device = str(find_device(config.device))
     model: Any = checkpoint.load_model(device, getattr(torch, config.dtype))
+    originals = Originals(checkpoint, model)
     report = heal_model(model, tokenizer, config, progress)
-    with changed_model(checkpoint, model, out) as folder:
+    with changed_model(checkpoint, originals, model, out) as folder:
         write_report(folder, {**_before(checkpoint), "heal": asdict(report)}, _card(report))
     return report
 
