@@ -38,8 +38,9 @@ from pyprune.models.linears import LinearRef
 __all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass", "sequence_targets"]
 
 # fp16 has neither exponents for small gradients nor for large ones; bf16, fp32 and fp64 have. Of
-# the first batch the largest shall be 2^9 at most, 2^7 below what fp16 holds.
-FIRST_HALF_SCALE, LEAST_HALF_SCALE, LARGEST_HALF_SCALE = 2.0**8, 2.0**-8, 2.0**16
+# the first batch the largest shall be 2^9 at most, 2^7 below what fp16 holds. Of a logit it can be
+# as large as the scale itself, which therefore is no larger than 2^15.
+FIRST_HALF_SCALE, LEAST_HALF_SCALE, LARGEST_HALF_SCALE = 2.0**8, 2.0**-8, 2.0**15
 HALF_PEAK = 2.0**9
 Visitor = Callable[[Sample], None]
 
@@ -111,8 +112,9 @@ def backward_pass(
         and hooks are as before, whatever happens.
 
     Raises:
-        LayerError: a gradient is NaN or infinite, or vanished in fp16, or everywhere; a matrix runs
-            twice or not at all, writes to its input, or padding cannot be told apart in it.
+        LayerError: a gradient is NaN or infinite, or vanished everywhere, or in fp16 where all are
+            too small to tell; a matrix runs twice or not at all, writes to its input, or padding
+            cannot be told apart in it.
         UserError: the model has no head, a sequence has fewer than two tokens in a row, a visitor's
             name is unknown, `fisher_samples` is negative.
     """
@@ -291,7 +293,9 @@ class _Pass:
                 )
             if not bool(peak):
                 dead.append(name)
-        if dead and (dtype == torch.float16 or len(dead) == len(self._peak)):
+        # Beside a gradient of 1 or more (as scaled) what fp16 takes for zero is zero.
+        lost = dtype == torch.float16 and self.peak() * self._scale < 1
+        if dead and (lost or len(dead) == len(self._peak)):
             raise LayerError(
                 dead[0],
                 f"expected a gradient, got zero for every token ({len(dead)} of {len(self._peak)} "

@@ -249,8 +249,9 @@ def test_fp16_scale_leaves_each_visit_alone(checkpointing):
     assert hook_count(model) == 0 and all(p.grad is None for p in model.parameters())
 
 
-def test_dead_layer_is_reported():
-    model = model64()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dead_layer_is_reported(dtype):
+    model = model64().to(dtype)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
     _, report = collect(model, [Batch(tiny_tokens())])
@@ -296,6 +297,17 @@ def test_nan_gradient_names_the_layer():
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(LayerError, match=r"model\.layers\.1\.\S+: expected finite gradients"):
+        collect(model, [Batch(tiny_tokens())])
+
+
+def test_in_fp16_a_dead_layer_beside_tiny_gradients_is_refused(monkeypatch):
+    """It may be one whose gradient fp16 does not hold."""
+    summed = head._summed
+    monkeypatch.setattr(head, "_summed", lambda *given: 1e-8 * summed(*given))
+    model = tiny_model("llama").half()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    with pytest.raises(LayerError, match=r"layers\.1\.mlp\.\w+: expected a gradient.*2 of 14"):
         collect(model, [Batch(tiny_tokens())])
 
 
