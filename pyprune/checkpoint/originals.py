@@ -51,7 +51,7 @@ class Originals:
         held = {tensor.dtype for tensor in tensors.values()}
         if len(stored) > 1 or not all(isinstance(t, nn.Parameter) for t in tensors.values()):
             return False
-        return all(torch.promote_types(h, s) == h for h in held for s in stored)
+        return all(holds(h, s) for h in held for s in stored)
 
     def _note(self, model: PreTrainedModel) -> None:
         checkpoint = self._checkpoint
@@ -70,7 +70,8 @@ class Originals:
     @torch.no_grad()
     def restore(self, model: PreTrainedModel) -> None:
         """Gives everything in `model` the dtype it is stored in, in place. What is there as it was
-        loaded gets the checkpoint's numbers, also those that the model's dtype has rounded.
+        loaded gets the checkpoint's numbers, also those that the model's dtype has rounded (but
+        not to zero).
 
         Parameters that are new since then take the dtype of those that they have taken the place
         of; others that of the checkpoint. UserError for a number that the dtype cannot hold.
@@ -91,17 +92,25 @@ class Originals:
         model.config.dtype = self._checkpoint.dtype
 
     def _stored(self, origin: _Origin, now: Tensor) -> Tensor:
-        """`now` in the dtype that it is stored in, with the numbers from there where it is what
-        became of them when they were loaded."""
-        cast = now.to(origin.dtype)
-        exact = torch.promote_types(now.dtype, origin.dtype) == now.dtype
-        if exact or now.shape != origin.shape:
-            return cast
+        """`now` in the dtype that it is stored in, with what it still has of the numbers there."""
+        if holds(now.dtype, origin.dtype) or now.shape != origin.shape:
+            return now.to(origin.dtype)
         stored = torch.empty(origin.shape, dtype=origin.dtype)
         for piece in origin.pieces:
             piece.view(stored).copy_(read_tensor(self._checkpoint.tensors[piece.tensor]))
-        stored = stored.to(now.device)
-        return torch.where(stored.to(now.dtype) == now, stored, cast)
+        return unrounded(now, stored.to(now.device))
+
+
+def holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether the first floating point dtype has every number of the second."""
+    return torch.promote_types(wide, narrow) == wide
+
+
+def unrounded(now: Tensor, stored: Tensor) -> Tensor:
+    """`now` in the dtype of `stored`, of one shape with it, and with its numbers where rounding
+    makes them those of `now`. Zeros stay, whatever was there: they may be made on purpose."""
+    same = (stored.to(now.dtype) == now) & (now != 0)
+    return torch.where(same, stored, now.to(stored.dtype))
 
 
 def _floating(model: PreTrainedModel) -> dict[str, Tensor]:

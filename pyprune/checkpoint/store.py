@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyprune.checkpoint.names import owners
-from pyprune.checkpoint.originals import Originals
+from pyprune.checkpoint.originals import Originals, holds, unrounded
 from pyprune.checkpoint.output import save_stock
 from pyprune.checkpoint.shards import TensorEntry, read_tensor, write_tensor
 from pyprune.checkpoint.source import Checkpoint
@@ -161,12 +161,16 @@ class StreamingStore:
         return read_tensor(entry, self.out_dir / entry.file.name)
 
     def write(self, name: str, value: Tensor) -> None:
-        """Writes the model's parameter `name` into the output, in the dtype it is stored in;
-        LayerError if that cannot hold it."""
+        """Writes the model's parameter `name` into the output, in the dtype it is stored in, with
+        the numbers from there that the model's dtype has rounded and that have stayed; LayerError
+        if that dtype cannot hold it."""
         for piece in self._pieces[name]:
             entry = self.checkpoint.tensors[piece.tensor]
             part = piece.view(value.detach())
-            stored = part.to("cpu", entry.dtype)
+            if holds(part.dtype, entry.dtype):
+                stored = part.to("cpu", entry.dtype)
+            else:
+                stored = unrounded(part.cpu(), self._read_entry(entry))
             if not bool(stored.isfinite().all()) and bool(part.isfinite().all()):
                 raise LayerError(name, f"its new weights do not fit into {entry.dtype}")
             write_tensor(entry, stored, self.out_dir / entry.file.name)

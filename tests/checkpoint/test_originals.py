@@ -90,6 +90,27 @@ def test_a_narrow_dtype_while_it_runs_rounds_nothing(stored, held, tmp_path):
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("stored, held", [("float32", "bfloat16"), ("bfloat16", "float16")])
+def test_weights_that_are_kept_keep_their_numbers(stored, held, streamed, tmp_path, monkeypatch):
+    """And those that go are zero, also if the narrow dtype has their numbers as zeros."""
+    source = saved(tmp_path / "in", dtype=getattr(torch, stored))
+    before = tensors_of(source)
+    before["model.layers.0.mlp.up_proj.weight"][:, 1] = 1e-9
+    save_file(before, source / "model.safetensors", {"format": "pt"})
+    if not streamed:
+        monkeypatch.setattr(Checkpoint, "streamable", lambda self: "said the test")
+    config = PruneConfig(method="magnitude", pattern="2:4", dtype=held)
+    report = prune_checkpoint(source, tmp_path / "out", config)
+    after = tensors_of(tmp_path / "out")
+    assert report.sparsity == 0.5
+    for layer in report.layers:
+        old, new = before.pop(f"{layer.name}.weight"), after.pop(f"{layer.name}.weight")
+        assert new.dtype == old.dtype and int((new == 0).sum()) == layer.zeros
+        assert torch.equal(new, torch.where(new == 0, new, old))
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "llm-surgeon"])
 def test_a_checkpoint_that_is_not_streamed(method, tmp_path, monkeypatch):
     source = saved(tmp_path / "in", wide=("norm.weight", "embed_tokens.weight"))
@@ -124,13 +145,14 @@ def test_changed_and_new_parameters(tmp_path):
     first, second = model.model.layers
     with torch.no_grad():
         first.input_layernorm.weight[3] = 2.0  # of an element only
+        first.input_layernorm.weight[4] = 0.0
         model.model.norm.weight = nn.Parameter(model.model.norm.weight[:16] * 1)
         model.lm_head.weight = nn.Parameter(model.lm_head.weight * 1)  # untied
         first.mlp.up_proj.bias = nn.Parameter(torch.ones(64))  # of a kind that was not there
         second.mlp.register_parameter("extra", nn.Parameter(torch.ones(2)))
     originals.restore(model)
     changed = before["model.layers.0.input_layernorm.weight"].clone()
-    changed[3] = 2.0
+    changed[3], changed[4] = 2.0, 0.0
     assert torch.equal(first.input_layernorm.weight, changed)
     assert model.model.norm.weight.dtype == model.lm_head.weight.dtype == torch.float32
     assert torch.equal(model.model.embed_tokens.weight, before["model.embed_tokens.weight"])
