@@ -30,7 +30,7 @@ from pyprune.calibration.coroutine import TokenBatch, evaluation
 from pyprune.calibration.head import IGNORED, Head, check_head
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.schedule import TensorId
-from pyprune.errors import LayerError, UserError
+from pyprune.errors import OVERFLOW, LayerError, UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.experts import ExpertInput, observed
 from pyprune.models.linears import LinearRef
@@ -280,17 +280,11 @@ class _Pass:
         for name in (ref.name for refs in self._refs for ref in refs):
             if name in self._input_peak and not bool(self._input_peak[name].isfinite()):
                 raise LayerError(
-                    name,
-                    "expected finite input activations, got NaN or infinity (a 16-bit overflow? "
-                    "try --dtype bfloat16 or float32)",
+                    name, f"expected finite input activations, got NaN or infinity{OVERFLOW}"
                 )
         for name, peak in self._peak.items():
             if not bool(peak.isfinite()):
-                raise LayerError(
-                    name,
-                    "expected finite gradients, got NaN or infinity (a 16-bit overflow? try "
-                    "--dtype bfloat16 or float32)",
-                )
+                raise LayerError(name, f"expected finite gradients, got NaN or infinity{OVERFLOW}")
             if not bool(peak):
                 dead.append(name)
         # Beside a gradient of 1 or more (as scaled) what fp16 takes for zero is zero.

@@ -17,7 +17,7 @@ from pyprune.calibration.autograd import without_parameter_gradients
 from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.calibration.tokens import Batch
-from pyprune.errors import UserError
+from pyprune.depth.finite import NotFiniteError
 from pyprune.models.experts import ExpertInput, Hidden, observed
 from pyprune.progress import Progress
 
@@ -146,7 +146,7 @@ def train(
     Returns:
         The logits without noise, detached, and the losses (without penalty) step by step.
 
-    Raises UserError: the loss or its gradient is NaN or infinite.
+    Raises NotFiniteError: the loss or its gradient is NaN or infinite.
     """
     device = next(model.parameters()).device
     scale = LossScale(model.parameters())
@@ -166,12 +166,13 @@ def train(
             loss = next_token_loss(model, batches[step % len(batches)])
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
-                raise UserError(f"expected a finite loss, got {losses[-1]} in step {step + 1}")
+                words = f"expected a finite loss, got {losses[-1]} in step {step + 1}"
+                raise NotFiniteError(words)
             loss = loss + options.strength * penalty(values)
             found = scale.gradients(loss, list(net.parameters()))
             del loss  # with all activations, before the next forward
             if not all_finite(found):
-                raise UserError(
+                raise NotFiniteError(
                     f"expected finite gradients, got NaN or infinity in step {step + 1}"
                 )
             for p, gradient in zip(net.parameters(), found, strict=True):
