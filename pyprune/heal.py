@@ -196,7 +196,7 @@ def heal_model(
 def heal_checkpoint(
     source: str | Path, out: str | Path, config: HealConfig, progress: Progress | None = None
 ) -> HealReport:
-    """Heals the model in `source` into a new directory `out`, in the checkpoint's own dtype.
+    """Heals the model in `source` into a new directory `out`, in the checkpoint's own dtypes.
 
     pyprune.json keeps what the source's said (what was removed stays true) and adds "heal". Raises
     UserError as `heal_model` does, and if `out` exists.
