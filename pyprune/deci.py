@@ -292,7 +292,7 @@ def _config(model: PreTrainedModel, heads: list[int], channels: list[int]) -> di
         # As transformers 4 had them: llama.cpp's converter and older vLLM look for these.
         "rope_theta": theta,
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": str(_dtype(model)).removeprefix("torch."),
         "transformers_version": transformers.__version__,
         "block_configs": [
             {
@@ -310,6 +310,13 @@ def _config(model: PreTrainedModel, heads: list[int], channels: list[int]) -> di
             for groups, width in zip(heads, channels, strict=True)
         ],
     }
+
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    """What the configuration says, if it is true of some parameters; else that of the first."""
+    said, first = model.config.dtype, model.dtype
+    dtype: torch.dtype = said if said in {p.dtype for p in model.parameters()} else first
+    return dtype
 
 
 def save_deci(model: PreTrainedModel, folder: Path) -> None:

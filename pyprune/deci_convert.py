@@ -20,6 +20,7 @@ from transformers import (
 
 from pyprune.checkpoint import (
     Checkpoint,
+    Originals,
     check_output,
     copy_auxiliary,
     output_directory,
@@ -68,13 +69,14 @@ def compress_deci(
     if progress is not None:
         progress("loading the model", 0, None)
     model = checkpoint.load_model()
+    originals = Originals(checkpoint, model)
     check_family(model)
     graph = ResidualGraph.of(model)
     dead = dead_branches(graph, Widths.of(model, graph.adapter).live())
     before = sum(p.numel() for p in model.parameters())
     repack(graph, dead)
     report = earlier_report(checkpoint)
-    with changed_model(checkpoint, model, out, save_deci) as folder:
+    with changed_model(checkpoint, originals, model, out, save_deci) as folder:
         deci = to_deci(model)
         # Of the model before anything was pruned, where a structural method has said it.
         sizes = {"before": before, **report.get("parameters", {})}
@@ -144,7 +146,9 @@ def stock_tensors(folder: Path) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
     known = {*shapes, "lm_head.weight"}  # which a tied model may have twice
     if entries.keys() - known:
         raise UserError(f"{folder}: expected no tensor {min(entries.keys() - known)}")
-    dtype = main_dtype(folder, entries)
+    # Of what is missing: as in the layers that have it.
+    main = main_dtype(folder, entries)
+    dtypes = {_part(name): entry.dtype for name, entry in entries.items()}
     groups, tensors = config.num_key_value_heads, {}
     for name, shape in shapes.items():
         _, inside, rest = name.partition(".layers.")
@@ -155,7 +159,7 @@ def stock_tensors(folder: Path) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
             if name in entries:
                 raise UserError(f"{folder}: expected no tensor {name}")
             fill = torch.ones if "layernorm" in part else torch.zeros
-            tensors[name] = fill(shape, dtype=dtype)
+            tensors[name] = fill(shape, dtype=dtypes.get(part, main))
             continue
         if name not in entries:
             raise UserError(f"{folder}: expected a tensor {name}, it is missing")
@@ -164,6 +168,11 @@ def stock_tensors(folder: Path) -> tuple[PreTrainedConfig, dict[str, Tensor]]:
             raise UserError(f"{folder}: {name}: expected shape {expected}, got {tuple(t.shape)}")
         tensors[name] = t if expected == shape else _widened(t, shape, part, keys)
     return config, tensors
+
+
+def _part(name: str) -> str:
+    """What a parameter is called inside its layer."""
+    return name.partition(".layers.")[2].partition(".")[2]
 
 
 def _sizes(raw: Mapping[str, Any], folder: Path) -> tuple[list[int], list[int]]:

@@ -17,3 +17,7 @@ class LayerError(UserError):
     def __init__(self, layer: str, message: str) -> None:
         super().__init__(f"{layer}: {message}")
         self.layer = layer
+
+
+# What is added where a model in 16 bits gives NaN or infinity.
+OVERFLOW = " (a 16-bit overflow? try --dtype bfloat16 or float32)"

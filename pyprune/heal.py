@@ -20,8 +20,9 @@ from transformers import Conv1D
 
 from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.coroutine import evaluation
+from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint import Checkpoint, check_output
+from pyprune.checkpoint import Checkpoint, Originals, check_output
 from pyprune.checkpoint.output import REPORT, changed_model, earlier_report, write_report
 from pyprune.config import (
     CalibrationConfig,
@@ -195,7 +196,7 @@ def heal_model(
 def heal_checkpoint(
     source: str | Path, out: str | Path, config: HealConfig, progress: Progress | None = None
 ) -> HealReport:
-    """Heals the model in `source` into a new directory `out`, in the checkpoint's own dtype.
+    """Heals the model in `source` into a new directory `out`, in the checkpoint's own dtypes.
 
     pyprune.json keeps what the source's said (what was removed stays true) and adds "heal". Raises
     UserError as `heal_model` does, and if `out` exists.
@@ -207,8 +208,9 @@ def heal_checkpoint(
     tokenizer = checkpoint.tokenizer()
     device = str(find_device(config.device))
     model: Any = checkpoint.load_model(device, getattr(torch, config.dtype))
+    originals = Originals(checkpoint, model)
     report = heal_model(model, tokenizer, config, progress)
-    with changed_model(checkpoint, model, out) as folder:
+    with changed_model(checkpoint, originals, model, out) as folder:
         write_report(folder, {**_before(checkpoint), "heal": asdict(report)}, _card(report))
     return report
 
@@ -290,6 +292,7 @@ def _merge(layer: Any) -> None:
 def _train(model: nn.Module, batches: list[Batch], config: HealConfig, say: Any) -> int:
     """Returns the number of tokens trained on."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    scale = LossScale(model.parameters())
     optimiser = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
     )
@@ -314,18 +317,30 @@ def _train(model: nn.Module, batches: list[Batch], config: HealConfig, say: Any)
                     f"the loss is NaN or infinite in step {step + 1} of {config.steps}; a lower "
                     "learning_rate may help"
                 )
-            (loss / config.accumulate).backward()  # type: ignore[no-untyped-call]
+            mean = float(loss.detach())
+            _accumulate(parameters, scale.gradients(loss / config.accumulate, parameters))
+            del losses, loss  # with all activations, before the next forward
+        if not all_finite([p.grad for p in parameters]):
+            raise UserError(
+                f"the gradient of the loss is NaN or infinite in step {step + 1} of {config.steps}"
+            )
         nn.utils.clip_grad_norm_(parameters, config.clip)
         optimiser.step()
         schedule.step()
         optimiser.zero_grad(set_to_none=True)
         if say is not None:
             say(
-                f"step {step + 1}/{config.steps}, loss {float(loss.detach()):.3f}",
+                f"step {step + 1}/{config.steps}, loss {mean:.3f}",
                 step + 1,
                 config.steps,
             )
     return seen
+
+
+def _accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    for p, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            p.grad = gradient.to(p.dtype) if p.grad is None else p.grad.add_(gradient)
 
 
 def _token_losses(model: Any, batch: Batch) -> Tensor:

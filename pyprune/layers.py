@@ -15,7 +15,7 @@ from pyprune.calibration.gradient_stats import GradientStatistic
 from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
 from pyprune.calibration.walk import Group
 from pyprune.config import PruneConfig
-from pyprune.errors import LayerError, UserError
+from pyprune.errors import OVERFLOW, LayerError, UserError
 from pyprune.methods import METHODS, LayerInputs, MethodOptions, Solution
 from pyprune.methods.global_selection import GlobalSelection
 from pyprune.methods.selection import forced_first
@@ -82,11 +82,7 @@ def layer_inputs(statistic: Statistic | None, name: str) -> LayerInputs | None:
     if statistic is None:
         return None
     if not statistic.finite():
-        raise LayerError(
-            name,
-            "expected finite input activations, got NaN or infinity "
-            "(a 16-bit overflow? try --dtype bfloat16 or float32)",
-        )
+        raise LayerError(name, f"expected finite input activations, got NaN or infinity{OVERFLOW}")
     if isinstance(statistic, GramStatistic):
         return LayerInputs(statistic.column_norms(), statistic.tokens, statistic.gram)
     if isinstance(statistic, NormStatistic):

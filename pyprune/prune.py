@@ -15,6 +15,7 @@ from pyprune.calibration.tokens import TokenSet
 from pyprune.calibration.walk import InMemoryStore
 from pyprune.checkpoint import (
     Checkpoint,
+    Originals,
     StreamingStore,
     check_output,
     copy_auxiliary,
@@ -22,7 +23,7 @@ from pyprune.checkpoint import (
     write_parameters,
     write_report,
 )
-from pyprune.checkpoint.output import AUXILIARY_BYTES, MAX_SHARD_SIZE
+from pyprune.checkpoint.output import AUXILIARY_BYTES, save_stock
 from pyprune.config import ConfigFile, PruneConfig, check_call
 from pyprune.devices import find_device
 from pyprune.errors import UserError
@@ -169,6 +170,7 @@ def prune_checkpoint(
         streamed = not problem
         dtype, device = _dtype(config), find_device(config.device)
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
+        originals = None if streamed else Originals(checkpoint, model)
         adapter = _adapter(model, config)
         masks = read_masks(preserve_mask, adapter)
     with measure.phase("tokens"):
@@ -184,7 +186,7 @@ def prune_checkpoint(
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
         # Streaming keeps the shards; save_pretrained makes its own, and its own index.
         copy_auxiliary(checkpoint, folder, index=streamed)
-        if streamed:
+        if originals is None:
             with measure.phase("copy"):
                 store = StreamingStore(checkpoint, adapter, folder, device, dtype)
             pruned = Session(
@@ -198,7 +200,8 @@ def prune_checkpoint(
                     config, adapter, tokens, memory, flush, device, measure, progress, look, masks
                 ).run()
             with measure.phase("write"):
-                model.to(checkpoint.dtype).save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+                originals.restore(model)
+                save_stock(model, folder)
         notes = (*pruned.notes, *describe_masks(masks), *_untouched(adapter))
         if not streamed:
             notes = (f"loaded whole, not streamed block by block: {problem}", *notes)
@@ -221,6 +224,7 @@ def _shots(
     dtype, device = _dtype(config), find_device(config.device)
     with measure.phase("open"):
         model: Any = checkpoint.load_model("cpu", dtype)
+        originals = Originals(checkpoint, model)
         adapter = _adapter(model, config)
     with measure.phase("tokens"):
         tokens = _tokens(checkpoint.tokenizer() if batches is None else batches, model, config)
@@ -231,7 +235,8 @@ def _shots(
         copy_auxiliary(checkpoint, folder, index=streamed)
         with measure.phase("write"):
             empty = _adapter(checkpoint.build_model("meta", dtype), config) if streamed else None
-            write_parameters(checkpoint, model, empty, surgeon.parameters(), folder)
+            parameters = surgeon.parameters()
+            write_parameters(checkpoint, originals, model, empty, parameters, folder)
         notes = (*surgeon.notes(), *_untouched(adapter))
         report = _report(name, config, tokens, layers, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from pyprune.checkpoint import Checkpoint, check_output, write_report
+from pyprune.checkpoint import Checkpoint, Originals, check_output, write_report
 from pyprune.checkpoint.output import changed_model, earlier_report, save_stock
 from pyprune.devices import find_device
 from pyprune.errors import UserError
@@ -141,7 +141,7 @@ def prune_loaded(
     trust_remote_code: bool,
     save: Callable[[Any, Path], None] = save_stock,
 ) -> Report:
-    """From a checkpoint into a new directory, in the checkpoint's own dtype; the model is held in
+    """From a checkpoint into a new directory, in the checkpoint's own dtypes; the model is held in
     memory.
 
     prune: `(model, tokenizer or batches, measure) -> report`; changes the model in place. save:
@@ -158,10 +158,11 @@ def prune_loaded(
         data = checkpoint.tokenizer() if batches is None else batches
         dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
         model = checkpoint.load_model(find_device(config.device), dtype)
+        originals = Originals(checkpoint, model)
     report = prune(model, data, measure)
     with ExitStack() as stack:
         with measure.phase("write"):
-            folder = stack.enter_context(changed_model(checkpoint, model, out, save))
+            folder = stack.enter_context(changed_model(checkpoint, originals, model, out, save))
         run = replace(report.run, seconds=measure.total())
         report = replace(report.named(source_name(source)), earlier=earlier, run=run)
         write_report(folder, report.to_dict(), report.card())

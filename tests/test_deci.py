@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
 from torch.nn.functional import linear, silu
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -324,6 +324,26 @@ def test_from_the_command_line_and_back(source, capsys, monkeypatch):
     compressed = json.loads((source / "small" / "pyprune.json").read_text())
     assert compressed["parameters"] == sizes
     assert load_decision(source / "small").removed == decision.removed
+
+
+@pytest.mark.parametrize("main", [torch.bfloat16, torch.float16])
+def test_dtypes_there_and_back(main, source):
+    """Norms and embeddings in fp32 beside 16-bit matrices, also where a branch and its norm went;
+    the configuration says the matrices' dtype."""
+    load(source / "in").to(main).save_pretrained(source / "in")
+    file = source / "in" / "model.safetensors"
+    wide = ("norm.weight", "embed_tokens.weight")
+    state = {n: t.float() + 1 / 3 if n.endswith(wide) else t for n, t in load_file(file).items()}
+    save_file(state, file, {"format": "pt"})
+    assert prune(source, "-m", "llm-drop", "--count", "2", "--fill", "deci") == 0
+    assert cli.main(["decompress", str(source / "out"), "-o", str(source / "back")]) == 0
+    for name in ("out", "back"):
+        found = load_file(source / name / "model.safetensors")
+        wrong = {n: t.dtype for n, t in found.items() if (t.dtype == main) == n.endswith(wide)}
+        assert not wrong
+        assert torch.equal(found["model.norm.weight"], state["model.norm.weight"])
+        config = json.loads((source / name / "config.json").read_text())
+        assert config["dtype"] == str(main).removeprefix("torch.")
 
 
 def test_widths_of_each_layer(source, capsys):

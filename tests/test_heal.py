@@ -94,6 +94,24 @@ def test_padding_neither_predicts_nor_is_predicted():
     torch.testing.assert_close(losses, want)
 
 
+def test_fp16_is_trained_like_fp32():
+    """The loss hardly depends on the weights: its gradients are below the smallest of fp16."""
+    moved = []
+    for dtype in (torch.float16, torch.float32):
+        model = half_pruned("llama").half()
+        model.lm_head.weight.data *= 1e-4
+        model.to(dtype)
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        batches = [tiny_tokens(4, 64, seed) for seed in range(3)]
+        heal_model(model, as_token_set(batches, vocabulary=64, positions=128), config())
+        moved.append({n: (p - before[n]).detach().float() for n, p in model.named_parameters()})
+    half, single = moved
+    for name, change in single.items():
+        if change.any():
+            off = float((half[name] - change).norm() / change.norm())
+            assert off < 0.1, (name, off)
+
+
 def test_same_seed_same_weights():
     models = [half_pruned("llama"), half_pruned("llama")]
     for model in models:

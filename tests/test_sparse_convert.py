@@ -112,6 +112,19 @@ def test_an_old_layout_with_a_weight_twice(tmp_path):
         decompress_checkpoint(tmp_path / "old", tmp_path / "back")
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"])
+def test_numbers_beyond_the_dtype_that_is_asked_for(name, tmp_path):
+    """In a pruned matrix and in what stays as it is."""
+    dense = pruned_checkpoint(tmp_path / "dense")
+    state = load_file(dense / "model.safetensors")
+    state[name].view(-1)[3] = 1e5
+    save_file(state, dense / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"{name}: expected numbers within torch.float16, got up"):
+        compress_checkpoint(dense, tmp_path / "small", dtype="float16")
+    assert not (tmp_path / "small").exists()
+    compress_checkpoint(dense, tmp_path / "small", dtype="float32")
+
+
 def test_choice():
     w = torch.zeros(16, 64, dtype=torch.bfloat16)
     w[:, ::2] = 1

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyprune.allocation.base import MAX_SPARSITY
+from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.errors import LayerError, UserError
 
 # A mean of rates that falls short of a whole weight by less than this share of it reaches it.
@@ -220,6 +221,7 @@ def learn_block(
                 loss = problem.error(k, weights) / (scale * batches[k])
                 loss = loss + options.penalty * ((soft - target) / target) ** 2
             learner.step(name, step, loss)
+            del weights, soft, loss  # with all activations, before the next forward
         if tell is not None:
             tell(step + 1, options.steps)
     wanted, mean = learner.sparsities()
@@ -285,6 +287,7 @@ class _Learner:
             wide = torch.promote_types(m.weight.dtype, torch.float32)
             self._logits.append(start.to(wide).repeat(groups, 1).requires_grad_())
         self._adam = torch.optim.Adam(self._logits, lr=options.learning_rate)
+        self._scale = LossScale(m.weight for m in matrices)
         self._total = sum(m.weight.numel() for m in matrices)
 
     def weights(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -310,13 +313,13 @@ class _Learner:
                 name,
                 f"expected a finite loss, got {float(loss.detach())} in step {number} of learning",
             )
-        self._adam.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        gradients = [logits.grad for logits in self._logits if logits.grad is not None]
-        if not all(bool(gradient.isfinite().all()) for gradient in gradients):
+        gradients = self._scale.gradients(loss, self._logits)
+        if not all_finite(gradients):
             raise LayerError(
                 name, f"expected finite gradients, got NaN or infinity in step {number} of learning"
             )
+        for logits, gradient in zip(self._logits, gradients, strict=True):
+            logits.grad = gradient
         self._adam.step()
 
     @torch.no_grad()

@@ -9,7 +9,8 @@ the backward pass reaches the matrix below.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,15 +30,18 @@ from pyprune.calibration.coroutine import TokenBatch, evaluation
 from pyprune.calibration.head import IGNORED, Head, check_head
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.schedule import TensorId
-from pyprune.errors import LayerError, UserError
+from pyprune.errors import OVERFLOW, LayerError, UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.experts import ExpertInput, observed
 from pyprune.models.linears import LinearRef
 
 __all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass", "sequence_targets"]
 
-# fp16 has no exponents for small gradients; bf16, fp32 and fp64 have.
-HALF_LOSS_SCALE = 256.0
+# fp16 has neither exponents for small gradients nor for large ones; bf16, fp32 and fp64 have. Of
+# the first batch the largest shall be 2^9 at most, 2^7 below what fp16 holds. Of a logit it can be
+# as large as the scale itself, which therefore is no larger than 2^15.
+FIRST_HALF_SCALE, LEAST_HALF_SCALE, LARGEST_HALF_SCALE = 2.0**8, 2.0**-8, 2.0**15
+HALF_PEAK = 2.0**9
 Visitor = Callable[[Sample], None]
 
 
@@ -92,7 +96,8 @@ def backward_pass(
             reaches it: one more forward, and the activations of one block at a time.
         device: where the model runs; afterwards it is back where it was.
         loss_scale: multiplies the loss and is divided out of G in fp32 (in fp64 models fp64). None:
-            256 for fp16, 1 otherwise.
+            for fp16 the power of two that the first batch, run once more for it, bears; otherwise
+            1.
         fisher_samples: 0: the labels are the text's own next tokens. S > 0: S times over labels
             are drawn from the model's own distribution at each token, and each draw has a backward
             pass (one forward serves all). G is divided by sqrt(S), so that sums over the draws of
@@ -107,8 +112,9 @@ def backward_pass(
         and hooks are as before, whatever happens.
 
     Raises:
-        LayerError: a gradient is NaN or infinite, or vanished in fp16, or everywhere; a matrix runs
-            twice or not at all, writes to its input, or padding cannot be told apart in it.
+        LayerError: a gradient is NaN or infinite, or vanished everywhere, or in fp16 where all are
+            too small to tell; a matrix runs twice or not at all, writes to its input, or padding
+            cannot be told apart in it.
         UserError: the model has no head, a sequence has fewer than two tokens in a row, a visitor's
             name is unknown, `fisher_samples` is negative.
     """
@@ -120,21 +126,43 @@ def backward_pass(
     if not given:
         raise UserError("calibration: expected at least one sequence, got none")
     dtype = next(model.parameters()).dtype
-    if loss_scale is None:
-        loss_scale = HALF_LOSS_SCALE if dtype == torch.float16 else 1.0
-    run = _Pass(adapter, visitors, loss_scale, fisher_samples, seed)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(evaluation(model))
         stack.enter_context(without_parameter_gradients(model))
         stack.enter_context(on_device(model, device))
+        if loss_scale is None:
+            half = dtype == torch.float16
+            loss_scale = _half_scale(adapter, given[0], visitors, checkpointing) if half else 1.0
+        run = _Pass(adapter, visitors, loss_scale, fisher_samples, seed)
         stack.enter_context(run.hooked(checkpointing))
         for done, batch in enumerate(given, 1):
             run.run(batch)
             if progress is not None:
                 progress(done, len(given))
     return run.finish(dtype)
+
+
+def _half_scale(
+    adapter: Adapter, batch: _Tokens, names: Iterable[str], checkpointing: bool
+) -> float:
+    """What the loss of an fp16 model is multiplied by: as much as leaves room above the largest
+    gradient at the matrices `names` on this batch. FIRST_HALF_SCALE if none is found there that is
+    finite and not zero: the pass itself then names the layer."""
+    scale = FIRST_HALF_SCALE
+    while True:
+        probe = _Pass(adapter, dict.fromkeys(names, _unseen), scale, 0, 0)
+        with probe.hooked(checkpointing):
+            probe.run(batch)
+        peak = probe.peak()
+        if math.isfinite(peak) or scale <= LEAST_HALF_SCALE:
+            break
+        scale = max(LEAST_HALF_SCALE, scale / 2**4)
+    if not math.isfinite(peak) or not peak:
+        return FIRST_HALF_SCALE
+    fits = 2.0 ** math.floor(math.log2(HALF_PEAK / peak))
+    return min(LARGEST_HALF_SCALE, max(LEAST_HALF_SCALE, fits))
 
 
 def sequence_targets(index: int, batch: TokenBatch) -> list[int]:
@@ -242,26 +270,26 @@ class _Pass:
         self._report.tokens += batch.tokens
         self._report.targets += sum(batch.targets)
 
+    def peak(self) -> float:
+        """The largest |g| so far; NaN or infinite if one is."""
+        return float(torch.stack(list(self._peak.values())).max())
+
     def finish(self, dtype: torch.dtype) -> BackwardReport:
         report = self._report
         dead = []
         for name in (ref.name for refs in self._refs for ref in refs):
             if name in self._input_peak and not bool(self._input_peak[name].isfinite()):
                 raise LayerError(
-                    name,
-                    "expected finite input activations, got NaN or infinity (a 16-bit overflow? "
-                    "try --dtype bfloat16 or float32)",
+                    name, f"expected finite input activations, got NaN or infinity{OVERFLOW}"
                 )
         for name, peak in self._peak.items():
             if not bool(peak.isfinite()):
-                raise LayerError(
-                    name,
-                    "expected finite gradients, got NaN or infinity (a 16-bit overflow? try "
-                    "--dtype bfloat16 or float32)",
-                )
+                raise LayerError(name, f"expected finite gradients, got NaN or infinity{OVERFLOW}")
             if not bool(peak):
                 dead.append(name)
-        if dead and (dtype == torch.float16 or len(dead) == len(self._peak)):
+        # Beside a gradient of 1 or more (as scaled) what fp16 takes for zero is zero.
+        lost = dtype == torch.float16 and self.peak() * self._scale < 1
+        if dead and (lost or len(dead) == len(self._peak)):
             raise LayerError(
                 dead[0],
                 f"expected a gradient, got zero for every token ({len(dead)} of {len(self._peak)} "
@@ -405,6 +433,10 @@ def _check_model(adapter: Adapter, visitors: Mapping[str, Visitor]) -> None:
     unknown = sorted(set(visitors) - known)
     if unknown or not visitors:
         raise UserError(f"visitors: expected names of prunable matrices, got {unknown or 'none'}")
+
+
+def _unseen(sample: Sample) -> None:
+    """What a visit is for that only looks for the largest gradient."""
 
 
 def _ignore(module: nn.Module, projection: str, inputs: list[ExpertInput]) -> None:

@@ -35,7 +35,7 @@ from pyprune.calibration.schedule import Site, SiteInput, Stage
 from pyprune.calibration.spill import Parked, Spill, SpillTo
 from pyprune.calibration.stats import Statistic
 from pyprune.calibration.store import BlockStore, InMemoryStore
-from pyprune.errors import LayerError, UserError
+from pyprune.errors import OVERFLOW, LayerError, UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.experts import FUSED_EXPERTS, ExpertInput, observed
 from pyprune.models.linears import parameters_of
@@ -429,7 +429,11 @@ class _Walk:
 
 def _check_finite(group: Group) -> None:
     if group.statistic is not None and not group.statistic.finite():
-        raise LayerError(group.linears[0].name, "its calibration input has NaN or infinite values")
+        ref = group.linears[0]
+        half = ref.weight().dtype == torch.float16
+        raise LayerError(
+            ref.name, f"its calibration input has NaN or infinite values{OVERFLOW if half else ''}"
+        )
 
 
 def _ignore(module: nn.Module, projection: str, inputs: list[ExpertInput]) -> None:

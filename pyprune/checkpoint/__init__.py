@@ -1,5 +1,6 @@
 """Checkpoints: opened and checked, read and written one block at a time, saved all or nothing."""
 
+from pyprune.checkpoint.originals import Originals
 from pyprune.checkpoint.output import (
     check_output,
     check_writable,
@@ -14,6 +15,7 @@ from pyprune.checkpoint.store import StreamingStore, write_parameters
 
 __all__ = [
     "Checkpoint",
+    "Originals",
     "StreamingStore",
     "TensorEntry",
     "check_output",

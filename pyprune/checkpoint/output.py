@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyprune.checkpoint.originals import Originals
 from pyprune.checkpoint.source import INDEX, Checkpoint, read_json
 from pyprune.errors import UserError
 from pyprune.packaged import RECEIPT
@@ -243,22 +244,28 @@ def save_model(
 
 
 def save_stock(model: PreTrainedModel, folder: Path) -> None:
-    """Writes weights and configuration as transformers does."""
+    """Writes weights and configuration as transformers does, which would have the configuration
+    say the dtype of the first parameter instead of the model's."""
+    dtype = model.config.dtype
     model.save_pretrained(folder, max_shard_size=MAX_SHARD_SIZE)
+    if dtype is not None and model.config.dtype != dtype:
+        model.config.dtype = dtype
+        model.config.save_pretrained(folder)
 
 
 @contextmanager
 def changed_model(
     checkpoint: Checkpoint,
+    originals: Originals,
     model: PreTrainedModel,
     path: str | Path,
     save: Callable[[PreTrainedModel, Path], None] = save_stock,
 ) -> Iterator[Path]:
-    """Saves `model`, loaded from `checkpoint` and changed, in the checkpoint's own dtype and with
-    what else it consists of; yields the directory, to which the report still has to be added,
-    before it becomes `path` (all or nothing). save: writes weights and configuration into it."""
-    _cast(model, checkpoint.dtype)
-    model.config.dtype = checkpoint.dtype
+    """Saves `model`, loaded from `checkpoint` and changed since `originals` were noted, in the
+    dtypes of the checkpoint and with what else it consists of; yields the directory, to which the
+    report still has to be added, before it becomes `path` (all or nothing). save: writes weights
+    and configuration into it. UserError: see `Originals.restore`."""
+    originals.restore(model)
     with output_directory(path, needed=_bytes(model) + AUXILIARY_BYTES) as out_dir:
         copy_auxiliary(checkpoint, out_dir, index=False)
         save(model, out_dir)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pyprune.checkpoint.names import owners
-from pyprune.checkpoint.output import MAX_SHARD_SIZE
+from pyprune.checkpoint.originals import Originals, holds, unrounded
+from pyprune.checkpoint.output import save_stock
 from pyprune.checkpoint.shards import TensorEntry, read_tensor, write_tensor
 from pyprune.checkpoint.source import Checkpoint
 from pyprune.errors import LayerError, UserError
@@ -160,12 +161,16 @@ class StreamingStore:
         return read_tensor(entry, self.out_dir / entry.file.name)
 
     def write(self, name: str, value: Tensor) -> None:
-        """Writes the model's parameter `name` into the output, in the dtype it is stored in;
-        LayerError if that cannot hold it."""
+        """Writes the model's parameter `name` into the output, in the dtype it is stored in, with
+        the numbers from there that the model's dtype has rounded and that have stayed; LayerError
+        if that dtype cannot hold it."""
         for piece in self._pieces[name]:
             entry = self.checkpoint.tensors[piece.tensor]
             part = piece.view(value.detach())
-            stored = part.to("cpu", entry.dtype)
+            if holds(part.dtype, entry.dtype):
+                stored = part.to("cpu", entry.dtype)
+            else:
+                stored = unrounded(part.cpu(), self._read_entry(entry))
             if not bool(stored.isfinite().all()) and bool(part.isfinite().all()):
                 raise LayerError(name, f"its new weights do not fit into {entry.dtype}")
             write_tensor(entry, stored, self.out_dir / entry.file.name)
@@ -173,6 +178,7 @@ class StreamingStore:
 
 def write_parameters(
     checkpoint: Checkpoint,
+    originals: Originals,
     model: PreTrainedModel,
     adapter: BlockAdapter | None,
     changed: Mapping[str, Tensor],
@@ -181,14 +187,12 @@ def write_parameters(
     """Writes the weights of `model`, loaded from `checkpoint` as a whole, into `out_dir`: copies of
     the shards in which only the parameters `changed`, by the model's names, are overwritten.
 
-    adapter: of `checkpoint.build_model("meta", dtype)`; None where that is not `streamable`. Then
-    all parameters are cast to the checkpoint's own dtype and saved in shards of their own.
+    originals: noted when `model` was loaded. adapter: of `checkpoint.build_model("meta", dtype)`;
+    None where that is not `streamable`: then the model is saved in shards of its own.
     """
     if adapter is None:
-        # Not model.to: it would round the rotary frequencies and other buffers too.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(checkpoint.dtype)
-        model.save_pretrained(out_dir, max_shard_size=MAX_SHARD_SIZE)
+        originals.restore(model)
+        save_stock(model, out_dir)
         return
     store = StreamingStore(checkpoint, adapter, out_dir)
     for name, value in changed.items():

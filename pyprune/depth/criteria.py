@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pyprune.calibration.loss_scale import LossScale
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.graph import LOGITS_BYTES, Branch, Context, ResidualGraph, State
@@ -76,13 +77,29 @@ def removal_losses(graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
 
 def taylor(graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
     """Sum over a layer's parameters (its norms too) of |w * dLoss/dw|, the loss being the mean over
-    the tokens of a batch, the gradients summed over batches.
+    the tokens of a batch, the gradients summed over batches (in fp32, or fp64 in fp64 models).
 
-    Shortened LLaMA, "Taylor". Holds one gradient of all layers; embeddings and head get none.
+    Shortened LLaMA, "Taylor". Holds one gradient of all layers; embeddings and head get none. In
+    fp16 the loss is scaled (`LossScale`), and an overflow begins all over with a smaller scale.
     Raises NotFiniteError if a loss or gradient is not finite. Gradients come from the end, so of
     the layers whose gradient is not, the last is where that begins.
     """
-    with _gradients_of(graph):
+    scale = LossScale(graph.model.parameters())
+    sums = _taylor(graph, batches, scale.value)
+    while not bool(sums.isfinite().all()) and scale.lower():
+        sums = _taylor(graph, batches, scale.value)
+    bad = (~sums.isfinite()).nonzero().flatten().tolist()
+    if bad:
+        raise NotFiniteError(
+            "the gradient of the loss is NaN or infinite on this text, in the weights of "
+            f"{graph.adapter.block_names[bad[-1]]} and of {len(bad) - 1} layers before it"
+        )
+    return sums
+
+
+def _taylor(graph: ResidualGraph, batches: Sequence[Batch], scale: float) -> Tensor:
+    """With gradients of the loss times `scale`, which is divided out again."""
+    with _gradients_of(graph) as gradients:
         for batch in batches:
             batch = _moved(batch, graph.device)
             state, context = graph.start(batch)
@@ -92,15 +109,10 @@ def taylor(graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
             loss = token_losses(graph, state.total, batch).mean()
             if not loss.isfinite():
                 raise NotFiniteError("the model's loss is NaN or infinite on this text")
-            loss.backward()  # type: ignore[no-untyped-call]
-        sums = _layer_sums(graph, lambda p: 0.0 if p.grad is None else _product(p, p.grad))
-    bad = (~sums.isfinite()).nonzero().flatten().tolist()
-    if bad:
-        raise NotFiniteError(
-            "the gradient of the loss is NaN or infinite on this text, in the weights of "
-            f"{graph.adapter.block_names[bad[-1]]} and of {len(bad) - 1} layers before it"
+            (loss * scale).backward()  # type: ignore[no-untyped-call]
+        return _layer_sums(
+            graph, lambda p: _product(p, gradients[p]) / scale if p in gradients else 0.0
         )
-    return sums
 
 
 @torch.no_grad()
@@ -137,18 +149,34 @@ def _layer_sums(graph: ResidualGraph, value: Any) -> Tensor:
 
 
 @contextmanager
-def _gradients_of(graph: ResidualGraph) -> Iterator[None]:
-    """Within it exactly the layers' parameters take gradients; afterwards none are left over."""
+def _gradients_of(graph: ResidualGraph) -> Iterator[Mapping[Tensor, Tensor]]:
+    """Within it exactly the layers' parameters take gradients; what is yielded has their sums over
+    all backward passes, in at least fp32. Afterwards none are left over."""
     model: nn.Module = graph.model
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     inside = {id(p) for block in graph.adapter.blocks for p in block.parameters()}
+    sums: dict[Tensor, Tensor] = {}
+
+    def arrived(p: Tensor) -> None:
+        assert p.grad is not None
+        # Summed by autograd itself, a 16-bit gradient would be rounded after every batch.
+        wide = p.grad.to(torch.promote_types(p.dtype, torch.float32))
+        sums[p] = sums[p].add_(wide) if p in sums else wide
+        p.grad = None
+
+    hooks = []
     try:
         for p, _, _ in before:
             p.grad = None
             p.requires_grad_(id(p) in inside)
+            if id(p) in inside:
+                hook = p.register_post_accumulate_grad_hook(arrived)  # type: ignore[no-untyped-call]
+                hooks.append(hook)
         with torch.enable_grad():
-            yield
+            yield sums
     finally:
+        for hook in hooks:
+            hook.remove()
         for p, required, grad in before:
             p.requires_grad_(required)
             p.grad = grad

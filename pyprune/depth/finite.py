@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.graph import LOGITS_BYTES, Branch, ResidualGraph
-from pyprune.errors import UserError
+from pyprune.errors import OVERFLOW, UserError
+from pyprune.models.adapter import Adapter
 
 
 class NotFiniteError(UserError):
-    """A state, loss or gradient is NaN or infinite. `registry.run_search` adds where it begins, so
-    that no method has to look at every branch while all is well."""
+    """A state, loss or gradient is NaN or infinite. `located` adds where it begins, so that no
+    method has to look at every branch while all is well."""
+
+
+def located(
+    error: NotFiniteError, model: Any, adapter: Adapter, batches: Sequence[Batch]
+) -> NotFiniteError:
+    """The same with what is known of where in the model, as it is now, NaN or infinity begins."""
+    where = first_not_finite(ResidualGraph(model, adapter), batches)
+    if where is None:  # the model is not to blame: what the method made of it is
+        return error
+    half = any(p.dtype == torch.float16 for p in model.parameters())
+    return NotFiniteError(f"{error}: NaN or infinity begins {where}{OVERFLOW if half else ''}")
 
 
 @torch.no_grad()

@@ -69,14 +69,10 @@ def run_search(
 ) -> Decision:
     """Runs the method that `config` names on a model in memory. Where it finds NaN or infinity, the
     error says after which module of the model they begin."""
-    from pyprune.depth.finite import NotFiniteError, first_not_finite
-    from pyprune.depth.graph import ResidualGraph
+    from pyprune.depth.finite import NotFiniteError, located
 
     search = DEPTH_METHODS.find(config.method).search
     try:
         return search(model, adapter, tokens, config, progress)
     except NotFiniteError as error:
-        where = first_not_finite(ResidualGraph(model, adapter), tokens.batches)
-        if where is None:  # the model is not to blame: what the method made of it is
-            raise
-        raise NotFiniteError(f"{error}: NaN or infinity begins {where}") from error
+        raise located(error, model, adapter, tokens.batches) from error

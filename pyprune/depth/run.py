@@ -131,7 +131,7 @@ def prune_structure_checkpoint(
     trust_remote_code: bool = False,
     curve: bool = False,
 ) -> StructureReport:
-    """`prune_structure` from a checkpoint into a new directory, in the checkpoint's own dtype. The
+    """`prune_structure` from a checkpoint into a new directory, in the checkpoint's dtypes. The
     model is held in memory.
 
     Args:

@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.criteria import run_layer
+from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.graph import Context, ResidualGraph, State
 from pyprune.depth.hidden import real_tokens
 from pyprune.errors import UserError
@@ -129,6 +131,7 @@ def _train(
     rate, final, decay, clip = rates
     parameters = list(graph.adapter.blocks[layer].parameters())
     optimiser = torch.optim.AdamW(current, lr=rate, weight_decay=decay)
+    scale = LossScale(parameters)
     steps = epochs * len(batches)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps), final)
     gen = torch.Generator().manual_seed(seed)
@@ -142,9 +145,13 @@ def _train(
             with torch.enable_grad():
                 loss = _mse(run_layer(graph, layer, state, context), batches[i], target)
                 # Not added to the gradients that the model's owner may hold in `.grad`.
-                found = torch.autograd.grad(loss, parameters, allow_unused=True)
+                found = scale.gradients(loss, parameters)
+            if not all_finite(found):
+                raise NotFiniteError("the gradient of the replacement's error is NaN or infinite")
+            error = float(loss.detach())
+            del loss
             for value, p, grad in zip(current, parameters, found, strict=True):
-                value.grad = None if grad is None else grad.to(value.dtype)
+                value.grad = grad
                 p.requires_grad_(False)
             torch.nn.utils.clip_grad_norm_(current, clip)
             optimiser.step()
@@ -152,7 +159,7 @@ def _train(
             optimiser.zero_grad(set_to_none=True)
             done += 1
             if say is not None:
-                say(f"replacement: step {done}/{steps}, {float(loss.detach()):.3g}", done, steps)
+                say(f"replacement: step {done}/{steps}, {error:.3g}", done, steps)
 
 
 @torch.no_grad()

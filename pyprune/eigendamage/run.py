@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pyprune.calibration.configured import configured_tokens
 from pyprune.checkpoint import (
     Checkpoint,
+    Originals,
     check_output,
     copy_auxiliary,
     output_directory,
@@ -316,6 +317,7 @@ def prune_eigendamage_checkpoint(
         factored = config.own_options().factored
         pieces = _pieces(checkpoint) if factored else {}
         model: Any = checkpoint.load_model("cpu", dtype)
+        originals = Originals(checkpoint, model)
         changing = list(_changed(model, config))
     report = _prune(model, data, config, progress, measure)
     report = replace(report, model=source_name(source))
@@ -331,7 +333,7 @@ def prune_eigendamage_checkpoint(
         with measure.phase("write"):
             # Built again, empty, it says where in the shards its parameters are.
             empty = Adapter.of(checkpoint.build_model("meta", dtype)) if streamed else None
-            write_parameters(checkpoint, model, empty, _changed(model, config), folder)
+            write_parameters(checkpoint, originals, model, empty, _changed(model, config), folder)
         report = replace(report, run=replace(report.run, seconds=measure.total()))
         write_report(folder, report.to_dict(), report.card())
     return report

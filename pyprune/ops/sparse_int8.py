@@ -50,7 +50,8 @@ def row_blocks(w: Tensor) -> list[slice]:
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     """int8 numbers and scales with `w ~ scales[:, None] * q`, symmetric, each row by itself.
 
-        scales[r] = max_c |w[r, c]| / 127, rounded up to w's dtype
+        scales[r] = max_c |w[r, c]| / 127, rounded up to w's dtype (down, where 127 of them would
+                    be infinite in it)
         q[r, c]   = w[r, c] / scales[r], rounded to nearest, ties to even
 
     No element is off by more than half of its row's scale. The scales have the precision of the
@@ -86,6 +87,7 @@ def _quantize(w: Tensor, first: int) -> tuple[Tensor, Tensor]:
     # The next larger number of the dtype: positive floats are ordered like their bit patterns.
     bits = scales.view(_PATTERN[scales.element_size()])
     bits += scales.double() * LARGEST < largest.double()
+    bits -= (scales * LARGEST).isinf().to(bits.dtype)
     q = (wide / scales.to(wide.dtype)[:, None]).round_()
     return q.nan_to_num_(0.0).clamp_(-LARGEST, LARGEST).to(torch.int8), scales
 

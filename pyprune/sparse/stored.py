@@ -206,15 +206,29 @@ class StoredCheckpoint:
 
     def read(self, name: str) -> Tensor:
         """The dense tensor `name`, in a tensor of its own. Raises UserError, naming file and
-        tensor, if its metadata does not describe a weight of its shape."""
+        tensor, if its metadata does not describe a weight of its shape, or if it is `rounded` and
+        has a number that the dtype cannot hold."""
         parts = self.parts.get(name)
         if parts is None:
-            return read_tensor(self.stored[name]).to(self.entries[name].dtype)
+            return self._read_rounded(name)
         if self.kind != formats.METHOD:
             stem = legacy.stem_of(name, self.stored)
             return legacy.unpack_legacy(stem, parts, read_tensor)
         layer = name.removesuffix(formats.WEIGHT)
         return formats.unpack(self.layers[layer], self.read_parts(layer))
+
+    def _read_rounded(self, name: str) -> Tensor:
+        stored, dtype = read_tensor(self.stored[name]), self.entries[name].dtype
+        if stored.dtype == dtype:
+            return stored
+        rounded = stored.to(dtype)
+        if bool(stored.isfinite().all()) and not bool(rounded.isfinite().all()):
+            largest = float(stored.abs().max())
+            raise UserError(
+                f"{self.stored[name].file}: {name}: expected numbers within {dtype}, got up to "
+                f"{largest:g}"
+            )
+        return rounded
 
     def read_parts(self, layer: str) -> dict[str, Tensor]:
         """The tensors that a layer of pyprune's is stored in, checked. Raises as `read`."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pyprune.calibration.autograd import without_parameter_gradients
 from pyprune.calibration.coroutine import evaluation
+from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.calibration.tokens import Batch
-from pyprune.errors import UserError
+from pyprune.depth.finite import NotFiniteError
 from pyprune.models.experts import ExpertInput, Hidden, observed
 from pyprune.progress import Progress
 
@@ -145,9 +146,10 @@ def train(
     Returns:
         The logits without noise, detached, and the losses (without penalty) step by step.
 
-    Raises UserError: the loss is NaN or infinite.
+    Raises NotFiniteError: the loss or its gradient is NaN or infinite.
     """
     device = next(model.parameters()).device
+    scale = LossScale(model.parameters())
     net = HyperNet([gate.size for gate in gates], options.seed).to(device)
     optimizer = torch.optim.AdamW(net.parameters(), lr=options.rate, weight_decay=options.decay)
     noise = torch.Generator().manual_seed(options.seed)
@@ -164,9 +166,17 @@ def train(
             loss = next_token_loss(model, batches[step % len(batches)])
             losses.append(float(loss.detach()))
             if not math.isfinite(losses[-1]):
-                raise UserError(f"expected a finite loss, got {losses[-1]} in step {step + 1}")
-            optimizer.zero_grad()
-            (loss + options.strength * penalty(values)).backward()  # type: ignore[no-untyped-call]
+                words = f"expected a finite loss, got {losses[-1]} in step {step + 1}"
+                raise NotFiniteError(words)
+            loss = loss + options.strength * penalty(values)
+            found = scale.gradients(loss, list(net.parameters()))
+            del loss  # with all activations, before the next forward
+            if not all_finite(found):
+                raise NotFiniteError(
+                    f"expected finite gradients, got NaN or infinity in step {step + 1}"
+                )
+            for p, gradient in zip(net.parameters(), found, strict=True):
+                p.grad = gradient
             optimizer.step()
             if progress is not None:
                 words = f"step {step + 1}/{options.iterations}, loss {losses[-1]:.3f}"

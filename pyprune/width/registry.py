@@ -66,10 +66,16 @@ def run_width(
     state: str | Path | None = None,
 ) -> WidthDecision:
     """Runs the method that `config` names on a model in memory, which is narrower afterwards.
-    state: see `WidthMethod`; UserError for a method that is not in shots."""
+    state: see `WidthMethod`; UserError for a method that is not in shots. Where it finds NaN or
+    infinity, the error says after which module of the model they begin."""
+    from pyprune.depth.finite import NotFiniteError, located
+    from pyprune.models.adapter import Adapter
+
     method = WIDTH_METHODS.find(config.method)
-    if method.in_shots:
-        return method.prune(model, tokens, config, progress, state=state)
-    if state is not None:
+    if state is not None and not method.in_shots:
         raise UserError(f"state: {config.method} is not pruned in shots, expected none")
-    return method.prune(model, tokens, config, progress)
+    more = {"state": state} if method.in_shots else {}
+    try:
+        return method.prune(model, tokens, config, progress, **more)
+    except NotFiniteError as error:
+        raise located(error, model, Adapter.of(model), tokens.batches) from error

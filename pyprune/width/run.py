@@ -173,7 +173,7 @@ def prune_width_checkpoint(
     trust_remote_code: bool = False,
     curve: bool = False,
 ) -> WidthReport:
-    """`prune_width` from a checkpoint into a new directory, in the checkpoint's own dtype. The
+    """`prune_width` from a checkpoint into a new directory, in the checkpoint's dtypes. The
     model is held in memory.
 
     Args:

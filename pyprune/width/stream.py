@@ -28,6 +28,7 @@ from transformers import Conv1D
 from pyprune import ops
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.addons import norm_after, untie, writers
+from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.graph import Branch, ResidualGraph, State
 from pyprune.errors import UserError
 from pyprune.models.stock import (
@@ -386,7 +387,7 @@ class StreamGram:
         if self.normalised:
             x = x / x.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(x.dtype).tiny)
         if not bool(x.isfinite().all()):
-            raise UserError("the model's hidden states have NaN or infinite values on this text")
+            raise NotFiniteError("the model's hidden states have NaN or infinite values")
         self.gram += ops.gram(x).double().cpu()
 
     def basis(self, count: int) -> Tensor:

@@ -156,6 +156,25 @@ def test_never_worse_than_uniform():
     assert torch.equal(learned.masks["w"], select_mask(m.weight, Unstructured(0.5), scope="row"))
 
 
+def test_learns_in_fp16_too():
+    """The loss is relative, so gradients of large outputs are below the smallest of fp16."""
+    wide = matrix(6, 40)
+    wide.weight[0] *= 0.01
+    learned = []
+    for dtype in (torch.float16, torch.float32):
+        w = wide.weight.half().to(dtype)
+        m = Ranked.of("w", w, wide.weight.abs(), torch.zeros(6, dtype=torch.int64))
+        gen = torch.Generator().manual_seed(2)
+        x = 1000 * torch.randn(4096, 40, generator=gen).to(dtype)
+
+        def run(k, weights, m=m, x=x):
+            return x @ (m.weight if weights is None else weights["w"]).T
+
+        learned.append(learn_block("block", [m], run, [4096], 120, BesaOptions(steps=40)))
+    half, single = learned
+    assert single.ratio < 0.9 and half.ratio == pytest.approx(single.ratio, rel=0.02)
+
+
 def test_the_penalty_holds_the_mean_while_it_learns():
     m = matrix(6, 30)
     means = []

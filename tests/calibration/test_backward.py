@@ -219,8 +219,39 @@ def test_bfloat16_close_to_single():
         assert error < 0.1, name
 
 
-def test_dead_layer_is_reported():
-    model = model64()
+@pytest.mark.parametrize("factor", [1e-8, 1.0, 1e4])
+def test_fp16_close_to_single(factor, monkeypatch):
+    """Whether gradients are near the smallest numbers of fp16 or beyond the largest."""
+    summed = head._summed
+    monkeypatch.setattr(head, "_summed", lambda *given: factor * summed(*given))
+    model = tiny_model("llama").half()
+    batches = [Batch(tiny_tokens(4, 16)), Batch(tiny_tokens(2, 8, seed=1))]
+    got, report = collect(model, batches)
+    want, _ = collect(model.float(), batches)
+    assert not report.dead
+    for name, sums in want.items():
+        error = (got[name].absolute - sums.absolute).norm() / sums.absolute.norm()
+        assert error < 0.02, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_fp16_scale_leaves_each_visit_alone(checkpointing):
+    """The run that finds it is not seen by visitors, progress or the report."""
+    model, seen = tiny_model("mixtral").half(), []
+    batches = [Batch(tiny_tokens(1, 16)), Batch(tiny_tokens(2, 8))]
+    options = {"checkpointing": checkpointing, "progress": lambda done, _: seen.append(done)}
+    got, report = collect(model, batches, **options)
+    want, other = collect(model.float(), batches, checkpointing=checkpointing)
+    assert seen == [1, 2] and report.tokens == other.tokens == 32
+    assert {n: s.tokens for n, s in got.items() if ".experts." not in n} == {
+        n: s.tokens for n, s in want.items() if ".experts." not in n
+    }
+    assert hook_count(model) == 0 and all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dead_layer_is_reported(dtype):
+    model = model64().to(dtype)
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
     _, report = collect(model, [Batch(tiny_tokens())])
@@ -266,6 +297,17 @@ def test_nan_gradient_names_the_layer():
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(LayerError, match=r"model\.layers\.1\.\S+: expected finite gradients"):
+        collect(model, [Batch(tiny_tokens())])
+
+
+def test_in_fp16_a_dead_layer_beside_tiny_gradients_is_refused(monkeypatch):
+    """It may be one whose gradient fp16 does not hold."""
+    summed = head._summed
+    monkeypatch.setattr(head, "_summed", lambda *given: 1e-8 * summed(*given))
+    model = tiny_model("llama").half()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    with pytest.raises(LayerError, match=r"layers\.1\.mlp\.\w+: expected a gradient.*2 of 14"):
         collect(model, [Batch(tiny_tokens())])
 
 

@@ -32,6 +32,18 @@ def test_nan_and_infinite_inputs_name_the_layer(mode, bad):
     assert "model.layers.1.mlp.gate_proj" not in seen and "model.layers.0.mlp.gate_proj" in seen
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_an_overflow_in_fp16_says_what_to_do(dtype):
+    model = tiny_model("llama").to(dtype)
+    model.model.layers[0].mlp.down_proj.bias.data[3] = 6e4
+    model.model.embed_tokens.weight.data[:, 3] = 6e4
+    if dtype == torch.bfloat16:
+        run_walk(model, batches())
+        return
+    with pytest.raises(LayerError, match=r"layers.1.self_attn.q_proj: .*overflow\? try --dtype"):
+        run_walk(model, batches())
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("mode", ["single", "naive", "two-pass"])
 @pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2"])

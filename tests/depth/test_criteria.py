@@ -70,6 +70,26 @@ def test_taylor_is_weight_times_gradient_and_leaves_no_trace():
     assert torch.allclose(magnitude(graph), torch.tensor(expected).double(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("factor", [1e-4, 1.0, 64.0])
+def test_taylor_in_fp16_is_that_in_fp32(factor):
+    """With small gradients, which unscaled ones of a mean would be zero, and with large ones,
+    which do not bear the first scale."""
+    model, ids = tiny_model("llama", num_hidden_layers=3).half(), tiny_tokens(4, 32)
+    with torch.no_grad():
+        model.lm_head.weight *= factor
+    got = taylor(ResidualGraph.of(model), [Batch(ids)])
+    expected = taylor(ResidualGraph.of(model.float()), [Batch(ids)])
+    torch.testing.assert_close(got, expected, rtol=1e-2, atol=0)
+
+
+def test_taylor_in_bf16_sums_in_more_bits():
+    """The 300th of equal gradients would be lost in a bf16 sum of 256."""
+    graph = ResidualGraph.of(tiny_model("llama").bfloat16())
+    batch = Batch(tiny_tokens(1, 4))
+    got, once = taylor(graph, [batch] * 300), taylor(graph, [batch])
+    torch.testing.assert_close(got, 300 * once, rtol=1e-4, atol=0)
+
+
 def test_signed_taylor_identity():
     """sum(w * dL/dw) of a linear map equals sum over tokens of g . (y - b): the gradients that
     `taylor` sums belong to the loss that the model has."""

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from depth_searches import config, model_of, search
+from depth_searches import config, model_of, search, tokens
 from tiny_models import tiny_tokens
 
 from pyprune.calibration.tokens import Batch
@@ -13,6 +13,8 @@ from pyprune.depth.finite import first_not_finite
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.registry import DEPTH_METHODS
 from pyprune.errors import UserError
+from pyprune.width.config import WidthConfig
+from pyprune.width.registry import run_width
 
 # With 3 layers: all that look at the text.
 RUNS = {
@@ -44,6 +46,20 @@ def test_the_first_module_is_named(run):
     after = r"begins after model\.layers\.1\.self_attn, in batch 1 of 2"
     with pytest.raises(UserError, match=after):
         search(model, config(method, count=1, **RUNS[run]))
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "slicegpt", "disp-llm", "multipruner"])
+def test_an_overflow_in_fp16_says_what_to_do(method):
+    """Of widths too, which say where it begins as well."""
+    model = model_of("llama", 3).half()
+    model.model.layers[1].mlp.down_proj.bias.data[3] = 6e4
+    model.model.embed_tokens.weight.data[:, 3] = 6e4
+    after = r"begins after model\.layers\.1\.mlp, in batch 1 of 2 \(a 16-bit overflow\? try --dtype"
+    with pytest.raises(UserError, match=after):
+        if method == "shortgpt":
+            search(model, config(method, count=1))
+        else:
+            run_width(model, tokens(), WidthConfig(method, ratio=0.1))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "phi", "opt"])

@@ -125,6 +125,31 @@ def test_small_steps_count_in_16_bits():
     assert min(moved) > 0.2 and all(v.dtype == torch.bfloat16 for v in after.values())
 
 
+def small_states(dtype):
+    """A model whose stream is so small that gradients of a mean over 131,072 numbers are far below
+    the smallest in fp16."""
+    model = tiny_model("llama", num_hidden_layers=4, attention_bias=False, mlp_bias=False)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith(("embed_tokens.weight", "o_proj.weight", "down_proj.weight")):
+                p *= 0.01
+    return model.half().to(dtype)
+
+
+def test_replacement_is_trained_in_fp16_too():
+    batches = [Batch(tiny_tokens(64, 64, seed)) for seed in range(2)]
+    results = []
+    for dtype in (torch.float16, torch.float32):
+        graph = ResidualGraph.of(small_states(dtype))
+        results.append(
+            replace_window(graph, batches, 1, 3, epochs=10, learning_rate=2e-4, start="first")
+        )
+    half, single = results
+    assert single.after < 0.9 * single.before
+    assert half.before == pytest.approx(single.before, rel=1e-2)
+    assert half.after == pytest.approx(single.after, rel=2e-2)
+
+
 def test_untrained_replacement_is_the_layer_itself():
     model = tiny_model("llama", num_hidden_layers=4)
     before = weights(model, 0)

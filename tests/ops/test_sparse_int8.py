@@ -283,6 +283,17 @@ def test_no_weight_is_off_by_more_than_half_its_scale(dtype):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_the_largest_numbers_stay_finite(dtype):
+    most = torch.finfo(dtype).max
+    w = torch.tensor([[most, 1.0], [-most, most / 2], [most * 0.99, 0.0]], dtype=dtype)
+    q, scales = ops.quantize_rows(w)
+    assert q[:, 0].tolist() == [127, -127, 127]
+    back = ops.dequantize_rows(q, scales)
+    assert back.isfinite().all()
+    assert ((w.double() - back.double()).abs() <= scales.double()[:, None] / 2).all()
+
+
 def test_rows_are_quantized_some_at_a_time(monkeypatch):
     w = torch.randn(23, 16, generator=torch.Generator().manual_seed(5)).bfloat16()
     whole = ops.quantize_rows(w)

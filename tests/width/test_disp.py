@@ -149,6 +149,28 @@ def test_training_finds_useless_channels_and_touches_nothing_else():
     assert silent == {"lm_head.weight"}
 
 
+def test_gates_are_trained_in_fp16_too():
+    """The loss hardly depends on the gates: each token's gradient is below the smallest of fp16."""
+    logits = []
+    for dtype in (torch.float16, torch.float32):
+        model = tiny_model("llama", num_hidden_layers=1, intermediate_size=16).half()
+        with torch.no_grad():
+            model.lm_head.weight *= 1e-3
+        (group,) = Widths.of(model).of_kind("mlp")
+        (logit,), _ = train(
+            model.to(dtype),
+            [Batch(tiny_tokens(16, 64))],
+            [disp._writer_gate(group)],
+            lambda values: values[0].new_zeros(()),
+            Training(iterations=20, rate=3e-2, decay=0.0, strength=1.0, seed=0),
+        )
+        logits.append(logit)
+    half, single = logits
+    (start,) = HyperNet([16], 0)()
+    moved = (single - start.detach()).abs().max()
+    assert moved > 0.1 and (half - single).abs().max() < 0.1 * moved
+
+
 def test_penalty():
     assert float(disp._log_ratio(torch.tensor(0.3), 0.3)) == 0
     one, two = (float(disp._log_ratio(torch.tensor(x), 0.4)) for x in (0.2, 0.8))
