@@ -8,6 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/int8_sums.h"
 #include "cpu/sparse_gemm.h"
 #include "cpu/sparse_int8.h"
 #include "cpu/widen_int8.h"
@@ -66,10 +67,7 @@ struct Floats {
   template <int M, int R>
   static void rows(const Piece& p, const float* x, float* sums) {
     Vec acc[R][M];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[r][m] = Vec::load(sums + (r * M + m) * Vec::kLanes);
+    load_sums(sums, acc);
     const auto step = [&](int64_t i, const int8_t* q, int64_t stride)
                           __attribute__((always_inline)) {
                             const float* xi = x + i * M * kMaskColumns;
@@ -101,10 +99,7 @@ struct Floats {
         std::memcpy(last[r], q + r * p.cols, static_cast<size_t>(p.cols % kMaskColumns));
       step(whole, last[0], kMaskColumns);
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[r][m].store(sums + (r * M + m) * Vec::kLanes);
+    store_sums(acc, sums);
   }
 };
 
@@ -146,11 +141,8 @@ struct Pairs : PairsLayout {
   template <int M, int R>
   static void rows(const Piece& p, const bf16* x, float* sums) {
     const Widen64 widen;
-    __m512 acc[R][M];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
+    Vec acc[R][M];
+    load_sums(sums, acc);
     const auto step = [&](int64_t i, __mmask64 valid) __attribute__((always_inline)) {
       const int8_t* q = p.q + i * kMaskColumns;
       __m512bh w[R][2];
@@ -159,25 +151,12 @@ struct Pairs : PairsLayout {
         widen(_mm512_maskz_loadu_epi8(valid, q + r * p.cols), w[r]);
         _mm_prefetch(reinterpret_cast<const char*>(q + r * p.cols) + p.ahead, _MM_HINT_T1);
       }
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const bf16* xm = x + (i * M + m) * kMaskColumns;
-        __m512i x0 = _mm512_load_si512(xm), x1 = _mm512_load_si512(xm + 32);
-        hold(x0, x1);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], words_of(x0));
-          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][1], words_of(x1));
-        }
-      }
+      add_pairs(w, x + i * M * kMaskColumns, acc);
     };
     const int64_t whole = std::min(p.i1, p.cols / kMaskColumns);
     for (int64_t i = p.i0; i < whole; ++i) step(i, ~uint64_t{0});
     if (whole < p.i1) step(whole, (uint64_t{1} << (p.cols % kMaskColumns)) - 1);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) _mm512_store_ps(sums + (r * M + m) * 16, acc[r][m]);
+    store_sums(acc, sums);
   }
 };
 

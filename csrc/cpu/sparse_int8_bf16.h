@@ -8,6 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/int8_sums.h"
 #include "cpu/sparse_bf16.h"
 #include "cpu/widen_int8.h"
 
@@ -63,14 +64,11 @@ struct PickInt8 : PickInt8Layout<P> {
     const Widen64 widen;
     // Eight bytes of the first word, eight of the second, and so on, as Widen64 takes them apart.
     const __m512i both = _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0);
-    __m512 acc[R][M];
+    Vec acc[R][M];
+    load_sums(sums, acc);
     const int8_t* v[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      v[r] = cursors[r].v;
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
-    }
+    for (int r = 0; r < R; ++r) v[r] = cursors[r].v;
     // kTail: the words that the matrix ends in, `left` of their columns.
     const auto step = [&](int64_t i, auto tail, int64_t left) __attribute__((always_inline)) {
       constexpr bool kTail = decltype(tail)::value;
@@ -97,7 +95,8 @@ struct PickInt8 : PickInt8Layout<P> {
             const __m512i x0 = _mm512_load_si512(xp), x1 = _mm512_load_si512(xp + 32);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r)
-              acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][h], words_of(pick(x0, x1, picks[r][h])));
+              acc[r][m].v =
+                  _mm512_dpbf16_ps(acc[r][m].v, w[r][h], words_of(pick(x0, x1, picks[r][h])));
           }
     };
     int64_t i = i0;
@@ -105,11 +104,8 @@ struct PickInt8 : PickInt8Layout<P> {
       step(i, std::false_type(), 0);
     if (i < i1) step(i, std::true_type(), cols - i * kMaskColumns);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      cursors[r].v = v[r];
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) _mm512_store_ps(sums + (r * M + m) * 16, acc[r][m]);
-    }
+    for (int r = 0; r < R; ++r) cursors[r].v = v[r];
+    store_sums(acc, sums);
   }
 };
 
@@ -124,14 +120,11 @@ struct SpreadInt8 : SpreadInt8Layout {
   static void rows(int64_t, const int8_t*, ByteCursor* cursors, int64_t i0, int64_t i1,
                    const bf16* x, int64_t ahead, float* sums) {
     const Widen64 widen;
-    __m512 acc[R][M];
+    Vec acc[R][M];
+    load_sums(sums, acc);
     const int8_t* v[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      v[r] = cursors[r].v;
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[r][m] = _mm512_load_ps(sums + (r * M + m) * 16);
-    }
+    for (int r = 0; r < R; ++r) v[r] = cursors[r].v;
     for (int64_t i = i0; i < i1; ++i) {
       __m512bh w[R][2];
 #pragma GCC unroll 4
@@ -142,24 +135,11 @@ struct SpreadInt8 : SpreadInt8Layout {
         v[r] += popcount(word);
         _mm_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, _MM_HINT_T1);
       }
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) {
-        const bf16* xm = x + (i * M + m) * kMaskColumns;
-        __m512i x0 = _mm512_load_si512(xm), x1 = _mm512_load_si512(xm + 32);
-        hold(x0, x1);
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][0], words_of(x0));
-          acc[r][m] = _mm512_dpbf16_ps(acc[r][m], w[r][1], words_of(x1));
-        }
-      }
+      add_pairs(w, x + i * M * kMaskColumns, acc);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      cursors[r].v = v[r];
-#pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) _mm512_store_ps(sums + (r * M + m) * 16, acc[r][m]);
-    }
+    for (int r = 0; r < R; ++r) cursors[r].v = v[r];
+    store_sums(acc, sums);
   }
 };
 

@@ -10,21 +10,7 @@ namespace PYPRUNE_ISA {
 
 constexpr int64_t kWidenRun = 8;
 
-// Keeps what several rows of W meet in a register: as an operand of the products it would be loaded
-// once a row, and a core may have one load of 64 bytes a cycle.
-inline void hold(Vec& x) {
 #if defined(__AVX512F__)
-  asm volatile("" : "+v"(x.v));
-#elif defined(__AVX2__)
-  asm volatile("" : "+x"(x.v));
-#else
-  (void)x;
-#endif
-}
-
-#if defined(__AVX512F__)
-
-inline void hold(__m512i& a, __m512i& b) { asm volatile("" : "+v"(a), "+v"(b)); }
 
 // The two bytes of every magnitude as a bf16 number.
 struct MagnitudeBytes {
