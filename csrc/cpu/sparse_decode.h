@@ -205,16 +205,6 @@ template <class T>
 using CompressedRows = ColumnLists<T>;
 #endif
 
-// m rows of x in chunks, one pass over a block of W each, as even as can be.
-struct Chunks {
-  int64_t count, base, longer;  // the first `longer` have base + 1 rows
-  Chunks(int64_t m, int64_t most) : count((m + most - 1) / most) {
-    base = m / count, longer = m % count;
-  }
-  int64_t begin(int64_t c) const { return c * base + std::min(c, longer); }
-  int64_t rows(int64_t c) const { return base + (c < longer); }
-};
-
 // Rows [r0, r0 + count) of the output. x is `packed`, a chunk every `stride` floats.
 template <class Kernel, class X>
 void decode_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_t count,

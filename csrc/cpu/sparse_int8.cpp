@@ -307,10 +307,12 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
   }
 #endif
   if (m > kInt8FewRows) return many_rows<X>(a, w, broken);
-  for (int64_t m0 = 0; m0 < m; m0 += kInt8ChunkRows) {
+  const Chunks chunks(m, kInt8ChunkRows);
+  for (int64_t c = 0; c < chunks.count; ++c) {
+    const int64_t m0 = chunks.begin(c);
     SparseInt8Args part = a;
     part.linear.x.data = a.linear.x.ptr<X>() + m0 * a.linear.x.stride[0];
-    part.linear.x.shape[0] = std::min<int64_t>(kInt8ChunkRows, m - m0);
+    part.linear.x.shape[0] = chunks.rows(c);
     part.linear.y.data = a.linear.y.ptr<X>() + m0 * w.rows;
     run_chunk<X>(part, w, broken);
   }

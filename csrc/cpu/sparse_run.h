@@ -173,6 +173,16 @@ void store_outputs(const float* sums, int64_t count, int64_t tokens, const float
 #endif
 }
 
+// m rows of x in chunks, one pass over a block of W each, as even as can be.
+struct Chunks {
+  int64_t count, base, longer;  // the first `longer` have base + 1 rows
+  Chunks(int64_t m, int64_t most) : count((m + most - 1) / most) {
+    base = m / count, longer = m % count;
+  }
+  int64_t begin(int64_t c) const { return c * base + std::min(c, longer); }
+  int64_t rows(int64_t c) const { return base + (c < longer); }
+};
+
 // Words of columns whose x, `lanes` floats a column, fits the first-level cache beside W.
 inline int64_t piece_words(int lanes) {
   constexpr int64_t kPieceBytes = 24 * 1024;
