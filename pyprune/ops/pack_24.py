@@ -64,16 +64,20 @@ def pack_24_reference(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, T
     return values, (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).to(torch.uint8), overfull
 
 
-def _pack_24_fake(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    _check_pack_24(w, mask)
+def _room_24(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     rows, cols = w.shape
     meta = w.new_empty(rows, cols // 8, dtype=torch.uint8)
     return w.new_empty(rows, cols // 2), meta, w.new_empty(1, dtype=torch.int64)
 
 
+def _pack_24_fake(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    _check_pack_24(w, mask)
+    return _room_24(w)
+
+
 def _pack_24_native(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    values, meta, overfull = _pack_24_fake(w, mask)
-    overfull[0] = _native.call("pack_24", values, meta, unit_columns(w), native_mask(mask))
+    values, meta, overfull = _room_24(w)
+    overfull.fill_(_native.call("pack_24", values, meta, unit_columns(w), native_mask(mask)))
     return values, meta, overfull
 
 
@@ -142,11 +146,11 @@ def validate_24(values: Tensor, meta: Tensor) -> None:
     _check_unpack_24(values, meta)
     for rows in row_blocks(meta):
         block = meta[rows]
-        low, high = block & 0b0011_0011, (block >> 2) & 0b0011_0011
-        ascending = ((low & 15) < (high & 15)) & ((low >> 4) < (high >> 4))
-        broken = (~ascending).nonzero()
-        if len(broken):
-            row, byte = broken[0].tolist()
+        low = block & 0x33
+        # Of each nibble 3 + the second index - the first: 4 or more where they ascend.
+        ascend = ((block ^ low) >> 2).add_(0x33).sub_(low).bitwise_and_(0x44)
+        if block.numel() and int(ascend.amin()) != 0x44:
+            row, byte = (ascend != 0x44).nonzero()[0].tolist()
             raise ValueError(
                 f"meta: expected two ascending indices in every nibble, got {int(block[row, byte])}"
                 f" in row {rows.start + row}, byte {byte}"

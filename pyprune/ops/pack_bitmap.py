@@ -57,9 +57,10 @@ def _pack_bitmap_native(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor,
     rows, cols = w.shape
     w = unit_columns(w)
     bitmap = w.new_empty(rows, (cols + 7) // 8, dtype=torch.uint8)
-    counts = w.new_empty(rows, dtype=torch.int64)
+    row_offsets = w.new_zeros(rows + 1, dtype=torch.int64)
+    counts = row_offsets[1:]
     _native.call("pack_bitmap_rows", bitmap, counts, w, native_mask(mask))
-    row_offsets = _row_offsets(counts)
+    counts.cumsum_(0)
     values = w.new_empty(int(row_offsets[-1]))
     _native.call("move_bitmap_values", w, values, bitmap, row_offsets, True)
     return values, bitmap, row_offsets
@@ -137,14 +138,24 @@ def _popcount(bytes_: Tensor) -> Tensor:
     return (nibbles + (nibbles >> 4)) & 0x0F
 
 
+def _check_ends(values: Tensor, row_offsets: Tensor) -> None:
+    step = max(1, len(row_offsets) - 1)
+    first, *last = row_offsets[::step].tolist()
+    ends = [first, last[0] if last else first]
+    if ends != [0, values.numel()]:
+        raise ValueError(f"row_offsets: expected to run from 0 to {values.numel()}, got {ends}")
+
+
+def _has_unused_bits(bitmap: Tensor, cols: int) -> bool:
+    return cols % 8 > 0 and bool((bitmap[:, -1] >> (cols % 8)).any())
+
+
 def validate_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> None:
     """Raises ValueError unless these are what `pack_bitmap` may return for `cols` columns: shapes
     and dtypes agree, offsets rise from 0 to the number of values, each row has as many bits as
     values, and no bit lies past the last column."""
     _check_unpack_bitmap(values, bitmap, row_offsets, cols)
-    ends = row_offsets[[0, -1]].tolist()
-    if ends != [0, values.numel()]:
-        raise ValueError(f"row_offsets: expected to run from 0 to {values.numel()}, got {ends}")
+    _check_ends(values, row_offsets)
     counts = row_offsets.diff()
     if (counts < 0).any():
         row = int((counts < 0).nonzero()[0])
@@ -157,7 +168,7 @@ def validate_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: i
             f"bitmap: expected as many bits as values in each row, got {int(bits[row])} bits and "
             f"{int(counts[row])} values in row {row}"
         )
-    if cols % 8 and (bitmap[:, -1] >> (cols % 8)).any():
+    if _has_unused_bits(bitmap, cols):
         raise ValueError(f"bitmap: expected no bits past column {cols - 1}")
 
 
@@ -206,6 +217,32 @@ _registry.register(
 )
 
 
+_Packed = tuple[Tensor, Tensor, Tensor, int]
+
+
+def _native_unpacks(packed: _Packed) -> bool:
+    return (
+        packed[0].device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and _registry.select("unpack_bitmap", packed) == "native"
+    )
+
+
+def _unpack_checked_by_kernel(packed: _Packed) -> Tensor:
+    """Of what the native kernel takes, which compares each row's bits with its offsets: doing so
+    beforehand takes several times as long as unpacking a small matrix."""
+    values, bitmap, row_offsets, cols = packed
+    _check_ends(values, row_offsets)
+    if _has_unused_bits(bitmap, cols):  # the kernel passes over them
+        validate_bitmap(*packed)
+    try:
+        w: Tensor = torch.ops.pyprune.unpack_bitmap(*packed)
+    except ValueError:
+        validate_bitmap(*packed)  # says what is wrong with the row
+        raise
+    return w
+
+
 def unpack_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> Tensor:
     """The dense matrix `[R, cols]` of a bitmap packed one; +0 where nothing is stored.
 
@@ -218,8 +255,12 @@ def unpack_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int
     Raises:
         ValueError: `validate_bitmap` refuses them.
     """
-    validate_bitmap(values, bitmap, row_offsets, cols)
+    packed = (values, bitmap, row_offsets, cols)
+    _check_unpack_bitmap(*packed)
+    if values.numel() and _native_unpacks(packed):
+        return _unpack_checked_by_kernel(packed)
+    validate_bitmap(*packed)
     if values.numel() == 0:
         return values.new_zeros(bitmap.shape[0], cols)
-    w: Tensor = torch.ops.pyprune.unpack_bitmap(values, bitmap, row_offsets, cols)
+    w: Tensor = torch.ops.pyprune.unpack_bitmap(*packed)
     return w

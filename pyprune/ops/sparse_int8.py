@@ -164,16 +164,20 @@ def unpack_int8(values: Tensor, scales: Tensor) -> Tensor:
 
 def unpack_24_int8(values: Tensor, meta: Tensor, scales: Tensor) -> Tensor:
     """The dense matrix `[R, C]` in the dtype of the scales. Raises as `validate_24_int8`."""
-    validate_24_int8(values, meta, scales)
-    return dequantize_rows(unpack_24(values.bfloat16(), meta), scales)
+    _check_values(values, scales, values.shape[0] if values.dim() else 0)
+    q = unpack_24(values.bfloat16(), meta)
+    _check_numbers(values, scales)
+    return dequantize_rows(q, scales)
 
 
 def unpack_bitmap_int8(
     values: Tensor, bitmap: Tensor, row_offsets: Tensor, scales: Tensor, cols: int
 ) -> Tensor:
     """The dense matrix `[R, C]` in the dtype of the scales. Raises as `validate_bitmap_int8`."""
-    validate_bitmap_int8(values, bitmap, row_offsets, scales, cols)
-    return dequantize_rows(unpack_bitmap(values.bfloat16(), bitmap, row_offsets, cols), scales)
+    _check_values(values, scales, bitmap.shape[0] if bitmap.dim() else 0)
+    q = unpack_bitmap(values.bfloat16(), bitmap, row_offsets, cols)
+    _check_numbers(values, scales)
+    return dequantize_rows(q, scales)
 
 
 def _check_linear_24_int8(

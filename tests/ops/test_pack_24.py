@@ -200,6 +200,18 @@ def test_broken_metadata_is_refused():
     ops.validate_24(values, meta)
 
 
+def test_every_byte_of_metadata_is_judged():
+    for byte in range(256):
+        first, second, third, fourth = (byte >> shift & 3 for shift in (0, 2, 4, 6))
+        meta = torch.full((2, 3), 0x44, dtype=torch.uint8)
+        meta[1, 2] = byte
+        if first < second and third < fourth:
+            ops.validate_24(torch.zeros(2, 12), meta)
+        else:
+            with pytest.raises(ValueError, match=rf"nibble, got {byte} in row 1, byte 2"):
+                ops.validate_24(torch.zeros(2, 12), meta)
+
+
 @pytest.mark.parametrize(
     ("values", "meta", "message"),
     [

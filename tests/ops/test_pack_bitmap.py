@@ -147,9 +147,23 @@ def set_item(t, index, value):
         (lambda v, b, o: (v.int(), b, o), "values: expected bf16"),
     ],
 )
-def test_broken_metadata_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        ops.unpack_bitmap(*broken(change), 12)
+def test_broken_metadata_is_refused(backend, device, use_backend, change, message):
+    """In the same words, whether the kernel compares bits with offsets or is spared it."""
+    use_backend(backend, OP, device)
+    packed = [t.to(device) for t in broken(change)]
+    for check in (ops.unpack_bitmap, ops.validate_bitmap):
+        with pytest.raises(ValueError, match=message):
+            check(*packed, 12)
+
+
+def test_offsets_of_no_rows_begin_and_end_with_zero(backend, device, use_backend):
+    use_backend(backend, OP, device)
+    bitmap = torch.zeros(0, 2, dtype=torch.uint8, device=device)
+    for values in (torch.zeros(0, device=device), torch.zeros(5, device=device)):
+        offsets = torch.tensor([5], device=device)
+        with pytest.raises(ValueError, match=rf"from 0 to {len(values)}, got \[5, 5\]"):
+            ops.unpack_bitmap(values, bitmap, offsets, 12)
+    assert ops.unpack_bitmap(values[:0], bitmap, offsets - 5, 12).shape == (0, 12)
 
 
 def test_the_kernel_does_not_trust_its_caller():
