@@ -268,13 +268,22 @@ void run_rows(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>*
   }
 }
 
+// Rows of x that one sweep over W serves; bounds its packed copy.
+constexpr int64_t kSweepRows = 512;
+
 // T: bf16, f16, fp32. Any number of rows of x.
 template <class T, class X>
 void run_decode(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
-  if (w.format == WeightFormat::dense)
-    run_rows<ColumnVectors<T, true>, X>(a, w, broken);
-  else
-    run_rows<CompressedRows<T>, X>(a, w, broken);
+  for (int64_t m0 = 0; m0 < a.x.shape[0]; m0 += kSweepRows) {
+    SparseLinearArgs part = a;
+    part.x.data = a.x.ptr<X>() + m0 * a.x.stride[0];
+    part.x.shape[0] = std::min(kSweepRows, a.x.shape[0] - m0);
+    part.y.data = a.y.ptr<X>() + m0 * w.rows;
+    if (w.format == WeightFormat::dense)
+      run_rows<ColumnVectors<T, true>, X>(part, w, broken);
+    else
+      run_rows<CompressedRows<T>, X>(part, w, broken);
+  }
 }
 
 }  // namespace PYPRUNE_ISA
