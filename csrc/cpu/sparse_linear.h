@@ -34,9 +34,10 @@ PYPRUNE_CPU_KERNEL(sparse_linear, SparseLinearArgs)
 
 // x rows up to which W is streamed once and multiplied as it is decoded; above, W is decoded into
 // tiles of floats and multiplied as a matrix, whose rows of x come by 24 (AVX2) or 16 (AVX-512).
-// From memory, 8192 x 4096, two Zen 4 cores, a bitmap at 16, 24 and 32 rows: 0.85, 1.0 and 1.05 of
-// the tiles' time with AVX2, 0.73 (12 rows), 0.82 and 1.1 with AVX-512. Portable code gains nothing
-// from tiles at any number of rows: 0.4-0.75 of their time up to 512 rows (in the cache).
+// From memory, 8192 x 4096, two Zen 4 cores, a bitmap takes 0.65, 0.92, 0.98 and 1.05 of the tiles'
+// time at 12, 16, 24 and 32 rows with AVX2; 0.73, 0.82 and 1.1 at 12, 24 and 32 with AVX-512.
+// Portable code gains nothing from tiles at any number of rows: 0.4-0.75 of their time up to 512
+// rows (in the cache).
 constexpr int64_t kMaxDecodeRows = 24;
 
 // fp32 x rows up to which bf16 weights meet x as three bf16 parts, where the processor multiplies
