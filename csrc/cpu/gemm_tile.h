@@ -12,7 +12,7 @@
 //        +-----------------+
 //
 // AVX-512: 8 x 48 = 24 accumulators, and 11 loads for 24 multiply-adds, so the two multipliers and
-// not the two load ports set the pace. AVX2: 4 x 24 in 12 of 16 registers.
+// not the two load ports set the pace. AVX2: 4 x 24 in 12 of 16 registers, NEON: in 24 of 32.
 // Both operands use one packed form (kStrip divides kPanel), so a Gram matrix packs its input once.
 //
 // Every element is one fixed chain of fused multiply-adds over k, in order: which thread computes
@@ -31,7 +31,7 @@ namespace PYPRUNE_ISA {
 
 constexpr int kPanelVecs = 3;
 constexpr int kPanel = kPanelVecs * Vec::kLanes;
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(PYPRUNE_NEON)
 constexpr int kStrip = Vec::kLanes / 2;
 #else
 constexpr int kStrip = 2;  // a baseline x86-64 has 16 registers of 4 lanes: 12 hold the tile
