@@ -29,8 +29,7 @@ inline Vec widen(const int8_t* p) {
   const __m128i q = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q))};
 #elif defined(PYPRUNE_NEON)
-  const int16x8_t q = vmovl_s8(vld1_s8(p));
-  return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(q))), vcvtq_f32_s32(vmovl_high_s16(q))};
+  return expand8(p, 0xff);  // widening step by step has one of the vector pipes to itself
 #else
   Vec w;
   for (int i = 0; i < Vec::kLanes; ++i) w.v[i] = static_cast<float>(p[i]);

@@ -10,7 +10,7 @@
 #include <immintrin.h>
 #elif defined(__AARCH64EL__)
 #include <arm_neon.h>
-#define PYPRUNE_NEON 1  // in the baseline of aarch64: the portable set has it there
+#define PYPRUNE_NEON 1  // in the baseline of aarch64, so the portable set has it there
 #endif
 // Sets whose compressed rows are spread over their columns by byte shuffles (sparse_spread.h).
 #if (defined(__AVX2__) && !defined(__AVX512F__)) || defined(PYPRUNE_NEON)
@@ -173,7 +173,8 @@ struct Vec {
 
 #else
 
-// Plain loops over eight floats, for everything else: the compiler maps them to whatever the baseline offers.
+// Plain loops over eight floats, for everything else: the compiler maps them to whatever the
+// baseline offers.
 struct Vec {
   static constexpr int kLanes = 8;
   float v[8];
@@ -240,13 +241,15 @@ struct Vec {
 
 #endif
 
-// Keeps what is multiplied several times in a register: as an operand of each product it would be as
-// many loads, of which a core has two a cycle, or one of 64 bytes.
+// Keeps what is multiplied several times in a register: as an operand of each product it would be
+// as many loads, of which a core has two a cycle, or one of 64 bytes.
 inline void hold(Vec& x) {
 #if defined(__AVX512F__)
   asm volatile("" : "+v"(x.v));
 #elif defined(__AVX2__)
   asm volatile("" : "+x"(x.v));
+#elif defined(PYPRUNE_NEON)
+  asm volatile("" ::"w"(x.a), "w"(x.b));
 #else
   (void)x;
 #endif

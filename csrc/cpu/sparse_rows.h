@@ -264,10 +264,12 @@ const T* expand_columns(const T* v, const T* end, const uint64_t* words, int64_t
   const auto* masks = reinterpret_cast<const uint8_t*>(words);
   for (int64_t i = 0; i < n; ++i) {
     const bool inside = end - v >= kMaskColumns + 8;  // a word's values, and what is read past them
-    for (int k = 0; k < 8; ++k, out += 8) {
-      const uint8_t keep = masks[8 * i + k];
-      (inside ? expand8(v, keep) : spread_columns(v, end - v, keep)).store(out);
-      v += count_kept(keep);
+    const KeptWord kept(masks + 8 * i);
+#pragma GCC unroll 8
+    for (int step = 0; step < 8; ++step, out += 8) {
+      const uint8_t keep = kept.keep(step);
+      const T* at = kept.take(v, step);
+      (inside ? expand8(at, keep) : spread_columns(at, end - at, keep)).store(out);
     }
   }
   return v;

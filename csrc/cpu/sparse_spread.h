@@ -99,6 +99,9 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
 #pragma GCC unroll 1
   for (int64_t i = i0; i < i1; ++i, x += 64 * M) {
     if (!kAhead) fetch->step();
+    KeptWord kept[R];
+#pragma GCC unroll 4
+    for (int r = 0; !kDense && r < R; ++r) kept[r] = KeptWord(masks[r] + 8 * i);
 #pragma GCC unroll 8
     for (int first = 0; first < 8; first += kSteps) {
       Vec w[kSteps][R];
@@ -107,12 +110,14 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
           const int step = first + s;
-          const uint8_t keep = kDense ? uint8_t{0xff} : masks[r][8 * i + step];
-          if constexpr (kDense)
+          if constexpr (kDense) {
             w[s][r] = dense_columns<kEnds>(v[r], step, rows.cols - 64 * i - 8 * step);
-          else
-            w[s][r] = kEnds ? spread_columns(v[r], rows.end - v[r], keep) : expand8(v[r], keep);
-          v[r] += kDense ? 8 : count_kept(keep);
+            v[r] += 8;
+          } else {
+            const uint8_t keep = kept[r].keep(step);
+            const T* at = kept[r].take(v[r], step);
+            w[s][r] = kEnds ? spread_columns(at, rows.end - at, keep) : expand8(at, keep);
+          }
           if (kAhead && step % kFetch == kFetch - 1)
             __builtin_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, 0, 2);
         }
@@ -124,8 +129,7 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
           Vec xm = Vec::load(x + (column / kRun * M + m) * kRun + column % kRun);
           if (R > 1) hold(xm);
 #pragma GCC unroll 4
-          for (int r = 0; r < R; ++r)
-            acc[r][m][chain] = Vec::fma(w[s][r], xm, acc[r][m][chain]);
+          for (int r = 0; r < R; ++r) acc[r][m][chain] = Vec::fma(w[s][r], xm, acc[r][m][chain]);
         }
     }
   }

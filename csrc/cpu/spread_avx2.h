@@ -48,7 +48,20 @@ inline Vec odd_columns(const bf16* p) {
   return {_mm256_castsi256_ps(_mm256_and_si256(both, high))};
 }
 
-inline int count_kept(uint8_t keep) { return __builtin_popcount(keep); }
+// A word of 64 columns, of which byte `step` says which of eight are kept.
+struct KeptWord {
+  const uint8_t* bytes;
+  KeptWord() = default;
+  explicit KeptWord(const uint8_t* at) : bytes(at) {}
+  uint8_t keep(int step) const { return bytes[step]; }
+  // Where the values of a step begin: at `v`, which moves on, step by step in order.
+  template <class T>
+  const T* take(const T*& v, int step) const {
+    const T* at = v;
+    v += __builtin_popcount(bytes[step]);
+    return at;
+  }
+};
 
 }  // namespace PYPRUNE_ISA
 }  // namespace pyprune

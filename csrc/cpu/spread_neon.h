@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 
 #include "cpu/simd.h"
 #include "cpu/spread_table.h"
@@ -9,45 +10,55 @@
 namespace pyprune {
 namespace PYPRUNE_ISA {
 
-// Two vectors of four elements of 32 bits, each byte of them looked up in `next`.
+// An address in a register of its own: the compiler would rather add its parts in every load, which
+// takes more instructions where two loads follow from it, and makes no pair of those.
+template <class T>
+inline const T* fixed(const T* p) {
+  asm("" : "+r"(p));
+  return p;
+}
+
+// Eight elements of 32 bits, their bytes looked up in `next`.
 template <int kValue>
-inline uint32x4_t spread4(uint8x16_t next, uint8_t keep, int half) {
-  return vreinterpretq_u32_u8(
-      vqtbl1q_u8(next, vld1q_u8(kSpread<kValue, 4>.pick[keep] + 16 * half)));
+inline uint32x4x2_t spread8(uint8x16_t next, uint8_t keep) {
+  const uint8_t* pick = fixed(kSpread<kValue, 4>.pick[keep]);
+  const uint8x16_t first = vld1q_u8(pick), second = vld1q_u8(pick + 16);
+  return {{vreinterpretq_u32_u8(vqtbl1q_u8(next, first)),
+           vreinterpretq_u32_u8(vqtbl1q_u8(next, second))}};
 }
 
 // Eight consecutive columns as floats, those of `keep` stored from p on; reads eight values,
 // whatever `keep` is.
 inline Vec expand8(const bf16* p, uint8_t keep) {
   const uint8x16_t next = vreinterpretq_u8_u16(vld1q_u16(&p->bits));
-  return {vreinterpretq_f32_u32(spread4<2>(next, keep, 0)),
-          vreinterpretq_f32_u32(spread4<2>(next, keep, 1))};
+  const uint32x4x2_t spread = spread8<2>(next, keep);
+  return {vreinterpretq_f32_u32(spread.val[0]), vreinterpretq_f32_u32(spread.val[1])};
 }
 inline Vec expand8(const f16* p, uint8_t keep) {
   const uint8x16_t next = vreinterpretq_u8_u16(vld1q_u16(&p->bits));
-  const float16x8_t h =
-      vreinterpretq_f16_u8(vqtbl1q_u8(next, vld1q_u8(kSpread<2, 2>.pick[keep])));
+  const float16x8_t h = vreinterpretq_f16_u8(vqtbl1q_u8(next, vld1q_u8(kSpread<2, 2>.pick[keep])));
   return {vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)};
 }
 inline Vec expand8(const float* p, uint8_t keep) {
   const uint8x16x2_t next = {{vreinterpretq_u8_f32(vld1q_f32(p)),  //
                               vreinterpretq_u8_f32(vld1q_f32(p + 4))}};
-  const uint8_t* pick = kSpread<4, 4>.pick[keep];
-  return {vreinterpretq_f32_u8(vqtbl2q_u8(next, vld1q_u8(pick))),
-          vreinterpretq_f32_u8(vqtbl2q_u8(next, vld1q_u8(pick + 16)))};
+  const uint8_t* pick = fixed(kSpread<4, 4>.pick[keep]);
+  const uint8x16_t first = vld1q_u8(pick), second = vld1q_u8(pick + 16);
+  return {vreinterpretq_f32_u8(vqtbl2q_u8(next, first)),
+          vreinterpretq_f32_u8(vqtbl2q_u8(next, second))};
 }
 // A byte in the highest of four is a number of 24 binary places.
 inline Vec expand8(const int8_t* p, uint8_t keep) {
   const uint8x16_t next = vcombine_u8(vreinterpret_u8_s8(vld1_s8(p)), vdup_n_u8(0));
-  return {vcvtq_n_f32_s32(vreinterpretq_s32_u32(spread4<1>(next, keep, 0)), 24),
-          vcvtq_n_f32_s32(vreinterpretq_s32_u32(spread4<1>(next, keep, 1)), 24)};
+  const uint32x4x2_t spread = spread8<1>(next, keep);
+  return {vcvtq_n_f32_s32(vreinterpretq_s32_u32(spread.val[0]), 24),
+          vcvtq_n_f32_s32(vreinterpretq_s32_u32(spread.val[1]), 24)};
 }
 
 // The even and the odd ones of sixteen consecutive columns.
 inline Vec even_columns(const bf16* p) {
   const auto even = [](const bf16* at) {
-    return vreinterpretq_f32_u32(
-        vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(&at->bits)), 16));
+    return vreinterpretq_f32_u32(vshlq_n_u32(vreinterpretq_u32_u16(vld1q_u16(&at->bits)), 16));
   };
   return {even(p), even(p + 8)};
 }
@@ -59,15 +70,26 @@ inline Vec odd_columns(const bf16* p) {
   return {odd(p), odd(p + 8)};
 }
 
-// Bits set in a byte. Counting them takes the way through a vector register here.
-struct BitCounts {
-  uint8_t of[256];
-  constexpr BitCounts() : of() {
-    for (int byte = 1; byte < 256; ++byte) of[byte] = static_cast<uint8_t>((byte & 1) + of[byte / 2]);
+// A word of 64 columns, of which byte `step` says which of eight are kept. Bits are counted in
+// vector registers here, so for all eight bytes at once: byte k of `ends` is the number of values
+// up to its end.
+struct KeptWord {
+  uint64_t bits, ends;
+  KeptWord() = default;
+  explicit KeptWord(const uint8_t* at) {
+    std::memcpy(&bits, at, 8);
+    const uint8x8_t counts = vcnt_u8(vld1_u8(fixed(at)));
+    ends = vget_lane_u64(vreinterpret_u64_u8(counts), 0) * 0x0101010101010101u;
+  }
+  uint8_t keep(int step) const { return static_cast<uint8_t>(bits >> (8 * step)); }
+  // Where the values of a step begin. `v` is where the word's do, and moves on with the last step.
+  template <class T>
+  const T* take(const T*& v, int step) const {
+    const T* at = step ? fixed(v + (ends >> (8 * step - 8) & 255)) : v;
+    if (step == 7) v += ends >> 56;
+    return at;
   }
 };
-constexpr BitCounts kBitCounts;
-inline int count_kept(uint8_t keep) { return kBitCounts.of[keep]; }
 
 }  // namespace PYPRUNE_ISA
 }  // namespace pyprune

@@ -23,8 +23,8 @@ struct PickTable {
 };
 constexpr PickTable kPicks;
 
-// The same as bytes of values of kValue bytes each, which end up in the highest bytes of elements of
-// kElement: a bf16 number in one of four is widened where it lands.
+// The same as bytes of values of kValue bytes each, which end up in the highest bytes of elements
+// of kElement: a bf16 number in one of four is widened where it lands.
 template <int kValue, int kElement>
 struct SpreadTable {
   uint8_t pick[256][8 * kElement];
