@@ -192,6 +192,8 @@ def _instruction_set(isa: str) -> str:
     if isa != "portable":
         return isa
     machine = platform.machine()
+    if machine in ("aarch64", "arm64"):
+        return f"portable, with NEON, which is in the baseline of {machine}"
     if machine != "x86_64":
         return f"portable, the only one for {machine}"
     return "portable: of AVX2, FMA, F16C, BMI, BMI2 and POPCNT the processor lacks one or more"

@@ -147,7 +147,8 @@ def test_doctor(capsys):
     ("isa", "machine", "says"),
     [
         ("avx2", "x86_64", "avx2"),
-        ("portable", "aarch64", "portable, the only one for aarch64"),
+        ("portable", "aarch64", "portable, with NEON"),
+        ("portable", "riscv64", "portable, the only one for riscv64"),
         ("portable", "x86_64", "portable: of AVX2, FMA, F16C, BMI, BMI2 and POPCNT"),
     ],
 )

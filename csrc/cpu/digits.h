@@ -46,6 +46,11 @@ inline void digits_at(const ScoreRow<T>& row, int64_t c, int16_t* out) {
     const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + v), both);
   }
+#elif defined(PYPRUNE_NEON)
+  for (int v = 0; v < kBlock; v += Vec::kLanes) {
+    const KeyVec keys = keys_at<kTerms>(row, c + v);
+    vst1q_s16(out + v, vshrn_high_n_s32(vshrn_n_s32(keys.a, 16), keys.b, 16));
+  }
 #else
   for (int v = 0; v < kBlock; v += Vec::kLanes) {
     const KeyVec keys = keys_at<kTerms>(row, c + v);

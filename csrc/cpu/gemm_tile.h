@@ -12,7 +12,7 @@
 //        +-----------------+
 //
 // AVX-512: 8 x 48 = 24 accumulators, and 11 loads for 24 multiply-adds, so the two multipliers and
-// not the two load ports set the pace. AVX2: 4 x 24 in 12 of 16 registers.
+// not the two load ports set the pace. AVX2: 4 x 24 in 12 of 16 registers, NEON: in 24 of 32.
 // Both operands use one packed form (kStrip divides kPanel), so a Gram matrix packs its input once.
 //
 // Every element is one fixed chain of fused multiply-adds over k, in order: which thread computes
@@ -31,7 +31,7 @@ namespace PYPRUNE_ISA {
 
 constexpr int kPanelVecs = 3;
 constexpr int kPanel = kPanelVecs * Vec::kLanes;
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(PYPRUNE_NEON)
 constexpr int kStrip = Vec::kLanes / 2;
 #else
 constexpr int kStrip = 2;  // a baseline x86-64 has 16 registers of 4 lanes: 12 hold the tile
@@ -124,10 +124,13 @@ inline void pack_panel_transposed(const float* a, int64_t stride, int64_t column
 template <int kVecs>
 inline void strip_product(const float* __restrict a, const float* __restrict b, const float* next,
                           int64_t depth, Vec (&sum)[kStrip][kVecs]) {
+  // Not in `sum` itself: callers may address it, and GCC then stores vectors of two registers
+  // (NEON) at every step.
+  Vec acc[kStrip][kVecs];
 #pragma GCC unroll 8
   for (int i = 0; i < kStrip; ++i)
 #pragma GCC unroll 3
-    for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec::zero();
+    for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec::zero();
   for (int64_t k = 0; k < depth; ++k, a += kPanel, b += kPanel, next += kStrip) {
     __builtin_prefetch(next, 0, 2);
     __builtin_prefetch(a + kAhead * kPanel);
@@ -140,9 +143,13 @@ inline void strip_product(const float* __restrict a, const float* __restrict b, 
     for (int i = 0; i < kStrip; ++i) {
       const Vec av = Vec::set1(a[i]);
 #pragma GCC unroll 3
-      for (int v = 0; v < kVecs; ++v) sum[i][v] = Vec::fma(av, bv[v], sum[i][v]);
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec::fma(av, bv[v], acc[i][v]);
     }
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < kStrip; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v) sum[i][v] = acc[i][v];
 }
 
 // Rows [row, row + kStrip) of a block and the kVecs vectors of columns that start at `column`; what

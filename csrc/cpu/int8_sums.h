@@ -24,18 +24,6 @@ template <int R, int M>
     for (int m = 0; m < M; ++m) acc[r][m].store(sums + (r * M + m) * Vec::kLanes);
 }
 
-// Keeps what several rows of W meet in a register: as an operand of the products it would be loaded
-// once a row, and a core may have one load of 64 bytes a cycle.
-inline void hold(Vec& x) {
-#if defined(__AVX512F__)
-  asm volatile("" : "+v"(x.v));
-#elif defined(__AVX2__)
-  asm volatile("" : "+x"(x.v));
-#else
-  (void)x;
-#endif
-}
-
 #if defined(__AVX512F__)
 
 inline void hold(__m512i& a, __m512i& b) { asm volatile("" : "+v"(a), "+v"(b)); }

@@ -28,6 +28,8 @@ inline Vec widen(const int8_t* p) {
 #elif defined(__AVX2__)
   const __m128i q = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(q))};
+#elif defined(PYPRUNE_NEON)
+  return expand8(p, 0xff);  // widening step by step has one of the vector pipes to itself
 #else
   Vec w;
   for (int i = 0; i < Vec::kLanes; ++i) w.v[i] = static_cast<float>(p[i]);

@@ -16,11 +16,11 @@
 namespace pyprune {
 namespace PYPRUNE_ISA {
 
-// Register block of kMaxVecs x kCols accumulators: 24 of 32 registers with AVX-512, 12 of 16 with
-// AVX2; one vector of rows where Vec is emulated.
+// Register block of kMaxVecs x kCols accumulators: 24 of 32 registers with AVX-512 and with NEON,
+// 12 of 16 with AVX2; one vector of rows where Vec is emulated.
 #if defined(__AVX512F__)
 constexpr int kCols = 8, kMaxVecs = 3;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(PYPRUNE_NEON)
 constexpr int kCols = 4, kMaxVecs = 3;
 #else
 constexpr int kCols = 4, kMaxVecs = 1;

@@ -118,6 +118,24 @@ inline KeyVec forbid(KeyVec keys, const uint8_t* preserve) {
 inline void store(int32_t* out, KeyVec keys) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), keys);
 }
+#elif defined(PYPRUNE_NEON)
+struct KeyVec {
+  int32x4_t a, b;
+};
+inline KeyVec key_vector(Vec score) {
+  const auto keys = [](float32x4_t v) {
+    const uint32x4_t bits = vbicq_u32(vreinterpretq_u32_f32(v), vdupq_n_u32(0x80000000u));
+    return vreinterpretq_s32_u32(vminq_u32(bits, vdupq_n_u32(kNanBits)));
+  };
+  return {keys(score.a), keys(score.b)};
+}
+inline KeyVec forbid(KeyVec keys, const uint8_t* preserve) {
+  const uint8x8_t p = vld1_u8(preserve);
+  const int16x8_t gone = vmovl_s8(vreinterpret_s8_u8(vceqz_u8(p)));  // -1, which forbids
+  return {vorrq_s32(keys.a, vmovl_s16(vget_low_s16(gone))),
+          vorrq_s32(keys.b, vmovl_high_s16(gone))};
+}
+inline void store(int32_t* out, KeyVec keys) { vst1q_s32(out, keys.a), vst1q_s32(out + 4, keys.b); }
 #else
 struct KeyVec {
   int32_t v[Vec::kLanes];

@@ -8,6 +8,13 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__AARCH64EL__)
+#include <arm_neon.h>
+#define PYPRUNE_NEON 1  // in the baseline of aarch64, so the portable set has it there
+#endif
+// Sets whose compressed rows are spread over their columns by byte shuffles (sparse_spread.h).
+#if (defined(__AVX2__) && !defined(__AVX512F__)) || defined(PYPRUNE_NEON)
+#define PYPRUNE_SHUFFLES 1
 #endif
 
 #include "tensor_view.h"
@@ -34,6 +41,10 @@ inline float to_float(bf16 x) {
 inline float to_float(f16 h) {
 #if defined(__F16C__)
   return _cvtsh_ss(h.bits);
+#elif defined(PYPRUNE_NEON)
+  __fp16 half;
+  std::memcpy(&half, &h.bits, 2);
+  return half;
 #else
   uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000) << 16;
   uint32_t exp = (h.bits >> 10) & 0x1f, man = h.bits & 0x3ff, u;
@@ -121,9 +132,49 @@ struct Vec {
   }
 };
 
+#elif defined(PYPRUNE_NEON)
+
+// Two registers: kernels are laid out for eight lanes and sixteen such vectors, as with AVX2.
+struct Vec {
+  static constexpr int kLanes = 8;
+  float32x4_t a, b;
+  static Vec zero() { return set1(0.0f); }
+  static Vec set1(float x) { return {vdupq_n_f32(x), vdupq_n_f32(x)}; }
+  static Vec load(const float* p) { return {vld1q_f32(p), vld1q_f32(p + 4)}; }
+  static Vec load(const bf16* p) {
+    const uint16x8_t h = vld1q_u16(&p->bits);
+    return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(h), 16)),
+            vreinterpretq_f32_u32(vshll_high_n_u16(h, 16))};
+  }
+  static Vec load(const f16* p) {
+    const float16x8_t h = vreinterpretq_f16_u16(vld1q_u16(&p->bits));
+    return {vcvt_f32_f16(vget_low_f16(h)), vcvt_high_f32_f16(h)};
+  }
+  void store(float* p) const { vst1q_f32(p, a), vst1q_f32(p + 4, b); }
+  friend Vec operator+(Vec x, Vec y) { return {vaddq_f32(x.a, y.a), vaddq_f32(x.b, y.b)}; }
+  friend Vec operator-(Vec x, Vec y) { return {vsubq_f32(x.a, y.a), vsubq_f32(x.b, y.b)}; }
+  friend Vec operator*(Vec x, Vec y) { return {vmulq_f32(x.a, y.a), vmulq_f32(x.b, y.b)}; }
+  static Vec fma(Vec x, Vec y, Vec z) {
+    return {vfmaq_f32(z.a, x.a, y.a), vfmaq_f32(z.b, x.b, y.b)};
+  }
+  static Vec fnma(Vec x, Vec y, Vec z) {
+    return {vfmsq_f32(z.a, x.a, y.a), vfmsq_f32(z.b, x.b, y.b)};
+  }
+  static Vec abs(Vec x) { return {vabsq_f32(x.a), vabsq_f32(x.b)}; }
+  friend Vec operator/(Vec x, Vec y) { return {vdivq_f32(x.a, y.a), vdivq_f32(x.b, y.b)}; }
+  // As on x86 a NaN becomes `low`.
+  static Vec clamp(Vec x, Vec low, Vec high) {
+    return {vminnmq_f32(vmaxnmq_f32(x.a, low.a), high.a),
+            vminnmq_f32(vmaxnmq_f32(x.b, low.b), high.b)};
+  }
+  static Vec round(Vec x) { return {vrndnq_f32(x.a), vrndnq_f32(x.b)}; }
+  float sum() const { return vaddvq_f32(vaddq_f32(a, b)); }
+};
+
 #else
 
-// Plain loops over eight floats: the compiler maps them to whatever the baseline offers.
+// Plain loops over eight floats, for everything else: the compiler maps them to whatever the
+// baseline offers.
 struct Vec {
   static constexpr int kLanes = 8;
   float v[8];
@@ -189,6 +240,20 @@ struct Vec {
 };
 
 #endif
+
+// Keeps what is multiplied several times in a register: as an operand of each product it would be
+// as many loads, of which a core has two a cycle, or one of 64 bytes.
+inline void hold(Vec& x) {
+#if defined(__AVX512F__)
+  asm volatile("" : "+v"(x.v));
+#elif defined(__AVX2__)
+  asm volatile("" : "+x"(x.v));
+#elif defined(PYPRUNE_NEON)
+  asm volatile("" ::"w"(x.a), "w"(x.b));
+#else
+  (void)x;
+#endif
+}
 
 // Calls f(const T*) with the tensor's element type; only floating storage types are listed.
 template <class F>

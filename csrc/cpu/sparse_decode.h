@@ -9,7 +9,7 @@
 
 #include "cpu/sparse_rows.h"
 #include "cpu/sparse_run.h"
-#if !defined(__AVX2__)
+#if !defined(__AVX512F__) && !defined(PYPRUNE_SHUFFLES)
 #include "cpu/sparse_lists.h"
 #endif
 
@@ -19,7 +19,7 @@ namespace PYPRUNE_ISA {
 // Columns of x whose even ones precede their odd ones, as rows of T are decoded; 0: all in order.
 template <class T, bool kDense>
 constexpr int64_t decode_run() {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(PYPRUNE_SHUFFLES)
   return kDense && kDenseEvenOdd<T> ? 16 : 0;
 #else
   return kEvenOdd<T> ? 32 : 0;
@@ -113,7 +113,7 @@ inline void decode_rows(const Weights& w, Cursor<T>* cursors, int64_t i0, int64_
 // registers for.
 constexpr int side_by_side(int m) { return m <= 4 ? 4 : 2; }
 
-#elif defined(__AVX2__)
+#elif defined(PYPRUNE_SHUFFLES)
 
 template <class T, bool kDense, int M, int R>
 inline void decode_rows(const Weights& w, Cursor<T>* cursors, int64_t i0, int64_t i1,
@@ -159,7 +159,7 @@ template <class T, bool kRowsDense>
 struct ColumnVectors {
   using Value = T;
   static constexpr bool kDense = kRowsDense;
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(PYPRUNE_SHUFFLES)
   static constexpr int kChunk = 6;  // two rows of W then have all registers for their sums
 #else
   static constexpr int kChunk = 8;
@@ -197,7 +197,7 @@ struct ColumnVectors {
   }
 };
 
-#if defined(__AVX2__)
+#if defined(__AVX512F__) || defined(PYPRUNE_SHUFFLES)
 template <class T>
 using CompressedRows = ColumnVectors<T, false>;
 #else

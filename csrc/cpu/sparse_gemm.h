@@ -22,10 +22,10 @@ namespace pyprune {
 namespace PYPRUNE_ISA {
 
 // Accumulators that leave room in the register file for a broadcast and the token vectors:
-// 24 of 32, 12 of 16; a portable Vec takes two registers.
+// 24 of 32, 12 of 16; a Vec of NEON takes two registers, as does a portable one.
 #if defined(__AVX512F__)
 constexpr int kSums = 24;
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) || defined(PYPRUNE_NEON)
 constexpr int kSums = 12;
 #else
 constexpr int kSums = 6;

@@ -100,7 +100,7 @@ inline int64_t columns64_place(int64_t c) { return 16 * (c & 3) + (c >> 2); }
 // The sums of R x M products and the columns of R rows have to fit the registers.
 constexpr int spread_side(int m) { return m <= 2 ? 4 : 2; }
 
-#elif defined(__AVX2__)
+#elif defined(PYPRUNE_SHUFFLES)
 
 inline int64_t columns64_place(int64_t c) { return c; }
 

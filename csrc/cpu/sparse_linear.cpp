@@ -9,7 +9,7 @@
 #include "cpu/sparse_decode.h"
 #include "cpu/sparse_gather.h"
 #include "cpu/sparse_table.h"
-#if defined(__AVX2__)
+#if defined(__AVX512F__) || defined(PYPRUNE_SHUFFLES)
 #include "cpu/sparse_gemm.h"
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
@@ -59,7 +59,7 @@ void run(const SparseLinearArgs& a) {
   done = a.format == WeightFormat::sparse24 && a.x.shape[0] <= kMostGatherRows<T>;
   if (done) run_gather_avx2<T, X>(a, w);
 #endif
-#if defined(__AVX2__)
+#if defined(__AVX512F__) || defined(PYPRUNE_SHUFFLES)
   if (!done && a.x.shape[0] > kMaxDecodeRows)
     run_multiply<AsFloats<T>, X>(a, w, &broken), done = true;
 #endif

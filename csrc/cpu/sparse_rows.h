@@ -9,8 +9,8 @@
 #include "cpu/fetch_ahead.h"
 #include "cpu/simd.h"
 #include "cpu/sparse_linear.h"
-#if defined(__AVX2__) && !defined(__AVX512F__)
-#include "cpu/sparse_avx2.h"
+#if defined(PYPRUNE_SHUFFLES)
+#include "cpu/sparse_spread.h"
 #endif
 
 namespace pyprune {
@@ -115,6 +115,16 @@ inline void kept_columns(const uint8_t* meta, int64_t n, uint8_t* bits) {
                         _mm256_or_si256(lo, _mm256_slli_epi16(hi, 4)));
   }
 #endif
+#elif defined(PYPRUNE_NEON)
+  uint8_t table[16];
+  for (int k = 0; k < 16; ++k) table[k] = kKept.bits[k] & 15;
+  const uint8x16_t lut = vld1q_u8(table);
+  for (; i + 16 <= n; i += 16) {
+    const uint8x16_t m = vld1q_u8(meta + i);
+    const uint8x16_t lo = vqtbl1q_u8(lut, vandq_u8(m, vdupq_n_u8(15)));
+    const uint8x16_t hi = vqtbl1q_u8(lut, vshrq_n_u8(m, 4));
+    vst1q_u8(bits + i, vsliq_n_u8(lo, hi, 4));
+  }
 #endif
   for (; i < n; ++i) bits[i] = kKept.bits[meta[i]];
 }
@@ -147,6 +157,11 @@ inline int64_t count_bits(const uint8_t* p, int64_t n) {
   alignas(32) int64_t four[4];
   _mm256_store_si256(reinterpret_cast<__m256i*>(four), sums);
   count = four[0] + four[1] + four[2] + four[3];
+#elif defined(PYPRUNE_NEON)
+  uint64x2_t sums = vdupq_n_u64(0);
+  for (; i + 16 <= n; i += 16)
+    sums = vpadalq_u32(sums, vpaddlq_u16(vpaddlq_u8(vcntq_u8(vld1q_u8(p + i)))));
+  count = static_cast<int64_t>(vaddvq_u64(sums));
 #endif
   for (; i + 8 <= n; i += 8) {
     uint64_t word;
@@ -239,7 +254,7 @@ const T* expand_columns(const T* v, const T*, const uint64_t* words, int64_t n, 
   return v;
 }
 
-#elif defined(__AVX2__)
+#elif defined(PYPRUNE_SHUFFLES)
 
 template <class T>
 constexpr bool kEvenOdd = false;
@@ -249,10 +264,12 @@ const T* expand_columns(const T* v, const T* end, const uint64_t* words, int64_t
   const auto* masks = reinterpret_cast<const uint8_t*>(words);
   for (int64_t i = 0; i < n; ++i) {
     const bool inside = end - v >= kMaskColumns + 8;  // a word's values, and what is read past them
-    for (int k = 0; k < 8; ++k, out += 8) {
-      const uint8_t keep = masks[8 * i + k];
-      _mm256_storeu_ps(out, inside ? expand8(v, keep) : spread_columns(v, end - v, keep));
-      v += popcount(keep);
+    const KeptWord kept(masks + 8 * i);
+#pragma GCC unroll 8
+    for (int step = 0; step < 8; ++step, out += 8) {
+      const uint8_t keep = kept.keep(step);
+      const T* at = kept.take(v, step);
+      (inside ? expand8(at, keep) : spread_columns(at, end - at, keep)).store(out);
     }
   }
   return v;
@@ -290,8 +307,8 @@ void widen_columns(const T* v, int64_t n, float* out) {
     _mm512_storeu_ps(out + c, w.a);
     _mm512_storeu_ps(out + c + 16, w.b);
   }
-#elif defined(__AVX2__)
-  for (; c < padded; c += 8) _mm256_storeu_ps(out + c, load_columns(v + c, n - c));
+#elif defined(PYPRUNE_SHUFFLES)
+  for (; c < padded; c += 8) load_columns(v + c, n - c).store(out + c);
 #else
   for (; c < n; ++c) out[c] = to_float(v[c]);
   for (; c < padded; ++c) out[c] = 0.0f;

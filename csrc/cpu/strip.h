@@ -78,6 +78,40 @@ inline void transpose_tile(const float* src, int64_t ld_src, float* dst, int64_t
   }
 }
 
+#elif defined(PYPRUNE_NEON)
+
+inline Vec where(const int32_t* mask, Vec x) {
+  const auto kept = [](const int32_t* m, float32x4_t v) {
+    return vreinterpretq_f32_s32(vandq_s32(vld1q_s32(m), vreinterpretq_s32_f32(v)));
+  };
+  return {kept(mask, x.a), kept(mask + 4, x.b)};
+}
+inline Vec where_not(const int32_t* mask, Vec x) {
+  const auto kept = [](const int32_t* m, float32x4_t v) {
+    return vreinterpretq_f32_s32(vbicq_s32(vreinterpretq_s32_f32(v), vld1q_s32(m)));
+  };
+  return {kept(mask, x.a), kept(mask + 4, x.b)};
+}
+
+// Four squares of four.
+inline void transpose_tile(const float* src, int64_t ld_src, float* dst, int64_t ld_dst) {
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 8; j += 4) {
+      const float* from = src + i * ld_src + j;
+      float* to = dst + j * ld_dst + i;
+      const auto wide = [](float32x4_t v) { return vreinterpretq_f64_f32(v); };
+      const auto narrow = [](float64x2_t v) { return vreinterpretq_f32_f64(v); };
+      const float32x4_t r0 = vld1q_f32(from), r1 = vld1q_f32(from + ld_src);
+      const float32x4_t r2 = vld1q_f32(from + 2 * ld_src), r3 = vld1q_f32(from + 3 * ld_src);
+      const float64x2_t a = wide(vtrn1q_f32(r0, r1)), b = wide(vtrn2q_f32(r0, r1));
+      const float64x2_t c = wide(vtrn1q_f32(r2, r3)), d = wide(vtrn2q_f32(r2, r3));
+      vst1q_f32(to, narrow(vtrn1q_f64(a, c)));
+      vst1q_f32(to + ld_dst, narrow(vtrn1q_f64(b, d)));
+      vst1q_f32(to + 2 * ld_dst, narrow(vtrn2q_f64(a, c)));
+      vst1q_f32(to + 3 * ld_dst, narrow(vtrn2q_f64(b, d)));
+    }
+}
+
 #else
 
 inline Vec where(const int32_t* mask, Vec x) {

@@ -1,0 +1,67 @@
+// sparse_spread.h with AVX2.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/simd.h"
+#include "cpu/spread_table.h"
+
+namespace pyprune {
+namespace PYPRUNE_ISA {
+
+inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline __m128i picks_of(uint8_t keep) {
+  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPicks.pick[keep]));
+}
+
+// Eight consecutive columns as floats, those of `keep` stored from p on; reads eight values,
+// whatever `keep` is.
+inline Vec expand8(const bf16* p, uint8_t keep) {
+  // Both halves of the register see all eight values.
+  const __m256i next = _mm256_broadcastsi128_si256(load16(p));
+  const auto* pick = reinterpret_cast<const __m256i*>(kSpread<2, 4>.pick[keep]);
+  return {_mm256_castsi256_ps(_mm256_shuffle_epi8(next, _mm256_load_si256(pick)))};
+}
+inline Vec expand8(const f16* p, uint8_t keep) {
+  const auto* pick = reinterpret_cast<const __m128i*>(kSpread<2, 2>.pick[keep]);
+  return {_mm256_cvtph_ps(_mm_shuffle_epi8(load16(p), _mm_load_si128(pick)))};
+}
+inline Vec expand8(const float* p, uint8_t keep) {
+  const __m256i pick = _mm256_cvtepi8_epi32(picks_of(keep));  // the lowest three bits; the sign
+  const __m256 next = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), pick);
+  return {_mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(pick, 31)), next)};
+}
+inline Vec expand8(const int8_t* p, uint8_t keep) {
+  const __m128i next = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  const __m128i bytes = _mm_shuffle_epi8(next, picks_of(keep));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+}
+
+// The even and the odd ones of sixteen consecutive columns.
+inline Vec even_columns(const bf16* p) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(both, 16))};
+}
+inline Vec odd_columns(const bf16* p) {
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i high = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  return {_mm256_castsi256_ps(_mm256_and_si256(both, high))};
+}
+
+// A word of 64 columns, of which byte `step` says which of eight are kept.
+struct KeptWord {
+  const uint8_t* bytes;
+  KeptWord() = default;
+  explicit KeptWord(const uint8_t* at) : bytes(at) {}
+  uint8_t keep(int step) const { return bytes[step]; }
+  // Where the values of a step begin: at `v`, which moves on, step by step in order.
+  template <class T>
+  const T* take(const T*& v, int step) const {
+    const T* at = v;
+    v += __builtin_popcount(bytes[step]);
+    return at;
+  }
+};
+
+}  // namespace PYPRUNE_ISA
+}  // namespace pyprune

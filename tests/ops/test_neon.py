@@ -1,0 +1,122 @@
+"""The products of compressed weights, and row top-k, with NEON: compiled for aarch64 and emulated.
+
+Skipped without a cross compiler and an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ops.compressed import pack_24, pack_bitmap, random_24_mask
+
+from pyprune import ops
+
+ROOT = Path(__file__).resolve().parents[2]
+COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+pytestmark = pytest.mark.skipif(
+    not (COMPILER and EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64"
+)
+PRODUCT, MASK_TOPK = 0, 1
+DENSE, SPARSE24, BITMAP = 0, 1, 2
+DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4}  # of tensor_view.h
+# Columns that end within a byte of mask, a step of eight, a word of 64, and after several words.
+SHAPES = [(1, 1), (3, 7), (2, 63), (5, 65), (4, 72), (17, 200), (33, 1096)]
+TOKENS = [1, 2, 3, 4, 5, 6, 8, 13, 24, 25, 40]
+
+
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory):
+    built = tmp_path_factory.mktemp("neon") / "calls"
+    sources = ["sparse_linear", "sparse_int8", "linear_int8", "mask_topk", "mask_global"]
+    subprocess.run(
+        [COMPILER, "-std=c++17", "-O1", "-static", "-fopenmp", "-ffp-contract=fast", "-Wall",
+         "-Wextra", "-Werror", "-DPYPRUNE_ISA=portable", f"-I{ROOT / 'csrc'}",
+         ROOT / "tests/ops/neon_calls.cpp", *(ROOT / f"csrc/cpu/{s}.cpp" for s in sources),
+         "-o", built],
+        check=True,
+    )  # fmt: skip
+    return built
+
+
+def raw(t: torch.Tensor) -> bytes:
+    return t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b""
+
+
+def run(calls: Path, requests: list[bytes]) -> bytes:
+    command = [EMULATOR, calls]
+    done = subprocess.run(command, input=b"".join(requests), capture_output=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr.decode())
+    return done.stdout
+
+
+def header(*numbers: int) -> bytes:
+    return np.array(numbers, dtype=np.int64).tobytes()
+
+
+def product(fmt, shape, tokens, dtype, x_dtype, gen) -> tuple[bytes, torch.Tensor]:
+    """A call, and what it should give (fp64)."""
+    rows, cols = shape
+    w = torch.randn(rows, cols, generator=gen).to(dtype)
+    scales = torch.rand(rows, generator=gen)
+    if dtype == torch.int8:
+        w = torch.randint(-127, 128, (rows, cols), generator=gen, dtype=torch.int8)
+    else:
+        scales = torch.ones(rows)
+    if fmt == DENSE:
+        mask, parts = torch.ones(rows, cols, dtype=torch.bool), (w,)
+    elif fmt == SPARSE24:
+        mask = random_24_mask(rows, cols, gen)
+        parts = pack_24(w, mask)
+    else:
+        mask = torch.rand(rows, cols, generator=gen) < 0.5
+        mask[0] = rows > 2  # an empty row, or a full one
+        parts = pack_bitmap(w, mask)
+    x = torch.randn(tokens, cols, generator=gen).to(x_dtype)
+    bias = torch.randn(rows, generator=gen)
+    want = x.double() @ (w.double() * mask * scales.double()[:, None]).T + bias.double()
+    arrays = [*parts, x, bias, *([scales] if dtype == torch.int8 else [])]
+    numbers = (fmt, rows, cols, tokens, parts[0].numel(), DTYPES[dtype], x_dtype == torch.bfloat16)
+    return header(PRODUCT, *numbers) + b"".join(map(raw, arrays)), want
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
+def test_products(calls, dtype, x_dtype):
+    gen = torch.Generator().manual_seed(0)
+    requests, wanted = [], []
+    for shape in SHAPES:
+        for fmt in (DENSE, SPARSE24, BITMAP):
+            if fmt == SPARSE24 and shape[1] % 8:
+                continue
+            for tokens in TOKENS:
+                request, want = product(fmt, shape, tokens, dtype, x_dtype, gen)
+                requests.append(request)
+                wanted.append((fmt, shape, tokens, want))
+    given = run(calls, requests)
+    size = x_dtype.itemsize
+    for fmt, shape, tokens, want in wanted:
+        part, given = given[: want.numel() * size], given[want.numel() * size :]
+        got = torch.frombuffer(bytearray(part), dtype=x_dtype).view(want.shape).double()
+        # fp32 sums of at most 1,096 products; bf16 outputs are rounded to 8 bits.
+        bound = (2.0**-8 if size == 2 else 1e-5) * want.abs().max() + 1e-6
+        assert (got - want).abs().max() <= bound, (fmt, shape, tokens)
+    assert not given
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_mask_topk(calls, dtype):
+    gen = torch.Generator().manual_seed(0)
+    requests, wanted = [], []
+    for rows, cols in [(3, 5), (4, 200), (7, 1100)]:
+        w = torch.randn(rows, cols, generator=gen).to(dtype)
+        w[0, : cols // 2] = 1.5  # ties
+        w[-1, 1] = float("nan")
+        scale = torch.rand(cols, generator=gen)
+        for pruned in (0, cols // 2, cols):
+            numbers = header(MASK_TOPK, 0, rows, cols, 0, pruned, DTYPES[dtype], 0)
+            requests.append(numbers + raw(w) + raw(scale))
+            wanted.append(ops.mask_topk(w, pruned, column_scale=scale))
+    given = run(calls, requests)
+    assert given == b"".join(raw(mask) for mask in wanted)
