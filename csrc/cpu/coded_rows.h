@@ -202,6 +202,68 @@ inline uint32_t decode32(__m128i codes, uint8_t base, const uint8_t* low, uint16
   return static_cast<uint32_t>(_mm256_movemask_epi8(escaped));
 }
 
+// The same of 64 columns.
+inline uint64_t decode64(const uint8_t* codes, uint8_t base, const uint8_t* low, uint16_t* out) {
+  // 12 bytes of codes each; the second load ends where the word's codes do.
+  const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+  const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 8));
+  const uint64_t escaped = decode32(first, base, low, out);
+  return escaped | uint64_t{decode32(_mm_srli_si128(second, 4), base, low + 32, out + 32)} << 32;
+}
+
+#elif defined(PYPRUNE_NEON)
+
+// The two bytes in which each code of eight begins, for the four groups of codes in 16 bytes from
+// `first` on; a code that ends within its byte needs no second one.
+struct CodeBytes {
+  uint8_t of[4][16];
+  constexpr explicit CodeBytes(int first) : of() {
+    for (int g = 0; g < 4; ++g)
+      for (int j = 0; j < 8; ++j) {
+        const int byte = first + 3 * g + 3 * j / 8;
+        of[g][2 * j] = static_cast<uint8_t>(byte);
+        of[g][2 * j + 1] = static_cast<uint8_t>(j < 6 ? byte + 1 : 0xff);
+      }
+  }
+};
+// The second 16 bytes of codes end where the word's do.
+constexpr CodeBytes kCodeBytesOf[2] = {CodeBytes(0), CodeBytes(4)};
+
+// 64 columns but for their escapes, of which the positions are returned as bits.
+inline uint64_t decode64(const uint8_t* codes, uint8_t base, const uint8_t* low, uint16_t* out) {
+  static const int16_t begins[8] = {0, -3, -6, -1, -4, -7, -2, -5};
+  static const uint8_t weights[16] = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+  const int16x8_t shifts = vld1q_s16(begins);
+  const uint8x16_t bits = vld1q_u8(weights), escape = vdupq_n_u8(kEscape);
+  const uint8x16_t both[2] = {vld1q_u8(codes), vld1q_u8(codes + 8)};
+  const auto eight = [&](int g) {
+    const uint8x16_t at = vld1q_u8(kCodeBytesOf[g / 4].of[g % 4]);
+    const uint16x8_t words = vreinterpretq_u16_u8(vqtbl1q_u8(both[g / 4], at));
+    return vreinterpretq_u8_u16(vshlq_u16(words, shifts));
+  };
+  uint8x16_t escaped[4];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    const uint8x16_t code = vandq_u8(vuzp1q_u8(eight(2 * q), eight(2 * q + 1)), escape);
+    const uint8x16_t exponent = vaddq_u8(code, vdupq_n_u8(base)), second = vld1q_u8(low + 16 * q);
+    const auto rotated = [](uint8x16_t v) {
+      const uint16x8_t x = vreinterpretq_u16_u8(v);
+      return vsliq_n_u16(vshrq_n_u16(x, 1), x, 15);
+    };
+    vst1q_u16(out + 16 * q, rotated(vzip1q_u8(second, exponent)));
+    vst1q_u16(out + 16 * q + 8, rotated(vzip2q_u8(second, exponent)));
+    escaped[q] = vandq_u8(vceqq_u8(code, escape), bits);
+  }
+  // Eight lanes of weights add up to a byte of the answer.
+  const uint8x16_t pairs =
+      vpaddq_u8(vpaddq_u8(escaped[0], escaped[1]), vpaddq_u8(escaped[2], escaped[3]));
+  return vgetq_lane_u64(vreinterpretq_u64_u8(vpaddq_u8(pairs, pairs)), 0);
+}
+
+#endif
+
+#if defined(__AVX2__) || defined(PYPRUNE_NEON)
+
 // Words of 64 columns that are decoded before their escapes are put in.
 constexpr int64_t kDecodeWords = 8;
 
@@ -212,13 +274,8 @@ inline void decode_words(CodedRow& row, int64_t words, uint16_t* out) {
   uint16_t places[kDecodeWords * kMaskColumns + 4];
   int64_t count = 0;
   for (int64_t k = 0; k < words; ++k) {
-    const uint8_t *codes = row.codes + k * kCodeBytes, *low = row.low + k * kMaskColumns;
-    uint16_t* to = out + k * kMaskColumns;
-    // 12 bytes of codes each; the second load ends where the word's codes do.
-    const __m128i first = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
-    const __m128i second = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + 8));
-    uint64_t escaped = decode32(first, row.base, low, to);
-    escaped |= uint64_t{decode32(_mm_srli_si128(second, 4), row.base, low + 32, to + 32)} << 32;
+    uint64_t escaped = decode64(row.codes + k * kCodeBytes, row.base, row.low + k * kMaskColumns,
+                                out + k * kMaskColumns);
     const int64_t found = popcount(escaped);
     for (int64_t j = 0; j < found || j == 0; j += 4)
       for (int64_t i = j; i < j + 4; ++i, escaped &= escaped - 1)
@@ -240,7 +297,7 @@ inline void decode_words(CodedRow& row, int64_t words, uint16_t* out) {
 inline void decode(CodedRow& row, int64_t columns, bf16* out) {
   auto* to = reinterpret_cast<uint16_t*>(out);
   int64_t c = 0;
-#if defined(__AVX2__)
+#if defined(__AVX2__) || defined(PYPRUNE_NEON)
   while (c + kMaskColumns <= columns) {
     const int64_t words = std::min(kDecodeWords, (columns - c) / kMaskColumns);
     decode_words(row, words, to + c);

@@ -1,8 +1,8 @@
 // Runs native kernels on calls that test_neon.py writes, for a processor that is emulated.
 //
 // Standard input: calls one after the other, each eight numbers of 64 bits (what to run, the format,
-// rows, columns, rows of x, the number of values, whether the values are bf16, fp16, fp32 or int8,
-// whether x is bf16) and then its arrays. Standard output: what each gives, in the dtype of x.
+// rows, columns, rows of x, the number of values, which of bf16, fp16, fp32 and int8 they are, whether
+// x is bf16) and then its arrays. Standard output: what each gives, in the dtype of x.
 // Every array that is read ends where a page that may not be touched begins.
 #include <sys/mman.h>
 #include <unistd.h>
@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "cpu/coded.h"
 #include "cpu/mask_topk.h"
 #include "cpu/sparse_int8.h"
 #include "cpu/sparse_linear.h"
@@ -71,7 +72,7 @@ TensorView next(DType type, std::vector<int64_t> shape) {
 }  // namespace
 
 int main() {
-  enum Call { kProduct, kMaskTopk };
+  enum Call { kProduct, kMaskTopk, kCoded };
   struct {
     int64_t call, format, rows, cols, tokens, values, type, x_is_bf16;
   } h;
@@ -88,6 +89,21 @@ int main() {
       continue;
     }
     const DType x_type = h.x_is_bf16 ? DType::bf16 : DType::f32;
+    std::vector<char> y(static_cast<size_t>(h.tokens * h.rows) * size_of(x_type));
+    const TensorView out = view(y.data(), x_type, {h.tokens, h.rows});
+    const auto dense = pyprune::WeightFormat::dense;
+    if (h.call == kCoded) {
+      const TensorView low = next(DType::u8, {h.rows, h.cols});
+      const TensorView codes = next(DType::u8, {h.rows, (h.cols + 7) / 8 * 3});
+      const TensorView bases = next(DType::u8, {h.rows});
+      const TensorView escapes = next(DType::u8, {h.values});
+      const TensorView offsets = next(DType::i64, {h.rows + 1});
+      const TensorView x = next(x_type, {h.tokens, h.cols});
+      pyprune::linear_coded({{dense, out, x, h.rows, h.cols, low, nullptr, nullptr, nullptr, 2},
+                             {low, codes, bases, escapes, offsets}});
+      std::fwrite(y.data(), 1, y.size(), stdout);
+      continue;
+    }
     const auto format = static_cast<pyprune::WeightFormat>(h.format);
     const TensorView values = next(type, {h.values});
     TensorView meta, offsets;
@@ -97,9 +113,8 @@ int main() {
       offsets = next(DType::i64, {h.rows + 1});
     }
     const TensorView x = next(x_type, {h.tokens, h.cols}), bias = next(DType::f32, {h.rows});
-    std::vector<char> y(static_cast<size_t>(h.tokens * h.rows) * size_of(x_type));
     const pyprune::SparseLinearArgs args{format,
-                                         view(y.data(), x_type, {h.tokens, h.rows}),
+                                         out,
                                          x,
                                          h.rows,
                                          h.cols,
@@ -110,7 +125,7 @@ int main() {
                                          2};
     if (type == DType::i8) {
       const pyprune::SparseInt8Args scaled{args, next(DType::f32, {h.rows})};
-      if (format == pyprune::WeightFormat::dense)
+      if (format == dense)
         pyprune::linear_int8(scaled);
       else
         pyprune::sparse_int8(scaled);

@@ -18,7 +18,7 @@ COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-a
 pytestmark = pytest.mark.skipif(
     not (COMPILER and EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64"
 )
-PRODUCT, MASK_TOPK = 0, 1
+PRODUCT, MASK_TOPK, CODED = 0, 1, 2
 DENSE, SPARSE24, BITMAP = 0, 1, 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4}  # of tensor_view.h
 # Columns that end within a byte of mask, a step of eight, a word of 64, and after several words.
@@ -29,11 +29,11 @@ TOKENS = [1, 2, 3, 4, 5, 6, 8, 13, 24, 25, 40]
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
     built = tmp_path_factory.mktemp("neon") / "calls"
-    sources = ["sparse_linear", "sparse_int8", "linear_int8", "mask_topk", "mask_global"]
+    names = "sparse_linear sparse_int8 linear_int8 linear_coded mask_topk mask_global".split()
     subprocess.run(
         [COMPILER, "-std=c++17", "-O1", "-static", "-fopenmp", "-ffp-contract=fast", "-Wall",
          "-Wextra", "-Werror", "-DPYPRUNE_ISA=portable", f"-I{ROOT / 'csrc'}",
-         ROOT / "tests/ops/neon_calls.cpp", *(ROOT / f"csrc/cpu/{s}.cpp" for s in sources),
+         ROOT / "tests/ops/neon_calls.cpp", *(ROOT / f"csrc/cpu/{s}.cpp" for s in names),
          "-o", built],
         check=True,
     )  # fmt: skip
@@ -81,6 +81,17 @@ def product(fmt, shape, tokens, dtype, x_dtype, gen) -> tuple[bytes, torch.Tenso
     return header(PRODUCT, *numbers) + b"".join(map(raw, arrays)), want
 
 
+def compare(given: bytes, wanted: list, x_dtype: torch.dtype) -> None:
+    size = x_dtype.itemsize
+    for fmt, shape, tokens, want in wanted:
+        part, given = given[: want.numel() * size], given[want.numel() * size :]
+        got = torch.frombuffer(bytearray(part), dtype=x_dtype).view(want.shape).double()
+        # fp32 sums of at most 1,096 products; bf16 outputs are rounded to 8 bits.
+        bound = (2.0**-8 if size == 2 else 1e-5) * want.abs().max() + 1e-6
+        assert (got - want).abs().max() <= bound, (fmt, shape, tokens)
+    assert not given
+
+
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
 def test_products(calls, dtype, x_dtype):
@@ -94,15 +105,23 @@ def test_products(calls, dtype, x_dtype):
                 request, want = product(fmt, shape, tokens, dtype, x_dtype, gen)
                 requests.append(request)
                 wanted.append((fmt, shape, tokens, want))
-    given = run(calls, requests)
-    size = x_dtype.itemsize
-    for fmt, shape, tokens, want in wanted:
-        part, given = given[: want.numel() * size], given[want.numel() * size :]
-        got = torch.frombuffer(bytearray(part), dtype=x_dtype).view(want.shape).double()
-        # fp32 sums of at most 1,096 products; bf16 outputs are rounded to 8 bits.
-        bound = (2.0**-8 if size == 2 else 1e-5) * want.abs().max() + 1e-6
-        assert (got - want).abs().max() <= bound, (fmt, shape, tokens)
-    assert not given
+    compare(run(calls, requests), wanted, x_dtype)
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_coded_products(calls, x_dtype):
+    gen = torch.Generator().manual_seed(0)
+    requests, wanted = [], []
+    for rows, cols in SHAPES:
+        w = torch.randn(rows, cols, generator=gen).to(torch.bfloat16)
+        w[:, ::5] *= 2.0**20  # escapes
+        parts = ops.pack_coded(w)
+        for tokens in TOKENS:
+            x = torch.randn(tokens, cols, generator=gen).to(x_dtype)
+            numbers = (CODED, DENSE, rows, cols, tokens, parts[3].numel(), 0, x_dtype.itemsize == 2)
+            requests.append(header(*numbers) + b"".join(map(raw, (*parts, x))))
+            wanted.append((CODED, (rows, cols), tokens, x.double() @ w.double().T))
+    compare(run(calls, requests), wanted, x_dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
