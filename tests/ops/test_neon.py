@@ -29,7 +29,14 @@ TOKENS = [1, 2, 3, 4, 5, 6, 8, 13, 24, 25, 40]
 @pytest.fixture(scope="module")
 def calls(tmp_path_factory):
     built = tmp_path_factory.mktemp("neon") / "calls"
-    names = "sparse_linear sparse_int8 linear_int8 linear_coded mask_topk mask_global".split()
+    names = [
+        "sparse_linear",
+        "sparse_int8",
+        "linear_int8",
+        "linear_coded",
+        "mask_topk",
+        "mask_global",
+    ]
     subprocess.run(
         [COMPILER, "-std=c++17", "-O1", "-static", "-fopenmp", "-ffp-contract=fast", "-Wall",
          "-Wextra", "-Werror", "-DPYPRUNE_ISA=portable", f"-I{ROOT / 'csrc'}",
