@@ -345,9 +345,8 @@ def _accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
 
 def _token_losses(model: Any, batch: Batch) -> Tensor:
     """float32 [n]: of every real token that follows a real one."""
-    device = next(model.parameters()).device
-    ids = batch.input_ids.to(device)
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+    batch = batch.to(next(model.parameters()).device)
+    ids, mask = batch.input_ids, batch.attention_mask
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     if mask is None:

@@ -57,7 +57,7 @@ def removal_losses(graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
     sums = torch.zeros(layers, dtype=torch.float64)
     count = 0
     for batch in batches:
-        batch = _moved(batch, graph.device)
+        batch = batch.to(graph.device)
         state, context = graph.start(batch)
         for removed in range(layers):
             rest = state
@@ -101,7 +101,7 @@ def _taylor(graph: ResidualGraph, batches: Sequence[Batch], scale: float) -> Ten
     """With gradients of the loss times `scale`, which is divided out again."""
     with _gradients_of(graph) as gradients:
         for batch in batches:
-            batch = _moved(batch, graph.device)
+            batch = batch.to(graph.device)
             state, context = graph.start(batch)
             state = State(state.read.detach(), state.total.detach())
             for layer in range(len(graph.layouts)):
@@ -180,8 +180,3 @@ def _gradients_of(graph: ResidualGraph) -> Iterator[Mapping[Tensor, Tensor]]:
         for p, required, grad in before:
             p.requires_grad_(required)
             p.grad = grad
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    mask = batch.attention_mask
-    return Batch(batch.input_ids.to(device), None if mask is None else mask.to(device))

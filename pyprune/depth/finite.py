@@ -36,11 +36,7 @@ def first_not_finite(graph: ResidualGraph, batches: Sequence[Batch]) -> str | No
     which batch (from 1); None where everything is finite up to the logits. One forward a batch, up
     to the first such."""
     for number, batch in enumerate(batches, 1):
-        mask = batch.attention_mask
-        moved = Batch(
-            batch.input_ids.to(graph.device), None if mask is None else mask.to(graph.device)
-        )
-        module = _first_module(graph, moved)
+        module = _first_module(graph, batch.to(graph.device))
         if module is not None:
             return f"after {module}, in batch {number} of {len(batches)}"
     return None

@@ -40,14 +40,7 @@ class Scorer:
         self.graph = graph
         self.objective = objective
         self.every = every
-        device = graph.device
-        self.batches = [
-            Batch(
-                b.input_ids.to(device),
-                None if b.attention_mask is None else b.attention_mask.to(device),
-            )
-            for b in batches
-        ]
+        self.batches = [batch.to(graph.device) for batch in batches]
         # Rows without a target (a single token) have no score.
         tokens = [None] * len(batches) if counted is None else counted
         self._weights = list(map(self._scored, self.batches, tokens))

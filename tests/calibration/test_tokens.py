@@ -8,7 +8,13 @@ import torch
 from byte_tokenizer import byte_tokenizer
 
 from pyprune.calibration import tokens as tokens_module
-from pyprune.calibration.tokens import READ_FACTOR, calibration_tokens
+from pyprune.calibration.tokens import (
+    READ_FACTOR,
+    Batch,
+    calibration_tokens,
+    first_sequences,
+    one_by_one,
+)
 from pyprune.errors import UserError
 
 TOKENIZER = byte_tokenizer()
@@ -166,3 +172,19 @@ def test_bos_of_a_tokenizer_without_one(numbered):
     tokenizer.bos_token = None
     with pytest.raises(UserError, match="this one has none"):
         draw(numbered, tokenizer, bos=True)
+
+
+def test_sequences_of_batches_keep_their_masks():
+    ids, mask = torch.arange(24).view(6, 4), (torch.arange(24) % 5 > 0).long().view(6, 4)
+    given = [Batch(ids[:3], mask[:3]), Batch(ids[3:])]
+
+    def cut(batches):
+        return [
+            (b.input_ids.tolist(), getattr(b.attention_mask, "tolist", list)()) for b in batches
+        ]
+
+    assert cut(first_sequences(given, 2)) == cut([Batch(ids[:2], mask[:2])])
+    assert cut(first_sequences(given, 4)) == cut([Batch(ids[:3], mask[:3]), Batch(ids[3:4])])
+    assert cut(first_sequences(given, 9)) == cut(given)
+    single = [Batch(ids[i : i + 1], mask[i : i + 1] if i < 3 else None) for i in range(6)]
+    assert cut(one_by_one(given)) == cut(single)

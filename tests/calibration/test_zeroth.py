@@ -167,7 +167,7 @@ def test_sums_of_exact_gradients(family, power, weighted):
     adapter = Adapter.of(model)
     ids = [tiny_tokens(2, 10, seed) for seed in range(2)]
     tokens = as_token_set(ids, vocabulary=None, positions=None)
-    found = gradient_sums(adapter, tokens, power=power, weighted=weighted)
+    found = gradient_sums(adapter, tokens.batches, power=power, weighted=weighted)
     expected = dict.fromkeys(found, 0.0)
     for sequence in torch.cat(ids):
         model.zero_grad()
