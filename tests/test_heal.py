@@ -186,3 +186,8 @@ def test_halves_that_are_zero_stay_so():
 
 def test_default_training_text():
     assert HealConfig().training == CalibrationConfig(nsamples=512, seqlen=512, batch_size=4)
+
+
+def test_what_is_held_out_is_not_trained_on():
+    train, held_out = heal._split(list("abcde"), config(held_out=2))
+    assert train == list("cde") and held_out == list("ab")

@@ -1,5 +1,6 @@
 """Calibration tokens: exact counts, no repeats, determinism, padding, bounded reading."""
 
+import itertools
 import json
 import random
 
@@ -79,6 +80,23 @@ def test_the_draw_is_uniform_over_what_is_read(numbered):
     assert counts[READ_FACTOR * 5 :] == [0] * 10  # not read
     assert min(counts[: READ_FACTOR * 5]) >= 8  # 25 expected each
     assert max(counts) <= 50
+
+
+def test_every_candidate_is_drawn_equally_often():
+    """Of 5 candidates 3, with every outcome of the draws: 4 and 5 slots."""
+    counts = [0] * 5
+    for slots in itertools.product(range(4), range(5)):
+        draws = iter(slots)
+
+        class Scripted:
+            def randrange(self, below, draws=draws):
+                drawn = next(draws)
+                assert drawn < below
+                return drawn
+
+        for candidate in tokens_module._reservoir(iter(range(5)), 3, Scripted()):
+            counts[candidate] += 1
+    assert counts == [4 * 5 * 3 // 5] * 5
 
 
 def test_global_random_state_is_left_alone(numbered):

@@ -181,6 +181,16 @@ def test_missing_expert_is_not_streamed(tmp_path, tensor, family):
     assert "do not make up" in Checkpoint.open(source).streamable()
 
 
+def test_an_expert_twice_does_not_make_up_for_another(tmp_path):
+    source = saved("mixtral", tmp_path / "in")
+    state = load_file(source / WEIGHTS)
+    first, second = sorted(name for name in state if name.endswith("w1.weight"))[:2]
+    assert "experts.0." in first and "experts.1." in second
+    state[first.removeprefix("model.")] = state.pop(second)  # another name of the first
+    save_file(state, source / WEIGHTS, {"format": "pt"})
+    assert "do not make up" in Checkpoint.open(source).streamable()
+
+
 def test_unknown_layout_is_reported(tmp_path):
     source = saved("llama", tmp_path / "in")
     state = load_file(source / WEIGHTS)
