@@ -9,6 +9,7 @@ from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_float, check_rows, check_same_device, check_shape
 from pyprune.ops._packing import (
+    CHECKED_BYTES,
     aligned,
     bit_pattern,
     check_mask,
@@ -160,7 +161,8 @@ def validate_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: i
     if (counts < 0).any():
         row = int((counts < 0).nonzero()[0])
         raise ValueError(f"row_offsets: expected to be monotone, fall after row {row}")
-    blocks = [_popcount(bitmap[rows]).sum(1, dtype=torch.int64) for rows in row_blocks(bitmap)]
+    parts = row_blocks(bitmap.shape, CHECKED_BYTES)
+    blocks = [_popcount(bitmap[rows]).sum(1, dtype=torch.int64) for rows in parts]
     bits = torch.cat(blocks) if blocks else torch.zeros_like(counts)
     if not torch.equal(bits, counts):
         row = int((bits != counts).nonzero()[0])
