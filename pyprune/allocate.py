@@ -40,10 +40,8 @@ class DenseBlocks:
         if inputs is not None:
             self._norms.update((ref.name, inputs.squared_norms.sqrt()) for ref in group.linears)
 
-    def targets(
-        self, adapter: Adapter, store: BlockStore, release: Callable[[int], None]
-    ) -> dict[str, Pattern]:
-        """A target for every layer. release: lets go of a block that was only looked at.
+    def targets(self, adapter: Adapter, store: BlockStore) -> dict[str, Pattern]:
+        """A target for every layer.
 
         Raises LayerError for weights that are NaN or infinite.
         """
@@ -59,7 +57,7 @@ class DenseBlocks:
             self._allocation.measure(weights)
             names.append([ref.name for ref in linears])
             sizes.append(sum(ref.weight().numel() for ref in linears))
-            release(i)
+            store.release(i)
         sparsities = self._allocation.sparsities(self._config.target().sparsity, sizes)
         return _targets(self._config, names, sparsities)
 
