@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from pyprune.calibration.configured import configured_tokens
-from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint import Checkpoint, Originals, check_output
@@ -34,6 +33,7 @@ from pyprune.config import (
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
+from pyprune.models.running import evaluation
 from pyprune.progress import Progress
 from pyprune.surroundings import in_memory, undisturbed
 

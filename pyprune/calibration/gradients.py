@@ -7,13 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyprune.calibration.backward import (
-    BackwardReport,
-    Visitor,
-    backward_pass,
-    sequence_targets,
-)
+from pyprune.calibration.backward import BackwardReport, Visitor, backward_pass
 from pyprune.calibration.gradient_stats import GradientFactory, GradientStatistic
+from pyprune.calibration.head import sequence_targets
 from pyprune.calibration.tokens import Batch, TokenSet, one_by_one
 from pyprune.errors import LayerError, UserError
 from pyprune.measure import available_bytes

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pyprune.calibration.tokens import Batch
-from pyprune.depth.graph import LOGITS_BYTES, Branch, ResidualGraph
+from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.errors import OVERFLOW, UserError
 from pyprune.models.adapter import Adapter
+from pyprune.models.running import positions_at_once
 
 
 class NotFiniteError(UserError):
@@ -54,8 +55,7 @@ def _first_module(graph: ResidualGraph, batch: Batch) -> str | None:
     finished = graph.finish(state.total, batch)
     if not _finite(finished, mask):
         return "the final norm"
-    vocabulary = graph.model.get_output_embeddings().weight.shape[0]
-    step = max(1, LOGITS_BYTES // (4 * vocabulary * len(finished)))
+    step = positions_at_once(graph.model, len(finished))
     for at in range(0, finished.shape[1], step):
         piece = slice(at, at + step)
         logits = graph.logits(finished[:, piece], batch.input_ids)

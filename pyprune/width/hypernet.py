@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyprune.calibration.autograd import without_parameter_gradients
-from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.finite import NotFiniteError
 from pyprune.models.experts import ExpertInput, Hidden, observed
+from pyprune.models.running import evaluation
 from pyprune.progress import Progress
 
 INPUT, HIDDEN = 32, 64  # of the recurrent network, as published
