@@ -356,19 +356,14 @@ def _report(
     measure: Measure,
     notes: tuple[str, ...] = (),
 ) -> Report:
-    calibration = None
-    if tokens is not None:
-        calibration = CalibrationReport(
-            tokens.source, tokens.sha256, tokens.tokens, tokens.nsamples, tokens.seqlen
-        )
     return Report(
         model=name,
         config=config,
         versions=versions(),
         layers=tuple(layers),
-        calibration=calibration,
+        calibration=None if tokens is None else CalibrationReport.of(tokens),
         notes=notes,
-        run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
+        run=RunReport.of(measure),
     )
 
 

@@ -116,7 +116,7 @@ def _prune(
         versions=versions(),
         curve=points,
         notes=tuple(notes),
-        run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
+        run=RunReport.of(measure),
     )
 
 

@@ -153,7 +153,7 @@ def _prune(
                 after = _perplexity(model, tokens)
             ends = ("dense", decision.parameters[0], before), ("pruned", decision.wanted, after)
             decision = replace(decision, curve=ends)
-    run = RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes())
+    run = RunReport.of(measure)
     return WidthReport(model_name(model), decision, versions=versions(), run=run)
 
 

@@ -183,6 +183,8 @@ def test_the_dense_result_is_a_stock_checkpoint(checkpoint, tmp_path, monkeypatc
     assert stored["notes"] == list(report.notes) and "dense matrices" in report.notes[0]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "in their Kronecker-factored eigenbases (directions)" in card
+    # A text is named without the folders of the machine.
+    assert "\n- Calibration: text.txt, 64 tokens" in card and text not in card
     in_memory = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     prune_eigendamage(in_memory, tokenizer, config)
