@@ -94,6 +94,21 @@ def test_padding_neither_predicts_nor_is_predicted():
     torch.testing.assert_close(losses, want)
 
 
+def test_batches_that_accumulate_count_as_their_mean(monkeypatch):
+    """AdamW hardly tells a gradient from twice of it; what it is cut off at does."""
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+
+    def spy(parameters, most):
+        norms.append(float(clip(parameters, most)))
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", spy)
+    for accumulate in (1, 2):
+        given = config(steps=1, accumulate=accumulate, dropout=0.0)
+        report = heal_model(half_pruned("llama"), tokens(), given)  # its batches are alike
+        assert report.tokens == accumulate * 2 * 15
+    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+
+
 def test_fp16_is_trained_like_fp32():
     """The loss hardly depends on the weights: its gradients are below the smallest of fp16."""
     moved = []
