@@ -156,6 +156,10 @@ def validate_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: i
     and dtypes agree, offsets rise from 0 to the number of values, each row has as many bits as
     values, and no bit lies past the last column."""
     _check_unpack_bitmap(values, bitmap, row_offsets, cols)
+    _check_contents(values, bitmap, row_offsets, cols)
+
+
+def _check_contents(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> None:
     _check_ends(values, row_offsets)
     counts = row_offsets.diff()
     if (counts < 0).any():
@@ -177,6 +181,8 @@ def validate_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: i
 def unpack_bitmap_reference(
     values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int
 ) -> Tensor:
+    if values.device.type == "cpu":  # on a GPU to look would be to wait
+        _check_contents(values, bitmap, row_offsets, cols)
     bits = (bitmap[:, :, None] >> torch.arange(8, device=bitmap.device)) & 1
     keep = bits.reshape(len(bitmap), 8 * bitmap.shape[1])[:, :cols].bool()
     w = bit_pattern(values).new_zeros(keep.shape)
