@@ -109,6 +109,18 @@ def test_batches_that_accumulate_count_as_their_mean(monkeypatch):
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
 
 
+def test_the_rate_rises_from_the_first_step_and_falls_to_zero(monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def spy(self, *args):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", spy)
+    heal_model(tiny_model("llama"), tokens(), config(steps=6, warmup=0.5, learning_rate=6e-3))
+    assert rates == pytest.approx([2e-3, 4e-3, 6e-3, 6e-3, 4e-3, 2e-3])
+
+
 def test_fp16_is_trained_like_fp32():
     """The loss hardly depends on the weights: its gradients are below the smallest of fp16."""
     moved = []
