@@ -30,9 +30,9 @@ from pyprune.ops.pack import (
     validate_bitmap,
 )
 from pyprune.ops.sparse_linear import (
-    META_COLUMNS,
     check_activations,
-    check_bytes,
+    check_packed_24,
+    check_packed_bitmap,
     linear_dense_reference,
     native_linear,
     triton_limits,
@@ -180,17 +180,8 @@ def unpack_bitmap_int8(
 def _check_linear_24_int8(
     x: Tensor, values: Tensor, meta: Tensor, scales: Tensor, bias: Tensor | None
 ) -> None:
-    if values.dim() != 2:
-        raise ValueError(f"values: expected 2 dimensions, got shape {tuple(values.shape)}")
-    rows = values.shape[0]
-    check_activations(x, bias, rows)
-    cols = x.shape[-1]
-    if cols % META_COLUMNS:
-        raise ValueError(f"x: 2:4 needs a multiple of {META_COLUMNS} columns, got {cols}")
-    _check_values(values, scales, rows)
-    check_shape("values", values, (rows, cols // 2))
-    check_bytes("meta", meta, (rows, cols // META_COLUMNS), torch.uint8)
-    check_same_device(x, values, meta, bias)
+    check_packed_24(x, values, meta, bias)
+    _check_values(values, scales, values.shape[0])
 
 
 def _check_linear_bitmap_int8(
@@ -201,16 +192,8 @@ def _check_linear_bitmap_int8(
     scales: Tensor,
     bias: Tensor | None,
 ) -> None:
-    if values.dim() != 1:
-        raise ValueError(f"values: expected 1 dimension, got shape {tuple(values.shape)}")
-    if bitmap.dim() != 2:
-        raise ValueError(f"bitmap: expected 2 dimensions, got shape {tuple(bitmap.shape)}")
-    rows = bitmap.shape[0]
-    check_activations(x, bias, rows)
-    _check_values(values, scales, rows)
-    check_bytes("bitmap", bitmap, (rows, -(-x.shape[-1] // META_COLUMNS)), torch.uint8)
-    check_bytes("row_offsets", row_offsets, (rows + 1,), torch.int64)
-    check_same_device(x, values, bitmap, row_offsets, bias)
+    check_packed_bitmap(x, values, bitmap, row_offsets, bias)
+    _check_values(values, scales, bitmap.shape[0])
 
 
 def _check_linear_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> None:

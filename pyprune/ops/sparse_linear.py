@@ -46,12 +46,12 @@ def check_bytes(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype
     check_shape(name, t, shape)
 
 
-def _check_linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> None:
+def check_packed_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> None:
+    """What a product with a 2:4 matrix asks of its arguments, whatever the values are."""
     if values.dim() != 2:
         raise ValueError(f"values: expected 2 dimensions, got shape {tuple(values.shape)}")
     rows = values.shape[0]
     check_activations(x, bias, rows)
-    check_float("values", values)
     cols = x.shape[-1]
     if cols % META_COLUMNS:
         raise ValueError(f"x: 2:4 needs a multiple of {META_COLUMNS} columns, got {cols}")
@@ -60,19 +60,31 @@ def _check_linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | Non
     check_same_device(x, values, meta, bias)
 
 
-def _check_linear_bitmap(
+def check_packed_bitmap(
     x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
 ) -> None:
+    """What a product with a bitmap matrix asks of its arguments, whatever the values are."""
     if values.dim() != 1:
         raise ValueError(f"values: expected 1 dimension, got shape {tuple(values.shape)}")
     if bitmap.dim() != 2:
         raise ValueError(f"bitmap: expected 2 dimensions, got shape {tuple(bitmap.shape)}")
     rows = bitmap.shape[0]
     check_activations(x, bias, rows)
-    check_float("values", values)
     check_bytes("bitmap", bitmap, (rows, -(-x.shape[-1] // META_COLUMNS)), torch.uint8)
     check_bytes("row_offsets", row_offsets, (rows + 1,), torch.int64)
     check_same_device(x, values, bitmap, row_offsets, bias)
+
+
+def _check_linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> None:
+    check_packed_24(x, values, meta, bias)
+    check_float("values", values)
+
+
+def _check_linear_bitmap(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
+) -> None:
+    check_packed_bitmap(x, values, bitmap, row_offsets, bias)
+    check_float("values", values)
 
 
 def _check_linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
