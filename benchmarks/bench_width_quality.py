@@ -73,7 +73,7 @@ def per_branch(ratio: float, dense: PreTrainedModel, args: argparse.Namespace) -
     tokenizer = AutoTokenizer.from_pretrained(packaged_model_dir())
     width = fitting_width(stream, (1 - ratio) * sum(p.numel() for p in dense.parameters()), 1)
     tokens = configured_tokens(tokenizer, shown(args), dense.config)
-    batches = [Batch(b.input_ids.to(graph.device), b.attention_mask) for b in tokens.batches]
+    batches = [b.to(graph.device) for b in tokens.batches]
     bases = basis_per_branch(graph, batches, width)
     found = {}
     for text in TEXTS:

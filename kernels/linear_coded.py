@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from pyprune.kernels import sparse_linear
-from pyprune.kernels.sparse_linear import _store_sums
+from pyprune.kernels.sparse_linear import store_sums
 
 
 @triton.jit
@@ -93,11 +93,11 @@ def _linear_coded_kernel(
             x_mask = (m < M)[:, None] & (c < C)[None, :]
             x = tl.load(x_rows + c[None, :], mask=x_mask, other=0.0).to(tl.float32)
             acc += w[None, :, :] * x[:, None, :]
-    _store_sums(acc, y_ptr, bias_ptr, rows, M, R, BLOCK_M, HAS_BIAS)
+    store_sums(acc, y_ptr, bias_ptr, rows, M, R, BLOCK_M, HAS_BIAS)
 
 
 def linear_coded_triton(x, low, codes, bases, escapes, row_offsets, bias):
-    return sparse_linear._launch(
+    return sparse_linear.launch(
         _linear_coded_kernel, x, low.shape[0], bias, "BLOCK_G",
         low, codes, bases, escapes, row_offsets, more=(escapes.numel(),),
     )  # fmt: skip
@@ -109,6 +109,6 @@ _WEIGHT = {
 }  # fmt: skip
 
 AOT = [
-    sparse_linear._aot(_linear_coded_kernel, _WEIGHT, {"COUNT": "i32"}, "BLOCK_G", block_m)
+    sparse_linear.aot(_linear_coded_kernel, _WEIGHT, {"COUNT": "i32"}, "BLOCK_G", block_m)
     for block_m in (1, 2, 4, 8, 16)
 ]

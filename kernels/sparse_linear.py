@@ -24,7 +24,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _store_sums(acc, y_ptr, bias_ptr, rows, M, R, BLOCK_M: tl.constexpr, HAS_BIAS: tl.constexpr):
+def store_sums(acc, y_ptr, bias_ptr, rows, M, R, BLOCK_M: tl.constexpr, HAS_BIAS: tl.constexpr):
     # acc [BLOCK_M, BLOCK_R, lanes]
     y = tl.sum(acc, axis=2)
     m = tl.arange(0, BLOCK_M)
@@ -72,7 +72,7 @@ def _linear_24_kernel(
             x = tl.load(x_rows + (4 * g + k)[None, :], mask=x_mask, other=0.0).to(tl.float32)
             w = tl.where(c0 == k, first, 0.0) + tl.where(c1 == k, second, 0.0)
             acc += w[None, :, :] * x[:, None, :]
-    _store_sums(acc, y_ptr, bias_ptr, rows, M, R, BLOCK_M, HAS_BIAS)
+    store_sums(acc, y_ptr, bias_ptr, rows, M, R, BLOCK_M, HAS_BIAS)
 
 
 @triton.jit
@@ -130,7 +130,7 @@ def _linear_bitmap_kernel(
             x_mask = (m < M)[:, None] & (c < C)[None, :]
             x = tl.load(x_rows + c[None, :], mask=x_mask, other=0.0).to(tl.float32)
             acc += w.to(tl.float32)[None, :, :] * x[:, None, :]
-    _store_sums(acc, y_ptr, bias_ptr, rows, M, R, BLOCK_M, HAS_BIAS)
+    store_sums(acc, y_ptr, bias_ptr, rows, M, R, BLOCK_M, HAS_BIAS)
 
 
 def _blocks(m: int) -> dict[str, int]:
@@ -141,7 +141,7 @@ def _blocks(m: int) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_R": 4 if block_m <= 8 else 2, "lanes": 128}
 
 
-def _launch(kernel, x, rows, bias, lanes, *weight, more=()):
+def launch(kernel, x, rows, bias, lanes, *weight, more=()):
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     m, cols = flat.shape
     y = torch.empty(m, rows, dtype=x.dtype, device=x.device)
@@ -159,17 +159,17 @@ def _launch(kernel, x, rows, bias, lanes, *weight, more=()):
 
 
 def linear_24_triton(x, values, meta, bias):
-    return _launch(_linear_24_kernel, x, values.shape[0], bias, "BLOCK_G", values, meta)
+    return launch(_linear_24_kernel, x, values.shape[0], bias, "BLOCK_G", values, meta)
 
 
 def linear_bitmap_triton(x, values, bitmap, row_offsets, bias):
-    return _launch(
+    return launch(
         _linear_bitmap_kernel, x, bitmap.shape[0], bias, "BLOCK_B", values, bitmap, row_offsets,
         more=(values.numel(),),
     )  # fmt: skip
 
 
-def _aot(
+def aot(
     kernel, weight: dict[str, str], more: dict[str, str], lanes: str, block_m: int
 ) -> dict[str, object]:
     block_r = 4 if block_m <= 8 else 2
@@ -192,7 +192,7 @@ _24 = {"values_ptr": "*bf16", "meta_ptr": "*u8"}
 _BITMAP = {"values_ptr": "*bf16", "bitmap_ptr": "*u8", "offsets_ptr": "*i64"}
 
 AOT = [
-    _aot(kernel, weight, more, lanes, block_m)
+    aot(kernel, weight, more, lanes, block_m)
     for kernel, weight, more, lanes in (
         (_linear_24_kernel, _24, {}, "BLOCK_G"),
         (_linear_bitmap_kernel, _BITMAP, {"NNZ": "i32"}, "BLOCK_B"),

@@ -13,7 +13,7 @@ from pyprune.allocation.ecoflap import sparsities_by_importance
 from pyprune.calibration.group import BlockVisit, Group
 from pyprune.calibration.importance import gradient_sums
 from pyprune.calibration.store import BlockStore
-from pyprune.calibration.tokens import Batch, TokenSet
+from pyprune.calibration.tokens import Batch, TokenSet, first_sequences
 from pyprune.calibration.zeroth import Perturbed, directional_differences
 from pyprune.config import PruneConfig
 from pyprune.layers import LayerPruner, check_finite, layer_inputs
@@ -40,10 +40,8 @@ class DenseBlocks:
         if inputs is not None:
             self._norms.update((ref.name, inputs.squared_norms.sqrt()) for ref in group.linears)
 
-    def targets(
-        self, adapter: Adapter, store: BlockStore, release: Callable[[int], None]
-    ) -> dict[str, Pattern]:
-        """A target for every layer. release: lets go of a block that was only looked at.
+    def targets(self, adapter: Adapter, store: BlockStore) -> dict[str, Pattern]:
+        """A target for every layer.
 
         Raises LayerError for weights that are NaN or infinite.
         """
@@ -59,7 +57,7 @@ class DenseBlocks:
             self._allocation.measure(weights)
             names.append([ref.name for ref in linears])
             sizes.append(sum(ref.weight().numel() for ref in linears))
-            release(i)
+            store.release(i)
         sparsities = self._allocation.sparsities(self._config.target().sparsity, sizes)
         return _targets(self._config, names, sparsities)
 
@@ -89,7 +87,9 @@ def targets_by_loss(
     options = config.own_allocation()
     assert isinstance(options, EcoflapOptions)
     target = config.target().sparsity
-    shown = tokens if options.samples is None else first_sequences(tokens, options.samples)
+    shown = tokens.batches
+    if options.samples is not None:
+        shown = first_sequences(shown, options.samples)
     groups = [
         Perturbed(name, i, refs)
         for i in range(len(adapter.blocks))
@@ -114,14 +114,14 @@ def _zeroth_scores(
     options: EcoflapOptions,
     adapter: Adapter,
     groups: Sequence[Perturbed],
-    tokens: TokenSet,
+    batches: Sequence[Batch],
     device: torch.device,
     progress: Told | None,
 ) -> list[float]:
     slopes = directional_differences(
         adapter,
         groups,
-        tokens.batches,
+        batches,
         epsilon=options.epsilon,
         noises=options.noises,
         seed=options.seed,
@@ -142,13 +142,13 @@ def _first_scores(
     options: EcoflapOptions,
     adapter: Adapter,
     groups: Sequence[Perturbed],
-    tokens: TokenSet,
+    batches: Sequence[Batch],
     device: torch.device,
     progress: Told | None,
 ) -> list[float]:
     sums = gradient_sums(
         adapter,
-        tokens,
+        batches,
         power=2 if options.score == "squared" else 1,
         weighted=options.score != "gradient",
         checkpointing=config.gradient_checkpointing,
@@ -156,19 +156,6 @@ def _first_scores(
         progress=progress,
     )
     return [sum(sums[ref.name] for ref in group.linears) for group in groups]
-
-
-def first_sequences(tokens: TokenSet, count: int) -> TokenSet:
-    """The first `count` sequences (or all, if there are fewer), in the batches that they are in."""
-    batches: list[Batch] = []
-    for batch in tokens.batches:
-        left = count - sum(len(b.input_ids) for b in batches)
-        if left > 0:
-            mask = batch.attention_mask
-            batches.append(Batch(batch.input_ids[:left], None if mask is None else mask[:left]))
-    return TokenSet(
-        batches, tokens.source, tokens.sha256, tokens.tokens, tokens.seqlen, tokens.nsamples
-    )
 
 
 class BlockLearner:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,9 @@ from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.repack import repack
 from pyprune.errors import UserError
 from pyprune.models.stock import shapes_of
+from pyprune.progress import Progress
 from pyprune.sparse.convert import ConversionReport
 from pyprune.width.structure import Widths
-
-Progress = Callable[[str, float, float | None], None]
 
 
 def compress_deci(

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyprune.calibration.text import SEPARATOR, documents
 from pyprune.calibration.tokens import bos_prefix, encode
 from pyprune.errors import UserError
 from pyprune.models.positions import positions_of
+from pyprune.models.running import evaluation, head_logits, positions_at_once
 
 # 48 windows of 1024, the protocol of the reference figures for the packaged model: 3.3 s of one
 # core a window there.
@@ -196,10 +195,8 @@ def _score(
     scored[0] = length - 1
     sums = torch.zeros(count, dtype=torch.float64)
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     started = time.perf_counter()
-    try:
+    with evaluation(model):
         for first in range(0, count, batch_size):
             batch = windows[first : first + batch_size].to(device)
             losses = _losses(model, batch).double().cpu()
@@ -213,8 +210,6 @@ def _score(
                 )
             if progress is not None:
                 progress(first + len(batch), count)
-    finally:
-        model.train(was_training)
     return sums, scored, time.perf_counter() - started
 
 
@@ -228,20 +223,12 @@ def _losses(model: Any, input_ids: Tensor) -> Tensor:
     decoder = _decoder(model)
     output = decoder(input_ids=input_ids, use_cache=False)
     hidden = output.last_hidden_state[:, :-1]
-    vocabulary = model.get_output_embeddings().out_features
-    chunk = max(1, LOGITS_BYTES // (4 * vocabulary * len(input_ids)))
+    chunk = positions_at_once(model, len(input_ids), LOGITS_BYTES)
     losses = []
     for start in range(0, hidden.shape[1], chunk):
-        piece = copy.copy(output)
-        piece["last_hidden_state"] = hidden[:, start : start + chunk]
-        with _forward_returns(decoder, piece):
-            logits = model(input_ids=input_ids, use_cache=False).logits.float()
+        piece = hidden[:, start : start + chunk]
+        logits = head_logits(model, decoder, output, piece, input_ids).float()
         targets = input_ids[:, 1 + start : 1 + start + chunk]
-        if logits.shape[:2] != targets.shape:
-            raise UserError(
-                f"perplexity: {type(model).__name__} does not run the decoder that its "
-                f"get_decoder() names"
-            )
         loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         losses.append(loss.view(targets.shape))
     return torch.cat(losses, dim=1)
@@ -255,17 +242,3 @@ def _decoder(model: Any) -> Any:
             f"got {type(model).__name__}"
         )
     return model.get_decoder()
-
-
-@contextmanager
-def _forward_returns(module: nn.Module, output: Any) -> Iterator[None]:
-    """Within it, calling `module` computes nothing and returns `output`."""
-    own = module.__dict__.get("forward")  # set by libraries that wrap a model's forward
-    module.forward = lambda *_args, **_kwargs: output
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward  # the class's own method shows again
-        else:
-            module.forward = own

@@ -8,7 +8,8 @@ that was trained. Merging an unmasked B A and cutting the zeros back afterwards 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from transformers import Conv1D
 
 from pyprune.calibration.configured import configured_tokens
-from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint import Checkpoint, Originals, check_output
@@ -34,6 +34,7 @@ from pyprune.config import (
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
+from pyprune.models.running import evaluation, replaced_forward
 from pyprune.progress import Progress
 from pyprune.surroundings import in_memory, undisturbed
 
@@ -131,52 +132,22 @@ def heal_model(
             has its old weights then).
     """
     check_call(config, HealConfig, progress)
-    lora = require_peft()
+    require_peft()
     model = in_memory(model, structure=True)
     tokens = configured_tokens(tokenizer_or_batches, config.training, model.config)
     train, held_out = _split(tokens.batches, config)
     names = [name for name in _targets(model) if only is None or name in only]
     if not names:
         raise UserError(f"{type(model).__name__}: it has no plain linear maps to train")
-    modules = dict(model.named_modules())
-    zeros = sum(int((modules[name].weight == 0).sum()) for name in names)
+    zeros = sum(int((model.get_submodule(name).weight == 0).sum()) for name in names)
     before = _loss(model, held_out)
-    seed = config.training.seed
-    training = [module for module in model.modules() if module.training]
-    required = {id(p): p.requires_grad for p in model.parameters()}
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        # Of a mixture's model peft takes names like `mlp.up_proj` for experts that transformers
-        # has fused, and would put its adapters there. A box without a configuration has none.
-        wrapped = lora.get_peft_model(
-            nn.ModuleDict({BOX: model}),
-            lora.LoraConfig(
-                r=config.rank,
-                lora_alpha=config.alpha,
-                lora_dropout=config.dropout,
-                target_modules=[f"{BOX}.{name}" for name in names],
-                fan_in_fan_out=isinstance(modules[names[0]], Conv1D),
-                bias="none",
-            ),
-        )
-        layers = [m for m in wrapped.modules() if isinstance(m, lora.tuners.lora.LoraLayer)]
-        masked = [layer for layer in layers if bool((layer.get_base_layer().weight == 0).any())]
-        for layer in masked:
-            layer.forward = _masked_forward(layer)
-        try:
+        torch.manual_seed(config.training.seed)
+        with _lora_beside(model, names, config) as (layers, masked):
             trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
             seen = _train(model, train, config, progress)
             for layer in layers:
                 _merge(layer)
-        finally:
-            for layer in masked:
-                del layer.forward
-            wrapped.unload()
-            model.eval()
-            for module in training:
-                module.training = True
-            for p in model.parameters():
-                p.requires_grad_(required[id(p)])
     after = _loss(model, held_out)
     return HealReport(
         loss_before=before,
@@ -184,7 +155,7 @@ def heal_model(
         steps=config.steps,
         tokens=seen,
         matrices=len(layers),
-        masked=len(masked),
+        masked=masked,
         zeros=zeros,
         trained_parameters=trained,
         config=asdict(config),
@@ -256,6 +227,45 @@ def _targets(model: Any) -> list[str]:
     adapter = Adapter.of(model)
     refs = [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
     return [ref.name for ref in refs if ref.index is None and bool(ref.weight().any())]
+
+
+@contextmanager
+def _lora_beside(
+    model: Any, names: Sequence[str], config: HealConfig
+) -> Iterator[tuple[list[Any], int]]:
+    """Within it nothing but LoRA beside the matrices called `names` is trained, masked where they
+    have zeros: peft's layers, and how many are masked. Afterwards the model has no adapters, and
+    every module's mode and every parameter's `requires_grad` are what they were."""
+    lora = require_peft()
+    training = [module for module in model.modules() if module.training]
+    required = {id(p): p.requires_grad for p in model.parameters()}
+    # Of a mixture's model peft takes names like `mlp.up_proj` for experts that transformers has
+    # fused, and would put its adapters there. A box without a configuration has none.
+    wrapped = lora.get_peft_model(
+        nn.ModuleDict({BOX: model}),
+        lora.LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=[f"{BOX}.{name}" for name in names],
+            fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
+            bias="none",
+        ),
+    )
+    try:
+        layers = [m for m in wrapped.modules() if isinstance(m, lora.tuners.lora.LoraLayer)]
+        masked = [layer for layer in layers if bool((layer.get_base_layer().weight == 0).any())]
+        with ExitStack() as stack:
+            for layer in masked:
+                stack.enter_context(replaced_forward(layer, _masked_forward(layer)))
+            yield layers, len(masked)
+    finally:
+        wrapped.unload()
+        model.eval()
+        for module in training:
+            module.training = True
+        for p in model.parameters():
+            p.requires_grad_(required[id(p)])
 
 
 def _mask_times(layer: Any) -> Tensor:
@@ -345,9 +355,8 @@ def _accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
 
 def _token_losses(model: Any, batch: Batch) -> Tensor:
     """float32 [n]: of every real token that follows a real one."""
-    device = next(model.parameters()).device
-    ids = batch.input_ids.to(device)
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+    batch = batch.to(next(model.parameters()).device)
+    ids, mask = batch.input_ids, batch.attention_mask
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     if mask is None:

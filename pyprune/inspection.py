@@ -5,7 +5,7 @@ Tensors are read one at a time, so a checkpoint of any size can be inspected.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from pyprune.checkpoint import Checkpoint
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
+from pyprune.progress import Progress
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
 
 # The patterns looked for, most restrictive first, as N kept of every M inputs.
@@ -172,7 +173,7 @@ def _megabytes(nbytes: int) -> str:
 
 def inspect_checkpoint(
     source: Checkpoint | StoredCheckpoint,
-    progress: Callable[[str, float, float | None], None] | None = None,
+    progress: Progress | None = None,
     *,
     trust_remote_code: bool = False,
 ) -> Inspection:

@@ -125,6 +125,7 @@ class LayerPruner:
     and, by a method that needs gradients, one whose gradients were.
 
     gradients: what the backward pass accumulated, by layer; let go of once used.
+    targets: patterns of layers that an allocation gave one of their own.
     masks: bool `[R, C]` by layer, False = must go, and counts among the pruned.
     """
 
@@ -133,6 +134,7 @@ class LayerPruner:
         config: PruneConfig,
         gradients: Mapping[str, GradientStatistic] | None = None,
         masks: Mapping[str, Tensor] | None = None,
+        targets: Mapping[str, Pattern] | None = None,
     ) -> None:
         self._gradients = dict(gradients or {})
         self._masks = masks or {}
@@ -140,8 +142,7 @@ class LayerPruner:
         self.pattern = config.target()
         self.options = config.options()
         self.preserve_zeros = config.preserve_zeros
-        # Layers that an allocation gave a sparsity of their own.
-        self.targets: dict[str, Pattern] = {}
+        self._targets = dict(targets or {})
         # Masks that an allocation chose, and why it could not judge some of the layers.
         self._chosen: dict[str, Tensor] = {}
         self._unjudged: dict[str, str] = {}
@@ -160,13 +161,7 @@ class LayerPruner:
         for ref in group.linears:
             if self._unknown(ref, inputs) is None:
                 w, preserve = self._read(ref)
-                try:
-                    scale = self.method.column_scale(self._with_gradient(ref, inputs), self.options)
-                except NotPositiveDefiniteError as error:
-                    raise LayerError(ref.name, str(error)) from error
-                self.selection.count(ref.name, w, scale, preserve)
-                if ref.name in self._gradients:  # until its turn comes to be pruned
-                    self._gradients[ref.name].to("cpu")
+                self.selection.count(ref.name, w, self._column_scale(ref, inputs), preserve)
 
     def judge(self, ref: LinearRef, inputs: LayerInputs | None) -> tuple[Tensor, Tensor] | None:
         """Scores `[R, C]` of a matrix by the method, smallest first, those of weights that must go
@@ -177,12 +172,7 @@ class LayerPruner:
             self._unjudged[ref.name] = unknown
             return None
         w, preserve = self._read(ref)
-        try:
-            scale = self.method.column_scale(self._with_gradient(ref, inputs), self.options)
-        except NotPositiveDefiniteError as error:
-            raise LayerError(ref.name, str(error)) from error
-        if ref.name in self._gradients:  # until its turn comes to be pruned
-            self._gradients[ref.name].to("cpu")
+        scale = self._column_scale(ref, inputs)
         if preserve is None:
             scores = w.abs() if scale is None else w.abs() * scale.to(w.dtype)
             return scores, torch.zeros(len(w), dtype=torch.int64, device=w.device)
@@ -192,7 +182,7 @@ class LayerPruner:
     def choose(self, name: str, mask: Tensor) -> None:
         """The layer called `name` is pruned with `mask` `[R, C]`, True = kept."""
         self._chosen[name] = mask
-        self.targets[name] = Unstructured(1 - int(mask.sum()) / mask.numel())
+        self._targets[name] = Unstructured(1 - int(mask.sum()) / mask.numel())
 
     def refine(self, ref: LinearRef) -> None:
         """Second pass of a global selection."""
@@ -220,7 +210,7 @@ class LayerPruner:
         chunk: list[tuple[LinearRef, LayerInputs]] = []
         pattern = self.pattern
         for ref, inputs in same:
-            target = self.targets.get(ref.name, self.pattern)
+            target = self._targets.get(ref.name, self.pattern)
             known = inputs is not None and self._unknown(ref, inputs) is None
             if not chunk and not known:  # the first one is another method's
                 return
@@ -260,7 +250,7 @@ class LayerPruner:
     ) -> LayerReport:
         w, preserve = self._read(ref)
         method, options = self.method, self.options
-        pattern = self.targets.get(ref.name, self.pattern)
+        pattern = self._targets.get(ref.name, self.pattern)
         mask: Tensor | None = None
         notes: tuple[str, ...] = ()
         chosen = self._chosen.pop(ref.name, None)
@@ -308,6 +298,17 @@ class LayerPruner:
         if gradient is not None and gradient.dead():
             return f"{self.method.name} found no gradient but zero"
         return None
+
+    def _column_scale(self, ref: LinearRef, inputs: LayerInputs | None) -> Tensor | None:
+        """What `|w|` is multiplied with to be the method's score. A matrix that is only scored is
+        pruned later: its gradients wait on the CPU for that."""
+        try:
+            scale = self.method.column_scale(self._with_gradient(ref, inputs), self.options)
+        except NotPositiveDefiniteError as error:
+            raise LayerError(ref.name, str(error)) from error
+        if ref.name in self._gradients:
+            self._gradients[ref.name].to("cpu")
+        return scale
 
     def _with_gradient(self, ref: LinearRef, inputs: LayerInputs | None) -> LayerInputs | None:
         gradient = self._gradients.get(ref.name)

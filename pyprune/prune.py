@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +115,9 @@ def prune(
     look = look_at_whole(config, adapter, tokens, device, measure, progress)
     with InMemoryStore(adapter, device) as store:
         pruned = Session(
-            config, adapter, tokens, store, store.flush, device, measure, progress, look, masks
-        ).run()
+            config, adapter, tokens, store,
+            device=device, measure=measure, progress=progress, look=look, masks=masks,
+        ).run()  # fmt: skip
     notes = (*pruned.notes, *describe_masks(masks), *_untouched(adapter))
     return _report(model_name(model), config, tokens, pruned.layers, measure, notes)
 
@@ -183,22 +185,20 @@ def prune_checkpoint(
             whole = _adapter(checkpoint.load_model("cpu", dtype), config)
         look = look_at_whole(config, whole, tokens, device, measure, progress)
         del whole
+    session = partial(
+        Session, config, adapter, tokens,
+        device=device, measure=measure, progress=progress, look=look, masks=masks,
+    )  # fmt: skip
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
         # Streaming keeps the shards; save_pretrained makes its own, and its own index.
         copy_auxiliary(checkpoint, folder, index=streamed)
         if originals is None:
             with measure.phase("copy"):
                 store = StreamingStore(checkpoint, adapter, folder, device, dtype)
-            pruned = Session(
-                config, adapter, tokens, store, store.release, device, measure, progress, look,
-                masks,
-            ).run()  # fmt: skip
+            pruned = session(store=store).run()
         else:
             with InMemoryStore(adapter, device) as memory:
-                flush = memory.flush
-                pruned = Session(
-                    config, adapter, tokens, memory, flush, device, measure, progress, look, masks
-                ).run()
+                pruned = session(store=memory).run()
             with measure.phase("write"):
                 originals.restore(model)
                 save_stock(model, folder)
@@ -356,19 +356,14 @@ def _report(
     measure: Measure,
     notes: tuple[str, ...] = (),
 ) -> Report:
-    calibration = None
-    if tokens is not None:
-        calibration = CalibrationReport(
-            tokens.source, tokens.sha256, tokens.tokens, tokens.nsamples, tokens.seqlen
-        )
     return Report(
         model=name,
         config=config,
         versions=versions(),
         layers=tuple(layers),
-        calibration=calibration,
+        calibration=None if tokens is None else CalibrationReport.of(tokens),
         notes=notes,
-        run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
+        run=RunReport.of(measure),
     )
 
 

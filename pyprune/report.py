@@ -19,8 +19,10 @@ from rich.text import Text
 
 import pyprune
 from pyprune.calibration.text import HUB_PREFIX
+from pyprune.calibration.tokens import TokenSet
 from pyprune.config import PruneConfig
 from pyprune.errors import UserError
+from pyprune.measure import Measure
 
 SCHEMA = 1
 # Between the shares of zeros of two matrices: below it they count as equal.
@@ -104,6 +106,18 @@ class CalibrationReport:
     sequences: int
     seqlen: int
 
+    @classmethod
+    def of(cls, text: TokenSet) -> CalibrationReport:
+        return cls(text.source, text.sha256, text.tokens, text.nsamples, text.seqlen)
+
+    def fact(self) -> str:
+        """For a model card, which others read."""
+        digest = f", sha256 `{self.sha256}`" if self.sha256 else ""
+        return (
+            f"Calibration: {text_name(self.source)}, {self.tokens:,} tokens in {self.sequences} "
+            f"sequences of up to {self.seqlen}{digest}"
+        )
+
 
 @dataclass(frozen=True)
 class RunReport:
@@ -113,6 +127,10 @@ class RunReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
     peak_rss_bytes: int | None = None
     peak_cuda_bytes: int | None = None
+
+    @classmethod
+    def of(cls, measure: Measure) -> RunReport:
+        return cls(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes())
 
 
 @dataclass(frozen=True, repr=False)
@@ -307,24 +325,30 @@ def _untouched(config: PruneConfig) -> str:
     return "Embeddings, head, norms, biases and routers"
 
 
+def card_head(model: str, tags: Sequence[str], title: str) -> list[str]:
+    """The first lines of the README.md of what `model` was pruned to: the hub's YAML header with
+    `tags`, and a heading that says how (`title`)."""
+    return [
+        "---",
+        "library_name: transformers",
+        f"base_model: {json.dumps(model, ensure_ascii=False)}",
+        "base_model_relation: finetune",
+        "tags:",
+        *(f"- {tag}" for tag in ("pruned", *tags)),
+        "---",
+        "",
+        f"# {model}, pruned: {title}",
+        "",
+    ]
+
+
 def model_card(report: Report) -> str:
     """The README.md of a pruned checkpoint (Markdown with the hub's YAML header)."""
     config, calibration = report.config, report.calibration
     method = config.find_method()
     elements = sum(layer.elements for layer in report.layers)
     lines = [
-        "---",
-        "library_name: transformers",
-        f"base_model: {json.dumps(report.model, ensure_ascii=False)}",
-        "base_model_relation: finetune",
-        "tags:",
-        "- pruned",
-        "- sparse",
-        f"- {config.method}",
-        "---",
-        "",
-        f"# {report.model}, pruned: {config.method} {config.target()}",
-        "",
+        *card_head(report.model, ("sparse", config.method), f"{config.method} {config.target()}"),
         f"{report.sparsity:.2%} of the {elements:,} weights in {len(report.layers)} matrices of "
         f"the decoder blocks are zero. {_untouched(config)} are those of the original. The "
         "weights are stored dense, zeros included: any loader reads them, and nothing is smaller "
@@ -339,11 +363,7 @@ def model_card(report: Report) -> str:
     if _variant(config):
         lines.append(f"- Options: {_variant(config)}")
     if calibration is not None:
-        lines.append(
-            f"- Calibration: {text_name(calibration.source)}, {calibration.tokens:,} tokens in "
-            f"{calibration.sequences} sequences of up to {calibration.seqlen}"
-            + (f", sha256 `{calibration.sha256}`" if calibration.sha256 else "")
-        )
+        lines.append(f"- {calibration.fact()}")
     lines += [f"- {name}: {version}" for name, version in report.versions.items()]
     lines += [f"- Note: {note}" for note in report.notes]
     if report.noted:

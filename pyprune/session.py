@@ -102,13 +102,12 @@ def look_at_whole(
 
 @dataclass(frozen=True)
 class Session:
-    """A run over one model. `release(i)` lets go of a block that was only looked at."""
+    """A run over one model, whose blocks come from `store`."""
 
     config: PruneConfig
     adapter: Adapter
     tokens: TokenSet | None
     store: BlockStore
-    release: Callable[[int], None]
     device: torch.device
     measure: Measure
     progress: Progress | None
@@ -119,10 +118,9 @@ class Session:
         """Prunes every block; for a global scope, and for an allocation, after passes that only
         look."""
         config = self.config
-        pruner = LayerPruner(config, self.look.gradients, self.masks)
-        pruner.targets = self._targets()
+        pruner = LayerPruner(config, self.look.gradients, self.masks, self._targets())
         if pruner.selection is not None:
-            self._walk(pruner.count_group, _LookOnly(self.store, self.release), needs_of(config))
+            self._walk(pruner.count_group, _LookOnly(self.store), needs_of(config))
             with self.measure.phase("selection"):
                 self._refine(pruner)
         if ALLOCATIONS[config.allocation].source != "blocks":
@@ -139,16 +137,16 @@ class Session:
             return dict(self.look.targets)
         blocks = DenseBlocks(self.config)
         if blocks.needs_inputs:
-            self._walk(blocks.keep_norms, _LookOnly(self.store, self.release), "norms")
+            self._walk(blocks.keep_norms, _LookOnly(self.store), "norms")
         with self.measure.phase("allocation"):
-            return blocks.targets(self.adapter, self.store, self.release)
+            return blocks.targets(self.adapter, self.store)
 
     def _refine(self, pruner: LayerPruner) -> None:
         for i in range(len(self.adapter.blocks)):
             self.store.load(i)
             for ref in self.adapter.linears(i):
                 pruner.refine(ref)
-            self.release(i)
+            self.store.release(i)
 
     def _walk(
         self,
@@ -176,7 +174,7 @@ class Session:
 class _LookOnly:
     """A store whose blocks stay as they are."""
 
-    def __init__(self, store: BlockStore, release: Callable[[int], None]) -> None:
+    def __init__(self, store: BlockStore) -> None:
         self.load_rest = store.load_rest
         self.load = store.load
-        self.flush = release
+        self.flush = self.release = store.release

@@ -4,7 +4,6 @@ or heads: their reports, and the way from a checkpoint to a smaller one."""
 from __future__ import annotations
 
 import dataclasses
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -20,7 +19,7 @@ from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.measure import Measure
 from pyprune.registry import MethodRow
-from pyprune.report import SCHEMA, RunReport, source_name, text_name
+from pyprune.report import SCHEMA, CalibrationReport, RunReport, card_head, source_name
 
 
 class Config(Protocol):
@@ -90,17 +89,7 @@ def model_card(
 ) -> str:
     """summary: a paragraph. facts, notes: list items. closing: what is in pyprune.json."""
     lines = [
-        "---",
-        "library_name: transformers",
-        f"base_model: {json.dumps(model, ensure_ascii=False)}",
-        "base_model_relation: finetune",
-        "tags:",
-        "- pruned",
-        f"- {method.name}",
-        "---",
-        "",
-        f"# {model}, pruned: {method.name}",
-        "",
+        *card_head(model, (method.name,), method.name),
         summary,
         "",
         f"- Method: {method.name}, {method.title} ({method.paper})",
@@ -115,10 +104,7 @@ def model_card(
 
 def calibration_fact(text: Mapping[str, Any]) -> str:
     """text: source, sha256, tokens, seqlen, sequences."""
-    return (
-        f"Calibration: {text_name(text['source'])}, {text['tokens']:,} tokens in "
-        f"{text['sequences']} sequences of up to {text['seqlen']}, sha256 `{text['sha256']}`"
-    )
+    return CalibrationReport(**text).fact()
 
 
 def check_in_memory(config: Config) -> None:

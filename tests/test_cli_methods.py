@@ -1,8 +1,15 @@
 """`pyprune methods`: what there is, and what each option means."""
 
+import dataclasses
+import inspect
 import json
+from pathlib import Path
 
-from pyprune import cli
+import pytest
+
+from pyprune import cli, cli_prune
+from pyprune.config import CalibrationConfig
+from pyprune.families import families
 
 
 def run(*arguments):
@@ -57,3 +64,27 @@ def test_every_option_of_every_method_has_a_meaning(capsys):
             assert len(meaning) > 3 and "And those" not in meaning and "add-ons" not in meaning, (
                 row["name"], name, meaning,
             )  # fmt: skip
+
+
+def test_every_field_of_a_configuration_has_an_option(monkeypatch):
+    """What an option is called in the signature, in `options` and in a configuration is written
+    three times: none of them may be missing where the value goes."""
+    own = {"model", "out", "config", "state", "preserve_mask", "trust_remote_code", "report"}
+    parameters = set(inspect.signature(cli_prune.prune).parameters) - own - {"as_json"}
+    seen = {}
+
+    class StopError(Exception):
+        pass
+
+    def stop(file, options, shown):
+        seen.update(options, **{f"calibration.{name}": value for name, value in shown.items()})
+        raise StopError
+
+    monkeypatch.setattr(cli_prune, "_prune_config", stop)
+    monkeypatch.setattr(cli_prune, "_named_values", lambda option, given: given)
+    with pytest.raises(StopError):
+        cli_prune.prune(Path("in"), Path("out"), **{name: name for name in parameters})
+    assert sorted(seen.values()) == sorted(parameters)
+    fields = {f.name for family in families() for f in dataclasses.fields(family.config)}
+    shown = {f"calibration.{f.name}" for f in dataclasses.fields(CalibrationConfig)}
+    assert set(seen) == fields - {"calibration"} | shown

@@ -6,6 +6,9 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
+from saved_models import prune_source as prune
+from saved_models import reloaded as load
+from saved_models import save_source
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
 from torch.nn.functional import linear, silu
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -276,20 +279,7 @@ def test_configuration_as_vllm_reads_it(tmp_path):
 @pytest.fixture
 def source(tmp_path):
     more = {"num_hidden_layers": 5, "vocab_size": 258, "intermediate_size": 512}
-    save_model(tiny_model("qwen2", **more), byte_tokenizer(), tmp_path / "in")
-    (tmp_path / "text.txt").write_text("A stitch in time saves nine, they say. " * 100)
-    return tmp_path
-
-
-def prune(folder, *more, out="out"):
-    text = ["--calibration", str(folder / "text.txt"), "--nsamples", "4", "--seqlen", "32"]
-    return cli.main(["prune", str(folder / "in"), "-o", str(folder / out), *text, *more])
-
-
-def load(folder):
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model
+    return save_source(tmp_path, tiny_model("qwen2", **more))
 
 
 def test_from_the_command_line_and_back(source, capsys, monkeypatch):

@@ -221,6 +221,20 @@ def test_decoder_that_the_model_does_not_call():
         perplexity(model, IDS, seqlen=8, batch_size=1)
 
 
+def test_every_module_is_back_in_its_mode():
+    for mode in (True, False):
+        model = tiny().train(mode)
+        model.model.layers[1].train(not mode)
+        before = {name: module.training for name, module in model.named_modules()}
+        seen = []
+        model.model.layers[1].mlp.register_forward_hook(
+            lambda m, *_, to=seen: to.append(m.training)
+        )
+        perplexity(model, IDS, seqlen=24)
+        assert seen and not any(seen)
+        assert {name: module.training for name, module in model.named_modules()} == before
+
+
 def test_model_without_a_head():
     with pytest.raises(UserError, match=r"language-model head, got LlamaModel"):
         perplexity(tiny().model, IDS, seqlen=8)

@@ -38,6 +38,7 @@ def nm(rows: int, columns: int, n: int, m: int) -> torch.Tensor:
         (torch.tensor([[1.0, 1, 0, 0], [0, 1, 0, 0]]), ["2:4"]),
         (torch.zeros(2, 8), ["1:4", "2:4", "4:8", "row-uniform"]),
         (torch.ones(0, 8), ["dense"]),
+        (torch.tensor([[1.0, 1, 1, 0, 0, 0]]), ["unstructured"]),  # one row says nothing
         (nm(6, 16, 2, 4).reshape(2, 3, 16), ["2:4", "4:8", "row-uniform"]),
     ],
 )

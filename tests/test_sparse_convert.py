@@ -125,6 +125,16 @@ def test_numbers_beyond_the_dtype_that_is_asked_for(name, tmp_path):
     compress_checkpoint(dense, tmp_path / "small", dtype="float32")
 
 
+def test_what_is_rounded_counts_as_rounded(tmp_path):
+    dense = pruned_checkpoint(tmp_path / "dense")
+    elements = sum(t.numel() for t in load_file(dense / "model.safetensors").values())
+    for dtype, itemsize in (("float32", 4), ("bfloat16", 2)):
+        small = tmp_path / dtype
+        report = compress_checkpoint(dense, small, dtype=dtype)
+        back = decompress_checkpoint(small, tmp_path / f"{dtype} dense")
+        assert report.nbytes_dense == back.nbytes_after == itemsize * elements
+
+
 def test_choice():
     w = torch.zeros(16, 64, dtype=torch.bfloat16)
     w[:, ::2] = 1

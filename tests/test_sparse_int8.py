@@ -194,6 +194,8 @@ def test_tampered_tensors_are_refused(case, made, tmp_path):
         ("values", "int4", r"values: expected int8 or nothing, got 'int4'"),
         ("values", None, "values: expected torch.bfloat16 or"),
         ("transposed", 1, "transposed: expected true or false, got 1"),
+        ("rank", 2, r"rank: expected none with format \w+, got 2"),
+        ("format", "factored", "rank: expected a positive integer, got None"),
         ("format_version", 1, "needs format_version 2, got 1"),
         ("format_version", 6, "expected a format_version among 1, 2, 3, 4, 5, got 6"),
     ],

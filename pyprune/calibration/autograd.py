@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pyprune.errors import UserError
+from pyprune.models.running import replaced_forward
 
 
 def asking_entry(
@@ -36,7 +37,6 @@ def checkpointed(block: nn.Module) -> Iterator[None]:
     Reentrant on purpose: its first forward records nothing, so hooks can tell it by
     `requires_grad`. Outputs of evaluation mode depend on no random numbers.
     """
-    previous = block.__dict__.get("forward")
     plain = block.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
@@ -47,14 +47,8 @@ def checkpointed(block: nn.Module) -> Iterator[None]:
 
         return checkpoint(run, hidden, use_reentrant=True, preserve_rng_state=False)
 
-    block.forward = forward
-    try:
+    with replaced_forward(block, forward):
         yield
-    finally:
-        if previous is None:
-            del block.forward
-        else:
-            block.forward = previous
 
 
 @contextmanager

@@ -26,16 +26,17 @@ from pyprune.calibration.autograd import (
     on_device,
     without_parameter_gradients,
 )
-from pyprune.calibration.coroutine import TokenBatch, evaluation
-from pyprune.calibration.head import IGNORED, Head, check_head
+from pyprune.calibration.coroutine import TokenBatch
+from pyprune.calibration.head import Head, check_head, next_labels, sequence_targets
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.schedule import TensorId
 from pyprune.errors import OVERFLOW, LayerError, UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.experts import ExpertInput, observed
 from pyprune.models.linears import LinearRef
+from pyprune.models.running import evaluation
 
-__all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass", "sequence_targets"]
+__all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass"]
 
 # fp16 has neither exponents for small gradients nor for large ones; bf16, fp32 and fp64 have. Of
 # the first batch the largest shall be 2^9 at most, 2^7 below what fp16 holds. Of a logit it can be
@@ -165,24 +166,6 @@ def _half_scale(
     return min(LARGEST_HALF_SCALE, max(LEAST_HALF_SCALE, fits))
 
 
-def sequence_targets(index: int, batch: TokenBatch) -> list[int]:
-    """How many tokens of each sequence of batch number `index` are real and follow a real one;
-    UserError for a sequence without."""
-    ids, mask = batch.input_ids, batch.attention_mask
-    if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
-        shapes = [tuple(t.shape) for t in (ids, mask) if t is not None]
-        raise UserError(f"batch {index}: expected ids and mask of one shape [B, T], {shapes}")
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
-    targets: list[int] = (real[:, 1:] & real[:, :-1]).sum(1).tolist()
-    for n, count in enumerate(targets):
-        if not count:
-            raise UserError(
-                f"batch {index}, sequence {n}: expected at least two tokens in a row (the loss is "
-                f"that of the next one), got {int(real[n].sum())}"
-            )
-    return targets
-
-
 @dataclass(frozen=True, eq=False)
 class _Tokens:
     """A batch on the device. real: `[B, T]` bool, None if no token is padding; targets: predicted
@@ -207,13 +190,6 @@ class _Tokens:
     def tokens(self) -> int:
         """Real ones."""
         return self.input_ids.numel() if self.real is None else int(self.real.sum())
-
-    def labels(self) -> Tensor:
-        """`[B, T - 1]`: the next token where it and the one before it are real."""
-        labels = self.input_ids[:, 1:]
-        if self.real is None:
-            return labels
-        return labels.masked_fill(~(self.real[:, 1:] & self.real[:, :-1]), IGNORED)
 
 
 class _Pass:
@@ -255,7 +231,7 @@ class _Pass:
         )
         hidden: Tensor = out[0]
         gradients, loss = self._head.gradients(
-            out, hidden.detach(), batch.input_ids, batch.labels()
+            out, hidden.detach(), batch.input_ids, next_labels(batch.input_ids, batch.real)
         )
         self._loss = self._loss + loss
         for self._draw, gradient in enumerate(gradients):

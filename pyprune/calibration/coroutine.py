@@ -178,15 +178,3 @@ def stopping_at_entries(blocks: list[nn.Module], names: list[str]) -> Iterator[N
             hook = block.register_forward_pre_hook(stop_at(name), with_kwargs=True)
             stack.callback(hook.remove)
         yield
-
-
-@contextmanager
-def evaluation(decoder: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is back in its own."""
-    training = [module for module in decoder.modules() if module.training]
-    decoder.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.calibration.backward import (
-    BackwardReport,
-    Visitor,
-    backward_pass,
-    sequence_targets,
-)
+from pyprune.calibration.backward import BackwardReport, Visitor
 from pyprune.calibration.gradient_stats import KroneckerFactors
-from pyprune.calibration.gradients import one_by_one
+from pyprune.calibration.gradients import check_sums, sequence_pass, sums_dtype
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.tokens import TokenSet
-from pyprune.errors import LayerError
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
 
@@ -95,19 +89,15 @@ def collect_factors(
     Raises:
         LayerError, UserError: see `backward_pass`; also a sum that overflowed.
     """
-    for i, batch in enumerate(tokens.batches):
-        sequence_targets(i, batch)
-    device = torch.device(device)
-    single = next(adapter.model.parameters()).dtype != torch.float64
-    dtype = torch.float32 if single else torch.float64
+    device, dtype = torch.device(device), sums_dtype(adapter)
     refs = list(refs)
     passes, done = 1 + 2 * refinements, 0
 
     def through(visitors: dict[str, Visitor]) -> BackwardReport:
         nonlocal done
-        report = backward_pass(
+        report = sequence_pass(
             adapter,
-            list(one_by_one(tokens)),
+            tokens.batches,
             visitors,
             checkpointing=checkpointing,
             device=device,
@@ -127,8 +117,7 @@ def collect_factors(
         for refinement in refined.values():
             refinement.finish()
     for name, factor in factors.items():
-        if not factor.finite():
-            raise LayerError(name, "expected finite sums of gradients, got NaN or infinity")
+        check_sums(name, factor.finite())
     return factors
 
 

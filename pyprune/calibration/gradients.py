@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pyprune.calibration.backward import backward_pass, sequence_targets
+from pyprune.calibration.backward import BackwardReport, Visitor, backward_pass
 from pyprune.calibration.gradient_stats import GradientFactory, GradientStatistic
-from pyprune.calibration.tokens import Batch, TokenSet
+from pyprune.calibration.head import sequence_targets
+from pyprune.calibration.tokens import Batch, TokenSet, one_by_one
 from pyprune.errors import LayerError, UserError
 from pyprune.measure import available_bytes
 from pyprune.models.adapter import Adapter
@@ -68,12 +69,10 @@ def fill_statistics(
 ) -> None:
     """`collect_gradients` into statistics that are there, on `device`, by the name of the matrix;
     afterwards they are on the CPU. fisher_samples, seed: see `backward_pass`."""
-    for i, batch in enumerate(tokens.batches):
-        sequence_targets(i, batch)
     visitors = {name: statistic.update for name, statistic in statistics.items()}
-    report = backward_pass(
+    report = sequence_pass(
         adapter,
-        list(one_by_one(tokens)),
+        tokens.batches,
         visitors,
         checkpointing=checkpointing,
         device=device,
@@ -82,11 +81,43 @@ def fill_statistics(
         progress=progress,
     )
     for name, statistic in statistics.items():
-        if not statistic.finite():
-            raise LayerError(name, "expected finite sums of gradients, got NaN or infinity")
+        check_sums(name, statistic.finite())
         statistic.sequences = report.sequences
         statistic.targets = report.targets
         statistic.to("cpu")
+
+
+def sequence_pass(
+    adapter: Adapter,
+    batches: Sequence[Batch],
+    visitors: Mapping[str, Visitor],
+    *,
+    checkpointing: bool,
+    device: torch.device | str,
+    fisher_samples: int = 0,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None,
+) -> BackwardReport:
+    """`backward_pass` with the sequences one at a time. A sequence without a target is refused
+    before any has run, by the number of the batch that it was given in."""
+    for i, batch in enumerate(batches):
+        sequence_targets(i, batch)
+    return backward_pass(
+        adapter,
+        list(one_by_one(batches)),
+        visitors,
+        checkpointing=checkpointing,
+        device=device,
+        fisher_samples=fisher_samples,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def check_sums(name: str, finite: bool) -> None:
+    """LayerError unless the sums of the matrix called `name` are finite."""
+    if not finite:
+        raise LayerError(name, "expected finite sums of gradients, got NaN or infinity")
 
 
 def _check_fits(statistics: Mapping[str, GradientStatistic], device: torch.device) -> None:
@@ -99,11 +130,3 @@ def _check_fits(statistics: Mapping[str, GradientStatistic], device: torch.devic
             f"gradient statistics: need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free on "
             f"{device} (--include fewer layers, or fewer samples where the method has them)"
         )
-
-
-def one_by_one(tokens: TokenSet) -> Iterator[Batch]:
-    """Its sequences as batches of one."""
-    for batch in tokens.batches:
-        for n in range(len(batch.input_ids)):
-            mask = batch.attention_mask
-            yield Batch(batch.input_ids[n : n + 1], None if mask is None else mask[n : n + 1])

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyprune.calibration.coroutine import TokenBatch
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
+from pyprune.models.running import head_logits, positions_at_once
 
-# Logits are made for this many numbers at a time: a vocabulary of 49 152 at 2 048 tokens would be
-# 400 MB of fp32 for one sequence, and as much again for its gradient.
-LOGITS_AT_ONCE = 1 << 24
 IGNORED = -100
 
 
@@ -45,12 +43,12 @@ class Head:
         draws = max(self._samples, 1)
         gradients = hidden.new_zeros(draws, *hidden.shape)
         total = torch.zeros((), dtype=torch.float64, device=hidden.device)
-        vocabulary = self._adapter.model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        step = max(1, LOGITS_AT_ONCE // (vocabulary * len(hidden)))
+        model, decoder = self._adapter.model, self._adapter.decoder
+        step = positions_at_once(model, len(hidden))
         for a in range(0, labels.shape[1], step):
             part = hidden[:, a : min(a + step, labels.shape[1])].clone().requires_grad_()
             at = slice(a, a + part.shape[1])
-            logits = head_logits(self._adapter, out, part, ids)
+            logits = head_logits(model, decoder, out, part, ids)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             text = labels[None, :, at]
             targets = text
@@ -79,26 +77,31 @@ class Head:
         return uniform.to(predicted.device)
 
 
-def head_logits(adapter: Adapter, out: Any, hidden: Tensor, input_ids: Tensor) -> Tensor:
-    """The model's forward with the decoder's answer given: whatever it does after that.
+def next_labels(input_ids: Tensor, real: Tensor | None) -> Tensor:
+    """`[B, T - 1]`: the next token where it and the one before it are real, else IGNORED. real:
+    bool `[B, T]`; None: all are."""
+    labels = input_ids[:, 1:]
+    if real is None:
+        return labels
+    return labels.masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
 
-    out: what the decoder answered on `input_ids [B, T]`; hidden: `[B, t, d]`, which takes the place
-    of its hidden states (some of the positions, say). Logits `[B, t, V]`.
-    """
-    answer = copy(out)
-    answer[next(iter(answer))] = hidden
-    decoder = adapter.decoder
-    previous = decoder.__dict__.get("forward")
-    decoder.forward = lambda *args, **kwargs: answer
-    try:
-        ids = input_ids[:, : hidden.shape[1]]
-        logits: Tensor = adapter.model(input_ids=ids, use_cache=False).logits
-    finally:
-        if previous is None:
-            del decoder.forward
-        else:
-            decoder.forward = previous
-    return logits
+
+def sequence_targets(index: int, batch: TokenBatch) -> list[int]:
+    """How many tokens of each sequence of batch number `index` are real and follow a real one;
+    UserError for a sequence without."""
+    ids, mask = batch.input_ids, batch.attention_mask
+    if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
+        shapes = [tuple(t.shape) for t in (ids, mask) if t is not None]
+        raise UserError(f"batch {index}: expected ids and mask of one shape [B, T], {shapes}")
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    targets: list[int] = (real[:, 1:] & real[:, :-1]).sum(1).tolist()
+    for n, count in enumerate(targets):
+        if not count:
+            raise UserError(
+                f"batch {index}, sequence {n}: expected at least two tokens in a row (the loss is "
+                f"that of the next one), got {int(real[n].sum())}"
+            )
+    return targets
 
 
 def check_head(adapter: Adapter) -> None:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.calibration.backward import backward_pass
-from pyprune.calibration.gradients import one_by_one, sums_dtype
+from pyprune.calibration.gradients import check_sums, sequence_pass, sums_dtype
 from pyprune.calibration.sample import Sample
-from pyprune.calibration.tokens import TokenSet
-from pyprune.errors import LayerError
+from pyprune.calibration.tokens import Batch
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
 
 
 def gradient_sums(
     adapter: Adapter,
-    tokens: TokenSet,
+    batches: Sequence[Batch],
     *,
     power: int = 1,
     weighted: bool = False,
@@ -39,17 +37,16 @@ def gradient_sums(
     scratch: dict[tuple[int, ...], Tensor] = {}
     sums = {ref.name: _Sum(ref, power, weighted, dtype, scratch) for ref in refs}
     visitors: Mapping[str, Callable[[Sample], None]] = {n: s.update for n, s in sums.items()}
-    report = backward_pass(
+    report = sequence_pass(
         adapter,
-        list(one_by_one(tokens)),
+        batches,
         visitors,
         checkpointing=checkpointing,
         device=device,
         progress=progress,
     )
     for name, total in sums.items():
-        if not bool(total.value.isfinite()):
-            raise LayerError(name, "expected finite sums of gradients, got NaN or infinity")
+        check_sums(name, bool(total.value.isfinite()))
     return {name: float(total.value) / report.sequences for name, total in sums.items()}
 
 

@@ -23,6 +23,9 @@ class BlockStore(Protocol):
     def flush(self, i: int) -> None:
         """Block `i` is final: persists it, then frees it or moves it away."""
 
+    def release(self, i: int) -> None:
+        """Block `i` was only looked at: frees it or moves it away as it was."""
+
 
 class InMemoryStore:
     """A model that is in memory: blocks visit `device` one at a time and go back where they were.
@@ -54,6 +57,9 @@ class InMemoryStore:
             self._bring(module)
 
     def flush(self, i: int) -> None:
+        self.release(i)
+
+    def release(self, i: int) -> None:
         self._take_back(set(self._adapter.blocks[i].modules()))
 
     def _bring(self, module: nn.Module) -> None:

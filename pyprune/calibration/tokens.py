@@ -30,6 +30,16 @@ class Batch:
     input_ids: Tensor
     attention_mask: Tensor | None = None
 
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on `device`."""
+        mask = self.attention_mask
+        return Batch(self.input_ids.to(device), None if mask is None else mask.to(device))
+
+    def rows(self, which: slice | Tensor) -> Batch:
+        """Some of its sequences."""
+        mask = self.attention_mask
+        return Batch(self.input_ids[which], None if mask is None else mask[which])
+
 
 @dataclass(frozen=True)
 class TokenSet:
@@ -126,6 +136,24 @@ def token_set(
         seqlen=seqlen,
         nsamples=len(sequences),
     )
+
+
+def first_sequences(batches: Iterable[Batch], count: int) -> list[Batch]:
+    """The first `count` sequences (or all, if there are fewer), in the batches that they are in."""
+    found: list[Batch] = []
+    left = count
+    for batch in batches:
+        if left > 0:
+            found.append(batch.rows(slice(left)))
+            left -= len(found[-1].input_ids)
+    return found
+
+
+def one_by_one(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The sequences as batches of one."""
+    for batch in batches:
+        for n in range(len(batch.input_ids)):
+            yield batch.rows(slice(n, n + 1))
 
 
 def begins_with_bos(tokenizer: Any) -> bool:

@@ -26,7 +26,6 @@ from pyprune.calibration.coroutine import (
     Forward,
     Pause,
     TokenBatch,
-    evaluation,
     stopping_at_entries,
 )
 from pyprune.calibration.group import BlockVisit, Group
@@ -39,6 +38,7 @@ from pyprune.errors import OVERFLOW, LayerError, UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.experts import FUSED_EXPERTS, ExpertInput, observed
 from pyprune.models.linears import parameters_of
+from pyprune.models.running import evaluation
 
 __all__ = [
     "BlockStore",

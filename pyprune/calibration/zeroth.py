@@ -8,9 +8,10 @@ gradient with the memory of inference (ECoFLaP, arXiv 2310.02998).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,11 +19,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyprune.calibration.autograd import on_device
-from pyprune.calibration.coroutine import TokenBatch, evaluation
-from pyprune.calibration.head import IGNORED, LOGITS_AT_ONCE, check_head, head_logits
+from pyprune.calibration.coroutine import TokenBatch
+from pyprune.calibration.head import IGNORED, check_head, next_labels, sequence_targets
 from pyprune.errors import LayerError, UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
+from pyprune.models.running import (
+    evaluation,
+    head_logits,
+    positions_at_once,
+    replaced_forward,
+)
 
 
 @dataclass(frozen=True)
@@ -77,12 +84,7 @@ def directional_differences(
     if not batches:
         raise UserError("calibration: expected at least one sequence, got none")
     for b, batch in enumerate(batches):
-        scored = (_labels(batch) != IGNORED).any(1)
-        if not bool(scored.all()):
-            raise UserError(
-                f"batch {b}, sequence {int(scored.int().argmin())}: expected at least two tokens "
-                "in a row (the loss is that of the next one), got none"
-            )
+        sequence_targets(b, batch)
     sums = torch.zeros(len(groups), dtype=torch.float64)
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -148,15 +150,6 @@ def _check_precision(model: nn.Module) -> None:
         )
 
 
-def _labels(batch: TokenBatch) -> Tensor:
-    """`[B, T - 1]`: the next token where it and the one before it are real."""
-    labels, mask = batch.input_ids[:, 1:], batch.attention_mask
-    if mask is None:
-        return labels
-    real = mask != 0
-    return labels.masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
-
-
 class _Replay:
     """The losses of one batch, from a block on. dense: those of the model as it is, `[B]` fp64."""
 
@@ -165,7 +158,8 @@ class _Replay:
         self._ids = batch.input_ids.to(device)
         mask = batch.attention_mask
         self._mask = None if mask is None else mask.to(device)
-        self._labels = _labels(batch).to(device)
+        real = None if self._mask is None else self._mask != 0
+        self._labels = next_labels(self._ids, real)
         # What the blocks answer on the dense model.
         self._answers: list[Any] = []
         with ExitStack() as stack:
@@ -180,20 +174,20 @@ class _Replay:
         """With the weights as they are now, which differ from block number `first` on: `[B]`."""
         with ExitStack() as stack:
             for block, answer in zip(self._adapter.blocks[:first], self._answers, strict=False):
-                stack.enter_context(_answering(block, answer))
+                stack.enter_context(replaced_forward(block, partial(_answered, answer)))
             return self._losses()
 
     def _losses(self) -> Tensor:
         out = self._adapter.decoder(input_ids=self._ids, attention_mask=self._mask, use_cache=False)
         hidden: Tensor = out[0]
         labels = self._labels
-        vocabulary = self._adapter.model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
-        step = max(1, LOGITS_AT_ONCE // (vocabulary * len(hidden)))
+        model, decoder = self._adapter.model, self._adapter.decoder
+        step = positions_at_once(model, len(hidden))
         total = torch.zeros(len(hidden), dtype=torch.float64, device=hidden.device)
         for a in range(0, labels.shape[1], step):
             targets = labels[:, a : a + step]
             part = hidden[:, a : a + targets.shape[1]]
-            logits = head_logits(self._adapter, out, part, self._ids)
+            logits = head_logits(model, decoder, out, part, self._ids)
             losses = F.cross_entropy(
                 logits.flatten(0, 1).to(torch.promote_types(logits.dtype, torch.float32)),
                 targets.flatten(),
@@ -204,18 +198,9 @@ class _Replay:
         return (total / (labels != IGNORED).sum(1)).cpu()
 
 
-@contextmanager
-def _answering(block: nn.Module, answer: Any) -> Iterator[None]:
-    """Within it the block computes nothing and answers this."""
-    previous = block.__dict__.get("forward")
-    block.forward = lambda *args, **kwargs: _copied(answer)
-    try:
-        yield
-    finally:
-        if previous is None:
-            del block.forward
-        else:
-            block.forward = previous
+def _answered(answer: Any, *_args: Any, **_kwargs: Any) -> Any:
+    """A block's forward that computes nothing."""
+    return _copied(answer)
 
 
 def _copied(answer: Any) -> Any:

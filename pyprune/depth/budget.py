@@ -144,7 +144,7 @@ def units_of(branches: Collection[Branch], *, layers: bool) -> list[Unit]:
 @torch.no_grad()
 def branch_seconds(graph: ResidualGraph, batch: Batch) -> tuple[dict[Branch, float], float]:
     """Median seconds of each branch on `batch`, and of the whole model (its head included)."""
-    batch = Batch(batch.input_ids.to(graph.device), _to(batch.attention_mask, graph.device))
+    batch = batch.to(graph.device)
     state, context = graph.start(batch)
     seconds: dict[Branch, float] = {}
     for branch in graph.branches:
@@ -161,10 +161,6 @@ def branch_seconds(graph: ResidualGraph, batch: Batch) -> tuple[dict[Branch, flo
         graph.logits(graph.finish(state.total, batch), batch.input_ids)
         times.append(_now(graph.device) - started)
     return seconds, sum(seconds.values()) + median(times)
-
-
-def _to(mask: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if mask is None else mask.to(device)
 
 
 def _now(device: torch.device) -> float:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from pyprune.calibration.loss_scale import LossScale
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.finite import NotFiniteError
-from pyprune.depth.graph import LOGITS_BYTES, Branch, Context, ResidualGraph, State
+from pyprune.depth.graph import Branch, Context, ResidualGraph, State
 from pyprune.errors import UserError
+from pyprune.models.running import positions_at_once
 
 # Shortened LLaMA's "+" keeps these out of harm's way: removed only after all others.
 PLUS_FIRST, PLUS_LAST = 4, 2
@@ -28,11 +29,10 @@ def run_layer(graph: ResidualGraph, layer: int, state: State, context: Context) 
 
 def token_losses(graph: ResidualGraph, hidden: Tensor, batch: Batch) -> Tensor:
     """-log p(next token), float32 [n]: of every real token that has one, from the last layer's
-    output `hidden` [B, T, d]; at most `LOGITS_BYTES` of logits exist at once."""
+    output `hidden` [B, T, d]; the logits of a few positions exist at once."""
     finished = graph.finish(hidden, batch)
     ids = batch.input_ids.to(hidden.device)
-    vocabulary = graph.model.get_output_embeddings().weight.shape[0]
-    chunk = max(1, LOGITS_BYTES // (4 * vocabulary * len(ids)))
+    chunk = positions_at_once(graph.model, len(ids))
     losses = []
     for start in range(0, ids.shape[1] - 1, chunk):
         targets = ids[:, start + 1 : start + 1 + chunk]
@@ -57,7 +57,7 @@ def removal_losses(graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
     sums = torch.zeros(layers, dtype=torch.float64)
     count = 0
     for batch in batches:
-        batch = _moved(batch, graph.device)
+        batch = batch.to(graph.device)
         state, context = graph.start(batch)
         for removed in range(layers):
             rest = state
@@ -101,7 +101,7 @@ def _taylor(graph: ResidualGraph, batches: Sequence[Batch], scale: float) -> Ten
     """With gradients of the loss times `scale`, which is divided out again."""
     with _gradients_of(graph) as gradients:
         for batch in batches:
-            batch = _moved(batch, graph.device)
+            batch = batch.to(graph.device)
             state, context = graph.start(batch)
             state = State(state.read.detach(), state.total.detach())
             for layer in range(len(graph.layouts)):
@@ -180,8 +180,3 @@ def _gradients_of(graph: ResidualGraph) -> Iterator[Mapping[Tensor, Tensor]]:
         for p, required, grad in before:
             p.requires_grad_(required)
             p.grad = grad
-
-
-def _moved(batch: Batch, device: torch.device) -> Batch:
-    mask = batch.attention_mask
-    return Batch(batch.input_ids.to(device), None if mask is None else mask.to(device))

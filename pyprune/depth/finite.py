@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from pyprune.calibration.tokens import Batch
-from pyprune.depth.graph import LOGITS_BYTES, Branch, ResidualGraph
+from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.errors import OVERFLOW, UserError
 from pyprune.models.adapter import Adapter
+from pyprune.models.running import positions_at_once
 
 
 class NotFiniteError(UserError):
@@ -36,11 +37,7 @@ def first_not_finite(graph: ResidualGraph, batches: Sequence[Batch]) -> str | No
     which batch (from 1); None where everything is finite up to the logits. One forward a batch, up
     to the first such."""
     for number, batch in enumerate(batches, 1):
-        mask = batch.attention_mask
-        moved = Batch(
-            batch.input_ids.to(graph.device), None if mask is None else mask.to(graph.device)
-        )
-        module = _first_module(graph, moved)
+        module = _first_module(graph, batch.to(graph.device))
         if module is not None:
             return f"after {module}, in batch {number} of {len(batches)}"
     return None
@@ -58,8 +55,7 @@ def _first_module(graph: ResidualGraph, batch: Batch) -> str | None:
     finished = graph.finish(state.total, batch)
     if not _finite(finished, mask):
         return "the final norm"
-    vocabulary = graph.model.get_output_embeddings().weight.shape[0]
-    step = max(1, LOGITS_BYTES // (4 * vocabulary * len(finished)))
+    step = positions_at_once(graph.model, len(finished))
     for at in range(0, finished.shape[1], step):
         piece = slice(at, at + step)
         logits = graph.logits(finished[:, piece], batch.input_ids)

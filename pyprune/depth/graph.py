@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -22,11 +21,10 @@ from pyprune.calibration.tokens import Batch
 from pyprune.depth.layouts import Layout, layout_of
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
+from pyprune.models.running import head_logits, replaced_forward
 
 Kind = Literal["attention", "mlp"]
 KINDS: tuple[Kind, Kind] = ("attention", "mlp")
-# Logits that exist at once while a loss is computed.
-LOGITS_BYTES = 64 << 20
 # Relative deviation at which a layer does not compute what its layout says (fp32; scaled by eps).
 STRUCTURE_TOLERANCE = 1e3
 
@@ -220,15 +218,8 @@ class ResidualGraph:
 
     def logits(self, finished: Tensor, input_ids: Tensor) -> Tensor:
         """The model's own head on outputs of `finish` [B, t, d'] (any positions): [B, t, V]."""
-        output = copy(self._output)
-        output["last_hidden_state"] = finished
-        with replaced_forward(self.adapter.decoder, lambda *_a, **_k: output):
-            logits: Tensor = self.model(input_ids=input_ids, use_cache=False).logits
-        if logits.shape[:2] != finished.shape[:2]:
-            raise UserError(
-                f"{type(self.model).__name__} does not run the decoder that get_decoder() names"
-            )
-        return logits.float()
+        decoder, output = self.adapter.decoder, self._output
+        return head_logits(self.model, decoder, output, finished, input_ids).float()
 
     # ---- the check
 
@@ -310,20 +301,6 @@ def repeated(batch: Batch, copies: int) -> Batch:
     return Batch(
         batch.input_ids.repeat(copies, 1), None if mask is None else mask.repeat(copies, 1)
     )
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within it, calling `module` calls `forward`; nests."""
-    own = module.__dict__.get("forward")  # set by us, or by libraries that wrap a model's forward
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward  # the class's own method shows again
-        else:
-            module.forward = own
 
 
 def _in_tuple(layer: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:

@@ -115,13 +115,11 @@ def in_parts(batches: Sequence[Batch]) -> list[Batch]:
     if len(batches) >= PARTS:
         return list(batches)
     parts = -(-PARTS // len(batches))
-    found = []
+    found: list[Batch] = []
     for batch in batches:
-        ids, mask = batch.input_ids, batch.attention_mask
-        rows = -(-len(ids) // parts)
-        for at in range(0, len(ids), rows):
-            some = slice(at, at + rows)
-            found.append(Batch(ids[some], None if mask is None else mask[some]))
+        count = len(batch.input_ids)
+        rows = -(-count // parts)
+        found += [batch.rows(slice(at, at + rows)) for at in range(0, count, rows)]
     return found
 
 

@@ -49,8 +49,7 @@ def parts_of(batches: Sequence[Batch]) -> list[Part]:
         seen += len(ids)
         for rows in (~held, held):
             if rows.any():
-                some = Batch(ids[rows], None if mask is None else mask[rows])
-                parts.append(Part(some, real[rows] & held[rows, None]))
+                parts.append(Part(batch.rows(rows), real[rows] & held[rows, None]))
     return parts
 
 

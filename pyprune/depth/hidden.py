@@ -31,8 +31,7 @@ def visit_states(adapter: Adapter, batch: Batch, visit: Visit) -> None:
 
     h_l: [B, T, d], padding included (see `real_tokens`); it is not held afterwards.
     """
-    device = next(adapter.decoder.parameters()).device
-    mask = batch.attention_mask
+    batch = batch.to(next(adapter.decoder.parameters()).device)
 
     def before(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         visit(0, args[0] if args else kwargs["hidden_states"])
@@ -49,9 +48,7 @@ def visit_states(adapter: Adapter, batch: Batch, visit: Visit) -> None:
         for i, block in enumerate(adapter.blocks):
             stack.callback(block.register_forward_hook(after(i + 1)).remove)
         adapter.decoder(
-            input_ids=batch.input_ids.to(device),
-            attention_mask=None if mask is None else mask.to(device),
-            use_cache=False,
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
         )
 
 

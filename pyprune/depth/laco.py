@@ -132,11 +132,10 @@ def _prefix(graph: ResidualGraph, batch: Batch) -> _Run:
 def _final(graph: ResidualGraph, hidden: Tensor, batch: Batch) -> list[Tensor]:
     """One flat vector per sequence."""
     finished = graph.finish(hidden, batch)
-    mask = batch.attention_mask
     rows = []
     for i in range(len(finished)):
-        one = Batch(batch.input_ids[i : i + 1], None if mask is None else mask[i : i + 1])
-        rows.append(real_tokens(finished[i : i + 1], one).double().flatten())
+        here = slice(i, i + 1)
+        rows.append(real_tokens(finished[here], batch.rows(here)).double().flatten())
     return rows
 
 

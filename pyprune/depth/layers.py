@@ -8,10 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import Tensor
 
-from pyprune.calibration.tokens import Batch, TokenSet
+from pyprune.calibration.tokens import Batch, TokenSet, first_sequences
 from pyprune.depth import criteria
 from pyprune.depth.addons import AddOns, OneAddOn, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, parameter_count, units_of
@@ -141,7 +140,7 @@ def _search(
     graph.check()
     check_add_ons(graph, config.own_options())
     units = units_of(graph.branches, layers=True)
-    batches = moved(tokens.batches, graph.device)
+    batches = [batch.to(graph.device) for batch in tokens.batches]
     budget = Budget.of(graph, config, units, batches[0])
     size = parameter_count(model)
 
@@ -300,7 +299,9 @@ def laco(
     merged, is fitted to the stream that the last folded layer gave in the model as given.
     compensate: the size of that stream over the size of the merged layer's output.
     """
-    few = _sequences(batches, options.sentences)
+    if options.sentences < 1:
+        raise UserError(f"sentences: expected at least 1, got {options.sentences}")
+    few = first_sequences(batches, options.sentences)
     given = Given() if options.wanted else None
     folds = collapse(
         graph,
@@ -414,24 +415,3 @@ def _with_add_ons(
     gone = [Branch(kind, i) for i in removed for kind in KINDS]
     done = apply_add_ons(graph, gone, batches, options, given)
     return LayerChoice(removed, objective, values, done)
-
-
-def _sequences(batches: Sequence[Batch], count: int) -> list[Batch]:
-    """The first `count` sequences."""
-    if count < 1:
-        raise UserError(f"sentences: expected at least 1, got {count}")
-    few: list[Batch] = []
-    for batch in batches:
-        room = count - sum(len(b.input_ids) for b in few)
-        if room > 0:
-            mask = batch.attention_mask
-            few.append(Batch(batch.input_ids[:room], None if mask is None else mask[:room]))
-    return few
-
-
-def moved(batches: Sequence[Batch], device: torch.device) -> list[Batch]:
-    """The batches on `device`."""
-    return [
-        Batch(*(None if x is None else x.to(device) for x in (b.input_ids, b.attention_mask)))  # type: ignore[arg-type]
-        for b in batches
-    ]  # fmt: skip

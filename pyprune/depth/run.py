@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.calibration.configured import configured_tokens
-from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import TokenSet
 from pyprune.checkpoint.output import save_stock
 from pyprune.config import check_call
@@ -26,6 +25,7 @@ from pyprune.errors import UserError
 from pyprune.families import Family, Run
 from pyprune.measure import Measure
 from pyprune.models.adapter import Adapter
+from pyprune.models.running import evaluation
 from pyprune.pictures import check_pictures
 from pyprune.progress import Progress
 from pyprune.registry import HEADERS, MethodRow
@@ -116,7 +116,7 @@ def _prune(
         versions=versions(),
         curve=points,
         notes=tuple(notes),
-        run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
+        run=RunReport.of(measure),
     )
 
 

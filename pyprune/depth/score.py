@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyprune.calibration.tokens import Batch
-from pyprune.depth.graph import LOGITS_BYTES, Branch, ResidualGraph, repeated
+from pyprune.depth.graph import Branch, ResidualGraph, repeated
 from pyprune.errors import UserError
+from pyprune.models.running import positions_at_once
 
 ObjectiveName = Literal["perplexity", "kl"]
 
@@ -40,14 +41,7 @@ class Scorer:
         self.graph = graph
         self.objective = objective
         self.every = every
-        device = graph.device
-        self.batches = [
-            Batch(
-                b.input_ids.to(device),
-                None if b.attention_mask is None else b.attention_mask.to(device),
-            )
-            for b in batches
-        ]
+        self.batches = [batch.to(graph.device) for batch in batches]
         # Rows without a target (a single token) have no score.
         tokens = [None] * len(batches) if counted is None else counted
         self._weights = list(map(self._scored, self.batches, tokens))
@@ -79,15 +73,13 @@ class Scorer:
     def rows(self, i: int, hidden: Tensor) -> Tensor:
         """Mean loss of every row of batch `i`, for S streams at once: float64 [S, B].
 
-        hidden: outputs of the last layer, [S * B, T, d], stream by stream. Logits exist for
-        `LOGITS_BYTES` at a time.
+        hidden: outputs of the last layer, [S * B, T, d], stream by stream.
         """
         ids = self.batches[i].input_ids
         streams = len(hidden) // len(ids)
         finished = self._finished(i, hidden)
         targets = ids[:, 1:][:, :: self.every].repeat(streams, 1)
-        vocabulary = self.graph.model.get_output_embeddings().weight.shape[0]
-        step = max(1, LOGITS_BYTES // (4 * vocabulary * len(finished)))
+        step = positions_at_once(self.graph.model, len(finished))
         losses = torch.empty(targets.shape, dtype=torch.float64, device=targets.device)
         for at in range(0, targets.shape[1], step):
             piece = slice(at, at + step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,7 @@ from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.graph import Context, ResidualGraph, State
 from pyprune.depth.hidden import real_tokens
 from pyprune.errors import UserError
+from pyprune.progress import Progress
 
 Start = Literal["first", "last", "best"]
 
@@ -68,7 +69,7 @@ def replace_window(
     clip: float = 5.0,
     start: Start = "best",
     seed: int = 0,
-    say: Callable[[str, float, float | None], None] | None = None,
+    say: Progress | None = None,
 ) -> Replacement:
     """Trains layer `layer` in place to give, from its own input, the output of layer `end` - 1.
 
@@ -125,7 +126,7 @@ def _train(
     epochs: int,
     rates: tuple[float, float, float, float],
     seed: int,
-    say: Callable[[str, float, float | None], None] | None,
+    say: Progress | None,
 ) -> None:
     """Changes `current`. Before each step the layer gets its original weights for the target."""
     rate, final, decay, clip = rates

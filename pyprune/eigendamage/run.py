@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -37,8 +36,8 @@ from pyprune.errors import UserError
 from pyprune.families import Family, Run
 from pyprune.layers import select_linears
 from pyprune.measure import Measure
-from pyprune.methods.options import of_options
 from pyprune.models.adapter import Adapter
+from pyprune.registry import HEADERS, MethodRow
 from pyprune.report import (
     SCHEMA,
     CalibrationReport,
@@ -51,6 +50,7 @@ from pyprune.report import (
 )
 from pyprune.sparse.convert import write_factored
 from pyprune.sparse.factored import FactoredLinear
+from pyprune.structural import model_card
 from pyprune.surroundings import in_memory, undisturbed
 
 STORED_DENSE = (
@@ -60,13 +60,13 @@ STORED_DENSE = (
 # Share of the entries by which less may go than was asked for before the report says why: whole
 # directions do not add up to every number.
 SHORT = 0.01
-ROW: dict[str, Any] = {
-    "name": METHOD,
-    "title": "OBD in the eigenbasis of the Kronecker-factored Fisher information",
-    "paper": "Wang et al. 2019, arXiv 1905.05934",
-    "removes": "directions or entries of the rotated weights; the result is dense",
-    **of_options(EigenDamageOptions),
-}
+ROW = MethodRow(
+    METHOD,
+    title="OBD in the eigenbasis of the Kronecker-factored Fisher information",
+    paper="Wang et al. 2019, arXiv 1905.05934",
+    options=EigenDamageOptions,
+    removes="directions or entries of the rotated weights; the result is dense",
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -144,32 +144,18 @@ class EigenDamageReport:
 
     def card(self) -> str:
         """The README.md of the pruned checkpoint (Markdown with the hub's YAML header)."""
-        text, own = self.calibration, self.config.own_options()
-        lines = [
-            "---",
-            "library_name: transformers",
-            f"base_model: {json.dumps(self.model, ensure_ascii=False)}",
-            "base_model_relation: finetune",
-            "tags:",
-            "- pruned",
-            f"- {METHOD}",
-            "---",
-            "",
-            f"# {self.model}, pruned: {METHOD}",
-            "",
+        return model_card(
+            self.model,
+            ROW,
             f"{self.sparsity:.1%} of the entries of all matrices removed in their "
-            f"Kronecker-factored eigenbases ({own.unit}), {self._stored()}",
-            "",
-            f"- Method: {METHOD}, {ROW['title']} ({ROW['paper']})",
-            f"- Calibration: {text.source}, {text.tokens:,} tokens in {text.sequences} sequences "
-            f"of up to {text.seqlen}, sha256 `{text.sha256}`",
-            *(f"- {name}: {version}" for name, version in self.versions.items()),
-            *(f"- Note: {note}" for note in self.notes),
-            "",
-            "The full configuration and a report per layer are in `pyprune.json`.",
-            "",
-        ]
-        return "\n".join(lines)
+            f"Kronecker-factored eigenbases ({self.config.own_options().unit}), {self._stored()}",
+            [
+                self.calibration.fact(),
+                *(f"{name}: {version}" for name, version in self.versions.items()),
+            ],
+            self.notes,
+            "The full configuration and a report per layer",
+        )
 
     def _stored(self) -> str:
         if not self.factored:
@@ -225,10 +211,8 @@ def _prune(
         model=model_name(model),
         config=config,
         layers=tuple(layers),
-        calibration=CalibrationReport(
-            tokens.source, tokens.sha256, tokens.tokens, tokens.nsamples, tokens.seqlen
-        ),
-        run=RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes()),
+        calibration=CalibrationReport.of(tokens),
+        run=RunReport.of(measure),
     )
     notes = []
     if config.own_options().factored:
@@ -389,10 +373,6 @@ def _run(run: Run) -> EigenDamageReport:
     )
 
 
-def _describe(row: Mapping[str, Any]) -> tuple[tuple[str, ...], dict[str, Any]]:
-    return (row["name"], f"{row['title']} ({row['paper']})", row["removes"]), dict(row)
-
-
 FAMILY = Family(
     title="rotated weights",
     methods=lambda: {METHOD: ROW},
@@ -400,6 +380,6 @@ FAMILY = Family(
     call="prune_eigendamage",
     targets={"sparsity": ()},
     run=_run,
-    headers=("method", "what", "removes"),
-    describe=_describe,
+    headers=HEADERS,
+    describe=MethodRow.describe,
 )

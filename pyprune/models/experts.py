@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from pyprune.models.running import replaced_forward
+
 # Classes whose eager forward is the one below (a gate and an up half in one matrix, no biases). A
 # similar looking class may interleave the halves or clamp the gate, so each is listed once checked.
 FUSED_EXPERTS = frozenset({"MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts"})
@@ -115,18 +117,11 @@ def observed(
     hidden: Hidden | None = None,
 ) -> Iterator[None]:
     """Within the context `experts(...)` runs `observed_forward`; restored on the way out."""
-    previous = experts.__dict__.get("forward")
 
     def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return observed_forward(
             experts, observe, hidden_states, top_k_index, top_k_weights, produced, hidden
         )
 
-    experts.forward = forward
-    try:
+    with replaced_forward(experts, forward):
         yield
-    finally:
-        if previous is None:
-            del experts.forward
-        else:
-            experts.forward = previous

@@ -1,8 +1,8 @@
-"""What packing 2:4 and packing a bitmap have in common."""
+"""What the compressed layouts have in common."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -10,8 +10,9 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops._checks import check_same_device, check_shape
 
-_BLOCK_BYTES = 1 << 18
-_PATTERN = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Bytes of metadata that are checked at a time: a model may be loaded that barely fits.
+CHECKED_BYTES = 1 << 18
+_PATTERN = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_mask(w: Tensor, mask: Tensor | None) -> None:
@@ -43,12 +44,12 @@ def aligned(t: Tensor, bytes_: int = 16) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def row_blocks(t: Tensor) -> Iterator[slice]:
-    """Rows of a matrix of bytes, few enough at a time that temporaries of their size do not count:
-    it may be checked while a model is loaded that barely fits."""
-    step = max(1, _BLOCK_BYTES // max(1, t.shape[1]))
-    for start in range(0, t.shape[0], step):
-        yield slice(start, start + step)
+def row_blocks(shape: Sequence[int], elements: int) -> list[slice]:
+    """The rows of a matrix of this shape, so many at a time that they have `elements` or fewer (one
+    row at least), for temporaries that do not count beside the whole."""
+    rows, cols = shape
+    step = max(1, elements // max(1, cols))
+    return [slice(start, start + step) for start in range(0, rows, step)]
 
 
 def native_mask(mask: Tensor | None) -> object:

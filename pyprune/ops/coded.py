@@ -35,6 +35,7 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops import _registry, _transforms
 from pyprune.ops._checks import check_same_device, check_shape, check_tensor
+from pyprune.ops._packing import row_blocks
 from pyprune.ops._precision import full_precision
 from pyprune.ops.sparse_linear import check_activations, native_linear, triton_limits
 
@@ -48,8 +49,7 @@ _BLOCK_ELEMENTS = 1 << 21
 
 
 def _row_blocks(rows: int, cols: int) -> list[slice]:
-    step = max(1, _BLOCK_ELEMENTS // max(256, cols))  # packing counts 256 exponents a row
-    return [slice(first, min(rows, first + step)) for first in range(0, rows, step)]
+    return row_blocks((rows, max(256, cols)), _BLOCK_ELEMENTS)  # packing counts 256 a row
 
 
 def _code_bytes(cols: int) -> int:

@@ -9,6 +9,7 @@ from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_rows, check_same_device, check_shape
 from pyprune.ops._packing import (
+    CHECKED_BYTES,
     aligned,
     bit_pattern,
     check_mask,
@@ -144,7 +145,7 @@ def validate_24(values: Tensor, meta: Tensor) -> None:
     """Raises ValueError unless `values` and `meta` are what `pack_24` may return: shapes and dtypes
     agree, and each group's two indices ascend."""
     _check_unpack_24(values, meta)
-    for rows in row_blocks(meta):
+    for rows in row_blocks(meta.shape, CHECKED_BYTES):
         block = meta[rows]
         low = block & 0x33
         # Of each nibble 3 + the second index - the first: 4 or more where they ascend.

@@ -9,6 +9,7 @@ from pyprune import _native
 from pyprune.ops import _registry
 from pyprune.ops._checks import check_float, check_rows, check_same_device, check_shape
 from pyprune.ops._packing import (
+    CHECKED_BYTES,
     aligned,
     bit_pattern,
     check_mask,
@@ -155,12 +156,17 @@ def validate_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: i
     and dtypes agree, offsets rise from 0 to the number of values, each row has as many bits as
     values, and no bit lies past the last column."""
     _check_unpack_bitmap(values, bitmap, row_offsets, cols)
+    _check_contents(values, bitmap, row_offsets, cols)
+
+
+def _check_contents(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> None:
     _check_ends(values, row_offsets)
     counts = row_offsets.diff()
     if (counts < 0).any():
         row = int((counts < 0).nonzero()[0])
         raise ValueError(f"row_offsets: expected to be monotone, fall after row {row}")
-    blocks = [_popcount(bitmap[rows]).sum(1, dtype=torch.int64) for rows in row_blocks(bitmap)]
+    parts = row_blocks(bitmap.shape, CHECKED_BYTES)
+    blocks = [_popcount(bitmap[rows]).sum(1, dtype=torch.int64) for rows in parts]
     bits = torch.cat(blocks) if blocks else torch.zeros_like(counts)
     if not torch.equal(bits, counts):
         row = int((bits != counts).nonzero()[0])
@@ -175,6 +181,8 @@ def validate_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: i
 def unpack_bitmap_reference(
     values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int
 ) -> Tensor:
+    if values.device.type == "cpu":  # on a GPU to look would be to wait
+        _check_contents(values, bitmap, row_offsets, cols)
     bits = (bitmap[:, :, None] >> torch.arange(8, device=bitmap.device)) & 1
     keep = bits.reshape(len(bitmap), 8 * bitmap.shape[1])[:, :cols].bool()
     w = bit_pattern(values).new_zeros(keep.shape)

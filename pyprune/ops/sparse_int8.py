@@ -20,30 +20,27 @@ from pyprune.ops._checks import (
     check_shape,
     check_tensor,
 )
-from pyprune.ops.pack import unpack_24, unpack_bitmap, validate_24, validate_bitmap
+from pyprune.ops._packing import bit_pattern, row_blocks
+from pyprune.ops.pack import (
+    unpack_24,
+    unpack_24_reference,
+    unpack_bitmap,
+    unpack_bitmap_reference,
+    validate_24,
+    validate_bitmap,
+)
 from pyprune.ops.sparse_linear import (
-    META_COLUMNS,
     check_activations,
-    check_bytes,
-    decompress_24,
-    decompress_bitmap,
+    check_packed_24,
+    check_packed_bitmap,
     linear_dense_reference,
     native_linear,
     triton_limits,
 )
 
 LARGEST = 127
-_PATTERN = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
 # Elements that are widened at a time: an embedding is by far the largest matrix of a small model.
 _BLOCK_ELEMENTS = 1 << 22
-
-
-def row_blocks(w: Tensor) -> list[slice]:
-    """The rows of a matrix, some at a time."""
-    step = max(1, _BLOCK_ELEMENTS // max(1, w.shape[1]))
-    return [slice(first, first + step) for first in range(0, w.shape[0], step)]
 
 
 @torch.no_grad()
@@ -70,7 +67,7 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
     if w.numel() == 0:
         return torch.zeros_like(w, dtype=torch.int8), w.new_zeros(w.shape[0])
     q, scales = torch.empty_like(w, dtype=torch.int8), w.new_empty(w.shape[0])
-    for rows in row_blocks(w):
+    for rows in row_blocks(w.shape, _BLOCK_ELEMENTS):
         q[rows], scales[rows] = _quantize(w[rows], rows.start)
     return q, scales
 
@@ -85,7 +82,7 @@ def _quantize(w: Tensor, first: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"w: expected finite weights to quantize, got others in row {row}")
     scales = (largest / LARGEST).to(w.dtype)
     # The next larger number of the dtype: positive floats are ordered like their bit patterns.
-    bits = scales.view(_PATTERN[scales.element_size()])
+    bits = bit_pattern(scales)
     bits += scales.double() * LARGEST < largest.double()
     bits -= (scales * LARGEST).isinf().to(bits.dtype)
     q = (wide / scales.to(wide.dtype)[:, None]).round_()
@@ -103,7 +100,7 @@ def dequantize_rows(q: Tensor, scales: Tensor) -> Tensor:
     check_same_device(q, scales)
     wide = torch.float64 if scales.dtype == torch.float64 else torch.float32
     w = torch.empty_like(q, dtype=scales.dtype)
-    for rows in row_blocks(q):
+    for rows in row_blocks(q.shape, _BLOCK_ELEMENTS):
         w[rows] = q[rows].to(wide) * scales[rows].to(wide)[:, None]
     return w
 
@@ -183,17 +180,8 @@ def unpack_bitmap_int8(
 def _check_linear_24_int8(
     x: Tensor, values: Tensor, meta: Tensor, scales: Tensor, bias: Tensor | None
 ) -> None:
-    if values.dim() != 2:
-        raise ValueError(f"values: expected 2 dimensions, got shape {tuple(values.shape)}")
-    rows = values.shape[0]
-    check_activations(x, bias, rows)
-    cols = x.shape[-1]
-    if cols % META_COLUMNS:
-        raise ValueError(f"x: 2:4 needs a multiple of {META_COLUMNS} columns, got {cols}")
-    _check_values(values, scales, rows)
-    check_shape("values", values, (rows, cols // 2))
-    check_bytes("meta", meta, (rows, cols // META_COLUMNS), torch.uint8)
-    check_same_device(x, values, meta, bias)
+    check_packed_24(x, values, meta, bias)
+    _check_values(values, scales, values.shape[0])
 
 
 def _check_linear_bitmap_int8(
@@ -204,16 +192,8 @@ def _check_linear_bitmap_int8(
     scales: Tensor,
     bias: Tensor | None,
 ) -> None:
-    if values.dim() != 1:
-        raise ValueError(f"values: expected 1 dimension, got shape {tuple(values.shape)}")
-    if bitmap.dim() != 2:
-        raise ValueError(f"bitmap: expected 2 dimensions, got shape {tuple(bitmap.shape)}")
-    rows = bitmap.shape[0]
-    check_activations(x, bias, rows)
-    _check_values(values, scales, rows)
-    check_bytes("bitmap", bitmap, (rows, -(-x.shape[-1] // META_COLUMNS)), torch.uint8)
-    check_bytes("row_offsets", row_offsets, (rows + 1,), torch.int64)
-    check_same_device(x, values, bitmap, row_offsets, bias)
+    check_packed_bitmap(x, values, bitmap, row_offsets, bias)
+    _check_values(values, scales, bitmap.shape[0])
 
 
 def _check_linear_int8(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None) -> None:
@@ -263,11 +243,11 @@ def _define(op: str, weight: str, check: Callable[..., None], dense: Callable[..
 _define("linear_int8", "values", _check_linear_int8, lambda x, q: q)
 _define(
     "linear_24_int8", "values meta", _check_linear_24_int8,
-    lambda x, q, meta: decompress_24(q, meta),
+    lambda x, q, meta: unpack_24_reference(q, meta),
 )  # fmt: skip
 _define(
     "linear_bitmap_int8", "values bitmap row_offsets", _check_linear_bitmap_int8,
-    lambda x, q, bitmap, row_offsets: decompress_bitmap(q, bitmap, x.shape[-1]),
+    lambda x, q, bitmap, rows: unpack_bitmap_reference(q, bitmap, rows, x.shape[-1]),
 )  # fmt: skip
 
 

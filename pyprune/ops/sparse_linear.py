@@ -22,8 +22,8 @@ from pyprune import _native
 from pyprune.ops import _registry, _transforms, linear_24_cuda, linear_bitmap_cuda
 from pyprune.ops._checks import check_float, check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
+from pyprune.ops.pack import unpack_24_reference, unpack_bitmap_reference
 
-GROUP = 4
 META_COLUMNS = 8  # columns a byte of 2:4 metadata or of a bitmap describes
 
 # Rows of x that the Triton kernels take: they keep a sum per row of x in registers.
@@ -46,12 +46,12 @@ def check_bytes(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype
     check_shape(name, t, shape)
 
 
-def _check_linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> None:
+def check_packed_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> None:
+    """What a product with a 2:4 matrix asks of its arguments, whatever the values are."""
     if values.dim() != 2:
         raise ValueError(f"values: expected 2 dimensions, got shape {tuple(values.shape)}")
     rows = values.shape[0]
     check_activations(x, bias, rows)
-    check_float("values", values)
     cols = x.shape[-1]
     if cols % META_COLUMNS:
         raise ValueError(f"x: 2:4 needs a multiple of {META_COLUMNS} columns, got {cols}")
@@ -60,19 +60,31 @@ def _check_linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | Non
     check_same_device(x, values, meta, bias)
 
 
-def _check_linear_bitmap(
+def check_packed_bitmap(
     x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
 ) -> None:
+    """What a product with a bitmap matrix asks of its arguments, whatever the values are."""
     if values.dim() != 1:
         raise ValueError(f"values: expected 1 dimension, got shape {tuple(values.shape)}")
     if bitmap.dim() != 2:
         raise ValueError(f"bitmap: expected 2 dimensions, got shape {tuple(bitmap.shape)}")
     rows = bitmap.shape[0]
     check_activations(x, bias, rows)
-    check_float("values", values)
     check_bytes("bitmap", bitmap, (rows, -(-x.shape[-1] // META_COLUMNS)), torch.uint8)
     check_bytes("row_offsets", row_offsets, (rows + 1,), torch.int64)
     check_same_device(x, values, bitmap, row_offsets, bias)
+
+
+def _check_linear_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> None:
+    check_packed_24(x, values, meta, bias)
+    check_float("values", values)
+
+
+def _check_linear_bitmap(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
+) -> None:
+    check_packed_bitmap(x, values, bitmap, row_offsets, bias)
+    check_float("values", values)
 
 
 def _check_linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
@@ -106,32 +118,6 @@ def _linear_dense_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
     return _output(x, weight.shape[0])
 
 
-def kept_columns_24(meta: Tensor) -> Tensor:
-    """The column of every value of a 2:4 matrix: int64 `[R, C/2]` from meta `[R, C/8]`."""
-    shifts = torch.arange(0, 8, 2, device=meta.device, dtype=torch.uint8)
-    within = ((meta[..., None] >> shifts) & 3).reshape(meta.shape[0], -1).long()
-    groups = torch.arange(within.shape[1], device=meta.device) // 2
-    return within + GROUP * groups
-
-
-def mask_of_bitmap(bitmap: Tensor, cols: int) -> Tensor:
-    """bool `[R, cols]` from bitmap `[R, ceil(cols/8)]`."""
-    shifts = torch.arange(8, device=bitmap.device, dtype=torch.uint8)
-    return ((bitmap[..., None] >> shifts) & 1).reshape(bitmap.shape[0], -1)[:, :cols].bool()
-
-
-def decompress_24(values: Tensor, meta: Tensor) -> Tensor:
-    """The dense `[R, C]` matrix of a 2:4 one, in the dtype of `values`, bit for bit."""
-    dense = values.new_zeros(values.shape[0], 2 * values.shape[1])
-    return dense.scatter_(1, kept_columns_24(meta), values)
-
-
-def decompress_bitmap(values: Tensor, bitmap: Tensor, cols: int) -> Tensor:
-    """The dense `[R, cols]` matrix of a bitmap one, in the dtype of `values`, bit for bit."""
-    mask = mask_of_bitmap(bitmap, cols)
-    return values.new_zeros(mask.shape).masked_scatter_(mask, values)
-
-
 @full_precision()
 def linear_dense_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -142,13 +128,13 @@ def linear_dense_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Te
 
 
 def linear_24_reference(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
-    return linear_dense_reference(x, decompress_24(values, meta), bias)
+    return linear_dense_reference(x, unpack_24_reference(values, meta), bias)
 
 
 def linear_bitmap_reference(
     x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
 ) -> Tensor:
-    weight = decompress_bitmap(values, bitmap, x.shape[-1])
+    weight = unpack_bitmap_reference(values, bitmap, row_offsets, x.shape[-1])
     return linear_dense_reference(x, weight, bias)
 
 

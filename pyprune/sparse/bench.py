@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 
 from pyprune.errors import UserError
 from pyprune.models.positions import positions_of
+from pyprune.progress import Progress
 from pyprune.sparse.compare import differences
 from pyprune.sparse.decoding import WARM_UP, StaticDecoding, cache_name
 from pyprune.sparse.dense import DenseLinear, use_own_kernels
@@ -38,7 +39,6 @@ TORCH, OWN = "torch", "pyprune"  # whose kernels multiply the linear layers
 DTYPES = (torch.float32, torch.bfloat16)
 PHASES = ("prefill", "decode")
 CHECKED_STEPS = 8  # of a graph, against the same steps launched one by one
-Progress = Callable[[str, float, float | None], None]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from pyprune.checkpoint.shards import DTYPES, LENGTH_BYTES
 from pyprune.checkpoint.source import INDEX
 from pyprune.devices import find_dtype
 from pyprune.errors import UserError
+from pyprune.progress import Progress
 from pyprune.sparse import format as formats
 from pyprune.sparse.choice import (
     Chooser,
@@ -41,7 +42,6 @@ from pyprune.sparse.format import LayerFormat
 from pyprune.sparse.stored import CONFIG, DENSE, StoredCheckpoint
 from pyprune.sparse.weight import CODED, DENSE_INT8, FORMATS
 
-Progress = Callable[[str, float, float | None], None]
 # How the input embedding and the head may be stored.
 EMBEDDINGS = ("same", formats.INT8, CODED)
 # What becomes of each dense tensor: the tensors that are written for it, by name.

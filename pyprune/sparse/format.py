@@ -17,9 +17,10 @@ from torch import Tensor
 
 from pyprune.checkpoint.shards import TensorEntry
 from pyprune.errors import UserError
+from pyprune.ops._packing import bit_pattern, row_blocks
 from pyprune.ops.coded import count_escapes, pack_coded
 from pyprune.ops.pack import pack_24, pack_bitmap
-from pyprune.ops.sparse_int8 import dequantize_rows, quantize_rows, row_blocks
+from pyprune.ops.sparse_int8 import dequantize_rows, quantize_rows
 from pyprune.sparse import factored
 from pyprune.sparse import weight as weights
 from pyprune.sparse.linear import WORTHWHILE
@@ -44,11 +45,11 @@ INT8 = "int8"
 FIELDS = ("quant_method", "format_version", "how_to_load", "layers")
 LAYER_FIELDS = ("format", "shape", "values", "transposed", "rank")
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+WIDENED = 1 << 22  # elements that an int8 weight's error is taken of at a time, in fp64
 HOW_TO_LOAD = (
     "this checkpoint is compressed by pyprune: `import pyprune` before loading it, or turn it into "
     "a dense one with `pyprune decompress DIR --out DENSE`"
 )
-_PATTERN = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -340,7 +341,7 @@ def quantization_error(dense: Tensor, layer: LayerFormat) -> tuple[int, float]:
     except ValueError as error:
         raise UserError(f"int8: {error}") from error
     squares = torch.zeros(2, dtype=torch.float64)
-    for rows in row_blocks(q):
+    for rows in row_blocks(q.shape, WIDENED):
         wide = weight[rows].double()
         off = wide - dequantize_rows(q[rows], scales[rows].double())
         squares += torch.stack([wide.square().sum(), off.square().sum()])
@@ -360,7 +361,7 @@ def coded_escapes(weight: Tensor) -> int | None:
 
 def _count(weight: Tensor) -> tuple[int, bool]:
     """Elements whose bits are not all zero, and whether they are 2:4."""
-    kept = weight.contiguous().view(_PATTERN[weight.itemsize]) != 0
+    kept = bit_pattern(weight.contiguous()) != 0
     fits = not weight.shape[1] % 8 and int(kept.view(-1, 4).sum(1, dtype=torch.uint8).max()) <= 2
     return int(kept.sum()), fits
 

@@ -97,7 +97,7 @@ def fitting_sizes(widths: Widths, groups: Sequence[Group], sizes: Sequence[int])
     return found
 
 
-def cut_entries(model: nn.Module, parts: Sequence[tuple[Slice, Tensor]]) -> None:
+def cut_entries(parts: Sequence[tuple[Slice, Tensor]]) -> None:
     """Replaces parameters by what is left of them: of each slice's axis the entries given.
 
     parts: slices, each parameter once, or once for each of its experts, then in their order and
@@ -243,7 +243,7 @@ def _apply(
     for group in groups:
         units = padded(left[group.name], size, group.units)
         parts += [(part, part.entries(units)) for part in group.slices]
-    cut_entries(model, parts)
+    cut_entries(parts)
     config = model.config.get_text_config()
     for name, value in _changes(groups[0], size).items():
         old = getattr(config, name, None)

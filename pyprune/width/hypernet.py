@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyprune.calibration.autograd import without_parameter_gradients
-from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.finite import NotFiniteError
 from pyprune.models.experts import ExpertInput, Hidden, observed
+from pyprune.models.running import evaluation
 from pyprune.progress import Progress
 
 INPUT, HIDDEN = 32, 64  # of the recurrent network, as published
@@ -187,9 +187,8 @@ def train(
 
 def next_token_loss(model: Any, batch: Batch) -> Tensor:
     """Mean over the real targets of a batch, in fp32."""
-    device = next(model.parameters()).device
-    ids = batch.input_ids.to(device)
-    mask = None if batch.attention_mask is None else batch.attention_mask.to(device)
+    batch = batch.to(next(model.parameters()).device)
+    ids, mask = batch.input_ids, batch.attention_mask
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     targets = ids[:, 1:]
     if mask is not None:

@@ -10,7 +10,6 @@ from typing import Any
 from rich.table import Table
 
 from pyprune.calibration.configured import configured_tokens
-from pyprune.calibration.coroutine import evaluation
 from pyprune.calibration.tokens import TokenSet
 from pyprune.config import check_call
 from pyprune.depth.graph import ResidualGraph
@@ -18,6 +17,7 @@ from pyprune.depth.score import perplexities
 from pyprune.families import Family, Run
 from pyprune.measure import Measure
 from pyprune.models.adapter import Adapter
+from pyprune.models.running import evaluation
 from pyprune.pictures import check_pictures
 from pyprune.progress import Progress
 from pyprune.registry import HEADERS, MethodRow
@@ -153,7 +153,7 @@ def _prune(
                 after = _perplexity(model, tokens)
             ends = ("dense", decision.parameters[0], before), ("pruned", decision.wanted, after)
             decision = replace(decision, curve=ends)
-    run = RunReport(measure.total(), measure.peak_rss_bytes(), measure.peak_cuda_bytes())
+    run = RunReport.of(measure)
     return WidthReport(model_name(model), decision, versions=versions(), run=run)
 
 

@@ -62,7 +62,7 @@ def slicegpt(
     multiple = math.lcm(options.multiple, least)
     width = fitting_width(stream, most, multiple)
     notes = _notes(stream, width, most, multiple, least)
-    batches = [_on(batch, graph.device) for batch in tokens.batches]
+    batches = [batch.to(graph.device) for batch in tokens.batches]
     if progress is not None:
         progress("principal directions of the stream", 0, None)
     count = stream.directions(width)
@@ -152,8 +152,3 @@ def _compare(model: Any, probe: Batch, expected: torch.Tensor) -> None:
             f"projected stream by {float(difference / scale):.1e}: something besides the norms "
             "reads the stream's coordinates"
         )
-
-
-def _on(batch: Batch, device: torch.device) -> Batch:
-    mask = batch.attention_mask
-    return Batch(batch.input_ids.to(device), None if mask is None else mask.to(device))

@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
-from pyprune.allocate import first_sequences
 from pyprune.allocation import sparsities_by_importance
-from pyprune.calibration.batches import as_token_set
 from pyprune.config import PruneConfig
 from pyprune.errors import UserError
 from pyprune.prune import prune, prune_checkpoint
@@ -175,13 +173,6 @@ def test_sixteen_bits_have_gradients_but_no_differences():
         model, tokens(), "wanda", 0.5, allocation="ecoflap", allocation_options={"order": "first"}
     )
     assert len({layer.pattern for layer in report.layers}) == 2
-
-
-def test_first_sequences():
-    whole = as_token_set([tiny_tokens(3, 8), tiny_tokens(3, 8)], vocabulary=None, positions=None)
-    assert [len(b.input_ids) for b in first_sequences(whole, 4).batches] == [3, 1]
-    assert [len(b.input_ids) for b in first_sequences(whole, 2).batches] == [2]
-    assert [len(b.input_ids) for b in first_sequences(whole, 9).batches] == [3, 3]
 
 
 @pytest.mark.parametrize(

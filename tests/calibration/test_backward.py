@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model, tiny_tokens
 from pyprune.calibration import head
 from pyprune.calibration.backward import backward_pass
 from pyprune.errors import LayerError, UserError
+from pyprune.models import running
 from pyprune.models.adapter import Adapter
 
 
@@ -80,7 +81,7 @@ def hook_count(model):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_autograd_sequence_by_sequence(family, checkpointing, monkeypatch):
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 3 * 2 * 64)  # the head in pieces of 3 tokens
+    monkeypatch.setattr(running, "LOGITS_BYTES", 4 * 3 * 2 * 64)  # the head in pieces of 3 tokens
     model = model64(family)
     ids = tiny_tokens(3, 12)
     batches = [Batch(ids[:2]), Batch(ids[2:, :9])]

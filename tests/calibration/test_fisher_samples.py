@@ -11,6 +11,7 @@ from pyprune.calibration.backward import backward_pass
 from pyprune.calibration.head import draw_labels
 from pyprune.calibration.tokens import Batch
 from pyprune.errors import UserError
+from pyprune.models import running
 from pyprune.models.adapter import Adapter
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -99,7 +100,7 @@ def test_neither_batches_nor_padding_nor_pieces_of_the_head_change_the_draws(mon
 
     batched = sums([Batch(ids, mask)])
     other = sums([Batch(ids, mask)], seed=1)
-    monkeypatch.setattr(head, "LOGITS_AT_ONCE", 3 * 64)
+    monkeypatch.setattr(running, "LOGITS_BYTES", 4 * 3 * 64)
     alone = [Batch(ids[:1]), Batch(ids[1:2, :7]), Batch(ids[2:])]
     for checkpointing in (False, True):
         again = sums(alone, checkpointing=checkpointing)

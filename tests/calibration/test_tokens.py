@@ -1,5 +1,6 @@
 """Calibration tokens: exact counts, no repeats, determinism, padding, bounded reading."""
 
+import itertools
 import json
 import random
 
@@ -8,7 +9,13 @@ import torch
 from byte_tokenizer import byte_tokenizer
 
 from pyprune.calibration import tokens as tokens_module
-from pyprune.calibration.tokens import READ_FACTOR, calibration_tokens
+from pyprune.calibration.tokens import (
+    READ_FACTOR,
+    Batch,
+    calibration_tokens,
+    first_sequences,
+    one_by_one,
+)
 from pyprune.errors import UserError
 
 TOKENIZER = byte_tokenizer()
@@ -73,6 +80,23 @@ def test_the_draw_is_uniform_over_what_is_read(numbered):
     assert counts[READ_FACTOR * 5 :] == [0] * 10  # not read
     assert min(counts[: READ_FACTOR * 5]) >= 8  # 25 expected each
     assert max(counts) <= 50
+
+
+def test_every_candidate_is_drawn_equally_often():
+    """Of 5 candidates 3, with every outcome of the draws: 4 and 5 slots."""
+    counts = [0] * 5
+    for slots in itertools.product(range(4), range(5)):
+        draws = iter(slots)
+
+        class Scripted:
+            def randrange(self, below, draws=draws):
+                drawn = next(draws)
+                assert drawn < below
+                return drawn
+
+        for candidate in tokens_module._reservoir(iter(range(5)), 3, Scripted()):
+            counts[candidate] += 1
+    assert counts == [4 * 5 * 3 // 5] * 5
 
 
 def test_global_random_state_is_left_alone(numbered):
@@ -166,3 +190,19 @@ def test_bos_of_a_tokenizer_without_one(numbered):
     tokenizer.bos_token = None
     with pytest.raises(UserError, match="this one has none"):
         draw(numbered, tokenizer, bos=True)
+
+
+def test_sequences_of_batches_keep_their_masks():
+    ids, mask = torch.arange(24).view(6, 4), (torch.arange(24) % 5 > 0).long().view(6, 4)
+    given = [Batch(ids[:3], mask[:3]), Batch(ids[3:])]
+
+    def cut(batches):
+        return [
+            (b.input_ids.tolist(), getattr(b.attention_mask, "tolist", list)()) for b in batches
+        ]
+
+    assert cut(first_sequences(given, 2)) == cut([Batch(ids[:2], mask[:2])])
+    assert cut(first_sequences(given, 4)) == cut([Batch(ids[:3], mask[:3]), Batch(ids[3:4])])
+    assert cut(first_sequences(given, 9)) == cut(given)
+    single = [Batch(ids[i : i + 1], mask[i : i + 1] if i < 3 else None) for i in range(6)]
+    assert cut(one_by_one(given)) == cut(single)

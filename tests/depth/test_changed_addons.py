@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 from depth_streams import fitted, model_of, scaled_input, states_of
+from saved_models import reloaded
 from tiny_models import tiny_tokens
-from transformers import AutoModelForCausalLM
 
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint.output import save_model
@@ -202,12 +202,9 @@ def test_saved_is_what_is_in_memory(method, family, add_on, tmp_path):
     written = json.loads(json.dumps(report.to_dict()))["decision"]["transforms"]
     assert [t["kind"] for t in written][1:] == [add_on]
     save_model(model, None, tmp_path / "out")
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", output_loading_info=True, dtype=torch.float32
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    loaded = reloaded(tmp_path / "out", dtype=torch.float32)
     with torch.no_grad():
-        assert torch.equal(loaded.eval()(IDS).logits, model(IDS).logits)
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("method", CHANGING)

@@ -13,6 +13,7 @@ from pyprune.depth.finite import first_not_finite
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.registry import DEPTH_METHODS
 from pyprune.errors import UserError
+from pyprune.models import running
 from pyprune.width.config import WidthConfig
 from pyprune.width.registry import run_width
 
@@ -76,6 +77,26 @@ def test_modules_by_family_and_the_batch_of_the_first_real_token(family):
     name = f"{graph.adapter.block_names[2]}.{graph.layouts[2].mlp[-1]}"
     assert first_not_finite(graph, [padded]) is None
     assert first_not_finite(graph, [padded, *whole]) == f"after {name}, in batch 2 of 3"
+
+
+def test_the_head_is_looked_at_a_few_positions_at_a_time(monkeypatch):
+    model = model_of("llama", 3)
+    graph = ResidualGraph.of(model)
+    batch = Batch(tiny_tokens(2, 7), (torch.arange(7) < 6).long().expand(2, 7))
+    monkeypatch.setattr(running, "LOGITS_BYTES", 4 * 64 * 2 * 3)  # 3 positions of 2 sequences
+    seen, bad = [], torch.zeros(7, dtype=torch.bool)
+
+    def spoilt(_module, _args, logits):
+        here = slice(sum(seen), sum(seen) + logits.shape[1])
+        seen.append(logits.shape[1])
+        return logits.masked_fill(bad[here, None], math.inf)
+
+    model.lm_head.register_forward_hook(spoilt)
+    bad[6] = True  # padding
+    assert first_not_finite(graph, [batch]) is None and seen == [3, 3, 1]
+    bad[5] = True
+    seen.clear()
+    assert first_not_finite(graph, [batch]) == "after the head, in batch 1 of 1" and seen == [3, 3]
 
 
 @pytest.mark.parametrize(

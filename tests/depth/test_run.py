@@ -6,6 +6,9 @@ import math
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from saved_models import prune_source as run
+from saved_models import reloaded as load
+from saved_models import save_source
 from tiny_models import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
@@ -27,21 +30,7 @@ CHANGES = ("laco", "llm-streamline", "shortgpt")
 @pytest.fixture
 def source(tmp_path):
     model = tiny_model("qwen2", num_hidden_layers=5, vocab_size=258)
-    save_model(model, byte_tokenizer(), tmp_path / "in", report={"method": "wanda"})
-    (tmp_path / "in" / "LICENSE").write_text("Do as you like.\n")
-    (tmp_path / "text.txt").write_text("A stitch in time saves nine, they say. " * 100)
-    return tmp_path
-
-
-def run(folder, *more, out="out"):
-    text = ["--calibration", str(folder / "text.txt"), "--nsamples", "4", "--seqlen", "32"]
-    return cli.main(["prune", str(folder / "in"), "-o", str(folder / out), *text, *more])
-
-
-def load(folder):
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
+    return save_source(tmp_path, model, {"method": "wanda"})
 
 
 @torch.no_grad()

@@ -13,11 +13,14 @@ from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.tokens import Batch
 from pyprune.config import CalibrationConfig
 from pyprune.depth.config import StructureConfig
+from pyprune.depth.criteria import token_losses
 from pyprune.depth.decision import Decision, load_decision
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import in_parts
 from pyprune.depth.registry import DEPTH_METHODS, run_search
+from pyprune.depth.score import Scorer
 from pyprune.errors import UserError
+from pyprune.models import running
 from pyprune.models.adapter import Adapter
 
 
@@ -39,6 +42,24 @@ def test_exact_is_naive_by_objective(method, objective):
     close(search(model, config(method, **options)), naive)
     if objective == "kl":
         assert naive.dense == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["perplexity", "kl"])
+def test_logits_a_few_positions_at_a_time_change_nothing(objective, monkeypatch):
+    model = model_of("llama", 4)
+    graph, removed = ResidualGraph.of(model), [Branch("mlp", 1)]
+    batches = [Batch(tiny_tokens(2, 11)), Batch(tiny_tokens(1, 6))]
+    expected = Scorer(graph, batches, objective, 2).score_naive(removed)
+    losses = token_losses(graph, graph.start(batches[0])[0].total, batches[0])
+    monkeypatch.setattr(running, "LOGITS_BYTES", 4 * 64 * 2 * 3)  # 3 positions of 2 sequences
+    sizes = []
+    model.lm_head.register_forward_hook(lambda _m, _i, logits: sizes.append(logits.shape[:2]))
+    assert Scorer(graph, batches, objective, 2).score(removed) == pytest.approx(expected, rel=1e-5)
+    assert {(2, 3), (2, 2), (1, 3)} == set(sizes)
+    sizes.clear()
+    pieces = token_losses(graph, graph.start(batches[0])[0].total, batches[0])
+    torch.testing.assert_close(pieces, losses)
+    assert sizes == [(2, 3), (2, 3), (2, 3), (2, 1)]
 
 
 def test_padding_ragged_batches_and_parallel_layers():

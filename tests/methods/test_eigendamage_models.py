@@ -7,6 +7,7 @@ import pytest
 import torch
 from methods.test_eigendamage import eigenbasis
 from safetensors.torch import load_file
+from saved_models import reloaded
 from tiny_models import VOCAB, tiny_model, tiny_tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
@@ -182,6 +183,8 @@ def test_the_dense_result_is_a_stock_checkpoint(checkpoint, tmp_path, monkeypatc
     assert stored["notes"] == list(report.notes) and "dense matrices" in report.notes[0]
     card = (tmp_path / "out" / "README.md").read_text()
     assert "in their Kronecker-factored eigenbases (directions)" in card
+    # A text is named without the folders of the machine.
+    assert "\n- Calibration: text.txt, 64 tokens" in card and text not in card
     in_memory = AutoModelForCausalLM.from_pretrained(checkpoint)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(checkpoint)
     prune_eigendamage(in_memory, tokenizer, config)
@@ -232,8 +235,7 @@ def test_thin_factors_are_a_smaller_checkpoint_that_loads(checkpoint, tmp_path, 
         f"{name}.up.weight" for name, layer in layers.items() if layer.form == "factored"
     }
     decompress_checkpoint(out, tmp_path / "dense")
-    dense, info = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    dense = reloaded(tmp_path / "dense")
     tolerance = {"float32": 1e-4, "bfloat16": 0.15}[dtype]
     with torch.no_grad():
         torch.testing.assert_close(

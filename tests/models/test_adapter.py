@@ -48,6 +48,13 @@ def test_finds_the_matrices_of_every_family(family):
         assert model.get_submodule(name) is block
 
 
+def test_a_gate_beside_no_experts_is_no_router():
+    model = tiny_model("llama")
+    model.model.layers[0].mlp.gate = nn.Linear(32, 32)
+    names = [ref.name for ref in Adapter.of(model).linears(0)]
+    assert "model.layers.0.mlp.gate" in names
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_matrix_in_the_blocks_is_found_or_is_a_router(family):
     model = tiny_model(family)

@@ -298,9 +298,16 @@ def test_rows_are_quantized_some_at_a_time(monkeypatch):
     w = torch.randn(23, 16, generator=torch.Generator().manual_seed(5)).bfloat16()
     whole = ops.quantize_rows(w)
     monkeypatch.setattr(sparse_int8, "_BLOCK_ELEMENTS", 80)
-    assert len(sparse_int8.row_blocks(w)) == 5
+    quantize, sizes = sparse_int8._quantize, []
+
+    def counted(part, first):
+        sizes.append(len(part))
+        return quantize(part, first)
+
+    monkeypatch.setattr(sparse_int8, "_quantize", counted)
     for got, want in zip(ops.quantize_rows(w), whole, strict=True):
         assert torch.equal(got, want)
+    assert sizes == [5, 5, 5, 5, 3]
     assert torch.equal(
         ops.dequantize_rows(*whole), (whole[0] * whole[1].float()[:, None]).bfloat16()
     )

@@ -365,6 +365,26 @@ def test_triton_reads_no_values_outside(shift, use_backend):
     assert not got.isnan().any()
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_reference_refuses_what_kernels_do(int8):
+    """In fp64, for instance, which no kernel multiplies."""
+    values, bitmap, offsets = ops.pack_bitmap(torch.eye(4, 12, dtype=torch.float64) * 3)
+    more = torch.cat([values, values])
+    other_rows, past_the_end = offsets.clone(), bitmap.clone()
+    other_rows[1] += 1
+    past_the_end[2, 1] |= 1 << 5
+    for packed in (
+        (more, bitmap, offsets), (values[:-1], bitmap, offsets), (values, bitmap, other_rows),
+        (values, past_the_end, offsets),
+    ):  # fmt: skip
+        x = torch.ones(2, 12, dtype=torch.float64)
+        with pytest.raises(ValueError, match=r"^(row_offsets|bitmap): expected"):
+            if int8:
+                ops.linear_bitmap_int8(x, packed[0].to(torch.int8), *packed[1:], torch.ones(4))
+            else:
+                ops.linear_bitmap(x, *packed)
+
+
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
 def test_offsets_whose_difference_overflows_are_refused(isa, use_isa):
     """Their difference, taken modulo 2^64, is the row's number of bits."""

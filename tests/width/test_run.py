@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from saved_models import prune_source as run
+from saved_models import reloaded as load
+from saved_models import save_source
 from tiny_models import tiny_model, tiny_tokens
-from transformers import AutoModelForCausalLM
 
 from pyprune import cli
 from pyprune.checkpoint.output import save_model
@@ -23,21 +25,7 @@ OPTIONS = {"disp-llm": ["-O", "iterations=2"]}
 def source(tmp_path):
     more = {"hidden_size": 64, "vocab_size": 258, "num_hidden_layers": 3}
     model = tiny_model("qwen2", **more, tie_word_embeddings=False)
-    save_model(model, byte_tokenizer(), tmp_path / "in", report={"method": "wanda"})
-    (tmp_path / "in" / "LICENSE").write_text("Do as you like.\n")
-    (tmp_path / "text.txt").write_text("A stitch in time saves nine, they say. " * 100)
-    return tmp_path
-
-
-def run(folder, *more, out="out"):
-    text = ["--calibration", str(folder / "text.txt"), "--nsamples", "4", "--seqlen", "32"]
-    return cli.main(["prune", str(folder / "in"), "-o", str(folder / out), *text, *more])
-
-
-def load(folder):
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return model.eval()
+    return save_source(tmp_path, model, {"method": "wanda"})
 
 
 @pytest.mark.parametrize("method", WIDTH_METHODS.load())

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from saved_models import reloaded
 from tiny_models import MOE_FAMILIES, tiny_model, tiny_tokens
-from transformers import AutoModelForCausalLM
 
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.tokens import Batch
@@ -94,13 +94,10 @@ def test_slicing_is_projecting(family, changes, tmp_path):
     got = logits(model, ids)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     save_model(model, None, tmp_path / "out")
-    loaded, info = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", output_loading_info=True, dtype=torch.float32
-    )
-    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    loaded = reloaded(tmp_path / "out", dtype=torch.float32)
     assert loaded.config.hidden_size == (32 if whole else width)
     exact = {} if family in MOE_FAMILIES else {"rtol": 0, "atol": 0}
-    torch.testing.assert_close(logits(loaded.eval(), ids), got, **exact)
+    torch.testing.assert_close(logits(loaded, ids), got, **exact)
     options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     cached = loaded.generate(ids, use_cache=True, **options)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
