@@ -66,7 +66,7 @@ def _layers(rows: Rows) -> Iterator[Line]:
         by_rows = {n: [r for r in mine if r["rows"] == n] for n in (1, 8, 16, 64, 512, 4096)}
         counts = [n for n, found in by_rows.items() if found]
         cells = [
-            f"{least:.2f}-{most:.2f}x at {count}"
+            f"{_span(least, most)}x at {count}"
             for count in counts
             for least, most in [
                 _range(r["ratio_to_best_dense"] for r in mine if r["rows"] == count)
@@ -122,7 +122,8 @@ def _reconstruction(rows: Rows) -> Iterator[Line]:
         if row["provider"] == "native":
             yield (
                 "least-squares weights of a whole model",
-                f"{1 / row['ratio_to_baseline']:.1f}x at {row['weight_error_worst']:.0e}",
+                f"{1 / row['ratio_to_baseline']:.1f}x, within {row['weight_error_worst']:.0e} of "
+                "the weights",
                 "a Cholesky solve per row",
             )
 
@@ -160,6 +161,11 @@ def _structure(rows: Rows) -> Iterator[Line]:
                ", ".join(f"{n} {by[n, 0.1]['perplexity']['wiki']['ppl']:.1f}" for n in names),
                f"dense {dense['perplexity']['wiki']['ppl']:.1f}; "
                f"{dense['calibration_tokens']:,} calibration tokens")  # fmt: skip
+
+
+def _span(least: float, most: float) -> str:
+    low, high = f"{least:.2f}", f"{most:.2f}"
+    return low if low == high else f"{low}-{high}"
 
 
 def _range(values: Iterator[float]) -> tuple[float, float]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pyprune.sparse.bench import threads as counted
+
 Row = dict[str, Any]
 
 
@@ -18,5 +20,5 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 def device_of(rows: list[Row]) -> str:
     row = rows[0]
-    threads = f", {row['threads']} threads" if row.get("threads") else ""
+    threads = f", {counted(row['threads'])}" if row.get("threads") else ""
     return f"{row['device']}{threads}, torch {row['torch']}"

@@ -63,12 +63,13 @@ Model = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Seqlen = Annotated[int | None, typer.Option(help="Tokens in a sequence.")]
-BatchSize = Annotated[int | None, typer.Option(help="Sequences that run at once.")]
-Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N. Default: auto.")]
 Dtype = Annotated[
     str | None,
-    typer.Option(help="To compute in: float32, bfloat16, float16, or auto (the checkpoint's own)."),
+    typer.Option(
+        help="To compute in: float32, bfloat16, float16, or auto (the checkpoint's own). "
+        "Default: auto."
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool,
@@ -190,6 +191,7 @@ def show(value: Any, as_json: bool, *renderables: Any) -> None:
 def quiet() -> None:
     """transformers' own warnings and bars would garble ours, and break `--json`."""
     import warnings
+    from logging import ERROR, getLogger
 
     from transformers.utils import logging
 
@@ -197,6 +199,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    getLogger("huggingface_hub").setLevel(
+        ERROR
+    )  # it has a line for every retry; the last failure is raised and said
+
+
+def fraction(text: str) -> float:
+    """The value of an option that is a share: of "50%" typer would say that it is no number."""
+    try:
+        return float(text)
+    except ValueError as error:
+        raise typer.BadParameter(f"expected a fraction such as 0.5, got {text!r}") from error
 
 
 def resolve(model: str, bar: ProgressBar) -> str:

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from pyprune import cli
-from pyprune.cli import AsJson, BatchSize, Device, Model, app, examples
+from pyprune.cli import AsJson, Device, Model, app, examples
 from pyprune.progress import ProgressBar
 
 
@@ -25,20 +25,34 @@ def heal(
     out: Annotated[Path, typer.Option("--out", "-o", help="A new directory for the result.")],
     text: Annotated[
         str | None,
-        typer.Option(help="wiki (packaged), a .txt or .jsonl file, a directory, or hub:ID."),
+        typer.Option(
+            help="wiki (packaged), a .txt or .jsonl file, a directory, or hub:ID. Default: wiki."
+        ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Of the low-rank change.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="The change is alpha / rank * B A.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="Before the low-rank change.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="At its peak.")] = None,
-    accumulate: Annotated[int | None, typer.Option(help="Batches in a step.")] = None,
-    nsamples: Annotated[int | None, typer.Option(help="Training sequences.")] = None,
-    seqlen: Annotated[int | None, typer.Option(help="Tokens in a sequence.")] = None,
-    batch_size: BatchSize = None,
-    seed: Annotated[int | None, typer.Option(help="Of text, order and dropout.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps. Default: 200.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the low-rank change. Default: 8.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="The change is alpha / rank * B A. Default: 16.")
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="Before the low-rank change. Default: 0.05.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="At its peak. Default: 0.0001.")
+    ] = None,
+    accumulate: Annotated[int | None, typer.Option(help="Batches in a step. Default: 1.")] = None,
+    nsamples: Annotated[int | None, typer.Option(help="Training sequences. Default: 512.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a sequence. Default: 512.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences that run at once. Default: 4.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of text, order and dropout. Default: 0.")
+    ] = None,
     device: Device = None,
-    dtype: Annotated[str | None, typer.Option(help="To train in: float32 or bfloat16.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="To train in: float32 or bfloat16. Default: float32.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune a pruned model by LoRA, merged. Zeros stay zero. Needs peft."""

@@ -15,7 +15,6 @@ from rich.table import Table
 from pyprune import cli
 from pyprune.cli import (
     AsJson,
-    BatchSize,
     Device,
     Dtype,
     Model,
@@ -59,7 +58,9 @@ def evaluate(
     stride: Annotated[
         int | None, typer.Option(help="Tokens between windows; the sequence length by default.")
     ] = None,
-    batch_size: BatchSize = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Windows that run at once. Default: 1.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(help="How much of the text, from its start; 0: all of it.")
     ] = None,

@@ -11,11 +11,9 @@ import typer
 from pyprune import cli
 from pyprune.cli import (
     AsJson,
-    BatchSize,
     Device,
     Dtype,
     Model,
-    Seqlen,
     TrustRemoteCode,
     app,
     examples,
@@ -59,10 +57,17 @@ def prune(
         ),
     ] = None,
     method: Annotated[
-        str | None, typer.Option("--method", "-m", help="See pyprune methods.")
+        str | None,
+        typer.Option("--method", "-m", help="See pyprune methods. Default: sparsegpt."),
     ] = None,
     sparsity: Annotated[
-        float | None, typer.Option("--sparsity", "-s", help="Fraction of the weights to remove.")
+        float | None,
+        typer.Option(
+            "--sparsity",
+            "-s",
+            parser=cli.fraction,
+            help="Fraction of the weights to remove, e.g. 0.5.",
+        ),
     ] = None,
     pattern: Annotated[
         str | None,
@@ -70,18 +75,24 @@ def prune(
     ] = None,
     scope: Annotated[
         str | None,
-        typer.Option(help="Which weights compete, with --sparsity: row, block, layer or global."),
+        typer.Option(
+            help="Which weights compete, with --sparsity: those of a row, of a block of columns, "
+            "of a layer, or all (global). Default: the method's own, see pyprune methods."
+        ),
     ] = None,
     allocation: Annotated[
         str | None,
         typer.Option(
             help="How --sparsity is shared out: uniform, alphapruning (spectra of the weights), "
             "owl (outliers among scores), ecoflap (gradients of the loss) or besa (learned in "
-            "each block)."
+            "each block). Default: uniform."
         ),
     ] = None,
     allocation_strength: Annotated[
-        float | None, typer.Option(help="How unequal: epsilon of alphapruning, lambda of owl.")
+        float | None,
+        typer.Option(
+            help="How unequal: epsilon of alphapruning, lambda of owl. Default: the paper's."
+        ),
     ] = None,
     allocation_option: Annotated[
         list[str] | None,
@@ -91,7 +102,10 @@ def prune(
     ] = None,
     update: Annotated[
         str | None,
-        typer.Option(help="What Wanda's kept weights do: none, sequential or iterative."),
+        typer.Option(
+            help="How kept weights make up for what is gone: none, sequential or iterative "
+            "(choosing anew in between), for methods that say so in pyprune methods. Default: none."
+        ),
     ] = None,
     reconstruct: Annotated[
         bool | None,
@@ -103,7 +117,10 @@ def prune(
     ] = None,
     score_mass: Annotated[
         bool | None,
-        typer.Option("--score-mass/--no-score-mass", help="Wanda: cut rows at a share of score."),
+        typer.Option(
+            "--score-mass/--no-score-mass",
+            help="Wanda: cut each row at a share of its score, not of its weights.",
+        ),
     ] = None,
     reference_count: Annotated[
         bool | None,
@@ -114,7 +131,10 @@ def prune(
     ] = None,
     preserve_zeros: Annotated[
         bool | None,
-        typer.Option("--preserve-zeros/--no-preserve-zeros", help="Zeros stay and count."),
+        typer.Option(
+            "--preserve-zeros/--no-preserve-zeros",
+            help="Weights that are zero already stay zero, and count among the pruned.",
+        ),
     ] = None,
     preserve_mask: Annotated[
         Path | None,
@@ -123,12 +143,25 @@ def prune(
         ),
     ] = None,
     damping: Annotated[
-        float | None, typer.Option(help="Share of mean(diag H) added to it.")
+        float | None,
+        typer.Option(
+            help="For methods that solve with a matrix H of the inputs: this share of the mean of "
+            "its diagonal is added to the diagonal. Default: 0.01."
+        ),
     ] = None,
-    block_size: Annotated[int | None, typer.Option(help="Columns updated together.")] = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Columns that SparseGPT chooses among and updates together. Default: 128."
+        ),
+    ] = None,
     method_option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-O", help="name=value of the method's own options. Repeatable."),
+        typer.Option(
+            "--option",
+            "-O",
+            help="name=value of the method's own options, see pyprune methods NAME. Repeatable.",
+        ),
     ] = None,
     gradient_checkpointing: Annotated[
         bool | None,
@@ -139,25 +172,32 @@ def prune(
     ] = None,
     ratio: Annotated[
         float | None,
-        typer.Option(help="For methods that remove structure: the share to remove, see --by."),
+        typer.Option(
+            parser=cli.fraction,
+            help="For methods that remove structure: the share to remove, e.g. 0.2; see --by.",
+        ),
     ] = None,
     count: Annotated[
         int | None, typer.Option(help="Instead of --ratio: branches or layers to remove.")
     ] = None,
     by: Annotated[
         str | None,
-        typer.Option(help="What --ratio is a share of: params, count or latency (measured)."),
+        typer.Option(
+            help="What --ratio is a share of: params, count (of branches or layers) or latency "
+            "(measured). Default: params."
+        ),
     ] = None,
     fill: Annotated[
         str | None,
         typer.Option(
             help="Layers left with one branch: packed (as few layers as possible), zeros (all "
             "layers stay) or deci (really with one, as DeciLM, for vLLM and llama.cpp; plain "
-            "transformers cannot load it)."
+            "transformers cannot load it). Default: packed."
         ),
     ] = None,
     include: Annotated[
-        list[str] | None, typer.Option(help="Layers to prune, e.g. 'model.layers.0.*'. Repeatable.")
+        list[str] | None,
+        typer.Option(help="Layers to prune, e.g. 'model.layers.0.*'. Repeatable. Default: all."),
     ] = None,
     exclude: Annotated[
         list[str] | None, typer.Option(help="Layers to leave as they are. Repeatable.")
@@ -165,17 +205,33 @@ def prune(
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="wiki (packaged), a .txt or .jsonl file, a directory, or "
-            "hub:ID[:config[:split[:column]]]."
+            help="The text: wiki (packaged), a .txt or .jsonl file, a directory, or "
+            "hub:ID[:config[:split[:column]]]. Default: wiki."
         ),
     ] = None,
-    nsamples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    seqlen: Seqlen = None,
-    batch_size: BatchSize = None,
-    seed: Annotated[int | None, typer.Option(help="Which sequences are drawn.")] = None,
+    nsamples: Annotated[
+        int | None,
+        typer.Option(
+            help="Sequences of it. Fewer take less time. Default: 128; 32 for methods that remove "
+            "structure."
+        ),
+    ] = None,
+    seqlen: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens in a sequence, at most what the model takes. Default: 2048; 512 for "
+            "methods that remove structure."
+        ),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Sequences that run at once. Default: 8.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Which sequences are drawn. Default: 0.")] = None,
     padding: Annotated[
         str | None,
-        typer.Option(help="windows of the joined text, or documents, padded and masked."),
+        typer.Option(
+            help="windows of the joined text, or documents, padded and masked. Default: windows."
+        ),
     ] = None,
     bos: Annotated[
         bool | None,
@@ -183,9 +239,20 @@ def prune(
             "--bos/--no-bos", help="Begin sequences with BOS; else as the tokenizer does."
         ),
     ] = None,
-    walk: Annotated[str | None, typer.Option(help="single, two-pass or naive.")] = None,
+    walk: Annotated[
+        str | None,
+        typer.Option(
+            help="How blocks are run: single (once, every layer sees pruned ones before it), "
+            "two-pass (statistics of the dense block, then its outputs) or naive (as single, "
+            "running the block again for each layer). Default: single."
+        ),
+    ] = None,
     spill: Annotated[
-        str | None, typer.Option(help="Where waiting activations go: none, host or disk.")
+        str | None,
+        typer.Option(
+            help="Where waiting activations go: none (they stay on the device), host or disk. "
+            "Default: none."
+        ),
     ] = None,
     device: Device = None,
     dtype: Dtype = None,

@@ -257,7 +257,7 @@ def bench(
 
 def bench_tables(result: BenchResult) -> list[Table]:
     """What is in memory and on disk, and the rates, as tables."""
-    from pyprune.sparse.bench import label
+    from pyprune.sparse.bench import label, threads
 
     def table(title: str, *columns: str, left: int) -> Table:
         # A plain frame: the lines of eighty columns must not break.
@@ -274,7 +274,7 @@ def bench_tables(result: BenchResult) -> list[Table]:
         file, weights = (f"{m[key] / 1e6:,.1f}" for key in ("file_bytes", "weight_bytes"))
         share = f"{shares[name]:.1%}" if name in shares else ""
         sizes.add_row(name, file, weights, share, seconds)
-    where = f"{result.threads} threads"
+    where = threads(result.threads)
     if result.protocol.graph:
         where = "decoding by CUDA graphs"
     title = (

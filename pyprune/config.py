@@ -156,7 +156,7 @@ class PruneConfig(ConfigFile):
         if (self.sparsity is None) == (self.pattern is None):
             raise UserError(
                 "expected exactly one of sparsity and pattern, got "
-                f"sparsity {self.sparsity} and pattern {self.pattern}"
+                + ("neither" if self.pattern is None else f"{self.sparsity} and {self.pattern}")
             )
         if self.pattern is not None and self.scope is not None:
             raise UserError(f"scope: expected none with pattern {self.pattern}, got {self.scope!r}")

@@ -22,6 +22,11 @@ def pruned_count(n: int, sparsity: float) -> int:
     return math.floor(n * sparsity + 0.5)
 
 
+def percent_hint(share: float) -> str:
+    """What to add where a fraction was expected and `share` looks like a percentage."""
+    return f" ({share:g} % is {share / 100:g})" if 1 < share < 100 else ""
+
+
 @dataclass(frozen=True)
 class Unstructured:
     """Any weights, `sparsity` of each comparison group.
@@ -35,12 +40,16 @@ class Unstructured:
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:
-            raise UserError(f"sparsity: expected a fraction in [0, 1), got {self.sparsity}")
+            raise UserError(
+                f"sparsity: expected a fraction in [0, 1), got {self.sparsity}"
+                + percent_hint(self.sparsity)
+            )
         if self.scope is not None and self.scope not in SCOPES:
             raise UserError(f"scope: expected one of {', '.join(SCOPES)}, got {self.scope!r}")
 
     def __str__(self) -> str:
-        return f"{self.sparsity:.0%}" if self.scope is None else f"{self.sparsity:.0%} {self.scope}"
+        share = f"{100 * self.sparsity:g}%"
+        return share if self.scope is None else f"{share} {self.scope}"
 
 
 @dataclass(frozen=True)

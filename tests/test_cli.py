@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import typer
+from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -19,6 +22,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import pyprune
 from pyprune import cli, cli_prune
+from pyprune.config import CalibrationConfig, PruneConfig
+from pyprune.depth.config import StructureConfig
+from pyprune.heal import HealConfig
+from pyprune.width.config import WidthConfig
 
 WORDS = [f"w{i}" for i in range(VOCAB - 3)]
 
@@ -100,6 +107,49 @@ def test_help_cuts_no_option_short(capsys, monkeypatch):
         assert "…" not in out and "Examples:\n    pyprune " + command in out
     assert run("-h") == 0
     assert "..." not in capsys.readouterr().out.split("Commands:")[1]
+
+
+def test_help_says_every_default(capsys):
+    def check(command: str, name: str, default: object) -> None:
+        if isinstance(default, str | int | float) and not isinstance(default, bool):
+            options = typer.main.get_command(cli.app).commands[command].params
+            (option,) = [option for option in options if option.name == name]
+            text = " ".join(option.help.split())
+            said = default if isinstance(default, str) else f"{float(default):g}"
+            assert f"Default: {said}" in text, (name, text)
+
+    shown = {"source": "calibration", "training": "text"}
+    for field in dataclasses.fields(PruneConfig):
+        if field.name not in ("reconstruct", "calibration"):
+            check("prune", field.name, field.default)
+    for field in dataclasses.fields(StructureConfig):
+        if field.name in ("by", "fill"):
+            check("prune", field.name, field.default)
+    for field in dataclasses.fields(CalibrationConfig):
+        check("prune", shown.get(field.name, field.name), field.default)
+    structures = StructureConfig(count=1).calibration
+    assert structures == WidthConfig().calibration
+    own = {"nsamples": structures.nsamples, "seqlen": structures.seqlen}
+    assert structures == CalibrationConfig(**own)
+    assert run("prune", "--help") == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for size in own.values():
+        assert f"; {size} for methods that remove structure" in text
+    config = HealConfig()
+    for field in dataclasses.fields(HealConfig):
+        if field.name not in ("warmup", "weight_decay", "clip", "held_out", "training"):
+            check("heal", field.name, field.default)
+    for field in dataclasses.fields(CalibrationConfig):
+        if field.name not in ("padding", "bos"):
+            name = "text" if field.name == "source" else field.name
+            check("heal", name, getattr(config.training, field.name))
+
+
+def test_the_hub_is_quiet():
+    """Its line for each retry would break the one line of an error, and --json."""
+    hub_logging.set_verbosity_warning()
+    cli.quiet()
+    assert hub_logging.get_verbosity() == hub_logging.ERROR
 
 
 def test_python_m_pyprune():
@@ -256,12 +306,18 @@ def test_options_override_the_file(tmp_path):
 
 # arguments (MODEL, OUT and TEXT are replaced), what the line says
 BAD = [
-    ("prune MODEL --out OUT", "exactly one of sparsity and pattern"),
-    ("prune MODEL -s 0.5 -p 2:4 --out OUT", "exactly one of sparsity and pattern"),
+    ("prune MODEL --out OUT", "exactly one of sparsity and pattern, got neither"),
+    ("prune MODEL -s 0.5 -p 2:4 --out OUT", "one of sparsity and pattern, got 0.5 and 2:4"),
+    ("prune MODEL -m shortgpt --out OUT", "exactly one of ratio and count, got neither"),
     ("prune MODEL -m magnitued -s 0.5 --out OUT", "did you mean magnitude"),
     ("prune MODEL -m owl -s 0.5 --out OUT", "expected e.g. -m wanda --allocation owl"),
     ("prune MODEL -m magnitude -s 1 --out OUT", "fraction in [0, 1)"),
     ("prune MODEL -m magnitude -s -0.1 --out OUT", "fraction in [0, 1)"),
+    ("prune MODEL -m magnitude -s 50 --out OUT", "got 50.0 (50 % is 0.5)"),
+    ("prune MODEL -m magnitude -s 50% --out OUT", "expected a fraction such as 0.5, got '50%'"),
+    ("prune MODEL -m shortgpt --ratio 20 --out OUT", "got 20.0 (20 % is 0.2)"),
+    ("prune MODEL -m flap --ratio 20 --out OUT", "got 20.0 (20 % is 0.2)"),
+    ("prune MODEL -m flap --ratio x --out OUT", "expected a fraction such as 0.5, got 'x'"),
     ("prune MODEL -m magnitude -s nan --out OUT", "expected a number"),
     ("prune MODEL -m magnitude -s half --out OUT", "--sparsity"),
     ("prune MODEL -m magnitude -p 5:4 --out OUT", "N:M"),
@@ -388,7 +444,7 @@ SPOILED = [
     (lost_tensor, "model.layers.1.mlp.up_proj.weight"),
     (infinite, "model.layers.1.self_attn"),
     (no_tokenizer, "tokenizer"),
-    (short_text, "token"),
+    (short_text, "smaller nsamples or seqlen"),
 ]
 
 

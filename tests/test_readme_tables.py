@@ -1,5 +1,8 @@
 """README's tables of pruned structures: cells, and what cannot be reached."""
 
+import re
+
+import _headlines
 import readme
 
 
@@ -51,3 +54,20 @@ def test_what_is_impossible_is_said_below():
     assert line.startswith("- b does not reach 20%, 30%: expected to remove at most 0.197 of")
     assert lines.index(line) == len(lines) - 2 and lines[-1] == ""
     assert not any(line.startswith("- ") for line in readme.depth_quality(ROWS[:4]))
+
+
+def test_a_range_of_one_number_is_one_number():
+    rows = [
+        {"provider": "sparse24", "rows": count, "ratio_to_best_dense": ratio, "threads": 2}
+        for count, ratios in ((1, (1.5, 1.75)), (8, (0.961, 0.964)))
+        for ratio in ratios
+    ]
+    ((_, cells, _),) = _headlines._layers(rows)
+    assert cells == "1.50-1.75x at 1, 0.96x at 8 rows of x"
+
+
+def test_figures_of_the_first_screen_are_in_the_tables():
+    before, rest = (readme.ROOT / "README.md").read_text().split(readme.BEGIN)
+    figures = re.findall(r"\d+\.\d+", before.split("## Start")[0])
+    tables = rest.split(readme.END)[0]
+    assert len(figures) > 5 and not [figure for figure in figures if figure not in tables]

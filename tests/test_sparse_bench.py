@@ -1,16 +1,22 @@
 """The benchmark of compressed models: what it counts, and that it says where sparse loses."""
 
+import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from matplotlib.colors import to_rgba
+from matplotlib.figure import Figure
 from sparse_checkpoints import prune_in_place, pruned_checkpoint
 from tiny_models import tiny_model
 
 from pyprune import cli
+from pyprune.cli_sparse import bench_tables
 from pyprune.errors import UserError
 from pyprune.sparse import SparseLinear
+from pyprune.sparse import plot as drawing
 from pyprune.sparse.bench import (
     BenchResult,
     Protocol,
@@ -27,6 +33,16 @@ from pyprune.sparse.dense import DenseLinear
 from pyprune.sparse.load import load
 from pyprune.sparse.plot import DENSE_COLOUR, colour
 from pyprune.sparse.stored import StoredCheckpoint
+
+
+def demo_result(threads: int) -> BenchResult:
+    """What the demo measured, as if with so many threads."""
+    file = Path(__file__).parents[1] / "benchmarks" / "results" / "demo.json"
+    found = json.loads(file.read_text())["bench"] | {"threads": threads}
+    names = [field.name for field in dataclasses.fields(BenchResult)]
+    rates = [Rate(**rate) for rate in found["rates"]]
+    found |= {"rates": rates, "protocol": Protocol(**found["protocol"])}
+    return BenchResult(**{name: found[name] for name in names})
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +66,24 @@ def test_a_picture_that_cannot_be_written_is_refused_first(
     (tmp_path / "a.png").mkdir()
     assert cli.main(["bench", str(pair[1]), "--plot", name]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("threads, words", [(1, "1 thread"), (2, "2 threads")])
+def test_threads_are_counted(threads, words):
+    result = demo_result(threads)
+    (_, rates) = bench_tables(result)
+    assert str(rates.title).endswith(f", {words}")
+
+
+def test_words_in_a_bar_are_readable_outside_it():
+    result = demo_result(1)
+    axis = Figure().subplots()
+    drawing._rates(axis, result, "decode")
+    colours = {patch.get_facecolor() for patch in axis.patches}
+    for text in axis.texts:
+        (effect,) = text.get_path_effects()
+        assert to_rgba(effect._gc["foreground"]) in colours
+    assert len(axis.texts) == len(result.names) * len(result.protocol.batches)
 
 
 def test_command(pair, tmp_path, capsys):

@@ -241,10 +241,12 @@ def _too_little(
     source: str, padding: Padding, nsamples: int, length: int, drawn: int, tokens: int
 ) -> str:
     if padding == "documents":
-        return f"text {source}: too little: {nsamples} documents needed, {drawn} found"
+        needed = f"{nsamples} documents needed, {drawn} found"
+        return f"text {source}: too little: {needed}; give more text or a smaller nsamples"
+    needed = f"{nsamples} windows of {length} need {nsamples * length} tokens"
     return (
-        f"text {source}: too little: {nsamples} windows of {length} need "
-        f"{nsamples * length} tokens, {tokens} found"
+        f"text {source}: too little: {needed}, {tokens} found; give more text or a smaller "
+        "nsamples or seqlen"
     )
 
 

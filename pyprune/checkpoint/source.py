@@ -18,6 +18,7 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,6 +37,10 @@ logger = logging.getLogger("pyprune")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SUFFIX = ".safetensors"
+GGUF_SUFFIX = ".gguf"
+GGUF_HINT = "GGUF is not read: give the Hugging Face directory that it was made from"
+ADAPTER = "adapter_config.json"
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.spm")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 UNKNOWN = "unknown architecture"
 DECI = "nemotron-nas"  # the model_type of DeciLM, see pyprune.deci
@@ -187,7 +192,10 @@ def load_tokenizer(path: str | Path, trust_remote_code: bool = False) -> PreTrai
             path, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, ImportError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: its tokenizer does not load: {_line(error)}") from error
+        # transformers asks for packages that read other formats even where there is no file at all.
+        there = any(f.is_file() for pattern in TOKENIZER_FILES for f in Path(path).glob(pattern))
+        reason = _line(error) if there else "its files are missing (tokenizer.json, for one)"
+        raise UserError(f"{path}: its tokenizer does not load: {reason}") from error
     if not tokenizer.get_vocab().keys() - tokenizer.all_special_tokens:
         raise UserError(
             f"{path}: its tokenizer does not load: its files are missing, without them "
@@ -211,10 +219,21 @@ def locate(source: str | Path, revision: str | None = None, *, code: bool = Fals
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError(f"{text}: expected a directory or a hub id, got a file")
+        raise UserError(f"{text}: expected a directory or a hub id, got a file{_of_file(path)}")
+    if "://" in text:
+        raise UserError(f"{text}: expected a directory or a hub id such as org/model, got a URL")
     if isinstance(source, Path) or text.startswith(("/", ".", "~")) or text.count("/") > 1:
         raise UserError(f"{text}: no such directory")
     return _download(text, revision, code)
+
+
+def _of_file(path: Path) -> str:
+    """What to do with a file of weights that was given in place of its directory."""
+    if path.suffix == SUFFIX:
+        return "; give the directory in which it and config.json are"
+    if path.suffix == GGUF_SUFFIX:
+        return f"; {GGUF_HINT}"
+    return ""
 
 
 def _download(repository: str, revision: str | None, code: bool) -> Path:
@@ -247,7 +266,15 @@ def _download(repository: str, revision: str | None, code: bool) -> Path:
 def read_json(file: Path, *, once: bool = False) -> dict[str, Any]:
     """The object in a file. once: no name may be twice in one object. Raises UserError."""
     if not file.is_file():
-        raise UserError(f"{file.parent}: expected a Hugging Face checkpoint, it has no {file.name}")
+        folder = file.parent
+        hint = ""
+        if (folder / ADAPTER).is_file():
+            hint = "; an adapter of peft: merge it into its model (merge_and_unload) and save that"
+        elif folder.is_dir() and any(f.suffix == GGUF_SUFFIX for f in folder.iterdir()):
+            hint = f"; {GGUF_HINT}"
+        raise UserError(
+            f"{folder}: expected a Hugging Face checkpoint, it has no {file.name}{hint}"
+        )
     try:
         text = file.read_text(encoding="utf-8")
         value = json.loads(text, object_pairs_hook=unique if once else None)
@@ -322,7 +349,19 @@ def read_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pre
         raise UserError(
             f"{path}: {UNKNOWN}: transformers has no causal language model for model_type {kind!r}"
         )
+    if not remote and _has_encoder(config):
+        named = ", ".join(map(str, raw.get("architectures") or [kind]))
+        raise UserError(f"{path}: expected a decoder-only language model, got an encoder ({named})")
     return config
+
+
+def _has_encoder(config: PretrainedConfig) -> bool:
+    """Whether the model is an encoder (BERT and its kin), or has one (BART). transformers gives
+    such a configuration a causal model too: one that reads the tokens it has to predict, or the
+    decoder alone. A decoder that was saved as one says so in its configuration."""
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    encoder = masked and getattr(config, "is_decoder", None) is False
+    return encoder or bool(getattr(config, "is_encoder_decoder", False))
 
 
 def main_dtype(path: Path, tensors: dict[str, TensorEntry]) -> torch.dtype:

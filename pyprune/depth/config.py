@@ -19,6 +19,7 @@ from pyprune.depth.graph import Branch
 from pyprune.depth.repack import Fill
 from pyprune.errors import UserError
 from pyprune.methods.options import Scalar, build_options
+from pyprune.patterns import percent_hint
 
 By = Literal["params", "count", "latency"]
 FIRST_ATTENTION = Branch("attention", 0)
@@ -60,10 +61,13 @@ class StructureConfig(ConfigFile):
         if (self.ratio is None) == (self.count is None):
             raise UserError(
                 "expected exactly one of ratio and count, got "
-                f"ratio {self.ratio} and count {self.count}"
+                + ("neither" if self.ratio is None else f"{self.ratio} and {self.count}")
             )
         if self.ratio is not None and not 0 < self.ratio < 1:
-            raise UserError(f"ratio: expected a number between 0 and 1, got {self.ratio!r}")
+            raise UserError(
+                f"ratio: expected a number between 0 and 1, got {self.ratio!r}"
+                + percent_hint(self.ratio)
+            )
         if self.count is not None and self.count < 1:
             raise UserError(f"count: expected a whole number from 1, got {self.count!r}")
         check_choice("by", self.by, get_args(By))

@@ -41,6 +41,11 @@ PHASES = ("prefill", "decode")
 CHECKED_STEPS = 8  # of a graph, against the same steps launched one by one
 
 
+def threads(number: int) -> str:
+    """How many, in words."""
+    return "1 thread" if number == 1 else f"{number} threads"
+
+
 @dataclass(frozen=True)
 class Protocol:
     """prompt: tokens of every sequence in prefill. steps: tokens decoded after it. rounds: how

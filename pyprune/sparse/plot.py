@@ -7,7 +7,7 @@ from typing import Any
 
 from pyprune.inspection import SHORT_DTYPES
 from pyprune.pictures import require_matplotlib, short
-from pyprune.sparse.bench import OWN, PHASES, BenchResult
+from pyprune.sparse.bench import OWN, PHASES, BenchResult, threads
 from pyprune.sparse.stored import DENSE
 
 DENSE_COLOUR = "#7f7f7f"
@@ -41,7 +41,7 @@ def plot(result: BenchResult, file: Path) -> None:
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=9)
     figure.suptitle(
-        f"{result.device}, {result.threads} threads, torch {result.torch_version}; prompt "
+        f"{result.device}, {threads(result.threads)}, torch {result.torch_version}; prompt "
         f"{result.protocol.prompt}, {result.protocol.steps} tokens decoded, "
         f"{result.protocol.rounds} rounds",
         fontsize=9,
@@ -50,6 +50,8 @@ def plot(result: BenchResult, file: Path) -> None:
 
 
 def _rates(axis: Any, result: BenchResult, phase: str) -> None:
+    from matplotlib.patheffects import withStroke
+
     width = 0.8 / len(result.names)
     for i, name in enumerate(result.names):
         for j, batch in enumerate(result.protocol.batches):
@@ -64,8 +66,11 @@ def _rates(axis: Any, result: BenchResult, phase: str) -> None:
             )  # fmt: skip
             own = ", own kernel" if (rate.name, rate.kernels) == (DENSE, OWN) else ""
             words = f" {rate.median:,.4g} tok/s, {SHORT_DTYPES[rate.dtype]}{own}"
+            # White would end where a bar is shorter than its words, or a whisker crosses them.
+            outline = withStroke(linewidth=2.5, foreground=colour(name, result.names))
             axis.text(
-                x, 0.02, words, rotation=90, ha="center", va="bottom", fontsize=7, color="white"
+                x, 0.02, words, rotation=90, ha="center", va="bottom", fontsize=7, color="white",
+                path_effects=[outline], zorder=4,
             )  # fmt: skip
     axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(result.protocol.batches)), [str(b) for b in result.protocol.batches])

@@ -17,6 +17,7 @@ from pyprune.config import (
 )
 from pyprune.errors import UserError
 from pyprune.methods.options import Scalar, build_options
+from pyprune.patterns import percent_hint
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,10 @@ class WidthConfig(ConfigFile):
         convert_fields(self)
         check_types(self, "")
         if not 0 < self.ratio < 1:
-            raise UserError(f"ratio: expected a number between 0 and 1, got {self.ratio!r}")
+            raise UserError(
+                f"ratio: expected a number between 0 and 1, got {self.ratio!r}"
+                + percent_hint(self.ratio)
+            )
         check_choice("dtype", self.dtype, DTYPES)
         check_device(self.device)
         self.own_options()  # a bad option is found before anything is loaded

@@ -10,6 +10,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import FAMILIES, tiny_model
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+)
 
 from pyprune.checkpoint import Checkpoint, read_header, read_tensor, write_tensor
 from pyprune.errors import UserError
@@ -125,6 +133,26 @@ def test_file_instead_of_directory(folder):
     expect(folder / "config.json", "expected a directory")
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [("model.safetensors", "the directory in which it"), ("model.gguf", "GGUF is not read")],
+)
+def test_file_of_weights_instead_of_its_directory(tmp_path, name, message):
+    (tmp_path / name).write_bytes(b"")
+    expect(tmp_path / name, f"got a file; .*{message}")
+
+
+def test_url_instead_of_a_hub_id():
+    expect("https://huggingface.co/org/model", "got a URL")
+
+
+def test_directory_of_something_else(tmp_path):
+    (tmp_path / "model-Q4_K_M.gguf").write_bytes(b"GGUF")
+    expect(tmp_path, "no config.json; GGUF is not read")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    expect(tmp_path, "no config.json; an adapter of peft")
+
+
 def test_hub_without_network(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     expect("someone/something", "no such directory, and the hub did not give it")
@@ -199,6 +227,23 @@ def test_custom_code_is_not_run(folder):
     code.write_text("raise SystemExit('ran')")
     edit_config(folder, model_type="evil", auto_map={"AutoConfig": "modeling_evil.EvilConfig"})
     expect(folder, "unknown architecture")
+
+
+def test_encoders_are_refused(tmp_path):
+    """transformers has a causal model for each of them; decoders saved as such are taken."""
+    sizes = {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    bert = {**sizes, "intermediate_size": 8, "max_position_embeddings": 16}
+    BertForMaskedLM(BertConfig(**bert)).save_pretrained(tmp_path / "bert")
+    expect(tmp_path / "bert", r"expected a decoder-only .*, got an encoder \(BertForMaskedLM\)")
+    BertLMHeadModel(BertConfig(**bert, is_decoder=True)).save_pretrained(tmp_path / "decoder")
+    assert Checkpoint.open(tmp_path / "decoder").config.is_decoder
+    bart = {"vocab_size": 16, "d_model": 8, "decoder_layers": 1, "encoder_layers": 1,
+            "decoder_ffn_dim": 8, "encoder_ffn_dim": 8, "decoder_attention_heads": 1,
+            "encoder_attention_heads": 1, "max_position_embeddings": 16}  # fmt: skip
+    BartForConditionalGeneration(BartConfig(**bart)).save_pretrained(tmp_path / "bart")
+    expect(tmp_path / "bart", r"got an encoder \(BartForConditionalGeneration\)")
+    BartForCausalLM(BartConfig(**bart)).save_pretrained(tmp_path / "bart-decoder")
+    assert not Checkpoint.open(tmp_path / "bart-decoder").config.is_encoder_decoder
 
 
 def test_quantized(folder):
@@ -346,5 +391,5 @@ def test_tensor_that_only_the_index_has(sharded):
 @pytest.mark.parametrize("family", FAMILIES)  # transformers makes an empty one of some
 def test_no_tokenizer(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="its tokenizer does not load"):
+    with pytest.raises(UserError, match="does not load: its files are missing"):
         Checkpoint.open(tmp_path).tokenizer()

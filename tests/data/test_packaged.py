@@ -67,6 +67,13 @@ def test_bad_downloads(tmp_path, fake_pip, members, message):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_full_disk_is_no_missing_network(tmp_path, fake_pip):
+    fake_pip(None, stderr="ERROR: Exception:\nOSError: [Errno 28] No space left on device\n")
+    with pytest.raises(UserError, match=r"could not download thing==1.0: the disk of .* is full"):
+        read_member(MEMBER, tmp_path, "do this")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_without_any_pip(tmp_path, monkeypatch):
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda _name: None)
     monkeypatch.setattr(registry.shutil, "which", lambda _name: None)

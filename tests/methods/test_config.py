@@ -72,6 +72,14 @@ def test_target_is_the_pattern():
     assert PruneConfig(sparsity=0.3, scope="row").target() == Unstructured(0.3, "row")
 
 
+@pytest.mark.parametrize(
+    "sparsity, words", [(0.5, "50%"), (0.07, "7%"), (0.005, "0.5%"), (1 / 3, "33.3333%")]
+)
+def test_a_share_is_shown_as_it_is(sparsity, words):
+    assert str(Unstructured(sparsity)) == words
+    assert str(Unstructured(sparsity, "row")) == f"{words} row"
+
+
 def test_reads_a_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("method: wanda\npattern: '2:4'\ncalibration:\n  nsamples: 3\n")
@@ -112,7 +120,7 @@ def test_lists_become_tuples():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "expected exactly one of sparsity and pattern, got sparsity None and pattern None"),
+        ({}, "expected exactly one of sparsity and pattern, got neither"),
         ({"sparsity": 0.5, "pattern": "2:4"}, "exactly one of sparsity and pattern, got"),
         ({"sparsity": 1.0}, r"sparsity: expected a fraction in \[0, 1\), got 1.0"),
         ({"sparsity": -0.1}, r"sparsity: expected a fraction in \[0, 1\), got -0.1"),
