@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pyprune.calibration.text import SEPARATOR, documents
 from pyprune.calibration.tokens import bos_prefix, encode
 from pyprune.errors import UserError
+from pyprune.models.adapter import decoder_of
 from pyprune.models.positions import positions_of
 
 # 48 windows of 1024, the protocol of the reference figures for the packaged model: 3.3 s of one
@@ -254,7 +255,7 @@ def _decoder(model: Any) -> Any:
             f"perplexity: expected a transformers model with a language-model head, "
             f"got {type(model).__name__}"
         )
-    return model.get_decoder()
+    return decoder_of(model)
 
 
 @contextmanager
