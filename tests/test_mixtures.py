@@ -13,6 +13,7 @@ import pyprune
 from pyprune.checkpoint import Checkpoint
 from pyprune.config import PruneConfig
 from pyprune.depth.graph import ResidualGraph
+from pyprune.depth.save import drop_layers
 from pyprune.errors import UserError
 from pyprune.inspection import inspect_checkpoint
 from pyprune.models.adapter import Adapter
@@ -242,6 +243,20 @@ def test_depth_and_width_know_the_layers(family):
         widths.mask(kept)
         got = model(tiny_tokens()).logits
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["jamba", "lfm2_moe"])
+def test_hybrids_are_pruned_and_lose_layers(family, tmp_path):
+    model = tiny_model(family)
+    attentions = [layout.attention for layout in ResidualGraph.of(model).layouts]
+    assert attentions == ["mamba" if family == "jamba" else "conv", "self_attn"]
+    pruned(tmp_path, family)
+    if family == "jamba":  # every second layer, from the second on, is one of attention
+        with pytest.raises(UserError, match="JambaForCausalLM: its configuration cannot express"):
+            drop_layers(model, [1])
+        return
+    drop_layers(model, [1])
+    assert model.config.layer_types == ["full_attention"] and len(model.model.layers) == 1
 
 
 def test_renamed_tensors_and_parts_are_streamed(tmp_path):

@@ -207,6 +207,18 @@ if "deepseek_v32" not in CONFIG_MAPPING:
 if not hasattr(modeling_granitemoe, "GraniteMoeExperts"):
     del MIXTURES["granitemoe"]
 MORE |= MIXTURES
+# Hybrids: state space or convolution, and attention.
+MORE["jamba"] = {
+    **_MOE,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
+}
+MORE["lfm2_moe"] = {**_MOE, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}
 # Of its four experts two give back what they get; one layer has two attentions and two MLPs.
 MORE["longcat_flash"] = {
     **_DEEPSEEK,

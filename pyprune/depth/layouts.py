@@ -61,6 +61,8 @@ _POST = Layout(
 _ONE_NORM = Layout("self_attn", ("mlp",), shared=("input_layernorm",), parallel=True)
 _OPT = Layout("self_attn", ("fc1", "fc2"), ("self_attn_layer_norm",), ("final_layer_norm",))
 _GPT2 = Layout("attn", ("mlp",), ("ln_1",), ("ln_2",))
+_JAMBA = Layout("self_attn", ("mlp",), ("input_layernorm",), ("pre_ff_layernorm",))
+_LFM2 = Layout("self_attn", ("mlp",), ("operator_norm",), ("ffn_norm",))
 _GPTJ = Layout("attn", ("mlp",), shared=("ln_1",), parallel=True)
 _BLOOM = Layout(
     "self_attention",
@@ -103,7 +105,7 @@ def _choose(children: set[str], config: Any) -> Layout | None:
         return _falcon(children, config)
     attentions = [name for name in ATTENTIONS if name in children]
     mlps = [name for name in MLPS if name in children]
-    for layout in (_SANDWICH, _PRE, _POST, _ONE_NORM, _OPT, _GPT2, _GPTJ):
+    for layout in (_SANDWICH, _PRE, _POST, _ONE_NORM, _JAMBA, _LFM2, _OPT, _GPT2, _GPTJ):
         if layout.attention == "self_attn" and layout.mlp == ("mlp",):
             if len(attentions) != 1 or len(mlps) != 1:
                 continue

@@ -132,6 +132,8 @@ def _find_blocks(name: str, decoder: nn.Module, count: int, path: str | None) ->
         nested = any(at.startswith(f"{outer}.") for outer in found)
         if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
             found[at] = module
+    if len(found) > 1:  # rotary embeddings hold no parameters
+        found = {at: m for at, m in found.items() if any(True for _ in m.parameters())}
     if len(found) != 1:
         raise UserError(
             f"{name}: expected one list of {count} decoder blocks in {type(decoder).__name__}, "
@@ -173,7 +175,7 @@ def _linears(block: nn.Module, block_name: str) -> Iterator[LinearRef]:
         if any(f"{path}.".startswith(f"{part}.") for part in beside):
             continue  # what peft has added: it is to be trained, or merged
         if isinstance(module, nn.Linear | Conv1D):
-            if _is_linear_map(module) and not _is_router(block, path):
+            if _is_linear_map(module) and not (_is_router(block, path) or _is_step(block, path)):
                 _check_plain(name, module)
                 yield LinearRef(name, module, "weight", transposed=isinstance(module, Conv1D))
         elif is_fused(module):
@@ -202,6 +204,13 @@ def _is_router(block: nn.Module, path: str) -> bool:
         return True
     beside = [".".join(parts[:k]) for k, part in enumerate(parts) if part in ROUTERS]
     return any(hasattr(block.get_submodule(parent), "experts") for parent in beside)
+
+
+def _is_step(block: nn.Module, path: str) -> bool:
+    """Whether it makes the step sizes of a state space, which takes its weight and does not call
+    it (Mamba's, in Jamba)."""
+    parent, _, leaf = path.rpartition(".")
+    return leaf == "dt_proj" and hasattr(block.get_submodule(parent), "A_log")
 
 
 def _check_plain(name: str, module: nn.Module) -> None:

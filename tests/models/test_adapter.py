@@ -134,6 +134,20 @@ def test_a_linear_map_for_each_part_of_its_input_is_left_alone():
     assert adapter.left_alone() == {"mlp.down_proj.weight": 1}
 
 
+def test_the_step_sizes_of_a_state_space_are_left_alone():
+    adapter = Adapter.of(tiny_model("jamba"))
+    names = [ref.name for i in range(BLOCKS) for ref in adapter.linears(i)]
+    assert not any("dt_proj" in name for name in names)
+    assert any("mamba.x_proj" in name for name in names)
+    assert "mamba.dt_proj.weight" in adapter.left_alone()
+
+
+def test_a_list_without_parameters_is_no_list_of_blocks():
+    model = tiny_model("llama")
+    model.model.rotary_embs = nn.ModuleList(nn.Identity() for _ in range(BLOCKS))
+    assert Adapter.of(model).block_names == ["model.layers.0", "model.layers.1"]
+
+
 def test_the_decoder_of_a_model_that_names_itself():
     model = tiny_model("llama4_text")
     assert model.get_decoder() is model and adapter_module.decoder_of(model) is model.model
@@ -197,7 +211,7 @@ def test_linear_subclasses_are_found_and_routers_are_not():
 
 def test_several_candidate_lists_need_an_entry(monkeypatch):
     model = tiny_model("llama")
-    model.model.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])
+    model.model.adapters = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     with pytest.raises(UserError, match=r"LlamaForCausalLM: expected one list of 2 .*BLOCK_PATHS"):
         Adapter.of(model)
     monkeypatch.setitem(adapter_module.BLOCK_PATHS, "llama", "layers")
