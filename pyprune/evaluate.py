@@ -17,6 +17,7 @@ from torch import Tensor
 from pyprune.calibration.text import SEPARATOR, documents
 from pyprune.calibration.tokens import bos_prefix, encode
 from pyprune.errors import UserError
+from pyprune.models.adapter import decoder_of
 from pyprune.models.positions import positions_of
 from pyprune.models.running import evaluation, head_logits, positions_at_once
 
@@ -241,4 +242,4 @@ def _decoder(model: Any) -> Any:
             f"perplexity: expected a transformers model with a language-model head, "
             f"got {type(model).__name__}"
         )
-    return model.get_decoder()
+    return decoder_of(model)

@@ -188,7 +188,7 @@ def inspect_checkpoint(
     else:
         checkpoint, stored = source.checkpoint(trust_remote_code), source
     matrices, note = _matrices(checkpoint)
-    outside = {name: False for name in stored.parts if name not in matrices}
+    outside = {name: False for name in stored.compressed if name not in matrices}
     found: list[LayerInspection] = []
     for name, transposed in {**matrices, **outside}.items():
         if progress is not None:

@@ -319,6 +319,9 @@ def _untouched(adapter: Adapter) -> tuple[str, ...]:
             f"{len(adapter.shared)} matrices share their parameter with another module and stay as "
             f"they are, the first is {adapter.shared[0]}"
         )
+    if left := adapter.left_alone():
+        listed = ", ".join(f"{name} ({count})" for name, count in left.items())
+        notes.append(f"not pruned, steering tokens or no linear maps: {listed}")
     if adapted := adapters(adapter.model):
         notes.append(
             f"adapters of peft beside {len(adapted)} layers stay as they are: merged, they would "

@@ -32,6 +32,7 @@ FAMILIES = {
     "falcon": {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2,
                "num_attention_heads": 2, "max_position_embeddings": 64},
     "phi": COMMON,
+    "llama4_text": {**COMMON, "num_local_experts": 2, "intermediate_size_mlp": 24},
 }  # fmt: skip
 
 

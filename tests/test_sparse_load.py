@@ -232,7 +232,7 @@ def test_tampered_tensors_are_refused_by_file_and_name(pattern_and_case, compres
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=6), "format_version among 1, 2, 3, 4, 5, got 6"),
+        (lambda c: c.update(format_version=7), "format_version among 1, 2, 3, 4, 5, 6, got 7"),
         (lambda c: c.update(layers=[]), "object named layers"),
         (lambda c: c["layers"].update(x={"format": "csr", "shape": [2, 8]}), "layer x: format"),
         (lambda c: c["layers"][LAYER].update(shape=[64, -32]), "shape: expected two positive"),

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.granitemoe import modeling_granitemoe
 
 VOCAB, HIDDEN, BLOCKS = 64, 32, 2
 
@@ -139,6 +140,95 @@ MORE: dict[str, dict[str, Any]] = {
     "codegen": _GPTJ,
 }
 MOE_FAMILIES = ("mixtral", "qwen2_moe", "qwen3_moe")
+_MOE = {
+    **_GATED,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "tie_word_embeddings": False,
+}
+_DEEPSEEK = {
+    **_GATED,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 16,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "tie_word_embeddings": False,
+}
+# Every way in which transformers stores and runs fused experts, and what else is special about
+# them: one tensor for each expert in the checkpoint or one for all; transposed, with biases and
+# interleaved gates (GPT-OSS); without a gate (Nemotron-H); given all tokens (Llama 4); renamed
+# routers (PhiMoE); attentions with a small latent (DeepSeek) and with an indexer; a hybrid.
+MIXTURES: dict[str, dict[str, Any]] = {
+    "olmoe": _MOE,
+    "phimoe": _MOE,
+    "granitemoe": _MOE,
+    "gpt_oss": {**_MOE, "head_dim": 8, "sliding_window": 8},
+    "llama4_text": {**_MOE, "head_dim": 8, "intermediate_size_mlp": 32},
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v32": {**_DEEPSEEK, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 8},
+    "qwen3_next": {
+        **_MOE,
+        "head_dim": 8,
+        "shared_expert_intermediate_size": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+    "nemotron_h": {
+        **_COMMON,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "layers_block_type": ["attention", "moe"],
+        "intermediate_size": 32,
+        "moe_intermediate_size": 16,
+        "moe_shared_expert_intermediate_size": 16,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    },
+}
+# transformers 5.6 has no DeepSeek-V3.2, and stores GraniteMoE's experts in a way of its own.
+if "deepseek_v32" not in CONFIG_MAPPING:
+    del MIXTURES["deepseek_v32"]
+if not hasattr(modeling_granitemoe, "GraniteMoeExperts"):
+    del MIXTURES["granitemoe"]
+MORE |= MIXTURES
+# Hybrids: state space or convolution, and attention.
+MORE["jamba"] = {
+    **_MOE,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "use_mamba_kernels": False,
+}
+MORE["lfm2_moe"] = {**_MOE, "num_dense_layers": 1, "layer_types": ["conv", "full_attention"]}
+# Of its four experts two give back what they get; one layer has two attentions and two MLPs.
+MORE["longcat_flash"] = {
+    **_DEEPSEEK,
+    "num_layers": 1,
+    "head_dim": 8,
+    "ffn_hidden_size": 32,
+    "expert_ffn_hidden_size": 16,
+    "zero_expert_num": 2,
+    "moe_topk": 2,
+}
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -241,7 +241,11 @@ class _Pass:
             for refs in self._refs:
                 for ref in refs:
                     if ref.index is None and ref.name not in self._visited:
-                        raise LayerError(ref.name, f"no gradient reached it in batch {batch.index}")
+                        raise LayerError(
+                            ref.name,
+                            f"no gradient reached it in batch {batch.index} "
+                            + schedule.without(ref.name),
+                        )
         self._report.sequences += len(batch.targets)
         self._report.tokens += batch.tokens
         self._report.targets += sum(batch.targets)
@@ -313,7 +317,9 @@ class _Pass:
             return
         given: Tensor = args[0] if args else next(iter(kwargs.values()))
         batch, length = self._batch.input_ids.shape
-        if tuple(given.shape[:-1]) not in {(batch, length), (batch * length,)}:
+        # DeepSeek's key-value projection reads [batch, 1, length, C].
+        shapes = {(batch, length), (batch, 1, length), (batch * length,)}
+        if tuple(given.shape[:-1]) not in shapes:
             raise LayerError(
                 ref.name,
                 f"expected one row for each of the {batch}x{length} tokens, got an input of shape "
@@ -326,7 +332,7 @@ class _Pass:
             if given._version != version:
                 raise LayerError(ref.name, "its input was written to after it was read")
             if ref.name in self._visited:
-                raise LayerError(ref.name, "runs more than once in a forward of its block")
+                raise LayerError(ref.name, schedule.runs_twice(ref.name))
             self._visited.add(ref.name)
             stacked = (batch, length, -1)
             self._visit_tokens(ref, x.reshape(stacked), g.reshape(stacked), leader)

@@ -114,6 +114,17 @@ def _expert_observer(
     return observe_experts
 
 
+def without(name: str) -> str:
+    """What to do about a matrix that cannot be pruned."""
+    return f"(leave it out with --exclude '*.{name.rpartition('.')[2]}')"
+
+
+def runs_twice(name: str) -> str:
+    return "runs more than once in a forward of its block, so that it has no one input " + without(
+        name
+    )
+
+
 def find_stages(sites: list[Site], run_block: Callable[[], None]) -> list[Stage]:
     """Runs the block once and reports which sites read the same tensor, in the order they ran.
 
@@ -125,7 +136,7 @@ def find_stages(sites: list[Site], run_block: Callable[[], None]) -> list[Stage]
 
     def observe(site: Site, inputs: list[SiteInput]) -> None:
         if site in ran:
-            raise LayerError(site.name, "runs more than once in a forward of its block")
+            raise LayerError(site.name, runs_twice(site.name))
         ran.add(site)
         x = inputs[0].x
         for tensor, stage in stages:
@@ -140,7 +151,7 @@ def find_stages(sites: list[Site], run_block: Callable[[], None]) -> list[Stage]
         if site not in ran:
             raise LayerError(
                 site.name,
-                "expected to be called in the forward of its block, and is not (leave it out "
-                f"with --exclude '*.{site.name.rpartition('.')[2]}')",
+                "expected to be called in the forward of its block, and is not "
+                + without(site.name),
             )
     return [stage for _, stage in stages]

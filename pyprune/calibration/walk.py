@@ -36,7 +36,7 @@ from pyprune.calibration.stats import Statistic
 from pyprune.calibration.store import BlockStore, InMemoryStore
 from pyprune.errors import OVERFLOW, LayerError, UserError
 from pyprune.models.adapter import Adapter
-from pyprune.models.experts import FUSED_EXPERTS, ExpertInput, observed
+from pyprune.models.experts import ExpertInput, is_fused, observed
 from pyprune.models.linears import parameters_of
 from pyprune.models.running import evaluation
 
@@ -333,7 +333,7 @@ class _Walk:
         with ExitStack() as stack, self._clock.charge("prune"):
             # Experts one by one, as everywhere here: torch's grouped products may have no gradient.
             for module in self._adapter.blocks[self._block].modules():
-                if type(module).__name__ in FUSED_EXPERTS:
+                if is_fused(module):
                     stack.enter_context(observed(module, _ignore))
             stack.enter_context(without_parameter_gradients(self._adapter.blocks[self._block]))
             prepare_block(BlockVisit(name, groups, tokens, self._run_changed, tell))

@@ -1,9 +1,10 @@
 """How a checkpoint's tensors make up a model's parameters.
 
 Almost always one tensor is one parameter, up to the prefix of the base model (published GPT-2 and
-BLOOM checkpoints have none) and a few old names. Mixtral and Qwen-MoE checkpoints store one tensor
-per expert and projection, which transformers 5 holds fused:
-`experts.gate_up_proj [E, 2I, H]` (gate rows first) and `experts.down_proj [E, H, I]`.
+BLOOM checkpoints have none) and a few old names. Most mixtures' checkpoints store one tensor per
+expert and projection, which transformers 5 holds fused: `experts.gate_up_proj [E, 2I, H]` (gate
+rows first) and `experts.down_proj [E, H, I]`. Which names and which parts is asked of the rules by
+which transformers itself loads the model's family; the few below are for files older than those.
 Whatever these rules do not cover is reported, never guessed.
 """
 
@@ -12,9 +13,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+)
 
 from pyprune.checkpoint.shards import TensorEntry
 
@@ -31,38 +40,43 @@ EXPERT = re.compile(
     r"^(?P<experts>.*\.experts)\.(?P<expert>\d+)\."
     r"(?P<projection>gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$"
 )
-# projection -> (fused parameter, which half of its rows; None = all rows)
-FUSED: dict[str, tuple[str, int | None]] = {
+# projection -> (fused parameter, which half of the rows of gate_up_proj)
+FUSED: dict[str, tuple[str, int]] = {
     "gate_proj": ("gate_up_proj", 0),
     "w1": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
     "w3": ("gate_up_proj", 1),
-    "down_proj": ("down_proj", None),
-    "w2": ("down_proj", None),
+    "down_proj": ("down_proj", 0),
+    "w2": ("down_proj", 0),
 }
+HALVES = {"gate_up_proj": 2, "down_proj": 1}
 
 
 @dataclass(frozen=True)
 class Piece:
     """A tensor of the checkpoint and the part of a parameter that it is.
 
-    expert: index along the parameter's first dimension; None = the whole parameter.
-    half: 0 or 1 = first or second half of that expert's rows; None = all of them.
+    expert: index along the parameter's first dimension; None = all of it.
+    part: which of the `parts` equal shares of (that expert's) rows.
     """
 
     tensor: str
     expert: int | None = None
-    half: int | None = None
+    part: int = 0
+    parts: int = 1
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of the parameter."""
+        return self.expert is None and self.parts == 1
 
     def view(self, parameter: Tensor) -> Tensor:
         """The part of `parameter` that the tensor is, without a copy."""
-        if self.expert is None:
-            return parameter
-        part = parameter[self.expert]
-        if self.half is None:
-            return part
-        rows = part.shape[0] // 2
-        return part[self.half * rows : (self.half + 1) * rows]
+        matrix = parameter if self.expert is None else parameter[self.expert]
+        if self.parts == 1:
+            return matrix
+        rows = matrix.shape[0] // self.parts
+        return matrix[self.part * rows : (self.part + 1) * rows]
 
 
 @dataclass
@@ -87,7 +101,7 @@ def map_names(entries: Mapping[str, TensorEntry], model: PreTrainedModel) -> Nam
     names = NameMap()
     ignored = (*IGNORED, *(model._keys_to_ignore_on_load_unexpected or ()))
     for tensor in entries:
-        found = _place(tensor, state, model.base_model_prefix)
+        found = _place(tensor, state, model)
         if found is None:
             names.unused.append(tensor)
             if not any(re.search(pattern, tensor) for pattern in ignored):
@@ -101,32 +115,98 @@ def map_names(entries: Mapping[str, TensorEntry], model: PreTrainedModel) -> Nam
 def has_place_for(model: PreTrainedModel, tensor: str) -> bool:
     """Whether `tensor` of a checkpoint is a parameter or persistent buffer of `model`, or part of
     one."""
-    return _place(tensor, model.state_dict(keep_vars=True), model.base_model_prefix) is not None
+    return _place(tensor, model.state_dict(keep_vars=True), model) is not None
 
 
-def candidate_names(tensor: str, prefix: str) -> Iterator[str]:
-    """What a checkpoint's tensor may be called in a model with the base model prefix `prefix`."""
+def candidate_names(tensor: str, model: PreTrainedModel) -> Iterator[str]:
+    """What a checkpoint's tensor may be called in the model, transformers' own name first."""
     renamed = tensor
     for old, new in RENAMES:
         renamed = old.sub(new, renamed)
-    for name in dict.fromkeys((tensor, renamed)):
-        yield name
-        if prefix:
-            yield f"{prefix}.{name}"
-            if name.startswith(f"{prefix}."):
-                yield name[len(prefix) + 1 :]
+    for name in dict.fromkeys((_rules(model).rename(tensor), tensor, renamed)):
+        yield from _prefixed(name, model.base_model_prefix)
 
 
-def _place(tensor: str, state: Mapping[str, Tensor], prefix: str) -> tuple[str, Piece] | None:
-    for name in candidate_names(tensor, prefix):
+def _prefixed(name: str, prefix: str) -> Iterator[str]:
+    yield name
+    if prefix:
+        yield f"{prefix}.{name}"
+        if name.startswith(f"{prefix}."):
+            yield name[len(prefix) + 1 :]
+
+
+def keeps_suffix(model: PreTrainedModel, tensor: str, suffix: str) -> bool:
+    """Whether transformers renames `tensor`, which ends in ".weight", just as it does when it ends
+    in ".<suffix>" instead: parts of a compressed weight come under such names."""
+    rename, stem = _rules(model).rename, tensor.removesuffix(".weight")
+    return rename(f"{stem}.{suffix}") == f"{rename(tensor).removesuffix('.weight')}.{suffix}"
+
+
+class _Rules:
+    """How transformers renames the tensors of a model's checkpoints, and puts them together."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        rules = get_model_conversion_mapping(model)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def rename(self, tensor: str) -> str:
+        """Its name, where it is not put together with others."""
+        for rule in self._renamings:
+            tensor, _ = rule.rename_source_key(tensor)
+        return tensor
+
+    def convert(self, tensor: str) -> tuple[str, Piece | None] | None:
+        """The parameter that it becomes part of and which part; None for a part that no `Piece` can
+        say. None if it is not put together with others."""
+        name = self.rename(tensor)
+        for rule in self._converters:
+            made, source = rule.rename_source_key(name)
+            if source is not None:
+                return made, self._piece(tensor, rule, source, name)
+        return None
+
+    def _piece(self, tensor: str, rule: WeightConverter, source: str, name: str) -> Piece | None:
+        kinds = [(type(operation), operation.dim) for operation in rule.operations]
+        sources = len(rule.source_patterns)
+        part = rule.source_patterns.index(source)
+        if kinds == [(Concatenate, 0)]:
+            return Piece(tensor, None, part, sources)
+        merged = kinds == [(MergeModulelist, 0)] and sources == 1
+        if not merged and kinds != [(MergeModulelist, 0), (Concatenate, 1)]:
+            return None
+        before, _, after = source.partition("*")
+        number = re.search(rf"{before}(\d+){after}", name)
+        return None if number is None else Piece(tensor, int(number[1]), part, sources)
+
+
+_RULES: WeakKeyDictionary[PreTrainedModel, _Rules] = WeakKeyDictionary()
+
+
+def _rules(model: PreTrainedModel) -> _Rules:
+    if model not in _RULES:
+        _RULES[model] = _Rules(model)
+    return _RULES[model]
+
+
+def _place(
+    tensor: str, state: Mapping[str, Tensor], model: PreTrainedModel
+) -> tuple[str, Piece] | None:
+    converted = _rules(model).convert(tensor)
+    if converted is not None:
+        parameter, piece = converted
+        for name in _prefixed(parameter, model.base_model_prefix):
+            if name in state:
+                return None if piece is None else (name, piece)
+    for name in candidate_names(tensor, model):
         if name in state:
             return name, Piece(tensor)
         match = EXPERT.match(name)
         if match:
-            parameter, half = FUSED[match["projection"]]
+            parameter, part = FUSED[match["projection"]]
             fused = f"{match['experts']}.{parameter}"
             if fused in state:
-                return fused, Piece(tensor, int(match["expert"]), half)
+                return fused, Piece(tensor, int(match["expert"]), part, HALVES[parameter])
     return None
 
 
@@ -142,7 +222,7 @@ def _problem(
             if id(value) in filled:
                 continue
             return f"no tensor of the checkpoint is {name}"
-        elements, parts = 0, {(piece.expert, piece.half) for piece in pieces}
+        elements, parts = 0, {(piece.expert, piece.part) for piece in pieces}
         for piece in pieces:
             if piece.expert is not None and piece.expert >= value.shape[0]:
                 return f"{piece.tensor} is not among the {value.shape[0]} experts of {name}"

@@ -148,7 +148,7 @@ class StreamingStore:
         if dtype.is_floating_point and self.dtype is not None:
             dtype = self.dtype
         pieces = self._pieces[name]
-        if pieces[0].expert is None:
+        if pieces[0].whole:
             return self._read_entry(self.checkpoint.tensors[pieces[0].tensor]).to(
                 self.device, dtype
             )

@@ -20,6 +20,7 @@ from pyprune.depth.heldout import Change, HeldOut, Part, advance, least, parts_o
 from pyprune.depth.hidden import real_tokens
 from pyprune.depth.ridge import LADDER, Moments, Solutions, check_ridge
 from pyprune.errors import UserError
+from pyprune.models.experts import is_fused, is_transposed
 
 # Last linear maps of a branch, by name, in every supported family.
 WRITERS = ("o_proj", "out_proj", "dense", "c_proj", "dense_4h_to_h", "down_proj", "fc2", "fc_out")
@@ -186,6 +187,10 @@ def writers(graph: ResidualGraph, branch: Branch) -> list[Tensor]:
     if norm_after(graph, branch) is not None:
         raise UserError(f"{type(block).__name__}: its branches end in a norm, not a linear map")
     names = (layout.attention,) if branch.kind == "attention" else layout.mlp[-1:]
+    if branch.kind == "mlp" and any(
+        "Norm" in type(module).__name__ for module in block.get_submodule(names[0]).modules()
+    ):
+        raise UserError(f"{type(block).__name__}: its MLPs hold a norm, behind their linear maps")
     found: list[Tensor] = []
     for name in names:
         for path, module in block.get_submodule(name).named_modules(prefix=name):
@@ -422,8 +427,11 @@ def _fold(graph: ResidualGraph, branch: Branch, change: Tensor) -> None:
     block = graph.adapter.blocks[branch.layer]
     modules = {id(p): m for m in block.modules() for p in m.parameters(recurse=False)}
     for parameter in writers(graph, branch):
-        value = parameter.double()
-        if value.dim() == 1 or isinstance(modules[id(parameter)], Conv1D):
+        value, module = parameter.double(), modules[id(parameter)]
+        fused = is_fused(module)
+        bias = fused and value.dim() == 2  # [experts, d]
+        transposed = is_transposed(module) if fused else isinstance(module, Conv1D)
+        if value.dim() == 1 or bias or transposed:
             value = value @ transform
         elif value.shape[-2] == width:  # [d, f], or [experts, d, f]
             value = transform.T @ value

@@ -8,10 +8,10 @@ rotary tables that the model itself hands to each layer, so no family's arithmet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -136,7 +136,8 @@ class ResidualGraph:
             for branch in set(branches):
                 block = self.adapter.blocks[branch.layer]
                 layout = self.layouts[branch.layer]
-                for module, forward in _switched_off(block, layout, branch, norms):
+                more = self._beside[branch.layer]
+                for module, forward in _switched_off(block, layout, branch, norms, more):
                     stack.enter_context(replaced_forward(module, forward))
             yield
 
@@ -175,7 +176,9 @@ class ResidualGraph:
             last = self.adapter.blocks[branch.layer].get_submodule(
                 self.layouts[branch.layer].mlp[-1]
             )
-            hook = last.register_forward_hook(lambda _m, _i, out: outputs.append(out.clone()))
+            hook = last.register_forward_hook(
+                lambda _m, _i, out: outputs.append((out[0] if type(out) is tuple else out).clone())
+            )
             try:
                 self._layer(branch.layer, state.read, context)
             finally:
@@ -277,6 +280,27 @@ class ResidualGraph:
             handle.remove()
         return found[0]
 
+    @cached_property
+    def _beside(self) -> list[dict[str, int | None]]:
+        """What the last module of each branch of each layer returns beside its output, run on a
+        token, by the module's name: attention weights, a router's logits, nothing (0); None where
+        it returns no tuple."""
+        found: list[dict[str, int | None]] = [{} for _ in self.layouts]
+
+        def note(layer: int, name: str, output: Any) -> None:
+            found[layer][name] = len(output) - 1 if isinstance(output, tuple) else None
+
+        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        with ExitStack() as stack, torch.no_grad():
+            for i, (block, layout) in enumerate(
+                zip(self.adapter.blocks, self.layouts, strict=True)
+            ):
+                for name in (layout.attention, layout.mlp[-1]):
+                    hook = partial(lambda i, name, _m, _a, output: note(i, name, output), i, name)
+                    stack.callback(block.get_submodule(name).register_forward_hook(hook).remove)
+            self.adapter.decoder(input_ids=token, use_cache=False)
+        return found
+
     def _layer(self, i: int, hidden: Tensor, context: Context) -> Tensor:
         args, kwargs = context.arguments[i]
         output = self.adapter.blocks[i](hidden, *args, **kwargs)
@@ -286,7 +310,7 @@ class ResidualGraph:
     def _decoder(self, batch: Batch, layer: Callable[..., Tensor]) -> Any:
         """Runs the decoder with `layer(hidden, *args, **kwargs)` in place of every block."""
         with ExitStack() as stack:
-            forward = _in_tuple(layer) if self._in_tuples else layer
+            forward = _in_tuple(layer, 1 if self._in_tuples else None)
             for block in self.adapter.blocks:
                 stack.enter_context(replaced_forward(block, forward))
             self._output = self.adapter.decoder(
@@ -303,23 +327,32 @@ def repeated(batch: Batch, copies: int) -> Batch:
     )
 
 
-def _in_tuple(layer: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, None]]:
-    return lambda *args, **kwargs: (layer(*args, **kwargs), None)
+def _in_tuple(layer: Callable[..., Tensor], beside: int | None) -> Callable[..., Any]:
+    """`layer` with its output in a tuple, `beside` times None behind it; None: as it is."""
+    if beside is None:
+        return layer
+    return lambda *args, **kwargs: (layer(*args, **kwargs), *(None,) * beside)
 
 
 def _switched_off(
-    block: nn.Module, layout: Layout, branch: Branch, with_norms: bool
+    block: nn.Module,
+    layout: Layout,
+    branch: Branch,
+    with_norms: bool,
+    beside: Mapping[str, int | None],
 ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of a branch and forwards with which it adds nothing, at next to no cost."""
     if branch.kind == "attention":
         nothing = _residual if layout.adds_inside else _zeros
-        yield block.get_submodule(layout.attention), _in_tuple(nothing)
+        forward = _in_tuple(nothing, beside[layout.attention])
+        yield block.get_submodule(layout.attention), forward
         norms = layout.attention_norms
     else:
         nothing = _residual if layout.adds_inside else _zeros
         for name in layout.mlp[:-1]:
             yield block.get_submodule(name), _same
-        yield block.get_submodule(layout.mlp[-1]), nothing
+        last = layout.mlp[-1]
+        yield block.get_submodule(last), _in_tuple(nothing, beside[last])
         norms = layout.mlp_norms
     for name in norms if with_norms else ():
         yield block.get_submodule(name), _same

@@ -7,7 +7,7 @@ layout says, so that a family that merely reuses the names is refused, not misre
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -20,7 +20,8 @@ class Layout:
     """One kind of decoder layer.
 
     Attributes:
-        attention: the attention module; returns (output, weights).
+        attention: the attention module, or what a hybrid has in its place; returns its output, or
+            a tuple of that and something else.
         mlp: the MLP or mixture module, or the first and last linear map where the layer itself
             runs the MLP (OPT).
         attention_norms, mlp_norms: norms that only this branch reads, before and after its module.
@@ -60,6 +61,8 @@ _POST = Layout(
 _ONE_NORM = Layout("self_attn", ("mlp",), shared=("input_layernorm",), parallel=True)
 _OPT = Layout("self_attn", ("fc1", "fc2"), ("self_attn_layer_norm",), ("final_layer_norm",))
 _GPT2 = Layout("attn", ("mlp",), ("ln_1",), ("ln_2",))
+_JAMBA = Layout("self_attn", ("mlp",), ("input_layernorm",), ("pre_ff_layernorm",))
+_LFM2 = Layout("self_attn", ("mlp",), ("operator_norm",), ("ffn_norm",))
 _GPTJ = Layout("attn", ("mlp",), shared=("ln_1",), parallel=True)
 _BLOOM = Layout(
     "self_attention",
@@ -68,6 +71,11 @@ _BLOOM = Layout(
     ("post_attention_layernorm",),
     adds_inside=True,
 )
+
+
+# What a family calls the attention of a layer, and its MLP or mixture.
+ATTENTIONS = ("self_attn", "linear_attn", "mamba", "conv")
+MLPS = ("mlp", "block_sparse_moe", "feed_forward")
 
 
 def layout_of(layer: nn.Module, config: Any) -> Layout:
@@ -84,7 +92,8 @@ def layout_of(layer: nn.Module, config: Any) -> Layout:
         raise UserError(
             f"{type(layer).__name__}: unknown residual structure (children "
             f"{', '.join(sorted(children)) or 'none'}); a layout of it, naming the attention, the "
-            "MLP and their norms, has to be added in pyprune.depth.layouts"
+            "MLP and their norms, has to be added in pyprune.depth.layouts; methods that prune "
+            "weights (`pyprune methods`) do not need one"
         )
     return found
 
@@ -94,7 +103,13 @@ def _choose(children: set[str], config: Any) -> Layout | None:
         return _neox(children, config)
     if "self_attention" in children:
         return _falcon(children, config)
-    for layout in (_SANDWICH, _PRE, _POST, _ONE_NORM, _OPT, _GPT2, _GPTJ):
+    attentions = [name for name in ATTENTIONS if name in children]
+    mlps = [name for name in MLPS if name in children]
+    for layout in (_SANDWICH, _PRE, _POST, _ONE_NORM, _JAMBA, _LFM2, _OPT, _GPT2, _GPTJ):
+        if layout.attention == "self_attn" and layout.mlp == ("mlp",):
+            if len(attentions) != 1 or len(mlps) != 1:
+                continue
+            layout = replace(layout, attention=attentions[0], mlp=(mlps[0],))
         named = {*layout.modules("attention"), *layout.modules("mlp"), *layout.shared}
         if named <= children and not _extra(children - named):
             return layout

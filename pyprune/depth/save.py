@@ -173,7 +173,9 @@ def _rewrite(config: Any, slots: Sequence[Slot], count: int) -> None:
     ):
         for name in lists:
             value = getattr(config, name, None)
-            if isinstance(value, (list, tuple)) and len(value) == count:
+            # Jamba derives its list from a period.
+            derived = isinstance(getattr(type(config), name, None), property)
+            if isinstance(value, (list, tuple)) and len(value) == count and not derived:
                 # Set below num_hidden_layers' back: some configurations validate their length.
                 config.__dict__[name] = [value[i] for i in keep]
         for name in indices:

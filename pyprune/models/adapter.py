@@ -7,23 +7,32 @@ linear maps inside them. The few names a family needs are in the tables below.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Conv1D
+from transformers import Conv1D, PreTrainedModel
 
 from pyprune.errors import UserError
-from pyprune.models.experts import FUSED_EXPERTS, PROJECTIONS, expert_count
+from pyprune.models.experts import expert_count, is_fused, is_transposed, projections
 from pyprune.models.linears import LinearRef
 from pyprune.surroundings import is_adapted
 
 # The configuration's model_type -> path of the blocks in the decoder, where more than one
 # ModuleList has as many entries as there are layers.
-BLOCK_PATHS: dict[str, str] = {}
-# Linear maps that steer tokens rather than transform them, recognised next to an `experts` module.
+# LongCat counts two layers for each of its blocks.
+BLOCK_PATHS: dict[str, str] = {"longcat_flash": "layers"}
+# Linear maps that steer tokens rather than transform them: routers, recognised next to an `experts`
+# module, and others: what chooses the tokens that an attention looks at (DeepSeek's sparse
+# attention), and Doge's router.
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
+STEERING = frozenset({"indexer", "router_gate"})
+# Classes that make more of their input than a linear map, or another one for each part of it: a
+# subclass with a forward of its own is left as it is, but for Falcon's, which adds the bias later.
+PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+FALCON = "FalconLinear"
 
 
 class Adapter:
@@ -46,6 +55,7 @@ class Adapter:
         self.block_names = [names[id(block)] for block in blocks]
         shared = _shared_parameters(model, blocks)
         found = [list(_linears(*pair)) for pair in zip(blocks, self.block_names, strict=True)]
+        self._prunable = found
         self._linears = [[ref for ref in refs if id(_owner(ref)) not in shared] for refs in found]
         self.shared = tuple(ref.name for refs in found for ref in refs if id(_owner(ref)) in shared)
 
@@ -63,7 +73,7 @@ class Adapter:
             raise UserError(f"{name}: expected a transformers decoder model (with a config)")
         if getattr(config, "is_encoder_decoder", False):
             raise UserError(f"{name}: expected a decoder-only model, got an encoder-decoder")
-        decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+        decoder = decoder_of(model)
         text_config = config.get_text_config()
         count = getattr(text_config, "num_hidden_layers", None)
         if not count:
@@ -88,9 +98,30 @@ class Adapter:
         ]
         return adapter
 
+    def left_alone(self) -> dict[str, int]:
+        """What is no vector, no bias and no prunable matrix: routers, indexers, convolutions,
+        parameters of a family's own. Names within a block, numbers in them as *, and how many of
+        each there are."""
+        found: dict[str, int] = {}
+        taken = {id(_owner(ref)) for refs in self._prunable for ref in refs}
+        for block in self.blocks:
+            for name, parameter in block.named_parameters():
+                if parameter.dim() > 1 and id(parameter) not in taken and "bias" not in name:
+                    where = re.sub(r"\b\d+\b", "*", name)
+                    found[where] = found.get(where, 0) + 1
+        return found
+
     def experts(self, i: int) -> list[nn.Module]:
         """The modules of block `i` that hold fused experts."""
         return list(dict.fromkeys(r.module for r in self._linears[i] if r.index is not None))
+
+
+def decoder_of(model: Any) -> nn.Module:
+    """What `get_decoder()` returns; of a model that returns itself (Llama 4) the one transformers
+    model in it, if there is one."""
+    decoder: nn.Module = model.get_decoder()
+    inner = [child for child in decoder.children() if isinstance(child, PreTrainedModel)]
+    return inner[0] if decoder is model and len(inner) == 1 else decoder
 
 
 def _find_blocks(name: str, decoder: nn.Module, count: int, path: str | None) -> list[nn.Module]:
@@ -101,6 +132,8 @@ def _find_blocks(name: str, decoder: nn.Module, count: int, path: str | None) ->
         nested = any(at.startswith(f"{outer}.") for outer in found)
         if isinstance(module, nn.ModuleList) and len(module) == count and not nested:
             found[at] = module
+    if len(found) > 1:  # rotary embeddings hold no parameters
+        found = {at: m for at, m in found.items() if any(True for _ in m.parameters())}
     if len(found) != 1:
         raise UserError(
             f"{name}: expected one list of {count} decoder blocks in {type(decoder).__name__}, "
@@ -142,13 +175,14 @@ def _linears(block: nn.Module, block_name: str) -> Iterator[LinearRef]:
         if any(f"{path}.".startswith(f"{part}.") for part in beside):
             continue  # what peft has added: it is to be trained, or merged
         if isinstance(module, nn.Linear | Conv1D):
-            if not _is_router(block, path):
+            if _is_linear_map(module) and not (_is_router(block, path) or _is_step(block, path)):
                 _check_plain(name, module)
                 yield LinearRef(name, module, "weight", transposed=isinstance(module, Conv1D))
-        elif type(module).__name__ in FUSED_EXPERTS:
-            for projection in PROJECTIONS:
+        elif is_fused(module):
+            for projection in projections(module):
                 for e in range(expert_count(module)):
-                    yield LinearRef(f"{name}.{projection}.{e}", module, projection, index=e)
+                    at, transposed = f"{name}.{projection}.{e}", is_transposed(module)
+                    yield LinearRef(at, module, projection, index=e, transposed=transposed)
         else:
             _check_no_hidden_experts(name, path, module)
 
@@ -158,9 +192,25 @@ def is_computed(module: nn.Module) -> bool:
     return "weight" not in module._parameters
 
 
+def _is_linear_map(module: nn.Module) -> bool:
+    kind = type(module)
+    return kind.forward in PLAIN_FORWARDS or kind.__name__ == FALCON
+
+
 def _is_router(block: nn.Module, path: str) -> bool:
+    """Whether the module is a router or part of one, or of an indexer."""
+    parts = path.split(".")
+    if not STEERING.isdisjoint(parts):
+        return True
+    beside = [".".join(parts[:k]) for k, part in enumerate(parts) if part in ROUTERS]
+    return any(hasattr(block.get_submodule(parent), "experts") for parent in beside)
+
+
+def _is_step(block: nn.Module, path: str) -> bool:
+    """Whether it makes the step sizes of a state space, which takes its weight and does not call
+    it (Mamba's, in Jamba)."""
     parent, _, leaf = path.rpartition(".")
-    return leaf in ROUTERS and hasattr(block.get_submodule(parent), "experts")
+    return leaf == "dt_proj" and hasattr(block.get_submodule(parent), "A_log")
 
 
 def _check_plain(name: str, module: nn.Module) -> None:
@@ -183,9 +233,14 @@ def _check_no_hidden_experts(name: str, path: str, module: nn.Module) -> None:
     fused = [key for key, p in module.named_parameters(recurse=False) if p.dim() == 3]
     one_by_one = path.rpartition(".")[2] == "experts"
     if one_by_one or (fused and not isinstance(module, nn.Conv1d | nn.Conv2d)):
-        held = f"3-D parameters {', '.join(fused)}" if fused else "one module per expert"
+        if fused:
+            held = f"3-D parameters {', '.join(fused)}"
+        else:
+            listed = isinstance(module, nn.ModuleList | nn.ModuleDict)
+            held = "one module per expert" if listed else "modules inside"
         raise UserError(
-            f"{name}: unknown layout of experts in {type(module).__name__} ({held}); the adapter "
-            f"knows {', '.join(sorted(FUSED_EXPERTS))}: parameters gate_up_proj [E, 2I, H] and "
-            "down_proj [E, H, I] and a forward equal to pyprune.models.experts.observed_forward"
+            f"{name}: unknown layout of experts in {type(module).__name__} ({held}); skipped in "
+            "silence they would stay dense. Known are those that transformers runs by "
+            "use_experts_implementation, as it does most families' (pyprune.models.experts): use a "
+            "release of transformers that does so with this one, or leave the model as it is"
         )

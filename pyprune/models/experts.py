@@ -1,15 +1,22 @@
 """Mixture-of-experts blocks whose experts live in fused 3-D parameters.
 
-transformers 5 stores all experts of a block in `gate_up_proj [E, 2I, H]` and `down_proj [E, H, I]`.
-There is no module per expert to hook, so while statistics are collected the experts module computes
-its output here, where the input of every expert's matrices can be seen.
+transformers 5 stores all experts of a block in `gate_up_proj [E, 2I, H]` (or `up_proj [E, I, H]`)
+and `down_proj [E, H, I]`. There is no module per expert to hook, so while statistics are collected
+the experts module computes its output here, where the input of every expert's matrices can be seen.
+
+Which modules these are is no matter of names. transformers runs an experts class with any of its
+implementations (grouped, batched, eager) by a few attributes that its decorator
+`use_experts_implementation` puts on it: whether there is a gate, whether there are biases, whether
+matrices are stored inputs by outputs, what makes one hidden channel of gate and up
+(`_apply_gate`, which may interleave or clamp them), whether a norm follows. What they say is what
+is computed here. Two classes without them are known by name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +24,13 @@ from torch.nn import functional as F
 
 from pyprune.models.running import replaced_forward
 
-# Classes whose eager forward is the one below (a gate and an up half in one matrix, no biases). A
-# similar looking class may interleave the halves or clamp the gate, so each is listed once checked.
-FUSED_EXPERTS = frozenset({"MixtralExperts", "Qwen2MoeExperts", "Qwen3MoeExperts"})
-PROJECTIONS = ("gate_up_proj", "down_proj")
+DOWN = "down_proj"
+# Classes that are not decorated: LongCat's, called like those that are, whose last "experts" give
+# back what they get; and Llama 4's, which is given all tokens once for every expert, in order of
+# the experts, those not routed to it as zeros.
+LONGCAT, LLAMA4 = "LongcatFlashExperts", "Llama4TextExperts"
+# Of a class whose gate and up rows alternate; transformers 5.6 does not say it.
+GPT_OSS = "GptOssExperts"
 
 
 class ExpertInput(NamedTuple):
@@ -40,51 +50,168 @@ Hidden = Callable[[int, Tensor], Tensor]
 OutputObserver = Callable[[nn.Module, str, ExpertInput, Tensor], None]
 
 
+def is_fused(module: nn.Module) -> bool:
+    """Whether the module holds fused experts that are understood: all its parameters are the
+    projections and biases that its attributes speak of."""
+    decorated = all(hasattr(module, key) for key in ("has_gate", "has_bias", "is_transposed"))
+    if not decorated and type(module).__name__ not in (LONGCAT, LLAMA4):
+        return False
+    matrices = set(projections(module))
+    biases = {f"{name}_bias" for name in matrices} if has_bias(module) else set()
+    own = dict(module.named_parameters(recurse=False))
+    return own.keys() == matrices | biases and all(own[name].dim() == 3 for name in matrices)
+
+
+def has_gate(experts: nn.Module) -> bool:
+    """Whether a hidden channel is made of two rows of the first projection, gate and up."""
+    return bool(getattr(experts, "has_gate", True))
+
+
+def has_bias(experts: nn.Module) -> bool:
+    """Whether each projection has a bias `<projection>_bias [E, R]`."""
+    return bool(getattr(experts, "has_bias", False))
+
+
+def is_transposed(experts: nn.Module) -> bool:
+    """Whether the projections are stored `[E, C, R]`, inputs by outputs."""
+    return bool(getattr(experts, "is_transposed", type(experts).__name__ == LLAMA4))
+
+
+def is_interleaved(experts: nn.Module) -> bool:
+    """Whether gate and up rows alternate, rather than all gates coming first."""
+    return not getattr(experts, "is_concatenated", type(experts).__name__ != GPT_OSS)
+
+
+def projections(experts: nn.Module) -> tuple[str, str]:
+    """The names of the two parameters: what the hidden channels are made with, and of what."""
+    return ("gate_up_proj" if has_gate(experts) else "up_proj"), DOWN
+
+
 def expert_count(experts: nn.Module) -> int:
-    parameter: Tensor = getattr(experts, PROJECTIONS[0])
+    parameter: Tensor = getattr(experts, DOWN)
     return parameter.shape[0]
+
+
+def gate_rows(experts: nn.Module) -> Tensor:
+    """int64 [I, 1 or 2]: the rows of the first projection that each hidden channel is made of."""
+    units = getattr(experts, DOWN).shape[1 if is_transposed(experts) else 2]
+    halves = 2 if has_gate(experts) else 1
+    rows = torch.arange(halves * units)
+    if is_interleaved(experts):
+        return rows.view(units, halves)
+    return rows.view(halves, units).T.contiguous()
 
 
 def observed_forward(
     experts: nn.Module,
     observe: Observer,
-    hidden_states: Tensor,
-    top_k_index: Tensor,
-    top_k_weights: Tensor,
+    *given: Tensor,
     produced: OutputObserver | None = None,
     hidden: Hidden | None = None,
 ) -> Tensor:
-    """What the module's eager forward computes, bit for bit, one projection of all experts after
-    the other.
+    """What the module's eager forward computes, one projection of all experts after the other; the
+    same bits where that sums the experts' outputs in the dtype of its input, as almost all do.
 
     `observe(experts, projection, inputs)` is called before each projection with the inputs of all
     experts; it may change the weights, which are read afterwards.
 
     Args:
-        hidden_states: `[tokens, H]`.
-        top_k_index, top_k_weights: `[tokens, k]`, the experts of each token and their shares.
+        given: hidden states `[tokens, H]`; and `[tokens, k]`, the experts of each token and their
+            shares. Llama 4 is given `[E tokens, H]` and nothing more.
         produced: called after each expert's matrix, with its input and output.
         hidden: what happens to each expert's hidden channels before `down_proj`; differentiable.
 
     Returns:
-        `[tokens, H]`.
+        Of the shape of the hidden states.
     """
-    chosen, tokens = top_k_index.T, len(hidden_states)
+
+    def compute(states: list[Tensor], rows: list[Tensor], tokens: int) -> list[Tensor]:
+        return _experts(experts, observe, states, rows, tokens, produced, hidden)
+
+    return run_experts(experts, expert_count(experts), compute, *given)
+
+
+# The states that each expert reads, the rows that these are of the tokens, and how many tokens
+# there are, to what the experts make of them.
+Compute = Callable[[list[Tensor], list[Tensor], int], list[Tensor]]
+
+
+def run_experts(experts: nn.Module, count: int, compute: Compute, *given: Tensor) -> Tensor:
+    """Deals the tokens out to the `count` experts and adds up what `compute` makes of them.
+
+    given: see `observed_forward`.
+    """
+    hidden_states, *routing = given
+    if routing:
+        return _routed(experts, count, compute, hidden_states, *routing)
+    per_expert = hidden_states.view(count, -1, hidden_states.shape[-1])
+    # No expert has a bias: zeros in, zeros out.
+    rows = [torch.where(x.ne(0).any(dim=1))[0] for x in per_expert]
+    states = [x[r] for x, r in zip(per_expert, rows, strict=True)]
+    states = compute(states, rows, per_expert.shape[1])
+    out = [
+        torch.zeros_like(x).index_add(0, r, state.to(x.dtype))
+        for x, r, state in zip(per_expert, rows, states, strict=True)
+    ]
+    return torch.cat(out)
+
+
+def _routed(
+    experts: nn.Module,
+    count: int,
+    compute: Compute,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+) -> Tensor:
+    chosen = top_k_index.T
     # Per expert (position among the k, token), ordered by position: the order of the eager forward.
-    routes = [torch.where(chosen.eq(e)) for e in range(expert_count(experts))]
-    states = [hidden_states[rows] for _, rows in routes]
-    states = _project(experts, observe, PROJECTIONS[0], states, routes, tokens, produced)
-    for e, state in enumerate(states):
-        gate, up = state.chunk(2, dim=-1)
-        states[e] = experts.act_fn(gate) * up  # type: ignore[operator]
-        states[e] = states[e] if hidden is None else hidden(e, states[e])
-    states = _project(experts, observe, PROJECTIONS[1], states, routes, tokens, produced)
+    routes = [torch.where(chosen.eq(e)) for e in range(count)]
+    rows = [r for _, r in routes]
+    states = compute([hidden_states[r] for r in rows], rows, len(hidden_states))
+    if hasattr(experts, "identity_expert"):
+        # Numbers past those of the experts.
+        routes.append(torch.where(chosen.ge(count)))
+        states.append(hidden_states[routes[-1][1]])
     out = torch.zeros_like(hidden_states)
-    for (position, rows), state in zip(routes, states, strict=True):
-        if len(rows):
-            state = state * top_k_weights[rows, position, None]
-            out.index_add_(0, rows, state.to(out.dtype))
+    for (position, at), state in zip(routes, states, strict=True):
+        if len(at):
+            state = state * top_k_weights[at, position, None]
+            out.index_add_(0, at, state.to(out.dtype))
     return out
+
+
+def _experts(
+    experts: nn.Module,
+    observe: Observer,
+    states: list[Tensor],
+    rows: list[Tensor],
+    tokens: int,
+    produced: OutputObserver | None,
+    hidden: Hidden | None,
+) -> list[Tensor]:
+    """What each expert makes of its `states`, those `rows` of the `tokens`."""
+    first, last = projections(experts)
+    states = _project(experts, observe, first, states, rows, tokens, produced)
+    for e, state in enumerate(states):
+        states[e] = activated(experts, state)
+        states[e] = states[e] if hidden is None else hidden(e, states[e])
+    states = _project(experts, observe, last, states, rows, tokens, produced)
+    if getattr(experts, "has_post_expert_norm", False):
+        states = [experts.post_expert_norm(state) for state in states]  # type: ignore[operator]
+    return states
+
+
+def activated(experts: Any, first: Tensor) -> Tensor:
+    """The hidden channels `[t, I]` of what the first projection gives."""
+    if not has_gate(experts):
+        channels: Tensor = experts.act_fn(first)
+    elif hasattr(experts, "_apply_gate"):
+        channels = experts._apply_gate(first)
+    else:
+        gate, up = first.chunk(2, dim=-1)
+        channels = experts.act_fn(gate) * up
+    return channels
 
 
 def _project(
@@ -92,20 +219,21 @@ def _project(
     observe: Observer,
     projection: str,
     states: list[Tensor],
-    routes: list[tuple[Tensor, ...]],
+    rows: list[Tensor],
     tokens: int,
     produced: OutputObserver | None,
 ) -> list[Tensor]:
-    """Every expert's `states[e] @ W[e].T`; lets go of each input as soon as it was used."""
-    pairs = zip(states, routes, strict=True)
-    observe(
-        experts, projection, [ExpertInput(e, x, r[1], tokens) for e, (x, r) in enumerate(pairs)]
-    )
+    """Every expert's `states[e] @ W[e].T + b[e]`; lets go of each input as soon as it was used."""
+    pairs = zip(states, rows, strict=True)
+    observe(experts, projection, [ExpertInput(e, x, r, tokens) for e, (x, r) in enumerate(pairs)])
     weight: Tensor = getattr(experts, projection)
+    weight = weight.mT if is_transposed(experts) else weight
+    bias: Tensor | None = getattr(experts, f"{projection}_bias") if has_bias(experts) else None
     for e in range(len(states)):
         x, states[e] = states[e], F.linear(states[e], weight[e])
+        states[e] = states[e] if bias is None else states[e] + bias[e]
         if produced is not None:
-            produced(experts, projection, ExpertInput(e, x, routes[e][1], tokens), states[e])
+            produced(experts, projection, ExpertInput(e, x, rows[e], tokens), states[e])
     return states
 
 
@@ -118,10 +246,8 @@ def observed(
 ) -> Iterator[None]:
     """Within the context `experts(...)` runs `observed_forward`; restored on the way out."""
 
-    def forward(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        return observed_forward(
-            experts, observe, hidden_states, top_k_index, top_k_weights, produced, hidden
-        )
+    def forward(*given: Tensor) -> Tensor:
+        return observed_forward(experts, observe, *given, produced=produced, hidden=hidden)
 
     with replaced_forward(experts, forward):
         yield

@@ -18,7 +18,7 @@ class LinearRef:
     module, parameter: the module that owns the parameter, and the parameter's attribute name. The
         parameter is looked up on every use: loading a block may replace it.
     index: the expert within a fused `[E, R, C]` parameter.
-    transposed: the parameter is stored `[C, R]` (transformers' Conv1D).
+    transposed: the parameter is stored `[C, R]` (transformers' Conv1D), `[E, C, R]` of experts.
     """
 
     name: str

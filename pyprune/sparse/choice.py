@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pyprune.checkpoint import Checkpoint, TensorEntry
-from pyprune.checkpoint.names import EXPERT, owners
+from pyprune.checkpoint.names import EXPERT, candidate_names, keeps_suffix, owners
 from pyprune.errors import UserError
-from pyprune.models.experts import FUSED_EXPERTS, PROJECTIONS
+from pyprune.models.experts import is_fused, is_transposed, projections
 from pyprune.sparse import format as formats
 from pyprune.sparse.embedding import embedding_scale
 from pyprune.sparse.format import LayerFormat
@@ -51,24 +52,40 @@ class Decision:
     report: LayerConversion
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """What can be compressed. tensors: each the weight of one linear layer of the model (see
+    `weight_of`) or of one projection of one expert, and whether it holds it transposed. stacks:
+    those that are the matrices X.0.weight and so on of a tensor `X [E, ...]`. mixtures: the tensors
+    of one module of experts."""
+
+    tensors: Mapping[str, bool]
+    stacks: tuple[str, ...]
+    mixtures: tuple[tuple[str, ...], ...]
+
+    def is_stacked(self, tensor: str) -> bool:
+        return tensor.removesuffix(formats.WEIGHT).rpartition(".")[0] in self.stacks
+
+
 class Chooser:
     """Decides layer by layer; arguments as for `compress_checkpoint`.
 
-    candidates: the tensors to decide about, and whether they hold their weight transposed.
+    stored: with the stacks of `candidates` split.
     """
 
     def __init__(
         self,
         stored: StoredCheckpoint,
-        candidates: Mapping[str, bool],
+        candidates: Candidates,
         allowed: tuple[str, ...],
         int8: bool,
         measured_rows: int | None,
         embeddings: str,
     ) -> None:
-        self._stored, self._transposed, self._allowed = stored, candidates, allowed
+        self._stored, self._transposed, self._allowed = stored, candidates.tensors, allowed
+        self._candidates = candidates
         self._int8, self._embeddings = int8, embeddings
-        total = sum(stored.entries[tensor].nbytes for tensor in candidates)
+        total = sum(stored.entries[tensor].nbytes for tensor in candidates.tensors)
         self._measured = None if measured_rows is None else MeasuredChoice(measured_rows, total)
 
     def choose(self, tensor: str) -> Decision:
@@ -93,7 +110,8 @@ class Chooser:
         )
         if kind == DENSE:
             return Decision(None, nnz, report)
-        layer = LayerFormat(kind, report.shape, self._int8, transposed)
+        stacked = self._candidates.is_stacked(tensor)
+        layer = LayerFormat(kind, report.shape, self._int8, transposed, stacked=stacked)
         nnz, error = self._stored_values(tensor, dense, layer, nnz)
         report = replace(
             report,
@@ -158,15 +176,13 @@ def _as_it_is(layer: LayerFormat, dense: TensorEntry) -> Decision:
     return Decision(layer, 0, report)
 
 
-def whole_mixtures(decisions: Mapping[str, Decision]) -> dict[str, Decision]:
+def whole_mixtures(
+    decisions: Mapping[str, Decision], mixtures: Iterable[Iterable[str]]
+) -> dict[str, Decision]:
     """The decisions, by tensor, with a mixture's experts compressed all, or none: they are one
     module of the model."""
-    mixtures: dict[str, list[str]] = {}
-    for tensor in decisions:
-        if match := EXPERT.match(tensor):
-            mixtures.setdefault(match["experts"], []).append(tensor)
     made = dict(decisions)
-    for tensors in mixtures.values():
+    for tensors in mixtures:
         if any(decisions[tensor].layer is None for tensor in tensors):
             made |= {tensor: _dense(decisions[tensor]) for tensor in tensors}
     return made
@@ -178,30 +194,34 @@ def _dense(decision: Decision) -> Decision:
     return Decision(None, decision.nnz, report)
 
 
-def compressible(checkpoint: Checkpoint) -> dict[str, bool]:
-    """The tensors that are, each on its own, the weight of one linear layer of the model (see
-    `weight_of`) or of one projection of one expert, and whether they hold it transposed."""
+def compressible(checkpoint: Checkpoint) -> Candidates:
+    """What `StoredCheckpoint.split(stacks)` has to compress."""
     reason = checkpoint.streamable()
     if reason:
         raise UserError(f"{checkpoint.path}: cannot be compressed tensor by tensor: {reason}")
     model = checkpoint.build_model()
     places = owners(model)
-    found = {}
+    found: dict[str, bool] = {}
     for name, module in model.named_modules():
         if weight_of(module) is None or len(places[id(module.weight)]) > 1:
             continue
         pieces = checkpoint.names.pieces[name + formats.WEIGHT]
         tensor = pieces[0].tensor
         entry = checkpoint.tensors[tensor]
-        whole = len(pieces) == 1 and pieces[0].expert is None
-        named = tensor.endswith(formats.WEIGHT)
-        if whole and named and entry.dtype in formats.VALUE_DTYPES:
+        named = tensor.endswith(formats.WEIGHT) and all(
+            keeps_suffix(model, tensor, part) for part in formats.ALL_PARTS
+        )
+        if pieces[0].whole and named and entry.dtype in formats.VALUE_DTYPES:
             found[tensor] = stored_transposed(module)
+    stacks: list[str] = []
+    mixtures = []
     for name, module in model.named_modules():
-        if type(module).__name__ in FUSED_EXPERTS:
-            tensors = _expert_tensors(checkpoint, name)
-            found |= dict.fromkeys(tensors, False)
-    return found
+        if is_fused(module):
+            transposed, tensors, stacked = _expert_tensors(checkpoint, model, name, module)
+            found |= dict.fromkeys(tensors, transposed)
+            stacks += stacked
+            mixtures.append(tuple(tensors))
+    return Candidates(found, tuple(stacks), tuple(mixtures))
 
 
 def embedding_tensors(checkpoint: Checkpoint, kind: str) -> list[str]:
@@ -236,10 +256,29 @@ def embedding_tensors(checkpoint: Checkpoint, kind: str) -> list[str]:
     return found
 
 
-def _expert_tensors(checkpoint: Checkpoint, name: str) -> list[str]:
-    """The tensors of a fused experts module, if each is one projection of one expert; else none."""
-    pieces = [p for which in PROJECTIONS for p in checkpoint.names.pieces[f"{name}.{which}"]]
-    single = all(EXPERT.match(piece.tensor) for piece in pieces)
-    entries = [checkpoint.tensors[piece.tensor] for piece in pieces]
-    fits = all(entry.dtype in formats.VALUE_DTYPES for entry in entries)
-    return [piece.tensor for piece in pieces] if single and fits else []
+def _expert_tensors(
+    checkpoint: Checkpoint, model: PreTrainedModel, name: str, module: nn.Module
+) -> tuple[bool, list[str], list[str]]:
+    """Whether the matrices of a module of fused experts are stored transposed, their tensors, and
+    those that hold all experts' matrices, of which the former are then parts. No tensors if the
+    module is made up in another way, or its parts would be lost on loading."""
+    pieces = {which: checkpoint.names.pieces[f"{name}.{which}"] for which in projections(module)}
+    every = [piece for found in pieces.values() for piece in found]
+    tensors = [piece.tensor for piece in every]
+    fits = all(checkpoint.tensors[tensor].dtype in formats.VALUE_DTYPES for tensor in tensors)
+    shapes = {getattr(module, which).shape[0] for which in pieces}
+    if not fits or len(shapes) > 1:
+        return False, [], []
+    if all(piece.whole for piece in every):
+        # Of X transformers makes <name>.<projection>; of X.3.values it has to make the same and
+        # what comes behind it.
+        kept = all(
+            f"{name}.{which}.0.{part}" in candidate_names(f"{found[0].tensor}.0.{part}", model)
+            for which, found in pieces.items()
+            for part in formats.ALL_PARTS
+        )
+        count = shapes.pop()
+        units = [f"{tensor}.{e}{formats.WEIGHT}" for tensor in tensors for e in range(count)]
+        return (is_transposed(module), units, tensors) if kept else (False, [], [])
+    single = all(EXPERT.match(piece.tensor) for piece in every)
+    return False, tensors if single else [], []

@@ -97,9 +97,8 @@ def compress_checkpoint(
     Args:
         source: a dense checkpoint, one in an old sparse layout, or one of pyprune's own.
         allowed: the formats to choose from; each layer takes the smallest, and stays dense unless
-            that saves a tenth of its bytes. Experts count as linear layers where the checkpoint
-            has one tensor for each of their projections; a mixture is compressed whole or not at
-            all. Everything else stays as it is.
+            that saves a tenth of its bytes. Each projection of each expert counts as a linear
+            layer; a mixture is compressed whole or not at all. Everything else stays as it is.
         int8: whether the layers that are compressed store int8 values, with a scale a row. A layer
             that has them already keeps them bit for bit.
         embeddings: how the input embedding and the head, tied or not, are stored. "same": as they
@@ -128,17 +127,22 @@ def compress_checkpoint(
         stored = stored.rounded(rounded)
     checkpoint = stored.checkpoint()
     stored.require_complete(checkpoint)
-    candidates = compressible(checkpoint)
+    candidates, whole = compressible(checkpoint), stored
+    stored = whole.split(candidates.stacks)
     rows = set() if embeddings == "same" else set(embedding_tensors(checkpoint, embeddings))
-    steps = _Steps(progress, len(stored.entries) + len({*candidates, *rows}))
+    steps = _Steps(progress, len(stored.entries) + len({*candidates.tensors, *rows}))
     chooser = Chooser(stored, candidates, allowed, int8, measured_rows, embeddings)
     decisions = {}
     for tensor in stored.entries:
-        if tensor in candidates or tensor in rows:
+        if tensor in candidates.tensors or tensor in rows:
             steps.next(tensor)
             choose = chooser.choose_embedding if tensor in rows else chooser.choose
             decisions[tensor] = choose(tensor)
-    decisions = whole_mixtures(decisions)
+    decisions = whole_mixtures(decisions, candidates.mixtures)
+    # What stays dense, stays one tensor.
+    stored = whole.split(
+        tensor for tensor in candidates.stacks if decisions[f"{tensor}.0{formats.WEIGHT}"].layer
+    )
     layers: dict[str, LayerFormat] = {}
     plan = {tensor: {tensor: entry} for tensor, entry in stored.entries.items()}
     for tensor, decision in decisions.items():
@@ -160,7 +164,7 @@ def compress_checkpoint(
         return {f"{name}.{part}": t for part, t in packed.items()}
 
     after = _write(stored, out, plan, convert, raw, _compressed_card(layers), steps)
-    sizes = (stored.nbytes, after, stored.dense_nbytes)
+    sizes = (whole.nbytes, after, whole.dense_nbytes)
     chosen = {t.removesuffix(formats.WEIGHT): d.report for t, d in decisions.items()}
     return ConversionReport(str(out), chosen, *sizes, measured_rows)
 
@@ -186,8 +190,9 @@ def decompress_checkpoint(
 
     after = _write(stored, out, plan, convert, stored.dense_raw, DENSE_CARD, steps)
     layers = {}
+    entries = stored.split(stored.stacks).entries
     for tensor in stored.parts:
-        entry = stored.entries[tensor]
+        entry = entries[tensor]
         name, shape = tensor.removesuffix(formats.WEIGHT), (entry.shape[0], entry.shape[1])
         if stored.layers and stored.layers[name].transposed:
             shape = shape[::-1]

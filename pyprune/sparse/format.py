@@ -1,4 +1,4 @@
-"""The compressed checkpoint format, versions 1 to 5; `docs/format.md` describes it.
+"""The compressed checkpoint format, versions 1 to 6; `docs/format.md` describes it.
 
 Here are the rules: what config.json says of a compressed checkpoint, which tensors a compressed
 weight consists of, and what must hold of them before they are used.
@@ -28,7 +28,7 @@ from pyprune.sparse.weight import CODED, DENSE_INT8, FORMATS
 
 METHOD = "pyprune"
 # What a checkpoint says is the least that describes it: older releases read all that they can.
-VERSIONS = (1, 2, 3, 4, 5)
+VERSIONS = (1, 2, 3, 4, 5, 6)
 WEIGHT = ".weight"
 PARTS = {
     "sparse24": ("values", "metadata"),
@@ -43,7 +43,7 @@ COUNTED = {"bitmap": "values", CODED: "escapes"}
 FACTORED = "factored"  # a product of two thin matrices
 INT8 = "int8"
 FIELDS = ("quant_method", "format_version", "how_to_load", "layers")
-LAYER_FIELDS = ("format", "shape", "values", "transposed", "rank")
+LAYER_FIELDS = ("format", "shape", "values", "transposed", "rank", "stacked")
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 WIDENED = 1 << 22  # elements that an int8 weight's error is taken of at a time, in fp64
 HOW_TO_LOAD = (
@@ -55,13 +55,16 @@ HOW_TO_LOAD = (
 @dataclass(frozen=True)
 class LayerFormat:
     """How one weight is stored. shape: `(R, C)`, outputs by inputs. int8: values are int8 with a
-    scale a row. transposed: the dense tensor is `[C, R]` (Conv1D). rank: of factors, else 0."""
+    scale a row. transposed: the dense tensor is `[C, R]` (Conv1D). rank: of factors, else 0.
+    stacked: the dense tensor is one of those that lie one behind the other in a mixture's tensor
+    `[E, ...]`."""
 
     format: str
     shape: tuple[int, int]
     int8: bool = False
     transposed: bool = False
     rank: int = 0
+    stacked: bool = False
 
     @property
     def label(self) -> str:
@@ -69,6 +72,8 @@ class LayerFormat:
 
     @property
     def version(self) -> int:
+        if self.stacked:
+            return 6
         if self.format == CODED:
             return 5
         if self.format == FACTORED:
@@ -141,6 +146,8 @@ class LayerFormat:
             fields["transposed"] = True
         if self.rank:
             fields["rank"] = self.rank
+        if self.stacked:
+            fields["stacked"] = True
         return fields
 
 
@@ -217,9 +224,37 @@ def _layer(value: Any, where: str) -> LayerFormat:
     if type(rank) is not int or (rank > 0) != (kind == FACTORED) or rank < 0:
         wanted = "a positive integer" if kind == FACTORED else f"none with format {kind}"
         raise UserError(f"{where}: rank: expected {wanted}, got {value.get('rank')!r}")
+    stacked = value.get("stacked", False)
+    if type(stacked) is not bool:
+        raise UserError(f"{where}: stacked: expected true or false, got {stacked!r}")
+    if stacked and kind not in weights.FORMATS:
+        raise UserError(f"{where}: {kind}: expected none that is stacked")
     if kind in (FACTORED, CODED) and (values is not None or transposed):
         raise UserError(f"{where}: {kind}: expected neither values nor transposed")
-    return LayerFormat(kind, (rows, cols), values == INT8, transposed, rank)
+    return LayerFormat(kind, (rows, cols), values == INT8, transposed, rank, stacked)
+
+
+def stacks_of(layers: Mapping[str, LayerFormat], where: str) -> dict[str, list[str]]:
+    """The names of the layers that one dense tensor `[E, ...]` consists of, in its order, by the
+    tensor's name. Raises UserError, starting with `where`, unless they are numbered from 0 and of
+    one shape."""
+    found: dict[str, dict[str, str]] = {}
+    for name, layer in layers.items():
+        if layer.stacked:
+            tensor, _, number = name.rpartition(".")
+            found.setdefault(tensor, {})[number] = name
+    stacks = {}
+    for tensor, numbered in found.items():
+        stacks[tensor] = [numbered.get(str(e), "") for e in range(len(numbered))]
+        if "" in stacks[tensor]:
+            raise UserError(
+                f"{where}: layer {next(iter(numbered.values()))}: expected layers {tensor}.0 to "
+                f"{tensor}.{len(numbered) - 1}, which are stacked, got {', '.join(numbered)}"
+            )
+        shapes = {layers[name].dense_shape for name in stacks[tensor]}
+        if len(shapes) > 1 or len({layers[name].transposed for name in stacks[tensor]}) > 1:
+            raise UserError(f"{where}: layers {tensor}.*: expected one shape, they are stacked")
+    return stacks
 
 
 def check_entries(

@@ -73,7 +73,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
     ) -> None:
         from pyprune.checkpoint.names import EXPERT, has_place_for
         from pyprune.checkpoint.shards import read_headers
-        from pyprune.models.experts import FUSED_EXPERTS
+        from pyprune.models.experts import is_fused
         from pyprune.sparse import format as formats
         from pyprune.sparse.dense import use_own_kernels
 
@@ -83,14 +83,18 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         fields = self.quantization_config.to_dict()
         self._layers = formats.parse_quantization_config(fields, str(folder / "config.json"))
         self._entries = read_headers(map(Path, checkpoint_files))
+        formats.stacks_of(self._layers, str(folder / "config.json"))
         mixtures: dict[str, dict[str, str]] = {}
         for name, layer in self._layers.items():
             self._parts[name] = formats.check_entries(name, layer, self._entries, folder)
             match = EXPERT.match(name + formats.WEIGHT)
             fused = self._find(model, match["experts"]) if match else None
-            if match and fused and type(fused[1]).__name__ in FUSED_EXPERTS:
+            if layer.stacked:
+                path, place = self._stacked(model, name)
+                mixtures.setdefault(path, {})[place] = name
+            elif match and fused and is_fused(fused[1]):
                 place = f"{match['expert']}.{match['projection']}"
-                mixtures.setdefault(match["experts"], {})[place] = name
+                mixtures.setdefault(fused[0], {})[place] = name
             else:
                 self._place(model, name)
         listed = {f"{name}.{part}" for name, found in self._parts.items() for part in found}
@@ -107,7 +111,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         """The module that the checkpoint calls `name`, after its path in the model."""
         from pyprune.checkpoint.names import candidate_names
 
-        for tensor in candidate_names(f"{name}.weight", model.base_model_prefix):
+        for tensor in candidate_names(f"{name}.weight", model):
             path = tensor.removesuffix(".weight")
             try:
                 return path, model.get_submodule(path)
@@ -168,33 +172,58 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
     def _is_of(self, model: Any, tensor: str, module: str) -> bool:
         from pyprune.checkpoint.names import candidate_names
 
-        return f"{module}.weight" in candidate_names(tensor, model.base_model_prefix)
+        return f"{module}.weight" in candidate_names(tensor, model)
 
-    def _place_experts(self, model: Any, experts: str, names: Mapping[str, str]) -> None:
-        """Empty `SparseExperts` in the place of a fused experts module.
+    def _stacked(self, model: Any, name: str) -> tuple[str, str]:
+        """Where the layer `name`, X.<expert>, belongs: the path of the fused experts, and
+        `<projection>.<expert>`."""
+        from pyprune.checkpoint.names import candidate_names
+        from pyprune.models.experts import is_fused, projections
 
-        names: the layers by `<expert>.<projection>`.
+        tensor, _, number = name.rpartition(".")
+        for parameter in candidate_names(tensor, model):
+            path, _, projection = parameter.rpartition(".")
+            try:
+                module = model.get_submodule(path)
+            except AttributeError:
+                continue
+            if is_fused(module) and projection in projections(module):
+                return path, f"{projection}.{number}"
+        self._refuse(name, f"experts with a parameter {tensor}", None)
+
+    def _place_experts(self, model: Any, path: str, names: Mapping[str, str]) -> None:
+        """Empty `SparseExperts` in the place of the fused experts module at `path`.
+
+        names: the layers by `<expert>.<projection>` or `<projection>.<expert>`.
         """
-        from pyprune.models.experts import expert_count
-        from pyprune.sparse.experts import PROJECTIONS, SparseExperts
+        from pyprune.models import experts
+        from pyprune.sparse.experts import GATED, SparseExperts, kinds
 
-        path, old = cast("tuple[str, nn.Module]", self._find(model, experts))
-        count, fused = expert_count(old), cast(nn.Parameter, old.gate_up_proj)
-        wide, hidden = fused.shape[1] // 2, fused.shape[2]
-        kind = next((kind for kind in PROJECTIONS if f"0.{kind[0]}" in names), PROJECTIONS[0])
-        places = [f"{number}.{projection}" for number in range(count) for projection in kind]
-        if sorted(places) != sorted(names):
-            first = next(iter(names.values()))
-            self._refuse(first, f"{', '.join(kind)} of {count} experts", old)
-        shapes = dict(zip(kind, [(wide, hidden), (wide, hidden), (hidden, wide)], strict=True))
-        made: list[dict[str, nn.Module]] = [{} for _ in range(count)]
+        old = model.get_submodule(path)
+        count, expert_first = experts.expert_count(old), next(iter(names))[0].isdecimal()
+        kind = next(iter(kinds(old, expert_first, names)), GATED[0])
+        joined = ("{0}.{1}" if expert_first else "{1}.{0}").format
+        expected = {joined(e, projection): projection for e in range(count) for projection in kind}
+        if expected.keys() != names.keys():
+            named = next(iter(names.values()))
+            self._refuse(named, f"{', '.join(kind)} of {count} experts", old)
+        first, last = (cast(Tensor, getattr(old, which)) for which in experts.projections(old))
+        transposed = experts.is_transposed(old)
+        (wide, hidden), narrow = (
+            w.shape[:0:-1] if transposed else w.shape[1:] for w in (first, last)
+        )
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(
+            kind[:-1], (wide // (len(kind) - 1), hidden)
+        )
+        shapes[kind[-1]] = tuple(narrow)
+        made: dict[str, nn.Module] = {}
         for place, name in names.items():
-            number, _, projection = place.partition(".")
-            if self._layers[name].shape != shapes[projection] or self._layers[name].transposed:
-                self._refuse(name, f"the shape {list(shapes[projection])}", old)
-            made[int(number)][projection] = self._empty_linear(name, fused.dtype, False)
+            layer, shape = self._layers[name], shapes[expected[place]]
+            if layer.shape != shape or layer.transposed != (transposed and not expert_first):
+                self._refuse(name, f"the shape {list(shape)}", old)
+            made[place] = self._empty_linear(name, first.dtype, False)
             self._placed[name] = f"{path}.{place}"
-        model.set_submodule(path, SparseExperts(made, old.act_fn))  # type: ignore[arg-type]
+        model.set_submodule(path, SparseExperts(old, made))
 
     def _empty(self, name: str, old: nn.Module, tied_to: StoredWeight | None = None) -> nn.Module:
         """What stands for `old`, a linear layer or embedding, with the weight of layer `name`."""

@@ -3,7 +3,9 @@ in one of compressed-tensors' old sparse layouts. Tensors are read one at a time
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -41,7 +43,8 @@ class StoredCheckpoint:
     kind: "dense", "pyprune", or a legacy layout. stored: the tensors in the files. entries: the
     dense tensors by name; offset and nbytes of a compressed one mean nothing, its file is where its
     values are. layers: what "pyprune" compresses, by name without ".weight". parts: the stored
-    tensors of a compressed weight, by the weight's name.
+    tensors of a compressed weight, by the weight's name. stacks: dense tensors `[E, ...]` whose
+    matrices are stored one by one, with the names of those weights in their order: X.0.weight, ...
     """
 
     path: Path
@@ -51,6 +54,7 @@ class StoredCheckpoint:
     entries: dict[str, TensorEntry]
     layers: dict[str, formats.LayerFormat]
     parts: dict[str, dict[str, TensorEntry]]
+    stacks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def open(cls, source: str | Path, *, trust_remote_code: bool = False) -> StoredCheckpoint:
@@ -102,7 +106,22 @@ class StoredCheckpoint:
                 del dense[f"{name}.{part}"]
             first = replace(found[layer.main], dtype=layer.dense_dtype(found))
             dense[name + formats.WEIGHT] = _dense_entry(first, layer.dense_shape)
-        opened = cls(path, raw, formats.METHOD, stored, dense, layers, parts)
+        stacks = {
+            tensor: [name + formats.WEIGHT for name in names]
+            for tensor, names in formats.stacks_of(layers, where).items()
+        }
+        for tensor, weights in stacks.items():
+            if tensor in stored:
+                raise UserError(f"{stored[tensor].file}: tensor {tensor} is there twice")
+            entries = [dense.pop(weight) for weight in weights]
+            odd = next((e for e in entries if e.dtype != entries[0].dtype), None)
+            if odd is not None:
+                raise UserError(
+                    f"{odd.file}: layers {tensor}.*: expected one dtype, they are stacked, got "
+                    f"{entries[0].dtype} and {odd.dtype}"
+                )
+            dense[tensor] = _dense_entry(entries[0], (len(entries), *entries[0].shape))
+        opened = cls(path, raw, formats.METHOD, stored, dense, layers, parts, stacks)
         empty = cache(lambda: opened.checkpoint(code).build_model())  # seldom needed, takes a while
         formats.refuse_unlisted(dense, where, lambda weight: has_place_for(empty(), weight))
         return opened
@@ -143,6 +162,29 @@ class StoredCheckpoint:
                 fields[key] = str(dtype).removeprefix("torch.")
         return replace(self, raw=raw, entries=entries)
 
+    def split(self, tensors: Iterable[str]) -> StoredCheckpoint:
+        """The same checkpoint with the matrices of some of its tensors `[E, ...]`, which are dense
+        or among `stacks`, as tensors of their own, X.0.weight and so on, in their places."""
+        wanted, stored = set(tensors), dict(self.stored)
+        entries: dict[str, TensorEntry] = {}
+        for name, entry in self.entries.items():
+            if name not in wanted:
+                entries[name] = entry
+                continue
+            for e in range(entry.shape[0]):
+                weight = f"{name}.{e}{formats.WEIGHT}"
+                entries[weight] = _matrix(entry, e)
+                if name not in self.stacks:
+                    stored[weight] = _matrix(self.stored[name], e)
+        stacks = {name: weights for name, weights in self.stacks.items() if name not in wanted}
+        return replace(self, stored=stored, entries=entries, stacks=stacks)
+
+    @property
+    def compressed(self) -> list[str]:
+        """The names of the dense tensors that are stored in another way."""
+        stacked = {weight for weights in self.stacks.values() for weight in weights}
+        return [*(name for name in self.parts if name not in stacked), *self.stacks]
+
     @property
     def dense_raw(self) -> dict[str, Any]:
         raw = deepcopy(self.raw)
@@ -163,12 +205,16 @@ class StoredCheckpoint:
         """How the dense tensor `name` is stored: "dense", a compressed format, or a legacy layout.
 
         Of an int8 format the name ends in " int8"."""
+        if name in self.stacks:
+            return " and ".join(sorted({self.format_of(weight) for weight in self.stacks[name]}))
         if name not in self.parts:
             return DENSE
         return self.layers[name.removesuffix(formats.WEIGHT)].label if self.layers else self.kind
 
     def stored_nbytes(self, name: str) -> int:
         """Bytes of the tensors that hold the dense tensor `name`."""
+        if name in self.stacks:
+            return sum(self.stored_nbytes(weight) for weight in self.stacks[name])
         parts = self.parts.get(name)
         found = [self.stored[name]] if parts is None else parts.values()
         return sum(entry.nbytes for entry in found)
@@ -198,7 +244,7 @@ class StoredCheckpoint:
         """
         names = checkpoint.names
         for tensor in names.unused:
-            if self.kind == formats.METHOD and tensor in self.parts:
+            if self.kind == formats.METHOD and (tensor in self.parts or tensor in self.stacks):
                 file = self.entries[tensor].file
                 raise UserError(f"{file}: tensor {tensor}: the model has no place for it")
         if names.problem and not names.unexplained:
@@ -208,6 +254,8 @@ class StoredCheckpoint:
         """The dense tensor `name`, in a tensor of its own. Raises UserError, naming file and
         tensor, if its metadata does not describe a weight of its shape, or if it is `rounded` and
         has a number that the dtype cannot hold."""
+        if name in self.stacks:
+            return torch.stack([self.read(weight) for weight in self.stacks[name]])
         parts = self.parts.get(name)
         if parts is None:
             return self._read_rounded(name)
@@ -239,7 +287,13 @@ class StoredCheckpoint:
         return tensors
 
 
-def _dense_entry(typed: TensorEntry, shape: tuple[int, int]) -> TensorEntry:
+def _dense_entry(typed: TensorEntry, shape: tuple[int, ...]) -> TensorEntry:
     """The entry of a dense tensor of the dtype and in the file of `typed`."""
-    nbytes = shape[0] * shape[1] * typed.dtype.itemsize
+    nbytes = math.prod(shape) * typed.dtype.itemsize
     return replace(typed, offset=0, nbytes=nbytes, shape=shape)
+
+
+def _matrix(entry: TensorEntry, e: int) -> TensorEntry:
+    """The entry of a tensor's e-th matrix."""
+    nbytes = entry.nbytes // entry.shape[0]
+    return replace(entry, offset=entry.offset + e * nbytes, nbytes=nbytes, shape=entry.shape[1:])

@@ -283,9 +283,9 @@ def _zero_stream(module: _Module, at: Mapping[str, Tensor]) -> None:
         part.tensor().index_fill_(1 - part.axis, reads.to(part.tensor().device), 0)
     last = module.group.slices[-1]
     last.tensor().index_fill_(1 - last.axis, writes.to(last.tensor().device), 0)
-    bias = getattr(last.module, "bias", None)
+    bias = getattr(last.module, "bias" if last.expert is None else f"{last.parameter}_bias", None)
     if isinstance(bias, nn.Parameter):
-        bias.index_fill_(0, writes.to(bias.device), 0)
+        bias.index_fill_(bias.dim() - 1, writes.to(bias.device), 0)
 
 
 def _closed(mask: Tensor) -> Tensor:

@@ -17,7 +17,15 @@ from transformers import Conv1D
 
 from pyprune.depth.layouts import layout_of
 from pyprune.models.adapter import Adapter
-from pyprune.models.experts import FUSED_EXPERTS, expert_count
+from pyprune.models.experts import (
+    DOWN,
+    expert_count,
+    gate_rows,
+    has_bias,
+    is_fused,
+    is_transposed,
+    projections,
+)
 from pyprune.models.linears import LinearRef
 from pyprune.width.structure import Group, Slice
 
@@ -86,7 +94,7 @@ class _Layer:
         found = False
         for inner, module in self.block.get_submodule(path).named_modules():
             at = ".".join(filter(None, (path, inner)))
-            if type(module).__name__ in FUSED_EXPERTS:
+            if is_fused(module):
                 found = True
                 yield from self._experts(at, module)
                 continue
@@ -115,17 +123,16 @@ class _Layer:
         return self._group(name, "mlp", slices, columns, gates, self._size(names, units))
 
     def _experts(self, at: str, module: nn.Module) -> Iterator[Group]:
+        first, rows = projections(module)[0], gate_rows(module)
+        units, axis = len(rows), 1 if is_transposed(module) else 0
+        fields = self._size(_EXPERT_SIZES, units)
+        columns = torch.arange(units)[:, None]
         for e in range(expert_count(module)):
-            down: Tensor = module.down_proj  # type: ignore[assignment]
-            units = down.shape[2]
-            index = torch.arange(2 * units).view(2, units).T.contiguous()
-            columns = torch.arange(units)[:, None]
-            slices = [
-                Slice(module, "gate_up_proj", 0, index, e),
-                Slice(module, "down_proj", 1, columns, e),
-            ]
-            fields = self._size(_EXPERT_SIZES, units)
-            name = f"{at}.down_proj.{e}"
+            slices = [Slice(module, first, axis, rows, e)]
+            if has_bias(module):
+                slices.append(Slice(module, f"{first}_bias", 0, rows, e))
+            slices.append(Slice(module, DOWN, 1 - axis, columns, e))
+            name = f"{at}.{DOWN}.{e}"
             yield self._group(name, "mlp", slices, columns, [], fields, step=EXPERT_STEP)
 
     def _size(self, names: tuple[str, ...], units: int) -> dict[str, int]:
@@ -150,6 +157,8 @@ class _Layer:
         readers, groups, layout = _readers(attention, children, heads, size)
         if groups < 1 or heads % groups or heads * size != _inputs(writer):
             raise _RefusedError(f"its matrices are not made of heads of size {size}")
+        if "q_proj" in readers and _outputs(attention.get_submodule("q_proj")) != heads * size:
+            raise _RefusedError("its q_proj makes more than queries")  # gates of the heads
         _check_rest(attention, children - {*readers, writers[0]}, size)
         if groups == 1:
             raise _RefusedError("has a single key-value head")

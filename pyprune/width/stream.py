@@ -31,6 +31,7 @@ from pyprune.depth.addons import norm_after, untie, writers
 from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.graph import Branch, ResidualGraph, State
 from pyprune.errors import UserError
+from pyprune.models.experts import is_fused, is_transposed
 from pyprune.models.stock import (
     InexpressibleError,
     adopt_attributes,
@@ -290,8 +291,9 @@ class Stream:
                 for key, p in module.named_parameters(recurse=False):
                     if id(p) in writing:
                         yield Port(module, key, _output_axis(module, key, p))
-                    elif p.dim() > 1:
-                        yield Port(module, key, 0 if isinstance(module, Conv1D) else -1, norm)
+                    elif p.dim() > 1 and not key.endswith("bias"):
+                        axis = p.dim() - 2 if _stored_transposed(module) else p.dim() - 1
+                        yield Port(module, key, axis, norm)
 
     def _norm(self, module: nn.Module) -> StreamNorm:
         if id(module) not in self._found:  # the branches of a parallel layer may share theirs
@@ -339,9 +341,13 @@ class Stream:
 
 
 def _output_axis(module: nn.Module, name: str, parameter: Tensor) -> int:
-    if name.endswith("bias") or isinstance(module, Conv1D):
+    if name.endswith("bias") or _stored_transposed(module):
         return parameter.dim() - 1
     return parameter.dim() - 2  # [d, f], or [experts, d, f]
+
+
+def _stored_transposed(module: nn.Module) -> bool:
+    return isinstance(module, Conv1D) or (is_fused(module) and is_transposed(module))
 
 
 # ---- bases

@@ -17,6 +17,7 @@ from pyprune.depth.addons import (
     size_ratios,
     streams,
     untie,
+    writers,
 )
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
@@ -202,7 +203,7 @@ def test_single_branches_are_compensated(family):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f not in POST_NORM])
+@pytest.mark.parametrize("family", [*(f for f in FAMILIES if f not in POST_NORM), "gpt_oss"])
 def test_single_branches_are_refitted(family):
     model, ids = model_of(family), tiny_tokens(6, 32)
     graph, batch = ResidualGraph.of(model), Batch(ids)
@@ -260,3 +261,11 @@ def test_a_ridge_without_refit_is_refused():
     for method in ("blockpruner", "shortgpt", "laco", "llm-drop"):
         with pytest.raises(UserError, match=r"ridge: expected none without refit, got 0\.01"):
             StructureConfig(method, count=1, method_options={"ridge": 0.01, "compensate": True})
+
+
+def test_a_norm_within_the_mlp_is_no_place_for_a_factor():
+    model = model_of("llama")
+    mlp = model.model.layers[0].mlp
+    mlp.norm = type(model.model.norm)(model.config.hidden_size)
+    with pytest.raises(UserError, match="LlamaDecoderLayer: its MLPs hold a norm"):
+        writers(ResidualGraph.of(model), Branch("mlp", 0))

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny_models import BLOCKS, FAMILIES, tiny_model
+from tiny_models import BLOCKS, FAMILIES, MIXTURES, tiny_model
 from torch import nn
 from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -89,6 +89,80 @@ def test_weight_is_a_live_view_with_inputs_in_columns(family):
         assert owner.requires_grad and not ref.weight().requires_grad
 
 
+LEFT = {
+    "olmoe": {"mlp.gate.weight": 2},
+    "phimoe": {"mlp.router.weight": 2},
+    "granitemoe": {"block_sparse_moe.router.weight": 2},
+    "gpt_oss": {"mlp.router.weight": 2},
+    "llama4_text": {"feed_forward.router.weight": 2},
+    "deepseek_v2": {"mlp.gate.weight": 1},
+    "deepseek_v32": {
+        "self_attn.indexer.wq_b.weight": 2,
+        "self_attn.indexer.wk.weight": 2,
+        "self_attn.indexer.weights_proj.weight": 2,
+        "mlp.gate.weight": 1,
+    },
+    "qwen3_next": {
+        "linear_attn.conv1d.weight": 1,
+        "mlp.gate.weight": 2,
+        "mlp.shared_expert_gate.weight": 2,
+    },
+    "nemotron_h": {"mixer.gate.weight": 1},
+}
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_mixtures_leave_what_steers_tokens_alone(family):
+    adapter = Adapter.of(tiny_model(family))
+    assert adapter.left_alone() == LEFT[family]
+    refs = [ref for i in range(BLOCKS) for ref in adapter.linears(i)]
+    experts = [ref for ref in refs if ref.index is not None]
+    sparse = 1 if family in ("deepseek_v2", "deepseek_v32", "nemotron_h") else 2
+    assert len(experts) == sparse * 4 * 2
+    assert {ref.weight().shape[1] for ref in experts} == {32, 32 if family in WIDE else 16}
+    shared = [ref for ref in refs if "shared_expert" in ref.name]
+    has_shared = {"deepseek_v2": 3, "deepseek_v32": 3, "qwen3_next": 6, "nemotron_h": 2}
+    has_shared["llama4_text"] = 6
+    assert len(shared) == has_shared.get(family, 0)
+
+
+WIDE = ("olmoe", "phimoe", "granitemoe", "gpt_oss", "llama4_text")
+
+
+def test_a_linear_map_for_each_part_of_its_input_is_left_alone():
+    class Grouped(nn.Linear):
+        def forward(self, x):
+            return torch.cat([nn.functional.linear(part, self.weight) for part in x.chunk(2, -1)])
+
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.down_proj = Grouped(32, 32)
+    adapter = Adapter.of(model)
+    assert not any("1.mlp.down_proj" in ref.name for ref in adapter.linears(1))
+    assert adapter.left_alone() == {"mlp.down_proj.weight": 1}
+
+
+def test_the_step_sizes_of_a_state_space_are_left_alone():
+    adapter = Adapter.of(tiny_model("jamba"))
+    names = [ref.name for i in range(BLOCKS) for ref in adapter.linears(i)]
+    assert not any("dt_proj" in name for name in names)
+    assert any("mamba.x_proj" in name for name in names)
+    assert "mamba.dt_proj.weight" in adapter.left_alone()
+
+
+def test_a_list_without_parameters_is_no_list_of_blocks():
+    model = tiny_model("llama")
+    model.model.rotary_embs = nn.ModuleList(nn.Identity() for _ in range(BLOCKS))
+    assert Adapter.of(model).block_names == ["model.layers.0", "model.layers.1"]
+
+
+def test_the_decoder_of_a_model_that_names_itself():
+    model = tiny_model("llama4_text")
+    assert model.get_decoder() is model and adapter_module.decoder_of(model) is model.model
+    bare = model.model
+    assert adapter_module.decoder_of(bare) is bare
+    assert adapter_module.decoder_of(tiny_model("llama")) is not None
+
+
 def test_conv1d_is_transposed():
     model = tiny_model("gpt2")
     ref = Adapter.of(model).linears(0)[0]
@@ -144,7 +218,7 @@ def test_linear_subclasses_are_found_and_routers_are_not():
 
 def test_several_candidate_lists_need_an_entry(monkeypatch):
     model = tiny_model("llama")
-    model.model.adapters = nn.ModuleList([nn.Identity(), nn.Identity()])
+    model.model.adapters = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
     with pytest.raises(UserError, match=r"LlamaForCausalLM: expected one list of 2 .*BLOCK_PATHS"):
         Adapter.of(model)
     monkeypatch.setitem(adapter_module.BLOCK_PATHS, "llama", "layers")

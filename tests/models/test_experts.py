@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tiny_models import MOE_FAMILIES, tiny_model, tiny_tokens
+from tiny_models import MIXTURES, MOE_FAMILIES, tiny_model, tiny_tokens
 
 from pyprune.models.adapter import Adapter
-from pyprune.models.experts import observed
+from pyprune.models.experts import expert_count, gate_rows, is_fused, observed, projections
 
 
 def experts_of(family, **overrides):
@@ -33,6 +33,80 @@ def test_equal_to_the_eager_forward_bit_for_bit(family, dtype):
         with observed(experts, lambda *_: None):
             assert torch.equal(experts(x, index, weights), want)
         assert torch.equal(experts(x, index, weights), want)
+
+
+def calls_of(model):
+    """Every fused experts module of the model with what it is given and returns."""
+    calls = []
+    handles = [
+        module.register_forward_hook(lambda *call: calls.append(call))
+        for module in model.modules()
+        if is_fused(module)
+    ]
+    with torch.no_grad():
+        model(tiny_tokens())
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("family", MIXTURES)
+def test_every_kind_of_experts_is_equal_to_its_eager_forward(family, dtype):
+    model = tiny_model(family).to(dtype)
+    model.set_experts_implementation("eager")
+    calls = calls_of(model)
+    assert len(calls) == (1 if family in ("deepseek_v2", "deepseek_v32", "nemotron_h") else 2)
+    for experts, given, want in calls:
+        seen = []
+        with torch.no_grad(), observed(experts, lambda _m, name, _i, seen=seen: seen.append(name)):
+            got = experts(*given)
+        assert seen == list(projections(experts))
+        if family == "nemotron_h" and dtype is torch.bfloat16:  # it adds up in fp32
+            torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)
+        else:
+            assert torch.equal(got, want)
+
+
+def test_experts_that_give_back_what_they_get():
+    model = tiny_model("longcat_flash")
+    (call, *_) = calls_of(model)
+    experts, (x, index, weights), want = call
+    count = expert_count(experts)
+    assert bool((index >= count).any()) and bool((index < count).any())
+    with torch.no_grad(), observed(experts, lambda *_: None):
+        assert torch.equal(experts(x, index, weights), want)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text", "nemotron_h"])
+def test_gate_rows_are_what_a_hidden_channel_is_made_of(family):
+    (experts, given, _), *_ = calls_of(tiny_model(family))
+    first = projections(experts)[0]
+    rows, channels = gate_rows(experts), []
+
+    def keep(e, x):
+        channels.append(x)
+        return x
+
+    def run():
+        channels.clear()
+        with torch.no_grad(), observed(experts, lambda *_: None, hidden=keep):
+            experts(*given)
+        return torch.cat(channels)
+
+    before, k = run(), 3
+    weight = getattr(experts, first).data
+    weight = weight.mT if experts.__dict__.get("is_transposed", family == "llama4_text") else weight
+    weight[:, rows[k]] += 1
+    changed = (run() != before).any(dim=0)
+    assert changed.nonzero().flatten().tolist() == [k]
+
+
+def test_other_parameters_make_experts_unknown():
+    (experts, *_), *_ = calls_of(tiny_model("olmoe"))
+    assert is_fused(experts)
+    experts.scale = torch.nn.Parameter(torch.ones(4))
+    assert not is_fused(experts)
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)

@@ -281,7 +281,7 @@ def test_bloom_is_masked_and_says_what_is_lost():
     assert any("no field" in reason for reason in report.reasons)
 
 
-@pytest.mark.parametrize("family", MOE_FAMILIES)
+@pytest.mark.parametrize("family", [*MOE_FAMILIES, "phimoe", "gpt_oss"])
 def test_experts_keep_different_channels(family):
     model = model_of(family)
     widths = Widths.of(model)
