@@ -18,7 +18,6 @@ from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,6 +30,7 @@ from pyprune.checkpoint.names import NameMap, map_names
 from pyprune.checkpoint.shards import TensorEntry, read_header, read_headers, unique
 from pyprune.devices import find_dtype
 from pyprune.errors import UserError
+from pyprune.models.adapter import has_encoder
 
 logger = logging.getLogger("pyprune")
 
@@ -349,19 +349,10 @@ def read_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pre
         raise UserError(
             f"{path}: {UNKNOWN}: transformers has no causal language model for model_type {kind!r}"
         )
-    if not remote and _has_encoder(config):
+    if not remote and has_encoder(config):
         named = ", ".join(map(str, raw.get("architectures") or [kind]))
         raise UserError(f"{path}: expected a decoder-only language model, got an encoder ({named})")
     return config
-
-
-def _has_encoder(config: PretrainedConfig) -> bool:
-    """Whether the model is an encoder (BERT and its kin), or has one (BART). transformers gives
-    such a configuration a causal model too: one that reads the tokens it has to predict, or the
-    decoder alone. A decoder that was saved as one says so in its configuration."""
-    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
-    encoder = masked and getattr(config, "is_decoder", None) is False
-    return encoder or bool(getattr(config, "is_encoder_decoder", False))
 
 
 def main_dtype(path: Path, tensors: dict[str, TensorEntry]) -> torch.dtype:

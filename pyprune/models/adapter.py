@@ -13,7 +13,7 @@ from copy import copy
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import Conv1D, PreTrainedModel
+from transformers import MODEL_FOR_MASKED_LM_MAPPING, Conv1D, PretrainedConfig, PreTrainedModel
 
 from pyprune.errors import UserError
 from pyprune.models.experts import expert_count, is_fused, is_transposed, projections
@@ -71,8 +71,8 @@ class Adapter:
         config: Any = getattr(model, "config", None)
         if config is None or not hasattr(model, "get_decoder"):
             raise UserError(f"{name}: expected a transformers decoder model (with a config)")
-        if getattr(config, "is_encoder_decoder", False):
-            raise UserError(f"{name}: expected a decoder-only model, got an encoder-decoder")
+        if has_encoder(config):
+            raise UserError(f"{name}: expected a decoder-only language model, got an encoder")
         decoder = decoder_of(model)
         text_config = config.get_text_config()
         count = getattr(text_config, "num_hidden_layers", None)
@@ -114,6 +114,15 @@ class Adapter:
     def experts(self, i: int) -> list[nn.Module]:
         """The modules of block `i` that hold fused experts."""
         return list(dict.fromkeys(r.module for r in self._linears[i] if r.index is not None))
+
+
+def has_encoder(config: PretrainedConfig) -> bool:
+    """Whether the model is an encoder (BERT and its kin), or has one (BART). transformers gives
+    such a configuration a causal model too: one that reads the tokens it has to predict, or the
+    decoder alone. A decoder that was saved as one says so in its configuration."""
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    encoder = masked and getattr(config, "is_decoder", None) is False
+    return encoder or bool(getattr(config, "is_encoder_decoder", False))
 
 
 def decoder_of(model: Any) -> nn.Module:

@@ -3,7 +3,14 @@ import torch
 from tiny_models import BLOCKS, FAMILIES, MIXTURES, tiny_model
 from torch import nn
 from torch.nn.utils import prune
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
+)
 
 from pyprune.errors import UserError
 from pyprune.models import adapter as adapter_module
@@ -286,3 +293,14 @@ def test_weights_that_are_computed_are_refused(how):
     if how == "masked":
         prune.remove(layer, "weight")
         Adapter.of(model)
+
+
+def test_encoders_are_refused():
+    config = BertConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_attention_heads=1,
+        intermediate_size=8,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"BertForMaskedLM: expected a decoder-only .* encoder"):
+        Adapter.of(BertForMaskedLM(config))
+    config.is_decoder = True
+    assert len(Adapter.of(BertLMHeadModel(config)).linears(0)) == 6
