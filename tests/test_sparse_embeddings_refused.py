@@ -146,7 +146,7 @@ def test_truncated(tied, tmp_path):
         ({"transposed": True}, rf"the model lacks a linear layer or embedding {EMBEDDING}"),
         ({"format": "bitmap"}, rf"tensor {EMBEDDING}\.bitmap is missing"),
         ({"format_version": 2}, "needs format_version 3, got 2"),
-        ({"format_version": 6}, "expected a format_version among 1, 2, 3, 4, 5, got 6"),
+        ({"format_version": 7}, "expected a format_version among 1, 2, 3, 4, 5, 6, got 7"),
     ],
 )
 def test_configuration(fields, message, tied, tmp_path):

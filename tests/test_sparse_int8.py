@@ -197,7 +197,7 @@ def test_tampered_tensors_are_refused(case, made, tmp_path):
         ("rank", 2, r"rank: expected none with format \w+, got 2"),
         ("format", "factored", "rank: expected a positive integer, got None"),
         ("format_version", 1, "needs format_version 2, got 1"),
-        ("format_version", 6, "expected a format_version among 1, 2, 3, 4, 5, got 6"),
+        ("format_version", 7, "expected a format_version among 1, 2, 3, 4, 5, 6, got 7"),
     ],
 )
 def test_configuration(field, value, message, made, tmp_path):
