@@ -1,4 +1,4 @@
-"""Writes README's "Measured" section and docs/measurements.md from the rows in benchmarks/results/.
+"""Writes the tables of README, docs/quality.md and docs/measurements.md from benchmarks/results/.
 
 python benchmarks/readme.py            # rewrite them
 python benchmarks/readme.py --check    # exit 1 if they are not what the rows say
@@ -195,11 +195,20 @@ RESULTS = ROOT / "benchmarks" / "results"
 PICTURE = ROOT / "docs" / "model.png"
 
 
-def section() -> str:
+def at_a_glance() -> str:
+    """README's: the headlines of each device, and whole models dense beside sparse."""
     lines = [BEGIN, ""]
     for place, folder in enumerate(sorted({p.parent for p in RESULTS.glob("*/*.json")})):
         lines += headlines(folder, None if place else RESULTS)
     lines += [f"![Prefill and decoding of a 1.8 GB model](docs/{PICTURE.name})", ""]
+    for _, rows in rows_of(["model"]):
+        lines += model(rows)
+    return "\n".join([*lines, END])
+
+
+def perplexities() -> str:
+    """docs/quality.md's: every method beside the others."""
+    lines = [BEGIN, ""]
     for name, title in QUALITY.items():
         for path in sorted(RESULTS.glob(f"**/{name}.json")):
             rows = json.loads(path.read_text())
@@ -211,10 +220,6 @@ def section() -> str:
     for name, (lines_of, _) in STRUCTURES.items():
         for path in sorted(RESULTS.glob(f"**/{name}.json")):
             lines += lines_of(json.loads(path.read_text()))
-    for path in sorted(RESULTS.glob("**/demo.json")):
-        lines += demo(json.loads(path.read_text()))
-    for _, rows in rows_of(["model"]):
-        lines += model(rows)
     return "\n".join([*lines, END])
 
 
@@ -228,6 +233,8 @@ def measurements() -> str:
     ]
     for name, rows in rows_of(RUNS):
         lines += RUNS[name](rows)
+    for path in sorted(RESULTS.glob("**/demo.json")):
+        lines += demo(json.loads(path.read_text()))
     for name, rows in rows_of(KERNELS):
         lines += kernels(name, rows)
     for name, (_, title) in STRUCTURES.items():
@@ -258,9 +265,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    readme, detail = ROOT / "README.md", ROOT / "docs" / "measurements.md"
-    before, rest = readme.read_text().split(BEGIN)
-    new = {readme: before + section() + rest.split(END)[1], detail: measurements()}
+    new = {ROOT / "docs" / "measurements.md": measurements()}
+    for page, text in (
+        (ROOT / "README.md", at_a_glance()),
+        (ROOT / "docs/quality.md", perplexities()),
+    ):
+        before, rest = page.read_text().split(BEGIN)
+        new[page] = before + text + rest.split(END)[1]
     stale = [p for p, text in new.items() if not p.exists() or p.read_text() != text]
     for path in stale:
         if args.check:

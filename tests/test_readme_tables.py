@@ -1,8 +1,9 @@
-"""README's tables of pruned structures: cells, and what cannot be reached."""
+"""Tables of README and docs: cells, what cannot be reached, and where links lead."""
 
 import re
 
 import _headlines
+import pytest
 import readme
 
 
@@ -67,7 +68,23 @@ def test_a_range_of_one_number_is_one_number():
 
 
 def test_figures_of_the_first_screen_are_in_the_tables():
-    before, rest = (readme.ROOT / "README.md").read_text().split(readme.BEGIN)
-    figures = re.findall(r"\d+\.\d+", before.split("## Start")[0])
-    tables = rest.split(readme.END)[0]
+    page = (readme.ROOT / "README.md").read_text()
+    figures = re.findall(r"\d+\.\d+", page.split("## Start")[0])
+    tables = readme.at_a_glance() + readme.perplexities()
     assert len(figures) > 5 and not [figure for figure in figures if figure not in tables]
+
+
+PAGES = [readme.ROOT / "README.md", *sorted((readme.ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            # As GitHub makes anchors of titles.
+            anchors = [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles]
+            assert anchor in anchors, link
