@@ -4,6 +4,10 @@
 // unnamed namespace there needs a name of its own all the same.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
+#include <iterator>
+#include <string_view>
+
 #include "cpu/dispatch.h"
 #include "tensor_view.h"
 
@@ -13,32 +17,30 @@ namespace pyprune {
 #undef PYPRUNE_BIND
 }  // namespace pyprune
 
+// In the order of Isa.
+static constexpr std::string_view kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16",
+                                                 "avx512_amx"};
+
 PYBIND11_MODULE(_C, m) {
   using namespace pyprune;
   m.doc() = "pyprune's native kernels. Call them through pyprune.ops.";
-  m.def("isa", [] {
-    static const char* names[] = {"portable", "avx2", "avx512", "avx512_bf16"};
-    return std::string(names[static_cast<int>(current_isa())]);
-  });
-  m.def("set_isa", [](const std::string& name) {
-    Isa isa;
-    if (name == "portable")
-      isa = Isa::portable;
-    else if (name == "avx2")
-      isa = Isa::avx2;
-    else if (name == "avx512")
-      isa = Isa::avx512;
-    else if (name == "avx512_bf16")
-      isa = Isa::avx512_bf16;
-    else if (name == "best")
-      isa = best_isa();
-    else
-      throw std::invalid_argument("expected portable, avx2, avx512, avx512_bf16 or best, got " +
-                                  name);
-    require(static_cast<int>(isa) <= static_cast<int>(best_isa()),
-            "this processor does not have " + name);
-    isa_slot().store(static_cast<int>(isa));
-  });
+  m.def("isa", [] { return std::string(kIsaNames[static_cast<int>(current_isa())]); });
+  // emulated: also a set that the processor lacks, for whoever emulates its instructions.
+  m.def(
+      "set_isa",
+      [](const std::string& name, bool emulated) {
+        const auto* found = std::find(std::begin(kIsaNames), std::end(kIsaNames), name);
+        int isa = static_cast<int>(found - std::begin(kIsaNames));
+        if (name == "best")
+          isa = static_cast<int>(best_isa());
+        else if (found == std::end(kIsaNames))
+          throw std::invalid_argument(
+              "expected portable, avx2, avx512, avx512_bf16, avx512_amx or best, got " + name);
+        require(emulated || isa <= static_cast<int>(best_isa()),
+                "this processor does not have " + name);
+        isa_slot().store(isa);
+      },
+      pybind11::arg("name"), pybind11::arg("emulated") = false);
 #ifdef PYPRUNE_WITH_CUDA
   m.attr("has_cuda") = true;
 #else

@@ -3,7 +3,8 @@
 // PYPRUNE_CPU_KERNEL(name, Args) declares name(const Args&) in the three instruction-set namespaces
 // and defines the dispatcher pyprune::name. The kernel's source is compiled once per set with
 // PYPRUNE_ISA naming the namespace to define it in. avx512_bf16 (AVX-512 with BF16, VBMI, VBMI2 and
-// VPOPCNTDQ) has no namespace of its own: the AVX-512 kernels that use it ask current_isa().
+// VPOPCNTDQ) and avx512_amx (that with matrix tiles of bf16) have no namespaces of their own: the
+// AVX-512 kernels that use them ask current_isa().
 #pragma once
 
 #include <atomic>
@@ -36,6 +37,7 @@ inline Isa current_isa() { return static_cast<Isa>(isa_slot().load(std::memory_o
   }                                    \
   inline void name(const Args& args) { \
     switch (current_isa()) {           \
+      case Isa::avx512_amx:            \
       case Isa::avx512_bf16:           \
       case Isa::avx512:                \
         return avx512::name(args);     \

@@ -387,7 +387,7 @@ void linear_coded(const LinearCodedArgs& args) {
 #if defined(__AVX512F__)
   if (!processor().moves_bytes) return avx2::linear_coded(args);
   if (floats) return run<Fused<float>, TileFloats, float>(args);
-  if (current_isa() == Isa::avx512_bf16) return run<Fused<bf16>, TilePairs, bf16>(args);
+  if (current_isa() >= Isa::avx512_bf16) return run<Fused<bf16>, TilePairs, bf16>(args);
   return run<Fused<float>, TileFloats, bf16>(args);
 #else
   return floats ? run<Floats, TileFloats, float>(args) : run<Floats, TileFloats, bf16>(args);

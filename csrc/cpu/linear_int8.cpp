@@ -137,7 +137,7 @@ struct PairsLayout {
 struct Pairs : PairsLayout {
   // Two Zen 4 cores, 8192 x 4096 from memory, ms at 12, 16, 24 and 32 rows of x: 3.0, 3.6, 5.8 and
   // 7.0; through tiles, which take 16 rows at a time, 3.7, 3.7, 6.0 and 6.0.
-  static bool few(int64_t m) { return m <= 22; }
+  static bool few(int64_t m) { return m <= (current_isa() >= Isa::avx512_amx ? kBeforeTiles : 22); }
   static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
 
   template <int M, int R>

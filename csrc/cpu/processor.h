@@ -10,14 +10,18 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace pyprune {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, avx512_amx = 4 };
 
 // The words that describe an x86 processor; all zero on others.
 struct CpuidWords {
-  enum Word { leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_1_eax, xcr0, kWords };
+  enum Word { leaf1_ecx, leaf7_ebx, leaf7_ecx, leaf7_1_eax, leaf7_edx, xcr0, kWords };
   uint32_t words[kWords];
 };
 
@@ -44,6 +48,8 @@ constexpr Extension kExtensions[] = {
     {"avx512vbmi2", CpuidWords::leaf7_ecx, 6, Isa::avx512_bf16},
     {"avx512vpopcntdq", CpuidWords::leaf7_ecx, 14, Isa::avx512_bf16},
     {"avx512bf16", CpuidWords::leaf7_1_eax, 5, Isa::avx512_bf16},
+    {"amx-bf16", CpuidWords::leaf7_edx, 22, Isa::avx512_amx},
+    {"amx-tile", CpuidWords::leaf7_edx, 24, Isa::avx512_amx},
 };
 
 struct Processor {
@@ -58,14 +64,16 @@ inline Processor processor_of(const CpuidWords& cpu) {
     return (cpu.words[word] & bits) == bits;
   };
   constexpr uint32_t kReadsXcr0 = 1u << 27, kAvx = 1u << 28;
-  constexpr uint32_t kYmm = 0x06, kZmm = 0xe6;  // XMM, YMM; mask registers, all of ZMM
-  Isa best = Isa::avx512_bf16;
+  // XMM, YMM; mask registers, all of ZMM; the configuration and data of tiles.
+  constexpr uint32_t kYmm = 0x06, kZmm = 0xe6, kTiles = 0x600e6;
+  Isa best = Isa::avx512_amx;
   const auto at_most = [&](int set) {
     if (set < static_cast<int>(best)) best = static_cast<Isa>(set);
   };
   if (!has(CpuidWords::leaf1_ecx, kReadsXcr0 | kAvx) || !has(CpuidWords::xcr0, kYmm))
     at_most(static_cast<int>(Isa::portable));
   if (!has(CpuidWords::xcr0, kZmm)) at_most(static_cast<int>(Isa::avx2));
+  if (!has(CpuidWords::xcr0, kTiles)) at_most(static_cast<int>(Isa::avx512_bf16));
   for (const Extension& e : kExtensions)
     if (!has(e.word, 1u << e.bit)) at_most(static_cast<int>(e.set) - 1);
   constexpr uint32_t kVbmi = 1u << 1, kVbmi2 = 1u << 6;
@@ -86,13 +94,29 @@ inline CpuidWords read_cpuid() {
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return cpu;
   cpu.words[CpuidWords::leaf7_ebx] = b;
   cpu.words[CpuidWords::leaf7_ecx] = c;
+  cpu.words[CpuidWords::leaf7_edx] = d;
   if (a >= 1 && __get_cpuid_count(7, 1, &a, &b, &c, &d)) cpu.words[CpuidWords::leaf7_1_eax] = a;
 #endif
   return cpu;
 }
 
+// Linux saves the 8 KiB of tiles for those processes alone that ask for it. Asked once, when the
+// first kernel is called; threads that are there already may use them too.
+inline bool may_use_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 inline const Processor& processor() {
-  static const Processor found = processor_of(read_cpuid());
+  static const Processor found = [] {
+    Processor best = processor_of(read_cpuid());
+    if (best.best == Isa::avx512_amx && !may_use_tiles()) best.best = Isa::avx512_bf16;
+    return best;
+  }();
   return found;
 }
 

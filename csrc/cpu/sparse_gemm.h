@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <atomic>
 
+#include "cpu/amx.h"
 #include "cpu/sparse_rows.h"
 #include "cpu/sparse_run.h"
 #include "huge_pages.h"
@@ -38,6 +39,8 @@ constexpr int kPanelTokens = kPanelVectors * Vec::kLanes;
 constexpr int64_t kDepth = 128;
 constexpr int64_t kTileRows = 48;
 static_assert(kTileRows % kSums == 0, "whole strips, whatever the number of token vectors");
+// The same for AMX, whose tiles have 16 rows, where kTileRows is too much; half as many otherwise.
+constexpr int64_t kNarrowRows = kTileRows / 2, kNarrowAmxRows = 32;
 // Rows of a tile would otherwise start in the same few cache sets.
 constexpr int64_t kTileStride = kDepth + 16;
 
@@ -55,7 +58,8 @@ struct AsFloats {
   static constexpr int64_t kColumns = kDepth;  // of a tile
   static Vec product(Vec w, Vec x, Vec sum) { return Vec::fma(w, x, sum); }
   static Vec product(const float* w, Vec x, Vec sum) { return Vec::fma(Vec::set1(*w), x, sum); }
-  static constexpr bool kPairs = false;  // neighbouring columns in a word
+  static constexpr bool kBf16 = false;   // words are pairs of bf16
+  static constexpr bool kPairs = false;  // of neighbouring columns
   // Columns [c0, c1) of token t.
   template <class X>
   static void pack(const X* x, int64_t c0, int64_t c1, int64_t t, float* panel) {
@@ -85,7 +89,7 @@ struct AsPairs {
     asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(x.v), "m"(*w));
     return sum;
   }
-  static constexpr bool kPairs = true;
+  static constexpr bool kBf16 = true, kPairs = true;
   static void widen(const bf16* v, int64_t columns, float* row) {
     for (int64_t c = 0; c < mask_words(columns) * kMaskColumns; c += 32) {
       const int64_t left = columns - c;
@@ -224,6 +228,58 @@ void multiply_tile(const float* tile, const float* packed, int64_t rows, int64_t
   }
 }
 
+// Steps of a strip, over which fetching is spread, that the tile's rows take with one panel.
+inline int64_t steps_of_panel(int64_t rows, int64_t tokens, int64_t depth) {
+  const int64_t strip_rows =
+      kSums / ((std::min<int64_t>(tokens, kPanelTokens) + Vec::kLanes - 1) / Vec::kLanes);
+  return rows / strip_rows * depth;
+}
+
+#if defined(__AVX512F__)
+
+// multiply_tile() of bf16 pairs by AMX; `rows` are 16, 32 or 48.
+inline void multiply_tile_amx(const float* tile, const float* packed, int64_t rows, int64_t depth,
+                              int64_t tokens, NextTile& next, float* sums) {
+  static_assert(kTileRows == 3 * kAmxRows && kPanelTokens == 3 * kAmxWords);
+  const int64_t panels = panels_of(tokens), stride = panels * kPanelTokens;
+  const int64_t parts = depth / kAmxWords;
+  // The first block of the first panel fetches all that is to be fetched, part by part.
+  const int64_t steps = next.lines ? 0 : steps_of_panel(rows, tokens, depth) / parts;
+  int64_t part = 0;
+  const auto fetch = [&] {
+    if (part == parts) return;
+    for (int64_t line = part; line < next.lines; line += parts)
+      for (int64_t r = 0; r < rows; ++r) __builtin_prefetch(next.row[r] + 64 * line, 0, 2);
+    for (int64_t i = 0; i < steps; ++i) next.stream.step();
+    ++part;
+  };
+  const auto block = [&](auto r, auto v, const float* x, float* out) {
+    amx_block<decltype(r)::value, decltype(v)::value>(tile, kTileStride, x, kPanelTokens, depth,
+                                                      out, stride, fetch);
+  };
+  const auto blocks = [&](auto v, const float* x, float* out) {
+    if (rows == 3 * kAmxRows)
+      block(std::integral_constant<int, 3>(), v, x, out);
+    else
+      block(std::integral_constant<int, 2>(), v, x, out);
+  };
+  constexpr std::integral_constant<int, 1> kOne;
+  constexpr std::integral_constant<int, 2> kTwo;
+  for (int64_t p = 0; p < panels; ++p) {
+    const float* panel = packed + p * kDepth * kPanelTokens;
+    float* out = sums + p * kPanelTokens;
+    const int64_t left = tokens - p * kPanelTokens;
+    if (left <= kAmxWords) {
+      blocks(kOne, panel, out);
+      continue;
+    }
+    blocks(kTwo, panel, out);
+    if (left > 2 * kAmxWords) blocks(kOne, panel + 2 * kAmxWords, out + 2 * kAmxWords);
+  }
+}
+
+#endif
+
 // Columns [i0, i1) (in words) of `count` rows from their cursors into a tile of `rows`; those past
 // `count` are zero. What lies `ahead` bytes further, the same columns of the next tile of
 // rows, is fetched into the second level: the pieces are too short for the hardware to foresee.
@@ -257,23 +313,24 @@ bool streams(const Weights& w) {
          kTileRows / 2 * w.nnz * kBytes / w.rows <= kStreamedBytes;
 }
 
-// Rows of a tile, a whole number of strips; of a bitmap half as many where it would be too wide.
+// Rows of a tile, a whole number of strips; of a bitmap fewer where it would be too wide.
 template <class As>
-int64_t tile_rows(const Weights& w) {
+int64_t tile_rows(const Weights& w, bool amx) {
   constexpr int64_t kBytes = sizeof(typename As::Value);
   const bool wide = kTileRows * w.nnz * kBytes / w.rows > kStreamedBytes;
-  return streams<As>(w) && wide ? kTileRows / 2 : kTileRows;
+  return !streams<As>(w) || !wide ? kTileRows : amx ? kNarrowAmxRows : kNarrowRows;
 }
-static_assert(kTileRows / 2 % kSums == 0, "whole strips of half a tile too");
+static_assert(kNarrowRows % kSums == 0, "whole strips of a narrow tile too");
 
 struct TileScratch {
   float* tile;      // [kTileRows][kTileStride]
   float* sums;      // [kTileRows][tokens, rounded up to panels]
   uint64_t* words;  // [kTileRows][mask_words]
+  bool amx;         // whether it multiplies
 };
 
 // What is fetched while a tile is multiplied, of which the next has `rows` rows from row r on; the
-// first `tokens` of x, a panel's, decide how many steps that takes.
+// tokens of the first panel decide how many steps that takes.
 template <class As>
 void plan_fetching(const Weights& w, int64_t r, int64_t rows, int64_t tokens, NextTile& next) {
   constexpr int64_t kBytes = sizeof(typename As::Value);
@@ -282,9 +339,8 @@ void plan_fetching(const Weights& w, int64_t r, int64_t rows, int64_t tokens, Ne
     const auto row_at = [&](int64_t i) {
       return static_cast<const char*>(w.values) + kBytes * w.begin_within(std::min(i, w.rows));
     };
-    const int64_t strip_rows = kSums / ((tokens + Vec::kLanes - 1) / Vec::kLanes);
     next.lines = 0;
-    next.stream.plan(row_at(r), row_at(r + rows), depths * (rows / strip_rows) * kDepth);
+    next.stream.plan(row_at(r), row_at(r + rows), depths * steps_of_panel(rows, tokens, kDepth));
   } else {
     // Rows of a bitmap differ in length: the mean and a line more.
     next.lines = w.nnz * kBytes / (w.rows * depths * 64) + 2;
@@ -306,7 +362,7 @@ bool multiply_rows(const Weights& w, int64_t r0, int64_t count, int64_t rows, co
   prefetch_meta(w, r0 + rows, rows);
   std::fill(s.sums, s.sums + rows * stride, 0.0f);
   const int64_t depths = depths_of<As>(w.cols);
-  plan_fetching<As>(w, r0 + rows, rows, std::min<int64_t>(tokens, kPanelTokens), next);
+  plan_fetching<As>(w, r0 + rows, rows, tokens, next);
   for (int64_t d = 0; d < depths; ++d) {
     const int64_t i0 = d * kWords, i1 = std::min(n, i0 + kWords);
     decode_tile<As, kDense>(w, cursors, count, rows, i0, i1, s.tile);
@@ -317,12 +373,28 @@ bool multiply_rows(const Weights& w, int64_t r0, int64_t count, int64_t rows, co
       next.row[r] =
           reinterpret_cast<const char*>(d + 1 < depths && r < count ? cursors[r].v : first);
     }
-    multiply_tile<As>(s.tile, packed + d * kDepth * stride, rows,
-                      tile_depth<As>((i1 - i0) * kMaskColumns), tokens, next, s.sums);
+    const float* x = packed + d * kDepth * stride;
+    const int64_t depth = tile_depth<As>((i1 - i0) * kMaskColumns);
+#if defined(__AVX512F__)
+    if (As::kBf16 && s.amx) {
+      multiply_tile_amx(s.tile, x, rows, depth, tokens, next, s.sums);
+      continue;
+    }
+#endif
+    multiply_tile<As>(s.tile, x, rows, depth, tokens, next, s.sums);
   }
   for (int64_t r = 0; r < count; ++r)
     if (!cursors[r].complete()) return broken->store(r0 + r, std::memory_order_relaxed), false;
   return true;
+}
+
+template <class As>
+bool uses_amx() {
+#if defined(__AVX512F__)
+  return As::kBf16 && current_isa() >= Isa::avx512_amx;
+#else
+  return false;
+#endif
 }
 
 template <class As, bool kDense, class X>
@@ -333,7 +405,8 @@ void multiply(const SparseLinearArgs& a, const Weights& w, int64_t t0, int64_t t
   const int64_t tile_floats = kTileRows * kTileStride;
   const int64_t sum_floats = kTileRows * panels * kPanelTokens;
   const int64_t floats = tile_floats + sum_floats + kTileRows * n * 2;
-  const int64_t rows = tile_rows<As>(w), tiles = (w.rows + rows - 1) / rows;
+  const bool amx = uses_amx<As>();
+  const int64_t rows = tile_rows<As>(w, amx), tiles = (w.rows + rows - 1) / rows;
   const X* x = a.x.ptr<const X>() + t0 * a.x.stride[0];
 #pragma omp parallel num_threads(a.threads)
   {
@@ -343,8 +416,11 @@ void multiply(const SparseLinearArgs& a, const Weights& w, int64_t t0, int64_t t
                       packed + i * kDepth * kPanelTokens);
     float* mine = scratch + omp_get_thread_num() * floats;
     const TileScratch s{mine, mine + tile_floats,
-                        reinterpret_cast<uint64_t*>(mine + tile_floats + sum_floats)};
+                        reinterpret_cast<uint64_t*>(mine + tile_floats + sum_floats), amx};
     NextTile next;
+#if defined(__AVX512F__)
+    const AmxTiles configured(amx);
+#endif
 #pragma omp for schedule(static)
     for (int64_t g = 0; g < tiles; ++g) {
       const int64_t r0 = g * rows, count = std::min(rows, w.rows - r0);

@@ -289,7 +289,8 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
   const int64_t m = a.linear.x.shape[0];
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<X, bf16>)
-    if (current_isa() >= Isa::avx512_bf16) {
+    if (current_isa() >= Isa::avx512_bf16 &&
+        !(current_isa() >= Isa::avx512_amx && m > kInt8FewRows)) {
       SparseLinearArgs scaled = a.linear;
       scaled.scales = a.scales.ptr<const float>();
       if (w.format == WeightFormat::sparse24) {

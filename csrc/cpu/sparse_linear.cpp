@@ -28,9 +28,11 @@ bool run_avx512(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t
   constexpr bool kBothBf16 = std::is_same_v<T, bf16> && std::is_same_v<X, bf16>;
   const int64_t m = a.x.shape[0];
   // Products of bf16 pairs; fp32 activations take three of them each.
-  const bool pairs = std::is_same_v<T, bf16> && current_isa() == Isa::avx512_bf16;
+  const bool pairs = std::is_same_v<T, bf16> && current_isa() >= Isa::avx512_bf16;
   const bool is_24 = a.format == WeightFormat::sparse24;
   if constexpr (kBothBf16) {
+    if (pairs && current_isa() >= Isa::avx512_amx && m > kBeforeTiles)
+      return run_multiply<AsPairs, X>(a, w, broken), true;
     const int64_t dot_rows = a.format == WeightFormat::dense ? kDotRowsDense : kDotRowsBitmap;
     if (pairs && is_24 && m > kGatherPairRows) return run_table<Source24<bf16>, X>(a, w), true;
     if (pairs && is_24) return run_gather<GatherBf16, X>(a, w), true;

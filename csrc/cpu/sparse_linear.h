@@ -57,4 +57,9 @@ constexpr int64_t kDotRowsBitmap = 24, kDotRowsDense = 128;
 // 12 and 0.66 to 0.75 at 16.
 constexpr int64_t kGatherPairRows = 10;
 
+// bf16 x rows up to which a processor with AMX takes the kernels of one without; above, rows of W
+// are spread into tiles for it, whatever the format. Counted, not timed: spreading takes some eight
+// cycles for 64 columns and the products of 16 rows of x two, where eight rows take 18 without AMX.
+constexpr int64_t kBeforeTiles = 8;
+
 }  // namespace pyprune

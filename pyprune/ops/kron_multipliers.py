@@ -23,6 +23,8 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops.kron_scaled import Scaled, dot, left_to_gain, sure_to_gain
 
+# Instruction sets of processors that multiply bf16 natively, and so does PyTorch there.
+BFLOAT16_ISAS = ("avx512_bf16", "avx512_amx")
 # Sweeps of a lift over A's and G's directions. A third changed little.
 SWEEPS = 2
 # The iteration after which the gap is looked at first, for each share that is pruned; and by what
@@ -81,7 +83,7 @@ def has_fast_bfloat16(t: Tensor) -> bool:
         return False
     if t.is_cuda:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return _native.MODULE is not None and _native.MODULE.isa() == "avx512_bf16"
+    return _native.MODULE is not None and _native.MODULE.isa() in BFLOAT16_ISAS
 
 
 class _Search:

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 from pyprune import _native
 
-ALL = ("portable", "avx2", "avx512", "avx512_bf16")
+# In the order of Isa (csrc/cpu/processor.h).
+ALL = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx")
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from ops.isa import AVAILABLE, restricted
 
 from pyprune import ops
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 BF16 = torch.bfloat16
 
 
@@ -40,7 +39,7 @@ def assert_product(got, x, dense, bias=None):
     assert ((got.double() - want).abs() <= 2**-8 * scale + 1e-30).all()
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("int8", [False, True], ids=["bf16", "int8"])
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.3, 0.5, 0.74, 0.9, 1.0])
 def test_matches_float64(density, int8, isa, use_isa):

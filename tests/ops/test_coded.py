@@ -1,11 +1,11 @@
 import pytest
 import torch
+from ops.isa import AVAILABLE
 
 from pyprune import ops
 from pyprune.ops import _registry, coded
 from pyprune.ops.sparse_linear import TRITON_ROWS
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 BACKENDS = list(_registry.IMPLS["linear_coded"])
 # Both sides of the switches from decoding in registers to decoding tiles.
 ROWS = [1, 2, 3, 4, 5, 8, 9, 11, 12, 17, 64]
@@ -57,7 +57,7 @@ def test_every_pattern_comes_back(shape, use_isa):
     assert coded.count_escapes(w) == len(packed[3])
     assert same_bits(coded.unpack_coded_reference(*packed, None), w)
     some = torch.randint(0, shape[0], (40,), generator=torch.Generator().manual_seed(4))
-    for isa in ISAS:
+    for isa in AVAILABLE:
         use_isa(isa)
         assert same_bits(ops.unpack_coded(*packed), w)
         assert same_bits(ops.unpack_coded(*packed, rows=some), w[some])
@@ -152,7 +152,7 @@ def test_matches_float64(provider, shape, use_backend):
             assert_product(ops.linear_coded(x, *packed), x, w)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 def test_every_instruction_set(isa, use_isa):
     use_isa(isa)
     for shape in (*SHAPES, (19, 4168)):
@@ -164,7 +164,7 @@ def test_every_instruction_set(isa, use_isa):
                 assert_product(ops.linear_coded(x, *packed), x, w)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("cols", [1, 7, 9, 63, 65, 131])
 def test_any_width(isa, use_isa, cols):
     use_isa(isa)
@@ -176,7 +176,7 @@ def test_any_width(isa, use_isa, cols):
             assert_product(ops.linear_coded(x, *packed), x, w)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("kind", ["no escapes", "all escapes", "one row"])
 def test_any_number_of_escapes(isa, kind, use_isa):
     use_isa(isa)
@@ -200,7 +200,7 @@ def test_any_number_of_escapes(isa, kind, use_isa):
     assert same_bits(ops.unpack_coded(*packed), w)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 def test_more_rows_than_a_tile_and_a_sweep(isa, use_isa):
     use_isa(isa)
     for shape, rows in (((301, 200), (11, 31, 48)), ((6, 328), (577, 1100))):
@@ -227,7 +227,7 @@ def test_bias_and_strides_of_any_kind(provider, use_backend):
     assert ops.linear_coded(torch.empty(0, 40), *packed).shape == (0, 13)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 def test_sums_are_rounded_once(isa, use_isa):
     """Whole numbers below 2^24: the fp32 sums are exact."""
     use_isa(isa)
@@ -239,7 +239,7 @@ def test_sums_are_rounded_once(isa, use_isa):
         assert torch.equal(ops.linear_coded(x, *ops.pack_coded(w)), exact.bfloat16())
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 def test_infinities_and_nans_spread_to_their_rows_alone(isa, use_isa):
     use_isa(isa)
     w = weight((6, 100))
@@ -309,7 +309,7 @@ def spoilt(name):
     return tuple(packed.values())
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("name", SPOILT)
 def test_inconsistent_rows_are_refused_by_the_kernels(name, isa, use_isa):
     use_isa(isa)

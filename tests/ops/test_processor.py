@@ -14,9 +14,9 @@ from pyprune import _native
 
 ROOT = Path(__file__).resolve().parents[2]
 # The words in the order of CpuidWords.
-LEAF1_ECX, LEAF7_EBX, LEAF7_ECX, LEAF7_1_EAX, XCR0 = range(5)
+LEAF1_ECX, LEAF7_EBX, LEAF7_ECX, LEAF7_1_EAX, LEAF7_EDX, XCR0 = range(6)
 READS_XCR0, AVX = 1 << 27, 1 << 28
-MASKS_AND_ZMM, YMM = 0xE0, 0x04
+MASKS_AND_ZMM, YMM, TILES = 0xE0, 0x04, 0x60000
 
 
 @pytest.fixture(scope="module")
@@ -44,21 +44,22 @@ class Fake:
 
     def __init__(self, library):
         self.library = library
-        self.words = [0xFFFFFFFF] * 4 + [0xE7]
+        self.words = [0xFFFFFFFF] * 5 + [0xE7 | TILES]
 
     def without(self, word, bits):
         self.words[word] &= ~bits
         return self
 
     def isa(self):
-        return ALL[self.library.best_of((ctypes.c_uint32 * 5)(*self.words))]
+        return ALL[self.library.best_of((ctypes.c_uint32 * 6)(*self.words))]
 
     def moves_bytes(self):
-        return bool(self.library.moves_bytes((ctypes.c_uint32 * 5)(*self.words)))
+        return bool(self.library.moves_bytes((ctypes.c_uint32 * 6)(*self.words)))
 
 
 NAMES = ["popcnt", "fma", "f16c", "bmi", "avx2", "bmi2", "avx512f", "avx512dq", "avx512bw",
-         "avx512vl", "avx512vbmi", "avx512vbmi2", "avx512vpopcntdq", "avx512bf16"]  # fmt: skip
+         "avx512vl", "avx512vbmi", "avx512vbmi2", "avx512vpopcntdq", "avx512bf16",
+         "amx-bf16", "amx-tile"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -66,20 +67,25 @@ def test_a_set_needs_all_that_it_is_compiled_with(library, extensions, name):
     word, bit, needed_by = extensions[name]
     fake = Fake(library).without(word, 1 << bit)
     assert fake.isa() == ALL[ALL.index(needed_by) - 1]
-    bytes_too = needed_by == "avx512_bf16" and name not in ("avx512vbmi", "avx512vbmi2")
+    bytes_too = needed_by in ("avx512_bf16", "avx512_amx") and name not in (
+        "avx512vbmi",
+        "avx512vbmi2",
+    )
     assert fake.moves_bytes() == bytes_too
 
 
 def test_everything_and_nothing(library):
-    assert Fake(library).isa() == "avx512_bf16" and Fake(library).moves_bytes()
+    assert Fake(library).isa() == "avx512_amx" and Fake(library).moves_bytes()
     none = Fake(library)
-    none.words = [0] * 5
+    none.words = [0] * 6
     assert none.isa() == "portable" and not none.moves_bytes()
 
 
 @pytest.mark.parametrize(
     ("word", "bits", "isa"),
     [
+        (XCR0, 0x20000, "avx512_bf16"),
+        (XCR0, 0x40000, "avx512_bf16"),
         (LEAF1_ECX, READS_XCR0, "portable"),
         (LEAF1_ECX, AVX, "portable"),
         (XCR0, YMM, "portable"),
@@ -91,7 +97,7 @@ def test_everything_and_nothing(library):
 )
 def test_the_operating_system_must_save_the_registers(library, word, bits, isa):
     fake = Fake(library).without(word, bits)
-    assert fake.isa() == isa and not fake.moves_bytes()
+    assert fake.isa() == isa and fake.moves_bytes() == (isa == "avx512_bf16")
 
 
 def test_nothing_is_compiled_for_more(extensions):
@@ -115,7 +121,7 @@ def test_nothing_is_compiled_for_more(extensions):
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="CPUID is x86's")
 def test_this_processor_is_read_right(library, extensions):
-    words = (ctypes.c_uint32 * 5)()
+    words = (ctypes.c_uint32 * 6)()
     assert library.words_here(words) == len(words)
     cpuinfo = Path("/proc/cpuinfo").read_text()
     (flags,) = re.findall(r"^flags\s*:(.*)$", cpuinfo, re.MULTILINE)[:1]
@@ -123,6 +129,7 @@ def test_this_processor_is_read_right(library, extensions):
     spelt = {name: name for name in NAMES}
     spelt |= {name: f"avx512_{name[6:]}" for name in ("avx512vbmi2", "avx512vpopcntdq")}
     spelt |= {"bmi": "bmi1", "avx512bf16": "avx512_bf16"}
+    spelt |= {"amx-bf16": "amx_bf16", "amx-tile": "amx_tile"}
     saved = words[XCR0] & 0xE6 == 0xE6  # else Linux hides what it would have to save
     for name, (word, bit, _) in extensions.items():
         there, listed = bool(words[word] >> bit & 1), spelt[name] in flags.split()

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from ops.compressed import pack_24, pack_bitmap, random_24_mask
+from ops.isa import AVAILABLE
 
 from pyprune import ops
 from pyprune.ops import _registry, sparse_int8
@@ -16,14 +17,13 @@ from pyprune.ops.sparse_linear import TRITON_ROWS
 
 FORMATS = ["linear_24_int8", "linear_bitmap_int8", "linear_int8"]
 BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f]]
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
 # Both sides of the switches from widening in registers to widening tiles or blocks of rows.
 ROWS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 64]
 SHAPES = [(1, 8), (5, 72), (37, 200), (18, 1096)]
 OUTPUT = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float64: 1e-14}
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_int8_number(isa, dtype, use_isa):
     """One value a row, so that each product is one multiplication by an exact power of two."""
@@ -103,7 +103,7 @@ def test_matches_float64(fmt, provider, use_backend, shape):
             assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_every_instruction_set(isa, fmt, use_isa):
     use_isa(isa)
@@ -115,7 +115,7 @@ def test_every_instruction_set(isa, fmt, use_isa):
                 assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 def test_more_rows_than_are_widened_at_once(isa, use_isa):
     use_isa(isa)
     for fmt in FORMATS:
@@ -124,7 +124,7 @@ def test_more_rows_than_are_widened_at_once(isa, use_isa):
         assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 def test_sums_are_scaled_before_they_are_rounded(isa, use_isa):
     """Sums of whole numbers are exact in fp32, so there is one result for each."""
     use_isa(isa)
@@ -138,7 +138,7 @@ def test_sums_are_scaled_before_they_are_rounded(isa, use_isa):
             assert torch.equal(got, want.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("cols", [1, 7, 9, 63, 65, 131])
 @pytest.mark.parametrize("fmt", ["linear_bitmap_int8", "linear_int8"])
 def test_any_width(fmt, isa, use_isa, cols):
@@ -150,7 +150,7 @@ def test_any_width(fmt, isa, use_isa, cols):
             assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("density", [0.0, 0.02, 1.0])
 def test_any_density(isa, density, use_isa):
     use_isa(isa)
@@ -223,7 +223,7 @@ def _tampered(name):
     return values, bitmap, offsets, scales
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 def test_offsets_whose_difference_overflows_are_refused(isa, use_isa):
     use_isa(isa)
     bitmap, scales = torch.full((1, 3), 255, dtype=torch.uint8), torch.ones(1)
@@ -234,7 +234,7 @@ def test_offsets_whose_difference_overflows_are_refused(isa, use_isa):
                 ops.linear_bitmap_int8(torch.ones(m, 24, dtype=dtype), *weight, scales)
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize(
     "name",
     ["more bits than values", "bits past the last column", "offsets past the end",
@@ -253,7 +253,7 @@ def test_any_24_metadata_stays_inside_its_buffers(use_isa):
     gen = torch.Generator().manual_seed(7)
     values = torch.full((6, 36), 127, dtype=torch.int8)
     meta = torch.randint(0, 256, (6, 9), generator=gen).to(torch.uint8)
-    for isa in ISAS:
+    for isa in AVAILABLE:
         use_isa(isa)
         for dtype in (torch.float32, torch.bfloat16):
             for m in (1, 8, 12, 17, 40):
@@ -437,7 +437,7 @@ def test_bad_dense_rows():
         ops.linear_int8(x, values, scales, bias=torch.zeros(2))
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 def test_dense_sums_are_rounded_once(isa, use_isa):
     """bf16 in and out: each output is the fp32 sum scaled, then rounded, at any number of rows."""
     use_isa(isa)
@@ -458,7 +458,7 @@ def test_24_sums_are_rounded_once_where_bf16_is_native(use_isa):
         assert torch.equal(ops.linear_24_int8(x, values, meta, scales), exact.bfloat16())
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", AVAILABLE)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_more_rows_than_a_block_and_a_sweep(fmt, isa, use_isa):
     use_isa(isa)
