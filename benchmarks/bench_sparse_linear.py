@@ -66,7 +66,7 @@ INT8 = "_int8"  # suffix of names and ops with int8 values
 WIDE = "_fp32x"  # suffix of our kernels' names when the activations are fp32
 DENSE = ("dense", "dense" + WIDE, "torch_bf16", "torch_fp32")
 # A product with hundreds of rows takes up to a second and varies little.
-LONG_REPETITIONS = 3
+LONG_REPETITIONS = 9
 MEMORY_BOUND_TOKENS = 16
 
 
