@@ -27,7 +27,7 @@ SHAPES = {
         (4, 2048, 8192, 8192),
     ],
 }
-DTYPES = {"cpu": [torch.float32], "cuda": [torch.bfloat16, torch.float32]}
+DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16, torch.float32]}
 TOLERANCE = 3e-5
 SCALE = 100.0
 

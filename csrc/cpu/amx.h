@@ -59,22 +59,24 @@ inline void amx_each(std::integer_sequence<int, I...>, F&& f) {
   (f(std::integral_constant<int, I>()), ...);
 }
 
-// sums[16 R][16 V] += W [16 R][depth] times x [depth][16 V], all in words; `between` is called
-// before each of the depth / 16 steps. R x V sums, at most six, stay in tiles; a product takes 16
-// cycles and a load eight, of which there are V + R V for R V products.
+// sums[16 R][16 V] += W [16 R][depth] times x [depth][16 V], all in words; W's columns come by 16,
+// `w_step` words apart. `between` is called before each of the depth / 16 steps. R x V sums, at
+// most six, stay in tiles; a product takes 16 cycles and a load eight, of which there are V + R V
+// for R V products.
 template <int R, int V, class Between>
-inline void amx_block(const float* w, int64_t w_stride, const float* x, int64_t x_stride,
-                      int64_t depth, float* sums, int64_t sums_stride, Between&& between) {
+inline void amx_block(const float* w, int64_t w_stride, int64_t w_step, const float* x,
+                      int64_t x_stride, int64_t depth, float* sums, int64_t sums_stride,
+                      Between&& between) {
   static_assert(R * V <= 6, "two tiles for the factors");
   using Sums = std::make_integer_sequence<int, R * V>;
   const auto place = [&](int i) { return i / V * kAmxRows * sums_stride + i % V * kAmxWords; };
   amx_each(Sums(), [&](auto i) { amx_load<decltype(i)::value>(sums + place(i), sums_stride); });
-  for (int64_t k = 0; k < depth; k += kAmxWords) {
+  for (int64_t k = 0; k < depth; k += kAmxWords, w += w_step) {
     between();
     amx_each(std::make_integer_sequence<int, V>(), [&](auto v) {
       amx_load<7>(x + k * x_stride + v * kAmxWords, x_stride);
       amx_each(std::make_integer_sequence<int, R>(), [&](auto r) {
-        amx_load<6>(w + r * kAmxRows * w_stride + k, w_stride);
+        amx_load<6>(w + r * kAmxRows * w_stride, w_stride);
         amx_product<decltype(r)::value * V + decltype(v)::value, 6, 7>();
       });
     });

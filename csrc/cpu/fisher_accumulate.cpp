@@ -1,6 +1,7 @@
 #include "cpu/fisher_accumulate.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/gemm_tile.h"
 
@@ -51,22 +52,23 @@ void add_magnitude(const float* block, int64_t m, int64_t n, int power, float sc
   }
 }
 
-// Blocks [i0, i1) x [j0, j1) of the part over one round of packed tokens.
-void multiply_item(const FisherAccumulateArgs& args, const Part& part, int64_t tokens, int64_t i0,
+// Blocks [i0, i1) x [j0, j1) of the part over one round of packed words of tokens.
+template <class Words>
+void multiply_item(const FisherAccumulateArgs& args, const Part& part, int64_t words, int64_t i0,
                    int64_t i1, int64_t j0, int64_t j1, bool first_round, bool last_round) {
   const int64_t rows = args.acc.shape[0], columns = args.acc.shape[1];
   const auto size = [](int64_t all, int64_t panel) {
     return static_cast<int>(std::min<int64_t>(kPanel, all - panel * kPanel));
   };
-  for (int64_t k = 0; k < tokens; k += kDepth)
+  for (int64_t k = 0; k < words; k += kDepth)
     for (int64_t j = j0; j < j1; ++j)
       for (int64_t i = i0; i < i1; ++i) {
         const float* chunk = part.packed + k / kDepth * part.panels() * kPanelFloats;
-        panel_product(chunk + i * kPanelFloats, chunk + (part.rows + j) * kPanelFloats,
-                      std::min(kDepth, tokens - k), size(rows, part.r0 + i),
-                      size(columns, part.c0 + j), false,
-                      AccumulateBlock{part.sums + (i * part.columns + j) * kBlockFloats,
-                                      first_round && k == 0});
+        panel_product<Words>(chunk + i * kPanelFloats, chunk + (part.rows + j) * kPanelFloats,
+                             std::min(kDepth, words - k), size(rows, part.r0 + i),
+                             size(columns, part.c0 + j), false,
+                             AccumulateBlock{part.sums + (i * part.columns + j) * kBlockFloats,
+                                             first_round && k == 0});
       }
   if (!last_round) return;
   for (int64_t i = i0; i < i1; ++i)
@@ -96,34 +98,41 @@ RowSource<T> sequence(const TensorView& t, int64_t n) {
 
 // One part, sequence by sequence and round by round of tokens: all threads pack, then share out
 // the items. A block's chunks follow in order whoever computes it.
-template <class T>
-void accumulate_part(const FisherAccumulateArgs& args, const Part& part, int64_t round_tokens) {
-  const int64_t all_tokens = args.x.shape[1], side = item_side(part, args.threads);
+template <class T, class Words>
+void accumulate_part(const FisherAccumulateArgs& args, const Part& part, int64_t round_words) {
+  const int64_t all_tokens = args.x.shape[1], all = words_of<Words>(all_tokens);
+  const int64_t side = item_side(part, args.threads);
   const int64_t across = (part.columns + side - 1) / side;
   const int64_t items = (part.rows + side - 1) / side * across;
 #pragma omp parallel num_threads(args.threads)
-  for (int64_t s = 0; s < args.x.shape[0]; ++s)
-    for (int64_t t0 = 0; t0 < all_tokens; t0 += round_tokens) {
-      const int64_t tokens = std::min(round_tokens, all_tokens - t0);
-      const int64_t chunks = (tokens + kDepth - 1) / kDepth;
+  {
+    [[maybe_unused]] const typename Words::Scope scope;
+    for (int64_t s = 0; s < args.x.shape[0]; ++s)
+      for (int64_t w0 = 0; w0 < all; w0 += round_words) {
+        const int64_t words = std::min(round_words, all - w0);
+        const int64_t chunks = (words + kDepth - 1) / kDepth;
 #pragma omp for schedule(dynamic)
-      for (int64_t q = 0; q < chunks * part.panels(); ++q) {
-        const int64_t k = q / part.panels() * kDepth, i = q % part.panels();
-        const int64_t depth = std::min(kDepth, tokens - k);
-        float* panel = part.packed + q * kPanelFloats;
-        if (i < part.rows)
-          pack_panel(sequence<T>(args.g, s), t0 + k, depth, (part.r0 + i) * kPanel, panel);
-        else
-          pack_panel(sequence<T>(args.x, s), t0 + k, depth, (part.c0 + i - part.rows) * kPanel,
-                     panel);
-      }
+        for (int64_t q = 0; q < chunks * part.panels(); ++q) {
+          const int64_t k = q / part.panels() * kDepth, i = q % part.panels();
+          const int64_t t0 = (w0 + k) * Words::kNumbers;
+          const int64_t tokens = std::min(kDepth * Words::kNumbers, all_tokens - t0);
+          float* panel = part.packed + q * kPanelFloats;
+          if (i >= part.rows)
+            Words::pack(sequence<T>(args.x, s), t0, tokens, (part.c0 + i - part.rows) * kPanel,
+                        panel);
+          else if constexpr (Words::kOneForm)
+            Words::pack(sequence<T>(args.g, s), t0, tokens, (part.r0 + i) * kPanel, panel);
+          else
+            Words::pack_left(sequence<T>(args.g, s), t0, tokens, (part.r0 + i) * kPanel, panel);
+        }
 #pragma omp for schedule(dynamic)
-      for (int64_t item = 0; item < items; ++item) {
-        const int64_t i = item / across * side, j = item % across * side;
-        multiply_item(args, part, tokens, i, std::min(part.rows, i + side), j,
-                      std::min(part.columns, j + side), t0 == 0, t0 + tokens == all_tokens);
+        for (int64_t item = 0; item < items; ++item) {
+          const int64_t i = item / across * side, j = item % across * side;
+          multiply_item<Words>(args, part, words, i, std::min(part.rows, i + side), j,
+                               std::min(part.columns, j + side), w0 == 0, w0 + words == all);
+        }
       }
-    }
+  }
 }
 
 // Panels of a part along a side of `panels`: equal parts, none over kPartPanels.
@@ -144,12 +153,21 @@ void fisher_accumulate(const FisherAccumulateArgs& args) {
   const FloatBuffer sums = float_buffer(side_r * side_c * kBlockFloats);
   with_float_type(args.x.dtype, [&](auto* tag) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(tag)>>;
-    for (int64_t r = 0; r < rows; r += side_r)
-      for (int64_t c = 0; c < columns; c += side_c)
-        accumulate_part<T>(args,
-                           {r, std::min(side_r, rows - r), c, std::min(side_c, columns - c),
-                            sums.get(), packed.get()},
-                           chunks * kDepth);
+    const auto run = [&](auto words) {
+      for (int64_t r = 0; r < rows; r += side_r)
+        for (int64_t c = 0; c < columns; c += side_c)
+          accumulate_part<T, decltype(words)>(
+              args,
+              {r, std::min(side_r, rows - r), c, std::min(side_c, columns - c), sums.get(),
+               packed.get()},
+              chunks * kDepth);
+    };
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<T, bf16>)
+      if (current_isa() >= Isa::avx512_bf16)
+        return current_isa() >= Isa::avx512_amx ? run(AmxWords()) : run(PairWords());
+#endif
+    run(FloatWords());
   });
 }
 

@@ -1,8 +1,10 @@
 // The register tile that gram, fisher_accumulate and the trailing updates of the OBS solves share:
 // products of packed panels, C[M, N] += A^T B, with A and B packed alike.
 //
-// A panel holds kPanel columns of an operand for up to kDepth values of the contracted index k,
-// k-major: element (k, c) at panel[k * kPanel + c], columns past the operand's edge zero.
+// A panel holds kPanel columns of an operand for up to kDepth words of the contracted index k,
+// k-major: word (k, c) at panel[k * kPanel + c], columns past the operand's edge zero. A word is a
+// number in fp32, or two neighbouring ones along k in bf16, of which one instruction adds up both
+// products (FloatWords, PairWords).
 //
 //        b panel   kPanel = 3 vectors wide            panel_product(a, b, depth, m, n, store)
 //        +-----------------+                          computes the m x n block, m, n <= kPanel,
@@ -21,10 +23,14 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 
+#include "cpu/amx.h"
 #include "cpu/simd.h"
+#include "cpu/strip.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -50,9 +56,15 @@ constexpr int kAhead = 8;
 
 // Chunks of `panels` packed panels each that are held at a time, a round: 1 MB, so that a core's
 // second-level cache keeps them; for many panels one chunk.
-inline int64_t round_chunks(int64_t panels, int64_t tokens) {
+inline int64_t round_chunks(int64_t panels, int64_t words) {
   const int64_t cached = (int64_t{1} << 18) / (panels * kPanelFloats);
-  return std::min(std::max<int64_t>(cached, 1), (tokens + kDepth - 1) / kDepth);
+  return std::min(std::max<int64_t>(cached, 1), (words + kDepth - 1) / kDepth);
+}
+
+// Words that hold `count` numbers along the contracted index.
+template <class Words>
+int64_t words_of(int64_t count) {
+  return (count + Words::kNumbers - 1) / Words::kNumbers;
 }
 
 inline int64_t panels_of(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
@@ -119,9 +131,98 @@ inline void pack_panel_transposed(const float* a, int64_t stride, int64_t column
   }
 }
 
+// Numbers as fp32, one a word. A Scope is what a thread that multiplies holds.
+struct FloatWords {
+  struct Scope {};
+  static constexpr int64_t kNumbers = 1;
+  static constexpr bool kOneForm = true;  // of A's panels and B's
+  static Vec product(Vec a, Vec b, Vec sum) { return Vec::fma(a, b, sum); }
+  template <class T>
+  static void pack(const RowSource<T>& src, int64_t k0, int64_t count, int64_t c0, float* panel) {
+    pack_panel(src, k0, count, c0, panel);
+  }
+};
+
+#if defined(__AVX512F__)
+
+// bf16 as it is, two rows a word: twice the products an instruction, for processors with
+// AVX512_BF16 (assembly because this file is compiled for the common subset). Their products are
+// exact in fp32; subnormal numbers (below 1.2e-38) are taken for zero.
+struct PairWords {
+  struct Scope {};
+  static constexpr int64_t kNumbers = 2;
+  static constexpr bool kOneForm = true;
+  static Vec product(Vec a, Vec b, Vec sum) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
+    return sum;
+  }
+  static void pack(const RowSource<bf16>& src, int64_t k0, int64_t count, int64_t c0,
+                   float* panel) {
+    const int64_t width = std::clamp<int64_t>(src.columns - c0, 0, kPanel);
+    const bool ones = src.ones_column && c0 <= src.columns && src.columns < c0 + kPanel;
+    const auto row = [&](int64_t k) {
+      return src.data + (src.rows ? src.rows[k0 + k] : k0 + k) * src.row_stride + c0;
+    };
+    for (int64_t k = 0; k < count; k += 2, panel += kPanel) {
+      const bool second = k + 1 < count;
+      const bf16 *even = row(k), *odd = second ? row(k + 1) : even;
+      for (int c = 0; c < kPanel; c += 32) {
+        __builtin_prefetch(even + kAhead * src.row_stride + c);
+        __builtin_prefetch(odd + kAhead * src.row_stride + c);
+      }
+      for (int v = 0; v < kPanelVecs; ++v) {
+        const int64_t left = std::clamp<int64_t>(width - 16 * v, 0, 16);
+        const auto columns = static_cast<__mmask16>((1u << left) - 1);
+        const auto take = [&](const bf16* p, bool there) {
+          const __mmask16 lanes = there ? columns : __mmask16{0};
+          return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, p + 16 * v));
+        };
+        const __m512i high = _mm512_slli_epi32(take(odd, second), 16);
+        _mm512_store_si512(panel + 16 * v, _mm512_or_si512(take(even, true), high));
+      }
+      if (ones) {
+        constexpr uint32_t kOne = 0x3f80;
+        const uint32_t word = second ? kOne << 16 | kOne : kOne;
+        std::memcpy(panel + src.columns - c0, &word, 4);
+      }
+    }
+  }
+};
+
+// The same for AMX. B's panels are as above, up to a multiple of 16 words; A's go 16 words at a
+// time, column by column: [words / 16][kPanel][16].
+struct AmxWords {
+  struct Scope {
+    AmxTiles tiles{true};
+  };
+  static constexpr int64_t kNumbers = PairWords::kNumbers;
+  static constexpr bool kOneForm = false;
+  static constexpr int64_t kStepNumbers = kAmxWords * kNumbers;
+  static_assert(kPanel == 3 * kAmxWords && kDepth % kAmxWords == 0);
+
+  static int64_t padded(int64_t words) { return (words + kAmxWords - 1) / kAmxWords * kAmxWords; }
+  static void pack(const RowSource<bf16>& src, int64_t k0, int64_t count, int64_t c0,
+                   float* panel) {
+    const int64_t words = (count + kNumbers - 1) / kNumbers;
+    PairWords::pack(src, k0, count, c0, panel);
+    std::fill(panel + words * kPanel, panel + padded(words) * kPanel, 0.0f);
+  }
+  static void pack_left(const RowSource<bf16>& src, int64_t k0, int64_t count, int64_t c0,
+                        float* panel) {
+    alignas(64) float step[kAmxWords * kPanel];
+    for (int64_t k = 0; k < count; k += kStepNumbers, panel += kAmxWords * kPanel) {
+      pack(src, k0 + k, std::min(kStepNumbers, count - k), c0, step);
+      for (int c = 0; c < kPanel; c += kAmxWords)
+        transpose_tile(step + c, kPanel, panel + c * kAmxWords, kAmxWords);
+    }
+  }
+};
+
+#endif
+
 // One strip: kStrip rows of A^T times kVecs vectors of B's panel. On the way the strip fetches its
 // share of `next`, the panel of A that usually follows, into the second-level cache.
-template <int kVecs>
+template <class Words, int kVecs>
 inline void strip_product(const float* __restrict a, const float* __restrict b, const float* next,
                           int64_t depth, Vec (&sum)[kStrip][kVecs]) {
   // Not in `sum` itself: callers may address it, and GCC then stores vectors of two registers
@@ -143,7 +244,7 @@ inline void strip_product(const float* __restrict a, const float* __restrict b, 
     for (int i = 0; i < kStrip; ++i) {
       const Vec av = Vec::set1(a[i]);
 #pragma GCC unroll 3
-      for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec::fma(av, bv[v], acc[i][v]);
+      for (int v = 0; v < kVecs; ++v) acc[i][v] = Words::product(av, bv[v], acc[i][v]);
     }
   }
 #pragma GCC unroll 8
@@ -155,12 +256,12 @@ inline void strip_product(const float* __restrict a, const float* __restrict b, 
 // Rows [row, row + kStrip) of a block and the kVecs vectors of columns that start at `column`; what
 // lies outside `m` x `n` is zero and must not be written.
 // Not inlined: the compiler then gives the loop all registers whatever surrounds the call.
-template <int kVecs, class Store>
+template <class Words, int kVecs, class Store>
 [[gnu::noinline]] void strip_block(const float* a, const float* b, int64_t depth, int row,
                                    int column, int m, int n, const Store& store) {
   Vec sum[kStrip][kVecs];
   for (int i = 0; i < std::min(kStrip, m - row); ++i) store.prefetch(row + i, column);
-  strip_product<kVecs>(a + row, b + column, a + kPanelFloats + row * depth, depth, sum);
+  strip_product<Words, kVecs>(a + row, b + column, a + kPanelFloats + row * depth, depth, sum);
   if (row + kStrip <= m && column + kVecs * Vec::kLanes <= n) {
 #pragma GCC unroll 8
     for (int i = 0; i < kStrip; ++i)
@@ -176,23 +277,60 @@ template <int kVecs, class Store>
     }
 }
 
-// The m x n block A^T B of two packed panels. `upper`: only what the upper triangle needs (row <=
-// column), plus the part of a vector or strip that crosses the diagonal.
-//   store(int row, int column, int lanes, Vec value): value's first `lanes` belong to the block at
-//   (row, column ..).
-template <class Store>
-inline void panel_product(const float* a, const float* b, int64_t depth, int m, int n, bool upper,
-                          const Store& store) {
+// panel_product() strip by strip.
+template <class Words, class Store>
+inline void panel_by_strips(const float* a, const float* b, int64_t depth, int m, int n, bool upper,
+                            const Store& store) {
   const int last = (n + Vec::kLanes - 1) / Vec::kLanes;  // vectors that hold any column
   for (int row = 0; row < m; row += kStrip) {
     const int first = upper ? row / Vec::kLanes : 0, column = first * Vec::kLanes;
     if (last - first >= 3)
-      strip_block<3>(a, b, depth, row, column, m, n, store);
+      strip_block<Words, 3>(a, b, depth, row, column, m, n, store);
     else if (last - first == 2)
-      strip_block<2>(a, b, depth, row, column, m, n, store);
+      strip_block<Words, 2>(a, b, depth, row, column, m, n, store);
     else if (last - first == 1)
-      strip_block<1>(a, b, depth, row, column, m, n, store);
+      strip_block<Words, 1>(a, b, depth, row, column, m, n, store);
   }
+}
+
+#if defined(__AVX512F__)
+
+// panel_product() by AMX, which has a form of its own for A's panels.
+template <class Store>
+inline void panel_by_amx(const float* a, const float* b, int64_t depth, int m, int n, bool upper,
+                         const Store& store) {
+  alignas(64) float sums[kPanel * kPanel] = {};
+  const int64_t words = AmxWords::padded(depth);
+  const auto block = [&](auto vectors, int column) {
+    amx_block<3, decltype(vectors)::value>(a, kAmxWords, kAmxWords * kPanel, b + column, kPanel,
+                                           words, sums + column, kPanel, [] {});
+  };
+  for (int row = 0; row < m; ++row) store.prefetch(row, 0);
+  if (n > kAmxWords)
+    block(std::integral_constant<int, 2>(), 0);
+  else
+    block(std::integral_constant<int, 1>(), 0);
+  if (n > 2 * kAmxWords) block(std::integral_constant<int, 1>(), 2 * kAmxWords);
+  for (int row = 0; row < m; ++row)
+    for (int column = upper ? row / Vec::kLanes * Vec::kLanes : 0; column < n;
+         column += Vec::kLanes)
+      store(row, column, std::min(Vec::kLanes, n - column),
+            Vec::load(sums + row * kPanel + column));
+}
+
+#endif
+
+// The m x n block A^T B of two packed panels. `upper`: only what the upper triangle needs (row <=
+// column), plus the part of a vector or strip that crosses the diagonal.
+//   store(int row, int column, int lanes, Vec value): value's first `lanes` belong to the block at
+//   (row, column ..).
+template <class Words, class Store>
+inline void panel_product(const float* a, const float* b, int64_t depth, int m, int n, bool upper,
+                          const Store& store) {
+  if constexpr (Words::kOneForm) panel_by_strips<Words>(a, b, depth, m, n, upper, store);
+#if defined(__AVX512F__)
+  if constexpr (!Words::kOneForm) panel_by_amx(a, b, depth, m, n, upper, store);
+#endif
 }
 
 // The lines of one row of a block, fetched for writing while its strip is being computed.

@@ -1,6 +1,7 @@
 #include "cpu/gram.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/gemm_tile.h"
 
@@ -43,19 +44,21 @@ inline int64_t panel_offset(int64_t chunk, int64_t panels, int64_t i) {
   return (chunk * panels + i) * kPanelFloats;
 }
 
-// The blocks of the upper triangle among panels [i0, i1) x [j0, j1), over `tokens` packed tokens.
-void multiply_item(const Problem& p, const float* a, const float* b, int64_t tokens, int64_t i0,
+// The blocks of the upper triangle among panels [i0, i1) x [j0, j1), over `words` packed words of
+// tokens.
+template <class Words>
+void multiply_item(const Problem& p, const float* a, const float* b, int64_t words, int64_t i0,
                    int64_t i1, int64_t j0, int64_t j1, bool last_round) {
   const int64_t panels = panels_of(p.n);
-  for (int64_t k = 0; k < tokens; k += kDepth)
+  for (int64_t k = 0; k < words; k += kDepth)
     for (int64_t j = j0; j < j1; ++j)
       for (int64_t i = i0; i < std::min(i1, j + 1); ++i) {
         const int64_t r0 = i * kPanel, c0 = j * kPanel;
-        panel_product(a + panel_offset(k / kDepth, panels, i),
-                      b + panel_offset(k / kDepth, panels, j), std::min(kDepth, tokens - k),
-                      static_cast<int>(std::min<int64_t>(kPanel, p.n - r0)),
-                      static_cast<int>(std::min<int64_t>(kPanel, p.n - c0)), i == j,
-                      AddTo{p.out + r0 * p.n + c0, p.n});
+        panel_product<Words>(a + panel_offset(k / kDepth, panels, i),
+                             b + panel_offset(k / kDepth, panels, j), std::min(kDepth, words - k),
+                             static_cast<int>(std::min<int64_t>(kPanel, p.n - r0)),
+                             static_cast<int>(std::min<int64_t>(kPanel, p.n - c0)), i == j,
+                             AddTo{p.out + r0 * p.n + c0, p.n});
       }
   if (!last_round) return;
   for (int64_t j = j0; j < j1; ++j)
@@ -74,31 +77,40 @@ void locate_item(int64_t item, int64_t side, int64_t* row, int64_t* column) {
 // Round by round of tokens: all threads pack, then share out the items of the upper triangle. An
 // item is one thread's within a round and its chunks follow in order, so the result does not
 // depend on how items are shared out.
-template <class T>
+template <class Words, class T>
 void accumulate(const Problem& p, const T* x, int64_t row_stride, int64_t columns,
-                int64_t round_tokens, float* packed, float* packed_weighted, int threads) {
+                int64_t round_words, float* packed, float* packed_left, int threads) {
   const int64_t panels = panels_of(p.n), side = item_side(panels, threads);
   const int64_t item_rows = (panels + side - 1) / side;
   const RowSource<T> plain{x, row_stride, p.rows, nullptr, columns, p.n > columns};
   const RowSource<T> weighted{x, row_stride, p.rows, p.weight, columns, p.n > columns};
-  const float* a = p.weight ? packed_weighted : packed;
+  const bool one_form = Words::kOneForm && !p.weight;
+  const float* a = one_form ? packed : packed_left;
+  const int64_t all = words_of<Words>(p.tokens);
 #pragma omp parallel num_threads(threads)
-  for (int64_t t0 = 0; t0 < p.tokens; t0 += round_tokens) {
-    const int64_t tokens = std::min(round_tokens, p.tokens - t0);
-    const int64_t chunks = (tokens + kDepth - 1) / kDepth;
+  {
+    [[maybe_unused]] const typename Words::Scope scope;
+    for (int64_t w0 = 0; w0 < all; w0 += round_words) {
+      const int64_t words = std::min(round_words, all - w0);
+      const int64_t chunks = (words + kDepth - 1) / kDepth;
 #pragma omp for schedule(dynamic)
-    for (int64_t q = 0; q < chunks * panels; ++q) {
-      const int64_t k = q / panels * kDepth, c = q % panels * kPanel;
-      const int64_t depth = std::min(kDepth, tokens - k);
-      pack_panel(plain, t0 + k, depth, c, packed + q * kPanelFloats);
-      if (p.weight) pack_panel(weighted, t0 + k, depth, c, packed_weighted + q * kPanelFloats);
-    }
+      for (int64_t q = 0; q < chunks * panels; ++q) {
+        const int64_t k = q / panels * kDepth, c = q % panels * kPanel;
+        const int64_t t0 = (w0 + k) * Words::kNumbers;
+        const int64_t tokens = std::min(kDepth * Words::kNumbers, p.tokens - t0);
+        Words::pack(plain, t0, tokens, c, packed + q * kPanelFloats);
+        if constexpr (!Words::kOneForm)
+          Words::pack_left(plain, t0, tokens, c, packed_left + q * kPanelFloats);
+        else if (p.weight)
+          pack_panel(weighted, t0, tokens, c, packed_left + q * kPanelFloats);
+      }
 #pragma omp for schedule(dynamic)
-    for (int64_t item = 0; item < item_rows * (item_rows + 1) / 2; ++item) {
-      int64_t i, j;
-      locate_item(item, item_rows, &i, &j);
-      multiply_item(p, a, packed, tokens, i * side, std::min(panels, (i + 1) * side), j * side,
-                    std::min(panels, (j + 1) * side), t0 + tokens == p.tokens);
+      for (int64_t item = 0; item < item_rows * (item_rows + 1) / 2; ++item) {
+        int64_t i, j;
+        locate_item(item, item_rows, &i, &j);
+        multiply_item<Words>(p, a, packed, words, i * side, std::min(panels, (i + 1) * side),
+                             j * side, std::min(panels, (j + 1) * side), w0 + words == all);
+      }
     }
   }
 }
@@ -124,7 +136,8 @@ void gram(const GramArgs& args) {
   const int64_t chunks = round_chunks(panels_of(n), tokens);
   const int64_t buffer = chunks * panels_of(n) * kPanelFloats;
   const FloatBuffer packed = float_buffer(buffer);
-  const FloatBuffer packed_weighted = float_buffer(args.weight ? buffer : 0);
+  const bool amx = args.x.dtype == DType::bf16 && current_isa() >= Isa::avx512_amx;
+  const FloatBuffer packed_left = float_buffer(args.weight || amx ? buffer : 0);
   const std::unique_ptr<int64_t[]> rows(args.weight ? new int64_t[tokens] : nullptr);
   with_float_type(args.x.dtype, [&](auto* tag) {
     using T = std::remove_cv_t<std::remove_pointer_t<decltype(tag)>>;
@@ -136,8 +149,19 @@ void gram(const GramArgs& args) {
         p.tokens = kept_tokens(weight, tokens, rows.get(), &uneven);
         p.weight = uneven ? weight : nullptr;
       }
-      accumulate<T>(p, args.x.ptr<T>() + b * args.x.stride[0], args.x.stride[1], columns,
-                    chunks * kDepth, packed.get(), packed_weighted.get(), args.threads);
+      const auto run = [&](auto words) {
+        accumulate<decltype(words)>(p, args.x.ptr<T>() + b * args.x.stride[0], args.x.stride[1],
+                                    columns, chunks * kDepth, packed.get(), packed_left.get(),
+                                    args.threads);
+      };
+#if defined(__AVX512F__)
+      if constexpr (std::is_same_v<T, bf16>)
+        if (!p.weight && current_isa() >= Isa::avx512_bf16) {
+          amx ? run(AmxWords()) : run(PairWords());
+          continue;
+        }
+#endif
+      run(FloatWords());
     }
   });
 }

@@ -107,7 +107,8 @@ class Quadratic {
   void add_block(const float* h, const float* w, int64_t depth, int width, int64_t i0, int64_t rows,
                  const float* columns, double times) {
     alignas(64) float sum[kPanel] = {};
-    panel_product(h, w, depth, width, static_cast<int>(rows), false, Contract{columns, sum});
+    panel_product<FloatWords>(h, w, depth, width, static_cast<int>(rows), false,
+                              Contract{columns, sum});
     for (int64_t r = 0; r < rows; ++r) out_[i0 + r] += times * sum[r];
   }
 };

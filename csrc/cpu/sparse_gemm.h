@@ -254,8 +254,8 @@ inline void multiply_tile_amx(const float* tile, const float* packed, int64_t ro
     ++part;
   };
   const auto block = [&](auto r, auto v, const float* x, float* out) {
-    amx_block<decltype(r)::value, decltype(v)::value>(tile, kTileStride, x, kPanelTokens, depth,
-                                                      out, stride, fetch);
+    amx_block<decltype(r)::value, decltype(v)::value>(tile, kTileStride, kAmxWords, x, kPanelTokens,
+                                                      depth, out, stride, fetch);
   };
   const auto blocks = [&](auto v, const float* x, float* out) {
     if (rows == 3 * kAmxRows)

@@ -75,8 +75,9 @@ def gram(
     """Gram matrix of the columns, accumulated: `out += X^T diag(weight) X`.
 
     Only one triangle is computed, half the work of a matrix product; both are stored. Products of
-    16-bit inputs are exact and sums are fp32. The result is exactly symmetric, and the same for
-    any number of threads.
+    16-bit inputs are exact and sums are fp32. Where the processor multiplies bf16 natively it does
+    (without weights, or with ones and zeros) and takes subnormal numbers, below 1.2e-38, for zero.
+    The result is exactly symmetric, and the same for any number of threads.
 
     Args:
         x: activations `[T, C]` (rows are tokens) or a stack `[B, T, C]`; bf16, fp16, fp32 or

@@ -52,6 +52,24 @@ def tell(row: dict) -> None:
     sys.stdout.write(json.dumps(row) + "\n")
 
 
+def sums(gen):
+    """Gram matrices and gradient magnitudes: case, what is given, what it should be (fp64)."""
+    # Tokens that end within a word, a step of 32 tokens and a panel's depth of 1,024; columns that
+    # leave tiles and panels of 48 in part empty, the column of ones alone in a new panel.
+    for tokens, columns in [(1, 1), (33, 17), (64, 48), (1061, 100), (2100, 70)]:
+        x = torch.randn(tokens, columns, generator=gen).bfloat16()
+        g = torch.randn(2, tokens, 51, generator=gen).bfloat16()
+        kept = (torch.rand(tokens, generator=gen) < 0.7).float()
+        wide = torch.cat([x, torch.ones(tokens, 1)], dim=1).double()
+        yield "gram", (tokens, columns), ops.gram(x), wide[:, :-1].mT @ wide[:, :-1]
+        want = (wide * kept[:, None]).mT @ wide
+        yield "gram", (tokens, columns), ops.gram(x, weight=kept, ones_column=True), want
+        acc = torch.zeros(51, columns)
+        ops.fisher_accumulate(acc, g, torch.stack([x, x.flip(0)]))
+        want = (g.double().mT @ torch.stack([x, x.flip(0)]).double()).abs().sum(0)
+        yield "fisher_accumulate", (tokens, columns), acc, want
+
+
 def main() -> None:
     module = _native.MODULE
     library = None if sys.argv[1] == "-" else ctypes.CDLL(sys.argv[1])
@@ -82,6 +100,14 @@ def main() -> None:
                 "error": float(((y.double() - want).abs() / bound).max()),
                 "products": library.products_made() - before if library else None,
             })  # fmt: skip
+    before = library.products_made() if library else 0
+    for op, shape, got, want in sums(gen):
+        tell({
+            "op": op, "shape": shape,
+            "error": float((got.double() - want).abs().max() / (4e-6 * want.abs().max() + 1e-30)),
+            "products": library.products_made() - before if library else None,
+        })  # fmt: skip
+        before = library.products_made() if library else 0
     if library is not None:
         tell({
             "configurations": library.configurations_made(),

@@ -1,4 +1,4 @@
-"""Products by AMX's tiles: on a processor that has them, or with its instructions emulated."""
+"""bf16 products and sums by AMX, where the processor has it or with its instructions emulated."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def rows(library):
 
 
 def test_products_are_right(rows):
-    cases = [r for r in rows if "error" in r]
+    cases = [r for r in rows if "tokens" in r]
     assert Counter((r["format"], r["int8"]) for r in cases).keys() == {
         (f, i) for f in ("dense", "sparse24", "bitmap") for i in (False, True)
     }
@@ -65,10 +65,18 @@ def test_tiles_are_used_from_nine_rows_on(rows, library):
     if library == "-":
         pytest.skip("a processor does not count its instructions")
     for r in rows:
-        if "error" not in r:
+        if "tokens" not in r:
             continue
         compressed = r["int8"] and r["format"] != "dense"
         assert (r["products"] > 0) == (r["tokens"] > (16 if compressed else 8)), r
+
+
+def test_sums_are_right(rows, library):
+    cases = [r for r in rows if "op" in r]
+    assert {r["op"] for r in cases} == {"gram", "fisher_accumulate"}
+    wrong = [r for r in cases if not r["error"] <= 1]
+    assert not wrong, wrong
+    assert library == "-" or all(r["products"] > 0 for r in cases)
 
 
 def test_tiles_are_given_back(rows, library):
