@@ -17,7 +17,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace pyprune;
   m.doc() = "pyprune's native kernels. Call them through pyprune.ops.";
   m.def("isa", [] {
-    static const char* names[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+    static const char* names[] = {"portable", "avx2", "avx512", "avx512_bf16", "neon_bf16"};
     return std::string(names[static_cast<int>(current_isa())]);
   });
   m.def("set_isa", [](const std::string& name) {
@@ -30,13 +30,14 @@ PYBIND11_MODULE(_C, m) {
       isa = Isa::avx512;
     else if (name == "avx512_bf16")
       isa = Isa::avx512_bf16;
+    else if (name == "neon_bf16")
+      isa = Isa::neon_bf16;
     else if (name == "best")
       isa = best_isa();
     else
-      throw std::invalid_argument("expected portable, avx2, avx512, avx512_bf16 or best, got " +
-                                  name);
-    require(static_cast<int>(isa) <= static_cast<int>(best_isa()),
-            "this processor does not have " + name);
+      throw std::invalid_argument(
+          "expected portable, avx2, avx512, avx512_bf16, neon_bf16 or best, got " + name);
+    require(includes(best_isa(), isa), "this processor does not have " + name);
     isa_slot().store(static_cast<int>(isa));
   });
 #ifdef PYPRUNE_WITH_CUDA

@@ -3,7 +3,8 @@
 // PYPRUNE_CPU_KERNEL(name, Args) declares name(const Args&) in the three instruction-set namespaces
 // and defines the dispatcher pyprune::name. The kernel's source is compiled once per set with
 // PYPRUNE_ISA naming the namespace to define it in. avx512_bf16 (AVX-512 with BF16, VBMI, VBMI2 and
-// VPOPCNTDQ) has no namespace of its own: the AVX-512 kernels that use it ask current_isa().
+// VPOPCNTDQ) has no namespace of its own: the AVX-512 kernels that use it ask current_isa(). Nor
+// has neon_bf16: portable code for aarch64 asks.
 #pragma once
 
 #include <atomic>

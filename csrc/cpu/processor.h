@@ -1,4 +1,5 @@
-// Which of the kernels' instruction sets a processor runs, from what CPUID says of it.
+// Which of the kernels' instruction sets a processor runs, from what CPUID says of it; on aarch64
+// from what Linux says.
 //
 // A set is there only with every extension that its kernels are compiled with (CMakeLists.txt, the
 // `target` pragmas): processors and hypervisors leave out any one of them. Nor is an extension
@@ -9,11 +10,14 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__AARCH64EL__)
+#include <sys/auxv.h>
 #endif
 
 namespace pyprune {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3 };
+// x86's in rising order; each has what those before it have. aarch64 has the first and the last.
+enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, neon_bf16 = 4 };
 
 // The words that describe an x86 processor; all zero on others.
 struct CpuidWords {
@@ -91,9 +95,25 @@ inline CpuidWords read_cpuid() {
   return cpu;
 }
 
+// An aarch64 processor by its AT_HWCAP2, whose bit 14 is HWCAP2_BF16: `bfmmla` and its kin.
+inline Processor arm_processor_of(uint64_t hwcap2) {
+  constexpr uint64_t kBf16 = 1u << 14;
+  return {hwcap2 & kBf16 ? Isa::neon_bf16 : Isa::portable, false};
+}
+
 inline const Processor& processor() {
+#if defined(__AARCH64EL__)
+  static const Processor found = arm_processor_of(getauxval(AT_HWCAP2));
+#else
   static const Processor found = processor_of(read_cpuid());
+#endif
   return found;
+}
+
+// Whether a processor whose best set is `best` has `isa`.
+inline bool includes(Isa best, Isa isa) {
+  if (best == Isa::neon_bf16) return isa == Isa::portable || isa == best;
+  return isa <= best;
 }
 
 }  // namespace pyprune

@@ -7,6 +7,10 @@
 // kTileRows x kDepth words stays row major, as the decoder writes it. Accumulators are vectors of
 // tokens; every output is one chain of fused multiply-adds over the words, whatever the number of
 // threads.
+//
+// With NEON pairs of bf16 are multiplied in blocks (pairs_neon.h) of two rows by two tokens by two
+// words: two rows of a tile lie together, two words of one and two of the other, and so do tokens
+// in a panel, [words / 2][kPanelTokens][2].
 #pragma once
 
 #include <omp.h>
@@ -17,6 +21,9 @@
 #include "cpu/sparse_rows.h"
 #include "cpu/sparse_run.h"
 #include "huge_pages.h"
+#if defined(PYPRUNE_NEON)
+#include "cpu/pairs_neon.h"
+#endif
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -47,9 +54,16 @@ static_assert(kMaxTokens % kPanelTokens == 0, "whole panels");
 
 inline int64_t panels_of(int64_t tokens) { return (tokens + kPanelTokens - 1) / kPanelTokens; }
 
+// How a tile lies: where row r of it begins. kStep words are multiplied at a time.
+struct RowsApart {
+  static constexpr bool kBlocks = false;
+  static constexpr int64_t kStep = 1;
+  static float* row(float* tile, int64_t r) { return tile + r * kTileStride; }
+};
+
 // Weights and activations as floats, a column a word.
 template <class T>
-struct AsFloats {
+struct AsFloats : RowsApart {
   using Value = T;
   static constexpr bool kExpands = true;       // compressed rows too
   static constexpr int64_t kColumns = kDepth;  // of a tile
@@ -71,7 +85,7 @@ struct AsFloats {
 
 // bf16 weights and activations, two columns a word, for processors with AVX512_BF16 (assembly
 // because this file is compiled for the common subset).
-struct AsPairs {
+struct AsPairs : RowsApart {
   using Value = bf16;
   static constexpr bool kExpands = true;
   static constexpr int64_t kColumns = 2 * kDepth;
@@ -101,6 +115,68 @@ struct AsPairs {
       v += popcount(keep);
     }
     return v;
+  }
+};
+
+#elif defined(PYPRUNE_NEON)
+
+// bf16 activations and weights that are bf16 numbers, for processors with BF16.
+template <class T>
+struct AsBlocks {
+  using Value = T;
+  static constexpr bool kExpands = true;
+  static constexpr int64_t kColumns = 2 * kDepth;
+  static constexpr bool kBlocks = true, kPairs = false;
+  static constexpr int64_t kStep = 2;
+  static float* row(float* tile, int64_t r) { return tile + (r - r % 2) * kTileStride + r % 2 * 2; }
+  static void clear(float* row, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += 8) EightPairs{vdupq_n_u16(0)}.store(row + c);
+  }
+  static void pack(const bf16* x, int64_t c0, int64_t c1, int64_t t, float* panel) {
+    for (int64_t c = c0; c < c1; c += 4)
+      std::memcpy(panel + c / 2 * kPanelTokens + 2 * t, x + c,
+                  static_cast<size_t>(std::min<int64_t>(4, c1 - c)) * sizeof(bf16));
+  }
+  static void widen(const T* v, int64_t columns, float* row) {
+    int64_t c = 0;
+    for (; c + 8 <= columns; c += 8) EightPairs::load(v + c).store(row + c);
+    for (; c < mask_words(columns) * kMaskColumns; c += 8)
+      spread_columns<EightPairs>(v + c, columns - c, 0xff).store(row + c);
+  }
+  static const T* expand(const T* v, const T* end, const uint64_t* words, int64_t n, float* row) {
+    return expand_columns<EightPairs>(v, end, words, n, row);
+  }
+  template <int kRows, int kVectors>
+  static void rows_to_blocks(Vec (&sums)[kRows][kVectors]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; r += 2)
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) PYPRUNE_ISA::rows_to_blocks(sums[r][v], sums[r + 1][v]);
+  }
+  template <int kRows, int kVectors>
+  static void blocks_to_rows(Vec (&sums)[kRows][kVectors]) {
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; r += 2)
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) PYPRUNE_ISA::blocks_to_rows(sums[r][v], sums[r + 1][v]);
+  }
+  template <int kRows, int kVectors>
+  static void multiply(const float* w, const float* tokens, Vec (&sums)[kRows][kVectors]) {
+    const auto block = [](const float* p) { return vreinterpretq_u16_f32(vld1q_f32(p)); };
+    uint16x8_t rows[kRows / 2];
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows / 2; ++r) rows[r] = block(w + 2 * r * kTileStride);
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      const float* x = tokens + 16 * v;
+      const uint16x8_t x0 = block(x), x1 = block(x + 4), x2 = block(x + 8), x3 = block(x + 12);
+#pragma GCC unroll 12
+      for (int r = 0; r < kRows / 2; ++r) {
+        Vec &p = sums[2 * r][v], &q = sums[2 * r + 1][v];
+        p = {multiply_block(rows[r], x0, p.a), multiply_block(rows[r], x1, p.b)};
+        q = {multiply_block(rows[r], x2, q.a), multiply_block(rows[r], x3, q.b)};
+      }
+    }
   }
 };
 
@@ -164,32 +240,41 @@ inline void strip(const float* tile, const float* panel, int64_t depth, const ch
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v)
       acc[r][v] = Vec::load(sums + r * sums_stride + v * Vec::kLanes);
+  if constexpr (As::kBlocks) As::rows_to_blocks(acc);
   for (int64_t k0 = 0; k0 < depth; k0 += kLineFloats) {
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(tile + (kRows + r) * kTileStride + k0);
     for (int64_t line = k0 / kLineFloats; line < lines; line += depth / kLineFloats)
       for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + 64 * line, 0, 2);
-    for (int64_t k = k0; k < k0 + kLineFloats; ++k) {
+    for (int64_t k = k0; k < k0 + kLineFloats; k += As::kStep) {
       if (stream) stream->step();
       const float* tokens = panel + k * kPanelTokens;
-      Vec t[kVectors];
+      if constexpr (As::kBlocks) {
 #pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) {
-        __builtin_prefetch(tokens + kAhead * kPanelTokens + v * Vec::kLanes);
-        t[v] = Vec::load(tokens + v * Vec::kLanes);
-      }
+        for (int v = 0; v < kVectors; ++v)
+          __builtin_prefetch(tokens + kAhead * kPanelTokens + 2 * v * Vec::kLanes);
+        As::multiply(tile + 2 * k, tokens, acc);
+      } else {
+        Vec t[kVectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) {
+          __builtin_prefetch(tokens + kAhead * kPanelTokens + v * Vec::kLanes);
+          t[v] = Vec::load(tokens + v * Vec::kLanes);
+        }
 #pragma GCC unroll 24
-      for (int r = 0; r < kRows; ++r) {
-        const float* w = tile + r * kTileStride + k;
-        if constexpr (kVectors == 1) {
-          acc[r][0] = As::product(w, t[0], acc[r][0]);
-        } else {
-          const Vec all = Vec::set1(*w);
+        for (int r = 0; r < kRows; ++r) {
+          const float* w = tile + r * kTileStride + k;
+          if constexpr (kVectors == 1) {
+            acc[r][0] = As::product(w, t[0], acc[r][0]);
+          } else {
+            const Vec all = Vec::set1(*w);
 #pragma GCC unroll 3
-          for (int v = 0; v < kVectors; ++v) acc[r][v] = As::product(all, t[v], acc[r][v]);
+            for (int v = 0; v < kVectors; ++v) acc[r][v] = As::product(all, t[v], acc[r][v]);
+          }
         }
       }
     }
   }
+  if constexpr (As::kBlocks) As::blocks_to_rows(acc);
 #pragma GCC unroll 24
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
@@ -233,10 +318,13 @@ void decode_tile(const Weights& w, Cursor<typename As::Value>* cursors, int64_t 
   using T = typename As::Value;
   const T* end = static_cast<const T*>(w.values) + w.nnz;
   for (int64_t r = 0; r < rows; ++r) {
-    float* row = tile + r * kTileStride;
+    float* row = As::row(tile, r);
     const int64_t columns = (i1 - i0) * kMaskColumns;
     if (r >= count) {
-      std::fill(row, row + tile_depth<As>(columns), 0.0f);
+      if constexpr (As::kBlocks)
+        As::clear(row, columns);
+      else
+        std::fill(row, row + tile_depth<As>(columns), 0.0f);
     } else if constexpr (kDense) {
       As::widen(cursors[r].take(columns), std::min(columns, w.cols - i0 * kMaskColumns), row);
     } else {
@@ -253,7 +341,7 @@ constexpr int64_t kStreamedBytes = 384 * 1024;
 template <class As>
 bool streams(const Weights& w) {
   constexpr int64_t kBytes = sizeof(typename As::Value);
-  return As::kPairs && w.format == WeightFormat::bitmap &&
+  return (As::kPairs || As::kBlocks) && w.format == WeightFormat::bitmap &&
          kTileRows / 2 * w.nnz * kBytes / w.rows <= kStreamedBytes;
 }
 
@@ -284,7 +372,8 @@ void plan_fetching(const Weights& w, int64_t r, int64_t rows, int64_t tokens, Ne
     };
     const int64_t strip_rows = kSums / ((tokens + Vec::kLanes - 1) / Vec::kLanes);
     next.lines = 0;
-    next.stream.plan(row_at(r), row_at(r + rows), depths * (rows / strip_rows) * kDepth);
+    next.stream.plan(row_at(r), row_at(r + rows),
+                     depths * (rows / strip_rows) * (kDepth / As::kStep));
   } else {
     // Rows of a bitmap differ in length: the mean and a line more.
     next.lines = w.nnz * kBytes / (w.rows * depths * 64) + 2;

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from pyprune import _native
 
-ALL = ("portable", "avx2", "avx512", "avx512_bf16")
+ALL = ("portable", "avx2", "avx512", "avx512_bf16", "neon_bf16")  # in the order of Isa
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 import pytest
 import torch
+from ops.isa import ALL
 
 from pyprune import ops
 from pyprune.ops import _registry, coded
 from pyprune.ops.sparse_linear import TRITON_ROWS
 
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+ISAS = ALL
 BACKENDS = list(_registry.IMPLS["linear_coded"])
 # Both sides of the switches from decoding in registers to decoding tiles.
 ROWS = [1, 2, 3, 4, 5, 8, 9, 11, 12, 17, 64]

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from ops.isa import ALL
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ALL
 CHILD = r"""
 import ctypes, mmap, sys
 import torch

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from ops.compressed import pack_24, pack_bitmap, random_24_mask
+from ops.isa import ALL
 
 from pyprune import ops
 from pyprune.ops import _registry, sparse_int8
@@ -16,7 +17,7 @@ from pyprune.ops.sparse_linear import TRITON_ROWS
 
 FORMATS = ["linear_24_int8", "linear_bitmap_int8", "linear_int8"]
 BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f]]
-ISAS = ["portable", "avx2", "avx512", "avx512_bf16"]
+ISAS = ALL
 # Both sides of the switches from widening in registers to widening tiles or blocks of rows.
 ROWS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 64]
 SHAPES = [(1, 8), (5, 72), (37, 200), (18, 1096)]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ops.compressed import pack_24, pack_bitmap, random_24_mask
-from ops.isa import AVAILABLE, restricted
+from ops.isa import ALL, AVAILABLE, restricted
 
 from pyprune import ops
 from pyprune.ops import _registry
@@ -80,7 +80,7 @@ def test_output_has_the_activations_dtype(fmt, provider, use_backend, x_dtype):
         assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ALL)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_instruction_set(isa, fmt, dtype, use_isa):
@@ -94,7 +94,7 @@ def test_every_instruction_set(isa, fmt, dtype, use_isa):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ALL)
 def test_widths_beyond_the_cached_piece_of_x(fmt, isa, use_isa):
     use_isa(isa)
     tensors, dense = weight(fmt, (19, 4168), torch.bfloat16)
@@ -108,7 +108,7 @@ def test_widths_beyond_the_cached_piece_of_x(fmt, isa, use_isa):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ALL)
 def test_chunks_passes_and_blocks_of_every_kind(fmt, isa, use_isa):
     """Rows of x that make one or two chunks of 16, several of 32 with and without a rest, and more
     than one sweep over W; more rows of W than a block has, none of them a multiple of anything."""
@@ -129,7 +129,7 @@ def test_outputs_of_several_megabytes(fmt):
     assert_product(getattr(ops, fmt)(x, *tensors), x, dense)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ALL)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_sums_are_rounded_once_and_to_even(fmt, isa, use_isa):
     """Whole numbers, so that sums in fp32 are exact and many lie between two bf16 numbers."""
@@ -146,7 +146,7 @@ def test_sums_are_rounded_once_and_to_even(fmt, isa, use_isa):
     assert (exact.bfloat16() != exact).any()
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ALL)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_what_is_not_finite_stays_in_its_row_of_x(fmt, isa, value, use_isa):
@@ -185,7 +185,7 @@ def test_dense_of_any_width(cols):
         assert_product(ops.linear_dense(x, *tensors), x, dense)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ALL)
 @pytest.mark.parametrize("m", [1, 8, 12, 64])
 def test_empty_full_and_zero_rows(isa, m, use_isa):
     use_isa(isa)
@@ -204,7 +204,7 @@ def test_empty_full_and_zero_rows(isa, m, use_isa):
     assert_product(ops.linear_bitmap(x, *pack_bitmap(w, everything)), x, w)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ALL)
 @pytest.mark.parametrize("density", [0.02, 0.5, 0.8, 1.0])
 def test_bitmap_tiles_of_any_density_and_width(density, isa, use_isa):
     """Whole tiles of rows and a rest; rows so long that half a tile is taken (9001 columns at 0.5)
@@ -284,7 +284,7 @@ def test_independent_of_thread_count(fmt):
             torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ALL)
 @pytest.mark.parametrize("m", [1, 40])
 def test_last_values_are_read_without_reaching_past_them(isa, m, use_isa):
     # NaN follows the last value: a load that reaches past it and is multiplied by zero would show.
@@ -295,7 +295,7 @@ def test_last_values_are_read_without_reaching_past_them(isa, m, use_isa):
     assert_product(ops.linear_bitmap(x, guarded, bitmap, offsets), x, dense)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ALL)
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_activations_of_any_magnitude(isa, fmt, use_isa):
     # One activation a row, stored by every row of W: the product is one multiplication.
@@ -338,7 +338,7 @@ def _tampered(name):
     return values, bitmap, offsets
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ALL)
 @pytest.mark.parametrize(
     "name",
     ["more bits than values", "bits past the last column", "offsets past the end",
@@ -385,7 +385,7 @@ def test_the_reference_refuses_what_kernels_do(int8):
                 ops.linear_bitmap(x, *packed)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", ALL)
 def test_offsets_whose_difference_overflows_are_refused(isa, use_isa):
     """Their difference, taken modulo 2^64, is the row's number of bits."""
     use_isa(isa)
@@ -401,7 +401,7 @@ def test_offsets_whose_difference_overflows_are_refused(isa, use_isa):
 def test_any_24_metadata_stays_inside_its_buffers(use_isa):
     values = torch.randn(6, 32)
     meta = torch.randint(0, 256, (6, 8), generator=torch.Generator().manual_seed(7))
-    for isa in ("portable", "avx2", "avx512", "avx512_bf16"):
+    for isa in ALL:
         use_isa(isa)
         for m, dtype in itertools.product((1, 8, 12, 40, 64), (torch.float32, torch.bfloat16)):
             x = torch.ones(m, 64, dtype=dtype)
