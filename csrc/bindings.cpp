@@ -18,8 +18,8 @@ namespace pyprune {
 }  // namespace pyprune
 
 // In the order of Isa.
-static constexpr std::string_view kIsaNames[] = {"portable", "avx2", "avx512", "avx512_bf16",
-                                                 "avx512_amx"};
+static constexpr std::string_view kIsaNames[] = {"portable",    "avx2",       "avx512",
+                                                 "avx512_bf16", "avx512_amx", "neon_bf16"};
 
 PYBIND11_MODULE(_C, m) {
   using namespace pyprune;
@@ -35,8 +35,9 @@ PYBIND11_MODULE(_C, m) {
           isa = static_cast<int>(best_isa());
         else if (found == std::end(kIsaNames))
           throw std::invalid_argument(
-              "expected portable, avx2, avx512, avx512_bf16, avx512_amx or best, got " + name);
-        require(emulated || isa <= static_cast<int>(best_isa()),
+              "expected portable, avx2, avx512, avx512_bf16, avx512_amx, neon_bf16 or best, got " +
+              name);
+        require(emulated || includes(best_isa(), static_cast<Isa>(isa)),
                 "this processor does not have " + name);
         isa_slot().store(isa);
       },

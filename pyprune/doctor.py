@@ -188,12 +188,15 @@ def _native_module() -> dict[str, Any]:
 
 
 def _instruction_set(isa: str) -> str:
-    """The set in use and, where that is the slowest, why no other is."""
+    """The set in use, what its name does not say and, where it is the slowest, why no other is."""
+    machine = platform.machine()
+    neon = f"with NEON, which is in the baseline of {machine}"
+    if isa == "neon_bf16":
+        return f"neon_bf16: portable {neon}, and bfmmla for bf16 products"
     if isa != "portable":
         return isa
-    machine = platform.machine()
     if machine in ("aarch64", "arm64"):
-        return f"portable, with NEON, which is in the baseline of {machine}"
+        return f"portable, {neon}; the processor lacks BF16"
     if machine != "x86_64":
         return f"portable, the only one for {machine}"
     return "portable: of AVX2, FMA, F16C, BMI, BMI2 and POPCNT the processor lacks one or more"

@@ -100,7 +100,8 @@ def test_doctor(capsys):
     ("isa", "machine", "says"),
     [
         ("avx2", "x86_64", "avx2"),
-        ("portable", "aarch64", "portable, with NEON"),
+        ("portable", "aarch64", "portable, with NEON, which is in the baseline of aarch64; the"),
+        ("neon_bf16", "aarch64", "neon_bf16: portable with NEON, which is in the baseline of aar"),
         ("portable", "riscv64", "portable, the only one for riscv64"),
         ("portable", "x86_64", "portable: of AVX2, FMA, F16C, BMI, BMI2 and POPCNT"),
     ],

@@ -4,7 +4,8 @@
 // and defines the dispatcher pyprune::name. The kernel's source is compiled once per set with
 // PYPRUNE_ISA naming the namespace to define it in. avx512_bf16 (AVX-512 with BF16, VBMI, VBMI2 and
 // VPOPCNTDQ) and avx512_amx (that with matrix tiles of bf16) have no namespaces of their own: the
-// AVX-512 kernels that use them ask current_isa().
+// AVX-512 kernels that use them ask current_isa(). Nor has neon_bf16: portable code for aarch64
+// asks.
 #pragma once
 
 #include <atomic>

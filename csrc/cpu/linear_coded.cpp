@@ -277,6 +277,19 @@ struct Floats {
 
 #endif
 
+#if defined(PYPRUNE_NEON)
+// W as bf16 for the tiles.
+struct TileBlocks : AsBlocks<bf16> {
+  using Value = LowByte;
+  static constexpr bool kExpands = false;
+  static void widen(Cursor<LowByte>& cursor, int64_t columns, float* row) {
+    alignas(64) bf16 decoded[kColumns];
+    cursor.decode(columns, decoded);
+    AsBlocks<bf16>::widen(decoded, mask_words(columns) * kMaskColumns, row);
+  }
+};
+#endif
+
 // W as floats for the tiles, in the order of their columns.
 struct TileFloats : AsFloats<float> {
   using Value = LowByte;
@@ -390,6 +403,9 @@ void linear_coded(const LinearCodedArgs& args) {
   if (current_isa() >= Isa::avx512_bf16) return run<Fused<bf16>, TilePairs, bf16>(args);
   return run<Fused<float>, TileFloats, bf16>(args);
 #else
+#if defined(PYPRUNE_NEON)
+  if (!floats && current_isa() == Isa::neon_bf16) return run<Floats, TileBlocks, bf16>(args);
+#endif
   return floats ? run<Floats, TileFloats, float>(args) : run<Floats, TileFloats, bf16>(args);
 #endif
 }

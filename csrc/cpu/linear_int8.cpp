@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cpu/int8_sums.h"
+#include "cpu/sparse_blocks.h"
 #include "cpu/sparse_gemm.h"
 #include "cpu/sparse_int8.h"
 #include "cpu/widen_int8.h"
@@ -287,6 +288,14 @@ void linear_int8(const SparseInt8Args& args) {
   if (args.linear.x.dtype == DType::f32) return run_int8<Floats, TileFloats, float>(args);
 #if defined(__AVX512F__)
   if (current_isa() >= Isa::avx512_bf16) return run_int8<Pairs, TilePairs, bf16>(args);
+#elif defined(PYPRUNE_NEON)
+  // One row takes fewer cycles as floats: the way to bf16 costs more than the products save.
+  if (current_isa() == Isa::neon_bf16 && args.linear.x.shape[0] > 1) {
+    SparseLinearArgs scaled = args.linear;
+    scaled.scales = args.scales.ptr<const float>();
+    std::atomic<int64_t> broken{-1};  // dense rows are never inconsistent
+    return run_blocks<int8_t>(scaled, Weights(scaled), &broken);
+  }
 #endif
   run_int8<Floats, TileFloats, bf16>(args);
 }

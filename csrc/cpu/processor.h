@@ -1,4 +1,5 @@
-// Which of the kernels' instruction sets a processor runs, from what CPUID says of it.
+// Which of the kernels' instruction sets a processor runs, from what CPUID says of it; on aarch64
+// from what Linux says.
 //
 // A set is there only with every extension that its kernels are compiled with (CMakeLists.txt, the
 // `target` pragmas): processors and hypervisors leave out any one of them. Nor is an extension
@@ -9,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__AARCH64EL__)
+#include <sys/auxv.h>
 #endif
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -17,7 +20,15 @@
 
 namespace pyprune {
 
-enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2, avx512_bf16 = 3, avx512_amx = 4 };
+// x86's in rising order; each has what those before it have. aarch64 has the first and the last.
+enum class Isa : int {
+  portable = 0,
+  avx2 = 1,
+  avx512 = 2,
+  avx512_bf16 = 3,
+  avx512_amx = 4,
+  neon_bf16 = 5
+};
 
 // The words that describe an x86 processor; all zero on others.
 struct CpuidWords {
@@ -111,13 +122,29 @@ inline bool may_use_tiles() {
 #endif
 }
 
+// An aarch64 processor by its AT_HWCAP2, whose bit 14 is HWCAP2_BF16: `bfmmla` and its kin.
+inline Processor arm_processor_of(uint64_t hwcap2) {
+  constexpr uint64_t kBf16 = 1u << 14;
+  return {hwcap2 & kBf16 ? Isa::neon_bf16 : Isa::portable, false};
+}
+
 inline const Processor& processor() {
+#if defined(__AARCH64EL__)
+  static const Processor found = arm_processor_of(getauxval(AT_HWCAP2));
+#else
   static const Processor found = [] {
     Processor best = processor_of(read_cpuid());
     if (best.best == Isa::avx512_amx && !may_use_tiles()) best.best = Isa::avx512_bf16;
     return best;
   }();
+#endif
   return found;
+}
+
+// Whether a processor whose best set is `best` has `isa`.
+inline bool includes(Isa best, Isa isa) {
+  if (best == Isa::neon_bf16) return isa == Isa::portable || isa == best;
+  return isa <= best;
 }
 
 }  // namespace pyprune

@@ -1,12 +1,7 @@
 // Many rows of x: W is decoded a tile at a time into a first-level cache's worth of floats, or of
-// pairs of bf16, and multiplied there as a matrix.
-//
-// Both are words of 32 bits: one column in fp32, or two neighbouring columns in bf16, which one
-// vdpbf16ps multiplies and adds. x is packed once: [words / kDepth][panels][kDepth][kPanelTokens],
-// tokens side by side, so that one broadcast word of W meets whole vectors of tokens. A tile of
-// kTileRows x kDepth words stays row major, as the decoder writes it. Accumulators are vectors of
-// tokens; every output is one chain of fused multiply-adds over the words, whatever the number of
-// threads.
+// pairs of bf16, and multiplied there as a matrix (tile_words.h has what both hold). Accumulators
+// are vectors of tokens; every output is one chain of fused multiply-adds over the words, whatever
+// the number of threads.
 #pragma once
 
 #include <omp.h>
@@ -15,130 +10,12 @@
 #include <atomic>
 
 #include "cpu/amx.h"
-#include "cpu/sparse_rows.h"
 #include "cpu/sparse_run.h"
+#include "cpu/tile_words.h"
 #include "huge_pages.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
-
-// Accumulators that leave room in the register file for a broadcast and the token vectors:
-// 24 of 32, 12 of 16; a Vec of NEON takes two registers, as does a portable one.
-#if defined(__AVX512F__)
-constexpr int kSums = 24;
-#elif defined(__AVX2__) || defined(PYPRUNE_NEON)
-constexpr int kSums = 12;
-#else
-constexpr int kSums = 6;
-#endif
-constexpr int kPanelVectors = 3;
-constexpr int kPanelTokens = kPanelVectors * Vec::kLanes;
-
-// Words of a tile's row: a panel of x is then 24 KB (AVX-512), three quarters of the smallest
-// first-level cache.
-constexpr int64_t kDepth = 128;
-constexpr int64_t kTileRows = 48;
-static_assert(kTileRows % kSums == 0, "whole strips, whatever the number of token vectors");
-// The same for AMX, whose tiles have 16 rows, where kTileRows is too much; half as many otherwise.
-constexpr int64_t kNarrowRows = kTileRows / 2, kNarrowAmxRows = 32;
-// Rows of a tile would otherwise start in the same few cache sets.
-constexpr int64_t kTileStride = kDepth + 16;
-
-// Rows of x that one sweep over W serves; bounds the packed copy of x and a tile's sums.
-constexpr int64_t kMaxTokens = 576;
-static_assert(kMaxTokens % kPanelTokens == 0, "whole panels");
-
-inline int64_t panels_of(int64_t tokens) { return (tokens + kPanelTokens - 1) / kPanelTokens; }
-
-// Weights and activations as floats, a column a word.
-template <class T>
-struct AsFloats {
-  using Value = T;
-  static constexpr bool kExpands = true;       // compressed rows too
-  static constexpr int64_t kColumns = kDepth;  // of a tile
-  static Vec product(Vec w, Vec x, Vec sum) { return Vec::fma(w, x, sum); }
-  static Vec product(const float* w, Vec x, Vec sum) { return Vec::fma(Vec::set1(*w), x, sum); }
-  static constexpr bool kBf16 = false;   // words are pairs of bf16
-  static constexpr bool kPairs = false;  // of neighbouring columns
-  // Columns [c0, c1) of token t.
-  template <class X>
-  static void pack(const X* x, int64_t c0, int64_t c1, int64_t t, float* panel) {
-    for (int64_t c = c0; c < c1; ++c) panel[column_place<T>(c) * kPanelTokens + t] = to_float(x[c]);
-  }
-  static void widen(const T* v, int64_t columns, float* row) { widen_columns(v, columns, row); }
-  static const T* expand(const T* v, const T* end, const uint64_t* words, int64_t n, float* row) {
-    return expand_columns(v, end, words, n, row);
-  }
-};
-
-#if defined(__AVX512F__)
-
-// bf16 weights and activations, two columns a word, for processors with AVX512_BF16 (assembly
-// because this file is compiled for the common subset).
-struct AsPairs {
-  using Value = bf16;
-  static constexpr bool kExpands = true;
-  static constexpr int64_t kColumns = 2 * kDepth;
-  static Vec product(Vec w, Vec x, Vec sum) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(w.v), "v"(x.v));
-    return sum;
-  }
-  // Broadcast by the product itself: a broadcast of its own takes another pipe, 1.34 cycles instead
-  // of 1.0 a product on Zen 4.
-  static Vec product(const float* w, Vec x, Vec sum) {
-    asm("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum.v) : "v"(x.v), "m"(*w));
-    return sum;
-  }
-  static constexpr bool kBf16 = true, kPairs = true;
-  static void widen(const bf16* v, int64_t columns, float* row) {
-    for (int64_t c = 0; c < mask_words(columns) * kMaskColumns; c += 32) {
-      const int64_t left = columns - c;
-      const uint32_t valid = left >= 32 ? ~0u : left > 0 ? (1u << left) - 1 : 0;
-      _mm512_storeu_si512(row + c / 2, _mm512_maskz_loadu_epi16(valid, v + c));
-    }
-  }
-  static const bf16* expand(const bf16* v, const bf16*, const uint64_t* words, int64_t n,
-                            float* row) {
-    for (int64_t i = 0; i < 2 * n; ++i) {
-      const uint32_t keep = static_cast<uint32_t>(words[i / 2] >> (32 * (i & 1)));
-      _mm512_storeu_si512(row + 16 * i, expand_words(keep, v));
-      v += popcount(keep);
-    }
-    return v;
-  }
-};
-
-#endif
-
-template <class As>
-int64_t depths_of(int64_t cols) {
-  return (cols + As::kColumns - 1) / As::kColumns;
-}
-
-// Words of a tile's row that hold `columns` of them: whole lines, as the decoders write them.
-template <class As>
-int64_t tile_depth(int64_t columns) {
-  return mask_words(columns) * kMaskColumns * kDepth / As::kColumns;
-}
-
-// Panel p of columns [k0, k0 + As::kColumns), zeros outside x.
-template <class As, class X>
-void pack_tokens(const X* x, int64_t stride, int64_t tokens, int64_t cols, int64_t k0, int64_t p,
-                 float* panel) {
-  const int64_t t0 = p * kPanelTokens, width = std::min<int64_t>(kPanelTokens, tokens - t0);
-  const int64_t depth = std::min(As::kColumns, cols - k0), words = tile_depth<As>(depth);
-  const X* first = x + t0 * stride + k0;
-  if constexpr (As::kPairs) {
-    pack_pairs(first, stride, width, depth, words, kPanelTokens, panel);
-  } else {
-    if (depth < As::kColumns || width < kPanelTokens)
-      std::fill(panel, panel + words * kPanelTokens, 0.0f);
-    // Sixteen columns of every token in turn: both sides then stay within few cache lines.
-    for (int64_t c0 = 0; c0 < depth; c0 += 16)
-      for (int64_t t = 0; t < width; ++t)
-        As::pack(first + t * stride, c0, std::min<int64_t>(depth, c0 + 16), t, panel);
-  }
-}
 
 // The second level answers within some 15 cycles, one step of the loop takes 12: eight steps ahead
 // hides that and leaves room for its queue. The next strip's weights are fetched a strip ahead.
@@ -168,32 +45,41 @@ inline void strip(const float* tile, const float* panel, int64_t depth, const ch
 #pragma GCC unroll 3
     for (int v = 0; v < kVectors; ++v)
       acc[r][v] = Vec::load(sums + r * sums_stride + v * Vec::kLanes);
+  if constexpr (As::kBlocks) As::rows_to_blocks(acc);
   for (int64_t k0 = 0; k0 < depth; k0 += kLineFloats) {
     for (int r = 0; r < kRows; ++r) __builtin_prefetch(tile + (kRows + r) * kTileStride + k0);
     for (int64_t line = k0 / kLineFloats; line < lines; line += depth / kLineFloats)
       for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + 64 * line, 0, 2);
-    for (int64_t k = k0; k < k0 + kLineFloats; ++k) {
+    for (int64_t k = k0; k < k0 + kLineFloats; k += As::kStep) {
       if (stream) stream->step();
       const float* tokens = panel + k * kPanelTokens;
-      Vec t[kVectors];
+      if constexpr (As::kBlocks) {
 #pragma GCC unroll 3
-      for (int v = 0; v < kVectors; ++v) {
-        __builtin_prefetch(tokens + kAhead * kPanelTokens + v * Vec::kLanes);
-        t[v] = Vec::load(tokens + v * Vec::kLanes);
-      }
+        for (int v = 0; v < kVectors; ++v)
+          __builtin_prefetch(tokens + kAhead * kPanelTokens + 2 * v * Vec::kLanes);
+        As::multiply(tile + 2 * k, tokens, acc);
+      } else {
+        Vec t[kVectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < kVectors; ++v) {
+          __builtin_prefetch(tokens + kAhead * kPanelTokens + v * Vec::kLanes);
+          t[v] = Vec::load(tokens + v * Vec::kLanes);
+        }
 #pragma GCC unroll 24
-      for (int r = 0; r < kRows; ++r) {
-        const float* w = tile + r * kTileStride + k;
-        if constexpr (kVectors == 1) {
-          acc[r][0] = As::product(w, t[0], acc[r][0]);
-        } else {
-          const Vec all = Vec::set1(*w);
+        for (int r = 0; r < kRows; ++r) {
+          const float* w = tile + r * kTileStride + k;
+          if constexpr (kVectors == 1) {
+            acc[r][0] = As::product(w, t[0], acc[r][0]);
+          } else {
+            const Vec all = Vec::set1(*w);
 #pragma GCC unroll 3
-          for (int v = 0; v < kVectors; ++v) acc[r][v] = As::product(all, t[v], acc[r][v]);
+            for (int v = 0; v < kVectors; ++v) acc[r][v] = As::product(all, t[v], acc[r][v]);
+          }
         }
       }
     }
   }
+  if constexpr (As::kBlocks) As::blocks_to_rows(acc);
 #pragma GCC unroll 24
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 3
@@ -229,10 +115,11 @@ void multiply_tile(const float* tile, const float* packed, int64_t rows, int64_t
 }
 
 // Steps of a strip, over which fetching is spread, that the tile's rows take with one panel.
-inline int64_t steps_of_panel(int64_t rows, int64_t tokens, int64_t depth) {
+template <class As>
+int64_t steps_of_panel(int64_t rows, int64_t tokens, int64_t depth) {
   const int64_t strip_rows =
       kSums / ((std::min<int64_t>(tokens, kPanelTokens) + Vec::kLanes - 1) / Vec::kLanes);
-  return rows / strip_rows * depth;
+  return rows / strip_rows * (depth / As::kStep);
 }
 
 #if defined(__AVX512F__)
@@ -244,7 +131,7 @@ inline void multiply_tile_amx(const float* tile, const float* packed, int64_t ro
   const int64_t panels = panels_of(tokens), stride = panels * kPanelTokens;
   const int64_t parts = depth / kAmxWords;
   // The first block of the first panel fetches all that is to be fetched, part by part.
-  const int64_t steps = next.lines ? 0 : steps_of_panel(rows, tokens, depth) / parts;
+  const int64_t steps = next.lines ? 0 : steps_of_panel<AsPairs>(rows, tokens, depth) / parts;
   int64_t part = 0;
   const auto fetch = [&] {
     if (part == parts) return;
@@ -289,10 +176,13 @@ void decode_tile(const Weights& w, Cursor<typename As::Value>* cursors, int64_t 
   using T = typename As::Value;
   const T* end = static_cast<const T*>(w.values) + w.nnz;
   for (int64_t r = 0; r < rows; ++r) {
-    float* row = tile + r * kTileStride;
+    float* row = As::row(tile, r);
     const int64_t columns = (i1 - i0) * kMaskColumns;
     if (r >= count) {
-      std::fill(row, row + tile_depth<As>(columns), 0.0f);
+      if constexpr (As::kBlocks)
+        As::clear(row, columns);
+      else
+        std::fill(row, row + tile_depth<As>(columns), 0.0f);
     } else if constexpr (kDense) {
       As::widen(cursors[r].take(columns), std::min(columns, w.cols - i0 * kMaskColumns), row);
     } else {
@@ -309,7 +199,7 @@ constexpr int64_t kStreamedBytes = 384 * 1024;
 template <class As>
 bool streams(const Weights& w) {
   constexpr int64_t kBytes = sizeof(typename As::Value);
-  return As::kPairs && w.format == WeightFormat::bitmap &&
+  return (As::kPairs || As::kBlocks) && w.format == WeightFormat::bitmap &&
          kTileRows / 2 * w.nnz * kBytes / w.rows <= kStreamedBytes;
 }
 
@@ -340,7 +230,8 @@ void plan_fetching(const Weights& w, int64_t r, int64_t rows, int64_t tokens, Ne
       return static_cast<const char*>(w.values) + kBytes * w.begin_within(std::min(i, w.rows));
     };
     next.lines = 0;
-    next.stream.plan(row_at(r), row_at(r + rows), depths * steps_of_panel(rows, tokens, kDepth));
+    next.stream.plan(row_at(r), row_at(r + rows),
+                     depths * steps_of_panel<As>(rows, tokens, kDepth));
   } else {
     // Rows of a bitmap differ in length: the mean and a line more.
     next.lines = w.nnz * kBytes / (w.rows * depths * 64) + 2;

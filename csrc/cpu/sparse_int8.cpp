@@ -18,6 +18,8 @@
 #include "cpu/sparse_table.h"
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #include "cpu/sparse_gather_avx2.h"
+#elif defined(PYPRUNE_NEON)
+#include "cpu/sparse_blocks.h"
 #endif
 #include "cpu/widen_int8.h"
 
@@ -306,6 +308,13 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
     scaled.scales = a.scales.ptr<const float>();
     return run_gather_avx2<int8_t, X>(scaled, w);
   }
+#elif defined(PYPRUNE_NEON)
+  if constexpr (std::is_same_v<X, bf16>)
+    if (current_isa() == Isa::neon_bf16) {
+      SparseLinearArgs scaled = a.linear;
+      scaled.scales = a.scales.ptr<const float>();
+      return run_blocks<int8_t>(scaled, w, broken);
+    }
 #endif
   if (m > kInt8FewRows) return many_rows<X>(a, w, broken);
   const Chunks chunks(m, kInt8ChunkRows);

@@ -12,6 +12,9 @@
 #if defined(__AVX512F__) || defined(PYPRUNE_SHUFFLES)
 #include "cpu/sparse_gemm.h"
 #endif
+#if defined(PYPRUNE_NEON)
+#include "cpu/sparse_blocks.h"
+#endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #include "cpu/sparse_gather_avx2.h"
 #endif
@@ -60,6 +63,11 @@ void run(const SparseLinearArgs& a) {
 #elif defined(__AVX2__)
   done = a.format == WeightFormat::sparse24 && a.x.shape[0] <= kMostGatherRows<T>;
   if (done) run_gather_avx2<T, X>(a, w);
+#elif defined(PYPRUNE_NEON)
+  if constexpr (std::is_same_v<T, bf16> && std::is_same_v<X, bf16>) {
+    done = current_isa() == Isa::neon_bf16;
+    if (done) run_blocks<T>(a, w, &broken);
+  }
 #endif
 #if defined(__AVX512F__) || defined(PYPRUNE_SHUFFLES)
   if (!done && a.x.shape[0] > kMaxDecodeRows)

@@ -259,7 +259,8 @@ const T* expand_columns(const T* v, const T*, const uint64_t* words, int64_t n, 
 template <class T>
 constexpr bool kEvenOdd = false;
 
-template <class T>
+// Eight: what eight columns come as, which take eight floats of `out` too.
+template <class Eight = EightFloats, class T>
 const T* expand_columns(const T* v, const T* end, const uint64_t* words, int64_t n, float* out) {
   const auto* masks = reinterpret_cast<const uint8_t*>(words);
   for (int64_t i = 0; i < n; ++i) {
@@ -269,7 +270,7 @@ const T* expand_columns(const T* v, const T* end, const uint64_t* words, int64_t
     for (int step = 0; step < 8; ++step, out += 8) {
       const uint8_t keep = kept.keep(step);
       const T* at = kept.take(v, step);
-      (inside ? expand8(at, keep) : spread_columns(at, end - at, keep)).store(out);
+      (inside ? Eight::expand(at, keep) : spread_columns<Eight>(at, end - at, keep)).store(out);
     }
   }
   return v;

@@ -52,14 +52,22 @@ inline Vec dense_columns(const T* p, int step, int64_t count) {
   }
 }
 
+// Eight columns as floats, for those who may choose.
+struct EightFloats {
+  template <class T>
+  static Vec expand(const T* p, uint8_t keep) {
+    return expand8(p, keep);
+  }
+};
+
 // Eight columns of which `keep` are stored from p on, which is `left` values before the matrix
 // ends: nothing past that is read.
-template <class T>
-inline Vec spread_columns(const T* p, int64_t left, uint8_t keep) {
-  if (left >= 8) return expand8(p, keep);
+template <class Eight = EightFloats, class T>
+inline auto spread_columns(const T* p, int64_t left, uint8_t keep) {
+  if (left >= 8) return Eight::expand(p, keep);
   T last[8] = {};
   std::copy_n(p, std::max<int64_t>(left, 0), last);
-  return expand8(last, keep);
+  return Eight::expand(last, keep);
 }
 
 // R rows of a dense matrix or a bitmap, from `v` on, which moves on; `masks` are those of whole

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pyprune import _native
 
 # In the order of Isa (csrc/cpu/processor.h).
-ALL = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx")
+ALL = ("portable", "avx2", "avx512", "avx512_bf16", "avx512_amx", "neon_bf16")
 
 
 @contextmanager

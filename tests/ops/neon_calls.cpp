@@ -1,8 +1,9 @@
 // Runs native kernels on calls that test_neon.py writes, for a processor that is emulated.
 //
-// Standard input: calls one after the other, each eight numbers of 64 bits (what to run, the format,
-// rows, columns, rows of x, the number of values, which of bf16, fp16, fp32 and int8 they are, whether
-// x is bf16) and then its arrays. Standard output: what each gives, in the dtype of x.
+// Standard input: calls one after the other, each eight numbers of 64 bits (what to run, the
+// format, rows, columns, rows of x, the number of values, which of bf16, fp16, fp32 and int8 they
+// are, whether x is bf16) and then its arrays. Standard output: what each gives, in the dtype of x.
+// kSet asks for a set instead and gives the best one, a byte each.
 // Every array that is read ends where a page that may not be touched begins.
 #include <sys/mman.h>
 #include <unistd.h>
@@ -72,12 +73,17 @@ TensorView next(DType type, std::vector<int64_t> shape) {
 }  // namespace
 
 int main() {
-  enum Call { kProduct, kMaskTopk, kCoded };
+  enum Call { kProduct, kMaskTopk, kCoded, kSet };
   struct {
     int64_t call, format, rows, cols, tokens, values, type, x_is_bf16;
   } h;
   while (std::fread(&h, sizeof h, 1, stdin) == 1) {
     const DType type = static_cast<DType>(h.type);
+    if (h.call == kSet) {
+      pyprune::isa_slot().store(static_cast<int>(h.format));
+      std::putchar(static_cast<int>(pyprune::best_isa()));
+      continue;
+    }
     if (h.call == kMaskTopk) {
       const TensorView w = next(type, {h.rows, h.cols}), scale = next(DType::f32, {h.cols});
       std::vector<char> mask(static_cast<size_t>(h.rows * h.cols));

@@ -16,6 +16,12 @@ extern "C" {
 int best_of(const uint32_t* words) {
   return static_cast<int>(pyprune::processor_of(faked(words)).best);
 }
+int arm_best_of(uint64_t hwcap2) {
+  return static_cast<int>(pyprune::arm_processor_of(hwcap2).best);
+}
+int includes(int best, int isa) {
+  return pyprune::includes(static_cast<pyprune::Isa>(best), static_cast<pyprune::Isa>(isa));
+}
 int moves_bytes(const uint32_t* words) { return pyprune::processor_of(faked(words)).moves_bytes; }
 
 int extensions() { return sizeof pyprune::kExtensions / sizeof *pyprune::kExtensions; }

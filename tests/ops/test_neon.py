@@ -1,4 +1,5 @@
-"""The products of compressed weights, and row top-k, with NEON: compiled for aarch64 and emulated.
+"""The products of compressed weights, and row top-k, with NEON: compiled for aarch64 and emulated,
+with and without its extension BF16.
 
 Skipped without a cross compiler and an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)."""
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from ops.compressed import pack_24, pack_bitmap, random_24_mask
+from ops.isa import ALL
 
 from pyprune import ops
 
@@ -18,12 +20,15 @@ COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-a
 pytestmark = pytest.mark.skipif(
     not (COMPILER and EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64"
 )
-PRODUCT, MASK_TOPK, CODED = 0, 1, 2
+PRODUCT, MASK_TOPK, CODED, SET = 0, 1, 2, 3
 DENSE, SPARSE24, BITMAP = 0, 1, 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4}  # of tensor_view.h
 # Columns that end within a byte of mask, a step of eight, a word of 64, and after several words.
 SHAPES = [(1, 1), (3, 7), (2, 63), (5, 65), (4, 72), (17, 200), (33, 1096)]
-TOKENS = [1, 2, 3, 4, 5, 6, 8, 13, 24, 25, 40]
+# Every number of sums side by side, one and several chunks; tiles of one to three vectors.
+TOKENS = [1, 2, 3, 4, 5, 6, 8, 9, 13, 16, 17, 24, 25, 32, 33, 50]
+# A processor of the emulator, and the set that is the best one there.
+PROCESSORS = {"portable": "neoverse-n1", "neon_bf16": "max"}
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +56,9 @@ def raw(t: torch.Tensor) -> bytes:
     return t.contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b""
 
 
-def run(calls: Path, requests: list[bytes]) -> bytes:
-    command = [EMULATOR, calls]
+def run(calls: Path, isa: str, requests: list[bytes]) -> bytes:
+    """What the requests give on the processor whose best set is `isa`, as it chooses itself."""
+    command = [EMULATOR, "-cpu", PROCESSORS[isa], calls]
     done = subprocess.run(command, input=b"".join(requests), capture_output=True, check=False)
     assert done.returncode == 0, (done.returncode, done.stderr.decode())
     return done.stdout
@@ -99,9 +105,10 @@ def compare(given: bytes, wanted: list, x_dtype: torch.dtype) -> None:
     assert not given
 
 
+@pytest.mark.parametrize("isa", PROCESSORS)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.int8])
-def test_products(calls, dtype, x_dtype):
+def test_products(calls, dtype, x_dtype, isa):
     gen = torch.Generator().manual_seed(0)
     requests, wanted = [], []
     for shape in SHAPES:
@@ -112,11 +119,12 @@ def test_products(calls, dtype, x_dtype):
                 request, want = product(fmt, shape, tokens, dtype, x_dtype, gen)
                 requests.append(request)
                 wanted.append((fmt, shape, tokens, want))
-    compare(run(calls, requests), wanted, x_dtype)
+    compare(run(calls, isa, requests), wanted, x_dtype)
 
 
+@pytest.mark.parametrize("isa", PROCESSORS)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
-def test_coded_products(calls, x_dtype):
+def test_coded_products(calls, x_dtype, isa):
     gen = torch.Generator().manual_seed(0)
     requests, wanted = [], []
     for rows, cols in SHAPES:
@@ -128,7 +136,77 @@ def test_coded_products(calls, x_dtype):
             numbers = (CODED, DENSE, rows, cols, tokens, parts[3].numel(), 0, x_dtype.itemsize == 2)
             requests.append(header(*numbers) + b"".join(map(raw, (*parts, x))))
             wanted.append((CODED, (rows, cols), tokens, x.double() @ w.double().T))
-    compare(run(calls, requests), wanted, x_dtype)
+    compare(run(calls, isa, requests), wanted, x_dtype)
+
+
+def whole_numbers(tokens, gen) -> tuple[bytes, torch.Tensor]:
+    """Sums that fp32 holds exactly, most of them between two bf16 numbers."""
+    w = torch.randint(-127, 128, (33, 200), generator=gen).bfloat16()
+    x = torch.randint(-127, 128, (tokens, 200), generator=gen).bfloat16()
+    numbers = (PRODUCT, DENSE, 33, 200, tokens, w.numel(), DTYPES[w.dtype], 1)
+    exact = (x.double() @ w.double().T).float().bfloat16()
+    return header(*numbers) + raw(w) + raw(x) + raw(torch.zeros(33)), exact
+
+
+@pytest.mark.parametrize("isa", PROCESSORS)
+def test_sums_are_rounded_once_and_to_even(calls, isa):
+    gen = torch.Generator().manual_seed(0)
+    requests, wanted = zip(*(whole_numbers(tokens, gen) for tokens in TOKENS), strict=True)
+    assert run(calls, isa, list(requests)) == b"".join(map(raw, wanted))
+
+
+def special_product(fmt: int, tokens: int, gen) -> tuple[bytes, torch.Tensor]:
+    """Infinities and NaNs in kept weights and bias; activations are neither nor zero."""
+    rows, cols = 17, 72
+    w = torch.randn(rows, cols, generator=gen).bfloat16()
+    mask = random_24_mask(rows, cols, gen) if fmt != DENSE else torch.ones_like(w).bool()
+    for row, found in ((0, ["inf"]), (3, ["-inf"]), (4, ["inf", "-inf"]), (16, ["nan"])):
+        kept = mask[row].nonzero()[:, 0]
+        w[row, kept[-len(found) :]] = torch.tensor([float(f) for f in found]).bfloat16()
+    w[7], w[8] = 3e38, -3e38  # sums overflow
+    parts = {DENSE: lambda: (w,), SPARSE24: lambda: pack_24(w, mask)}.get(
+        fmt, lambda: pack_bitmap(w, mask)
+    )()
+    x = (1 + torch.rand(tokens, cols, generator=gen)).bfloat16()
+    numbers = (PRODUCT, fmt, rows, cols, tokens, parts[0].numel(), DTYPES[w.dtype], 1)
+    kept = torch.where(mask, w.double(), 0.0)
+    request = header(*numbers) + b"".join(map(raw, (*parts, x, torch.zeros(rows))))
+    return request, (x.double() @ kept.T).bfloat16()
+
+
+@pytest.mark.parametrize("isa", PROCESSORS)
+def test_infinities_and_nans(calls, isa):
+    gen = torch.Generator().manual_seed(0)
+    cases = [special_product(f, m, gen) for f in (DENSE, SPARSE24, BITMAP) for m in TOKENS]
+    given = run(calls, isa, [request for request, _ in cases])
+    for _, want in cases:
+        got = torch.frombuffer(bytearray(given[: 2 * want.numel()]), dtype=torch.bfloat16)
+        given = given[2 * want.numel() :]
+        torch.testing.assert_close(got.view(want.shape), want, equal_nan=True, rtol=0.02, atol=0.05)
+        assert want[:, 0].isinf().all() and want[:, 4].isnan().all() and want[:, 7].isinf().all()
+    assert not given
+
+
+def subnormal_product(tokens: int) -> bytes:
+    w, x = torch.full((1, 8), 1e-39).bfloat16(), torch.full((tokens, 8), 2.0**100).bfloat16()
+    numbers = (PRODUCT, DENSE, 1, 8, tokens, 8, DTYPES[w.dtype], 1)
+    return header(*numbers) + raw(w) + raw(x) + raw(torch.zeros(1))
+
+
+@pytest.mark.parametrize("isa", PROCESSORS)
+def test_the_processor_chooses(calls, isa):
+    """Each its best set, but not one that is turned off; bf16 products take subnormals for zero."""
+    for chosen in {isa, "portable"}:
+        requests = [header(SET, ALL.index(chosen), 0, 0, 0, 0, 0, 0)] if chosen != isa else []
+        requests += [subnormal_product(tokens) for tokens in (1, 16, 33)]
+        given = run(calls, isa, requests)
+        if chosen != isa:
+            assert given[0] == ALL.index(isa)
+            given = given[1:]
+        got = torch.frombuffer(bytearray(given), dtype=torch.bfloat16).double()
+        one = torch.tensor(1e-39).bfloat16().double() * 8 * 2.0**100
+        want = torch.zeros(50).double() if chosen == "neon_bf16" else one.repeat(50)
+        torch.testing.assert_close(got, want, rtol=2.0**-8, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -144,5 +222,5 @@ def test_mask_topk(calls, dtype):
             numbers = header(MASK_TOPK, 0, rows, cols, 0, pruned, DTYPES[dtype], 0)
             requests.append(numbers + raw(w) + raw(scale))
             wanted.append(ops.mask_topk(w, pruned, column_scale=scale))
-    given = run(calls, requests)
+    given = run(calls, "portable", requests)
     assert given == b"".join(raw(mask) for mask in wanted)

@@ -139,9 +139,24 @@ def test_this_processor_is_read_right(library, extensions):
     assert _native.MODULE.isa() == ALL[library.best_of(words)]
 
 
+def test_bf16_on_arm_is_a_bit_of_what_linux_says(library):
+    best = library.arm_best_of
+    best.argtypes = [ctypes.c_uint64]
+    assert ALL[best(0)] == "portable" and ALL[best(1 << 14)] == "neon_bf16"
+    assert ALL[best(0xFFFFFFFFFFFFFFFF & ~(1 << 14))] == "portable"
+
+
+@pytest.mark.parametrize("best", ALL)
+def test_a_processor_has_its_own_sets_alone(library, best):
+    x86 = ALL[: ALL.index("neon_bf16")]
+    mine = ("portable", best) if best == "neon_bf16" else x86[: x86.index(best) + 1]
+    found = [isa for i, isa in enumerate(ALL) if library.includes(ALL.index(best), i)]
+    assert set(found) == set(mine)
+
+
 @pytest.mark.skipif(platform.machine() == "x86_64", reason="elsewhere than on x86")
-def test_other_processors_have_the_portable_set_alone():
+def test_other_processors_have_none_of_x86s_sets():
     assert _native.MODULE is not None, _native.MISSING
-    assert _native.MODULE.isa() == "portable"
+    assert _native.MODULE.isa() in ("portable", "neon_bf16")
     with pytest.raises(ValueError, match="does not have avx2"):
         _native.MODULE.set_isa("avx2")
