@@ -171,6 +171,11 @@ def _fail(message: str) -> int:
     return USAGE
 
 
+def say(sentence: str) -> None:
+    """To be read while the command runs: a line on stderr."""
+    print(f"pyprune: {sentence}", file=sys.stderr, flush=True)  # noqa: T201
+
+
 def stderr() -> Console:
     return Console(stderr=True)
 

@@ -121,6 +121,7 @@ def _load(
     from pyprune.config import DTYPES
     from pyprune.devices import find_device
     from pyprune.sparse.load import load
+    from pyprune.sparse.range import check_range
     from pyprune.sparse.stored import DENSE
 
     if dtype not in (None, *DTYPES):
@@ -128,7 +129,9 @@ def _load(
     compute = None if dtype in (None, "auto") else getattr(torch, str(dtype))
     where = find_device(device or "auto")
     if stored.kind == DENSE:
-        return checkpoint.load_model(where, compute)
+        model = checkpoint.load_model(where, compute)
+        check_range(model, stored.stored)
+        return model
     return load(stored.path, compute, None if where.type == "cpu" else where)
 
 

@@ -315,6 +315,8 @@ def prune(
         "bos": bos,
     }
     family, full = _prune_config(config, options, shown)
+    if full.idle() and preserve_mask is None:
+        cli.say(full.idle())
     from pyprune.checkpoint import check_output, check_writable
     from pyprune.families import Run
 

@@ -83,6 +83,10 @@ class ConfigFile:
             check_keys(CalibrationConfig, given, "calibration")
         return cls(**values)
 
+    def idle(self) -> str:
+        """What to say if nothing is asked to be removed; empty otherwise."""
+        return ""
+
     def to_yaml(self) -> str:
         # Escaped ASCII: PyYAML writes some Unicode line breaks in a way that it reads as spaces.
         text: str = yaml.dump(self.to_dict(), Dumper=_Dumper, sort_keys=False)
@@ -235,6 +239,10 @@ class PruneConfig(ConfigFile):
         if self.sparsity is None:
             raise UserError("expected sparsity or pattern, got neither")
         return Unstructured(self.sparsity, self.scope)
+
+    def idle(self) -> str:
+        target = self.target()
+        return "" if target.sparsity else f"nothing is to be removed: the target is {target}"
 
     def options(self) -> MethodOptions:
         method = self.find_method()

@@ -269,4 +269,5 @@ def _prunable(checkpoint: Checkpoint) -> dict[str, bool]:
         for i in range(len(adapter.blocks))
         for ref in adapter.linears(i)
         for piece in pieces[ref.parameter_name]
+        if piece.expert in (None, ref.index)  # LongCat has rows for experts without a weight
     }

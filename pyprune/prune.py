@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyprune.allocation import ALLOCATIONS
 from pyprune.calibration.configured import configured_tokens
@@ -109,7 +109,7 @@ def prune(
     if config.in_shots():
         surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
         layers = surgeon.run()
-        notes = (*surgeon.notes(), *_untouched(adapter))
+        notes = (*surgeon.notes(), *_target(config, {}), *_untouched(adapter))
         return _report(model_name(model), config, tokens, layers, measure, notes)
     _no_state(config, state)
     look = look_at_whole(config, adapter, tokens, device, measure, progress)
@@ -118,7 +118,7 @@ def prune(
             config, adapter, tokens, store,
             device=device, measure=measure, progress=progress, look=look, masks=masks,
         ).run()  # fmt: skip
-    notes = (*pruned.notes, *describe_masks(masks), *_untouched(adapter))
+    notes = (*pruned.notes, *_target(config, masks), *_untouched(adapter))
     return _report(model_name(model), config, tokens, pruned.layers, measure, notes)
 
 
@@ -202,7 +202,7 @@ def prune_checkpoint(
             with measure.phase("write"):
                 originals.restore(model)
                 save_stock(model, folder)
-        notes = (*pruned.notes, *describe_masks(masks), *_untouched(adapter))
+        notes = (*pruned.notes, *_target(config, masks), *_untouched(adapter))
         if not streamed:
             notes = (f"loaded whole, not streamed block by block: {problem}", *notes)
         report = _report(name, config, tokens, pruned.layers, measure, notes)
@@ -237,7 +237,7 @@ def _shots(
             empty = _adapter(checkpoint.build_model("meta", dtype), config) if streamed else None
             parameters = surgeon.parameters()
             write_parameters(checkpoint, originals, model, empty, parameters, folder)
-        notes = (*surgeon.notes(), *_untouched(adapter))
+        notes = (*surgeon.notes(), *_target(config, {}), *_untouched(adapter))
         report = _report(name, config, tokens, layers, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
     return report
@@ -311,6 +311,11 @@ def _adapter(model: nn.Module, config: PruneConfig) -> Adapter:
     return adapter
 
 
+def _target(config: PruneConfig, masks: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """What is said of masks that were given, or else of a target that is nothing."""
+    return describe_masks(masks) or ((config.idle(),) if config.idle() else ())
+
+
 def _untouched(adapter: Adapter) -> tuple[str, ...]:
     """What is said of matrices that stay as they are."""
     notes = []
@@ -359,6 +364,8 @@ def _report(
     measure: Measure,
     notes: tuple[str, ...] = (),
 ) -> Report:
+    if not config.idle() and not any(layer.zeros for layer in layers):
+        notes = (f"nothing was removed: the target was {config.target()}", *notes)
     return Report(
         model=name,
         config=config,

@@ -229,6 +229,9 @@ MORE["longcat_flash"] = {
     "zero_expert_num": 2,
     "moe_topk": 2,
 }
+# A matrix of its attention runs twice: on all tokens, and on a zero before the first of them.
+if "zaya" in CONFIG_MAPPING:  # not in transformers 5.6
+    MORE["zaya"] = {**_MOE, "head_dim": 8, "num_experts_per_tok": 1}
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -217,6 +217,7 @@ class _Pass:
         self._peak: dict[str, Tensor] = {}
         self._input_peak: dict[str, Tensor] = {}
         self._inputs: list[tuple[TensorId, str]] = []
+        self._ran: set[str] = set()
         self._visited: set[str] = set()
         self._report = BackwardReport()
         self._loss: Tensor | float = 0.0
@@ -226,6 +227,7 @@ class _Pass:
     def run(self, batch: _Tokens) -> None:
         self._batch = batch
         self._inputs.clear()
+        self._ran.clear()
         out = self._adapter.decoder(
             input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
         )
@@ -236,6 +238,7 @@ class _Pass:
         self._loss = self._loss + loss
         for self._draw, gradient in enumerate(gradients):
             self._visited.clear()
+            self._ran.clear()  # checkpointed blocks run again
             more = self._draw + 1 < len(gradients)
             hidden.backward(gradient, retain_graph=more)  # type: ignore[no-untyped-call]
             for refs in self._refs:
@@ -313,7 +316,10 @@ class _Pass:
         kwargs: dict[str, Any],
         output: Tensor,
     ) -> None:
-        if not output.requires_grad:  # the first, gradient-free forward of a checkpointed block
+        if not torch.is_grad_enabled():  # the first forward of a checkpointed block
+            return
+        self._runs(ref)
+        if not output.requires_grad:
             return
         given: Tensor = args[0] if args else next(iter(kwargs.values()))
         batch, length = self._batch.input_ids.shape
@@ -331,13 +337,19 @@ class _Pass:
         def arrived(g: Tensor) -> None:
             if given._version != version:
                 raise LayerError(ref.name, "its input was written to after it was read")
-            if ref.name in self._visited:
-                raise LayerError(ref.name, schedule.runs_twice(ref.name))
             self._visited.add(ref.name)
             stacked = (batch, length, -1)
             self._visit_tokens(ref, x.reshape(stacked), g.reshape(stacked), leader)
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
+
+    def _runs(self, ref: LinearRef) -> None:
+        """LayerError unless it is the first time in this forward. A run on a constant counts: no
+        gradient comes to its output, but its bias has one (Zaya's values of the token before the
+        first)."""
+        if ref.name in self._ran:
+            raise LayerError(ref.name, schedule.runs_twice(ref.name))
+        self._ran.add(ref.name)
 
     def _leader(self, ref: LinearRef, given: Tensor) -> str:
         for tensor, name in self._inputs:
@@ -364,9 +376,12 @@ class _Pass:
         output: Tensor,
     ) -> None:
         refs = [ref for ref in projections.get(projection, []) if ref.index == given.expert]
-        if not refs or not output.requires_grad or not len(given.x):
+        if not refs or not torch.is_grad_enabled():
             return
         (ref,) = refs
+        self._runs(ref)
+        if not output.requires_grad or not len(given.x):
+            return
         batch, length = self._batch.input_ids.shape
         if given.tokens != batch * length:
             raise LayerError(

@@ -11,7 +11,7 @@ Whatever these rules do not cover is reported, never guessed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -115,7 +115,15 @@ def map_names(entries: Mapping[str, TensorEntry], model: PreTrainedModel) -> Nam
 def has_place_for(model: PreTrainedModel, tensor: str) -> bool:
     """Whether `tensor` of a checkpoint is a parameter or persistent buffer of `model`, or part of
     one."""
-    return _place(tensor, model.state_dict(keep_vars=True), model) is not None
+    return places_of(model, [tensor])[tensor] is not None
+
+
+def places_of(model: PreTrainedModel, tensors: Iterable[str]) -> dict[str, str | None]:
+    """The parameter or persistent buffer of `model` that each of `tensors` of a checkpoint is, or
+    is a part of; None without one."""
+    state = model.state_dict(keep_vars=True)
+    places = {tensor: _place(tensor, state, model) for tensor in tensors}
+    return {tensor: None if found is None else found[0] for tensor, found in places.items()}
 
 
 def candidate_names(tensor: str, model: PreTrainedModel) -> Iterator[str]:

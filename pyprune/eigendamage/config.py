@@ -92,6 +92,9 @@ class EigenDamageConfig(ConfigFile):
         check_device(self.device)
         self.own_options()  # a bad option is found before anything is loaded
 
+    def idle(self) -> str:
+        return "" if self.sparsity else "nothing is to be removed: the target is 0%"
+
     def own_options(self) -> EigenDamageOptions:
         built = build_options(self.method, EigenDamageOptions, self.method_options)
         assert isinstance(built, EigenDamageOptions)

@@ -214,7 +214,7 @@ def _prune(
         calibration=CalibrationReport.of(tokens),
         run=RunReport.of(measure),
     )
-    notes = []
+    notes = [config.idle()] if config.idle() else []
     if config.own_options().factored:
         notes.append(_said_of_factors(report))
     else:

@@ -41,10 +41,18 @@ class LinearRef:
             w = w[self.index]
         return w.T if self.transposed else w
 
+    @property
+    def bias_name(self) -> str:
+        """Full name of the parameter that `bias` is of, if there is one: all experts' for one."""
+        return f"{self.name}.bias" if self.index is None else f"{self.parameter_name}_bias"
+
     def bias(self) -> Tensor | None:
-        """The live bias `[R]`, detached; None without one."""
-        bias = None if self.index is not None else getattr(self.module, "bias", None)
-        return bias.detach() if isinstance(bias, Tensor) else None
+        """The live bias `[R]` as a detached view; None without one."""
+        name = "bias" if self.index is None else f"{self.parameter}_bias"
+        bias = getattr(self.module, name, None)
+        if not isinstance(bias, Tensor):
+            return None
+        return bias.detach() if self.index is None else bias.detach()[self.index]
 
     def write(self, w: Tensor) -> None:
         """Overwrites the weight in place with `w` `[R, C]`, rounded to the parameter's dtype."""

@@ -14,6 +14,7 @@ from pyprune.checkpoint.source import main_dtype
 from pyprune.devices import find_dtype
 from pyprune.errors import UserError
 from pyprune.sparse import format as formats
+from pyprune.sparse.range import check_range
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
 
 KINDS = (DENSE, formats.METHOD)
@@ -36,7 +37,8 @@ def load(
         UserError: a file is truncated or damaged, a tensor is missing or does not fit, the version
             is unknown, the configuration cannot be used, or the checkpoint is quantized or in an
             old layout (`pyprune compress` converts those). File and tensor are named; nothing was
-            computed by then. Or `dtype` is not a floating point one.
+            computed by then. Or `dtype` is not a floating point one, or cannot hold a number of
+            the checkpoint, which transformers would make an infinity of.
     """
     compute = find_dtype(dtype)
     stored = StoredCheckpoint.open(source)
@@ -70,5 +72,7 @@ def load(
         missing = sorted(info["missing_keys"])
         others = f", and {len(missing) - 1} more" if missing[1:] else ""
         raise UserError(f"{stored.weights_file}: tensor {missing[0]} is missing{others}")
+    if stored.kind == DENSE:  # the quantizer has looked at others
+        check_range(model, stored.stored)
     model.requires_grad_(False)
     return model.eval()

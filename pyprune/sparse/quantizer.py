@@ -269,14 +269,17 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from pyprune.sparse import format as formats
+        from pyprune.sparse.range import check_coded_range, check_range
 
+        self._cast_as_planned(model)
+        check_range(model, self._entries)
         for name, path in self._placed.items():
             module, layer = model.get_submodule(path), self._layers[name]
             owned = getattr(module, "weight_buffers", layer.parts)
             tensors = {part: attrgetter(part)(module) for part in owned}
             where = self._entries[f"{name}.{layer.main}"].file
             formats.check_tensors(name, layer, tensors, str(where))
-        self._cast_as_planned(model)
+        check_coded_range(model, self._entries)
         return model
 
     def _cast_as_planned(self, model: Any) -> None:

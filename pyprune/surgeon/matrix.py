@@ -68,9 +68,7 @@ class Matrix:
 
     def parameters(self) -> dict[str, Tensor]:
         """What `write` changes, by the model's names. Fused experts share one parameter."""
-        ref, bias = self.ref, self.ref.bias()
-        owner: Tensor = getattr(ref.module, ref.parameter)
-        found = {ref.parameter_name: owner.detach()}
-        if bias is not None:
-            found[f"{ref.name}.bias"] = bias
-        return found
+        ref = self.ref
+        names = [ref.parameter_name, *([ref.bias_name] if self.biased else [])]
+        owners = {name: getattr(ref.module, name.rpartition(".")[2]) for name in names}
+        return {name: owner.detach() for name, owner in owners.items()}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyprune.calibration.stats import MomentStatistic, Statistic
 from pyprune.calibration.tokens import TokenSet
@@ -130,7 +130,7 @@ def compensate(widths: Widths, kept: Kept, means: Mapping[str, Tensor]) -> list[
     """
     changed = []
     for group, units in widths.removed(kept):
-        bias = _bias(group)
+        bias = group.writer.bias()
         if bias is None or not len(units):
             continue
         mean = means[group.name]
@@ -141,18 +141,13 @@ def compensate(widths: Widths, kept: Kept, means: Mapping[str, Tensor]) -> list[
     return changed
 
 
-def _bias(group: Group) -> Tensor | None:
-    bias = getattr(group.writer.module, "bias", None) if group.writer.index is None else None
-    return bias.detach() if isinstance(bias, nn.Parameter) else None
-
-
 def give_biases(widths: Widths, kept: Kept) -> list[str]:
     """Zero biases for writers that lose inputs and have none, where the family can have them; what
     was done, in words. `widths` does not know of them: describe the model again."""
     notes = []
     for kind, field in BIAS_FIELDS.items():
         losing = [g for g, units in widths.removed(kept) if g.kind == kind and len(units)]
-        missing = [group for group in losing if _bias(group) is None]
+        missing = [group for group in losing if group.writer.bias() is None]
         if not missing:
             continue
         try:

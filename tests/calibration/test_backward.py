@@ -320,13 +320,35 @@ def test_vanished_gradient_names_a_layer():
         collect(model, [Batch(tiny_tokens())])
 
 
-def test_a_matrix_that_runs_twice_is_refused():
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("again", [lambda x: 2 * x, lambda x: torch.ones_like(x[:, :1])])
+def test_a_matrix_that_runs_twice_is_refused(again, checkpointing):
+    """Also where the second run reads a constant, so that no gradient comes to its output."""
     model = model64()
     mlp = model.model.layers[0].mlp
-    mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x) * mlp.up_proj(2 * x))
+    mlp.forward = lambda x: mlp.down_proj(mlp.up_proj(x) * mlp.up_proj(again(x)))
     names = {"model.layers.0.mlp.up_proj"}
     with pytest.raises(LayerError, match=r"mlp\.up_proj: runs more than once"):
-        collect(model, [Batch(tiny_tokens())], names=names)
+        collect(model, [Batch(tiny_tokens())], names=names, checkpointing=checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("again", [lambda x: 2 * x, torch.ones_like])
+def test_experts_that_run_twice_are_refused(again, checkpointing):
+    model = model64("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    moe, plain = model.model.layers[0].mlp, model.model.layers[0].mlp.forward
+    routing = []
+    experts.register_forward_pre_hook(lambda module, args: routing.append(args[1:]))
+
+    def forward(x):
+        out = plain(x)
+        return out + experts(again(x).flatten(0, 1), *routing[-1]).view_as(x)
+
+    moe.forward = forward
+    names = {f"model.layers.0.mlp.experts.down_proj.{e}" for e in range(4)}
+    with pytest.raises(LayerError, match=r"down_proj\.0: runs more than once"):
+        collect(model, [Batch(tiny_tokens())], names=names, checkpointing=checkpointing)
 
 
 def test_progress_counts_batches():

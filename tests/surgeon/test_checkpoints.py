@@ -17,7 +17,7 @@ from pyprune.surgeon import run as run_module
 from pyprune.surgeon.run import STORED_AS_ZEROS
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral", "opt"])
+@pytest.mark.parametrize("family", ["llama", "mixtral", "opt", "gpt_oss"])
 def test_a_checkpoint_is_the_model_pruned_in_memory(family, tmp_path):
     tiny_model(family).save_pretrained(tmp_path / "in")
     own = {"structure": "rows-columns", "shots": 2}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from calibration.test_backward import model64
 from methods.test_surgeon import EXACT, brute_force
 from surgeon_runs import loss, refs_of, same, surgeon, tokens
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
@@ -23,7 +24,7 @@ from pyprune.surgeon import run as run_module
 from pyprune.surgeon.run import STORED_AS_ZEROS
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_oss"])
 def test_elements_of_every_family(family):
     model = tiny_model(family)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -34,12 +35,13 @@ def test_elements_of_every_family(family):
     assert zeros == pruned_count(elements, 0.5) and report.sparsity == zeros / elements
     assert [layer.name for layer in report.layers] == [ref.name for ref in refs]
     changed = {ref.parameter_name for ref in refs}
-    changed |= {f"{ref.name}.bias" for ref in refs if ref.bias() is not None}
+    changed |= {ref.bias_name for ref in refs if ref.bias() is not None}
     for name, value in model.state_dict().items():
         assert (name in changed) or torch.equal(value, before[name]), name
     for ref in refs:  # a bias is corrected with its weights
         if ref.bias() is not None:
-            assert not torch.equal(ref.bias(), before[f"{ref.name}.bias"])
+            old = before[ref.bias_name]
+            assert not torch.equal(ref.bias(), old if ref.index is None else old[ref.index])
     assert bool(model(tiny_tokens()).logits.isfinite().all())
     assert all(layer.loss > 0 and layer.damping == 0.01 for layer in report.layers)
 
@@ -104,10 +106,16 @@ def test_rows_and_columns_within_the_budget(family, structure):
 
 
 @pytest.mark.parametrize("structure", ["element", "2:4", "rows-columns"])
-def test_one_shot_is_constrained_least_squares(structure):
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [
+        ("llama", "model.layers.0.self_attn.k_proj"),
+        ("gpt_oss", "model.layers.0.mlp.experts.down_proj.1"),
+    ],
+)
+def test_one_shot_is_constrained_least_squares(family, name, structure):
     """The whole way, on one matrix with a bias, against the Kronecker product itself."""
-    model = tiny_model("llama").double()
-    name = "model.layers.0.self_attn.k_proj"
+    model = model64(family)
     (ref,) = (ref for ref in refs_of(model) if ref.name == name)
     adapter = Adapter.of(model)
     given = as_token_set(tokens(), vocabulary=64, positions=None)

@@ -430,5 +430,16 @@ def test_scores_of_wanda_sp():
     torch.testing.assert_close(wanda_sp_scores(group, norms), torch.tensor(expected))
 
 
-def test_biases_that_exist_are_used():
-    assert give_biases(Widths.of(llama()), {}) == []
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_biases_that_exist_are_used(family):
+    model = tiny_model(family)
+    widths = Widths.of(model)
+    kept = {g.name: torch.arange(g.units // 2) for g in widths.groups if g.kind == "mlp"}
+    assert give_biases(widths, kept) == []
+    means = {g.name: torch.randn(g.columns.numel(), dtype=torch.float64) for g in widths.groups}
+    before = {g.name: g.writer.bias().clone() for g in widths.groups}
+    assert compensate(widths, kept, means) == list(kept)
+    for group in widths.groups:
+        w, gone = group.writer.weight(), slice(group.units // 2, None)
+        added = w[:, gone].double() @ means[group.name][gone] if group.name in kept else 0
+        torch.testing.assert_close(group.writer.bias(), (before[group.name] + added).float())
