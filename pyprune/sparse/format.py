@@ -16,10 +16,10 @@ from torch import Tensor
 
 from pyprune.checkpoint.shards import TensorEntry
 from pyprune.errors import UserError
-from pyprune.ops._packing import bit_pattern, row_blocks
 from pyprune.ops.coded import count_escapes, pack_coded
 from pyprune.ops.pack import pack_24, pack_bitmap
 from pyprune.ops.sparse_int8 import dequantize_rows, quantize_rows
+from pyprune.ops.storage import bit_pattern, row_blocks
 from pyprune.sparse import factored, layout
 from pyprune.sparse import weight as weights
 from pyprune.sparse.layout import ALL_PARTS, CODED, COUNTED, DENSE_INT8, FACTORED, FORMATS, PARTS

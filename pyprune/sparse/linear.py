@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pyprune import ops
 from pyprune.errors import LayerError, UserError
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.sparse import layout
 from pyprune.sparse.direct import Prepared, PreparesWeight, can_prepare, is_alone, is_plain
 from pyprune.sparse.layout import CODED, DENSE_INT8, FORMATS
@@ -143,7 +143,7 @@ class SparseLinear(PreparesWeight, StoredWeight):
                 return ready.product(x)
         x = autocast(x)
         if self._direct_on_cuda(x):
-            result: Tensor = _registry.call(self._op, x, *self._weight, self.bias)
+            result: Tensor = registry.call(self._op, x, *self._weight, self.bias)
             return result
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x: expected [..., {self.in_features}], got shape {tuple(x.shape)}")
@@ -174,7 +174,7 @@ class SparseLinear(PreparesWeight, StoredWeight):
         values, bias = self._values, self._buffers["bias"]
         return (
             x.device.type == "cuda"
-            and x.dtype in _registry.HALF_OR_SINGLE
+            and x.dtype in registry.HALF_OR_SINGLE
             and x.shape[-1:] == (self.in_features,)
             and not (bias is not None and bias.requires_grad and torch.is_grad_enabled())
             and values.device == x.device
