@@ -4,8 +4,8 @@
 // unnamed namespace there needs a name of its own all the same.
 #include <pybind11/pybind11.h>
 
+#include "bind/checks.h"
 #include "cpu/dispatch.h"
-#include "tensor_view.h"
 
 namespace pyprune {
 #define PYPRUNE_BIND(family) void bind_##family(pybind11::module_& m);
