@@ -410,9 +410,9 @@ def _commit() -> str:
 
 def our_backends(op: str, device: str, dtype: torch.dtype) -> list[str]:
     """The backends of `op` worth timing here: all but the Triton interpreter."""
-    from pyprune.ops import _registry
+    from pyprune.ops import registry
 
-    names = _registry.backends(op, device, dtype)
+    names = registry.backends(op, device, dtype)
     return [b for b in names if not (b == "triton" and device == "cpu")]
 
 

@@ -34,6 +34,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from pyprune.calibration.backward import PassOptions
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.factors import collect_factors
 from pyprune.calibration.gradient_stats import MagnitudeStatistic
@@ -114,8 +115,7 @@ def ours(name: str, checkpointing: bool = False) -> Callable[[nn.Module, TokenSe
             Adapter.of(model),
             tokens,
             make(MethodOptions()),
-            checkpointing=checkpointing,
-            device=next(model.parameters()).device,
+            PassOptions(checkpointing, next(model.parameters()).device),
         )
 
     return run
@@ -124,7 +124,9 @@ def ours(name: str, checkpointing: bool = False) -> Callable[[nn.Module, TokenSe
 def factors(model: nn.Module, tokens: TokenSet) -> Any:
     adapter = Adapter.of(model)
     refs = [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
-    return collect_factors(adapter, tokens, refs, device=next(model.parameters()).device)
+    return collect_factors(
+        adapter, tokens, refs, PassOptions(device=next(model.parameters()).device)
+    )
 
 
 PROVIDERS: dict[str, Callable[[nn.Module, TokenSet], Any]] = {

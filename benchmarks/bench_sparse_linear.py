@@ -49,7 +49,7 @@ from _harness import (
 
 from pyprune import _native, ops
 from pyprune.measure import last_level_cache
-from pyprune.ops import _registry, linear_24_cuda
+from pyprune.ops import linear_24_cuda, registry
 
 SHAPES = [(8192, 4096), (4096, 14336)]
 SMOKE_SHAPES = [(64, 128)]
@@ -173,7 +173,7 @@ def make_provider(name: str, x: torch.Tensor, copies: list[Any]) -> Callable[[in
     elif name.endswith(EXPAND):
         call = expand_and_multiply
     elif name.endswith(TRITON):
-        triton = _registry.IMPLS["linear_bitmap"]["triton"].resolve()
+        triton = registry.IMPLS["linear_bitmap"]["triton"].resolve()
         call = lambda x, *packed: triton(x, *packed, None)  # noqa: E731
     else:
         op = "linear_24" if name.startswith("sparse24") else "linear_bitmap"

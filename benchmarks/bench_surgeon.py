@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from pyprune.calibration.backward import backward_pass
+from pyprune.calibration.backward import PassOptions, backward_pass
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.tokens import TokenSet, calibration_tokens
 from pyprune.config import PruneConfig
@@ -102,7 +102,7 @@ def autograd(model: Any, tokens: TokenSet) -> None:
 
 def activation_gradients(model: Any, tokens: TokenSet, device: str) -> None:
     visitors = {ref.name: lambda sample: None for ref in linears(model)}
-    backward_pass(Adapter.of(model), tokens.batches, visitors, device=device)
+    backward_pass(Adapter.of(model), tokens.batches, visitors, PassOptions(device=device))
 
 
 def reference(model: Any, tokens: TokenSet, blocks: int) -> dict[str, float]:

@@ -8,8 +8,8 @@
 #include <iterator>
 #include <string_view>
 
+#include "bind/checks.h"
 #include "cpu/dispatch.h"
-#include "tensor_view.h"
 
 namespace pyprune {
 #define PYPRUNE_BIND(family) void bind_##family(pybind11::module_& m);

@@ -49,33 +49,4 @@ struct TensorView {
   }
 };
 
-// The Python side has checked shapes and dtypes already (each op's _check_<op>); these guard the
-// native entry points against being called around it.
-inline void require(bool ok, const std::string& message) {
-  if (!ok) throw std::invalid_argument(message);
-}
-// Messages are put together when they are needed: a product of one row takes some microseconds.
-inline void require(bool ok, const char* message) {
-  if (!ok) throw std::invalid_argument(message);
-}
-
-inline void require_dtype(const TensorView& t, DType want, const char* name) {
-  if (t.dtype != want)
-    throw std::invalid_argument(std::string(name) + ": expected " + dtype_name(want) + ", got " +
-                                dtype_name(t.dtype));
-}
-
-inline void require_shape(const TensorView& t, std::initializer_list<int64_t> want,
-                          const char* name) {
-  bool ok = t.ndim == static_cast<int>(want.size());
-  int i = 0;
-  for (int64_t w : want) ok = ok && t.shape[i++] == w;
-  if (!ok) throw std::invalid_argument(std::string(name) + ": unexpected shape");
-}
-
-inline void require_contiguous(const TensorView& t, const char* name) {
-  if (!t.contiguous())
-    throw std::invalid_argument(std::string(name) + ": expected a contiguous tensor");
-}
-
 }  // namespace pyprune

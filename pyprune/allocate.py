@@ -10,6 +10,7 @@ from torch import Tensor
 from pyprune.allocation import Allocation, AlphaPruning, EcoflapOptions, Owl
 from pyprune.allocation.besa import BesaOptions, Learned, Ranked, learn_block
 from pyprune.allocation.ecoflap import sparsities_by_importance
+from pyprune.calibration.backward import PassOptions
 from pyprune.calibration.group import BlockVisit, Group
 from pyprune.calibration.importance import gradient_sums
 from pyprune.calibration.store import BlockStore
@@ -149,10 +150,9 @@ def _first_scores(
     sums = gradient_sums(
         adapter,
         batches,
+        PassOptions(config.gradient_checkpointing, device),
         power=2 if options.score == "squared" else 1,
         weighted=options.score != "gradient",
-        checkpointing=config.gradient_checkpointing,
-        device=device,
         progress=progress,
     )
     return [sum(sums[ref.name] for ref in group.linears) for group in groups]

@@ -78,7 +78,7 @@ def compress(
     """Leave the zeros of a pruned checkpoint out. Layers that would not shrink stay dense."""
     cli.quiet()
     from pyprune.sparse.convert import EMBEDDINGS, compress_checkpoint
-    from pyprune.sparse.weight import FORMATS
+    from pyprune.sparse.layout import FORMATS
 
     if format not in ("auto", *FORMATS, "deci"):
         raise UserError(f"--format: expected auto, {', '.join(FORMATS)} or deci, got {format!r}")

@@ -16,7 +16,7 @@ from rich.table import Table
 
 import pyprune
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 
 PACKAGES = (
     "torch",
@@ -121,7 +121,7 @@ def diagnose() -> Diagnosis:
         },
         backends=[
             BackendStatus(op, device, backend, _unavailable(op, backend, device))
-            for op in sorted(_registry.IMPLS)
+            for op in sorted(registry.IMPLS)
             for device in DEVICES
             for backend in _order(device)
         ],
@@ -136,17 +136,17 @@ def _version(name: str) -> str | None:
 
 
 def _order(device: str) -> list[str]:
-    preferred = list(_registry.PREFERENCE[device])
-    return preferred + [b for b in _registry.BACKENDS if b not in preferred]
+    preferred = list(registry.PREFERENCE[device])
+    return preferred + [b for b in registry.BACKENDS if b not in preferred]
 
 
 def _unavailable(op: str, backend: str, device: str) -> str:
     if device == "cuda" and not torch.cuda.is_available():
         return "no CUDA device here"
     # fp32, unless the op takes bytes alone.
-    dtypes = _registry.IMPLS[op]["reference"].dtypes
+    dtypes = registry.IMPLS[op]["reference"].dtypes
     dtype = torch.float32 if torch.float32 in dtypes else dtypes[0]
-    return _registry.unavailable(op, backend, device, dtype)
+    return registry.unavailable(op, backend, device, dtype)
 
 
 def _cpu() -> dict[str, Any]:

@@ -19,6 +19,7 @@ from pyprune.checkpoint import Checkpoint
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 from pyprune.progress import Progress
+from pyprune.sparse.format import sparse_bytes
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
 
 # The patterns looked for, most restrictive first, as N kept of every M inputs.
@@ -39,8 +40,8 @@ class LayerInspection:
     one tensor). zeros, elements: counts. patterns: all that hold, most restrictive first; "dense",
     "row-uniform" (the same number of zeros in each row) or "unstructured" where no N:M does.
     format: how it is stored, "dense" or a compressed format. nbytes: as stored; nbytes_dense: with
-    its zeros. nbytes_24: as 2:4, half of the values and two bits for each of them, None if it is
-    not 2:4. nbytes_bitmap: the non-zero values and one bit for every weight.
+    its zeros. nbytes_24, nbytes_bitmap: as `pyprune compress` would store it, in that format and at
+    the precision it has; nbytes_24 is None where 2:4 cannot hold it.
     """
 
     name: str
@@ -213,7 +214,9 @@ def inspect_matrix(name: str, w: Tensor, *, transposed: bool = False) -> LayerIn
     elements = kept.numel()
     nonzero = int(kept.sum())
     patterns = tuple(_patterns(kept, elements - nonzero))
-    mask_bytes = (elements + 7) // 8
+    # Experts in one tensor are stored one by one.
+    sizes = [sparse_bytes(matrix)[0] for matrix in (w if w.dim() == 3 else [w])]
+    fitting = [size["sparse24"] for size in sizes if "sparse24" in size]
     return LayerInspection(
         name=name,
         shape=tuple(w.shape),
@@ -224,9 +227,8 @@ def inspect_matrix(name: str, w: Tensor, *, transposed: bool = False) -> LayerIn
         format=DENSE,
         nbytes=elements * w.element_size(),
         nbytes_dense=elements * w.element_size(),
-        # Two bits tell which of the four places a kept value has.
-        nbytes_24=elements // 2 * w.element_size() + mask_bytes if "2:4" in patterns else None,
-        nbytes_bitmap=nonzero * w.element_size() + mask_bytes,
+        nbytes_24=sum(fitting) if len(fitting) == len(sizes) else None,
+        nbytes_bitmap=sum(size["bitmap"] for size in sizes),
     )
 
 

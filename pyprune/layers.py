@@ -22,8 +22,8 @@ from pyprune.methods.selection import forced_first
 from pyprune.methods.update import reconstructed
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
-from pyprune.ops._split import SplitMatrix
 from pyprune.ops.obs_factor import NotPositiveDefiniteError
+from pyprune.ops.split_matrix import SplitMatrix
 from pyprune.patterns import NM, Pattern, Unstructured
 from pyprune.report import LayerReport
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pyprune.allocate import BlockLearner, DenseBlocks, targets_by_loss
 from pyprune.allocation import ALLOCATIONS
+from pyprune.calibration.backward import PassOptions
 from pyprune.calibration.gradient_stats import GradientStatistic
 from pyprune.calibration.gradients import collect_gradients
 from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
@@ -93,9 +94,8 @@ def look_at_whole(
                 adapter,
                 tokens,
                 factory(config.options()),
-                checkpointing=config.gradient_checkpointing,
-                device=device,
-                progress=telling("gradients"),
+                PassOptions(config.gradient_checkpointing, device),
+                telling("gradients"),
             )
     return Look(gradients, targets)
 

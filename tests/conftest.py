@@ -87,7 +87,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     `OP`: a new backend is tested without new test code."""
     if "backend" in metafunc.fixturenames:
         op = metafunc.module.OP
-        metafunc.parametrize("backend", list(ops._registry.IMPLS[op]))
+        metafunc.parametrize("backend", list(ops.registry.IMPLS[op]))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -101,7 +101,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             return True
         if (backend, params.get("device", "cpu")) in {("native", "cuda"), ("cuda", "cpu")}:
             return False
-        return params.get("dtype", torch.float32) in ops._registry.IMPLS[op][backend].dtypes
+        return params.get("dtype", torch.float32) in ops.registry.IMPLS[op][backend].dtypes
 
     dropped = [item for item in items if not exists(item)]
     if dropped:
@@ -115,7 +115,7 @@ def use_backend(monkeypatch: pytest.MonkeyPatch):
     prepare or check, run wherever their tensors are."""
 
     def force(backend: str, op: str, device: str, dtype: torch.dtype = torch.float32) -> None:
-        reason = ops._registry.unavailable(op, backend, device, dtype)
+        reason = ops.registry.unavailable(op, backend, device, dtype)
         assert not reason, reason
         monkeypatch.setenv("PYPRUNE_BACKEND", f"{op}={backend}")
 
@@ -125,8 +125,8 @@ def use_backend(monkeypatch: pytest.MonkeyPatch):
 @pytest.fixture
 def use_isa():
     """Restricts the native kernels to one instruction set for the rest of the test."""
-    native = ops._registry._native.MODULE
-    assert native is not None, ops._registry._native.MISSING
+    native = ops.registry._native.MODULE
+    assert native is not None, ops.registry._native.MISSING
 
     def force(isa: str) -> None:
         try:

@@ -66,11 +66,17 @@ def test_transposed_storage():
 
 def test_bytes():
     found = inspect_matrix("w", nm(8, 16, 2, 4).bfloat16())
-    assert (found.nbytes, found.nbytes_24, found.nbytes_bitmap) == (256, 128 + 16, 128 + 16)
+    offsets = 8 * 9  # where each row's values begin
+    sizes = (found.nbytes, found.nbytes_24, found.nbytes_bitmap)
+    assert sizes == (256, 128 + 16, 128 + 16 + offsets)
     assert found.sparsity == 0.5 and found.smallest == 144
     assert replace(found, format="coded", nbytes=100).smallest == 100
     dense = inspect_matrix("w", torch.ones(8, 16))
-    assert dense.nbytes_24 is None and dense.nbytes_bitmap == 512 + 16 and dense.smallest == 512
+    assert (
+        dense.nbytes_24 is None
+        and dense.nbytes_bitmap == 512 + 16 + offsets
+        and dense.smallest == 512
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])

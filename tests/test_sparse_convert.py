@@ -13,7 +13,7 @@ from tiny_models import FAMILIES
 from pyprune import cli
 from pyprune.errors import UserError
 from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
-from pyprune.sparse.format import LayerFormat, choose, pack
+from pyprune.sparse.format import LayerFormat, candidates, pack
 
 
 def assert_same(a, b):
@@ -138,9 +138,11 @@ def test_what_is_rounded_counts_as_rounded(tmp_path):
 def test_choice():
     w = torch.zeros(16, 64, dtype=torch.bfloat16)
     w[:, ::2] = 1
-    assert choose(w)[0] == "sparse24" and choose(w, ("bitmap",)) == ("bitmap", 512)
-    assert choose(torch.ones(16, 64)) == ("dense", 1024)
-    assert choose(torch.cat((w[:, :8] * 0 + 1, w[:, 8:] * 0), 1))[0] == "bitmap"
+    sparse24, bitmap = 16 * (64 + 8), 16 * (64 + 8) + 8 * 17
+    assert candidates(w) == ({"sparse24": sparse24, "bitmap": bitmap}, 512)
+    assert candidates(w, ("bitmap",)) == ({"bitmap": bitmap}, 512)
+    assert candidates(torch.ones(16, 64)) == ({}, 1024)
+    assert list(candidates(torch.cat((w[:, :8] * 0 + 1, w[:, 8:] * 0), 1))[0]) == ["bitmap"]
     with pytest.raises(UserError, match="at most 2 non-zero"):
         pack(torch.ones(2, 8), LayerFormat("sparse24", (2, 8)))
 

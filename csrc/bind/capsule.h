@@ -8,7 +8,7 @@
 #include <optional>
 #include <string>
 
-#include "tensor_view.h"
+#include "bind/checks.h"
 
 namespace py = pybind11;
 
@@ -73,5 +73,23 @@ inline TensorView view(const py::capsule& capsule) {
 }
 
 using OptionalCapsule = std::optional<py::capsule>;
+
+// A tensor that may be left out. Kernels take null for it.
+struct OptionalView {
+  TensorView t;
+  bool given = false;
+
+  const TensorView* get() const { return given ? &t : nullptr; }
+};
+
+// One that is contiguous and of this dtype and shape, if it is there.
+inline OptionalView optional_array(const OptionalCapsule& capsule, DType dtype,
+                                   std::initializer_list<int64_t> shape, const char* name) {
+  OptionalView v;
+  if (!capsule) return v;
+  v = {view(*capsule), true};
+  require_array(v.t, dtype, shape, name);
+  return v;
+}
 
 }  // namespace pyprune

@@ -9,11 +9,11 @@ CodedViews check_coded(const CodedViews& w) {
   require(w.low.ndim == 2 && w.low.shape[1] > 0, "low: expected two dimensions and a column");
   require(w.escapes.ndim == 1, "escapes: expected one dimension");
   const int64_t rows = w.low.shape[0], cols = w.low.shape[1];
-  require_contiguous(w.low, DType::u8, {rows, cols}, "low");
-  require_contiguous(w.codes, DType::u8, {rows, 3 * ((cols + 7) / 8)}, "codes");
-  require_contiguous(w.bases, DType::u8, {rows}, "bases");
-  require_contiguous(w.escapes, DType::u8, {w.escapes.shape[0]}, "escapes");
-  require_contiguous(w.offsets, DType::i64, {rows + 1}, "row_offsets");
+  require_array(w.low, DType::u8, {rows, cols}, "low");
+  require_array(w.codes, DType::u8, {rows, 3 * ((cols + 7) / 8)}, "codes");
+  require_array(w.bases, DType::u8, {rows}, "bases");
+  require_array(w.escapes, DType::u8, {w.escapes.shape[0]}, "escapes");
+  require_array(w.offsets, DType::i64, {rows + 1}, "row_offsets");
   return w;
 }
 
@@ -45,9 +45,9 @@ void bind_coded(py::module_& m) {
             chosen = view(*rows);
             require(chosen.ndim == 1, "rows: expected one dimension");
             n = chosen.shape[0];
-            require_contiguous(chosen, DType::i64, {n}, "rows");
+            require_array(chosen, DType::i64, {n}, "rows");
           }
-          require_contiguous(to, DType::bf16, {n, w.low.shape[1]}, "out");
+          require_array(to, DType::bf16, {n, w.low.shape[1]}, "out");
           if (n == 0) return;
           py::gil_scoped_release release;
           unpack_coded({to, rows ? &chosen : nullptr, w, threads});

@@ -30,21 +30,13 @@ inline std::vector<LinearOp>& linear_ops() {
   return known;
 }
 
-inline void require_contiguous(const TensorView& t, DType dtype,
-                               std::initializer_list<int64_t> shape, const char* name) {
-  require_dtype(t, dtype, name);
-  require_shape(t, shape, name);
-  require_contiguous(t, name);
-}
-
 // What all formats ask of x, y and the bias.
 inline void check_linear(const TensorView& y, const TensorView& x, int64_t rows,
                          const TensorView* bias) {
-  require(x.ndim == 2 && (x.shape[1] <= 1 || x.stride[1] == 1),
-          "x: expected two dimensions with unit stride along the last");
+  require_rows(x, 2, "x");
   require(x.dtype == DType::f32 || x.dtype == DType::bf16, "x: expected float32 or bfloat16");
-  require_contiguous(y, x.dtype, {x.shape[0], rows}, "y");
-  if (bias) require_contiguous(*bias, DType::f32, {rows}, "bias");
+  require_array(y, x.dtype, {x.shape[0], rows}, "y");
+  if (bias) require_array(*bias, DType::f32, {rows}, "bias");
 }
 
 inline void bind_linear(py::module_& m, const LinearOp& op) {
@@ -62,7 +54,7 @@ inline void bind_linear(py::module_& m, const LinearOp& op) {
       w.bias = &bias;
     }
     const int threads = args[3 + op.parts].cast<int>();
-    require(threads >= 1, "threads: expected at least 1");
+    require_threads(threads);
     py::gil_scoped_release release;
     op.multiply(y, x, w, threads);
   });

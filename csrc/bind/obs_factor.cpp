@@ -9,8 +9,7 @@ void bind_obs_factor(py::module_& m) {
                          int threads) {
     bool good = false;
     const ObsFactorArgs args{view(h), view(u), view(dead), damping, &good, threads};
-    require(args.h.ndim == 2 && (args.h.shape[1] <= 1 || args.h.stride[1] == 1),
-            "h: expected two dimensions with unit stride along the last");
+    require_rows(args.h, 2, "h");
     const int64_t n = args.h.shape[0];
     for (const auto* t : {&args.h, &args.u}) require_dtype(*t, DType::f32, "tensors");
     require_dtype(args.dead, DType::boolean, "dead");

@@ -16,17 +16,12 @@ void obs_greedy_checked(py::capsule order, py::capsule loss, py::capsule w, py::
   require(a.inverse.ndim == 3 && (a.inverse.shape[0] == 1 || a.inverse.shape[0] == problems),
           "inverse: unexpected shape");
   require_shape(a.inverse, {a.inverse.shape[0], cols, cols}, "inverse");
-  if (first) {
-    a.first = view(*first);
-    require_dtype(a.first, DType::boolean, "first");
-    require_shape(a.first, {problems, cols}, "first");
-    require(a.first.contiguous(), "first: expected a contiguous tensor");
-  }
+  a.first = optional_array(first, DType::boolean, {problems, cols}, "first").t;
   for (const auto* t : {&a.order, &a.loss, &a.w, &a.inverse})
     require(t->contiguous(), "expected contiguous tensors");
   require(steps <= cols, "order: expected at most as many steps as weights");
   require(m == 0 || (m > 0 && 0 <= n && n <= m && cols % m == 0), "n, m: expected whole groups");
-  require(threads >= 1, "threads: expected at least 1");
+  require_threads(threads);
   py::gil_scoped_release release;
   obs_greedy(a);
 }

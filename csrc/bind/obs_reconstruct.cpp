@@ -31,7 +31,7 @@ void obs_reconstruct_checked(py::capsule x, py::capsule residual, py::capsule ma
                         &a.gap, &a.iterations})
     require(t->contiguous(), "expected contiguous tensors");
   require(0 < least && least <= 1, "least: expected a number in (0, 1]");
-  require(threads >= 1, "threads: expected at least 1");
+  require_threads(threads);
   py::gil_scoped_release release;
   obs_reconstruct(a);
 }

@@ -11,16 +11,9 @@
 namespace pyprune {
 namespace {
 
-void require_contiguous(const TensorView& t, std::initializer_list<int64_t> shape,
-                        const char* name) {
-  require_shape(t, shape, name);
-  require(t.contiguous(), std::string(name) + ": expected a contiguous tensor");
-}
-
 TensorView matrix(const py::capsule& capsule, const char* name) {
   const TensorView t = view(capsule);
-  require(t.ndim == 2 && (t.shape[1] <= 1 || t.stride[1] == 1),
-          std::string(name) + ": expected two dimensions with unit stride along the last");
+  require_rows(t, 2, name);
   return t;
 }
 
@@ -41,17 +34,20 @@ struct Packed24 {
 Packed24 packed_24(const py::capsule& values, const py::capsule& meta, const TensorView& w) {
   const Packed24 p{view(values), view(meta)};
   require(w.shape[1] % 8 == 0, "w: expected a multiple of 8 columns");
-  require_dtype(p.values, w.dtype, "values");
-  require_contiguous(p.values, {w.shape[0], w.shape[1] / 2}, "values");
-  require_dtype(p.meta, DType::u8, "meta");
-  require_contiguous(p.meta, {w.shape[0], w.shape[1] / 8}, "meta");
+  require_array(p.values, w.dtype, {w.shape[0], w.shape[1] / 2}, "values");
+  require_array(p.meta, DType::u8, {w.shape[0], w.shape[1] / 8}, "meta");
   return p;
 }
 
 TensorView bitmap_of(const py::capsule& capsule, const TensorView& w) {
   const TensorView t = view(capsule);
-  require_dtype(t, DType::u8, "bitmap");
-  require_contiguous(t, {w.shape[0], (w.shape[1] + 7) / 8}, "bitmap");
+  require_array(t, DType::u8, {w.shape[0], (w.shape[1] + 7) / 8}, "bitmap");
+  return t;
+}
+
+TensorView offsets_of(const py::capsule& capsule, const TensorView& w) {
+  const TensorView t = view(capsule);
+  require_array(t, DType::i64, {w.shape[0] + 1}, "row_offsets");
   return t;
 }
 
@@ -66,7 +62,7 @@ void require_aligned(const TensorView& t, int64_t bytes, const char* name) {
 
 // What both directions check of their tensors.
 Pack24Cuda cuda_24(const py::capsule& values, const py::capsule& meta, const TensorView& w) {
-  require(w.on_cuda, "w: expected a CUDA tensor");
+  require_on_cuda(w, "w");
   const Packed24 p = packed_24(values, meta, w);
   require_aligned(w, 16, "w");
   require_aligned(p.values, 4 * element_bytes(p.values), "values");
@@ -80,7 +76,7 @@ void bind_pack_24_cuda(py::module_& m) {
     Pack24Cuda args = cuda_24(values, meta, vw);
     args.mask = mask_of(mask, vw);
     if (mask) {
-      require(args.mask.contiguous(), "mask: expected a contiguous tensor");
+      require_contiguous(args.mask, "mask");
       require_aligned(args.mask, 8, "mask");
     }
     args.overfull = view(overfull);
@@ -91,17 +87,10 @@ void bind_pack_24_cuda(py::module_& m) {
   m.def("unpack_24_cuda",
         [](py::capsule w, py::capsule values, py::capsule meta, uintptr_t stream, int /*threads*/) {
           const TensorView vw = matrix(w, "w");
-          require(vw.contiguous(), "w: expected a contiguous tensor");
+          require_contiguous(vw, "w");
           check_status(
               launch_unpack_24(cuda_24(values, meta, vw), reinterpret_cast<cudaStream_t>(stream)));
         });
-}
-
-TensorView offsets_of(const py::capsule& capsule, const TensorView& w) {
-  const TensorView t = view(capsule);
-  require_dtype(t, DType::i64, "row_offsets");
-  require_contiguous(t, {w.shape[0] + 1}, "row_offsets");
-  return t;
 }
 
 void bind_pack_bitmap_cuda(py::module_& m) {
@@ -109,8 +98,8 @@ void bind_pack_bitmap_cuda(py::module_& m) {
         [](py::capsule bitmap, py::capsule row_offsets, py::capsule w, OptionalCapsule mask,
            py::capsule state, uintptr_t stream, int /*threads*/) {
           const TensorView vw = matrix(w, "w"), vm = mask_of(mask, vw), vs = view(state);
-          require(vw.on_cuda, "w: expected a CUDA tensor");
-          require(vm.contiguous(), "mask: expected a contiguous tensor");
+          require_on_cuda(vw, "w");
+          require_contiguous(vm, "mask");
           require_dtype(vs, DType::i64, "state");
           require_shape(vs, {1}, "state");
           check_status(
@@ -121,7 +110,7 @@ void bind_pack_bitmap_cuda(py::module_& m) {
         [](py::capsule w, py::capsule values, py::capsule bitmap, py::capsule row_offsets,
            bool pack, uintptr_t stream, int /*threads*/) {
           const TensorView vw = matrix(w, "w"), vv = view(values);
-          require(vw.on_cuda, "w: expected a CUDA tensor");
+          require_on_cuda(vw, "w");
           require(pack || vw.contiguous(), "w: expected a contiguous tensor");
           require_dtype(vv, vw.dtype, "values");
           require(vv.ndim == 1 && vv.contiguous(), "values: expected one contiguous dimension");
@@ -154,7 +143,7 @@ void bind_pack(py::module_& m) {
   m.def("unpack_24", [](py::capsule w, py::capsule values, py::capsule meta, int threads) {
     const TensorView vw = matrix(w, "w");
     const Packed24 p = packed_24(values, meta, vw);
-    require(vw.contiguous(), "w: expected a contiguous tensor");
+    require_contiguous(vw, "w");
     prefer_huge_pages(vw, element_bytes(vw));
     py::gil_scoped_release release;
     unpack_24({vw, p.values, p.meta, threads});
@@ -162,19 +151,16 @@ void bind_pack(py::module_& m) {
   m.def("pack_bitmap_rows", [](py::capsule bitmap, py::capsule counts, py::capsule w,
                                OptionalCapsule mask, int threads) {
     const TensorView vw = matrix(w, "w"), vc = view(counts);
-    require_dtype(vc, DType::i64, "counts");
-    require_contiguous(vc, {vw.shape[0]}, "counts");
+    require_array(vc, DType::i64, {vw.shape[0]}, "counts");
     const BitmapRowsArgs args{bitmap_of(bitmap, vw), vc, vw, mask_of(mask, vw), threads};
     py::gil_scoped_release release;
     pack_bitmap_rows(args);
   });
   m.def("move_bitmap_values", [](py::capsule w, py::capsule values, py::capsule bitmap,
                                  py::capsule row_offsets, bool pack, int threads) {
-    const TensorView vw = matrix(w, "w"), vv = view(values), vo = view(row_offsets);
+    const TensorView vw = matrix(w, "w"), vv = view(values), vo = offsets_of(row_offsets, vw);
     require_dtype(vv, vw.dtype, "values");
     require(vv.ndim == 1 && vv.contiguous(), "values: expected one contiguous dimension");
-    require_dtype(vo, DType::i64, "row_offsets");
-    require_contiguous(vo, {vw.shape[0] + 1}, "row_offsets");
     prefer_huge_pages(pack ? vv : vw, element_bytes(vw));
     int64_t broken = -1;
     const BitmapValuesArgs args{vw, vv, bitmap_of(bitmap, vw), vo, &broken, pack, threads};

@@ -14,29 +14,16 @@ namespace pyprune {
 namespace {
 
 void require_matrix(const TensorView& t, const TensorView& w, const char* name) {
-  require(t.ndim == 2 && t.shape[0] == w.shape[0] && t.shape[1] == w.shape[1] &&
-              (t.shape[1] <= 1 || t.stride[1] == 1),
+  require(t.ndim == 2 && t.shape[0] == w.shape[0] && t.shape[1] == w.shape[1] && unit_stride(t),
           std::string(name) + ": expected w's shape with unit stride along the last dimension");
-}
-
-void require_vector(const TensorView& t, int64_t length, const char* name) {
-  require_dtype(t, DType::f32, name);
-  require_shape(t, {length}, name);
-  require(t.contiguous(), std::string(name) + ": expected a contiguous tensor");
 }
 
 ScoreTerms terms(const TensorView& w, const OptionalCapsule& column_scale,
                  const OptionalCapsule& row_scale, const OptionalCapsule& addend,
                  const OptionalCapsule& preserve) {
   ScoreTerms t;
-  if (column_scale) {
-    t.column_scale = view(*column_scale);
-    require_vector(t.column_scale, w.shape[1], "column_scale");
-  }
-  if (row_scale) {
-    t.row_scale = view(*row_scale);
-    require_vector(t.row_scale, w.shape[0], "row_scale");
-  }
+  t.column_scale = optional_array(column_scale, DType::f32, {w.shape[1]}, "column_scale").t;
+  t.row_scale = optional_array(row_scale, DType::f32, {w.shape[0]}, "row_scale").t;
   if (addend) {
     t.addend = view(*addend);
     require_dtype(t.addend, DType::f32, "addend");
@@ -61,7 +48,7 @@ TensorView mask(const py::capsule& capsule, const TensorView& w) {
   const TensorView v = view(capsule);
   require_dtype(v, DType::boolean, "mask");
   require_matrix(v, w, "mask");
-  require(v.contiguous(), "mask: expected a contiguous tensor");
+  require_contiguous(v, "mask");
   prefer_huge_pages(v, 1);
   return v;
 }
@@ -96,7 +83,7 @@ void bind_mask_global(py::module_& m) {
 #ifdef PYPRUNE_WITH_CUDA
 TensorView cuda_weight(const py::capsule& capsule) {
   const TensorView w = weight(capsule);
-  require(w.on_cuda, "w: expected a CUDA tensor");
+  require_on_cuda(w, "w");
   require(w.numel() > 0, "w: expected at least one row and one column");
   return w;
 }

@@ -31,7 +31,7 @@ void multiply_24(const TensorView& y, const TensorView& x, const LinearWeight& w
   require(x.ndim == 2 && values.ndim == 2 && x.shape[1] % 8 == 0, "x: expected 8 n columns");
   const int64_t rows = values.shape[0], cols = x.shape[1];
   require_shape(values, {rows, cols / 2}, "values");
-  require_contiguous(meta, DType::u8, {rows, cols / 8}, "meta");
+  require_array(meta, DType::u8, {rows, cols / 8}, "meta");
   finish({WeightFormat::sparse24, y, x, rows, cols, values, &meta, nullptr, w.bias, threads});
 }
 
@@ -39,53 +39,59 @@ void multiply_bitmap(const TensorView& y, const TensorView& x, const LinearWeigh
   const TensorView &values = w.parts[0], &bitmap = w.parts[1], &offsets = w.parts[2];
   require(x.ndim == 2 && values.ndim == 1 && bitmap.ndim == 2, "expected x [M, C], values [nnz]");
   const int64_t rows = bitmap.shape[0], cols = x.shape[1];
-  require_contiguous(bitmap, DType::u8, {rows, (cols + 7) / 8}, "bitmap");
-  require_contiguous(offsets, DType::i64, {rows + 1}, "row_offsets");
+  require_array(bitmap, DType::u8, {rows, (cols + 7) / 8}, "bitmap");
+  require_array(offsets, DType::i64, {rows + 1}, "row_offsets");
   finish({WeightFormat::bitmap, y, x, rows, cols, values, &bitmap, &offsets, w.bias, threads});
 }
 
 #ifdef PYPRUNE_WITH_CUDA
-TensorView require_on_cuda(const py::capsule& capsule, const char* name) {
+TensorView cuda_view(const py::capsule& capsule, const char* name) {
   const TensorView t = view(capsule);
-  require(t.on_cuda, std::string(name) + ": expected a CUDA tensor");
+  require_on_cuda(t, name);
   return t;
+}
+
+TensorView cuda_bias(const OptionalCapsule& bias, int64_t rows) {
+  if (!bias) return {};
+  const TensorView t = cuda_view(*bias, "bias");
+  require_array(t, DType::f32, {rows}, "bias");
+  return t;
+}
+
+void require_vector_aligned(std::initializer_list<const TensorView*> tensors) {
+  for (const TensorView* t : tensors)
+    require(reinterpret_cast<uintptr_t>(t->data) % 16 == 0, "expected 16-byte aligned tensors");
 }
 
 Linear24 linear_24_args(const py::capsule& y, const py::capsule& x, const py::capsule& values,
                         const py::capsule& meta, const OptionalCapsule& bias) {
-  Linear24 a{require_on_cuda(y, "y"),
-             require_on_cuda(x, "x"),
-             require_on_cuda(values, "values"),
-             require_on_cuda(meta, "meta"),
+  Linear24 a{cuda_view(y, "y"),
+             cuda_view(x, "x"),
+             cuda_view(values, "values"),
+             cuda_view(meta, "meta"),
              {}};
   require(a.x.ndim == 2 && a.values.ndim == 2, "expected x [M, C] and values [R, C/2]");
   const int64_t m = a.x.shape[0], cols = a.x.shape[1], rows = a.values.shape[0];
   require(1 <= m && m <= 64, "x: expected 1 to 64 rows");
   require(cols > 0 && cols % 64 == 0 && rows > 0, "x: expected a multiple of 64 columns");
   require(a.x.dtype == DType::bf16 || a.x.dtype == DType::f16, "x: expected a 16-bit float");
-  require_contiguous(a.x, a.x.dtype, {m, cols}, "x");
-  require_contiguous(a.y, a.x.dtype, {m, rows}, "y");
-  require_contiguous(a.values, a.x.dtype, {rows, cols / 2}, "values");
-  require_contiguous(a.meta, DType::u8, {rows, cols / 8}, "meta");
-  for (const TensorView* t : {&a.x, &a.values, &a.meta})
-    require(reinterpret_cast<uintptr_t>(t->data) % 16 == 0, "expected 16-byte aligned tensors");
-  if (bias) {
-    a.bias = require_on_cuda(*bias, "bias");
-    require_dtype(a.bias, DType::f32, "bias");
-    require_shape(a.bias, {rows}, "bias");
-    require(a.bias.contiguous(), "bias: expected a contiguous tensor");
-  }
+  require_array(a.x, a.x.dtype, {m, cols}, "x");
+  require_array(a.y, a.x.dtype, {m, rows}, "y");
+  require_array(a.values, a.x.dtype, {rows, cols / 2}, "values");
+  require_array(a.meta, DType::u8, {rows, cols / 8}, "meta");
+  require_vector_aligned({&a.x, &a.values, &a.meta});
+  a.bias = cuda_bias(bias, rows);
   return a;
 }
 
 LinearBitmap linear_bitmap_args(const py::capsule& y, const py::capsule& x,
                                 const py::capsule& values, const py::capsule& bitmap,
                                 const py::capsule& row_offsets, const OptionalCapsule& bias) {
-  LinearBitmap a{require_on_cuda(y, "y"),
-                 require_on_cuda(x, "x"),
-                 require_on_cuda(values, "values"),
-                 require_on_cuda(bitmap, "bitmap"),
-                 require_on_cuda(row_offsets, "row_offsets"),
+  LinearBitmap a{cuda_view(y, "y"),
+                 cuda_view(x, "x"),
+                 cuda_view(values, "values"),
+                 cuda_view(bitmap, "bitmap"),
+                 cuda_view(row_offsets, "row_offsets"),
                  {}};
   require(a.x.ndim == 2 && a.values.ndim == 1 && a.bitmap.ndim == 2,
           "expected x [M, C], values [nnz] and bitmap [R, C/8]");
@@ -95,24 +101,16 @@ LinearBitmap linear_bitmap_args(const py::capsule& y, const py::capsule& x,
   const int64_t most = linear_bitmap_rows(a.x.dtype);
   require(1 <= m && m <= most, "x: expected 1 to " + std::to_string(most) + " rows");
   require(cols > 0 && cols % 32 == 0 && rows > 0, "x: expected a multiple of 32 columns");
-  require_contiguous(a.x, a.x.dtype, {m, cols}, "x");
-  require_contiguous(a.y, a.x.dtype, {m, rows}, "y");
+  require_array(a.x, a.x.dtype, {m, cols}, "x");
+  require_array(a.y, a.x.dtype, {m, rows}, "y");
   require_dtype(a.values, a.x.dtype == DType::f32 ? DType::bf16 : a.x.dtype, "values");
-  require_contiguous(a.bitmap, DType::u8, {rows, cols / 8}, "bitmap");
-  require_dtype(a.row_offsets, DType::i64, "row_offsets");
-  require_shape(a.row_offsets, {rows + 1}, "row_offsets");
-  for (const TensorView* t : {&a.values, &a.row_offsets})
-    require(t->contiguous(), "values, row_offsets: expected contiguous tensors");
-  for (const TensorView* t : {&a.x, &a.values, &a.bitmap})
-    require(reinterpret_cast<uintptr_t>(t->data) % 16 == 0, "expected 16-byte aligned tensors");
+  require_array(a.bitmap, DType::u8, {rows, cols / 8}, "bitmap");
+  require_array(a.row_offsets, DType::i64, {rows + 1}, "row_offsets");
+  require_contiguous(a.values, "values");
+  require_vector_aligned({&a.x, &a.values, &a.bitmap});
   require(a.values.numel() <= INT32_MAX && a.bitmap.numel() / 4 <= INT32_MAX,
           "values, bitmap: expected fewer than 2^31 values and words");
-  if (bias) {
-    a.bias = require_on_cuda(*bias, "bias");
-    require_dtype(a.bias, DType::f32, "bias");
-    require_shape(a.bias, {rows}, "bias");
-    require(a.bias.contiguous(), "bias: expected a contiguous tensor");
-  }
+  a.bias = cuda_bias(bias, rows);
   return a;
 }
 

@@ -36,7 +36,7 @@ from pyprune.models.experts import ExpertInput, observed
 from pyprune.models.linears import LinearRef
 from pyprune.models.running import evaluation
 
-__all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass"]
+__all__ = ["BackwardReport", "PassOptions", "Sample", "Visitor", "backward_pass"]
 
 # fp16 has neither exponents for small gradients nor for large ones; bf16, fp32 and fp64 have. Of
 # the first batch the largest shall be 2^9 at most, 2^7 below what fp16 holds. Of a logit it can be
@@ -44,6 +44,38 @@ __all__ = ["BackwardReport", "Sample", "Visitor", "backward_pass"]
 FIRST_HALF_SCALE, LEAST_HALF_SCALE, LARGEST_HALF_SCALE = 2.0**8, 2.0**-8, 2.0**15
 HALF_PEAK = 2.0**9
 Visitor = Callable[[Sample], None]
+
+
+@dataclass(frozen=True)
+class PassOptions:
+    """How a backward pass runs.
+
+    checkpointing: keep only the blocks' inputs and run each block again when the backward pass
+        reaches it: one more forward, and the activations of one block at a time.
+    device: where the model runs; afterwards it is back where it was.
+    fisher_samples: 0: the labels are the text's own next tokens. S > 0: S times over labels are
+        drawn from the model's own distribution at each token, and each draw has a backward pass
+        (one forward serves all). G is divided by sqrt(S), so that sums over the draws of squares
+        and outer products are means over them: of the Fisher information itself rather than the
+        empirical one (Kunstner et al. 2019, arXiv 1905.12558). One pass for the mean loss of S
+        draws would give 1 / S of it.
+    seed: of the draws, which depend on the sequences and their order but on no batch size.
+    loss_scale: multiplies the loss and is divided out of G in fp32 (in fp64 models fp64). None: for
+        fp16 the power of two that the first batch, run once more for it, bears; otherwise 1.
+    """
+
+    checkpointing: bool = False
+    device: torch.device | str = "cpu"
+    fisher_samples: int = 0
+    seed: int = 0
+    loss_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.fisher_samples < 0:
+            raise UserError(f"fisher_samples: expected 0 or more, got {self.fisher_samples}")
+
+
+PLAIN = PassOptions()
 
 
 @dataclass
@@ -69,12 +101,7 @@ def backward_pass(
     adapter: Adapter,
     batches: Sequence[TokenBatch],
     visitors: Mapping[str, Visitor],
-    *,
-    checkpointing: bool = False,
-    device: torch.device | str = "cpu",
-    loss_scale: float | None = None,
-    fisher_samples: int = 0,
-    seed: int = 0,
+    options: PassOptions = PLAIN,
     progress: Callable[[int, int], None] | None = None,
 ) -> BackwardReport:
     """Runs the model forward and backward on every batch and shows each matrix's part to its
@@ -93,19 +120,6 @@ def backward_pass(
         visitors: by `LinearRef.name`; matrices without one cost nothing, and no gradient flows
             below the first block that has one. What a visitor is handed is only valid during the
             call and not to be written to.
-        checkpointing: keep only the blocks' inputs and run each block again when the backward pass
-            reaches it: one more forward, and the activations of one block at a time.
-        device: where the model runs; afterwards it is back where it was.
-        loss_scale: multiplies the loss and is divided out of G in fp32 (in fp64 models fp64). None:
-            for fp16 the power of two that the first batch, run once more for it, bears; otherwise
-            1.
-        fisher_samples: 0: the labels are the text's own next tokens. S > 0: S times over labels
-            are drawn from the model's own distribution at each token, and each draw has a backward
-            pass (one forward serves all). G is divided by sqrt(S), so that sums over the draws of
-            squares and outer products are means over them: of the Fisher information itself rather
-            than the empirical one (Kunstner et al. 2019, arXiv 1905.12558). One pass for the mean
-            loss of S draws would give 1 / S of it.
-        seed: of the draws, which depend on the sequences and their order but on no batch size.
         progress: called with batches done and in all.
 
     Returns:
@@ -117,11 +131,9 @@ def backward_pass(
             too small to tell; a matrix runs twice or not at all, writes to its input, or padding
             cannot be told apart in it.
         UserError: the model has no head, a sequence has fewer than two tokens in a row, a visitor's
-            name is unknown, `fisher_samples` is negative.
+            name is unknown.
     """
-    if fisher_samples < 0:
-        raise UserError(f"fisher_samples: expected 0 or more, got {fisher_samples}")
-    model, device = adapter.model, torch.device(device)
+    model, device = adapter.model, torch.device(options.device)
     _check_model(adapter, visitors)
     given = [_Tokens.of(i, batch, device) for i, batch in enumerate(batches)]
     if not given:
@@ -133,11 +145,12 @@ def backward_pass(
         stack.enter_context(evaluation(model))
         stack.enter_context(without_parameter_gradients(model))
         stack.enter_context(on_device(model, device))
-        if loss_scale is None:
+        scale = options.loss_scale
+        if scale is None:
             half = dtype == torch.float16
-            loss_scale = _half_scale(adapter, given[0], visitors, checkpointing) if half else 1.0
-        run = _Pass(adapter, visitors, loss_scale, fisher_samples, seed)
-        stack.enter_context(run.hooked(checkpointing))
+            scale = _half_scale(adapter, given[0], visitors, options.checkpointing) if half else 1.0
+        run = _Pass(adapter, visitors, options, scale)
+        stack.enter_context(run.hooked(options.checkpointing))
         for done, batch in enumerate(given, 1):
             run.run(batch)
             if progress is not None:
@@ -153,7 +166,7 @@ def _half_scale(
     finite and not zero: the pass itself then names the layer."""
     scale = FIRST_HALF_SCALE
     while True:
-        probe = _Pass(adapter, dict.fromkeys(names, _unseen), scale, 0, 0)
+        probe = _Pass(adapter, dict.fromkeys(names, _unseen), PLAIN, scale)
         with probe.hooked(checkpointing):
             probe.run(batch)
         peak = probe.peak()
@@ -199,14 +212,13 @@ class _Pass:
         self,
         adapter: Adapter,
         visitors: Mapping[str, Visitor],
-        loss_scale: float,
-        fisher_samples: int,
-        seed: int,
+        options: PassOptions,
+        scale: float,
     ) -> None:
         self._adapter = adapter
         self._visitors = visitors
-        self._scale = loss_scale
-        self._head, self._draw = Head(adapter, loss_scale, fisher_samples, seed), 0
+        self._scale = scale
+        self._head, self._draw = Head(adapter, scale, options.fisher_samples, options.seed), 0
         self._refs = [
             [ref for ref in adapter.linears(i) if ref.name in visitors]
             for i in range(len(adapter.blocks))

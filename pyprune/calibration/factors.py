@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.calibration.backward import BackwardReport, Visitor
+from pyprune.calibration.backward import PLAIN, BackwardReport, PassOptions, Visitor
 from pyprune.calibration.gradient_stats import KroneckerFactors
 from pyprune.calibration.gradients import check_sums, sequence_pass, sums_dtype
 from pyprune.calibration.sample import Sample
@@ -66,45 +66,34 @@ def collect_factors(
     adapter: Adapter,
     tokens: TokenSet,
     refs: Iterable[LinearRef],
+    options: PassOptions = PLAIN,
     *,
     biases: Collection[str] = (),
     refinements: int = 0,
-    checkpointing: bool = False,
-    device: torch.device | str = "cpu",
-    fisher_samples: int = 0,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, KroneckerFactors]:
-    """Factors of the matrices `refs`, by name, on `device`.
+    """Factors of the matrices `refs`, by name, on `options.device`.
 
     One pass over the tokens, and two more for each of `refinements` steps to the nearest Kronecker
     product. Sequences go through the model one at a time, whatever the batch size: the sums are the
     same. Matrices that read one tensor share their A in memory, unless it is refined.
 
     Args:
+        options: of every pass; all see the same draws.
         biases: names of the matrices whose bias counts as a last column.
-        fisher_samples, seed: see `backward_pass`; all passes see the same draws.
         progress: called with sequences done and in all, over all passes.
 
     Raises:
         LayerError, UserError: see `backward_pass`; also a sum that overflowed.
     """
-    device, dtype = torch.device(device), sums_dtype(adapter)
+    device, dtype = torch.device(options.device), sums_dtype(adapter)
     refs = list(refs)
     passes, done = 1 + 2 * refinements, 0
 
     def through(visitors: dict[str, Visitor]) -> BackwardReport:
         nonlocal done
-        report = sequence_pass(
-            adapter,
-            tokens.batches,
-            visitors,
-            checkpointing=checkpointing,
-            device=device,
-            fisher_samples=fisher_samples,
-            seed=seed,
-            progress=None if progress is None else _part(progress, done, passes),
-        )
+        told = None if progress is None else _part(progress, done, passes)
+        report = sequence_pass(adapter, tokens.batches, visitors, options, told)
         done += 1
         return report
 

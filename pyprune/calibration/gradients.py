@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pyprune.calibration.backward import BackwardReport, Visitor, backward_pass
+from pyprune.calibration.backward import PLAIN, BackwardReport, PassOptions, Visitor, backward_pass
 from pyprune.calibration.gradient_stats import GradientFactory, GradientStatistic
 from pyprune.calibration.head import sequence_targets
 from pyprune.calibration.tokens import Batch, TokenSet, one_by_one
@@ -20,22 +20,21 @@ def collect_gradients(
     adapter: Adapter,
     tokens: TokenSet,
     factory: GradientFactory,
-    *,
-    checkpointing: bool = False,
-    device: torch.device | str = "cpu",
+    options: PassOptions = PLAIN,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, GradientStatistic]:
     """Statistics of every prunable matrix, by name, on the CPU.
 
     Sequences go through the model one at a time, whatever the batch size: the sums are the same,
     and the activations of one sequence are all that is held beside the model and the statistics
-    (4 bytes a weight for `MagnitudeStatistic`), which stay on `device` until the pass is over.
+    (4 bytes a weight for `MagnitudeStatistic`), which stay on `options.device` until the pass is
+    over.
 
     Raises:
         LayerError, UserError: see `backward_pass`; also a sum that overflowed, and statistics that
             are larger than the memory that is free.
     """
-    device, dtype = torch.device(device), sums_dtype(adapter)
+    device, dtype = torch.device(options.device), sums_dtype(adapter)
 
     def make(place: torch.device) -> dict[str, GradientStatistic]:
         refs = [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
@@ -44,9 +43,7 @@ def collect_gradients(
 
     _check_fits(make(torch.device("meta")), device)
     made = make(device)
-    fill_statistics(
-        adapter, tokens, made, checkpointing=checkpointing, device=device, progress=progress
-    )
+    fill_statistics(adapter, tokens, made, options, progress)
     return made
 
 
@@ -60,26 +57,13 @@ def fill_statistics(
     adapter: Adapter,
     tokens: TokenSet,
     statistics: Mapping[str, GradientStatistic],
-    *,
-    checkpointing: bool = False,
-    device: torch.device | str = "cpu",
-    fisher_samples: int = 0,
-    seed: int = 0,
+    options: PassOptions,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """`collect_gradients` into statistics that are there, on `device`, by the name of the matrix;
-    afterwards they are on the CPU. fisher_samples, seed: see `backward_pass`."""
+    """`collect_gradients` into statistics that are there, on `options.device`, by the name of the
+    matrix; afterwards they are on the CPU."""
     visitors = {name: statistic.update for name, statistic in statistics.items()}
-    report = sequence_pass(
-        adapter,
-        tokens.batches,
-        visitors,
-        checkpointing=checkpointing,
-        device=device,
-        fisher_samples=fisher_samples,
-        seed=seed,
-        progress=progress,
-    )
+    report = sequence_pass(adapter, tokens.batches, visitors, options, progress)
     for name, statistic in statistics.items():
         check_sums(name, statistic.finite())
         statistic.sequences = report.sequences
@@ -91,27 +75,14 @@ def sequence_pass(
     adapter: Adapter,
     batches: Sequence[Batch],
     visitors: Mapping[str, Visitor],
-    *,
-    checkpointing: bool,
-    device: torch.device | str,
-    fisher_samples: int = 0,
-    seed: int = 0,
+    options: PassOptions,
     progress: Callable[[int, int], None] | None,
 ) -> BackwardReport:
     """`backward_pass` with the sequences one at a time. A sequence without a target is refused
     before any has run, by the number of the batch that it was given in."""
     for i, batch in enumerate(batches):
         sequence_targets(i, batch)
-    return backward_pass(
-        adapter,
-        list(one_by_one(batches)),
-        visitors,
-        checkpointing=checkpointing,
-        device=device,
-        fisher_samples=fisher_samples,
-        seed=seed,
-        progress=progress,
-    )
+    return backward_pass(adapter, list(one_by_one(batches)), visitors, options, progress)
 
 
 def check_sums(name: str, finite: bool) -> None:

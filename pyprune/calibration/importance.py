@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
+from pyprune.calibration.backward import PLAIN, PassOptions
 from pyprune.calibration.gradients import check_sums, sequence_pass, sums_dtype
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.tokens import Batch
@@ -18,18 +19,17 @@ from pyprune.models.linears import LinearRef
 def gradient_sums(
     adapter: Adapter,
     batches: Sequence[Batch],
+    options: PassOptions = PLAIN,
     *,
     power: int = 1,
     weighted: bool = False,
-    checkpointing: bool = False,
-    device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
     """For every prunable matrix the mean over sequences n of `sum_ij |m_ij g_n[i, j]| ** power`,
     with g_n the gradient of the sequence's mean loss and m the weight (`weighted`) or one.
 
     One backward pass over the whole model, a sequence at a time; see `backward_pass` for
-    `checkpointing`, `device`, `progress` and what it raises. A matrix that no token reached has 0.
+    `options`, `progress` and what it raises. A matrix that no token reached has 0.
     """
     refs = [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
     dtype = sums_dtype(adapter)
@@ -37,14 +37,7 @@ def gradient_sums(
     scratch: dict[tuple[int, ...], Tensor] = {}
     sums = {ref.name: _Sum(ref, power, weighted, dtype, scratch) for ref in refs}
     visitors: Mapping[str, Callable[[Sample], None]] = {n: s.update for n, s in sums.items()}
-    report = sequence_pass(
-        adapter,
-        batches,
-        visitors,
-        checkpointing=checkpointing,
-        device=device,
-        progress=progress,
-    )
+    report = sequence_pass(adapter, batches, visitors, options, progress)
     for name, total in sums.items():
         check_sums(name, bool(total.value.isfinite()))
     return {name: float(total.value) / report.sequences for name, total in sums.items()}

@@ -14,6 +14,7 @@ from pyprune.calibration.loss_scale import LossScale
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.graph import Branch, Context, ResidualGraph, State
+from pyprune.depth.hidden import block_influence
 from pyprune.errors import UserError
 from pyprune.models.running import positions_at_once
 
@@ -124,6 +125,17 @@ def magnitude(graph: ResidualGraph) -> Tensor:
 def reverse(layers: int) -> Tensor:
     """Last layers first: the baseline that criteria have to beat (arXiv 2411.15558)."""
     return torch.arange(layers, 0, -1, dtype=torch.float64)
+
+
+def importance_by(name: str, graph: ResidualGraph, batches: Sequence[Batch]) -> Tensor:
+    """By the criterion that is called ppl, taylor, influence or magnitude."""
+    if name == "ppl":
+        return removal_losses(graph, batches).exp()
+    if name == "taylor":
+        return taylor(graph, batches)
+    if name == "influence":
+        return block_influence(graph.adapter, batches)
+    return magnitude(graph)
 
 
 def removal_order(importance: Tensor, *, plus: bool = False) -> list[int]:

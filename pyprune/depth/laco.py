@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,20 +11,77 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Conv1D
 
-from pyprune.calibration.tokens import Batch
+from pyprune.calibration.tokens import Batch, first_sequences
+from pyprune.depth.addons import OneAddOn
 from pyprune.depth.criteria import run_layer
 from pyprune.depth.given import Given
 from pyprune.depth.graph import Context, ResidualGraph, State
 from pyprune.depth.hidden import real_tokens
+from pyprune.depth.layers import Enough, LayerChoice, layer_method, with_add_ons
 from pyprune.errors import UserError
+from pyprune.progress import Progress
 
 Merge = Literal["rdsc", "last", "mean"]
 
 
 @dataclass(frozen=True)
+class LacoOptions(OneAddOn):
+    """fold: layers that become one. interval: layers to step down after a fold. lowest, highest:
+    the range of layers that may go or be folded into, both included; none: the last. threshold: the
+    least similarity of the final states, before and after, at which a fold is kept. merge: what
+    becomes of the weights: rdsc (the first layer's and all differences from it, the paper's
+    equation), last (the last layer's) or mean. sentences: calibration sequences that are compared.
+    And one of the add-ons `compensate` and `refit` (with `ridge`), see `laco`."""
+
+    fold: int = 4
+    interval: int = 1
+    lowest: int = 0
+    highest: int | None = None
+    threshold: float = 0.65
+    merge: Merge = "rdsc"
+    sentences: int = 5
+
+
+@layer_method(
+    "laco",
+    title="LaCo: layers folded into one before them",
+    paper="arXiv 2402.11187",
+    options=LacoOptions,
+)
+def laco(
+    graph: ResidualGraph,
+    batches: Sequence[Batch],
+    options: LacoOptions,
+    enough: Enough,
+    progress: Progress | None = None,
+) -> LayerChoice:
+    """LaCo: folds until it is enough. UserError if the threshold ends it before that.
+
+    The add-ons come after the search, which folds and accepts as published, and use all of the
+    text. A gap is what was folded into the layer before it. refit: the MLP of that layer, as
+    merged, is fitted to the stream that the last folded layer gave in the model as given.
+    compensate: the size of that stream over the size of the merged layer's output.
+    """
+    if options.sentences < 1:
+        raise UserError(f"sentences: expected at least 1, got {options.sentences}")
+    few = first_sequences(batches, options.sentences)
+    given = Given() if options.wanted else None
+    folds = collapse(graph, few, options, enough, given)
+    removed = tuple(i for fold in folds for i in fold.removed)
+    if not removed or not enough(removed):
+        raise UserError(
+            f"LaCo: expected to remove more, but only {len(removed)} layers could be folded at a "
+            f"similarity above {options.threshold:g}; a lower threshold or another fold may do"
+        )
+    transforms = tuple({"kind": "fold", "merge": options.merge, **asdict(f)} for f in folds)
+    choice = with_add_ons(graph, batches, options, removed, "cosine of final states", None, given)
+    return replace(choice, transforms=(*transforms, *choice.transforms))
+
+
+@dataclass(frozen=True)
 class Fold:
-    """Layers `layer` + 1 .. `last` (those still there) went into `layer`; similarity: afterwards,
-    mean cosine of the output with the original model's."""
+    """The `removed` layers went into `layer`; similarity: afterwards, mean cosine of the
+    output with the original model's."""
 
     layer: int
     removed: tuple[int, ...]
@@ -50,29 +107,22 @@ def merged(own: Tensor, later: Sequence[Tensor], merge: Merge) -> Tensor:
 def collapse(
     graph: ResidualGraph,
     batches: Sequence[Batch],
-    *,
-    fold: int = 4,
-    interval: int = 1,
-    lowest: int = 0,
-    highest: int | None = None,
-    threshold: float = 0.65,
-    merge: Merge = "rdsc",
-    enough: Callable[[list[int]], bool] | None = None,
+    options: LacoOptions,
+    enough: Enough | None = None,
     given: Given | None = None,
 ) -> list[Fold]:
     """Folds in place, from the top down; the layers named as removed must be removed afterwards.
 
-    fold: layers that become one (C of the paper; m = C - 1 go). interval: layers to step down
-    after an accepted fold (I). lowest, highest: range of layers, both included (highest None: the
-    last; the paper's H is one more).
-    threshold: T; a fold is kept if its similarity, the mean over sequences of the cosine between
-    flattened final (normed) states, padding excluded, is above it. enough: told all removed layers,
-    whether to stop. Norms are never merged. The prefix up to a folded layer is always the original,
-    so it runs once for all trials, and no model is copied. given: is told the weights that the
-    accepted folds changed, as they were.
+    Of the paper's symbols C is `options.fold` (m = C - 1 layers go), I is `interval`, H is one more
+    than `highest`, T is `threshold`: a fold is kept if its similarity, the mean over sequences of
+    the cosine between flattened final (normed) states, padding excluded, is above it. enough: told
+    all removed layers, whether to stop. Norms are never merged. The prefix up to a folded layer is
+    always the original, so it runs once for all trials, and no model is copied. given: is told the
+    weights that the accepted folds changed, as they were.
     """
     layers = len(graph.layouts)
-    top = layers - 1 if highest is None else highest
+    fold, interval, lowest = options.fold, options.interval, options.lowest
+    top = layers - 1 if options.highest is None else options.highest
     if fold < 2 or interval < 1 or not 0 <= lowest <= top < layers:
         raise UserError(
             f"LaCo: expected fold >= 2, interval >= 1 and 0 <= lowest <= highest < {layers}, "
@@ -90,10 +140,10 @@ def collapse(
         layer = left[at]
         matrices = _matrices(graph, layer)
         old = [p.clone() for p in matrices]
-        _merge_into(graph, layer, gone, merge)
+        _merge_into(graph, layer, gone, options.merge)
         rest = [i for i in left[at:] if i not in gone]
         similarity = _similarity(graph, runs, layer, rest)
-        if not similarity > threshold:
+        if not similarity > options.threshold:
             for parameter, value in zip(matrices, old, strict=True):
                 parameter.copy_(value)
             at -= 1

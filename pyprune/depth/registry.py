@@ -26,7 +26,13 @@ MODULES = (
     "blockpruner",
     "sleb",
     "llmdrop",
-    "layers",
+    "shortgpt",
+    "angular",
+    "shortened_llama",
+    "segments",
+    "reverse",
+    "laco",
+    "streamline",
 )
 UNITS = {"block": "attention and MLP branches", "layer": "layers"}
 

@@ -6,12 +6,65 @@ partition is the true optimum: the published back-tracking does not follow its o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from pyprune.calibration.tokens import Batch
+from pyprune.depth.addons import AddOns
+from pyprune.depth.criteria import importance_by
+from pyprune.depth.graph import ResidualGraph
+from pyprune.depth.hidden import token_states
+from pyprune.depth.layers import Enough, LayerChoice, first_enough, layer_method, with_add_ons
 from pyprune.errors import UserError
+from pyprune.progress import Progress
 
 GAIN = 0.05  # one more segment has to lower the loss by this share
+
+
+@dataclass(frozen=True)
+class SegmentOptions(AddOns):
+    """segments: how many; none: as many as lower the loss by more than 5 % each. most: of them,
+    with none. tokens: that the CKA looks at. criterion: within a segment: ppl, influence or taylor.
+    And the add-ons."""
+
+    segments: int | None = None
+    most: int = 7
+    tokens: int = 256
+    criterion: Literal["ppl", "influence", "taylor"] = "ppl"
+
+
+@layer_method(
+    "segments",
+    title="Generic layer pruning: CKA, Fisher partition, choice per segment",
+    paper="arXiv 2406.07929",
+    options=SegmentOptions,
+)
+def segments(
+    graph: ResidualGraph,
+    batches: Sequence[Batch],
+    options: SegmentOptions,
+    enough: Enough,
+    progress: Progress | None = None,
+) -> LayerChoice:
+    """Generic layer pruning: CKA between the layers' outputs, exact Fisher partition of its column
+    sums, and the least important layers of each segment in turn."""
+    states = token_states(graph.adapter, batches, options.tokens)[1:]
+    values = linear_cka(states).sum(0)
+    if options.segments is None:
+        most = min(max(1, options.most), len(values))
+        count = group_count(fisher_partition(values, most)[1])
+    else:
+        count = options.segments
+    starts, _ = fisher_partition(values, count)
+    importance = importance_by(options.criterion, graph, batches)
+    removed = first_enough(segment_order(importance, starts), enough, len(values))
+    choice = with_add_ons(graph, batches, options, removed, options.criterion, importance)
+    found = {"kind": "segments", "starts": starts}
+    return replace(choice, transforms=(*choice.transforms, found))
 
 
 def linear_cka(states: Tensor) -> Tensor:

@@ -2,24 +2,86 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.calibration.tokens import Batch
+from pyprune.depth.addons import OneAddOn
 from pyprune.depth.criteria import run_layer
 from pyprune.depth.finite import NotFiniteError
+from pyprune.depth.given import Given
 from pyprune.depth.graph import Context, ResidualGraph, State
 from pyprune.depth.hidden import real_tokens
+from pyprune.depth.layers import Enough, LayerChoice, layer_method, too_much, with_add_ons
 from pyprune.errors import UserError
 from pyprune.progress import Progress
 
 Start = Literal["first", "last", "best"]
+# Of the published training.
+WEIGHT_DECAY, CLIP = 1e-3, 5.0
+FINAL_SHARE = 0.25  # of the learning rate that is left at the end
+
+
+@dataclass(frozen=True)
+class StreamlineOptions(OneAddOn):
+    """epochs: over the calibration text; 0 only initialises. learning_rate: at its peak. start:
+    weights that the replacement begins with: first, last or best of the window. epochs=0 with
+    start=first is plain pruning. And one of the add-ons `compensate` and `refit` (with `ridge`),
+    see `streamline`."""
+
+    epochs: int = 1
+    learning_rate: float = 2e-4
+    start: Start = "best"
+
+
+@layer_method(
+    "llm-streamline",
+    title="LLM-Streamline: a window replaced by one trained layer",
+    paper="arXiv 2403.19135",
+    options=StreamlineOptions,
+)
+def streamline(
+    graph: ResidualGraph,
+    batches: Sequence[Batch],
+    options: StreamlineOptions,
+    enough: Enough,
+    progress: Progress | None = None,
+) -> LayerChoice:
+    """LLM-Streamline: of the windows of n + 1 layers the one that changes direction least becomes
+    one trained layer; the smallest n that is enough. Ties go to the lower window.
+
+    The add-ons come after the training, for the n layers that the replacement stands before, and
+    are measured against the model as given. refit: the replacement's MLP is fitted to what is left
+    of the error that it was trained on, in closed form (the sequences that choose the ridge are
+    held out of this fit, not of the training). compensate: the size of the window's output over
+    that of the replacement's, which a mean squared error trains to be too small. Untrained, both
+    are what they are for layers removed otherwise.
+    """
+    layers = len(graph.layouts)
+    for n in range(1, layers):
+        windows = [tuple(range(first, first + n)) for first in range(1, layers - n + 1)]
+        if not any(map(enough, windows)):
+            continue  # before the model runs for it
+        start = int(window_similarity(graph, batches, n + 1).argmax())
+        removed = windows[start]
+        if not enough(removed):
+            continue
+        given = Given()
+        if options.wanted:
+            given.hold(list(graph.adapter.blocks[start].parameters()))
+        result = replace_window(graph, batches, start, start + 1 + n, options, progress)
+        trained = {"kind": "replacement", **asdict(result)}
+        choice = with_add_ons(graph, batches, options, removed, "cosine of windows", None, given)
+        return replace(choice, transforms=(trained, *choice.transforms))
+    raise too_much(layers - 1, layers)
 
 
 @dataclass(frozen=True)
@@ -61,153 +123,139 @@ def replace_window(
     batches: Sequence[Batch],
     layer: int,
     end: int,
-    *,
-    epochs: int = 1,
-    learning_rate: float = 2e-4,
-    final_rate: float = 5e-5,
-    weight_decay: float = 1e-3,
-    clip: float = 5.0,
-    start: Start = "best",
-    seed: int = 0,
+    options: StreamlineOptions,
     say: Progress | None = None,
 ) -> Replacement:
     """Trains layer `layer` in place to give, from its own input, the output of layer `end` - 1.
 
-    Mean squared error over all real tokens; AdamW, the rate falling by a cosine over all steps, one
-    batch a step. start: weights of the window's first layer (as published), of its last, or of the
-    one that has the lower error untrained. Inputs and targets are computed batch by batch and not
-    kept (the published code hoards them). If training ends no better than it began, the weights
-    that it began with are put back. Layers `layer` + 1 .. `end` - 1 must be removed afterwards.
+    Mean squared error over all real tokens; AdamW, the rate falling by a cosine over all steps to a
+    quarter, one batch a step. `options.start`: weights of the window's first layer (as published),
+    of its last, or of the one that has the lower error untrained. Inputs and targets are computed
+    batch by batch and not kept (the published code hoards them). If training ends no better than it
+    began, the weights that it began with are put back. Layers `layer` + 1 .. `end` - 1 must be
+    removed afterwards.
     """
-    if not 0 <= layer < end - 1 < len(graph.layouts) or epochs < 0:
+    if not 0 <= layer < end - 1 < len(graph.layouts) or options.epochs < 0:
         raise UserError(
             f"window: expected two layers or more of {len(graph.layouts)} and epochs >= 0, "
-            f"got {layer} to {end} and {epochs}"
+            f"got {layer} to {end} and {options.epochs}"
         )
     block, last = graph.adapter.blocks[layer], graph.adapter.blocks[end - 1]
     original = [p.detach().clone() for p in block.parameters()]
+    window = _Window(graph, layer, end, list(block.parameters()), original)
     choices = {"first": original, "last": [p.detach().clone() for p in last.parameters()]}
-    if [p.shape for p in choices["last"]] != [p.shape for p in original] and start != "first":
+    alike = [p.shape for p in choices["last"]] == [p.shape for p in original]
+    if not alike and options.start != "first":
         raise UserError(f"start: layers {layer} and {end - 1} are built differently, use first")
-    tried = [start] if start != "best" else ["first", "last"]
-    errors = {n: _error(graph, batches, layer, end, original, choices[n]) for n in tried}
+    tried = [options.start] if options.start != "best" else ["first", "last"]
+    errors = {name: window.error(batches, choices[name]) for name in tried}
     chosen = min(tried, key=lambda name: errors[name])
-    if not all(map(_finite, errors.values())):
+    if not all(map(math.isfinite, errors.values())):
         raise UserError("the window's states are NaN or infinite on this text")
-    parameters = list(block.parameters())
     # Small steps would be lost in the rounding of 16-bit weights.
     current = [p.float() if p.dtype.itemsize < 4 else p.clone() for p in choices[chosen]]
     wanted = [(p, p.requires_grad) for p in graph.model.parameters()]
     try:
         for p, _ in wanted:
             p.requires_grad_(False)
-        _train(
-            graph, batches, layer, end, original, current, epochs,
-            (learning_rate, final_rate, weight_decay, clip), seed, say,
-        )  # fmt: skip
+        window.train(batches, current, options, say)
     finally:
-        _put(parameters, original)
+        window.put(original)
         for p, required in wanted:
             p.requires_grad_(required)
-    after = _error(graph, batches, layer, end, original, current)
+    after = window.error(batches, current)
     if not after < errors[chosen]:
         current, after = choices[chosen], errors[chosen]
-    _put(parameters, current)
+    window.put(current)
     return Replacement(layer, end, chosen, errors[chosen], after)
 
 
-def _train(
-    graph: ResidualGraph,
-    batches: Sequence[Batch],
-    layer: int,
-    end: int,
-    original: list[Tensor],
-    current: list[Tensor],
-    epochs: int,
-    rates: tuple[float, float, float, float],
-    seed: int,
-    say: Progress | None,
-) -> None:
-    """Changes `current`. Before each step the layer gets its original weights for the target."""
-    rate, final, decay, clip = rates
-    parameters = list(graph.adapter.blocks[layer].parameters())
-    optimiser = torch.optim.AdamW(current, lr=rate, weight_decay=decay)
-    scale = LossScale(parameters)
-    steps = epochs * len(batches)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(1, steps), final)
-    gen = torch.Generator().manual_seed(seed)
-    done = 0
-    for _ in range(epochs):
-        for i in torch.randperm(len(batches), generator=gen).tolist():
-            state, context, target = _pair(graph, batches[i], layer, end, original)
-            _put(parameters, current)
-            for p in parameters:
-                p.requires_grad_(True)
-            with torch.enable_grad():
-                loss = _mse(run_layer(graph, layer, state, context), batches[i], target)
-                # Not added to the gradients that the model's owner may hold in `.grad`.
-                found = scale.gradients(loss, parameters)
-            if not all_finite(found):
-                raise NotFiniteError("the gradient of the replacement's error is NaN or infinite")
-            error = float(loss.detach())
-            del loss
-            for value, p, grad in zip(current, parameters, found, strict=True):
-                value.grad = grad
-                p.requires_grad_(False)
-            torch.nn.utils.clip_grad_norm_(current, clip)
-            optimiser.step()
-            schedule.step()
-            optimiser.zero_grad(set_to_none=True)
-            done += 1
-            if say is not None:
-                say(f"replacement: step {done}/{steps}, {error:.3g}", done, steps)
+@dataclass(frozen=True)
+class _Window:
+    """Layers `layer` .. `end` - 1, of which the first is to stand for all. parameters: that one's;
+    original: their values, which they have whenever no method runs."""
 
+    graph: ResidualGraph
+    layer: int
+    end: int
+    parameters: list[Parameter]
+    original: list[Tensor]
 
-@torch.no_grad()
-def _pair(
-    graph: ResidualGraph, batch: Batch, layer: int, end: int, original: list[Tensor]
-) -> tuple[State, Context, Tensor]:
-    """The state before `layer`, and what the original window makes of it (real tokens)."""
-    _put(list(graph.adapter.blocks[layer].parameters()), original)
-    state, context = graph.start(batch)
-    for i in range(layer):
-        state = run_layer(graph, i, state, context)
-    after = state
-    for i in range(layer, end):
-        after = run_layer(graph, i, after, context)
-    return state, context, real_tokens(after.total, batch)
+    def train(
+        self,
+        batches: Sequence[Batch],
+        current: list[Tensor],
+        options: StreamlineOptions,
+        say: Progress | None,
+    ) -> None:
+        """Changes `current`, the values to begin with; the parameters end with any."""
+        optimiser = torch.optim.AdamW(current, options.learning_rate, weight_decay=WEIGHT_DECAY)
+        scale = LossScale(self.parameters)
+        steps, done = options.epochs * len(batches), 0
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimiser, max(1, steps), FINAL_SHARE * options.learning_rate
+        )
+        gen = torch.Generator().manual_seed(0)
+        for _ in range(options.epochs):
+            for i in torch.randperm(len(batches), generator=gen).tolist():
+                error, gradients = self._gradients(batches[i], current, scale)
+                for value, gradient in zip(current, gradients, strict=True):
+                    value.grad = gradient
+                torch.nn.utils.clip_grad_norm_(current, CLIP)
+                optimiser.step()
+                schedule.step()
+                optimiser.zero_grad(set_to_none=True)
+                done += 1
+                if say is not None:
+                    say(f"replacement: step {done}/{steps}, {error:.3g}", done, steps)
 
+    def _gradients(
+        self, batch: Batch, values: list[Tensor], scale: LossScale
+    ) -> tuple[float, list[Tensor | None]]:
+        """The error on one batch with `values`, and its gradients."""
+        state, context, target = self._pair(batch)
+        self.put(values)
+        for p in self.parameters:
+            p.requires_grad_(True)
+        with torch.enable_grad():
+            loss = self._mse(state, context, batch, target)
+            # Not added to the gradients that the model's owner may hold in `.grad`.
+            found = scale.gradients(loss, self.parameters)
+        for p in self.parameters:
+            p.requires_grad_(False)
+        if not all_finite(found):
+            raise NotFiniteError("the gradient of the replacement's error is NaN or infinite")
+        return float(loss.detach()), found
 
-def _mse(state: State, batch: Batch, target: Tensor) -> Tensor:
-    return F.mse_loss(real_tokens(state.total, batch), target)
+    @torch.no_grad()
+    def error(self, batches: Sequence[Batch], values: list[Tensor]) -> float:
+        """Mean squared error per element with `values` in the layer; its original ones after."""
+        total, count = 0.0, 0
+        for batch in batches:
+            state, context, target = self._pair(batch)
+            self.put(values)
+            total += float(self._mse(state, context, batch, target)) * len(target)
+            count += len(target)
+            self.put(self.original)
+        return total / count
 
+    @torch.no_grad()
+    def _pair(self, batch: Batch) -> tuple[State, Context, Tensor]:
+        """The state before the window, and what the original window makes of it (real tokens)."""
+        self.put(self.original)
+        state, context = self.graph.start(batch)
+        for i in range(self.layer):
+            state = run_layer(self.graph, i, state, context)
+        after = state
+        for i in range(self.layer, self.end):
+            after = run_layer(self.graph, i, after, context)
+        return state, context, real_tokens(after.total, batch)
 
-@torch.no_grad()
-def _error(
-    graph: ResidualGraph,
-    batches: Sequence[Batch],
-    layer: int,
-    end: int,
-    original: list[Tensor],
-    values: list[Tensor],
-) -> float:
-    """Mean squared error per element with `values` in the layer; its original ones afterwards."""
-    parameters = list(graph.adapter.blocks[layer].parameters())
-    total, count = 0.0, 0
-    for batch in batches:
-        state, context, target = _pair(graph, batch, layer, end, original)
-        _put(parameters, values)
-        total += float(_mse(run_layer(graph, layer, state, context), batch, target)) * len(target)
-        count += len(target)
-        _put(parameters, original)
-    return total / count
+    def _mse(self, state: State, context: Context, batch: Batch, target: Tensor) -> Tensor:
+        after = run_layer(self.graph, self.layer, state, context)
+        return F.mse_loss(real_tokens(after.total, batch), target)
 
-
-@torch.no_grad()
-def _put(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
-
-
-def _finite(value: float) -> bool:
-    return value == value and abs(value) != float("inf")
+    @torch.no_grad()
+    def put(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune import ops
+from pyprune.calibration.backward import PassOptions
 from pyprune.calibration.factors import collect_factors
 from pyprune.calibration.gradient_stats import EigenDiagonal, KroneckerFactors
 from pyprune.calibration.gradients import fill_statistics, sums_dtype
@@ -167,6 +168,12 @@ class _Run:
         self._matrices, self._seen = matrices, 0
         self._adapter, self._tokens, self._config = adapter, tokens, config
         self._own, self._device, self._progress = config.own_options(), device, progress
+        self._pass = PassOptions(
+            config.gradient_checkpointing,
+            device,
+            self._own.fisher_samples,
+            config.calibration.seed,
+        )
         self.notes: dict[str, str] = {}
         self.scores: dict[str, tuple[Tensor, ...]] = {}
 
@@ -176,10 +183,7 @@ class _Run:
             self._adapter,
             self._tokens,
             refs,
-            checkpointing=self._config.gradient_checkpointing,
-            device=self._device,
-            fisher_samples=self._own.fisher_samples,
-            seed=self._config.calibration.seed,
+            self._pass,
             progress=self._told("factors", number, parts),
         )
         unknown = {ref.name: _unknown(ref, factors[ref.name]) for ref in refs}
@@ -227,11 +231,8 @@ class _Run:
             self._adapter,
             self._tokens,
             made,
-            checkpointing=self._config.gradient_checkpointing,
-            device=self._device,
-            fisher_samples=self._own.fisher_samples,
-            seed=self._config.calibration.seed,
-            progress=self._told("curvature", number, parts),
+            self._pass,
+            self._told("curvature", number, parts),
         )
         return {name: statistic.total / statistic.targets for name, statistic in made.items()}
 

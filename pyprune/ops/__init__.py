@@ -1,5 +1,5 @@
 """The kernels, one op family a module. Every op has a plain PyTorch reference and faster backends;
-see `pyprune.ops._registry` for how one is chosen. Products (`linear_*`) have gradients, see
+see `pyprune.ops.registry` for how one is chosen. Products (`linear_*`) have gradients, see
 `pyprune.ops.linear_backward`; results of the other ops never require one, whatever their inputs
 do."""
 

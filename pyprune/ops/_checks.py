@@ -8,7 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from pyprune.ops._registry import ANY_FLOAT
+from pyprune.ops.registry import ANY_FLOAT
 
 T = TypeVar("T")
 

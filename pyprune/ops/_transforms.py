@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
-from pyprune.ops import _registry
+from pyprune.ops import registry
 
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
@@ -96,6 +96,6 @@ def register(
     )
     qualified = f"pyprune::{name}"
     torch.library.register_autograd(
-        qualified, backward, setup_context=setup_context, lib=_registry.LIBRARY
+        qualified, backward, setup_context=setup_context, lib=registry.LIBRARY
     )
-    torch.library.register_vmap(qualified, partial(vmap, operator), lib=_registry.LIBRARY)
+    torch.library.register_vmap(qualified, partial(vmap, operator), lib=registry.LIBRARY)

@@ -33,11 +33,11 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry, _transforms
+from pyprune.ops import _transforms, registry
 from pyprune.ops._checks import check_same_device, check_shape, check_tensor
-from pyprune.ops._packing import row_blocks
 from pyprune.ops._precision import full_precision
 from pyprune.ops.sparse_linear import check_activations, native_linear, triton_limits
+from pyprune.ops.storage import row_blocks
 
 WINDOW = 7  # exponents that have a code of their own
 ESCAPE = 7
@@ -251,13 +251,13 @@ def _unpack_coded_native(
     return w
 
 
-_registry.register(
+registry.register(
     "unpack_coded(Tensor low, Tensor codes, Tensor bases, Tensor escapes, Tensor row_offsets,"
     " Tensor? rows) -> Tensor",
     fake=_unpack_coded_fake,
     impls={
-        "reference": _registry.Impl(unpack_coded_reference, (torch.uint8,)),
-        "native": _registry.Impl(_unpack_coded_native, (torch.uint8,)),
+        "reference": registry.Impl(unpack_coded_reference, (torch.uint8,)),
+        "native": registry.Impl(_unpack_coded_native, (torch.uint8,)),
     },
 )
 
@@ -336,17 +336,17 @@ def _linear_coded_native(
     return native_linear("linear_coded", x, low.shape[0], bias, *weight)
 
 
-_registry.register(
+registry.register(
     "linear_coded(Tensor x, Tensor low, Tensor codes, Tensor bases, Tensor escapes,"
     " Tensor row_offsets, Tensor? bias) -> Tensor",
     fake=_linear_coded_fake,
     gradient=True,
     impls={
-        "reference": _registry.Impl(linear_coded_reference),
-        "native": _registry.Impl(_linear_coded_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl(
+        "reference": registry.Impl(linear_coded_reference),
+        "native": registry.Impl(_linear_coded_native, registry.HALF_OR_SINGLE),
+        "triton": registry.Impl(
             "pyprune.kernels.linear_coded:linear_coded_triton",
-            _registry.HALF_OR_SINGLE,
+            registry.HALF_OR_SINGLE,
             triton_limits,
         ),
     },

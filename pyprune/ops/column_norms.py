@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import (
     accumulation_dtype,
     check_accumulator,
@@ -55,14 +55,14 @@ def _column_norms_native(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
         acc.copy_(target)
 
 
-_registry.register(
+registry.register(
     "column_norms(Tensor(a!) acc, Tensor x, Tensor? weight) -> ()",
     fake=_check_column_norms,
     impls={
-        "reference": _registry.Impl(column_norms_reference),
-        "native": _registry.Impl(_column_norms_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl(
-            "pyprune.kernels.column_norms:column_norms_triton", _registry.HALF_OR_SINGLE
+        "reference": registry.Impl(column_norms_reference),
+        "native": registry.Impl(_column_norms_native, registry.HALF_OR_SINGLE),
+        "triton": registry.Impl(
+            "pyprune.kernels.column_norms:column_norms_triton", registry.HALF_OR_SINGLE
         ),
     },
     dtype_arg=1,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import check_accumulator, check_matrices, check_same_device, check_shape
 from pyprune.ops._precision import full_precision
 
@@ -43,14 +43,14 @@ def _fisher_accumulate_native(acc: Tensor, g: Tensor, x: Tensor, power: int, sca
         acc.copy_(target)
 
 
-_registry.register(
+registry.register(
     "fisher_accumulate(Tensor(a!) acc, Tensor g, Tensor x, int power, float scale) -> ()",
     fake=_check_fisher_accumulate,
     impls={
-        "reference": _registry.Impl(fisher_accumulate_reference),
-        "native": _registry.Impl(_fisher_accumulate_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl(
-            "pyprune.kernels.fisher_accumulate:fisher_accumulate_triton", _registry.HALF_OR_SINGLE
+        "reference": registry.Impl(fisher_accumulate_reference),
+        "native": registry.Impl(_fisher_accumulate_native, registry.HALF_OR_SINGLE),
+        "triton": registry.Impl(
+            "pyprune.kernels.fisher_accumulate:fisher_accumulate_triton", registry.HALF_OR_SINGLE
         ),
     },
     dtype_arg=2,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import (
     accumulation_dtype,
     check_accumulator,
@@ -53,13 +53,13 @@ def _gram_native(out: Tensor, x: Tensor, weight: Tensor | None) -> None:
         out.copy_(target)
 
 
-_registry.register(
+registry.register(
     "gram(Tensor(a!) out, Tensor x, Tensor? weight) -> ()",
     fake=_check_gram,
     impls={
-        "reference": _registry.Impl(gram_reference),
-        "native": _registry.Impl(_gram_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl("pyprune.kernels.gram:gram_triton", _registry.HALF_OR_SINGLE),
+        "reference": registry.Impl(gram_reference),
+        "native": registry.Impl(_gram_native, registry.HALF_OR_SINGLE),
+        "triton": registry.Impl("pyprune.kernels.gram:gram_triton", registry.HALF_OR_SINGLE),
     },
     dtype_arg=1,
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import (
     check_rows,
     check_same_device,
@@ -80,13 +80,13 @@ def _kron_quadratic_native(w: Tensor, h: Tensor) -> Tensor:
     return out
 
 
-_registry.register(
+registry.register(
     "kron_quadratic(Tensor w, Tensor h) -> Tensor",
     fake=_kron_quadratic_fake,
     impls={
-        "reference": _registry.Impl(kron_quadratic_reference, FACTOR_DTYPES),
-        "native": _registry.Impl(_kron_quadratic_native, (torch.float32,)),
-        "triton": _registry.Impl("pyprune.kernels.kron:kron_quadratic_triton", (torch.float32,)),
+        "reference": registry.Impl(kron_quadratic_reference, FACTOR_DTYPES),
+        "native": registry.Impl(_kron_quadratic_native, (torch.float32,)),
+        "triton": registry.Impl("pyprune.kernels.kron:kron_quadratic_triton", (torch.float32,)),
     },
 )
 
@@ -172,15 +172,15 @@ def _kron_remove_fake(
     return w.new_empty(w.shape)
 
 
-_registry.register(
+registry.register(
     "kron_remove(Tensor w, Tensor rows, Tensor columns, Tensor a_inverse, Tensor g_inverse) "
     "-> Tensor",
     fake=_kron_remove_fake,
     impls={
-        "reference": _registry.Impl(kron_remove_reference, FACTOR_DTYPES),
+        "reference": registry.Impl(kron_remove_reference, FACTOR_DTYPES),
         # A panel of some hundred columns: one library product, bound by reading and writing W.
-        "native": _registry.Impl(_remove_at_once, FACTOR_DTYPES),
-        "triton": _registry.Impl(_remove_at_once, FACTOR_DTYPES),
+        "native": registry.Impl(_remove_at_once, FACTOR_DTYPES),
+        "triton": registry.Impl(_remove_at_once, FACTOR_DTYPES),
     },
 )
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import check_rows, check_same_device, check_shape, over_stack
 from pyprune.ops._precision import full_precision
 from pyprune.ops.kron import FACTOR_DTYPES, check_factors, widened
@@ -206,12 +206,12 @@ def _kron_pcg_fake(*values: Any) -> PcgTensors:
     )
 
 
-_registry.register(
+registry.register(
     "kron_pcg(Tensor w, Tensor mask, Tensor a, Tensor g, int iterations, float tolerance) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     fake=_kron_pcg_fake,
     # Two matrix products an iteration are most of it: the library's do it best.
-    impls={"reference": _registry.Impl(kron_pcg_reference, FACTOR_DTYPES)},
+    impls={"reference": registry.Impl(kron_pcg_reference, FACTOR_DTYPES)},
 )
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune.ops import _registry, _transforms
+from pyprune.ops import _transforms, registry
 from pyprune.ops._precision import full_precision
 from pyprune.ops.coded import unpack_coded
 from pyprune.ops.sparse_int8 import dequantize_rows
@@ -39,7 +39,7 @@ def _full_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _register_product() -> None:
-    library = _registry.LIBRARY
+    library = registry.LIBRARY
     library.define("full_product(Tensor a, Tensor b) -> Tensor")
     library.impl("full_product", _full_product, "CompositeExplicitAutograd")
     name = "pyprune::full_product"

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pyprune.ops._split import SplitMatrix
+from pyprune.ops.split_matrix import SplitMatrix
 
 # Iterations between two looks at which rows are done: each look waits for a GPU.
 LOOK = 4

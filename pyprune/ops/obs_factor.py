@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import check_tensor
 from pyprune.ops._precision import full_precision
 
@@ -253,14 +253,14 @@ def _obs_factor_fake(
     return u, dead, h.new_empty(h.shape[:-2], dtype=torch.float64)
 
 
-_registry.register(
+registry.register(
     "obs_factor(Tensor h, float damping, float max_damping) -> (Tensor, Tensor, Tensor)",
     fake=_obs_factor_fake,
     impls={
-        "reference": _registry.Impl(obs_factor_reference, FACTOR_DTYPES),
-        "native": _registry.Impl(_obs_factor_native, FACTOR_DTYPES),
+        "reference": registry.Impl(obs_factor_reference, FACTOR_DTYPES),
+        "native": registry.Impl(_obs_factor_native, FACTOR_DTYPES),
         # Nearly all of it is matrix products, which cuBLAS does best.
-        "triton": _registry.Impl(obs_factor_blocked, FACTOR_DTYPES),
+        "triton": registry.Impl(obs_factor_blocked, FACTOR_DTYPES),
     },
 )
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 
@@ -137,13 +137,13 @@ def _obs_greedy_fake(
     return w.new_empty(len(w), steps, dtype=torch.int64), w.new_empty(len(w), steps)
 
 
-_registry.register(
+registry.register(
     "obs_greedy(Tensor w, Tensor inverse, Tensor? first, int steps, int n, int m) "
     "-> (Tensor, Tensor)",
     fake=_obs_greedy_fake,
     impls={
-        "reference": _registry.Impl(obs_greedy_reference, GREEDY_DTYPES),
-        "native": _registry.Impl(_obs_greedy_native, (torch.float32,)),
+        "reference": registry.Impl(obs_greedy_reference, GREEDY_DTYPES),
+        "native": registry.Impl(_obs_greedy_native, (torch.float32,)),
     },
 )
 

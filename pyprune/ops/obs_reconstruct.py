@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import check_float, check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 from pyprune.ops.gram import gram
@@ -273,14 +273,14 @@ def _obs_reconstruct_fake(*values: Any) -> ReconstructTensors:
     return w.new_empty(w.shape), rows, torch.empty_like(rows), rows.to(torch.int32)
 
 
-_registry.register(
+registry.register(
     "obs_reconstruct(Tensor w, Tensor h, Tensor shift, Tensor u, Tensor mask, Tensor? start, "
     "float tolerance, int max_iterations) -> (Tensor, Tensor, Tensor, Tensor)",
     fake=_obs_reconstruct_fake,
     impls={
-        "reference": _registry.Impl(obs_reconstruct_reference, (torch.float32, torch.float64)),
-        "native": _registry.Impl(_obs_reconstruct_native, (torch.float32,)),
-        "triton": _registry.Impl(_obs_reconstruct_triton, (torch.float32,)),
+        "reference": registry.Impl(obs_reconstruct_reference, (torch.float32, torch.float64)),
+        "native": registry.Impl(_obs_reconstruct_native, (torch.float32,)),
+        "triton": registry.Impl(_obs_reconstruct_triton, (torch.float32,)),
     },
 )
 

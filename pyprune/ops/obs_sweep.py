@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import check_float, check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 from pyprune.ops.pack import bits_of
@@ -217,15 +217,15 @@ def _obs_sweep_fake(*values: Any) -> SweepTensors:
     return w.new_empty(w.shape), kept, w.new_empty(w.shape[:2])
 
 
-_registry.register(
+registry.register(
     "obs_sweep(Tensor w, Tensor u, Tensor? counts, Tensor? mask, Tensor? preserve, int n, int m, "
     "int block_size, bool all_ties, Tensor? column_scale=None, Tensor? grid=None) "
     "-> (Tensor, Tensor, Tensor)",
     fake=_obs_sweep_fake,
     impls={
-        "reference": _registry.Impl(obs_sweep_reference, (torch.float32, torch.float64)),
-        "native": _registry.Impl(_obs_sweep_native, (torch.float32,)),
-        "triton": _registry.Impl("pyprune.kernels.obs_sweep:obs_sweep_triton", (torch.float32,)),
+        "reference": registry.Impl(obs_sweep_reference, (torch.float32, torch.float64)),
+        "native": registry.Impl(_obs_sweep_native, (torch.float32,)),
+        "triton": registry.Impl("pyprune.kernels.obs_sweep:obs_sweep_triton", (torch.float32,)),
     },
 )
 

@@ -6,17 +6,10 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import check_rows, check_same_device, check_shape
-from pyprune.ops._packing import (
-    CHECKED_BYTES,
-    aligned,
-    bit_pattern,
-    check_mask,
-    native_mask,
-    row_blocks,
-    unit_columns,
-)
+from pyprune.ops._packing import CHECKED_BYTES, check_mask, native_mask
+from pyprune.ops.storage import aligned, bit_pattern, row_blocks, unit_columns
 
 # Order in which a group that keeps fewer than two is filled up: position 2, then 3. It is the
 # choice that PyTorch's converter makes, so that both encode a matrix alike.
@@ -91,14 +84,14 @@ def _pack_24_cuda(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tenso
 
 # The third result is the first group (flat index) that keeps more than two, [1]; -1 if none does.
 # The op leaves it on the device, so that packing can be queued: `pack_24` below reads it.
-_registry.register(
+registry.register(
     "pack_24(Tensor w, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     fake=_pack_24_fake,
     impls={
-        "reference": _registry.Impl(pack_24_reference),
-        "native": _registry.Impl(_pack_24_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl("pyprune.kernels.pack:pack_24_triton", _registry.HALF_OR_SINGLE),
-        "cuda": _registry.Impl(_pack_24_cuda, _registry.HALF_OR_SINGLE),
+        "reference": registry.Impl(pack_24_reference),
+        "native": registry.Impl(_pack_24_native, registry.HALF_OR_SINGLE),
+        "triton": registry.Impl("pyprune.kernels.pack:pack_24_triton", registry.HALF_OR_SINGLE),
+        "cuda": registry.Impl(_pack_24_cuda, registry.HALF_OR_SINGLE),
     },
 )
 
@@ -188,14 +181,14 @@ def _unpack_24_native(values: Tensor, meta: Tensor) -> Tensor:
     return w
 
 
-_registry.register(
+registry.register(
     "unpack_24(Tensor values, Tensor meta) -> Tensor",
     fake=_unpack_24_fake,
     impls={
-        "reference": _registry.Impl(unpack_24_reference),
-        "native": _registry.Impl(_unpack_24_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl("pyprune.kernels.pack:unpack_24_triton", _registry.HALF_OR_SINGLE),
-        "cuda": _registry.Impl(_unpack_24_cuda, _registry.HALF_OR_SINGLE),
+        "reference": registry.Impl(unpack_24_reference),
+        "native": registry.Impl(_unpack_24_native, registry.HALF_OR_SINGLE),
+        "triton": registry.Impl("pyprune.kernels.pack:unpack_24_triton", registry.HALF_OR_SINGLE),
+        "cuda": registry.Impl(_unpack_24_cuda, registry.HALF_OR_SINGLE),
     },
 )
 

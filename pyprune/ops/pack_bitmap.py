@@ -6,17 +6,10 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import check_float, check_rows, check_same_device, check_shape
-from pyprune.ops._packing import (
-    CHECKED_BYTES,
-    aligned,
-    bit_pattern,
-    check_mask,
-    native_mask,
-    row_blocks,
-    unit_columns,
-)
+from pyprune.ops._packing import CHECKED_BYTES, check_mask, native_mask
+from pyprune.ops.storage import aligned, bit_pattern, row_blocks, unit_columns
 
 
 def _check_pack_bitmap(w: Tensor, mask: Tensor | None) -> None:
@@ -81,16 +74,14 @@ def _pack_bitmap_cuda(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, T
     return values, bitmap, row_offsets
 
 
-_registry.register(
+registry.register(
     "pack_bitmap(Tensor w, Tensor? mask) -> (Tensor, Tensor, Tensor)",
     fake=_pack_bitmap_fake,
     impls={
-        "reference": _registry.Impl(pack_bitmap_reference),
-        "native": _registry.Impl(_pack_bitmap_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl(
-            "pyprune.kernels.pack:pack_bitmap_triton", _registry.HALF_OR_SINGLE
-        ),
-        "cuda": _registry.Impl(_pack_bitmap_cuda, _registry.HALF_OR_SINGLE),
+        "reference": registry.Impl(pack_bitmap_reference),
+        "native": registry.Impl(_pack_bitmap_native, registry.HALF_OR_SINGLE),
+        "triton": registry.Impl("pyprune.kernels.pack:pack_bitmap_triton", registry.HALF_OR_SINGLE),
+        "cuda": registry.Impl(_pack_bitmap_cuda, registry.HALF_OR_SINGLE),
     },
 )
 
@@ -211,16 +202,16 @@ def _unpack_bitmap_cuda(values: Tensor, bitmap: Tensor, row_offsets: Tensor, col
     return w
 
 
-_registry.register(
+registry.register(
     "unpack_bitmap(Tensor values, Tensor bitmap, Tensor row_offsets, int cols) -> Tensor",
     fake=_unpack_bitmap_fake,
     impls={
-        "reference": _registry.Impl(unpack_bitmap_reference),
-        "native": _registry.Impl(_unpack_bitmap_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl(
-            "pyprune.kernels.pack:unpack_bitmap_triton", _registry.HALF_OR_SINGLE
+        "reference": registry.Impl(unpack_bitmap_reference),
+        "native": registry.Impl(_unpack_bitmap_native, registry.HALF_OR_SINGLE),
+        "triton": registry.Impl(
+            "pyprune.kernels.pack:unpack_bitmap_triton", registry.HALF_OR_SINGLE
         ),
-        "cuda": _registry.Impl(_unpack_bitmap_cuda, _registry.HALF_OR_SINGLE),
+        "cuda": registry.Impl(_unpack_bitmap_cuda, registry.HALF_OR_SINGLE),
     },
 )
 
@@ -232,7 +223,7 @@ def _native_unpacks(packed: _Packed) -> bool:
     return (
         packed[0].device.type == "cpu"
         and not torch.compiler.is_compiling()
-        and _registry.select("unpack_bitmap", packed) == "native"
+        and registry.select("unpack_bitmap", packed) == "native"
     )
 
 

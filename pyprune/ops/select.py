@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops._checks import (
     check_float,
     check_matrices,
@@ -171,14 +171,14 @@ def _mask_nm_cuda_limits(w: Tensor, n: int, m: int, *terms: Tensor | None) -> st
 
 
 _TERMS = "Tensor? column_scale, Tensor? row_scale, Tensor? addend, Tensor? preserve"
-_registry.register(
+registry.register(
     f"mask_nm(Tensor w, int n, int m, {_TERMS}) -> Tensor",
     fake=_mask_nm_fake,
     impls={
-        "reference": _registry.Impl(mask_nm_reference),
-        "native": _registry.Impl(_mask_nm_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl("pyprune.kernels.select:mask_nm_triton", _registry.HALF_OR_SINGLE),
-        "cuda": _registry.Impl(_mask_nm_cuda, _registry.HALF_OR_SINGLE, _mask_nm_cuda_limits),
+        "reference": registry.Impl(mask_nm_reference),
+        "native": registry.Impl(_mask_nm_native, registry.HALF_OR_SINGLE),
+        "triton": registry.Impl("pyprune.kernels.select:mask_nm_triton", registry.HALF_OR_SINGLE),
+        "cuda": registry.Impl(_mask_nm_cuda, registry.HALF_OR_SINGLE, _mask_nm_cuda_limits),
     },
 )
 
@@ -268,16 +268,14 @@ def _allowed(w: Tensor, preserve: Tensor | None) -> Tensor:
     return preserve.clone(memory_format=torch.contiguous_format)
 
 
-_registry.register(
+registry.register(
     f"mask_topk(Tensor w, int pruned, {_TERMS}) -> Tensor",
     fake=_mask_topk_fake,
     impls={
-        "reference": _registry.Impl(mask_topk_reference),
-        "native": _registry.Impl(_mask_topk_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl(
-            "pyprune.kernels.select:mask_topk_triton", _registry.HALF_OR_SINGLE
-        ),
-        "cuda": _registry.Impl(_mask_topk_cuda, _registry.HALF_OR_SINGLE, _mask_topk_cuda_limits),
+        "reference": registry.Impl(mask_topk_reference),
+        "native": registry.Impl(_mask_topk_native, registry.HALF_OR_SINGLE),
+        "triton": registry.Impl("pyprune.kernels.select:mask_topk_triton", registry.HALF_OR_SINGLE),
+        "cuda": registry.Impl(_mask_topk_cuda, registry.HALF_OR_SINGLE, _mask_topk_cuda_limits),
     },
 )
 
@@ -393,17 +391,17 @@ def _mask_global_cuda(ws: Sequence[Tensor], pruned: int, *lists: TermLists) -> l
     return masks
 
 
-_registry.register(
+registry.register(
     "mask_global(Tensor[] ws, int pruned, Tensor[]? column_scales, Tensor[]? row_scales, "
     "Tensor[]? addends, Tensor[]? preserves) -> Tensor[]",
     fake=_mask_global_fake,
     impls={
-        "reference": _registry.Impl(mask_global_reference),
-        "native": _registry.Impl(_mask_global_native, _registry.HALF_OR_SINGLE),
-        "triton": _registry.Impl(
-            "pyprune.kernels.select_global:mask_global_triton", _registry.HALF_OR_SINGLE
+        "reference": registry.Impl(mask_global_reference),
+        "native": registry.Impl(_mask_global_native, registry.HALF_OR_SINGLE),
+        "triton": registry.Impl(
+            "pyprune.kernels.select_global:mask_global_triton", registry.HALF_OR_SINGLE
         ),
-        "cuda": _registry.Impl(_mask_global_cuda, _registry.HALF_OR_SINGLE),
+        "cuda": registry.Impl(_mask_global_cuda, registry.HALF_OR_SINGLE),
     },
 )
 

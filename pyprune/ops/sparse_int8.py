@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pyprune.ops import _registry, _transforms
+from pyprune.ops import _transforms, registry
 from pyprune.ops._checks import (
     check_float,
     check_rows,
@@ -20,7 +20,6 @@ from pyprune.ops._checks import (
     check_shape,
     check_tensor,
 )
-from pyprune.ops._packing import bit_pattern, row_blocks
 from pyprune.ops.pack import (
     unpack_24,
     unpack_24_reference,
@@ -37,6 +36,7 @@ from pyprune.ops.sparse_linear import (
     native_linear,
     triton_limits,
 )
+from pyprune.ops.storage import bit_pattern, row_blocks
 
 LARGEST = 127
 # Elements that are widened at a time: an embedding is by far the largest matrix of a small model.
@@ -228,14 +228,14 @@ def _define(op: str, weight: str, check: Callable[..., None], dense: Callable[..
 
     names = "".join(f"Tensor {name}, " for name in weight.split())
     triton = f"pyprune.kernels.sparse_int8:{op}_triton"
-    _registry.register(
+    registry.register(
         f"{op}(Tensor x, {names}Tensor scales, Tensor? bias) -> Tensor",
         fake=fake,
         gradient=True,
         impls={
-            "reference": _registry.Impl(reference),
-            "native": _registry.Impl(native, _registry.HALF_OR_SINGLE),
-            "triton": _registry.Impl(triton, _registry.HALF_OR_SINGLE, triton_limits),
+            "reference": registry.Impl(reference),
+            "native": registry.Impl(native, registry.HALF_OR_SINGLE),
+            "triton": registry.Impl(triton, registry.HALF_OR_SINGLE, triton_limits),
         },
     )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops import _registry, _transforms, linear_24_cuda, linear_bitmap_cuda
+from pyprune.ops import _transforms, linear_24_cuda, linear_bitmap_cuda, registry
 from pyprune.ops._checks import check_float, check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 from pyprune.ops.pack import unpack_24_reference, unpack_bitmap_reference
@@ -168,7 +168,7 @@ def _linear_dense_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def _native_limits(x: Tensor, values: Tensor, *rest: Tensor | None) -> str:
-    ok = values.dtype in _registry.HALF_OR_SINGLE
+    ok = values.dtype in registry.HALF_OR_SINGLE
     return "" if ok else f"the native kernels do not take {values.dtype} values"
 
 
@@ -178,52 +178,52 @@ def triton_limits(x: Tensor, *rest: Tensor | None) -> str:
     return "" if ok else f"the Triton kernels take at most {TRITON_ROWS} rows, got {rows}"
 
 
-_registry.register(
+registry.register(
     "linear_24(Tensor x, Tensor values, Tensor meta, Tensor? bias) -> Tensor",
     fake=_linear_24_fake,
     gradient=True,
     impls={
-        "reference": _registry.Impl(linear_24_reference),
-        "native": _registry.Impl(_linear_24_native, _registry.HALF_OR_SINGLE, _native_limits),
-        "triton": _registry.Impl(
+        "reference": registry.Impl(linear_24_reference),
+        "native": registry.Impl(_linear_24_native, registry.HALF_OR_SINGLE, _native_limits),
+        "triton": registry.Impl(
             "pyprune.kernels.sparse_linear:linear_24_triton",
-            _registry.HALF_OR_SINGLE,
+            registry.HALF_OR_SINGLE,
             triton_limits,
         ),
-        "cuda": _registry.Impl(
+        "cuda": registry.Impl(
             linear_24_cuda.linear_24_cuda,
             (torch.bfloat16, torch.float16),
             linear_24_cuda.limits,
         ),
     },
 )
-_registry.register(
+registry.register(
     "linear_bitmap(Tensor x, Tensor values, Tensor bitmap, Tensor row_offsets, Tensor? bias)"
     " -> Tensor",
     fake=_linear_bitmap_fake,
     gradient=True,
     impls={
-        "reference": _registry.Impl(linear_bitmap_reference),
-        "native": _registry.Impl(_linear_bitmap_native, _registry.HALF_OR_SINGLE, _native_limits),
-        "triton": _registry.Impl(
+        "reference": registry.Impl(linear_bitmap_reference),
+        "native": registry.Impl(_linear_bitmap_native, registry.HALF_OR_SINGLE, _native_limits),
+        "triton": registry.Impl(
             "pyprune.kernels.sparse_linear:linear_bitmap_triton",
-            _registry.HALF_OR_SINGLE,
+            registry.HALF_OR_SINGLE,
             triton_limits,
         ),
-        "cuda": _registry.Impl(
+        "cuda": registry.Impl(
             linear_bitmap_cuda.linear_bitmap_cuda,
-            _registry.HALF_OR_SINGLE,
+            registry.HALF_OR_SINGLE,
             linear_bitmap_cuda.limits,
         ),
     },
 )
-_registry.register(
+registry.register(
     "linear_dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     fake=_linear_dense_fake,
     gradient=True,
     impls={
-        "reference": _registry.Impl(linear_dense_reference),
-        "native": _registry.Impl(_linear_dense_native, _registry.HALF_OR_SINGLE, _native_limits),
+        "reference": registry.Impl(linear_dense_reference),
+        "native": registry.Impl(_linear_dense_native, registry.HALF_OR_SINGLE, _native_limits),
     },
 )
 

@@ -17,10 +17,10 @@ from pyprune.models.experts import is_fused, is_transposed, projections
 from pyprune.sparse import format as formats
 from pyprune.sparse.embedding import embedding_scale
 from pyprune.sparse.format import LayerFormat
+from pyprune.sparse.layout import ALL_PARTS, CODED, DENSE_INT8, FACTORED
 from pyprune.sparse.linear import stored_transposed, weight_of
 from pyprune.sparse.measured import MeasuredChoice
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
-from pyprune.sparse.weight import CODED, DENSE_INT8
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Chooser:
 
     def choose(self, tensor: str) -> Decision:
         kept = self._stored.layers.get(tensor.removesuffix(formats.WEIGHT))
-        if kept is not None and kept.format == formats.FACTORED:
+        if kept is not None and kept.format == FACTORED:
             return _as_it_is(kept, self._stored.entries[tensor])
         dense, transposed = self._stored.read(tensor), self._transposed[tensor]
         weight = dense.T if transposed else dense
@@ -209,7 +209,7 @@ def compressible(checkpoint: Checkpoint) -> Candidates:
         tensor = pieces[0].tensor
         entry = checkpoint.tensors[tensor]
         named = tensor.endswith(formats.WEIGHT) and all(
-            keeps_suffix(model, tensor, part) for part in formats.ALL_PARTS
+            keeps_suffix(model, tensor, part) for part in ALL_PARTS
         )
         if pieces[0].whole and named and entry.dtype in formats.VALUE_DTYPES:
             found[tensor] = stored_transposed(module)
@@ -275,7 +275,7 @@ def _expert_tensors(
         kept = all(
             f"{name}.{which}.0.{part}" in candidate_names(f"{found[0].tensor}.0.{part}", model)
             for which, found in pieces.items()
-            for part in formats.ALL_PARTS
+            for part in ALL_PARTS
         )
         count = shapes.pop()
         units = [f"{tensor}.{e}{formats.WEIGHT}" for tensor in tensors for e in range(count)]

@@ -39,8 +39,8 @@ from pyprune.sparse.choice import (
     whole_mixtures,
 )
 from pyprune.sparse.format import LayerFormat
+from pyprune.sparse.layout import CODED, DENSE_INT8, FACTORED, FORMATS
 from pyprune.sparse.stored import CONFIG, DENSE, StoredCheckpoint
-from pyprune.sparse.weight import CODED, DENSE_INT8, FORMATS
 
 # How the input embedding and the head may be stored.
 EMBEDDINGS = ("same", formats.INT8, CODED)
@@ -227,7 +227,7 @@ def write_factored(
             up, down = value
             name = tensor.removesuffix(formats.WEIGHT)
             shape = (up.shape[0], down.shape[1])
-            layers[name] = LayerFormat(formats.FACTORED, shape, rank=up.shape[1])
+            layers[name] = LayerFormat(FACTORED, shape, rank=up.shape[1])
             plan[tensor] = _parts(name, layers[name], 0, stored.entries[tensor])
 
     def convert(tensor: str) -> dict[str, Tensor]:
@@ -369,7 +369,7 @@ def _create(file: Path, made: Mapping[str, TensorEntry]) -> dict[str, TensorEntr
 
 
 def _compressed_card(layers: Mapping[str, LayerFormat]) -> str:
-    whole = (DENSE_INT8, CODED, formats.FACTORED)  # these leave no zeros out
+    whole = (DENSE_INT8, CODED, FACTORED)  # these leave no zeros out
     kinds = [layer.label for layer in layers.values() if layer.format not in whole]
     counts = ", ".join(f"{kinds.count(kind)} as {kind}" for kind in sorted(set(kinds)))
     int8 = any(layer.int8 for layer in layers.values())
@@ -378,7 +378,7 @@ def _compressed_card(layers: Mapping[str, LayerFormat]) -> str:
     also = f"\nint8 with a scale a row, zeros and all: {', '.join(rows)}." if rows else ""
     coded = sorted(name for name, layer in layers.items() if layer.format == CODED)
     also += f"\nbf16 with coded exponents, every bit kept: {', '.join(coded)}." if coded else ""
-    thin = sum(layer.format == formats.FACTORED for layer in layers.values())
+    thin = sum(layer.format == FACTORED for layer in layers.values())
     also += f"\n{thin} linear layers are products of two thin matrices." if thin else ""
     return f"""---
 tags: [pyprune, sparse]

@@ -17,7 +17,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from pyprune import _native
-from pyprune.ops import _registry
+from pyprune.ops import registry
 
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 # What x may be, and a bias and scales.
@@ -34,7 +34,7 @@ def is_alone(x: Tensor) -> bool:
         and not _len_torch_dispatch_stack()
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
-        and not _registry.any_backend_forced()
+        and not registry.any_backend_forced()
         and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from pyprune.errors import UserError
 from pyprune.ops.coded import unpack_coded
 from pyprune.ops.sparse_int8 import dequantize_rows
-from pyprune.sparse.weight import CODED, DENSE_INT8, StoredWeight
+from pyprune.sparse.layout import CODED, DENSE_INT8
+from pyprune.sparse.weight import StoredWeight
 
 # transformers' embeddings that multiply what they looked up with a number of their own; every
 # family has a class by a name like this. It is rounded to the weight's dtype first.

@@ -6,7 +6,6 @@ weight consists of, and what must hold of them before they are used.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,30 +16,18 @@ from torch import Tensor
 
 from pyprune.checkpoint.shards import TensorEntry
 from pyprune.errors import UserError
-from pyprune.ops._packing import bit_pattern, row_blocks
 from pyprune.ops.coded import count_escapes, pack_coded
 from pyprune.ops.pack import pack_24, pack_bitmap
 from pyprune.ops.sparse_int8 import dequantize_rows, quantize_rows
-from pyprune.sparse import factored
+from pyprune.ops.storage import bit_pattern, row_blocks
+from pyprune.sparse import factored, layout
 from pyprune.sparse import weight as weights
-from pyprune.sparse.linear import WORTHWHILE
-from pyprune.sparse.weight import CODED, DENSE_INT8, FORMATS
+from pyprune.sparse.layout import ALL_PARTS, CODED, COUNTED, DENSE_INT8, FACTORED, FORMATS, PARTS
 
 METHOD = "pyprune"
 # What a checkpoint says is the least that describes it: older releases read all that they can.
 VERSIONS = (1, 2, 3, 4, 5, 6)
 WEIGHT = ".weight"
-PARTS = {
-    "sparse24": ("values", "metadata"),
-    "bitmap": ("values", "bitmap", "row_offsets"),
-    DENSE_INT8: ("values",),
-    "factored": ("up.weight", "down.weight"),
-    CODED: ("low", "codes", "bases", "escapes", "row_offsets"),
-}
-ALL_PARTS = {"scales"}.union(*PARTS.values())
-# The part whose length is known from the data alone.
-COUNTED = {"bitmap": "values", CODED: "escapes"}
-FACTORED = "factored"  # a product of two thin matrices
 INT8 = "int8"
 FIELDS = ("quant_method", "format_version", "how_to_load", "layers")
 LAYER_FIELDS = ("format", "shape", "values", "transposed", "rank", "stacked")
@@ -108,35 +95,18 @@ class LayerFormat:
         shape = found[part].shape if part else ()
         return shape[0] if len(shape) == 1 else -1
 
-    def part_shapes(self, nnz: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of the weight; `nnz` counts for a bitmap's values and a coded
-        weight's escapes."""
-        rows, cols = self.shape
-        shapes: dict[str, tuple[int, ...]]
-        if self.format == "sparse24":
-            shapes = {"values": (rows, cols // 2), "metadata": (rows, cols // 8)}
-        elif self.format == DENSE_INT8:
-            shapes = {"values": (rows, cols)}
-        elif self.format == FACTORED:
-            shapes = {"up.weight": (rows, self.rank), "down.weight": (self.rank, cols)}
-        elif self.format == CODED:
-            shapes = {"low": (rows, cols), "codes": (rows, 3 * -(-cols // 8)), "bases": (rows,)}
-            shapes |= {"escapes": (nnz,), "row_offsets": (rows + 1,)}
-        else:
-            bitmap = (rows, -(-cols // 8))
-            shapes = {"values": (nnz,), "bitmap": bitmap, "row_offsets": (rows + 1,)}
-        return {**shapes, "scales": (rows,)} if self.int8 else shapes
+    def part_shapes(self, count: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of the weight; `count`: a bitmap's values, a coded weight's
+        escapes."""
+        return layout.part_shapes(self.format, self.shape, self.int8, count, self.rank)
 
     def part_dtype(self, part: str, dense: torch.dtype) -> torch.dtype:
         """The dtype of a tensor of the weight, whose dense dtype is `dense`."""
-        if part == "values":
-            return torch.int8 if self.int8 else dense
-        return PART_DTYPES.get(part, dense)
+        return layout.part_dtype(part, self.int8, dense)
 
-    def nbytes(self, nnz: int, dense: torch.dtype) -> int:
+    def nbytes(self, count: int, dense: torch.dtype) -> int:
         """Bytes of all tensors of the weight."""
-        shapes = self.part_shapes(nnz).items()
-        return sum(math.prod(s) * self.part_dtype(p, dense).itemsize for p, s in shapes)
+        return layout.stored_bytes(self.format, self.shape, self.int8, count, dense, self.rank)
 
     def to_dict(self) -> dict[str, Any]:
         fields: dict[str, Any] = {"format": self.format, "shape": list(self.shape)}
@@ -149,12 +119,6 @@ class LayerFormat:
         if self.stacked:
             fields["stacked"] = True
         return fields
-
-
-PART_DTYPES = {
-    **dict.fromkeys(("metadata", "bitmap", "low", "codes", "bases", "escapes"), torch.uint8),
-    "row_offsets": torch.int64,
-}
 
 
 def quantization_config(layers: Mapping[str, LayerFormat]) -> dict[str, Any]:
@@ -227,7 +191,7 @@ def _layer(value: Any, where: str) -> LayerFormat:
     stacked = value.get("stacked", False)
     if type(stacked) is not bool:
         raise UserError(f"{where}: stacked: expected true or false, got {stacked!r}")
-    if stacked and kind not in weights.FORMATS:
+    if stacked and kind not in FORMATS:
         raise UserError(f"{where}: {kind}: expected none that is stacked")
     if kind in (FACTORED, CODED) and (values is not None or transposed):
         raise UserError(f"{where}: {kind}: expected neither values nor transposed")
@@ -356,7 +320,7 @@ def pack(dense: Tensor, layer: LayerFormat) -> dict[str, Tensor]:
     weight is not finite.
     """
     weight = dense.T if layer.transposed else dense
-    if layer.format == "sparse24" and not _count(weight)[1]:
+    if layer.format == "sparse24" and not layout.is_24(_kept(weight)):
         raise UserError("sparse24: expected 8n columns and at most 2 non-zero of every 4")
     if layer.int8:
         packed = weights.pack(weight, layer.format, True)
@@ -389,35 +353,24 @@ def coded_escapes(weight: Tensor) -> int | None:
     its bytes."""
     if not weight.numel():
         return None
-    escapes, layer = count_escapes(weight), LayerFormat(CODED, (weight.shape[0], weight.shape[1]))
-    worthwhile = (1 - WORTHWHILE) * weight.nbytes
-    return escapes if layer.nbytes(escapes, weight.dtype) <= worthwhile else None
+    escapes = count_escapes(weight)
+    size = layout.stored_bytes(CODED, weight.shape, False, escapes, weight.dtype)
+    return escapes if layout.worthwhile({CODED: size}, weight.nbytes) else None
 
 
-def _count(weight: Tensor) -> tuple[int, bool]:
-    """Elements whose bits are not all zero, and whether they are 2:4."""
-    kept = bit_pattern(weight.contiguous()) != 0
-    fits = not weight.shape[1] % 8 and int(kept.view(-1, 4).sum(1, dtype=torch.uint8).max()) <= 2
-    return int(kept.sum()), fits
+def sparse_bytes(weight: Tensor, allowed: tuple[str, ...] = FORMATS) -> tuple[dict[str, int], int]:
+    """What `pack` makes of `weight [R, C]`: bytes by format, of the allowed ones that can hold it;
+    and how many elements it keeps."""
+    return layout.sparse_bytes(_kept(weight), weight.dtype, allowed)
 
 
 def candidates(weight: Tensor, allowed: tuple[str, ...] = FORMATS) -> tuple[dict[str, int], int]:
     """The allowed formats that save at least a tenth of the bytes of `weight [R, C]`, with their
     bytes, smallest first (2:4 where equal); and how many elements a bitmap would keep."""
-    if not weight.numel():
-        return {}, 0
-    nnz, fits = _count(weight)
-    shape = (weight.shape[0], weight.shape[1])
-    sizes = {
-        f: LayerFormat(f, shape).nbytes(nnz, weight.dtype) for f in allowed if f == "bitmap" or fits
-    }
-    ordered = sorted(sizes, key=lambda f: (sizes[f], f != "sparse24"))
-    worthwhile = (1 - WORTHWHILE) * weight.nbytes
-    return {f: sizes[f] for f in ordered if sizes[f] <= worthwhile}, nnz
+    sizes, nnz = sparse_bytes(weight, allowed)
+    return layout.worthwhile(sizes, weight.nbytes), nnz
 
 
-def choose(weight: Tensor, allowed: tuple[str, ...] = FORMATS) -> tuple[str, int]:
-    """The smallest of the allowed formats, or "dense" where none saves a tenth of the bytes, and
-    how many elements a bitmap would keep."""
-    found, nnz = candidates(weight, allowed)
-    return next(iter(found), "dense"), nnz
+def _kept(weight: Tensor) -> Tensor:
+    """Which elements are stored: those whose bits are not all zero."""
+    return bit_pattern(weight.contiguous()) != 0

@@ -9,12 +9,11 @@ from torch import Tensor, nn
 
 from pyprune import ops
 from pyprune.errors import LayerError, UserError
-from pyprune.ops import _registry
+from pyprune.ops import registry
+from pyprune.sparse import layout
 from pyprune.sparse.direct import Prepared, PreparesWeight, can_prepare, is_alone, is_plain
-from pyprune.sparse.weight import CODED, DENSE_INT8, FORMATS, StoredWeight, autocast, pack
-
-# Compressing a layer must save at least this share of its bytes to be worth a format of its own.
-WORTHWHILE = 0.1
+from pyprune.sparse.layout import CODED, DENSE_INT8, FORMATS
+from pyprune.sparse.weight import StoredWeight, autocast, pack
 
 # What computes x @ W^T + bias and nothing else. Conv1D holds W transposed.
 LINEAR, CONV1D = "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"
@@ -39,18 +38,16 @@ def stored_transposed(module: nn.Module) -> bool:
 def compressed_bytes(weight: Tensor, format: str) -> int | None:
     """Bytes that `weight [R, C]` takes in `format` ("dense", "sparse24", "bitmap"), without packing
     it; None if it does not fit the format (more than two non-zero of four)."""
-    rows, cols = weight.shape
-    kept = weight != 0
     if format == "dense":
         return weight.nbytes
-    if format == "bitmap":
-        nnz = int(kept.sum())
-        return nnz * weight.itemsize + rows * -(-cols // 8) + 8 * (rows + 1)
-    if format != "sparse24":
+    if format not in FORMATS:
         raise UserError(f"format: expected dense, {', '.join(FORMATS)}, got {format!r}")
-    if cols % 8 or bool((kept.reshape(rows, -1, 4).sum(2) > 2).any()):
-        return None
-    return weight.nbytes // 2 + rows * cols // 8
+    return layout.sparse_bytes(_kept(weight), weight.dtype, (format,))[0].get(format)
+
+
+def _kept(weight: Tensor) -> Tensor:
+    """Which elements `pack` stores: negative zeros become +0, and go too."""
+    return (weight != 0).contiguous()
 
 
 _OP: dict[tuple[str, bool], str] = {
@@ -114,7 +111,7 @@ class SparseLinear(PreparesWeight, StoredWeight):
         weight = weight_of(linear)
         if weight is None:
             raise UserError(f"expected a linear layer, got {type(linear).__name__}")
-        if format == "sparse24" and compressed_bytes(weight, format) is None:
+        if format == "sparse24" and not layout.is_24(_kept(weight)):
             raise UserError(
                 "sparse24: expected a multiple of 8 inputs and at most 2 non-zero of every 4"
             )
@@ -146,7 +143,7 @@ class SparseLinear(PreparesWeight, StoredWeight):
                 return ready.product(x)
         x = autocast(x)
         if self._direct_on_cuda(x):
-            result: Tensor = _registry.call(self._op, x, *self._weight, self.bias)
+            result: Tensor = registry.call(self._op, x, *self._weight, self.bias)
             return result
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(f"x: expected [..., {self.in_features}], got shape {tuple(x.shape)}")
@@ -177,7 +174,7 @@ class SparseLinear(PreparesWeight, StoredWeight):
         values, bias = self._values, self._buffers["bias"]
         return (
             x.device.type == "cuda"
-            and x.dtype in _registry.HALF_OR_SINGLE
+            and x.dtype in registry.HALF_OR_SINGLE
             and x.shape[-1:] == (self.in_features,)
             and not (bias is not None and bias.requires_grad and torch.is_grad_enabled())
             and values.device == x.device
@@ -196,10 +193,9 @@ class SparseLinear(PreparesWeight, StoredWeight):
 
 
 def _choose(weight: Tensor, allowed: tuple[str, ...]) -> str:
-    """The smallest format, dense if none saves enough; 2:4 before bitmap at equal size."""
+    """The smallest of the allowed formats, "dense" where none saves a tenth of the bytes."""
     sizes = {f: n for f in allowed if (n := compressed_bytes(weight, f)) is not None}
-    best = min(sizes, key=lambda f: sizes[f], default="dense")
-    return best if best in sizes and sizes[best] <= (1 - WORTHWHILE) * weight.nbytes else "dense"
+    return next(iter(layout.worthwhile(sizes, weight.nbytes)), "dense")
 
 
 def compress_model(

@@ -249,7 +249,7 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         self, name: str, dtype: torch.dtype, bias: bool, tied_to: StoredWeight | None = None
     ) -> nn.Module:
         from pyprune.sparse.factored import FactoredLinear
-        from pyprune.sparse.format import FACTORED
+        from pyprune.sparse.layout import FACTORED
         from pyprune.sparse.linear import SparseLinear
 
         layer = self._layers[name]

@@ -1,20 +1,9 @@
-"""Weights as `pyprune compress` stores them: the formats, and modules that hold one.
-
-format     | buffers (layouts in `pyprune.ops.pack`)
------------|------------------------------------------------------
-sparse24   | values `[R, C/2]`, metadata uint8 `[R, C/8]`
-bitmap     | values `[nnz]`, bitmap uint8 `[R, ceil(C/8)]`, row_offsets int64 `[R + 1]`
-dense      | values `[R, C]`; int8 only
-coded      | low, codes, bases, escapes, row_offsets: see `pyprune.ops.coded`; bf16 only
-
-Values are floating point numbers, or int8 with one more buffer, scales `[R]`, that each row's
-values are multiplied with (`pyprune.ops.sparse_int8`).
-"""
+"""Modules that hold a weight as `pyprune compress` stores it (formats: `pyprune.sparse.layout`)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,13 +27,8 @@ from pyprune.ops.sparse_int8 import (
     validate_bitmap_int8,
     validate_int8,
 )
-
-Format = Literal["sparse24", "bitmap"]
-FORMATS: tuple[str, ...] = get_args(Format)
-# Every element stored, as int8: for what has no zeros to leave out, embeddings and heads.
-DENSE_INT8 = "dense"
-# Every element stored, without loss: bf16 with coded exponents, for the same matrices.
-CODED = "coded"
+from pyprune.sparse import layout
+from pyprune.sparse.layout import CODED, COUNTED, DENSE_INT8, FORMATS
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -115,30 +99,14 @@ class StoredWeight(nn.Module):
         # In a tuple, a module is no submodule: its buffers are not this one's too.
         self._owner = () if tied_to is None else (tied_to,)
         empty: dict[str, Tensor] = {}
-        value_dtype = torch.int8 if int8 else dtype
         if tied_to is not None:
             kind = (tied_to.rows, tied_to.cols, tied_to.format, tied_to.int8)
             if kind != (rows, cols, format, int8):
                 raise UserError(f"tied_to: expected {(rows, cols, format, int8)}, got {kind}")
-        elif format == "sparse24":
-            empty["values"] = torch.empty(rows, cols // 2, dtype=value_dtype, device=device)
-            empty["metadata"] = torch.empty(rows, cols // 8, dtype=torch.uint8, device=device)
-        elif format == "bitmap":
-            empty["values"] = torch.empty(nnz, dtype=value_dtype, device=device)
-            empty["bitmap"] = torch.empty(rows, -(-cols // 8), dtype=torch.uint8, device=device)
-            empty["row_offsets"] = torch.empty(rows + 1, dtype=torch.int64, device=device)
-        elif format == CODED:
-            wide = 3 * -(-cols // 8)
-            for name, shape in (
-                ("low", (rows, cols)), ("codes", (rows, wide)), ("bases", (rows,)),
-                ("escapes", (nnz,)),
-            ):  # fmt: skip
-                empty[name] = torch.empty(shape, dtype=torch.uint8, device=device)
-            empty["row_offsets"] = torch.empty(rows + 1, dtype=torch.int64, device=device)
         else:
-            empty["values"] = torch.empty(rows, cols, dtype=value_dtype, device=device)
-        if int8 and tied_to is None:
-            empty["scales"] = torch.empty(rows, dtype=dtype, device=device)
+            for part, shape in layout.part_shapes(format, (rows, cols), int8, nnz).items():
+                kind_of = layout.part_dtype(part, int8, self._dtype)
+                empty[part] = torch.empty(shape, dtype=kind_of, device=device)
         for name, t in empty.items():
             self.register_buffer(name, t)
         self.weight_buffers = tuple(empty)
@@ -204,7 +172,7 @@ class StoredWeight(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        counted = {"bitmap": "values", CODED: "escapes"}.get(self.format)
+        counted = COUNTED.get(self.format)
         stored = state_dict.get(f"{prefix}{counted}")
         if counted and not self._owner and isinstance(stored, Tensor) and stored.dim() == 1:
             held = self.get_buffer(counted)

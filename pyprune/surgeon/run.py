@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.calibration.autograd import on_device
+from pyprune.calibration.backward import PassOptions
 from pyprune.calibration.factors import collect_factors
 from pyprune.calibration.gradient_stats import KroneckerFactors
 from pyprune.calibration.tokens import TokenSet
@@ -219,12 +220,14 @@ class Surgeon:
                 self.adapter,
                 self.tokens,
                 [matrix.ref for matrix in group],
+                PassOptions(
+                    checkpointing=self.config.gradient_checkpointing,
+                    device=self.device,
+                    fisher_samples=self.own.fisher_samples,
+                    seed=self.config.calibration.seed + shot,
+                ),
                 biases={matrix.name for matrix in group if matrix.biased},
                 refinements=self.own.refinements if self.own.kronecker == "nearest" else 0,
-                checkpointing=self.config.gradient_checkpointing,
-                device=self.device,
-                fisher_samples=self.own.fisher_samples,
-                seed=self.config.calibration.seed + shot,
                 progress=tell,
             )
 

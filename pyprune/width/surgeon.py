@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyprune.calibration.backward import PassOptions
 from pyprune.calibration.factors import collect_factors
 from pyprune.calibration.gradient_stats import KroneckerFactors
 from pyprune.calibration.tokens import TokenSet
@@ -217,10 +218,12 @@ class _Shots:
             self.adapter,
             self.tokens,
             [matrix.ref for matrix in part],
+            PassOptions(
+                device=self.device,
+                fisher_samples=self.options.fisher_samples,
+                seed=self.seed + number,
+            ),
             biases={matrix.name for matrix in part if matrix.biased},
-            device=self.device,
-            fisher_samples=self.options.fisher_samples,
-            seed=self.seed + number,
             progress=told,
         )
 

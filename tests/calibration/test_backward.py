@@ -7,7 +7,7 @@ import torch
 from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model, tiny_tokens
 
 from pyprune.calibration import head
-from pyprune.calibration.backward import backward_pass
+from pyprune.calibration.backward import PassOptions, backward_pass
 from pyprune.errors import LayerError, UserError
 from pyprune.models import running
 from pyprune.models.adapter import Adapter
@@ -49,10 +49,10 @@ class Sums:
         self.leaders.add(sample.leader)
 
 
-def collect(model, batches, names=None, **kwargs):
+def collect(model, batches, names=None, progress=None, **options):
     adapter = Adapter.of(model)
     visitors = {ref.name: Sums() for ref in refs_of(adapter) if names is None or ref.name in names}
-    return visitors, backward_pass(adapter, batches, visitors, **kwargs)
+    return visitors, backward_pass(adapter, batches, visitors, PassOptions(**options), progress)
 
 
 def autograd(model, sequences):

@@ -7,6 +7,7 @@ from methods.golden import golden
 from methods.test_gradient_methods import golden_gradients
 from tiny_models import tiny_tokens
 
+from pyprune.calibration.backward import PassOptions
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.factors import Refinement, collect_factors
 from pyprune.calibration.gradient_stats import KroneckerFactors
@@ -21,12 +22,19 @@ def refs_of(model):
     return adapter, [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
 
 
-def collect(model, batches, biases=None, **options):
+def collect(model, batches, biases=None, refinements=0, progress=None, **options):
     adapter, refs = refs_of(model)
     if biases is None:
         biases = {ref.name for ref in refs if ref.bias() is not None}
-    tokens = as_token_set(batches, vocabulary=64, positions=None)
-    return collect_factors(adapter, tokens, refs, biases=biases, **options)
+    return collect_factors(
+        adapter,
+        as_token_set(batches, vocabulary=64, positions=None),
+        refs,
+        PassOptions(**options),
+        biases=biases,
+        refinements=refinements,
+        progress=progress,
+    )
 
 
 def by_hooks(model, ids):

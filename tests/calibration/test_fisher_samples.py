@@ -7,7 +7,7 @@ from calibration.test_factors import collect
 from tiny_models import tiny_tokens
 
 from pyprune.calibration import head
-from pyprune.calibration.backward import backward_pass
+from pyprune.calibration.backward import PassOptions, backward_pass
 from pyprune.calibration.head import draw_labels
 from pyprune.calibration.tokens import Batch
 from pyprune.errors import UserError
@@ -26,9 +26,8 @@ def weight_gradients(model, ids, fisher_samples, seed=0):
         assert sample.new_tokens == (0 if sample.draw else ids.numel())
         seen.append((sample.g[0].T @ sample.x[0]).flatten())
 
-    report = backward_pass(
-        Adapter.of(model), [Batch(ids)], {NAME: visit}, fisher_samples=fisher_samples, seed=seed
-    )
+    options = PassOptions(fisher_samples=fisher_samples, seed=seed)
+    report = backward_pass(Adapter.of(model), [Batch(ids)], {NAME: visit}, options)
     assert report.seen[NAME] == ids.numel()
     return torch.stack(seen), report
 
@@ -95,7 +94,7 @@ def test_neither_batches_nor_padding_nor_pieces_of_the_head_change_the_draws(mon
         adapter = Adapter.of(model64())
         names = [ref.name for i in range(2) for ref in adapter.linears(i)]
         visitors = {name: visitor(name) for name in names}
-        backward_pass(adapter, batches, visitors, fisher_samples=3, **options)
+        backward_pass(adapter, batches, visitors, PassOptions(fisher_samples=3, **options))
         return found
 
     batched = sums([Batch(ids, mask)])
@@ -135,7 +134,7 @@ def test_refinement_sees_the_draws_of_the_first_pass():
     def visit(sample):
         visits.append((sample.x.flatten(0, 1), sample.g.flatten(0, 1)))
 
-    backward_pass(Adapter.of(model), [Batch(ids)], {NAME: visit}, fisher_samples=2)
+    backward_pass(Adapter.of(model), [Batch(ids)], {NAME: visit}, PassOptions(fisher_samples=2))
     x, g = (torch.cat(parts) for parts in zip(*visits, strict=True))
     near = collect(model, [ids], biases=(), refinements=1, fisher_samples=2)[NAME]
     a = visits[0][0].T @ visits[0][0]

@@ -11,14 +11,14 @@ from tiny_models import tiny_tokens
 
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint.output import save_model
-from pyprune.depth import layers
 from pyprune.depth.addons import compensate, refit
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.given import Given
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
-from pyprune.depth.laco import collapse
+from pyprune.depth.laco import LacoOptions, collapse, laco
 from pyprune.depth.run import prune_structure
 from pyprune.depth.save import drop_layers
+from pyprune.depth.streamline import StreamlineOptions, streamline
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 
@@ -35,8 +35,8 @@ COMPENSATED = [*REFITTED, "gemma2"]
 def folded(family, interval=2, **add_ons):
     """A model after LaCo, before layers go, and what was done besides."""
     model = model_of(family, LAYERS)
-    options = layers.LacoOptions(fold=2, threshold=-1.0, interval=interval, **add_ons)
-    choice = layers.laco(ResidualGraph.of(model), BATCHES, options, lambda gone: len(gone) >= 2)
+    options = LacoOptions(fold=2, threshold=-1.0, interval=interval, **add_ons)
+    choice = laco(ResidualGraph.of(model), BATCHES, options, lambda gone: len(gone) >= 2)
     assert [t["kind"] for t in choice.transforms[:2]] == ["fold", "fold"]
     return model, choice.removed, choice.transforms[2:]
 
@@ -66,7 +66,7 @@ def test_folds_tell_what_was_given():
     """Of a layer that is merged into another one too, and of none that was tried in vain."""
     dense, model, given = model_of("llama", LAYERS), model_of("llama", LAYERS), Given()
     graph = ResidualGraph.of(model)
-    collapse(graph, BATCHES, fold=2, threshold=-1, enough=lambda gone: len(gone) >= 2, given=given)
+    collapse(graph, BATCHES, LacoOptions(fold=2, threshold=-1), lambda gone: len(gone) >= 2, given)
     changed = [
         any(not torch.equal(a, b) for a, b in zip(x.parameters(), y.parameters(), strict=True))
         for x, y in zip(dense.model.layers, model.model.layers, strict=True)
@@ -75,7 +75,7 @@ def test_folds_tell_what_was_given():
     with given.back():
         assert all(map(torch.equal, dense.state_dict().values(), model.state_dict().values()))
     unchanged = Given()
-    collapse(graph, BATCHES, fold=2, threshold=2, given=unchanged)
+    collapse(graph, BATCHES, LacoOptions(fold=2, threshold=2), given=unchanged)
     assert not unchanged
 
 
@@ -135,9 +135,9 @@ def test_a_merged_layer_gets_the_size_of_the_layers_it_stands_for(family, interv
 
 def streamlined(family, epochs, start="first", **add_ons):
     model = model_of(family, LAYERS)
-    options = layers.StreamlineOptions(epochs=epochs, learning_rate=5e-3, start=start, **add_ons)
+    options = StreamlineOptions(epochs=epochs, learning_rate=5e-3, start=start, **add_ons)
     graph = ResidualGraph.of(model)
-    choice = layers.streamline(graph, BATCHES, options, lambda gone: len(gone) >= 2)
+    choice = streamline(graph, BATCHES, options, lambda gone: len(gone) >= 2)
     replacement, *done = choice.transforms
     return model, choice.removed, replacement, done
 
@@ -209,8 +209,8 @@ def test_saved_is_what_is_in_memory(method, family, add_on, tmp_path):
 
 @pytest.mark.parametrize("method", CHANGING)
 def test_refusals_come_first(method, monkeypatch):
-    for name in ("collapse", "window_similarity"):
-        monkeypatch.setattr(layers, name, lambda *_a, **_k: pytest.fail("it searches"))
+    for name in ("laco.collapse", "streamline.window_similarity"):
+        monkeypatch.setattr(f"pyprune.depth.{name}", lambda *_a, **_k: pytest.fail("it searches"))
     config = StructureConfig(method, count=1, method_options={"refit": True})
     with pytest.raises(UserError, match="end in a norm, not a linear map"):
         prune_structure(model_of("gemma2"), [IDS], config)

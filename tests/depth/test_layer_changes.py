@@ -8,9 +8,9 @@ from tiny_models import tiny_model, tiny_tokens
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.hidden import visit_states
-from pyprune.depth.laco import collapse, merged
+from pyprune.depth.laco import LacoOptions, collapse, merged
 from pyprune.depth.save import drop_layers
-from pyprune.depth.streamline import replace_window, window_similarity
+from pyprune.depth.streamline import StreamlineOptions, replace_window, window_similarity
 from pyprune.errors import UserError
 
 IDS = tiny_tokens(4, 16)
@@ -44,9 +44,11 @@ def test_accepted_fold(merge):
     model = tiny_model("llama", num_hidden_layers=4)
     before = [weights(model, i) for i in range(4)]
     folds = collapse(
-        ResidualGraph.of(model), BATCHES, fold=3, threshold=-1, merge=merge,
+        ResidualGraph.of(model),
+        BATCHES,
+        LacoOptions(fold=3, threshold=-1, merge=merge),
         enough=lambda removed: len(removed) >= 2,
-    )  # fmt: skip
+    )
     assert [(f.layer, f.removed) for f in folds] == [(1, (2, 3))]
     for name, value in weights(model, 1).items():
         if "layernorm" in name:
@@ -67,16 +69,16 @@ def test_accepted_fold(merge):
 def test_threshold_above_one_changes_nothing():
     model = tiny_model("llama", num_hidden_layers=4)
     before = [weights(model, i) for i in range(4)]
-    assert collapse(ResidualGraph.of(model), BATCHES, fold=2, threshold=2) == []
+    assert collapse(ResidualGraph.of(model), BATCHES, LacoOptions(fold=2, threshold=2)) == []
     for i in range(4):
         assert all(torch.equal(v, before[i][n]) for n, v in weights(model, i).items())
     with pytest.raises(UserError, match="LaCo: expected"):
-        collapse(ResidualGraph.of(model), BATCHES, fold=1)
+        collapse(ResidualGraph.of(model), BATCHES, LacoOptions(fold=1))
 
 
 def test_all_accepted_leaves_at_least_one_layer():
     model = tiny_model("llama", num_hidden_layers=6)
-    folds = collapse(ResidualGraph.of(model), BATCHES, fold=2, threshold=-1)
+    folds = collapse(ResidualGraph.of(model), BATCHES, LacoOptions(fold=2, threshold=-1))
     removed = [i for f in folds for i in f.removed]
     assert len(set(removed)) == len(removed) == 5 and 0 not in removed
     assert not {f.layer for f in folds[-1:]} & set(removed)
@@ -99,9 +101,8 @@ def test_replacement_is_trained_for_the_window(start):
     model = tiny_model("llama", num_hidden_layers=4)
     before = [weights(model, i) for i in range(4)]
     target = states_of(model)[3]
-    result = replace_window(
-        ResidualGraph.of(model), BATCHES, 1, 3, epochs=20, learning_rate=5e-3, start=start
-    )
+    options = StreamlineOptions(epochs=20, learning_rate=5e-3, start=start)
+    result = replace_window(ResidualGraph.of(model), BATCHES, 1, 3, options)
     assert result.after < 0.9 * result.before
     assert result.start in (("first", "last") if start == "best" else (start,))
     for i in (0, 2, 3):
@@ -116,9 +117,8 @@ def test_small_steps_count_in_16_bits():
     """Weights near 0.2 are 1e-3 apart in bfloat16: steps of 1e-4 only add up in more bits."""
     model = tiny_model("llama", num_hidden_layers=4).bfloat16()
     before = weights(model, 1)
-    result = replace_window(
-        ResidualGraph.of(model), BATCHES, 1, 3, epochs=30, learning_rate=1e-4, start="first"
-    )
+    options = StreamlineOptions(epochs=30, learning_rate=1e-4, start="first")
+    result = replace_window(ResidualGraph.of(model), BATCHES, 1, 3, options)
     assert result.after < result.before
     after = weights(model, 1)
     moved = [float((after[n] != v).float().mean()) for n, v in before.items() if v.dim() > 1]
@@ -141,9 +141,8 @@ def test_replacement_is_trained_in_fp16_too():
     results = []
     for dtype in (torch.float16, torch.float32):
         graph = ResidualGraph.of(small_states(dtype))
-        results.append(
-            replace_window(graph, batches, 1, 3, epochs=10, learning_rate=2e-4, start="first")
-        )
+        options = StreamlineOptions(epochs=10, learning_rate=2e-4, start="first")
+        results.append(replace_window(graph, batches, 1, 3, options))
     half, single = results
     assert single.after < 0.9 * single.before
     assert half.before == pytest.approx(single.before, rel=1e-2)
@@ -153,8 +152,9 @@ def test_replacement_is_trained_in_fp16_too():
 def test_untrained_replacement_is_the_layer_itself():
     model = tiny_model("llama", num_hidden_layers=4)
     before = weights(model, 0)
-    result = replace_window(ResidualGraph.of(model), BATCHES, 0, 2, epochs=0, start="first")
+    untrained = StreamlineOptions(epochs=0, start="first")
+    result = replace_window(ResidualGraph.of(model), BATCHES, 0, 2, untrained)
     assert result.before == result.after
     assert all(torch.equal(v, before[n]) for n, v in weights(model, 0).items())
     with pytest.raises(UserError, match="window: expected"):
-        replace_window(ResidualGraph.of(model), BATCHES, 3, 4)
+        replace_window(ResidualGraph.of(model), BATCHES, 3, 4, untrained)

@@ -7,23 +7,30 @@ import torch
 from tiny_models import tiny_model, tiny_tokens
 
 from pyprune.calibration.tokens import Batch
-from pyprune.depth import layers
+from pyprune.depth.addons import AddOns
+from pyprune.depth.angular import angular
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.hidden import angular_distances, block_influence
+from pyprune.depth.laco import LacoOptions, laco
+from pyprune.depth.reverse import reverse
 from pyprune.depth.save import drop_layers
+from pyprune.depth.segments import SegmentOptions, segments
+from pyprune.depth.shortened_llama import ShortenedOptions, shortened
+from pyprune.depth.shortgpt import ShortGptOptions, shortgpt
+from pyprune.depth.streamline import StreamlineOptions, streamline
 from pyprune.errors import UserError
 
 IDS = tiny_tokens(4, 16)
 METHODS = {
-    "shortgpt": (layers.shortgpt, layers.ShortGptOptions()),
-    "angular": (layers.angular, layers.AddOns()),
-    "ppl": (layers.shortened, layers.ShortenedOptions()),
-    "taylor": (layers.shortened, layers.ShortenedOptions(criterion="taylor")),
-    "magnitude": (layers.shortened, layers.ShortenedOptions(criterion="magnitude", plus=False)),
-    "segments": (layers.segments, layers.SegmentOptions(tokens=32)),
-    "reverse": (layers.reverse, layers.AddOns()),
-    "laco": (layers.laco, layers.LacoOptions(fold=2, threshold=-1.0)),
-    "streamline": (layers.streamline, layers.StreamlineOptions(epochs=2)),
+    "shortgpt": (shortgpt, ShortGptOptions()),
+    "angular": (angular, AddOns()),
+    "ppl": (shortened, ShortenedOptions()),
+    "taylor": (shortened, ShortenedOptions(criterion="taylor")),
+    "magnitude": (shortened, ShortenedOptions(criterion="magnitude", plus=False)),
+    "segments": (segments, SegmentOptions(tokens=32)),
+    "reverse": (reverse, AddOns()),
+    "laco": (laco, LacoOptions(fold=2, threshold=-1.0)),
+    "streamline": (streamline, StreamlineOptions(epochs=2)),
 }
 WITH_ADD_ONS = ["shortgpt", "angular", "ppl", "segments", "reverse"]
 
@@ -103,7 +110,7 @@ def test_windows_cost_one_sweep_however_wide(name, runs, monkeypatch):
     model = tiny_model("llama", num_hidden_layers=6)
     calls = []
     model.model.layers[5].mlp.register_forward_hook(lambda *_: calls.append(1))
-    monkeypatch.setattr(layers, "replace_window", lambda *_a, **_k: Nothing())
+    monkeypatch.setattr("pyprune.depth.streamline.replace_window", lambda *_a, **_k: Nothing())
     graph, counted = ResidualGraph.of(model), []
     method, options = METHODS[name]
     for count in (1, 4):

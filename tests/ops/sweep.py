@@ -18,7 +18,7 @@ def fewer(backend: str, cols: int, triton_cols: int) -> int:
 
 def float64_sweep(w: torch.Tensor, u: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The weights by the fp64 reference, whichever backend is forced."""
-    reference = ops._registry.IMPLS[OP]["reference"].resolve()
+    reference = ops.registry.IMPLS[OP]["reference"].resolve()
     return reference(w[None], u[None], None, mask.cpu()[None], None, 0, 0, 128, False)[0][0]
 
 

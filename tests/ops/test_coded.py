@@ -3,10 +3,10 @@ import torch
 from ops.isa import AVAILABLE
 
 from pyprune import ops
-from pyprune.ops import _registry, coded
+from pyprune.ops import coded, registry
 from pyprune.ops.sparse_linear import TRITON_ROWS
 
-BACKENDS = list(_registry.IMPLS["linear_coded"])
+BACKENDS = list(registry.IMPLS["linear_coded"])
 # Both sides of the switches from decoding in registers to decoding tiles.
 ROWS = [1, 2, 3, 4, 5, 8, 9, 11, 12, 17, 64]
 SHAPES = [(1, 8), (5, 72), (37, 200), (18, 1096)]
@@ -142,7 +142,7 @@ def test_rows_that_are_not_there():
 def test_matches_float64(provider, shape, use_backend):
     w = weight(shape, decades=1)
     packed = ops.pack_coded(w)
-    for dtype in _registry.IMPLS["linear_coded"][provider].dtypes:
+    for dtype in registry.IMPLS["linear_coded"][provider].dtypes:
         use_backend(provider, "linear_coded", "cpu", dtype)
         rows = ROWS if dtype == torch.float32 else [2]
         if provider == "triton":  # its interpreter is slow, and its kernel sees fp32 whatever x is

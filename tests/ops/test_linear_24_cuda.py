@@ -13,7 +13,7 @@ from ops.compressed import pack_24, random_24_mask
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from pyprune import _native, ops
-from pyprune.ops import _registry, linear_24_cuda
+from pyprune.ops import linear_24_cuda, registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -369,6 +369,6 @@ def test_other_dtypes_and_widths_go_to_triton_on_a_gpu():
         tensors, dense = weight(40, cols, dtype)
         x = torch.randn(4, cols, generator=torch.Generator().manual_seed(5)).to(dtype).cuda()
         args = (x, *(t.cuda() for t in tensors), None)
-        assert _registry.select("linear_24", args) == "triton"
+        assert registry.select("linear_24", args) == "triton"
         got = torch.ops.pyprune.linear_24(*args).cpu().double()
         torch.testing.assert_close(got, x.cpu().double() @ dense.double().T, rtol=1e-2, atol=1e-1)

@@ -12,7 +12,7 @@ import torch
 from ops.compressed import pack_bitmap
 
 from pyprune import ops
-from pyprune.ops import _registry, linear_bitmap_cuda
+from pyprune.ops import linear_bitmap_cuda, registry
 from pyprune.ops.sparse_linear import TRITON_ROWS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -374,5 +374,5 @@ def test_other_dtypes_and_widths_go_to_triton_on_a_gpu():
         w, mask = random((40, cols), 22, dtype), mask_of("0.5", 40, cols)
         x, packed = random((1, cols), 23, dtype), pack_bitmap(w, mask)
         args = (x.cuda(), *(t.cuda() for t in packed), None)
-        assert _registry.select("linear_bitmap", args) == "triton"
+        assert registry.select("linear_bitmap", args) == "triton"
         assert_product(torch.ops.pyprune.linear_bitmap(*args).cpu(), x, w * mask)

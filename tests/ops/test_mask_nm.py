@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyprune import ops
-from pyprune.ops import _registry
+from pyprune.ops import registry
 
 OP = "mask_nm"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -14,7 +14,7 @@ PATTERNS = [(2, 4), (1, 4), (3, 4), (4, 4), (4, 8), (7, 16), (1, 2), (2, 3), (5,
 
 
 def force(use_backend, backend, device, dtype, n, m):
-    limits = _registry.IMPLS[OP][backend].limits
+    limits = registry.IMPLS[OP][backend].limits
     if limits is not None and limits(torch.empty(0, m), n, m):
         pytest.skip("no kernel for this pattern")  # cuda's, on a GPU: the limits are tested below
     use_backend(backend, OP, device, dtype)
@@ -74,7 +74,7 @@ def test_strided_input(backend, device, use_backend):
 def test_every_instruction_set(isa, use_isa, pattern):
     use_isa(isa)
     n, m = pattern
-    for dtype in _registry.HALF_OR_SINGLE:
+    for dtype in registry.HALF_OR_SINGLE:
         for kind in ("special", "ties"):
             w = selection.weights(kind, 2, m * max(1, 131 // m), dtype)
             given = selection.terms(selection.TERMS["all"], *w.shape, "cpu")
@@ -215,7 +215,7 @@ def test_bad_arguments(change, message):
 
 
 def test_cuda_kernel_declines_other_patterns():
-    limits = _registry.IMPLS[OP]["cuda"].limits
+    limits = registry.IMPLS[OP]["cuda"].limits
     for n, m in ((2, 4), (3, 4), (4, 8), (8, 8), (8, 16)):
         assert limits(torch.zeros(1, m), n, m) == ""
     for n, m in ((1, 2), (7, 16), (3, 6), (8, 32)):
@@ -231,8 +231,8 @@ def test_a_stack_is_its_matrices(backend, device, use_backend, names, shared):
 
 def test_a_stack_with_its_own_scales_is_one_call(monkeypatch):
     calls = []
-    implementation = _registry.Impl(lambda w, *rest: calls.append(w.shape) or w.bool())
-    monkeypatch.setitem(_registry.IMPLS, OP, {"reference": implementation})
+    implementation = registry.Impl(lambda w, *rest: calls.append(w.shape) or w.bool())
+    monkeypatch.setitem(registry.IMPLS, OP, {"reference": implementation})
     ops.mask_nm(torch.ones(4, 3, 12), 2, 4, column_scale=torch.ones(4, 12))
     assert calls == [(4, 3, 12)]
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyprune import ops
-from pyprune.ops import _registry
+from pyprune.ops import registry
 
 OP = "mask_topk"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -58,7 +58,7 @@ def hard_rows(cols: int) -> torch.Tensor:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 def test_every_instruction_set(isa, use_isa):
     use_isa(isa)
-    for dtype in _registry.HALF_OR_SINGLE:
+    for dtype in registry.HALF_OR_SINGLE:
         for kind in selection.KINDS:
             w = selection.weights(kind, 2, 333, dtype)
             given = selection.terms(selection.TERMS["all"], 2, 333, "cpu")
@@ -93,7 +93,7 @@ def test_scores_that_share_their_leading_digits(isa, use_isa, cols):
     use_isa(isa)
     w = crowded_rows(cols)
     scale = torch.rand(cols, generator=torch.Generator().manual_seed(2)) + 0.5
-    for dtype in _registry.HALF_OR_SINGLE:
+    for dtype in registry.HALF_OR_SINGLE:
         for extra in ({}, {"column_scale": scale}, {"row_scale": torch.linspace(0.5, 2, 5)}):
             for pruned in (1, cols // 3, cols // 2, cols - 1):
                 want = selection.brute_force_groups(w.to(dtype), cols, pruned, **extra)
@@ -146,7 +146,7 @@ def test_rows_of_layers(backend, device, use_backend, kind, cols):
 
 
 def test_cuda_kernel_declines_longer_rows():
-    limits = _registry.IMPLS[OP]["cuda"].limits
+    limits = registry.IMPLS[OP]["cuda"].limits
     most = ops.select.TOPK_COLUMNS
     assert limits(torch.empty(1, most), 1) == ""
     assert f"not {most + 1}" in limits(torch.empty(1, most + 1), 1)
@@ -237,8 +237,8 @@ def test_a_stack_is_its_matrices(backend, device, use_backend, names, shared):
 
 def test_a_stack_with_its_own_scales_is_one_call(monkeypatch):
     calls = []
-    implementation = _registry.Impl(lambda w, *rest: calls.append(w.shape) or w.bool())
-    monkeypatch.setitem(_registry.IMPLS, OP, {"reference": implementation})
+    implementation = registry.Impl(lambda w, *rest: calls.append(w.shape) or w.bool())
+    monkeypatch.setitem(registry.IMPLS, OP, {"reference": implementation})
     ops.mask_topk(torch.ones(4, 3, 12), 5, column_scale=torch.ones(4, 12))
     assert calls == [(4, 3, 12)]
 

@@ -8,7 +8,7 @@ from ops.isa import AVAILABLE, restricted
 from ops.layers import damped, quadratic, random_layer, random_mask
 
 from pyprune import ops
-from pyprune.ops._registry import IMPLS
+from pyprune.ops.registry import IMPLS
 
 OP = "obs_sweep"
 ISAS = ["portable", "avx2", "avx512"]

@@ -9,7 +9,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from pyprune import ops
-from pyprune.ops import _registry
+from pyprune.ops import registry
 
 OP = "pack_24"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -269,7 +269,7 @@ def test_opcheck():
 
 
 def test_backends_of_both_directions_agree():
-    assert set(_registry.IMPLS["pack_24"]) == set(_registry.IMPLS["unpack_24"])
+    assert set(registry.IMPLS["pack_24"]) == set(registry.IMPLS["unpack_24"])
 
 
 def test_twice_the_bytes_of_metadata_may_not_fit_in_32_bits(device):

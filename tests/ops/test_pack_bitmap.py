@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyprune import ops
-from pyprune.ops import _registry
+from pyprune.ops import registry
 
 OP = "pack_bitmap"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -208,4 +208,4 @@ def test_opcheck():
 
 
 def test_backends_of_both_directions_agree():
-    assert set(_registry.IMPLS["pack_bitmap"]) == set(_registry.IMPLS["unpack_bitmap"])
+    assert set(registry.IMPLS["pack_bitmap"]) == set(registry.IMPLS["unpack_bitmap"])

@@ -92,7 +92,7 @@ def calls():
 def test_products_inside_an_op_take_all_bits(op, reduced):
     """Whatever the model around it runs in. cuBLAS heeds the first setting, oneDNN the second."""
     made = 0
-    for impl in ops._registry.IMPLS[op].values():
+    for impl in ops.registry.IMPLS[op].values():
         arguments, function = calls()[op], impl.resolve()
         with Products() as products:
             function(*arguments)
@@ -121,7 +121,7 @@ def linear_calls():
 def test_the_references_of_linear_ops_take_all_bits(op, reduced):
     """They are what the kernels are held against."""
     with Products() as products:
-        ops._registry.IMPLS[op]["reference"].resolve()(*linear_calls()[op])
+        ops.registry.IMPLS[op]["reference"].resolve()(*linear_calls()[op])
     assert products.seen
     assert not {"tf32", "bf16"} & {value for pair in products.seen for value in pair}
     assert settings() == reduced
@@ -129,7 +129,7 @@ def test_the_references_of_linear_ops_take_all_bits(op, reduced):
 
 @pytest.mark.parametrize("op", LINEAR)
 def test_autocast_does_not_change_the_references_of_linear_ops(op):
-    arguments, function = linear_calls()[op], ops._registry.IMPLS[op]["reference"].resolve()
+    arguments, function = linear_calls()[op], ops.registry.IMPLS[op]["reference"].resolve()
     want = function(*arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = function(*arguments)
@@ -208,7 +208,7 @@ def test_default_dtype_does_not_matter(op, default_dtype):
     """transformers sets it while a model is loaded."""
     torch.set_default_dtype(torch.float32)
     arguments = calls()[op]
-    impls = ops._registry.IMPLS[op]
+    impls = ops.registry.IMPLS[op]
     for impl in [impls[name] for name in impls if name != "triton"]:  # its interpreter is slow
         torch.set_default_dtype(torch.float32)
         want = impl.resolve()(*clones(arguments))
@@ -220,7 +220,7 @@ def test_default_dtype_does_not_matter(op, default_dtype):
 
 @pytest.mark.parametrize("op", OPS)
 def test_autocast_does_not_matter(op):
-    impls = ops._registry.IMPLS[op]
+    impls = ops.registry.IMPLS[op]
     for impl in [impls[name] for name in impls if name != "triton"]:
         arguments, function = calls()[op], impl.resolve()
         want, got = clones(arguments), clones(arguments)

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from pyprune import ops
-from pyprune.ops import _registry
+from pyprune.ops import registry
 
 X = torch.ones(3, 4)
 
 
 def selected(op):
-    return _registry.select(op, (X, X, X))
+    return registry.select(op, (X, X, X))
 
 
 def test_for_every_op(monkeypatch):

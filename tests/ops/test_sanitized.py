@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyprune import ops
-from pyprune.ops._registry import IMPLS
+from pyprune.ops.registry import IMPLS
 
 ROWS, COLS, TOKENS = 7, 24, 37
 

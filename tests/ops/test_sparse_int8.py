@@ -4,7 +4,7 @@ from ops.compressed import pack_24, pack_bitmap, random_24_mask
 from ops.isa import AVAILABLE
 
 from pyprune import ops
-from pyprune.ops import _registry, sparse_int8
+from pyprune.ops import registry, sparse_int8
 from pyprune.ops.sparse_int8 import (
     unpack_24_int8,
     unpack_bitmap_int8,
@@ -16,7 +16,7 @@ from pyprune.ops.sparse_int8 import (
 from pyprune.ops.sparse_linear import TRITON_ROWS
 
 FORMATS = ["linear_24_int8", "linear_bitmap_int8", "linear_int8"]
-BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f]]
+BACKENDS = [(f, b) for f in FORMATS for b in registry.IMPLS[f]]
 # Both sides of the switches from widening in registers to widening tiles or blocks of rows.
 ROWS = [1, 2, 3, 4, 5, 8, 9, 16, 17, 64]
 SHAPES = [(1, 8), (5, 72), (37, 200), (18, 1096)]
@@ -95,7 +95,7 @@ def assert_product(got, x, dense, bias=None):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_matches_float64(fmt, provider, use_backend, shape):
     tensors, dense = weight(fmt, shape)
-    for dtype in _registry.IMPLS[fmt][provider].dtypes:
+    for dtype in registry.IMPLS[fmt][provider].dtypes:
         use_backend(provider, fmt, "cpu", dtype)
         # Triton's interpreter is slow, and its kernels see fp32 whatever x is.
         for m in rows_of(provider) if dtype == torch.float32 else (2,):

@@ -8,12 +8,12 @@ from ops.compressed import pack_24, pack_bitmap, random_24_mask
 from ops.isa import AVAILABLE, restricted
 
 from pyprune import ops
-from pyprune.ops import _registry
+from pyprune.ops import registry
 from pyprune.ops.sparse_linear import TRITON_ROWS
 
 FORMATS = ["linear_24", "linear_bitmap", "linear_dense"]
 # Those of the CPU; the CUDA ones are in test_linear_24_cuda.py and test_linear_bitmap_cuda.py.
-BACKENDS = [(f, b) for f in FORMATS for b in _registry.IMPLS[f] if b != "cuda"]
+BACKENDS = [(f, b) for f in FORMATS for b in registry.IMPLS[f] if b != "cuda"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Every number of rows that a chunk which 2:4 gathers may hold comes up to rounding; then one and
 # several chunks of those that have a table.
@@ -70,7 +70,7 @@ def test_matches_float64(fmt, provider, use_backend, dtype, shape):
 
 @pytest.mark.parametrize(
     ("fmt", "provider", "x_dtype"),
-    [(f, b, d) for f, b in BACKENDS for d in _registry.IMPLS[f][b].dtypes if d != torch.float32],
+    [(f, b, d) for f, b in BACKENDS for d in registry.IMPLS[f][b].dtypes if d != torch.float32],
 )
 def test_output_has_the_activations_dtype(fmt, provider, use_backend, x_dtype):
     use_backend(provider, fmt, "cpu", x_dtype)

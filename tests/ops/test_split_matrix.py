@@ -6,7 +6,7 @@ import torch
 from pyprune.layers import _output_energy
 from pyprune.methods import LayerInputs
 from pyprune.ops import masked_cg
-from pyprune.ops._split import SplitMatrix, parts_of
+from pyprune.ops.split_matrix import SplitMatrix, parts_of
 
 
 def operands(device, rows=5, inner=37, columns=11):
