@@ -35,7 +35,6 @@ from pyprune.ops.sparse_linear import (
     check_packed_bitmap,
     linear_dense_reference,
     native_linear,
-    triton_limits,
 )
 
 LARGEST = 127
@@ -235,7 +234,7 @@ def _define(op: str, weight: str, check: Callable[..., None], dense: Callable[..
         impls={
             "reference": _registry.Impl(reference),
             "native": _registry.Impl(native, _registry.HALF_OR_SINGLE),
-            "triton": _registry.Impl(triton, _registry.HALF_OR_SINGLE, triton_limits),
+            "triton": _registry.Impl(triton, _registry.HALF_OR_SINGLE),
         },
     )
 
