@@ -90,7 +90,8 @@ class StaticDecoding:
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # Its own choice of a stream is on the first device that a graph was captured on.
+            with torch.cuda.graph(graph, stream=aside):
                 self._advance(self.token)
         except RuntimeError as error:
             first = str(error).splitlines()[0]
