@@ -275,6 +275,7 @@ def bench_shape(bench: Bench, rows: int, cols: int) -> None:
     full = CUDA_TOKENS if bench.device == "cuda" else TOKENS
     for m in SMOKE_TOKENS if bench.smoke else full:
         bench_rows(bench, m, copies, dense)
+        bench.finish()  # an interrupted run keeps what it has measured
 
 
 # What PyTorch and its libraries read when they are loaded.

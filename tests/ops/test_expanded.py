@@ -131,3 +131,23 @@ def test_parts_are_the_whole():
     assert len(asked) == 5
     want = _expanded.multiply_in_parts(x, shape, expand, packed[1], bias)
     assert len(asked) == 6 and torch.equal(got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_a_graph_on_a_gpu(op, dtype):
+    """By whatever serves it there."""
+    packed, dense = weight(op, dtype)
+    on_gpu = [t.cuda() for t in packed]
+    for rows in (1, 70):
+        static, x = torch.zeros(rows, COLS, dtype=dtype, device="cuda"), activations(rows, dtype)
+        getattr(ops, op)(static, *on_gpu)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = getattr(ops, op)(static, *on_gpu)
+        static.copy_(x)
+        graph.replay()
+        want, scale = x.double() @ dense.T, x.double().abs() @ dense.abs().T
+        limit = {FP32: 1e-5, BF16: 2**-8, FP16: 2**-10}[dtype]
+        assert y.dtype == dtype and ((y.cpu().double() - want).abs() <= limit * scale).all()
