@@ -399,13 +399,14 @@ def device_name(device: str) -> str:
 
 @cache
 def _commit() -> str:
-    """Short hash of the checkout, `+` appended when it has changes; empty outside a checkout."""
+    """Short hash of the checkout, `+` appended when it has changes; outside a checkout what
+    PYPRUNE_COMMIT says, or nothing."""
     root = Path(__file__).resolve().parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("PYPRUNE_COMMIT", "")
 
 
 def our_backends(op: str, device: str, dtype: torch.dtype) -> list[str]:

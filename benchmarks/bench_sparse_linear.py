@@ -11,13 +11,14 @@ bandwidth measured first (`read_bandwidth`); above, the measured rate of matrix 
 activations' dtype.
 
 On a GPU (`--device cuda`): bf16 throughout, `torch_bf16` (cuBLAS) as the dense product;
-`sparse24`, `bitmap50` and `bitmap70` as the ops route them (`pyprune.ops.linear_24_cuda`,
-`linear_bitmap_cuda`); and, so that the routes' numbers of rows can be set by measurement, each
-bitmap by Triton (`_triton`, up to 2 rows) and expanded and multiplied densely (`_expand`). From 16
-rows on, peers for 2:4 where PyTorch has them: `cusparselt` with its algorithm searched, and
-`torch_sparse24`, the default one, which `torch.sparse.to_sparse_semi_structured` uses. Times are
-those of CUDA graphs of calls: at a few microseconds a product, launching from Python would decide.
-`read_bandwidth` is there that of a copy.
+`sparse24`, `bitmap50`, `bitmap70` and those with int8 values as the ops route them
+(`pyprune.ops.linear_24_cuda`, `linear_bitmap_cuda`); and, so that the routes' numbers of rows can
+be set by measurement, each bitmap by Triton (`_triton`, up to 2 rows) and expanded and multiplied
+densely (`_expand`). From 16 rows on, peers for 2:4 where PyTorch has them: `cusparselt` with its
+algorithm searched, and `torch_sparse24`, the default one, which
+`torch.sparse.to_sparse_semi_structured` uses. Times are those of CUDA graphs of calls: at a few
+microseconds a product, launching from Python would decide. `read_bandwidth` is there that of a
+copy.
 
 `--isa avx2` stands for a processor without AVX-512: our kernels, PyTorch, oneDNN and MKL are held
 to that.
@@ -138,7 +139,7 @@ def make_weights(
             dense |= dict.fromkeys((SEARCHED, DEFAULT), dense["sparse24"])
     else:
         packed |= {"dense": (w,), "torch_fp32": (w.float(),)}
-        add_int8(packed, dense, w)
+    add_int8(packed, dense, w)
     copies: Weights = {}
     for name, tensors in packed.items():
         count = max(1, -(-rotated // sum(t.nbytes for t in tensors)))
@@ -275,6 +276,7 @@ def bench_shape(bench: Bench, rows: int, cols: int) -> None:
     full = CUDA_TOKENS if bench.device == "cuda" else TOKENS
     for m in SMOKE_TOKENS if bench.smoke else full:
         bench_rows(bench, m, copies, dense)
+        bench.finish()  # an interrupted run keeps what it has measured
 
 
 # What PyTorch and its libraries read when they are loaded.

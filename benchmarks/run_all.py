@@ -3,7 +3,10 @@ forks of one process that has imported what takes seconds, as many at a time as 
 
 python benchmarks/run_all.py                  # all, rows into benchmarks/results/<device>/
 python benchmarks/run_all.py --smoke          # tiny sizes, rows thrown away: do they still run?
-python benchmarks/run_all.py gram obs         # some of them
+python benchmarks/run_all.py gram obs         # some of them, in this order
+
+One that fails, or is stopped after --limit seconds, keeps the rows that it has written by then; the
+others run, and the exit status says that not all went well.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 
-# What a GPU is for: the kernels, pruning and running a model of billions of weights. Minutes, and
-# no network.
-CUDA = ["gram", "fisher", "kron", "obs", "reconstruct", "select", "pack", "sparse_linear",
-        "prune_model", "model"]  # fmt: skip
+# What a GPU is for: running and pruning a model of billions of weights, the kernels. About ten
+# minutes, and no network. By worth: a GPU may be lent for less.
+CUDA = ["model", "sparse_linear", "prune_model", "obs", "gram", "reconstruct", "fisher", "kron",
+        "pack", "select"]  # fmt: skip
 
 # Benchmarks with an option of their own: name of the rows, script, what to add. On a CPU only.
 VARIANTS = {
@@ -89,12 +92,15 @@ def run_forked(commands: Mapping[str, list[str]], logs: Path) -> list[str]:
     return failed
 
 
-def run_one_by_one(commands: Mapping[str, list[str]]) -> list[str]:
-    """As `run_forked`, each in a new process with all cores."""
+def run_one_by_one(commands: Mapping[str, list[str]], limit: float | None) -> list[str]:
+    """As `run_forked`, each in a new process with all cores, stopped after `limit` seconds."""
     failed = []
     for name, command in commands.items():
         started = time.perf_counter()
-        code = subprocess.call([sys.executable, *command])
+        try:
+            code = subprocess.call([sys.executable, *command], timeout=limit)
+        except subprocess.TimeoutExpired:  # it has been killed
+            code = None
         report(name, code, started)
         if code != 0:
             failed.append(name)
@@ -102,7 +108,8 @@ def run_one_by_one(commands: Mapping[str, list[str]]) -> list[str]:
 
 
 def report(name: str, code: int | None, started: float) -> None:
-    print(f"{name}: exit {code}, {time.perf_counter() - started:.1f} s", flush=True)
+    end = "stopped" if code is None else f"exit {code}"
+    print(f"{name}: {end}, {time.perf_counter() - started:.1f} s", flush=True)
 
 
 def main() -> int:
@@ -114,6 +121,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, help="folder for the rows")
     parser.add_argument("--repetitions", type=int, help="timed samples of each provider")
+    parser.add_argument("--limit", type=float, help="seconds after which one is stopped")
     args = parser.parse_args()
 
     scripts = {p.stem.removeprefix("bench_"): p for p in sorted(HERE.glob("bench_*.py"))}
@@ -145,7 +153,7 @@ def main() -> int:
         if args.smoke and args.device == "cpu":
             failed = run_forked(commands, Path(tmp))
         else:
-            failed = run_one_by_one(commands)
+            failed = run_one_by_one(commands, args.limit)
     if failed:
         print("failed:", ", ".join(failed), file=sys.stderr)
     return 1 if failed else 0

@@ -13,7 +13,8 @@ y           | x's              | [M, R]
 
 All contiguous; `pyprune.ops.coded` describes the layout. As in sparse_linear a program owns BLOCK_R
 rows of W, walks along the columns once, and takes the sums over the lanes at the end. A lane is a
-group of eight columns, whose codes are three bytes.
+group of eight columns, whose codes are three bytes. With more rows of x some rows of W at a time
+are unpacked and multiplied by the library.
 """
 
 import triton
@@ -21,6 +22,12 @@ import triton.language as tl
 
 from pyprune.kernels import sparse_linear
 from pyprune.kernels.sparse_linear import store_sums
+from pyprune.ops._expanded import multiply_in_parts
+from pyprune.ops.coded import unpacked_rows
+from pyprune.ops.sparse_linear import has_many_rows
+
+# Elements of W that are unpacked at a time: the steps in between take some 40 bytes each.
+UNPACKED_ELEMENTS = 1 << 24
 
 
 @triton.jit
@@ -97,6 +104,11 @@ def _linear_coded_kernel(
 
 
 def linear_coded_triton(x, low, codes, bases, escapes, row_offsets, bias):
+    if has_many_rows(x):
+        weight = (low, codes, bases, escapes, row_offsets)
+        return multiply_in_parts(
+            x, low.shape, lambda rows: unpacked_rows(*weight, rows), None, bias, UNPACKED_ELEMENTS
+        )
     return sparse_linear.launch(
         _linear_coded_kernel, x, low.shape[0], bias, "BLOCK_G",
         low, codes, bases, escapes, row_offsets, more=(escapes.numel(),),

@@ -126,10 +126,10 @@ def _global_mask_kernel(
 def _narrow(state: torch.Tensor, counts: torch.Tensor) -> None:
     """Appends the digit that holds the wanted rank to the bits found so far."""
     upto = counts.cumsum(0)
-    digit = (upto < state[1]).sum()
-    below = torch.where(digit > 0, upto[(digit - 1).clamp(min=0)], 0)
-    state[0] = state[0] * 256 + digit
-    state[1] -= below
+    lower = upto < state[1]
+    state[0] = state[0] * 256 + lower.sum()
+    # Not `upto[digit - 1]`: to index by a number that a tensor holds is to wait for it.
+    state[1] -= torch.where(lower, counts, 0).sum()
 
 
 def mask_global_triton(

@@ -9,7 +9,8 @@ scales      | any float        | [R]
 bias        | any float        | [R], optional
 y           | x's              | [M, R]
 
-meta, bitmap and row_offsets as there. Sums are formed in fp32, scaled and only then rounded.
+meta, bitmap and row_offsets as there. Sums are formed in fp32, scaled and only then rounded. With
+more rows of x the numbers are expanded to 16 bits, which hold them, and multiplied by the library.
 """
 
 import os
@@ -19,6 +20,8 @@ import triton
 import triton.language as tl
 
 from pyprune.kernels import sparse_linear
+from pyprune.ops._expanded import multiply_in_parts, number_dtype
+from pyprune.ops.sparse_linear import has_many_rows
 
 
 # As in sparse_linear a program owns BLOCK_R rows of W, walks along the columns once, and takes the
@@ -68,6 +71,10 @@ def _blocks(block_m: int) -> dict[str, int]:
 
 
 def linear_int8_triton(x, values, scales, bias):
+    if has_many_rows(x):
+        return multiply_in_parts(
+            x, values.shape, lambda rows: values[rows].to(number_dtype(x)), scales, bias
+        )
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     m, cols = flat.shape
     rows = values.shape[0]
@@ -90,12 +97,23 @@ def _scaled(y, x, scales, bias):
     return y.to(x.dtype)
 
 
+def _multiply_whole(x, weight, scales, bias):
+    return multiply_in_parts(x, weight.shape, lambda rows: weight[rows], scales, bias)
+
+
 def linear_24_int8_triton(x, values, meta, scales, bias):
+    if has_many_rows(x) and len(values):
+        weight = torch.ops.pyprune.unpack_24(values.to(number_dtype(x)), meta)
+        return _multiply_whole(x, weight, scales, bias)
     y = sparse_linear.linear_24_triton(x.float(), values, meta, None)
     return _scaled(y, x, scales, bias)
 
 
 def linear_bitmap_int8_triton(x, values, bitmap, row_offsets, scales, bias):
+    if has_many_rows(x) and len(bitmap):
+        numbers = values.to(number_dtype(x))
+        weight = torch.ops.pyprune.unpack_bitmap(numbers, bitmap, row_offsets, x.shape[-1])
+        return _multiply_whole(x, weight, scales, bias)
     y = sparse_linear.linear_bitmap_triton(x.float(), values, bitmap, row_offsets, None)
     return _scaled(y, x, scales, bias)
 

@@ -13,7 +13,7 @@ y           | x's              | [M, R]           | contiguous
 A program owns BLOCK_R rows of W and walks along the columns once; what it reads of W serves all
 rows of x. Nothing is expanded in memory: a lane holds one group (2:4) or one byte of bitmap, its
 weights in registers, and multiplies them with the x of the same columns. The sums over the lanes
-are taken once, at the end.
+are taken once, at the end. With more rows of x the backend expands the weight.
 """
 
 import os
@@ -21,6 +21,9 @@ import os
 import torch
 import triton
 import triton.language as tl
+
+from pyprune.ops import linear_24_cuda, linear_bitmap_cuda
+from pyprune.ops.sparse_linear import has_many_rows
 
 
 @triton.jit
@@ -159,10 +162,14 @@ def launch(kernel, x, rows, bias, lanes, *weight, more=()):
 
 
 def linear_24_triton(x, values, meta, bias):
+    if has_many_rows(x):
+        return linear_24_cuda.expand_and_multiply(x, values, meta, bias)
     return launch(_linear_24_kernel, x, values.shape[0], bias, "BLOCK_G", values, meta)
 
 
 def linear_bitmap_triton(x, values, bitmap, row_offsets, bias):
+    if has_many_rows(x):
+        return linear_bitmap_cuda.expand_and_multiply(x, values, bitmap, row_offsets, bias)
     return launch(
         _linear_bitmap_kernel, x, bitmap.shape[0], bias, "BLOCK_B", values, bitmap, row_offsets,
         more=(values.numel(),),

@@ -357,3 +357,19 @@ def test_commands(tied, kind, tmp_path, capsys):
     assert label in capsys.readouterr().out
     assert cli.main(["compress", str(tied[0]), "--out", out + "2", "--embeddings", "int4"]) == 2
     assert "--embeddings: expected same, int8, coded, got 'int4'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_scale_is_not_copied_from_the_host(dense, monkeypatch):
+    """A CUDA graph would refuse it: the number has to be made where the rows are."""
+    table = StoredEmbedding(6, 8, "dense", scale=3.3, dtype=torch.bfloat16)
+    q = torch.arange(48).view(6, 8).to(torch.int8)
+    table.load_state_dict({"values": q, "scales": torch.full((6,), 0.5).bfloat16()})
+    module = table.to_dense() if dense else table
+    want = (q * 0.5).bfloat16() * torch.tensor(3.3).bfloat16()
+
+    def copied(*_, **__):
+        raise AssertionError("a number from the host")
+
+    monkeypatch.setattr(torch, "tensor", copied)
+    assert torch.equal(module(torch.arange(6)), want)

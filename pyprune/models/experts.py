@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -164,21 +165,33 @@ def _routed(
     top_k_index: Tensor,
     top_k_weights: Tensor,
 ) -> Tensor:
-    chosen = top_k_index.T
-    # Per expert (position among the k, token), ordered by position: the order of the eager forward.
-    routes = [torch.where(chosen.eq(e)) for e in range(count)]
+    routes = _routes(top_k_index, count)
+    # Numbers past those of the experts.
+    others = routes.pop()
     rows = [r for _, r in routes]
     states = compute([hidden_states[r] for r in rows], rows, len(hidden_states))
     if hasattr(experts, "identity_expert"):
-        # Numbers past those of the experts.
-        routes.append(torch.where(chosen.ge(count)))
-        states.append(hidden_states[routes[-1][1]])
+        routes.append(others)
+        states.append(hidden_states[others[1]])
     out = torch.zeros_like(hidden_states)
     for (position, at), state in zip(routes, states, strict=True):
         if len(at):
             state = state * top_k_weights[at, position, None]
             out.index_add_(0, at, state.to(out.dtype))
     return out
+
+
+def _routes(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
+    """For each of `count` experts and then for all numbers past them: (position among the k, token)
+    wherever `top_k_index [T, k]` names it, ordered by position: the order of the eager forward.
+    Waits for a GPU once, whatever the number of experts."""
+    tokens = len(top_k_index)
+    chosen, order = top_k_index.T.flatten().sort(stable=True)
+    first = torch.searchsorted(chosen, torch.arange(count + 1, device=chosen.device)).tolist()
+    order[first[-1] :] = order[first[-1] :].sort().values  # not by their numbers
+    position, token = order // max(1, tokens), order % max(1, tokens)
+    spans = [slice(*span) for span in pairwise([*first, len(order)])]
+    return [(position[span], token[span]) for span in spans]
 
 
 def _experts(

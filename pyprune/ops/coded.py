@@ -36,7 +36,7 @@ from pyprune import _native
 from pyprune.ops import _transforms, registry
 from pyprune.ops._checks import check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
-from pyprune.ops.sparse_linear import check_activations, native_linear, triton_limits
+from pyprune.ops.sparse_linear import check_activations, native_linear
 from pyprune.ops.storage import row_blocks
 
 WINDOW = 7  # exponents that have a code of their own
@@ -210,6 +210,15 @@ def _unpack_rows(
     return _joined(exponents, low)
 
 
+def unpacked_rows(
+    low: Tensor, codes: Tensor, bases: Tensor, escapes: Tensor, row_offsets: Tensor,
+    rows: slice | Tensor,
+) -> Tensor:  # fmt: skip
+    """bf16: those of `rows`, without a look at what they hold."""
+    parts = (low[rows], codes[rows], bases[rows], escapes)
+    return _unpack_rows(*parts, row_offsets[:-1][rows])
+
+
 def unpack_coded_reference(
     low: Tensor, codes: Tensor, bases: Tensor, escapes: Tensor, row_offsets: Tensor,
     rows: Tensor | None,
@@ -224,8 +233,7 @@ def unpack_coded_reference(
     w = low.new_empty(n, low.shape[1], dtype=torch.bfloat16)
     for block in _row_blocks(n, low.shape[1]):
         chosen = block if rows is None else rows[block]
-        parts = (low[chosen], codes[chosen], bases[chosen], escapes)
-        w[block] = _unpack_rows(*parts, row_offsets[:-1][chosen])
+        w[block] = unpacked_rows(low, codes, bases, escapes, row_offsets, chosen)
     return w
 
 
@@ -313,8 +321,8 @@ def linear_coded_reference(
     y = flat.new_empty(len(flat), len(low))
     # Some rows of W at a time: a head is by far the largest matrix of a model.
     for block in _row_blocks(*low.shape):
-        parts = (low[block], codes[block], bases[block], escapes, row_offsets[:-1][block])
-        y[:, block] = flat @ _unpack_rows(*parts).to(wide).T
+        part = unpacked_rows(low, codes, bases, escapes, row_offsets, block)
+        y[:, block] = flat @ part.to(wide).T
     if bias is not None:
         y += bias.to(wide)
     return y.to(x.dtype).view(*x.shape[:-1], len(low))
@@ -347,7 +355,6 @@ registry.register(
         "triton": registry.Impl(
             "pyprune.kernels.linear_coded:linear_coded_triton",
             registry.HALF_OR_SINGLE,
-            triton_limits,
         ),
     },
 )
@@ -375,7 +382,7 @@ def linear_coded(
         fp64). Processors that multiply bf16 natively take subnormal bf16 numbers for zero.
 
     On CUDA devices a Triton kernel takes up to 16 rows; for more of them some rows of W at a time
-    are unpacked and multiplied densely in fp32, which no tensor core helps with.
+    are unpacked and multiplied densely: on tensor cores if x is bf16, else in fp32.
 
     Raises:
         ValueError: a shape, dtype or device does not match, or (on the CPU) a row's codes and

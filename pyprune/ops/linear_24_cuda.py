@@ -7,6 +7,9 @@ above, large  | cuSPARSELt through PyTorch, with bf16 its algorithm searched onc
               | power of two of rows
 above, else   | the expanded matrix, made anew by `unpack_24`, and a dense product
 
+That is for 16-bit x and values of one dtype and a multiple of 64 columns. Others go to Triton
+(`kernels/sparse_linear.py`), whose backend expands the matrix from 17 rows on.
+
 Up to 64 rows the product is a matter of reading W. Above, arithmetic decides, and the library is
 the better tool, but PyTorch makes a new plan of its at every call: about half a millisecond of the
 host's time, whatever the size (H200: a model of 224 products took 126 ms for 256 tokens and for
@@ -38,6 +41,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pyprune import _native
+from pyprune.ops._expanded import multiply_dense
 
 ROWS = 64  # of x that the kernel takes
 WORD = 64  # columns that a warp reads at once: C must be a multiple
@@ -107,10 +111,16 @@ def linear_24_cuda(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None)
     elif library_serves(rows, flat.shape[1]) and _library_pays(flat, values, meta, bias):
         y = _library(flat, values, meta, bias)
     else:
-        # The op, not the public function: validating would wait for the device at every call.
-        weight = torch.ops.pyprune.unpack_24(values, meta)
-        y = torch.nn.functional.linear(flat, weight, None if bias is None else bias.to(x.dtype))
+        return expand_and_multiply(x, values, meta, bias)
     return y.reshape(*x.shape[:-1], rows)
+
+
+def expand_and_multiply(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:
+    """The product by way of the dense matrix, for all dtypes but fp64 and on any device."""
+    if not len(values):
+        return x.new_empty((*x.shape[:-1], 0))
+    # The op, not the public function: validating would wait for the device at every call.
+    return multiply_dense(x, torch.ops.pyprune.unpack_24(values, meta), bias)
 
 
 def _few_rows(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> Tensor:

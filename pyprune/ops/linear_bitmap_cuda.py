@@ -37,6 +37,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
+from pyprune.ops._expanded import multiply_dense
 
 Route = Literal["kernel", "triton", "expand"]
 
@@ -77,15 +78,21 @@ def limits(x: Tensor, values: Tensor, bitmap: Tensor, *rest: Tensor | None) -> s
 def linear_bitmap_cuda(
     x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
 ) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
     if route(x, values, bitmap) == "kernel":
-        y = _kernel(flat, values, bitmap, row_offsets, bias)
-    else:
-        # The op, not the public function: validating would wait for the device at every call.
-        weight = torch.ops.pyprune.unpack_bitmap(values, bitmap, row_offsets, x.shape[-1])
-        wide = None if bias is None else bias.to(x.dtype)
-        y = torch.nn.functional.linear(flat, weight.to(x.dtype), wide)
-    return y.reshape(*x.shape[:-1], bitmap.shape[0])
+        y = _kernel(x.reshape(-1, x.shape[-1]), values, bitmap, row_offsets, bias)
+        return y.reshape(*x.shape[:-1], bitmap.shape[0])
+    return expand_and_multiply(x, values, bitmap, row_offsets, bias)
+
+
+def expand_and_multiply(
+    x: Tensor, values: Tensor, bitmap: Tensor, row_offsets: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The product by way of the dense matrix, for all dtypes but fp64 and on any device."""
+    if not len(bitmap):
+        return x.new_empty((*x.shape[:-1], 0))
+    # The op, not the public function: validating would wait for the device at every call.
+    weight = torch.ops.pyprune.unpack_bitmap(values, bitmap, row_offsets, x.shape[-1])
+    return multiply_dense(x, weight, bias)
 
 
 def _kernel(

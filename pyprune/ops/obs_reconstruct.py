@@ -103,11 +103,7 @@ class _Args(NamedTuple):
             largest = torch.maximum(largest, kept.abs().amax(2))
         root = _exponent(mean, ORDINARY_H, self.w.dtype) // 2
         size = _exponent(largest, ORDINARY_W, self.w.dtype)
-        one = torch.ones((), dtype=torch.float64, device=self.w.device)
-        return (
-            torch.ldexp(one.expand_as(root), -root)[:, None, None],
-            torch.ldexp(one.expand_as(size), -size)[..., None],
-        )
+        return _power_of_two(-root)[:, None, None], _power_of_two(-size)[..., None]
 
     def scaled(self, root: Tensor, size: Tensor) -> _Args:
         """H of an ordinary scale is not copied, nor are its weights."""
@@ -142,6 +138,12 @@ def _exponent(x: Tensor, ordinary: int, dtype: torch.dtype) -> Tensor:
     exponent = torch.frexp(x).exponent
     extreme = x.isfinite() & (exponent.abs() > ordinary)
     return torch.where(extreme, exponent.clamp(-reach, reach), 0)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2^exponent in fp64, by its bits: `torch.ldexp` multiplies by `pow`, which is exact on the
+    CPU and need not be on a GPU."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
 
 
 def _inverse(u: Tensor) -> Tensor:

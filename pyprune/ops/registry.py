@@ -99,7 +99,21 @@ def register(
 def call(name: str, *args: Any) -> Any:
     """What the op's kernel does: for plain tensors that need no gradient it saves PyTorch's
     dispatch, some microseconds a call. Arguments are not checked."""
-    return IMPLS[name][select(name, args)].resolve()(*args)
+    function = IMPLS[name][select(name, args)].resolve()
+    tensor = _deciding(name, args)
+    # Triton launches on the current device, whatever its tensors are on.
+    if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(tensor.device):
+            return function(*args)
+    return function(*args)
+
+
+def _deciding(op: str, args: Sequence[Any]) -> torch.Tensor:
+    """The tensor among the arguments whose dtype and device decide."""
+    found: Any = args[_DTYPE_ARG[op]]
+    # An op on a list: its check has made the items alike.
+    tensor: torch.Tensor = found[0] if isinstance(found, (list, tuple)) else found
+    return tensor
 
 
 def unavailable(
@@ -165,9 +179,7 @@ def forced_backend(op: str) -> str:
 
 def select(op: str, args: Sequence[Any]) -> str:
     """The backend that serves this call."""
-    tensor = args[_DTYPE_ARG[op]]
-    if isinstance(tensor, (list, tuple)):  # an op on a list: its check has made the items alike
-        tensor = tensor[0]
+    tensor = _deciding(op, args)
     device, dtype = tensor.device.type, tensor.dtype
     if forced := forced_backend(op):
         reason = unavailable(op, forced, device, dtype, args)

@@ -34,7 +34,6 @@ from pyprune.ops.sparse_linear import (
     check_packed_bitmap,
     linear_dense_reference,
     native_linear,
-    triton_limits,
 )
 from pyprune.ops.storage import bit_pattern, row_blocks
 
@@ -235,7 +234,7 @@ def _define(op: str, weight: str, check: Callable[..., None], dense: Callable[..
         impls={
             "reference": registry.Impl(reference),
             "native": registry.Impl(native, registry.HALF_OR_SINGLE),
-            "triton": registry.Impl(triton, registry.HALF_OR_SINGLE, triton_limits),
+            "triton": registry.Impl(triton, registry.HALF_OR_SINGLE),
         },
     )
 

@@ -26,7 +26,8 @@ from pyprune.ops.pack import unpack_24_reference, unpack_bitmap_reference
 
 META_COLUMNS = 8  # columns a byte of 2:4 metadata or of a bitmap describes
 
-# Rows of x that the Triton kernels take: they keep a sum per row of x in registers.
+# Rows of x that the Triton kernels take: they keep a sum per row of x in registers. For more of
+# them their backend expands the weight.
 TRITON_ROWS = 16
 
 
@@ -172,10 +173,9 @@ def _native_limits(x: Tensor, values: Tensor, *rest: Tensor | None) -> str:
     return "" if ok else f"the native kernels do not take {values.dtype} values"
 
 
-def triton_limits(x: Tensor, *rest: Tensor | None) -> str:
-    rows = x.numel() // x.shape[-1]
-    ok = rows <= TRITON_ROWS
-    return "" if ok else f"the Triton kernels take at most {TRITON_ROWS} rows, got {rows}"
+def has_many_rows(x: Tensor) -> bool:
+    """Whether `x [..., C]` has more rows than the Triton kernels take."""
+    return x.numel() > TRITON_ROWS * x.shape[-1]
 
 
 registry.register(
@@ -188,7 +188,6 @@ registry.register(
         "triton": registry.Impl(
             "pyprune.kernels.sparse_linear:linear_24_triton",
             registry.HALF_OR_SINGLE,
-            triton_limits,
         ),
         "cuda": registry.Impl(
             linear_24_cuda.linear_24_cuda,
@@ -208,7 +207,6 @@ registry.register(
         "triton": registry.Impl(
             "pyprune.kernels.sparse_linear:linear_bitmap_triton",
             registry.HALF_OR_SINGLE,
-            triton_limits,
         ),
         "cuda": registry.Impl(
             linear_bitmap_cuda.linear_bitmap_cuda,

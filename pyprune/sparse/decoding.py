@@ -79,7 +79,10 @@ class StaticDecoding:
         # A sliding window's cache counts in Python: a graph would keep the first count for ever.
         other = [type(x).__name__ for x in self._cache.layers if type(x) is not StaticLayer]
         if other:
-            raise UserError(f"graph: expected layers that cache every position, got {other[0]}")
+            raise UserError(
+                f"graph: expected layers that cache every position, got {other[0]} (--no-graph "
+                "does without)"
+            )
         device = self.token.device
         self.start(ids)
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
@@ -90,11 +93,14 @@ class StaticDecoding:
         torch.cuda.current_stream(device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            # Its own choice of a stream is on the first device that a graph was captured on.
+            with torch.cuda.graph(graph, stream=aside):
                 self._advance(self.token)
         except RuntimeError as error:
             first = str(error).splitlines()[0]
-            raise UserError(f"graph: a step of this model cannot be recorded: {first}") from error
+            raise UserError(
+                f"graph: a step of this model cannot be recorded (--no-graph does without): {first}"
+            ) from error
         self._graph = graph
 
     def _advance(self, ids: Tensor) -> None:

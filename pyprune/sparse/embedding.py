@@ -75,7 +75,7 @@ class StoredEmbedding(StoredWeight):
             rows = dequantize_rows(values[flat], scales[flat])
         rows = rows.view(*ids.shape, self.embedding_dim)
         if self.scale is not None:
-            rows = rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
+            rows = _scaled(rows, self.scale)
         return rows
 
     def to_dense(self) -> nn.Embedding:
@@ -100,5 +100,10 @@ class _ScaledEmbedding(nn.Embedding):
         self.scale = scale
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = super().forward(input)
-        return rows * torch.tensor(self.scale, dtype=rows.dtype, device=rows.device)
+        return _scaled(super().forward(input), self.scale)
+
+
+def _scaled(rows: Tensor, scale: float) -> Tensor:
+    """`rows` times `scale` rounded to their dtype. The number is made where the rows are: a copy
+    from the host would be refused in a CUDA graph."""
+    return rows * rows.new_full((), scale)

@@ -13,7 +13,8 @@ from pyprune.checkpoint.names import places_of
 from pyprune.errors import UserError
 from pyprune.ops.coded import unpack_coded
 from pyprune.ops.sparse_int8 import LARGEST
-from pyprune.sparse.weight import CODED, StoredWeight
+from pyprune.sparse.layout import CODED
+from pyprune.sparse.weight import StoredWeight
 
 CODED_ROWS = 4096  # at a time
 

@@ -148,6 +148,20 @@ def test_magnitudes_of_a_batch_are_not_those_of_its_sum():
         assert (sums.absolute * 11 > sums.total.abs() * 1.01).any()
 
 
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_of_one_sequence_no_expert_looks_for_another(family, monkeypatch):
+    """To ask a GPU which sequences are there is to wait for it, once for each expert."""
+    model, ids = model64(family), tiny_tokens()
+    sequences = [Batch(ids[:1]), Batch(ids[1:])]
+    both = collect(model, [Batch(ids)])[0]
+    monkeypatch.setattr(torch, "unique", None)
+    each = collect(model, sequences)[0]
+    for name, sums in both.items():
+        assert sums.tokens == each[name].tokens
+        if sums.tokens:
+            assert_close(each[name].absolute, sums.absolute)
+
+
 def test_leaders_are_the_first_to_read_a_tensor():
     got, _ = collect(model64(), [Batch(tiny_tokens(2, 12)), Batch(tiny_tokens(1, 9))])
     at = "model.layers.1."

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tiny_models import MIXTURES, MOE_FAMILIES, tiny_model, tiny_tokens
 
+from pyprune.models import experts as experts_module
 from pyprune.models.adapter import Adapter
 from pyprune.models.experts import expert_count, gate_rows, is_fused, observed, projections
 
@@ -17,6 +18,21 @@ def routing(tokens, experts, gen, k=2):
     scores = torch.rand(tokens, experts, generator=gen)
     weights, index = scores.topk(k)
     return index, weights
+
+
+def test_routes_are_in_the_order_of_the_eager_forward_and_asked_for_once(monkeypatch):
+    """Each question to a GPU is a wait, and some layers have 128 experts."""
+    index = torch.randint(-1, 8, (50, 3), generator=torch.Generator().manual_seed(0))
+    index[index == 4] = 5  # nobody goes to 4; 6 and 7 are none of the experts'
+    want = [torch.where(index.T.eq(e)) for e in range(6)] + [torch.where(index.T.ge(6))]
+    asked, ask = [], torch.Tensor.tolist
+    monkeypatch.setattr(torch, "where", None)
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: asked.append(1) or ask(t))
+    got = experts_module._routes(index, 6)
+    assert len(asked) == 1 and len(got) == 7
+    for one, other in zip(got, want, strict=True):
+        assert all(map(torch.equal, one, other))
+    assert all(len(token) == 0 for _, token in experts_module._routes(index[:0], 6))
 
 
 @pytest.mark.parametrize("family", MOE_FAMILIES)

@@ -170,3 +170,18 @@ def test_in_a_graph_on_a_gpu(use_backend, name):
         held.copy_(w)
     graph.replay()
     check(masks, brute_force(ws, 900, given))
+
+
+def test_triton_narrows_without_a_look_at_the_numbers():
+    """A tensor without data has none: PyTorch raises where one is asked for, as a graph would."""
+    from pyprune.kernels.select_global import _narrow
+
+    state, counts = (torch.zeros(n, dtype=torch.int64, device="meta") for n in (2, 256))
+    _narrow(state, counts)
+    state, counts = torch.tensor([3, 9]), torch.zeros(256, dtype=torch.int64)
+    counts[[0, 4, 5, 255]] = torch.tensor([2, 6, 4, 1])
+    _narrow(state, counts)
+    assert state.tolist() == [3 * 256 + 5, 1]
+    state[1] = 2
+    _narrow(state, counts)
+    assert state.tolist() == [(3 * 256 + 5) * 256, 2]

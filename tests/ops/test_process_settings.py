@@ -127,6 +127,17 @@ def test_the_references_of_linear_ops_take_all_bits(op, reduced):
     assert settings() == reduced
 
 
+@pytest.mark.parametrize("op", LINEAR[1:])
+def test_products_with_expanded_weights_take_all_bits(op, reduced):
+    """What a GPU does with more rows of x than its kernels take, here as on fp32 activations."""
+    x, *rest = linear_calls()[op]
+    with Products() as products:
+        ops.registry.IMPLS[op]["triton"].resolve()(x.repeat(5, 1), *rest)
+    assert products.seen
+    assert not {"tf32", "bf16"} & {value for pair in products.seen for value in pair}
+    assert settings() == reduced
+
+
 @pytest.mark.parametrize("op", LINEAR)
 def test_autocast_does_not_change_the_references_of_linear_ops(op):
     arguments, function = linear_calls()[op], ops.registry.IMPLS[op]["reference"].resolve()

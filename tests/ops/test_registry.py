@@ -1,7 +1,10 @@
 """`PYPRUNE_BACKEND`: one backend for every op, or for those named."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyprune import ops
 from pyprune.ops import registry
@@ -38,3 +41,24 @@ def test_what_cannot_be_is_refused(monkeypatch, setting, message):
     monkeypatch.setenv("PYPRUNE_BACKEND", setting)
     with pytest.raises(RuntimeError, match=message):
         ops.gram(X) if "=" in setting else ops.mask_nm(X, 2, 4)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_implementation_runs_with_its_tensors_device_current(monkeypatch, number):
+    """On which Triton launches. PyTorch makes tensors without data on GPUs that are not there."""
+    entered = []
+
+    @contextmanager
+    def device(wanted):
+        entered.append(wanted)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    found = registry.Impl(lambda *args: list(entered))
+    monkeypatch.setitem(registry.IMPLS, "gram", {"reference": found})
+    with FakeTensorMode():
+        x = torch.empty(3, 4, device=f"cuda:{number}")
+    assert registry.call("gram", x, x, None) == ([torch.device("cuda:1")] if number else [])
+    assert entered == ([torch.device("cuda:1"), "left"] if number else [])

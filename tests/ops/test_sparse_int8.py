@@ -55,7 +55,7 @@ def full_24(mask):
 
 
 def rows_of(provider):
-    return ROWS if provider != "triton" else [1, TRITON_ROWS]
+    return ROWS if provider != "triton" else [1, TRITON_ROWS, TRITON_ROWS + 1, 64]
 
 
 def weight(fmt, shape, density=0.5, seed=0):
