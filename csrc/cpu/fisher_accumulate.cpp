@@ -166,6 +166,9 @@ void fisher_accumulate(const FisherAccumulateArgs& args) {
     if constexpr (std::is_same_v<T, bf16>)
       if (current_isa() >= Isa::avx512_bf16)
         return current_isa() >= Isa::avx512_amx ? run(AmxWords()) : run(PairWords());
+#elif defined(PYPRUNE_NEON)
+    if constexpr (std::is_same_v<T, bf16>)
+      if (current_isa() == Isa::neon_bf16) return run(BlockWords());
 #endif
     run(FloatWords());
   });

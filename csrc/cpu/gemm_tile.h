@@ -31,6 +31,9 @@
 #include "cpu/amx.h"
 #include "cpu/simd.h"
 #include "cpu/strip.h"
+#if defined(PYPRUNE_NEON)
+#include "cpu/pairs_neon.h"
+#endif
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -135,6 +138,7 @@ inline void pack_panel_transposed(const float* a, int64_t stride, int64_t column
 struct FloatWords {
   struct Scope {};
   static constexpr int64_t kNumbers = 1;
+  static constexpr int kStep = 1;         // words of a column that lie together
   static constexpr bool kOneForm = true;  // of A's panels and B's
   static Vec product(Vec a, Vec b, Vec sum) { return Vec::fma(a, b, sum); }
   template <class T>
@@ -151,6 +155,7 @@ struct FloatWords {
 struct PairWords {
   struct Scope {};
   static constexpr int64_t kNumbers = 2;
+  static constexpr int kStep = 1;
   static constexpr bool kOneForm = true;
   static Vec product(Vec a, Vec b, Vec sum) {
     asm("vdpbf16ps %2, %1, %0" : "+v"(sum.v) : "v"(a.v), "v"(b.v));
@@ -218,6 +223,44 @@ struct AmxWords {
   }
 };
 
+#elif defined(PYPRUNE_NEON)
+
+// bf16 as it is, for processors with BF16 (pairs_neon.h): two words of a column lie together, so
+// that two columns are a block, [words / 2][kPanel][2].
+struct BlockWords {
+  struct Scope {};
+  static constexpr int64_t kNumbers = 2;
+  static constexpr int kStep = 2;
+  static constexpr bool kOneForm = true;
+  static constexpr int64_t kStepNumbers = kStep * kNumbers;
+
+  static void pack(const RowSource<bf16>& src, int64_t k0, int64_t count, int64_t c0,
+                   float* panel) {
+    const int64_t width = std::clamp<int64_t>(src.columns - c0, 0, kPanel);
+    const bool ones = src.ones_column && c0 <= src.columns && src.columns < c0 + kPanel;
+    const auto row = [&](int64_t k) {
+      return src.data + (src.rows ? src.rows[k0 + k] : k0 + k) * src.row_stride + c0;
+    };
+    auto* out = reinterpret_cast<bf16*>(panel);
+    for (int64_t k = 0; k < count; k += kStepNumbers, out += kStepNumbers * kPanel) {
+      const int64_t there = std::min(kStepNumbers, count - k);
+      if (there == kStepNumbers && width == kPanel) {
+        const bf16 *r0 = row(k), *r1 = row(k + 1), *r2 = row(k + 2), *r3 = row(k + 3);
+        const auto eight = [](const bf16* p) { return vld1q_u16(&p->bits); };
+        for (int c = 0; c < kPanel; c += 8)
+          vst4q_u16(&out[kStepNumbers * c].bits,
+                    {{eight(r0 + c), eight(r1 + c), eight(r2 + c), eight(r3 + c)}});
+        continue;
+      }
+      std::fill(out, out + kStepNumbers * kPanel, bf16{0});
+      for (int64_t i = 0; i < there; ++i) {
+        for (int64_t c = 0; c < width; ++c) out[kStepNumbers * c + i] = row(k + i)[c];
+        if (ones) out[kStepNumbers * width + i] = {0x3f80};
+      }
+    }
+  }
+};
+
 #endif
 
 // One strip: kStrip rows of A^T times kVecs vectors of B's panel. On the way the strip fetches its
@@ -253,6 +296,49 @@ inline void strip_product(const float* __restrict a, const float* __restrict b, 
     for (int v = 0; v < kVecs; ++v) sum[i][v] = acc[i][v];
 }
 
+#if defined(PYPRUNE_NEON)
+
+// The same of blocks.
+template <int kVecs>
+inline void strip_product_blocks(const float* __restrict a, const float* __restrict b,
+                                 const float* next, int64_t depth, Vec (&sum)[kStrip][kVecs]) {
+  static_assert(kStrip == 4 && Vec::kLanes == 8);
+  const auto block = [](const float* p) { return vreinterpretq_u16_f32(vld1q_f32(p)); };
+  constexpr int64_t kNext = BlockWords::kStep * kPanel;
+  Vec acc[kStrip][kVecs];
+#pragma GCC unroll 4
+  for (int i = 0; i < kStrip; ++i)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v) acc[i][v] = Vec::zero();
+  for (int64_t k = 0; k < depth;
+       k += BlockWords::kStep, a += kNext, b += kNext, next += 2 * kStrip) {
+    __builtin_prefetch(next, 0, 2);
+    __builtin_prefetch(a + kAhead * kPanel);
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v) __builtin_prefetch(b + kAhead * kPanel + 16 * v);
+    const uint16x8_t first = block(a), second = block(a + 4);
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v) {
+      const uint16x8_t x0 = block(b + 16 * v), x1 = block(b + 16 * v + 4);
+      const uint16x8_t x2 = block(b + 16 * v + 8), x3 = block(b + 16 * v + 12);
+      Vec &p = acc[0][v], &q = acc[1][v], &r = acc[2][v], &s = acc[3][v];
+      p = {multiply_block(first, x0, p.a), multiply_block(first, x1, p.b)};
+      q = {multiply_block(first, x2, q.a), multiply_block(first, x3, q.b)};
+      r = {multiply_block(second, x0, r.a), multiply_block(second, x1, r.b)};
+      s = {multiply_block(second, x2, s.a), multiply_block(second, x3, s.b)};
+    }
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < kStrip; i += 2)
+#pragma GCC unroll 3
+    for (int v = 0; v < kVecs; ++v) {
+      blocks_to_rows(acc[i][v], acc[i + 1][v]);
+      sum[i][v] = acc[i][v], sum[i + 1][v] = acc[i + 1][v];
+    }
+}
+
+#endif
+
 // Rows [row, row + kStrip) of a block and the kVecs vectors of columns that start at `column`; what
 // lies outside `m` x `n` is zero and must not be written.
 // Not inlined: the compiler then gives the loop all registers whatever surrounds the call.
@@ -261,7 +347,14 @@ template <class Words, int kVecs, class Store>
                                    int column, int m, int n, const Store& store) {
   Vec sum[kStrip][kVecs];
   for (int i = 0; i < std::min(kStrip, m - row); ++i) store.prefetch(row + i, column);
-  strip_product<Words, kVecs>(a + row, b + column, a + kPanelFloats + row * depth, depth, sum);
+  const float* next = a + kPanelFloats + row * depth;
+#if defined(PYPRUNE_NEON)
+  if constexpr (Words::kStep > 1)
+    strip_product_blocks<kVecs>(a + Words::kStep * row, b + Words::kStep * column, next, depth,
+                                sum);
+  else
+#endif
+    strip_product<Words, kVecs>(a + row, b + column, next, depth, sum);
   if (row + kStrip <= m && column + kVecs * Vec::kLanes <= n) {
 #pragma GCC unroll 8
     for (int i = 0; i < kStrip; ++i)

@@ -160,6 +160,12 @@ void gram(const GramArgs& args) {
           amx ? run(AmxWords()) : run(PairWords());
           continue;
         }
+#elif defined(PYPRUNE_NEON)
+      if constexpr (std::is_same_v<T, bf16>)
+        if (!p.weight && current_isa() == Isa::neon_bf16) {
+          run(BlockWords());
+          continue;
+        }
 #endif
       run(FloatWords());
     }
