@@ -49,6 +49,22 @@ PYPRUNE_HD int piece_at(int row, int piece, int pieces) {
   return (row * pieces + (piece ^ (row & 7))) * kPieceBytes;
 }
 
+// How far apart the same piece of two rows lies that are `tiles` tiles of x apart, eight rows each:
+// nothing that depends on the rows, so that a lane finds one address for all tiles.
+PYPRUNE_HD constexpr int tiles_apart(int tiles, int pieces) {
+  return tiles * kTileTokens * pieces * kPieceBytes;
+}
+
+// How `kThreads` threads deal out rows of `kPieces` pieces: each copies the same piece of every
+// kRowsAtOnce-th row.
+template <int kPieces, int kThreads>
+struct Deal {
+  static_assert(kThreads % kPieces == 0);
+  static constexpr int kRowsAtOnce = kThreads / kPieces;
+  PYPRUNE_HD static int piece_of(int thread) { return thread % kPieces; }
+  PYPRUNE_HD static int row_of(int thread) { return thread / kPieces; }
+};
+
 // Whose address a lane hands to ldmatrix for the A registers of step `s` of word `word`: which row
 // of the tile, which piece.
 PYPRUNE_HD int a_row(int lane) { return lane & 15; }

@@ -18,7 +18,9 @@
 // 0.9; cuSPARSELt has 0.5 to 0.8 at either. The likely reason, which was not profiled: x. With 64
 // rows a block of 128 rows of W fetches 0.9 bytes of x for each byte of W, at 14336 x 4096 29 bytes
 // a ns and multiprocessor in all, which is most of what the second-level cache hands out. Larger
-// blocks would need less, but leave multiprocessors without one.
+// blocks would need less, but leave multiprocessors without one. Not timed since: a lane finds one
+// address for all tiles and one piece of x to copy, which took a quarter of the instructions of a
+// turn with 32 and 64 rows away (358 to 276 and 481 to 361), and a tenth with one.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -63,12 +65,14 @@ struct Shape {
   static constexpr int kMeta = kWarpRows * kMetaRow;
   using Sums = BlockSums<kRows, kTiles * kTileTokens, kAcross>;
   static_assert(kWords % 2 == 0 && (kTeam == 1 || kAcross <= 15));  // named barriers
+  // Whole tiles of x end within the stage, however few rows x has.
+  static_assert(tiles_apart(kTiles, kXRow) <= kTeam * (kValues + kMeta));
 
   PYPRUNE_HD static constexpr int stage_bytes(int m) {
     return m * kXRow * kPieceBytes + kTeam * (kValues + kMeta);
   }
   PYPRUNE_HD static constexpr int shared_bytes(int m) {
-    const int stages = kAcross * kStages * stage_bytes(m) + kPieceBytes;
+    const int stages = kAcross * kStages * stage_bytes(m);
     return stages > Sums::kBytes ? stages : Sums::kBytes;
   }
 };
@@ -140,7 +144,6 @@ struct Warp {
   const int row;              // the warp's first of W
   const int begin, end;       // the block's words
   const uint32_t team_stage;  // the team's first stage, in shared memory
-  const uint32_t zeros;       // sixteen bytes of them
 
   __device__ uint32_t stage(int turn) const {
     return team_stage + turn % S::kStages * S::stage_bytes(p.m);
@@ -159,16 +162,18 @@ struct Warp {
   __device__ __forceinline__ void copy_w(int turn) const {
     const int word = first_word(turn);
     const uint32_t to = values_at(stage(turn)), to_meta = meta_at(stage(turn));
-    constexpr int kRowsAtOnce = 32 / S::kValueRow;
-    const int piece = lane % S::kValueRow, first = lane / S::kValueRow;
+    using D = Deal<S::kValueRow, 32>;
+    const int piece = D::piece_of(lane), first = D::row_of(lane);
     const bool column = word + piece / kValuePieces < end;
+    const int left = p.rows - row - first;
     const int64_t pitch = static_cast<int64_t>(p.words) * kValuePieces * kPieceBytes;
     const char* from =
         p.values + (row + first) * pitch + (word * kValuePieces + piece) * kPieceBytes;
 #pragma unroll
-    for (int r = 0; r < S::kWarpRows; r += kRowsAtOnce)
-      copy_weights(to + piece_at(r + first, piece, S::kValueRow), from + r * pitch,
-                   column && row + r + first < p.rows);
+    for (int r = 0; r < S::kWarpRows; r += D::kRowsAtOnce) {
+      copy_weights(to + piece_at(r + first, piece, S::kValueRow), from, column && r < left);
+      from += D::kRowsAtOnce * pitch;
+    }
     if (p.words % 2 == 0) {
       copy_meta<2>(to_meta, word);
     } else {
@@ -191,17 +196,20 @@ struct Warp {
   }
 
   __device__ __forceinline__ void copy_x(int turn) const {
-    const int word = first_word(turn);
+    using D = Deal<S::kXRow, 32 * S::kTeam>;
+    const int word = first_word(turn), thread = in_team * 32 + lane;
+    const int piece = D::piece_of(thread), first = D::row_of(thread);
+    const bool column = word + piece / kXPieces < end;
     const uint32_t to = stage(turn);
-    const int thread = in_team * 32 + lane, pieces = p.m * S::kXRow;
+    const int64_t pitch = static_cast<int64_t>(p.words) * kXPieces * kPieceBytes;
+    const char* from = p.x + first * pitch + (word * kXPieces + piece) * kPieceBytes;
 #pragma unroll
-    for (int k = 0; k < S::kTiles * kTileTokens * S::kXRow; k += 32 * S::kTeam) {
-      const int i = k + thread, token = i / S::kXRow, piece = i % S::kXRow;
-      if (i >= pieces) break;
-      const char* from =
-          p.x + ((static_cast<int64_t>(token) * p.words + word) * kXPieces + piece) * kPieceBytes;
-      copy_cached<kPieceBytes>(to + piece_at(token, piece, S::kXRow), from,
-                               word + piece / kXPieces < end);
+    for (int token = 0; token < S::kTiles * kTileTokens; token += D::kRowsAtOnce) {
+      // Of one tile few rows may be there. Of more it is cheaper to pass over the last than to ask.
+      if (S::kTiles == 1 && token >= p.m) break;
+      if (token + first < p.m)
+        copy_cached<kPieceBytes>(to + piece_at(token + first, piece, S::kXRow), from, column);
+      from += D::kRowsAtOnce * pitch;
     }
   }
 
@@ -238,16 +246,18 @@ struct Warp {
 #pragma unroll
       for (int s = 0; s < kSteps; ++s) {
         uint32_t a[S::kRowTiles][4];
+        const uint32_t a_lane =
+            values + piece_at(a_row(lane), a_piece(word, s, lane), S::kValueRow);
 #pragma unroll
         for (int h = 0; h < S::kRowTiles; ++h)
-          load_matrices(a[h], values + piece_at(h * kTileRows + a_row(lane), a_piece(word, s, lane),
-                                                S::kValueRow));
+          load_matrices(a[h], a_lane + tiles_apart(h * kTileRows / kTileTokens, S::kValueRow));
+        const uint32_t b_lane = x + piece_at(b_row(lane), b_piece(word, s, lane), S::kXRow);
 #pragma unroll
         for (int j = 0; j < S::kTiles; ++j) {
-          const int token = j * kTileTokens + b_row(lane);
+          // Past the last row of x this is whatever else the stage holds. A row of x is a column of
+          // the product: those of no row are not stored.
           uint32_t b[4];
-          load_matrices(
-              b, token < p.m ? x + piece_at(token, b_piece(word, s, lane), S::kXRow) : zeros);
+          load_matrices(b, b_lane + tiles_apart(j, S::kXRow));
 #pragma unroll
           for (int h = 0; h < S::kRowTiles; ++h) {
             if (s == 0)
@@ -292,7 +302,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) linear_24_kernel(cons
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int in_team = warp % S::kTeam, team = warp / S::kTeam;
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int team_bytes = S::kStages * S::stage_bytes(p.m), zeros = S::kAcross * team_bytes;
+  const int team_bytes = S::kStages * S::stage_bytes(p.m);
   const int begin = blockIdx.y * p.words_per_split;
   const Warp<S> w{p,
                   lane,
@@ -301,10 +311,7 @@ __global__ void __launch_bounds__(S::kThreads, S::kBlocks) linear_24_kernel(cons
                   static_cast<int>(blockIdx.x) * S::kRows + in_team * S::kWarpRows,
                   begin,
                   min(begin + p.words_per_split, p.words),
-                  address + team * team_bytes,
-                  address + zeros};
-  if (threadIdx.x < kPieceBytes / 4) reinterpret_cast<uint32_t*>(shared + zeros)[threadIdx.x] = 0;
-  __syncthreads();
+                  address + team * team_bytes};
   wait_for_kernel_before();  // nothing global has been touched yet
   let_next_kernel_begin();
   float sum[S::kRowTiles][S::kTiles][4] = {};

@@ -146,6 +146,40 @@ void staged_pieces(int rows, int pieces, int* count) {
     for (int piece = 0; piece < pieces; ++piece) ++count[piece_at(r, piece, pieces) / kPieceBytes];
 }
 
+// How often 32 * team threads that deal out eight tiles of rows of x, `words` words of 64 columns,
+// name each place: as the kernel counts them, up to and without row `rows`.
+void dealt_pieces(int words, int team, int rows, int* count) {
+  const auto deal = [&](auto of) {
+    using D = decltype(of);
+    const int pieces = words * kXPieces;
+    for (int thread = 0; thread < 32 * team; ++thread)
+      for (int row = 0; row < 8 * kTileTokens; row += D::kRowsAtOnce)
+        if (row + D::row_of(thread) < rows)
+          ++count[piece_at(row + D::row_of(thread), D::piece_of(thread), pieces) / kPieceBytes];
+  };
+  if (words == 4) return deal(Deal<4 * kXPieces, 32>());
+  if (team == 1) return deal(Deal<2 * kXPieces, 32>());
+  if (team == 2) return deal(Deal<2 * kXPieces, 64>());
+  deal(Deal<2 * kXPieces, 128>());
+}
+
+// Whether one address and distances between tiles find what every lane asks of every tile.
+bool tiles_are_apart(int words) {
+  for (int lane = 0; lane < 32; ++lane)
+    for (int word = 0; word < words; ++word)
+      for (int s = 0; s < kSteps; ++s)
+        for (int tile = 0; tile < 8; ++tile) {
+          const int x = words * kXPieces, w = words * kValuePieces;
+          const int b = b_piece(word, s, lane), a = a_piece(word, s, lane);
+          if (piece_at(tile * kTileTokens + b_row(lane), b, x) !=
+                  piece_at(b_row(lane), b, x) + tiles_apart(tile, x) ||
+              piece_at(tile * kTileRows + a_row(lane), a, w) !=
+                  piece_at(a_row(lane), a, w) + tiles_apart(2 * tile, w))
+            return false;
+        }
+  return true;
+}
+
 int worst_bank_conflict(int words) {
   int worst = 0;
   for (int word = 0; word < words; ++word)

@@ -74,6 +74,32 @@ def test_staging_fills_every_piece_once_without_bank_conflicts(warp, words):
     assert warp.worst_bank_conflict(words) == 1
 
 
+@pytest.mark.parametrize(("words", "team"), [(4, 1), (2, 1), (2, 2), (2, 4)])
+@pytest.mark.parametrize("rows", [1, 13, 64])
+def test_the_threads_of_a_team_deal_out_every_piece_of_x_once(warp, words, team, rows):
+    count = (ctypes.c_int * (64 * 8 * words))()
+    warp.dealt_pieces(words, team, rows, count)
+    assert list(count) == [1] * (rows * 8 * words) + [0] * ((64 - rows) * 8 * words)
+
+
+@pytest.mark.parametrize("words", [2, 4])
+def test_one_address_serves_all_tiles(warp, words):
+    warp.tiles_are_apart.restype = ctypes.c_bool
+    assert warp.tiles_are_apart(words)
+
+
+def test_what_lies_past_the_last_row_of_x_stays_out_of_the_others(warp):
+    """The kernel reads whole tiles of x: behind its rows lie others of a stage's bytes."""
+    (values, meta), dense = weight(16, 64)
+    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(9)).bfloat16()
+    x[3:] = float("nan")
+    y = torch.empty(16, 8)
+    warp.emulate_tile(pointer(values), pointer(meta), pointer(x), 64, 2, pointer(y))
+    want = dense.double() @ x[:3].double().T
+    scale = dense.double().abs() @ x[:3].double().abs().T
+    assert ((y[:, :3].double() - want).abs() <= 2e-6 * scale).all() and y[:, 3:].isnan().all()
+
+
 def test_documented_metadata_agrees_with_pytorch(warp):
     """PyTorch reorders 2:4 metadata so that lane i of a warp loads word i of a 32 x 32 tile: an
     independent account of which lane supplies which indices."""
