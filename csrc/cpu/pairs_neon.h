@@ -16,7 +16,7 @@
 namespace pyprune {
 namespace PYPRUNE_ISA {
 
-// Assembly because this file is compiled for the baseline.
+// Assembly (binutils 2.34 on) because this file is compiled for the baseline.
 inline float32x4_t multiply_block(uint16x8_t w, uint16x8_t x, float32x4_t sums) {
   asm(".arch_extension bf16\n\tbfmmla %0.4s, %1.8h, %2.8h" : "+w"(sums) : "w"(w), "w"(x));
   return sums;

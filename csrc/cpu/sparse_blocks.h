@@ -58,8 +58,21 @@ struct ColumnBlocks {
   static void store(const float* sums, int64_t count, int64_t m, const float* scales,
                     const float* bias, X* y, int64_t y_stride) {
     const int64_t blocks = pairs(static_cast<int>(m));
+    int64_t first = 0;
+    for (; first + 8 <= count; first += 8)
+      for (int64_t t = 0; t < m; t += 2) {
+        const auto block = [&](int64_t r) {
+          return vld1q_f32(sums + ((first + r) / 2 * blocks + t / 2) * 4);
+        };
+        const auto put = [&](int64_t i, Vec eight) {
+          store_eight(eight, scales ? scales + first : nullptr, bias ? bias + first : nullptr,
+                      y + (t + i) * y_stride + first);
+        };
+        put(0, {vuzp1q_f32(block(0), block(2)), vuzp1q_f32(block(4), block(6))});
+        if (t + 1 < m) put(1, {vuzp2q_f32(block(0), block(2)), vuzp2q_f32(block(4), block(6))});
+      }
     for (int64_t t = 0; t < m; ++t)
-      for (int64_t r = 0; r < count; ++r) {
+      for (int64_t r = first; r < count; ++r) {
         const float sum = sums[(r / 2 * blocks + t / 2) * 4 + r % 2 * 2 + t % 2];
         PYPRUNE_ISA::store(y + t * y_stride + r,
                            sum * (scales ? scales[r] : 1.0f) + (bias ? bias[r] : 0.0f));

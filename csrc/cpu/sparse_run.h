@@ -11,6 +11,9 @@
 #include <type_traits>
 
 #include "cpu/sparse_rows.h"
+#if defined(PYPRUNE_NEON)
+#include "cpu/strip.h"
+#endif
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
@@ -148,6 +151,27 @@ void store_square(const float* sums, int64_t stride, int64_t count, int64_t toke
   }
 }
 
+#elif defined(PYPRUNE_NEON)
+
+inline void store_eight(float* y, Vec value) { value.store(y); }
+// Rounded as store() rounds.
+inline void store_eight(bf16* y, Vec value) {
+  const auto rounded = [](float32x4_t f) {
+    const uint32x4_t u = vreinterpretq_u32_f32(f);
+    const uint32x4_t odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
+    const uint32x4_t up = vaddq_u32(vaddq_u32(u, vdupq_n_u32(0x7fff)), odd);
+    return vbslq_u32(vceqq_f32(f, f), up, vorrq_u32(u, vdupq_n_u32(0x400000)));
+  };
+  vst1q_u16(&y->bits, vshrn_high_n_u32(vshrn_n_u32(rounded(value.a), 16), rounded(value.b), 16));
+}
+
+// The sums of eight rows of W for one of x, scaled and shifted.
+template <class X>
+void store_eight(Vec sums, const float* scales, const float* bias, X* y) {
+  const Vec scale = scales ? Vec::load(scales) : Vec::set1(1.0f);
+  store_eight(y, Vec::fma(sums, scale, bias ? Vec::load(bias) : Vec::zero()));
+}
+
 #endif
 
 // y[t, r] = sum over vector (r, t) of sums [count, tokens] * scales[r] + bias[r]; rows of y are
@@ -199,8 +223,9 @@ inline int64_t few_rows_block(int64_t rows, int64_t cols, int threads) {
   return std::clamp<int64_t>(most / 4 * 4, 4, kMostFewRows);
 }
 
-// y[t, r] = sums[r, t] * scales[r] + bias[r] for `count` rows of W, whose sums are `stride` apart,
-// and `tokens` of x; without scales or bias where those are null.
+// y[t, r] = sums[r, t] * scales[r] + bias[r] for `count` rows of W, whose sums are `stride` apart
+// (a multiple of a vector, all of which may be read), and `tokens` of x; without scales or bias
+// where those are null.
 template <class X>
 void store_transposed(const float* sums, int64_t stride, int64_t count, int64_t tokens,
                       const float* scales, const float* bias, X* y, int64_t y_stride) {
@@ -211,8 +236,19 @@ void store_transposed(const float* sums, int64_t stride, int64_t count, int64_t 
                    std::min<int64_t>(16, tokens - t), scales ? scales + r : nullptr,
                    bias ? bias + r : nullptr, y + t * y_stride + r, y_stride);
 #else
+  int64_t first = 0;
+#if defined(PYPRUNE_NEON)
+  for (; first + 8 <= count; first += 8)
+    for (int64_t t = 0; t < tokens; t += 8) {
+      float square[64];
+      transpose_tile(sums + first * stride + t, stride, square, 8);
+      for (int64_t i = 0; i < std::min<int64_t>(8, tokens - t); ++i)
+        store_eight(Vec::load(square + 8 * i), scales ? scales + first : nullptr,
+                    bias ? bias + first : nullptr, y + (t + i) * y_stride + first);
+    }
+#endif
   for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t r = 0; r < count; ++r)
+    for (int64_t r = first; r < count; ++r)
       store(y + t * y_stride + r,
             sums[r * stride + t] * (scales ? scales[r] : 1.0f) + (bias ? bias[r] : 0.0f));
 #endif

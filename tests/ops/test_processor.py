@@ -117,6 +117,12 @@ def test_nothing_is_compiled_for_more(extensions):
     assert len(pragmas) > 5
     for names in pragmas:
         assert names <= set(extensions), names
+    arm = {
+        name
+        for source in (ROOT / "csrc" / "cpu").iterdir()
+        for name in re.findall(r"\.arch_extension (\w+)", source.read_text())
+    }
+    assert arm == {"bf16"}
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="CPUID is x86's")
