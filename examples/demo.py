@@ -31,7 +31,7 @@ from pyprune.cli_sparse import bench_tables
 from pyprune.config import CalibrationConfig, PruneConfig
 from pyprune.errors import UserError
 from pyprune.evaluate import perplexity
-from pyprune.packaged import packaged_model_dir
+from pyprune.packaged import packaged_documents, packaged_model_dir
 from pyprune.prune import prune_checkpoint
 from pyprune.sparse.bench import BenchResult, Protocol, bench, contestants
 from pyprune.sparse.convert import compress_checkpoint
@@ -71,7 +71,10 @@ class Demo:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[int]:
-        """A line of the progress display, and an entry in the table of seconds."""
+        """A line of the progress display (of the output, where that is no terminal: the display is
+        drawn when all is done), and an entry in the table of seconds."""
+        if not self.progress.console.is_terminal:
+            self.say(name)
         task = self.progress.add_task(name, total=None)
         started = time.perf_counter()
         try:
@@ -81,9 +84,13 @@ class Demo:
         done = self.progress.tasks[self.progress.task_ids.index(task)]
         self.progress.update(task, total=done.total or 1, completed=done.total or 1)
 
+    def say(self, line: str) -> None:
+        self.progress.console.print(line, markup=False, highlight=False)
+
     def run(self) -> None:
         with self.phase("model and text"):
-            dense = packaged_model_dir()
+            dense = packaged_model_dir(self.say)
+            packaged_documents("wiki", progress=self.say)
         self.evaluate(dense, {"method": "dense", "pattern": "-", "sparsity": 0.0})
         for name, config in RUNS.items():
             folder = self.out / name

@@ -223,7 +223,7 @@ def resolve(model: str, bar: ProgressBar) -> str:
         return model
     from pyprune.packaged import packaged_model_dir
 
-    return str(packaged_model_dir(bar.step))
+    return str(packaged_model_dir(bar.note))
 
 
 for _commands in ("cli_prune", "cli_look", "cli_sparse", "cli_heal"):

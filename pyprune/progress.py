@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -22,7 +23,15 @@ Progress = Callable[[str, float, float | None], None]
 
 # Seconds between two lines where there is no terminal: a log should show life, not scroll away.
 LINE_INTERVAL = 10.0
+# Those that are shown, the innermost last.
+_SHOWN: list[ProgressBar] = []
 _WORDS = {"block": "next block", "batch": "calibrating", "linear": "pruning"}
+
+
+def tell(words: str) -> None:
+    """Something that takes long begins: the progress bar that is shown says so, if there is one."""
+    if _SHOWN:
+        _SHOWN[-1].note(words)
 
 
 class Event(Protocol):
@@ -62,6 +71,7 @@ class ProgressBar:
         )
 
     def __enter__(self) -> ProgressBar:
+        _SHOWN.append(self)
         self._bar.start()
         self._task = self._bar.add_task("starting", total=None, title=self._title)
         return self
@@ -72,6 +82,7 @@ class ProgressBar:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        _SHOWN.remove(self)
         if not self._bar.disable:  # rich 13 would end even a bar that it never drew with a newline
             self._bar.stop()
 
@@ -86,6 +97,11 @@ class ProgressBar:
             words = f"{words} {_WORDS[event.kind]} {event.name} {event.done}/{event.total}"
             done, total = event.block, event.blocks
         self.step(words, done, total)
+
+    def note(self, words: str) -> None:
+        """A step that takes long begins, of which nothing will be heard: a line of it at once."""
+        self._last = -math.inf
+        self.step(words)
 
     def step(self, words: str, done: float = 0, total: float | None = None) -> None:
         """`done` of `total` steps are through; total None: nobody knows."""
