@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "cpu/coded_rows.h"
+#include "cpu/pack_few.h"
 #include "cpu/sparse_bf16.h"
 #include "cpu/sparse_gemm.h"
 
@@ -74,19 +75,17 @@ struct Span {
   int64_t cols, i0, i1, ahead;
 };
 
-// A Kernel has: kMost, the rows of x up to which it beats the tiles; T, what x is packed to,
-// [C / 64][M][64], zeros past C; place(c), where column c of a word of 64 goes; side(m), the rows
-// of W that one turn multiplies side by side (independent streams and sums); and rows<M, R>(),
-// which adds R rows of W from their cursors on times M rows of x to the R x M vectors in `sums`,
-// where the first span of a row begins with zeros.
+// A Kernel has: what pack_few() asks of it; kMost, the rows of x up to which it beats the tiles;
+// side(m), the rows of W that one turn multiplies side by side (independent streams and sums); and
+// rows<M, R>(), which adds R rows of W from their cursors on times M rows of x to the R x M vectors
+// in `sums`, where the first span of a row begins with zeros.
 
 #if defined(__AVX512F__)
 
 // How Fused reads x. Apart from it, as what is compiled for more instructions than its caller is
 // never inlined.
 template <class X>
-struct FusedLayout {
-  using T = X;
+struct FusedLayout : OnePart<X, false> {
   static int64_t place(int64_t c) { return sizeof(X) == 2 ? c : column_place<bf16>(c); }
 };
 
@@ -224,8 +223,7 @@ struct TilePairs : AsPairs {
 
 // fp32. W is decoded some words ahead into the first-level cache: a load that takes what several
 // stores left there waits for them.
-struct Floats {
-  using T = float;
+struct Floats : OnePart<float, false> {
   static constexpr int kMost = 8;
   static constexpr int side(int m) { return m <= 2 ? 4 : m <= 4 ? 2 : 1; }
   static int64_t place(int64_t c) { return c; }
@@ -302,24 +300,6 @@ struct TileFloats : AsFloats<float> {
   }
 };
 
-// `m` rows of x as the kernels read them.
-template <class Kernel, class X>
-void pack_few(const X* x, int64_t stride, int64_t m, int64_t cols, typename Kernel::T* out) {
-  using T = typename Kernel::T;
-  for (int64_t c = 0; c < cols; c += kMaskColumns)
-    for (int64_t i = 0; i < m; ++i, out += kMaskColumns) {
-      const X* row = x + i * stride + c;
-      const int64_t width = std::min(kMaskColumns, cols - c);
-      if (width < kMaskColumns) std::fill(out, out + kMaskColumns, T{});
-      for (int64_t j = 0; j < width; ++j) {
-        if constexpr (std::is_same_v<T, X>)
-          out[Kernel::place(j)] = row[j];
-        else
-          out[Kernel::place(j)] = to_float(row[j]);
-      }
-    }
-}
-
 // `count` rows of W from their cursors times the M rows of packed x into `sums`.
 template <class Kernel, int M>
 void few_block(const CodedMatrix& w, CodedRow* rows, int64_t count, int64_t ahead,
@@ -374,7 +354,7 @@ void few_rows(const SparseLinearArgs& a, const CodedMatrix& w, std::atomic<int64
   Scratch scratch(x_bytes + a.threads * sum_floats * 4);
   T* x = scratch.as<T>();
   auto* sums = reinterpret_cast<float*>(scratch.as<char>() + x_bytes);
-  pack_few<Kernel>(a.x.ptr<const X>(), a.x.stride[0], m, w.cols, x);
+  pack_few<Kernel>(a.x.ptr<const X>(), a.x.stride[0], m, w.cols, mask_words(w.cols), x);
 #pragma omp parallel for schedule(static) num_threads(a.threads)
   for (int64_t g = 0; g < blocks; ++g) {
     const int64_t r0 = g * block;

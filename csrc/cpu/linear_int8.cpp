@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
-#include <type_traits>
 
 #include "cpu/int8_sums.h"
+#include "cpu/pack_few.h"
 #include "cpu/sparse_blocks.h"
 #include "cpu/sparse_gemm.h"
 #include "cpu/sparse_int8.h"
@@ -51,14 +51,12 @@ struct Piece {
   int64_t ahead;  // bytes to what is multiplied next, which is fetched meanwhile
 };
 
-// Each Kernel has: T, what x is packed to; few(m), whether it beats the tiles at m rows of x;
-// place(c), where column c of a word of 64 goes; side(m), the rows of W that one turn multiplies
-// side by side (independent streams and sums); and rows<M, R>(), which adds R rows of W times M
-// rows of x to the R x M vectors in `sums`. Packed x is [C / 64][M][64], zeros past C.
+// Each Kernel has: what pack_few() asks of it; few(m), whether it beats the tiles at m rows of x;
+// side(m), the rows of W that one turn multiplies side by side (independent streams and sums); and
+// rows<M, R>(), which adds R rows of W times M rows of x to the R x M vectors in `sums`.
 
 // fp32. Sums and a vector of W leave room in the register file; a portable Vec takes two.
-struct Floats {
-  using T = float;
+struct Floats : OnePart<float, true> {
   static bool few(int64_t m) { return m <= 32; }
 #if defined(__AVX512F__)
   static constexpr int side(int m) { return m <= 4 ? 4 : 2; }
@@ -126,8 +124,7 @@ struct TileFloats : AsFloats<float> {
 
 // Where Pairs wants a column of x. Apart from it, as what is compiled for more instructions than
 // its caller is never inlined.
-struct PairsLayout {
-  using T = bf16;
+struct PairsLayout : OnePart<bf16, true> {
   static int64_t place(int64_t c) { return widen64_place(c); }
 };
 
@@ -191,25 +188,6 @@ struct TilePairs : AsPairs {
 
 #endif
 
-// `m` rows of x as Kernel reads them.
-template <class Kernel, class X>
-void pack_few(const X* x, int64_t stride, int64_t m, int64_t cols, typename Kernel::T* out) {
-  for (int64_t c = 0; c < cols; c += kMaskColumns)
-    for (int64_t i = 0; i < m; ++i, out += kMaskColumns) {
-      const X* row = x + i * stride + c;
-      const int64_t width = std::min(kMaskColumns, cols - c);
-      if (width < kMaskColumns) std::fill(out, out + kMaskColumns, typename Kernel::T{});
-      int64_t j = 0;
-      if constexpr (std::is_same_v<typename Kernel::T, X>) {
-        for (; j + kWidenRun <= width; j += kWidenRun)
-          std::memcpy(out + Kernel::place(j), row + j, kWidenRun * sizeof(X));
-        for (; j < width; ++j) out[Kernel::place(j)] = row[j];
-      } else {
-        for (; j < width; ++j) out[Kernel::place(j)] = to_float(row[j]);
-      }
-    }
-}
-
 // `count` rows of W from q times one chunk of M rows of x into `sums`.
 template <class Kernel, int M>
 void few_block(const int8_t* q, int64_t cols, int64_t count, const typename Kernel::T* x,
@@ -264,7 +242,7 @@ void few_rows(const SparseInt8Args& a) {
   auto* sums = reinterpret_cast<float*>(scratch.as<char>() + x_bytes);
   for (int64_t m0 = 0; m0 < m; m0 += kChunk)
     pack_few<Kernel>(l.x.ptr<const X>() + m0 * l.x.stride[0], l.x.stride[0],
-                     std::min<int64_t>(kChunk, m - m0), l.cols, x + m0 * width);
+                     std::min<int64_t>(kChunk, m - m0), l.cols, mask_words(l.cols), x + m0 * width);
 #pragma omp parallel for schedule(static) num_threads(l.threads)
   for (int64_t g = 0; g < blocks; ++g) {
     const int64_t r0 = g * block;

@@ -10,6 +10,7 @@
 #include "cpu/bitmap_table.h"
 #include "cpu/int8_sums.h"
 #include "cpu/int8_wide.h"
+#include "cpu/pack_few.h"
 #include "cpu/sparse_bf16.h"
 #include "cpu/sparse_gather_int8.h"
 #include "cpu/sparse_int8_bf16.h"
@@ -34,13 +35,11 @@ constexpr int64_t kInt8BlockRows = 16;
 // A piece of x for the first-level cache; for one or two rows of x all of it is one.
 constexpr int64_t kInt8PieceBytes = 24 * 1024;
 
-// Each Kernel has: T, what x is packed to, in kParts parts; place(c), where column c of a word of
-// 64 goes, and kRuns, whether kWidenRun of them at a time stay neighbours; kMost, the most rows of
-// x; meta(w, r, words), what it reads beside the values of row r (a mask padded to whole words, for
-// which there is room at `words`, or 2:4 metadata), null when the row is inconsistent; side(m), the
-// rows of W that one turn multiplies side by side (independent streams and sums); and rows<M, R>(),
-// which adds R rows of W, words [i0, i1), times M rows of x to the R x M vectors in `sums`. Packed
-// x is [C / 64][M][kParts][64], zeros past C.
+// Each Kernel has: what pack_few() asks of it; kMost, the most rows of x; meta(w, r, words), what
+// it reads beside the values of row r (a mask padded to whole words, for which there is room at
+// `words`, or 2:4 metadata), null when the row is inconsistent; side(m), the rows of W that one
+// turn multiplies side by side (independent streams and sums); and rows<M, R>(), which adds R rows
+// of W, words [i0, i1), times M rows of x to the R x M vectors in `sums`.
 
 #if defined(__AVX512F__)
 
@@ -152,18 +151,12 @@ constexpr int spread_side(int m) { return m <= 4 ? 4 : 2; }
 #endif
 
 // fp32: spreads the values over their columns and multiplies.
-struct Spread {
-  using T = float;
-  static constexpr int kParts = 1, kMost = kInt8ChunkRows;
-  static constexpr bool kRuns = false;
+struct Spread : OnePart<float, false> {
+  static constexpr int kMost = kInt8ChunkRows;
   static constexpr int side(int m) { return spread_side(m); }
   static int64_t place(int64_t c) { return columns64_place(c); }
   static const uint8_t* meta(const Weights& w, int64_t r, uint64_t* words) {
     return row_mask(w, r, words) ? reinterpret_cast<const uint8_t*>(words) : nullptr;
-  }
-  template <class X>
-  static void part(X x, float* parts) {
-    parts[0] = to_float(x);
   }
   template <int M, int R>
   static void rows(int64_t, const int8_t* end, ByteCursor* cursors, int64_t i0, int64_t i1,
@@ -174,27 +167,6 @@ struct Spread {
 
 // Words of columns of packed x: an even number, as some kernels take two at a time.
 inline int64_t packed_words(int64_t cols) { return (mask_words(cols) + 1) / 2 * 2; }
-
-// `m` rows of x as Kernel reads them.
-template <class Kernel, class X>
-void pack_words(const X* x, int64_t stride, int64_t m, int64_t cols, typename Kernel::T* out) {
-  constexpr int P = Kernel::kParts;
-  for (int64_t c = 0; c < packed_words(cols) * kMaskColumns; c += kMaskColumns)
-    for (int64_t i = 0; i < m; ++i, out += P * kMaskColumns) {
-      const int64_t width = std::clamp<int64_t>(cols - c, 0, kMaskColumns);
-      if (width < kMaskColumns) std::memset(out, 0, P * kMaskColumns * sizeof(*out));
-      const X* row = x + i * stride + c;
-      int64_t j = 0;
-      if constexpr (Kernel::kRuns && P == 1 && std::is_same_v<typename Kernel::T, X>)
-        for (; j + kWidenRun <= width; j += kWidenRun)
-          std::memcpy(out + Kernel::place(j), row + j, kWidenRun * sizeof(X));
-      for (; j < width; ++j) {
-        typename Kernel::T parts[P];
-        Kernel::part(row[j], parts);
-        for (int p = 0; p < P; ++p) out[p * kMaskColumns + Kernel::place(j)] = parts[p];
-      }
-    }
-}
 
 // One thread's buffers: mask words of a block of rows, and their sums.
 struct FewScratch {
@@ -247,7 +219,8 @@ void few_rows(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
                        sizeof(typename Kernel::T));
   const Scratch sums(threads * sum_floats * 4), words(threads * block * n * 8);
   auto* x = packed.as<typename Kernel::T>();
-  pack_words<Kernel>(a.linear.x.ptr<const X>(), a.linear.x.stride[0], M, w.cols, x);
+  pack_few<Kernel>(a.linear.x.ptr<const X>(), a.linear.x.stride[0], M, w.cols, packed_words(w.cols),
+                   x);
   const float* scales = a.scales.ptr<const float>();
   const float* bias = a.linear.bias ? a.linear.bias->ptr<const float>() : nullptr;
   X* y = a.linear.y.ptr<X>();

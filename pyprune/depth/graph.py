@@ -368,3 +368,16 @@ def _zeros(hidden_states: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
 
 def _residual(_hidden: Tensor, residual: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
     return residual
+
+
+def gaps(removed: Collection[Branch], layers: int) -> list[tuple[int, int]]:
+    """Runs of consecutive removed branches as positions (first, end), end exclusive, ascending."""
+    gone = {branch.position for branch in removed}
+    if gone and not (min(gone) >= 0 and max(gone) < 2 * layers and len(gone) < 2 * layers):
+        raise UserError(
+            f"removed: expected some, not all, branches of {layers} layers, got "
+            f"{', '.join(map(str, sorted(removed)))}"
+        )
+    starts = sorted(i for i in gone if i - 1 not in gone)
+    ends = sorted(i + 1 for i in gone if i + 1 not in gone)
+    return list(zip(starts, ends, strict=True))

@@ -27,9 +27,9 @@ from transformers import Conv1D
 
 from pyprune import ops
 from pyprune.calibration.tokens import Batch
-from pyprune.depth.addons import norm_after, untie, writers
 from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.graph import Branch, ResidualGraph, State
+from pyprune.depth.writers import norm_after, writers
 from pyprune.errors import UserError
 from pyprune.models.experts import is_fused, is_transposed
 from pyprune.models.stock import (
@@ -465,3 +465,13 @@ def _projected(state: State, basis: Tensor) -> State:
     q = basis.to(state.total.device)
     read, total = ((x.double() @ q @ q.T).to(x.dtype) for x in state)
     return State(read, total)
+
+
+def untie(model: Any) -> None:
+    """Gives the head its own copy of the embeddings, so that they can differ."""
+    head, entry = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is not entry.weight:
+        return
+    head.weight = nn.Parameter(head.weight.detach().clone(), head.weight.requires_grad)
+    model.config.tie_word_embeddings = False
+    model.config.get_text_config().tie_word_embeddings = False

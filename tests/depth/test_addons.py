@@ -8,24 +8,18 @@ from tiny_models import FAMILIES, tiny_model, tiny_tokens
 
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint.output import save_model
-from pyprune.depth.addons import (
-    AddOns,
-    apply_add_ons,
-    compensate,
-    gaps,
-    refit,
-    size_ratios,
-    streams,
-    untie,
-    writers,
-)
+from pyprune.depth.addons import AddOns, apply_add_ons
+from pyprune.depth.compensate import compensate, size_ratios, streams
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.graph import KINDS, Branch, ResidualGraph
+from pyprune.depth.graph import KINDS, Branch, ResidualGraph, gaps
+from pyprune.depth.refit import refit
 from pyprune.depth.repack import repack
 from pyprune.depth.ridge import LADDER
 from pyprune.depth.save import drop_layers
+from pyprune.depth.writers import writers
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
+from pyprune.width.stream import untie
 
 
 def layers(*indices):

@@ -11,11 +11,12 @@ from tiny_models import tiny_tokens
 
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint.output import save_model
-from pyprune.depth.addons import compensate, refit
+from pyprune.depth.compensate import compensate
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.given import Given
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
 from pyprune.depth.laco import LacoOptions, collapse, laco
+from pyprune.depth.refit import refit
 from pyprune.depth.run import prune_structure
 from pyprune.depth.save import drop_layers
 from pyprune.depth.streamline import StreamlineOptions, streamline

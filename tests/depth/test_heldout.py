@@ -10,10 +10,10 @@ from depth_streams import model_of
 from tiny_models import tiny_model, tiny_tokens
 
 from pyprune.calibration.tokens import Batch
-from pyprune.depth.addons import _chosen, _fold, _moments, gaps, refit
 from pyprune.depth.given import Given
-from pyprune.depth.graph import KINDS, Branch, ResidualGraph
+from pyprune.depth.graph import KINDS, Branch, ResidualGraph, gaps
 from pyprune.depth.heldout import HeldOut, least, parts_of, unchanged
+from pyprune.depth.refit import choose_ridge, moments_of, multiply_branch, refit
 from pyprune.depth.ridge import LADDER, Moments
 from pyprune.depth.score import Scorer
 
@@ -96,7 +96,7 @@ def test_a_loss_is_that_of_the_folded_model(family, removed):
     found = held_out.losses(start, removed, None, [unchanged, lambda rows: rows @ change])
     scorer = Scorer(graph, [Batch(ids[3:4], mask[3:4])], "kl")
     for loss, w in zip(found, (0 * change, change), strict=True):
-        _fold(graph, last, w)
+        multiply_branch(graph, last, w)
         assert loss == pytest.approx(scorer.score_naive(removed), rel=1e-3)
     assert abs(found[0] - found[1]) > 0.03 * found[0]
 
@@ -154,7 +154,7 @@ def choice(*losses, of_all=0.0):
         asked.append(changes)
         return list(losses) if len(asked) == 1 else [of_all]
 
-    ridge, change, told = _chosen(FITTED, HELD, measure)
+    ridge, change, told = choose_ridge(FITTED, HELD, measure)
     assert len(asked) == (1 if ridge is None else 2)
     return ridge, change, told
 
@@ -193,7 +193,11 @@ def test_a_map_of_all_sequences_that_is_worse_is_not_used(of_all):
 
 def test_a_silent_branch_keeps_its_map():
     nothing = Moments.of(torch.zeros(3, 4), torch.ones(3, 4))
-    assert _chosen(nothing, nothing, lambda changes: [1.0] * len(changes)) == (None, None, [1, 1])
+    assert choose_ridge(nothing, nothing, lambda changes: [1.0] * len(changes)) == (
+        None,
+        None,
+        [1, 1],
+    )
 
 
 # ---- what it is for
@@ -234,7 +238,7 @@ def test_one_huge_state_does_not_decide(size, expected):
     map: it was what refit took."""
     model, removed, ids = with_a_huge_token(size), layers(2), huge_text(8)
     graph, parts = ResidualGraph.of(model), parts_of([Batch(ids)])
-    fitted, held, _ = _moments(graph, removed, (4, 6), parts, Given(), None)
+    fitted, held, _ = moments_of(graph, removed, (4, 6), parts, Given(), None)
     errors = [held.error_of(fitted.solve(ridge)) for ridge in LADDER]
     assert LADDER[least(errors)] == min(LADDER) and min(errors) < 0.8 * float(held.error)
     scorer = Scorer(graph, [Batch(huge_text(24)[8:])], "kl")

@@ -13,8 +13,8 @@ from transformers import Conv1D
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint.output import save_model
-from pyprune.depth.addons import gaps, streams
-from pyprune.depth.graph import KINDS, Branch, ResidualGraph
+from pyprune.depth.compensate import streams
+from pyprune.depth.graph import KINDS, Branch, ResidualGraph, gaps
 from pyprune.depth.score import Scorer
 from pyprune.errors import UserError
 from pyprune.width import multipruner
