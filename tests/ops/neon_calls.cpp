@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "cpu/coded.h"
+#include "cpu/fisher_accumulate.h"
+#include "cpu/gram.h"
 #include "cpu/mask_topk.h"
 #include "cpu/sparse_int8.h"
 #include "cpu/sparse_linear.h"
@@ -73,7 +75,7 @@ TensorView next(DType type, std::vector<int64_t> shape) {
 }  // namespace
 
 int main() {
-  enum Call { kProduct, kMaskTopk, kCoded, kSet };
+  enum Call { kProduct, kMaskTopk, kCoded, kSet, kGram, kFisher };
   struct {
     int64_t call, format, rows, cols, tokens, values, type, x_is_bf16;
   } h;
@@ -92,6 +94,22 @@ int main() {
       args.pruned = h.values;
       pyprune::mask_topk(args);
       std::fwrite(mask.data(), 1, mask.size(), stdout);
+      continue;
+    }
+    if (h.call == kGram) {  // with a column of ones if the format says so
+      const int64_t n = h.cols + h.format;
+      std::vector<float> sums(static_cast<size_t>(n * n));
+      const TensorView x = next(type, {1, h.tokens, h.cols}), weight = next(DType::f32, {1, h.tokens});
+      pyprune::gram({view(sums.data(), DType::f32, {1, n, n}), x, &weight, 2});
+      std::fwrite(sums.data(), 4, sums.size(), stdout);
+      continue;
+    }
+    if (h.call == kFisher) {
+      std::vector<float> sums(static_cast<size_t>(h.rows * h.cols));
+      const TensorView g = next(type, {2, h.tokens, h.rows}), x = next(type, {2, h.tokens, h.cols});
+      pyprune::fisher_accumulate(
+          {view(sums.data(), DType::f32, {h.rows, h.cols}), g, x, 1, 1.0f, 2});
+      std::fwrite(sums.data(), 4, sums.size(), stdout);
       continue;
     }
     const DType x_type = h.x_is_bf16 ? DType::bf16 : DType::f32;

@@ -1,5 +1,5 @@
-"""The products of compressed weights, and row top-k, with NEON: compiled for aarch64 and emulated,
-with and without its extension BF16.
+"""Products of compressed weights, sums for statistics and row top-k with NEON: compiled for aarch64
+and emulated, with and without its extension BF16.
 
 Skipped without a cross compiler and an emulator (Debian: g++-aarch64-linux-gnu, qemu-user)."""
 
@@ -20,7 +20,7 @@ COMPILER, EMULATOR = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-a
 pytestmark = pytest.mark.skipif(
     not (COMPILER and EMULATOR), reason="needs aarch64-linux-gnu-g++ and qemu-aarch64"
 )
-PRODUCT, MASK_TOPK, CODED, SET = 0, 1, 2, 3
+PRODUCT, MASK_TOPK, CODED, SET, GRAM, FISHER = range(6)
 DENSE, SPARSE24, BITMAP = 0, 1, 2
 DTYPES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3, torch.int8: 4}  # of tensor_view.h
 # Columns that end within a byte of mask, a step of eight, a word of 64, and after several words.
@@ -41,6 +41,8 @@ def calls(tmp_path_factory):
         "linear_coded",
         "mask_topk",
         "mask_global",
+        "gram",
+        "fisher_accumulate",
     ]
     subprocess.run(
         [COMPILER, "-std=c++17", "-O1", "-static", "-fopenmp", "-ffp-contract=fast", "-Wall",
@@ -207,6 +209,32 @@ def test_the_processor_chooses(calls, isa):
         one = torch.tensor(1e-39).bfloat16().double() * 8 * 2.0**100
         want = torch.zeros(50).double() if chosen == "neon_bf16" else one.repeat(50)
         torch.testing.assert_close(got, want, rtol=2.0**-8, atol=0)
+
+
+@pytest.mark.parametrize("isa", PROCESSORS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sums_for_statistics(calls, dtype, isa):
+    """Tokens that end within a pair, a step of four and a panel's depth of 1,024; columns that
+    leave blocks, vectors and panels of 24 in part empty, the column of ones alone in a new panel."""
+    gen = torch.Generator().manual_seed(0)
+    requests, wanted = [], []
+    for tokens, cols in [(1, 1), (2, 7), (35, 23), (64, 24), (1061, 49), (2301, 30)]:
+        x = torch.randn(2, tokens, cols, generator=gen).to(dtype)
+        wide = torch.cat([x[0], torch.ones(tokens, 1)], dim=1).double()
+        for ones in (0, 1):
+            kept = (torch.rand(tokens, generator=gen) < (0.7 if ones else 2)).float()
+            arrays = (
+                header(GRAM, ones, 0, cols, tokens, 0, DTYPES[dtype], 0) + raw(x[0]) + raw(kept)
+            )
+            rows = wide[:, : cols + ones]
+            requests.append(arrays)
+            wanted.append((rows * kept[:, None]).T @ rows)
+        g = torch.randn(2, tokens, 29, generator=gen).to(dtype)
+        requests.append(header(FISHER, 0, 29, cols, tokens, 0, DTYPES[dtype], 0) + raw(g) + raw(x))
+        wanted.append((g.double().mT @ x.double()).abs().sum(0))
+    given = torch.frombuffer(bytearray(run(calls, isa, requests)), dtype=torch.float32)
+    for got, want in zip(given.split([w.numel() for w in wanted]), wanted, strict=True):
+        assert (got.view(want.shape) - want).abs().max() <= 4e-6 * want.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
