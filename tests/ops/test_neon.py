@@ -215,7 +215,7 @@ def test_the_processor_chooses(calls, isa):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_sums_for_statistics(calls, dtype, isa):
     """Tokens that end within a pair, a step of four and a panel's depth of 1,024; columns that
-    leave blocks, vectors and panels of 24 in part empty, the column of ones alone in a new panel."""
+    leave blocks, vectors and panels of 24 in part empty, the ones alone in a new panel."""
     gen = torch.Generator().manual_seed(0)
     requests, wanted = [], []
     for tokens, cols in [(1, 1), (2, 7), (35, 23), (64, 24), (1061, 49), (2301, 30)]:
