@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pyprune.calibration.stats import GramStatistic
 from pyprune.calibration.tokens import calibration_tokens
 from pyprune.calibration.walk import Group, InMemoryStore, walk
-from pyprune.layers import layer_inputs
+from pyprune.layer_pruner import layer_inputs
 from pyprune.methods.oracle import gap_to_exact
 from pyprune.models.adapter import Adapter
 from pyprune.packaged import packaged_model_dir

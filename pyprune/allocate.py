@@ -17,7 +17,7 @@ from pyprune.calibration.store import BlockStore
 from pyprune.calibration.tokens import Batch, TokenSet, first_sequences
 from pyprune.calibration.zeroth import Perturbed, directional_differences
 from pyprune.config import PruneConfig
-from pyprune.layers import LayerPruner, check_finite, layer_inputs
+from pyprune.layer_pruner import LayerPruner, check_finite, layer_inputs
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
 from pyprune.patterns import Pattern, Unstructured, pruned_count

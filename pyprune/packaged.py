@@ -22,7 +22,7 @@ from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
-from pyprune.data.registry import WheelMember, read_member
+from pyprune.data.wheels import WheelMember, read_member
 from pyprune.data.wiki_markup import CLEANER_VERSION, iterate_pages, strip_markup
 from pyprune.errors import UserError
 from pyprune.progress import tell

@@ -29,7 +29,7 @@ from pyprune.config import ConfigFile, PruneConfig, check_call
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.families import Family, Run
-from pyprune.layers import check_shapes, select_linears
+from pyprune.layer_pruner import check_shapes, select_linears
 from pyprune.masks import Masks, describe_masks, read_masks
 from pyprune.measure import Measure
 from pyprune.methods import METHODS, SHOT_METHODS

@@ -17,7 +17,7 @@ from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
 from pyprune.calibration.tokens import TokenSet
 from pyprune.calibration.walk import BlockStore, BlockVisit, Group, WalkEvent, walk
 from pyprune.config import PruneConfig
-from pyprune.layers import LayerPruner
+from pyprune.layer_pruner import LayerPruner
 from pyprune.measure import Measure
 from pyprune.methods.base import StatisticKind
 from pyprune.models.adapter import Adapter

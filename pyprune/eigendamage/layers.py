@@ -17,7 +17,7 @@ from pyprune.calibration.gradients import fill_statistics, sums_dtype
 from pyprune.calibration.tokens import TokenSet
 from pyprune.eigendamage.config import EigenDamageConfig
 from pyprune.errors import LayerError
-from pyprune.layers import minimum_tokens, write_weight
+from pyprune.layer_pruner import minimum_tokens, write_weight
 from pyprune.methods.eigendamage import (
     EigenBasis,
     Factors,

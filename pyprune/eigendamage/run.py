@@ -34,7 +34,7 @@ from pyprune.eigendamage.config import METHOD, EigenDamageConfig, EigenDamageOpt
 from pyprune.eigendamage.layers import EigenLayer, Progress, damage
 from pyprune.errors import UserError
 from pyprune.families import Family, Run
-from pyprune.layers import select_linears
+from pyprune.layer_pruner import select_linears
 from pyprune.measure import Measure
 from pyprune.models.adapter import Adapter
 from pyprune.registry import HEADERS, MethodRow

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from pyprune.errors import LayerError
-from pyprune.layers import write_weight
+from pyprune.layer_pruner import write_weight
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
 

@@ -23,7 +23,7 @@ from pyprune.calibration.tokens import TokenSet
 from pyprune.calibration.walk import WalkEvent
 from pyprune.config import PruneConfig
 from pyprune.errors import LayerError, UserError
-from pyprune.layers import minimum_tokens
+from pyprune.layer_pruner import minimum_tokens
 from pyprune.measure import Measure
 from pyprune.methods.base import LayerInputs
 from pyprune.methods.kronecker import Curvature

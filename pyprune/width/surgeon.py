@@ -23,7 +23,7 @@ from pyprune.calibration.factors import collect_factors
 from pyprune.calibration.gradient_stats import KroneckerFactors
 from pyprune.calibration.tokens import TokenSet
 from pyprune.errors import LayerError, UserError
-from pyprune.layers import minimum_tokens
+from pyprune.layer_pruner import minimum_tokens
 from pyprune.methods.kronecker import Curvature
 from pyprune.models.adapter import Adapter
 from pyprune.ops.obs_factor import NotPositiveDefiniteError

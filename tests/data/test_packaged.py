@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pyprune import packaged
-from pyprune.data import registry
-from pyprune.data.registry import WheelMember, read_member
+from pyprune.data import wheels
+from pyprune.data.wheels import WheelMember, read_member
 from pyprune.errors import UserError
 
 CONTENT = b"the member"
@@ -38,7 +38,7 @@ def fake_pip(monkeypatch):
                         archive.writestr(name, content)
             return subprocess.CompletedProcess(command, int(members is None), "", stderr)
 
-        monkeypatch.setattr(registry.subprocess, "run", run)
+        monkeypatch.setattr(wheels.subprocess, "run", run)
         return calls
 
     return install
@@ -75,8 +75,8 @@ def test_a_full_disk_is_no_missing_network(tmp_path, fake_pip):
 
 
 def test_without_any_pip(tmp_path, monkeypatch):
-    monkeypatch.setattr(registry.importlib.util, "find_spec", lambda _name: None)
-    monkeypatch.setattr(registry.shutil, "which", lambda _name: None)
+    monkeypatch.setattr(wheels.importlib.util, "find_spec", lambda _name: None)
+    monkeypatch.setattr(wheels.shutil, "which", lambda _name: None)
     with pytest.raises(UserError, match="needs pip"):
         read_member(MEMBER, tmp_path, "")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_models import tiny_model, tiny_tokens
 
-from pyprune import layers, ops
+from pyprune import layer_pruner, ops
 from pyprune.errors import LayerError
 from pyprune.methods import METHODS, LayerInputs, MethodOptions
 from pyprune.methods.sparsegpt import SparseGptOptions
@@ -76,11 +76,11 @@ def test_factors_that_are_there_already_are_used():
 # --- the driver -------------------------------------------------------------------------------
 
 
-def run(family, monkeypatch, stack_bytes=layers.STACK_BYTES, **options):
+def run(family, monkeypatch, stack_bytes=layer_pruner.STACK_BYTES, **options):
     """The pruned model, its report, and the shapes that were factored and swept."""
     shapes = {"obs_factor": [], "obs_sweep": []}
     with monkeypatch.context() as patch:
-        patch.setattr(layers, "STACK_BYTES", stack_bytes)
+        patch.setattr(layer_pruner, "STACK_BYTES", stack_bytes)
         for name, seen in shapes.items():
             real = getattr(ops, name)
 

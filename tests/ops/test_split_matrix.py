@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pyprune.layers import _output_energy
+from pyprune.layer_pruner import _output_energy
 from pyprune.methods import LayerInputs
 from pyprune.ops import masked_cg
 from pyprune.ops.split_matrix import SplitMatrix, parts_of
