@@ -94,20 +94,25 @@ struct RowSource {
   const float* scale = nullptr;   // multiply row r by scale[r]; null: by one
   int64_t columns = 0;
   bool ones_column = false;  // a virtual column of ones (times the scale) follows the last
+
+  int64_t number(int64_t k) const { return rows ? rows[k] : k; }
+  const T* row(int64_t k) const { return data + number(k) * row_stride; }
+  // Columns of the panel that starts at c0; and whether that of ones is in it.
+  int64_t width(int64_t c0) const { return std::clamp<int64_t>(columns - c0, 0, kPanel); }
+  bool has_ones(int64_t c0) const { return ones_column && c0 <= columns && columns < c0 + kPanel; }
 };
 
 // Packs columns [c0, c0 + kPanel) of rows k0 .. k0 + depth - 1 of the source's row list.
 template <class T>
 inline void pack_panel(const RowSource<T>& src, int64_t k0, int64_t depth, int64_t c0,
                        float* panel) {
-  const int width = static_cast<int>(std::clamp<int64_t>(src.columns - c0, 0, kPanel));
+  const int width = static_cast<int>(src.width(c0));
   for (int64_t k = 0; k < depth; ++k, panel += kPanel) {
-    const int64_t r = src.rows ? src.rows[k0 + k] : k0 + k;
-    const T* row = src.data + r * src.row_stride + c0;
+    const T* row = src.row(k0 + k) + c0;
     // Rows lie too far apart for the processor to see the pattern. Past the end is harmless.
     for (int c = 0; c < kPanel; c += 64 / sizeof(T))
       __builtin_prefetch(row + kAhead * src.row_stride + c);
-    const float s = src.scale ? src.scale[r] : 1.0f;
+    const float s = src.scale ? src.scale[src.number(k0 + k)] : 1.0f;
     if (width == kPanel) {
       for (int v = 0; v < kPanelVecs; ++v) {
         const Vec x = Vec::load(row + v * Vec::kLanes);
@@ -117,7 +122,7 @@ inline void pack_panel(const RowSource<T>& src, int64_t k0, int64_t depth, int64
     }
     for (int c = 0; c < width; ++c) panel[c] = to_float(row[c]) * s;
     for (int c = width; c < kPanel; ++c) panel[c] = 0.0f;
-    if (src.ones_column && c0 + width == src.columns) panel[width] = s;
+    if (src.has_ones(c0)) panel[width] = s;
   }
 }
 
@@ -163,11 +168,9 @@ struct PairWords {
   }
   static void pack(const RowSource<bf16>& src, int64_t k0, int64_t count, int64_t c0,
                    float* panel) {
-    const int64_t width = std::clamp<int64_t>(src.columns - c0, 0, kPanel);
-    const bool ones = src.ones_column && c0 <= src.columns && src.columns < c0 + kPanel;
-    const auto row = [&](int64_t k) {
-      return src.data + (src.rows ? src.rows[k0 + k] : k0 + k) * src.row_stride + c0;
-    };
+    const int64_t width = src.width(c0);
+    const bool ones = src.has_ones(c0);
+    const auto row = [&](int64_t k) { return src.row(k0 + k) + c0; };
     for (int64_t k = 0; k < count; k += 2, panel += kPanel) {
       const bool second = k + 1 < count;
       const bf16 *even = row(k), *odd = second ? row(k + 1) : even;
@@ -236,11 +239,9 @@ struct BlockWords {
 
   static void pack(const RowSource<bf16>& src, int64_t k0, int64_t count, int64_t c0,
                    float* panel) {
-    const int64_t width = std::clamp<int64_t>(src.columns - c0, 0, kPanel);
-    const bool ones = src.ones_column && c0 <= src.columns && src.columns < c0 + kPanel;
-    const auto row = [&](int64_t k) {
-      return src.data + (src.rows ? src.rows[k0 + k] : k0 + k) * src.row_stride + c0;
-    };
+    const int64_t width = src.width(c0);
+    const bool ones = src.has_ones(c0);
+    const auto row = [&](int64_t k) { return src.row(k0 + k) + c0; };
     auto* out = reinterpret_cast<bf16*>(panel);
     for (int64_t k = 0; k < count; k += kStepNumbers, out += kStepNumbers * kPanel) {
       const int64_t there = std::min(kStepNumbers, count - k);
