@@ -315,6 +315,15 @@ def _sample_cuda(provider: Provider, calls: int, turn: int) -> float:
     return begin.elapsed_time(end) * 1e-3 / calls
 
 
+def correlated_layer(rows: int, cols: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gaussian weights, and the Gram matrix of inputs that share a few strong directions."""
+    gen = torch.Generator(device=device).manual_seed(0)
+    mix = torch.randn(cols // 8 + 1, cols, generator=gen, device=device)
+    x = torch.randn(2 * cols, cols, generator=gen, device=device)
+    x += 0.3 * torch.randn(2 * cols, len(mix), generator=gen, device=device) @ mix
+    return torch.randn(rows, cols, generator=gen, device=device), x.T @ x
+
+
 def copies(nbytes: int, device: str) -> int:
     """How many input sets of `nbytes` to rotate so that a GPU's L2 never holds the next one. One
     on a CPU, whose last level is larger than what a calibration batch keeps out of it."""

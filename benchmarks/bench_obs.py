@@ -20,7 +20,16 @@ llm-compressor is held to the agreement.
 from importlib.util import find_spec
 
 import torch
-from _harness import Bench, Case, copies, forced_backend, gemm_rate, our_backends, parse
+from _harness import (
+    Bench,
+    Case,
+    copies,
+    correlated_layer,
+    forced_backend,
+    gemm_rate,
+    our_backends,
+    parse,
+)
 
 from pyprune import ops
 
@@ -103,15 +112,6 @@ def triangular_inverse(lower):
     return out
 
 
-def layer(rows, cols, device):
-    """Gaussian weights, and the Hessian of inputs that share a few strong directions."""
-    gen = torch.Generator(device=device).manual_seed(0)
-    mix = torch.randn(cols // 8 + 1, cols, generator=gen, device=device)
-    x = torch.randn(2 * cols, cols, generator=gen, device=device)
-    x += 0.3 * torch.randn(2 * cols, len(mix), generator=gen, device=device) @ mix
-    return torch.randn(rows, cols, generator=gen, device=device), x.T @ x
-
-
 def each(solve, w, h):
     """`solve(w, h)`, expert after expert where there are several."""
     if w.dim() == 2:
@@ -127,7 +127,7 @@ def solve_case(shape, label, device):
     *experts, rows, cols = shape
     number = experts[0] if experts else 1
     count = copies(number * (8 * rows * cols + 8 * cols * cols), device)
-    inputs = [layer(rows, cols, device) for _ in range(count * number)]
+    inputs = [correlated_layer(rows, cols, device) for _ in range(count * number)]
     if experts:
         inputs = [
             tuple(torch.stack(part) for part in zip(*inputs[k::count], strict=True))

@@ -21,7 +21,16 @@ import statistics
 import time
 
 import torch
-from _harness import Bench, Case, environment, forced_backend, gemm_rate, our_backends, parse
+from _harness import (
+    Bench,
+    Case,
+    correlated_layer,
+    environment,
+    forced_backend,
+    gemm_rate,
+    our_backends,
+    parse,
+)
 from rich.table import Table
 
 from pyprune import ops
@@ -38,15 +47,6 @@ WEIGHT_ERROR = 1e-4
 CHECKED_ROWS = 16
 MODEL_TURNS = 2
 NATIVE = importlib.import_module("pyprune.ops.obs_reconstruct")
-
-
-def layer(rows, cols, device):
-    """Gaussian weights, and the Gram matrix of inputs that share a few strong directions."""
-    gen = torch.Generator(device=device).manual_seed(0)
-    mix = torch.randn(cols // 8 + 1, cols, generator=gen, device=device)
-    x = torch.randn(2 * cols, cols, generator=gen, device=device)
-    x += 0.3 * torch.randn(2 * cols, len(mix), generator=gen, device=device) @ mix
-    return torch.randn(rows, cols, generator=gen, device=device), x.T @ x
 
 
 def damped(h, factor):
@@ -102,7 +102,7 @@ class Problem:
 
 
 def case(rows, cols, device):
-    problem = Problem(*layer(rows, cols, device))
+    problem = Problem(*correlated_layer(rows, cols, device))
 
     def on(backend):
         def run(i):

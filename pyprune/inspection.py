@@ -20,6 +20,7 @@ from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 from pyprune.progress import Progress
 from pyprune.sparse.format import sparse_bytes
+from pyprune.sparse.layout import dtype_name
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
 
 # The patterns looked for, most restrictive first, as N kept of every M inputs.
@@ -220,7 +221,7 @@ def inspect_matrix(name: str, w: Tensor, *, transposed: bool = False) -> LayerIn
     return LayerInspection(
         name=name,
         shape=tuple(w.shape),
-        dtype=str(w.dtype).removeprefix("torch."),
+        dtype=dtype_name(w.dtype),
         zeros=elements - nonzero,
         elements=elements,
         patterns=patterns,

@@ -206,7 +206,7 @@ def learn_block(
     target = count / sum(sizes)
     with torch.no_grad():
         dense = [run(k, None) for k in range(len(batches))]
-    problem = _Problem(name, matrices, run, dense, options)
+    problem = _Problem(name, matrices, run, dense)
     uniform = problem.exact(count, [target] * len(matrices))
     before = problem.errors(uniform)
     if not 0 < target < 1 or not sum(before):
@@ -235,12 +235,7 @@ class _Problem:
     """The block's output with masks, against the dense one."""
 
     def __init__(
-        self,
-        name: str,
-        matrices: Sequence[Ranked],
-        run: Run,
-        dense: list[Tensor],
-        options: BesaOptions,
+        self, name: str, matrices: Sequence[Ranked], run: Run, dense: list[Tensor]
     ) -> None:
         self._name, self._matrices, self._run, self._dense = name, matrices, run, dense
 

@@ -31,6 +31,7 @@ from pyprune.sparse.decoding import WARM_UP, StaticDecoding, cache_name
 from pyprune.sparse.dense import DenseLinear, use_own_kernels
 from pyprune.sparse.embedding import StoredEmbedding
 from pyprune.sparse.factored import FactoredLinear
+from pyprune.sparse.layout import dtype_name
 from pyprune.sparse.linear import SparseLinear
 from pyprune.sparse.load import load
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
@@ -270,16 +271,12 @@ def contestants(
         elif first is not None:
             model, size = densified(first), next(iter(opened.values())).dense_nbytes
             facts = (None, size, weight_bytes(model), model, TORCH)
-            made.append(Contestant(DENSE, _name(dtype), *facts))
+            made.append(Contestant(DENSE, dtype_name(dtype), *facts))
         if made and dtype is torch.bfloat16 and made[-1].model.device.type == "cpu":
             own = with_own_kernels(made[-1].model)
             made.append(replace(made[-1], seconds=None, model=own, kernels=OWN))
         made += loaded
     return made
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _load(
@@ -289,7 +286,7 @@ def _load(
     model = load(stored.path, dtype, device)
     touch(model)
     seconds = time.perf_counter() - started
-    return Contestant(name, _name(dtype), seconds, stored.nbytes, weight_bytes(model), model)
+    return Contestant(name, dtype_name(dtype), seconds, stored.nbytes, weight_bytes(model), model)
 
 
 def touch(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,7 @@ from pyprune.models.experts import is_fused, is_transposed, projections
 from pyprune.sparse import format as formats
 from pyprune.sparse.embedding import embedding_scale
 from pyprune.sparse.format import LayerFormat
-from pyprune.sparse.layout import ALL_PARTS, CODED, DENSE_INT8, FACTORED
+from pyprune.sparse.layout import ALL_PARTS, CODED, DENSE_INT8, FACTORED, dtype_name
 from pyprune.sparse.linear import stored_transposed, weight_of
 from pyprune.sparse.measured import MeasuredChoice
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
@@ -88,6 +88,17 @@ class Chooser:
         total = sum(stored.entries[tensor].nbytes for tensor in candidates.tensors)
         self._measured = None if measured_rows is None else MeasuredChoice(measured_rows, total)
 
+    def decide(self, rows: Collection[str], told: Callable[[str], None]) -> dict[str, Decision]:
+        """For every candidate, mixtures whole, and embeddings `rows`, in the checkpoint's order.
+        told: each tensor as its turn comes."""
+        decisions = {}
+        for tensor in self._stored.entries:
+            if tensor in self._transposed or tensor in rows:
+                told(tensor)
+                choose = self.choose_embedding if tensor in rows else self.choose
+                decisions[tensor] = choose(tensor)
+        return _whole_mixtures(decisions, self._candidates.mixtures)
+
     def choose(self, tensor: str) -> Decision:
         kept = self._stored.layers.get(tensor.removesuffix(formats.WEIGHT))
         if kept is not None and kept.format == FACTORED:
@@ -100,8 +111,8 @@ class Chooser:
             kind, seconds = self._measured(weight, sizes, nnz, self._int8)
         report = LayerConversion(
             format=DENSE,
-            values=str(dense.dtype).removeprefix("torch."),
-            dtype=str(dense.dtype).removeprefix("torch."),
+            values=dtype_name(dense.dtype),
+            dtype=dtype_name(dense.dtype),
             shape=(weight.shape[0], weight.shape[1]),
             density=nnz / weight.numel() if weight.numel() else 1.0,
             nbytes_dense=dense.nbytes,
@@ -133,7 +144,7 @@ class Chooser:
         return self._coded(dense) if self._embeddings == CODED else self._int8_rows(tensor, dense)
 
     def _coded(self, dense: Tensor) -> Decision:
-        dtype, shape = str(dense.dtype).removeprefix("torch."), (dense.shape[0], dense.shape[1])
+        dtype, shape = dtype_name(dense.dtype), (dense.shape[0], dense.shape[1])
         report = LayerConversion(DENSE, dtype, dtype, shape, 1.0, dense.nbytes, dense.nbytes)
         escapes = formats.coded_escapes(dense)
         if escapes is None:
@@ -144,7 +155,7 @@ class Chooser:
 
     def _int8_rows(self, tensor: str, dense: Tensor) -> Decision:
         layer = LayerFormat(DENSE_INT8, (dense.shape[0], dense.shape[1]), int8=True)
-        dtype = str(dense.dtype).removeprefix("torch.")
+        dtype = dtype_name(dense.dtype)
         _, error = self._stored_values(tensor, dense, layer, dense.numel())
         nbytes = layer.nbytes(dense.numel(), dense.dtype)
         report = LayerConversion(
@@ -170,13 +181,13 @@ class Chooser:
 
 def _as_it_is(layer: LayerFormat, dense: TensorEntry) -> Decision:
     """Factors have no zeros to leave out, and their product is larger."""
-    dtype, nbytes = str(dense.dtype).removeprefix("torch."), layer.nbytes(0, dense.dtype)
+    dtype, nbytes = dtype_name(dense.dtype), layer.nbytes(0, dense.dtype)
     density = nbytes / dense.nbytes
     report = LayerConversion(layer.format, dtype, dtype, layer.shape, density, dense.nbytes, nbytes)
     return Decision(layer, 0, report)
 
 
-def whole_mixtures(
+def _whole_mixtures(
     decisions: Mapping[str, Decision], mixtures: Iterable[Iterable[str]]
 ) -> dict[str, Decision]:
     """The decisions, by tensor, with a mixture's experts compressed all, or none: they are one
@@ -251,7 +262,7 @@ def embedding_tensors(checkpoint: Checkpoint, kind: str) -> list[str]:
         if kind == CODED and entry.dtype != torch.bfloat16:
             raise UserError(
                 f"{entry.file}: tensor {tensor}: expected bfloat16, whose exponents can be coded, "
-                f"got {str(entry.dtype).removeprefix('torch.')} (--dtype bfloat16 rounds it)"
+                f"got {dtype_name(entry.dtype)} (--dtype bfloat16 rounds it)"
             )
     return found
 

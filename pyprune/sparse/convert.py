@@ -36,10 +36,9 @@ from pyprune.sparse.choice import (
     LayerConversion,
     compressible,
     embedding_tensors,
-    whole_mixtures,
 )
 from pyprune.sparse.format import LayerFormat
-from pyprune.sparse.layout import CODED, DENSE_INT8, FACTORED, FORMATS
+from pyprune.sparse.layout import CODED, DENSE_INT8, FACTORED, FORMATS, dtype_name
 from pyprune.sparse.stored import CONFIG, DENSE, StoredCheckpoint
 
 # How the input embedding and the head may be stored.
@@ -132,13 +131,7 @@ def compress_checkpoint(
     rows = set() if embeddings == "same" else set(embedding_tensors(checkpoint, embeddings))
     steps = _Steps(progress, len(stored.entries) + len({*candidates.tensors, *rows}))
     chooser = Chooser(stored, candidates, allowed, int8, measured_rows, embeddings)
-    decisions = {}
-    for tensor in stored.entries:
-        if tensor in candidates.tensors or tensor in rows:
-            steps.next(tensor)
-            choose = chooser.choose_embedding if tensor in rows else chooser.choose
-            decisions[tensor] = choose(tensor)
-    decisions = whole_mixtures(decisions, candidates.mixtures)
+    decisions = chooser.decide(rows, steps.next)
     # What stays dense, stays one tensor.
     stored = whole.split(
         tensor for tensor in candidates.stacks if decisions[f"{tensor}.0{formats.WEIGHT}"].layer
@@ -196,7 +189,7 @@ def decompress_checkpoint(
         name, shape = tensor.removesuffix(formats.WEIGHT), (entry.shape[0], entry.shape[1])
         if stored.layers and stored.layers[name].transposed:
             shape = shape[::-1]
-        dtype = str(entry.dtype).removeprefix("torch.")
+        dtype = dtype_name(entry.dtype)
         layers[name] = LayerConversion(DENSE, dtype, dtype, shape, 1.0, entry.nbytes, entry.nbytes)
     return ConversionReport(str(out), layers, stored.nbytes, after, stored.dense_nbytes)
 

@@ -45,6 +45,11 @@ _DTYPES = {
 WORTHWHILE = 0.1
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As configurations and reports write it: bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
 def part_shapes(
     format: str, shape: Sequence[int], int8: bool, count: int, rank: int = 0
 ) -> dict[str, tuple[int, ...]]:

@@ -12,7 +12,7 @@ from pyprune.errors import LayerError, UserError
 from pyprune.ops import registry
 from pyprune.sparse import layout
 from pyprune.sparse.direct import Prepared, PreparesWeight, can_prepare, is_alone, is_plain
-from pyprune.sparse.layout import CODED, DENSE_INT8, FORMATS
+from pyprune.sparse.layout import CODED, DENSE_INT8, FORMATS, dtype_name
 from pyprune.sparse.weight import StoredWeight, autocast, pack
 
 # What computes x @ W^T + bias and nothing else. Conv1D holds W transposed.
@@ -188,7 +188,7 @@ class SparseLinear(PreparesWeight, StoredWeight):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}, density={density:.3f}, "
-            f"dtype={str(dtype).removeprefix('torch.')}"
+            f"dtype={dtype_name(dtype)}"
         )
 
 

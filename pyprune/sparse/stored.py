@@ -29,6 +29,7 @@ from pyprune.checkpoint.source import (
 from pyprune.errors import UserError
 from pyprune.sparse import format as formats
 from pyprune.sparse import legacy
+from pyprune.sparse.layout import dtype_name
 
 CONFIG = "config.json"
 DENSE = "dense"
@@ -149,7 +150,7 @@ class StoredCheckpoint:
         if self.kind != DENSE:
             raise UserError(
                 f"{self.path}: expected a dense checkpoint to be rounded to "
-                f"{str(dtype).removeprefix('torch.')}, it is stored as {self.kind}"
+                f"{dtype_name(dtype)}, it is stored as {self.kind}"
             )
         main, entries = main_dtype(self.path, self.entries), dict(self.entries)
         for name, entry in self.entries.items():
@@ -159,7 +160,7 @@ class StoredCheckpoint:
         raw = deepcopy(self.raw)
         for fields in (raw, *(f for f in raw.values() if isinstance(f, dict))):
             for key in {"dtype", "torch_dtype"} & fields.keys():
-                fields[key] = str(dtype).removeprefix("torch.")
+                fields[key] = dtype_name(dtype)
         return replace(self, raw=raw, entries=entries)
 
     def split(self, tensors: Iterable[str]) -> StoredCheckpoint:
