@@ -38,6 +38,10 @@ class DenseLinear(PreparesWeight, nn.Linear):
             ready = self._ready(input)
             if ready is not None:
                 return ready.product(input)
+        # Of rows that lie apart PyTorch's bf16 product takes 150 times as long (a head that sees
+        # the last of 16 positions of 16 sequences, 49152 x 576: 935 ms instead of 6).
+        if input.dtype is torch.bfloat16 and input.is_cpu:
+            input = input.contiguous()
         return F.linear(input, self.weight, self.bias)
 
     def _ready(self, x: Tensor) -> Prepared | None:
