@@ -124,7 +124,7 @@ int64_t steps_of_panel(int64_t rows, int64_t tokens, int64_t depth) {
 
 #if defined(__AVX512F__)
 
-// multiply_tile() of bf16 pairs by AMX; `rows` are 16, 32 or 48.
+// multiply_tile() of bf16 pairs by AMX; `rows` are 32 or 48.
 inline void multiply_tile_amx(const float* tile, const float* packed, int64_t rows, int64_t depth,
                               int64_t tokens, NextTile& next, float* sums) {
   static_assert(kTileRows == 3 * kAmxRows && kPanelTokens == 3 * kAmxWords);
