@@ -80,10 +80,13 @@ def test_logits_are_chunked(monkeypatch):
     model = tiny()
     sizes = []
     model.lm_head.register_forward_hook(lambda _m, _i, logits: sizes.append(logits.shape[:2]))
+    together = []  # of rows that lie apart PyTorch's bf16 product may take 150 times as long
+    model.lm_head.register_forward_pre_hook(lambda _m, x: together.append(x[0].is_contiguous()))
     blocks = []
     model.model.layers[0].register_forward_hook(lambda *_: blocks.append(1))
     perplexity(model, IDS, seqlen=24, batch_size=2)
     assert sizes == [(2, 7), (2, 7), (2, 7), (2, 2)] * 2
+    assert all(together)
     assert len(blocks) == 2  # the decoder itself ran once a batch
 
 
