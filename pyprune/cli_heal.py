@@ -17,12 +17,27 @@ from pyprune.progress import ProgressBar
 @app.command(
     epilog=examples(
         "pyprune heal pruned --out healed",
+        "pyprune heal pruned --teacher packaged --train all --out healed",
         "pyprune heal pruned -o healed --text a.jsonl --learning-rate 2e-4",
     )
 )
 def heal(
     model: Model,
     out: Annotated[Path, typer.Option("--out", "-o", help="A new directory for the result.")],
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="The model before pruning: its predictions are learnt instead of the text alone. "
+            "Default: none.",
+        ),
+    ] = None,
+    train: Annotated[
+        str | None,
+        typer.Option(
+            help="lora, or all kept weights (16 bytes a weight more memory). Default: lora."
+        ),
+    ] = None,
     text: Annotated[
         str | None,
         typer.Option(
@@ -55,7 +70,8 @@ def heal(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Fine-tune a pruned model by LoRA, merged. Zeros stay zero. Needs peft."""
+    """Fine-tune a pruned model; zeros stay zero. By LoRA, merged (needs peft), or all of its kept
+    weights."""
     from dataclasses import replace
 
     from pyprune.heal import HealConfig, heal_checkpoint
@@ -67,6 +83,7 @@ def heal(
     config = HealConfig(
         training=replace(HealConfig().training, **shown),
         **given(
+            train=train,
             steps=steps,
             rank=rank,
             alpha=alpha,
@@ -79,7 +96,8 @@ def heal(
     )
     cli.quiet()
     with ProgressBar(cli.stderr(), "healing") as bar:
-        report = heal_checkpoint(cli.resolve(model, bar), out, config, bar.step)
+        dense = None if teacher is None else cli.resolve(teacher, bar)
+        report = heal_checkpoint(cli.resolve(model, bar), out, config, bar.step, teacher=dense)
     table = Table("", "before", "after", title=f"{model}: loss on held-out text")
     table.add_row("nats per token", f"{report.loss_before:.4f}", f"{report.loss_after:.4f}")
     words = f"{report.matrices} matrices, {report.zeros:,} zeros kept. Saved in {out}"

@@ -1,23 +1,26 @@
-"""Fine-tuning of a pruned model by LoRA, merged: zeros stay zero, the structure stays as it is.
+"""Fine-tuning of a pruned model: zeros stay zero, the structure stays as it is.
 
-Every matrix W gets a low-rank B A (Hu et al., arXiv 2106.09685) through `peft`. Where W has zeros,
-what trains, and what is merged, is W + (W != 0) * scale * B A: the model that is saved is the model
-that was trained. Merging an unmasked B A and cutting the zeros back afterwards would save another.
+By LoRA, merged: every matrix W gets a low-rank B A (Hu et al., arXiv 2106.09685) through `peft`.
+Where W has zeros, what trains, and what is merged, is W + (W != 0) * scale * B A: the model that is
+saved is the model that was trained. Merging an unmasked B A and cutting the zeros back afterwards
+would save another. Or all kept weights train. The loss is that of the text, or, with a teacher, the
+divergence from what the model before pruning predicts (Hinton et al., arXiv 1503.02531, at
+temperature 1): its whole distribution says more about each token than the one that came next.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Conv1D
 
 from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.loss_scale import LossScale, all_finite
@@ -27,6 +30,7 @@ from pyprune.checkpoint.output import REPORT, changed_model, earlier_report, wri
 from pyprune.config import (
     CalibrationConfig,
     check_call,
+    check_choice,
     check_device,
     check_types,
     convert_fields,
@@ -34,24 +38,28 @@ from pyprune.config import (
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
-from pyprune.models.running import evaluation, replaced_forward
+from pyprune.models.running import evaluation
 from pyprune.progress import Progress
+from pyprune.report import model_name, source_name
 from pyprune.surroundings import in_memory, undisturbed
+from pyprune.trainable import Trainable, kept_weights, lora_beside, require_peft
 
-BOX = "model"
+Trained = Literal["lora", "all"]
 
 
 @dataclass(frozen=True)
 class HealConfig:
     """Everything that decides the outcome of a run.
 
-    rank, alpha, dropout: of LoRA (the change is alpha / rank * B A). steps: optimiser steps, each
-    over `accumulate` batches. learning_rate: its peak, after `warmup` (a share of the steps), from
-    where it falls linearly to zero. clip: largest norm of the gradient. held_out: batches that are
-    not trained on, whose loss is reported. training: text, sequences and seed; what steps need
-    beyond it is seen again.
+    train: "lora", or "all" weights that are not zero, which takes 16 bytes a weight for fp32
+    copies, gradients and Adam. rank, alpha, dropout: of LoRA (the change is alpha / rank * B A).
+    steps: optimiser steps, each over `accumulate` batches. learning_rate: its peak, after `warmup`
+    (a share of the steps), from where it falls linearly to zero. clip: largest norm of the
+    gradient. held_out: batches that are not trained on, whose loss is reported. training: text,
+    sequences and seed; what steps need beyond it is seen again.
     """
 
+    train: Trained = "lora"
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.05
@@ -84,6 +92,7 @@ class HealConfig:
                 raise UserError(
                     f"{name}: expected from 0 to below {most:g}, got {getattr(self, name)!r}"
                 )
+        check_choice("train", self.train, get_args(Trained))
         if self.dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
         check_device(self.device)
@@ -91,8 +100,9 @@ class HealConfig:
 
 @dataclass(frozen=True)
 class HealReport:
-    """Losses are nats per token on the held-out batches. matrices: that were trained; masked: those
-    of them with zeros. zeros: in all trained matrices, the same before and after."""
+    """Losses are nats per token of the held-out batches' text, with a teacher too. matrices: that
+    were trained; masked: those of them with zeros. zeros: in all trained matrices, the same before
+    and after. teacher: its name."""
 
     loss_before: float
     loss_after: float
@@ -104,6 +114,7 @@ class HealReport:
     trained_parameters: int
     config: dict[str, Any]
     text_sha256: str
+    teacher: str | None = None
 
 
 @undisturbed()
@@ -114,8 +125,9 @@ def heal_model(
     progress: Progress | None = None,
     *,
     only: Collection[str] | None = None,
+    teacher: Any = None,
 ) -> HealReport:
-    """Trains and merges LoRA on all matrices that pruning could touch, in place.
+    """Trains all matrices that pruning could touch, in place.
 
     Args:
         model: a causal language model; it stays on its device and in its dtype: the config's are a
@@ -126,14 +138,20 @@ def heal_model(
         progress: called with (what happens, done, total or None).
         only: names of the matrices to train; None: all. Fused experts, embeddings and the head stay
             as they are.
+        teacher: the model before pruning, or another with the same vocabulary, on any device: its
+            distributions over the next token are learnt instead of the text's tokens. It stays as
+            it is.
 
     Raises:
-        UserError: peft is not installed, too few batches, or a loss that is not finite (the model
-            has its old weights then).
+        UserError: peft is needed and not installed, too few batches, a teacher with another
+            vocabulary, or a loss that is not finite (the model has its old weights then).
     """
     check_call(config, HealConfig, progress)
-    require_peft()
+    _check_installed(config)
     model = in_memory(model, structure=True)
+    teacher = None if teacher is None else in_memory(teacher)
+    if teacher is model:
+        raise UserError("teacher: expected another model than the one that is healed")
     tokens = configured_tokens(tokenizer_or_batches, config.training, model.config)
     train, held_out = _split(tokens.batches, config)
     names = [name for name in _targets(model) if only is None or name in only]
@@ -143,44 +161,60 @@ def heal_model(
     before = _loss(model, held_out)
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(config.training.seed)
-        with _lora_beside(model, names, config) as (layers, masked):
-            trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-            seen = _train(model, train, config, progress)
-            for layer in layers:
-                _merge(layer)
+        still = nullcontext() if teacher is None else evaluation(teacher)
+        with still, _trainable(model, names, config) as trained:
+            losses = partial(_divergences, teacher) if teacher is not None else _token_losses
+            seen = _train(model, trained.parameters, losses, train, config, progress)
+            trained.merge()
     after = _loss(model, held_out)
     return HealReport(
         loss_before=before,
         loss_after=after,
         steps=config.steps,
         tokens=seen,
-        matrices=len(layers),
-        masked=masked,
+        matrices=trained.matrices,
+        masked=trained.masked,
         zeros=zeros,
-        trained_parameters=trained,
+        trained_parameters=trained.size,
         config=asdict(config),
         text_sha256=tokens.sha256,
+        teacher=None if teacher is None else model_name(teacher),
     )
 
 
 @undisturbed()
 def heal_checkpoint(
-    source: str | Path, out: str | Path, config: HealConfig, progress: Progress | None = None
+    source: str | Path,
+    out: str | Path,
+    config: HealConfig,
+    progress: Progress | None = None,
+    *,
+    teacher: str | Path | None = None,
 ) -> HealReport:
     """Heals the model in `source` into a new directory `out`, in the checkpoint's own dtypes.
 
     pyprune.json keeps what the source's said (what was removed stays true) and adds "heal". Raises
-    UserError as `heal_model` does, and if `out` exists.
+    UserError as `heal_model` does, if `out` exists, and for a `teacher` (a directory or hub id, see
+    `heal_model`) with another tokenizer.
     """
     check_call(config, HealConfig, progress)
     check_output(out)
-    require_peft()
+    _check_installed(config)
     checkpoint = Checkpoint.open(source)
     tokenizer = checkpoint.tokenizer()
-    device = str(find_device(config.device))
-    model: Any = checkpoint.load_model(device, getattr(torch, config.dtype))
+    device, dtype = str(find_device(config.device)), getattr(torch, config.dtype)
+    dense: Any = None
+    if teacher is not None:
+        opened = Checkpoint.open(teacher)
+        if opened.tokenizer().get_vocab() != tokenizer.get_vocab():
+            raise UserError(
+                f"teacher: expected the tokenizer of {source_name(source)}, "
+                f"{source_name(teacher)} has other tokens"
+            )
+        dense = opened.load_model(device, dtype)
+    model: Any = checkpoint.load_model(device, dtype)
     originals = Originals(checkpoint, model)
-    report = heal_model(model, tokenizer, config, progress)
+    report = heal_model(model, tokenizer, config, progress, teacher=dense)
     with changed_model(checkpoint, originals, model, out) as folder:
         write_report(folder, {**_before(checkpoint), "heal": asdict(report)}, _card(report))
     return report
@@ -193,23 +227,28 @@ def _before(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _card(report: HealReport) -> str:
+    what = "LoRA, merged," if report.config["train"] == "lora" else "All kept weights trained"
+    teacher = f", taught by {report.teacher}" if report.teacher else ""
     return (
         "# Healed by pyprune\n\n"
-        f"LoRA on {report.matrices} matrices, merged: {report.tokens:,} tokens in {report.steps} "
-        f"steps. Loss on held-out text {report.loss_before:.4f} before, {report.loss_after:.4f} "
-        f"after (nats per token). {report.zeros:,} zeros kept. Details: {REPORT}.\n"
+        f"{what} in {report.matrices} matrices{teacher}: {report.tokens:,} tokens in "
+        f"{report.steps} steps. Loss on held-out text {report.loss_before:.4f} before, "
+        f"{report.loss_after:.4f} after (nats per token). "
+        f"{report.zeros:,} zeros kept. Details: {REPORT}.\n"
     )
 
 
-def require_peft() -> Any:
-    """The module; UserError if it is not installed."""
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(
-            "healing needs peft: pip install 'pyprune[heal]' (or pip install peft)"
-        ) from error
-    return peft
+def _check_installed(config: HealConfig) -> None:
+    if config.train == "lora":
+        require_peft()
+
+
+def _trainable(
+    model: nn.Module, names: Sequence[str], config: HealConfig
+) -> AbstractContextManager[Trainable]:
+    if config.train == "all":
+        return kept_weights(model, names)
+    return lora_beside(model, names, rank=config.rank, alpha=config.alpha, dropout=config.dropout)
 
 
 def _split(batches: Sequence[Batch], config: HealConfig) -> tuple[list[Batch], list[Batch]]:
@@ -229,79 +268,16 @@ def _targets(model: Any) -> list[str]:
     return [ref.name for ref in refs if ref.index is None and bool(ref.weight().any())]
 
 
-@contextmanager
-def _lora_beside(
-    model: Any, names: Sequence[str], config: HealConfig
-) -> Iterator[tuple[list[Any], int]]:
-    """Within it nothing but LoRA beside the matrices called `names` is trained, masked where they
-    have zeros: peft's layers, and how many are masked. Afterwards the model has no adapters, and
-    every module's mode and every parameter's `requires_grad` are what they were."""
-    lora = require_peft()
-    training = [module for module in model.modules() if module.training]
-    required = {id(p): p.requires_grad for p in model.parameters()}
-    # Of a mixture's model peft takes names like `mlp.up_proj` for experts that transformers has
-    # fused, and would put its adapters there. A box without a configuration has none.
-    wrapped = lora.get_peft_model(
-        nn.ModuleDict({BOX: model}),
-        lora.LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=[f"{BOX}.{name}" for name in names],
-            fan_in_fan_out=isinstance(model.get_submodule(names[0]), Conv1D),
-            bias="none",
-        ),
-    )
-    try:
-        layers = [m for m in wrapped.modules() if isinstance(m, lora.tuners.lora.LoraLayer)]
-        masked = [layer for layer in layers if bool((layer.get_base_layer().weight == 0).any())]
-        with ExitStack() as stack:
-            for layer in masked:
-                stack.enter_context(replaced_forward(layer, _masked_forward(layer)))
-            yield layers, len(masked)
-    finally:
-        wrapped.unload()
-        model.eval()
-        for module in training:
-            module.training = True
-        for p in model.parameters():
-            p.requires_grad_(required[id(p)])
-
-
-def _mask_times(layer: Any) -> Tensor:
-    """The change of the base matrix, in its own shape: (W != 0) * scale * B A."""
-    weight: Tensor = layer.get_base_layer().weight
-    (name,) = layer.active_adapters
-    change: Tensor = layer.scaling[name] * (layer.lora_B[name].weight @ layer.lora_A[name].weight)
-    if isinstance(layer.get_base_layer(), Conv1D):
-        change = change.T
-    return change * (weight != 0)
-
-
-def _masked_forward(layer: Any) -> Callable[..., Tensor]:
-    base = layer.get_base_layer()
-    (name,) = layer.active_adapters
-
-    def forward(x: Tensor, *_args: Any, **_kwargs: Any) -> Tensor:
-        change = _mask_times(layer).to(x.dtype)
-        if isinstance(base, Conv1D):
-            change = change.T
-        result: Tensor = base(x) + F.linear(layer.lora_dropout[name](x), change)
-        return result
-
-    return forward
-
-
-@torch.no_grad()
-def _merge(layer: Any) -> None:
-    weight = layer.get_base_layer().weight
-    weight.add_(_mask_times(layer).to(weight.dtype))
-
-
 @torch.enable_grad()  # also when the caller has switched gradients off
-def _train(model: nn.Module, batches: list[Batch], config: HealConfig, say: Any) -> int:
+def _train(
+    model: nn.Module,
+    parameters: Sequence[nn.Parameter],
+    losses_of: Callable[[Any, Batch], Tensor],
+    batches: list[Batch],
+    config: HealConfig,
+    say: Any,
+) -> int:
     """Returns the number of tokens trained on."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
     scale = LossScale(model.parameters())
     optimiser = torch.optim.AdamW(
         parameters, lr=config.learning_rate, weight_decay=config.weight_decay
@@ -319,7 +295,7 @@ def _train(model: nn.Module, batches: list[Batch], config: HealConfig, say: Any)
             if not order:
                 order = torch.randperm(len(batches), generator=gen).tolist()
             batch = batches[order.pop()]
-            losses = _token_losses(model, batch)
+            losses = losses_of(model, batch)
             seen += losses.numel()
             loss = losses.mean()
             if not bool(loss.isfinite()):
@@ -355,10 +331,37 @@ def _accumulate(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]
 
 def _token_losses(model: Any, batch: Batch) -> Tensor:
     """float32 [n]: of every real token that follows a real one."""
+    logits, batch = _predictions(model, batch)
+    targets = batch.input_ids[:, 1:].flatten()
+    return _real(F.cross_entropy(logits, targets, reduction="none"), batch)
+
+
+def _divergences(teacher: Any, model: Any, batch: Batch) -> Tensor:
+    """float32 [n]: KL(teacher || model) of what they predict for the same tokens."""
+    logits, batch = _predictions(model, batch)
+    with torch.no_grad():
+        wanted, _ = _predictions(teacher, batch)
+    if wanted.shape != logits.shape:
+        raise UserError(
+            f"teacher: expected logits of {logits.shape[-1]} tokens, got {wanted.shape[-1]}"
+        )
+    wanted = wanted.to(logits.device).log_softmax(-1)
+    terms = F.kl_div(logits.log_softmax(-1), wanted, reduction="none", log_target=True)
+    return _real(terms.sum(-1), batch)
+
+
+def _predictions(model: Any, batch: Batch) -> tuple[Tensor, Batch]:
+    """float32 logits `[B * (T - 1), V]` for the tokens after each sequence's first, and the batch
+    where the model is."""
     batch = batch.to(next(model.parameters()).device)
     ids, mask = batch.input_ids, batch.attention_mask
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return logits.flatten(0, 1), batch
+
+
+def _real(losses: Tensor, batch: Batch) -> Tensor:
+    """Those of real tokens that follow a real one."""
+    mask = batch.attention_mask
     if mask is None:
         return losses
     return losses[((mask[:, 1:] != 0) & (mask[:, :-1] != 0)).flatten()]

@@ -1,6 +1,7 @@
-"""LoRA that is merged: zeros stay, the saved model is the trained one, only matrices change."""
+"""Training that is merged: zeros stay, the saved model is the trained one, only matrices change."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -40,12 +41,13 @@ def config(**more):
     return HealConfig(**{"steps": 12, "learning_rate": 5e-3, "rank": 4, **more})
 
 
+@pytest.mark.parametrize("train", ["lora", "all"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "mixtral", "qwen3_moe"])
-def test_zeros_stay_and_loss_falls(family):
+def test_zeros_stay_and_loss_falls(family, train):
     model = half_pruned(family)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     kinds = {n: type(m) for n, m in model.named_modules()}
-    report = heal_model(model, tokens(), config())
+    report = heal_model(model, tokens(), config(train=train))
     assert report.loss_after < report.loss_before - 0.05
     assert {n: type(m) for n, m in model.named_modules()} == kinds
     assert [n for n, _ in model.named_parameters()] == list(before)
@@ -59,15 +61,16 @@ def test_zeros_stay_and_loss_falls(family):
             assert (p[kept] != before[name][kept]).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("train", ["lora", "all"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_merged_model_is_the_trained_one(family, monkeypatch):
-    """The logits just before merging, with LoRA beside the matrices, are those of the result."""
+def test_merged_model_is_the_trained_one(family, train, monkeypatch):
+    """The logits just before merging are those of the result."""
     model, ids = half_pruned(family), tiny_tokens(2, 10, seed=5)
     trained = []
-    train = heal._train
+    whole = heal._train
 
     def spy(wrapped, *args):
-        seen = train(wrapped, *args)
+        seen = whole(wrapped, *args)
         with torch.no_grad():
             trained.append(wrapped.eval()(ids, use_cache=False).logits)
         return seen
@@ -75,7 +78,7 @@ def test_merged_model_is_the_trained_one(family, monkeypatch):
     monkeypatch.setattr(heal, "_train", spy)
     with torch.no_grad():
         dense = model(ids, use_cache=False).logits
-        heal_model(model, tokens(), config())
+        heal_model(model, tokens(), config(train=train))
         merged = model(ids, use_cache=False).logits
     torch.testing.assert_close(merged, trained[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(merged, dense, atol=1e-2)
@@ -139,6 +142,76 @@ def test_fp16_is_trained_like_fp32():
             assert off < 0.1, (name, off)
 
 
+def test_bf16_weights_move_by_less_than_their_rounding():
+    """Each step is below it: without wider copies to add them up in, no weight would move."""
+    model, wide = half_pruned("llama").bfloat16(), half_pruned("llama")
+    wide.load_state_dict(model.state_dict())
+    before = {n: p.detach().clone() for n, p in wide.named_parameters()}
+    for healed in (model, wide):
+        heal_model(healed, tokens(), config(train="all", steps=100, learning_rate=1e-4))
+    changes = [
+        torch.cat([(p.detach().float() - before[n]).flatten() for n, p in m.named_parameters()])
+        for m in (model, wide)
+    ]
+    assert torch.nn.functional.cosine_similarity(*changes, dim=0) > 0.8
+    assert changes[0].norm() == pytest.approx(float(changes[1].norm()), rel=0.2)
+
+
+def mean_divergence(teacher, model, ids):
+    with torch.no_grad():
+        p, q = (m(ids, use_cache=False).logits.log_softmax(-1) for m in (teacher, model))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_a_teacher_is_followed(train):
+    """On text that neither model has seen: it is learnt from its predictions, not by heart."""
+    teacher, seen = tiny_model("llama").train(), [tiny_tokens(4, 32, seed) for seed in range(40)]
+    state = {n: t.clone() for n, t in teacher.state_dict().items()}
+    batches, unseen = as_token_set(seen, vocabulary=64, positions=128), tiny_tokens(4, 32, 99)
+    found = {}
+    for given in (None, teacher):
+        model = half_pruned("llama")
+        started = mean_divergence(teacher.eval(), model, unseen)
+        teacher.train()
+        report = heal_model(
+            model, batches, config(train=train, steps=40, learning_rate=2e-3), teacher=given
+        )
+        assert report.teacher == (None if given is None else "LlamaForCausalLM")
+        assert all(m.training for m in teacher.modules())
+        found[given is None] = mean_divergence(teacher.eval(), model, unseen) / started
+    assert found[False] < 0.8 and found[False] < 0.8 * found[True]
+    assert all(torch.equal(t, state[n]) for n, t in teacher.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in teacher.parameters())
+
+
+def test_divergences_are_those_of_real_tokens():
+    teacher, model, ids = tiny_model("llama"), half_pruned("llama"), tiny_tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    with torch.no_grad():
+        losses = heal._divergences(teacher, model, Batch(ids, mask))
+        alone = heal._divergences(teacher, model, Batch(ids[:1], None))
+        itself = heal._divergences(model, model, Batch(ids, None))
+    assert losses.shape == (8 + 4,)
+    torch.testing.assert_close(losses[:8], alone)
+    assert losses.mean() > 1e-4 and itself.abs().max() < 1e-6
+    expected = mean_divergence(teacher, model, ids[:1, :-1])
+    assert float(alone.mean()) == pytest.approx(expected, rel=1e-4)
+
+
+def test_teachers_that_cannot_teach(tmp_path):
+    model = half_pruned("llama")
+    before = [p.detach().clone() for p in model.parameters()]
+    other = tiny_model("llama", vocab_size=80)
+    with pytest.raises(UserError, match="teacher: expected logits of 64 tokens, got 80"):
+        heal_model(model, tokens(), config(), teacher=other)
+    with pytest.raises(UserError, match="teacher: expected another model"):
+        heal_model(model, tokens(), config(), teacher=model)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_same_seed_same_weights():
     models = [half_pruned("llama"), half_pruned("llama")]
     for model in models:
@@ -156,7 +229,15 @@ def test_failure_leaves_the_model_alone():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"rank": 0}, {"steps": 1.5}, {"dropout": 1.0}, {"learning_rate": -1}, {"dtype": "x"}]
+    "wrong",
+    [
+        {"rank": 0},
+        {"steps": 1.5},
+        {"dropout": 1.0},
+        {"learning_rate": -1},
+        {"dtype": "x"},
+        {"train": "some"},
+    ],
 )
 def test_bad_options(wrong):
     with pytest.raises(UserError, match=f"{next(iter(wrong))}: expected"):
@@ -193,6 +274,36 @@ def test_command_heals_a_model_with_fewer_layers(tmp_path, capsys):
     assert twice["earlier"] == saved and twice["heal"]["loss_before"] == pytest.approx(
         report["loss_after"], abs=0.05
     )
+
+
+def test_command_with_a_teacher(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)  # not needed where no LoRA is
+    for name, model in {
+        "dense": tiny_model("llama", vocab_size=258),
+        "pruned": half_pruned("llama", vocab_size=258),
+    }.items():
+        save_model(model, byte_tokenizer(), tmp_path / name, report={})
+    (tmp_path / "text.txt").write_text("A stitch in time saves nine. " * 200)
+    arguments = ["heal", str(tmp_path / "pruned"), "--teacher", str(tmp_path / "dense")]
+    arguments += ["--text", str(tmp_path / "text.txt"), "--steps", "2", "--nsamples", "4"]
+    arguments += ["--seqlen", "16", "--batch-size", "1", "--json", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2 and "LoRA needs peft" in capsys.readouterr().err
+    assert main([*arguments, "--train", "all"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["teacher"], report["config"]["train"]) == ("dense", "all")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "All kept weights trained" in card and "taught by dense" in card
+    # Another tokenizer with as many tokens would teach nonsense.
+    vocabulary = tmp_path / "dense" / "tokenizer.json"
+    tokenizer = json.loads(vocabulary.read_text())
+    entries = tokenizer["model"]["vocab"]
+    first, second = list(entries)[100:102]
+    entries[first], entries[second] = entries[second], entries[first]
+    vocabulary.write_text(json.dumps(tokenizer))
+    arguments[-1] = str(tmp_path / "again")
+    assert main([*arguments, "--train", "all"]) == 2
+    assert "dense has other tokens" in capsys.readouterr().err
+    assert not (tmp_path / "again").exists()
 
 
 def test_halves_that_are_zero_stay_so():

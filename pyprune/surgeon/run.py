@@ -115,7 +115,7 @@ class Surgeon:
                         f"(leave it out with --exclude {matrix.name!r})",
                     )
         if self.own.corrections:
-            from pyprune.heal import require_peft
+            from pyprune.trainable import require_peft
 
             require_peft()
             if len(self.tokens.batches) < 2:
