@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pyprune.checkpoint import Checkpoint, TensorEntry
 from pyprune.checkpoint.names import EXPERT, candidate_names, keeps_suffix, owners
 from pyprune.errors import UserError
-from pyprune.models.experts import is_fused, is_transposed, projections
+from pyprune.models.experts import expert_count, is_fused, is_transposed, projections
 from pyprune.sparse import format as formats
 from pyprune.sparse.embedding import embedding_scale
 from pyprune.sparse.format import LayerFormat
@@ -57,14 +57,25 @@ class Candidates:
     """What can be compressed. tensors: each the weight of one linear layer of the model (see
     `weight_of`) or of one projection of one expert, and whether it holds it transposed. stacks:
     those that are the matrices X.0.weight and so on of a tensor `X [E, ...]`. mixtures: the tensors
-    of one module of experts."""
+    of one module of experts. refused: why others stay dense, by the module's name."""
 
     tensors: Mapping[str, bool]
     stacks: tuple[str, ...]
     mixtures: tuple[tuple[str, ...], ...]
+    refused: Mapping[str, str]
 
     def is_stacked(self, tensor: str) -> bool:
         return tensor.removesuffix(formats.WEIGHT).rpartition(".")[0] in self.stacks
+
+    def notes(self) -> tuple[str, ...]:
+        """What stays dense whatever its zeros, a sentence a reason."""
+        modules: dict[str, list[str]] = {}
+        for name, reason in self.refused.items():
+            modules.setdefault(reason, []).append(name)
+        return tuple(
+            f"Experts stay dense in {first}{f' and {len(more)} more' if more else ''}: {reason}"
+            for reason, (first, *more) in modules.items()
+        )
 
 
 class Chooser:
@@ -226,13 +237,19 @@ def compressible(checkpoint: Checkpoint) -> Candidates:
             found[tensor] = stored_transposed(module)
     stacks: list[str] = []
     mixtures = []
+    refused: dict[str, str] = {}
     for name, module in model.named_modules():
-        if is_fused(module):
-            transposed, tensors, stacked = _expert_tensors(checkpoint, model, name, module)
-            found |= dict.fromkeys(tensors, transposed)
-            stacks += stacked
-            mixtures.append(tuple(tensors))
-    return Candidates(found, tuple(stacks), tuple(mixtures))
+        if not is_fused(module):
+            continue
+        experts = _expert_tensors(checkpoint, model, name, module)
+        if isinstance(experts, str):
+            refused[name] = experts
+            continue
+        tensors, stacked = experts
+        found |= dict.fromkeys(tensors, bool(stacked) and is_transposed(module))
+        stacks += stacked
+        mixtures.append(tuple(tensors))
+    return Candidates(found, tuple(stacks), tuple(mixtures), refused)
 
 
 def embedding_tensors(checkpoint: Checkpoint, kind: str) -> list[str]:
@@ -269,17 +286,18 @@ def embedding_tensors(checkpoint: Checkpoint, kind: str) -> list[str]:
 
 def _expert_tensors(
     checkpoint: Checkpoint, model: PreTrainedModel, name: str, module: nn.Module
-) -> tuple[bool, list[str], list[str]]:
-    """Whether the matrices of a module of fused experts are stored transposed, their tensors, and
-    those that hold all experts' matrices, of which the former are then parts. No tensors if the
-    module is made up in another way, or its parts would be lost on loading."""
+) -> tuple[list[str], list[str]] | str:
+    """The tensors of the matrices of a module of fused experts, and those that hold all experts'
+    matrices, of which the former are then parts. Or why it has to stay dense."""
     pieces = {which: checkpoint.names.pieces[f"{name}.{which}"] for which in projections(module)}
     every = [piece for found in pieces.values() for piece in found]
     tensors = [piece.tensor for piece in every]
-    fits = all(checkpoint.tensors[tensor].dtype in formats.VALUE_DTYPES for tensor in tensors)
-    shapes = {getattr(module, which).shape[0] for which in pieces}
-    if not fits or len(shapes) > 1:
-        return False, [], []
+    if any(checkpoint.tensors[tensor].dtype not in formats.VALUE_DTYPES for tensor in tensors):
+        return "not all are floating point numbers"
+    counts = {which: getattr(module, which).shape[0] for which in pieces}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{which} of {count}" for which, count in counts.items())
+        return f"not all have every matrix ({listed})"
     if all(piece.whole for piece in every):
         # Of X transformers makes <name>.<projection>; of X.3.values it has to make the same and
         # what comes behind it.
@@ -288,8 +306,9 @@ def _expert_tensors(
             for which, found in pieces.items()
             for part in ALL_PARTS
         )
-        count = shapes.pop()
+        count = expert_count(module)
         units = [f"{tensor}.{e}{formats.WEIGHT}" for tensor in tensors for e in range(count)]
-        return (is_transposed(module), units, tensors) if kept else (False, [], [])
-    single = all(EXPERT.match(piece.tensor) for piece in every)
-    return False, tensors if single else [], []
+        return (units, tensors) if kept else "transformers would not find their parts again"
+    if all(EXPERT.match(piece.tensor) for piece in every):
+        return tensors, []
+    return "their tensors have names of another kind"

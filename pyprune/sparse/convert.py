@@ -55,7 +55,7 @@ class ConversionReport:
     rows.
     nbytes_before, nbytes_after: of the tensors in the input's and the output's files; nbytes_dense:
     of the dense model that both stand for. rows: of the products that formats were chosen by, None
-    where bytes decided."""
+    where bytes decided. notes: what a reader should know."""
 
     path: str
     layers: dict[str, LayerConversion]
@@ -63,6 +63,7 @@ class ConversionReport:
     nbytes_after: int
     nbytes_dense: int
     rows: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def formats(self) -> dict[str, str]:
@@ -159,7 +160,7 @@ def compress_checkpoint(
     after = _write(stored, out, plan, convert, raw, _compressed_card(layers), steps)
     sizes = (whole.nbytes, after, whole.dense_nbytes)
     chosen = {t.removesuffix(formats.WEIGHT): d.report for t, d in decisions.items()}
-    return ConversionReport(str(out), chosen, *sizes, measured_rows)
+    return ConversionReport(str(out), chosen, *sizes, measured_rows, candidates.notes())
 
 
 def decompress_checkpoint(
