@@ -391,7 +391,7 @@ class _Walk:
             rows = forward.real_rows(collected.stage.leader, inputs)
             for given, x in zip(inputs, rows, strict=True):
                 if len(x):
-                    collected.statistics[given.member].update(x, None)
+                    collected.statistics[given.member].update(x)
         collected.seconds += time.perf_counter() - start
 
     def _prune_stage(self, collected: _Collected) -> None:
