@@ -315,7 +315,7 @@ class _Pass:
                         stack.callback(hook.remove)
                 for module, projections in fused.items():
                     ran = partial(self._expert_ran, projections)
-                    stack.enter_context(observed(module, _ignore, ran))
+                    stack.enter_context(observed(module, produced=ran))
                 if checkpointing and i >= self._first:
                     stack.enter_context(checkpointed(blocks[i]))
             yield
@@ -449,7 +449,3 @@ def _check_model(adapter: Adapter, visitors: Mapping[str, Visitor]) -> None:
 
 def _unseen(sample: Sample) -> None:
     """What a visit is for that only looks for the largest gradient."""
-
-
-def _ignore(module: nn.Module, projection: str, inputs: list[ExpertInput]) -> None:
-    """Inputs of experts are seen with their outputs."""

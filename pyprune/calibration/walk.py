@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from pyprune.calibration import schedule
@@ -36,7 +36,7 @@ from pyprune.calibration.stats import Statistic
 from pyprune.calibration.store import BlockStore, InMemoryStore
 from pyprune.errors import OVERFLOW, LayerError, UserError
 from pyprune.models.adapter import Adapter
-from pyprune.models.experts import ExpertInput, is_fused, observed
+from pyprune.models.experts import is_fused, observed
 from pyprune.models.linears import parameters_of
 from pyprune.models.running import evaluation
 
@@ -334,7 +334,7 @@ class _Walk:
             # Experts one by one, as everywhere here: torch's grouped products may have no gradient.
             for module in self._adapter.blocks[self._block].modules():
                 if is_fused(module):
-                    stack.enter_context(observed(module, _ignore))
+                    stack.enter_context(observed(module))
             stack.enter_context(without_parameter_gradients(self._adapter.blocks[self._block]))
             prepare_block(BlockVisit(name, groups, tokens, self._run_changed, tell))
 
@@ -434,10 +434,6 @@ def _check_finite(group: Group) -> None:
         raise LayerError(
             ref.name, f"its calibration input has NaN or infinite values{OVERFLOW if half else ''}"
         )
-
-
-def _ignore(module: nn.Module, projection: str, inputs: list[ExpertInput]) -> None:
-    """Nothing is looked at."""
 
 
 def _out_of_turn(forward: Forward, reached: str, due: str) -> UserError:
