@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.calibration.backward import PLAIN, PassOptions
-from pyprune.calibration.gradients import check_sums, sequence_pass, sums_dtype
+from pyprune.calibration.backward import PLAIN, PassOptions, backward_pass
+from pyprune.calibration.gradients import check_sums, sums_dtype
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.tokens import Batch
 from pyprune.models.adapter import Adapter
@@ -28,8 +28,8 @@ def gradient_sums(
     """For every prunable matrix the mean over sequences n of `sum_ij |m_ij g_n[i, j]| ** power`,
     with g_n the gradient of the sequence's mean loss and m the weight (`weighted`) or one.
 
-    One backward pass over the whole model, a sequence at a time; see `backward_pass` for
-    `options`, `progress` and what it raises. A matrix that no token reached has 0.
+    One backward pass over the whole model; see `backward_pass` for `options`, `progress` and what
+    it raises. A matrix that no token reached has 0.
     """
     refs = [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
     dtype = sums_dtype(adapter)
@@ -37,7 +37,7 @@ def gradient_sums(
     scratch: dict[tuple[int, ...], Tensor] = {}
     sums = {ref.name: _Sum(ref, power, weighted, dtype, scratch) for ref in refs}
     visitors: Mapping[str, Callable[[Sample], None]] = {n: s.update for n, s in sums.items()}
-    report = sequence_pass(adapter, batches, visitors, options, progress)
+    report = backward_pass(adapter, batches, visitors, options, progress)
     for name, total in sums.items():
         check_sums(name, bool(total.value.isfinite()))
     return {name: float(total.value) / report.sequences for name, total in sums.items()}

@@ -22,18 +22,14 @@ from torch.func import functional_call
 
 from pyprune.calibration import schedule
 from pyprune.calibration.autograd import without_parameter_gradients
-from pyprune.calibration.coroutine import (
-    Forward,
-    Pause,
-    TokenBatch,
-    stopping_at_entries,
-)
+from pyprune.calibration.coroutine import Forward, Pause, stopping_at_entries
 from pyprune.calibration.group import BlockVisit, Group
 from pyprune.calibration.progress import PhaseClock, WalkEvent, WalkReport
 from pyprune.calibration.schedule import Site, SiteInput, Stage
 from pyprune.calibration.spill import Parked, Spill, SpillTo
 from pyprune.calibration.stats import Statistic
 from pyprune.calibration.store import BlockStore, InMemoryStore
+from pyprune.calibration.tokens import Batch
 from pyprune.errors import OVERFLOW, LayerError, UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.experts import is_fused, observed
@@ -56,7 +52,7 @@ Mode = Literal["single", "two-pass", "naive"]
 
 def walk(
     adapter: Adapter,
-    batches: Sequence[TokenBatch],
+    batches: Sequence[Batch],
     *,
     statistic: Callable[[int, torch.device], Statistic] | None,
     prune_group: Callable[[Group], None],
