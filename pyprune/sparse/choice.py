@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,6 +40,14 @@ class LayerConversion:
     nbytes: int
     error: float | None = None
     seconds: dict[str, float] | None = None
+
+    @classmethod
+    def dense(
+        cls, shape: Sequence[int], dtype: torch.dtype, nbytes: int, density: float = 1.0
+    ) -> LayerConversion:
+        """Of a weight `[R, C]` that stays as it is."""
+        name, (rows, cols) = dtype_name(dtype), shape
+        return cls(DENSE, name, name, (rows, cols), density, nbytes, nbytes)
 
 
 @dataclass(frozen=True)
@@ -120,16 +128,9 @@ class Chooser:
         kind, seconds = next(iter(sizes), DENSE), None
         if self._measured is not None and sizes:
             kind, seconds = self._measured(weight, sizes, nnz, self._int8)
-        report = LayerConversion(
-            format=DENSE,
-            values=dtype_name(dense.dtype),
-            dtype=dtype_name(dense.dtype),
-            shape=(weight.shape[0], weight.shape[1]),
-            density=nnz / weight.numel() if weight.numel() else 1.0,
-            nbytes_dense=dense.nbytes,
-            nbytes=dense.nbytes,
-            seconds=seconds,
-        )
+        density = nnz / weight.numel() if weight.numel() else 1.0
+        report = LayerConversion.dense(weight.shape, dense.dtype, dense.nbytes, density)
+        report = replace(report, seconds=seconds)
         if kind == DENSE:
             return Decision(None, nnz, report)
         stacked = self._candidates.is_stacked(tensor)
@@ -155,23 +156,20 @@ class Chooser:
         return self._coded(dense) if self._embeddings == CODED else self._int8_rows(tensor, dense)
 
     def _coded(self, dense: Tensor) -> Decision:
-        dtype, shape = dtype_name(dense.dtype), (dense.shape[0], dense.shape[1])
-        report = LayerConversion(DENSE, dtype, dtype, shape, 1.0, dense.nbytes, dense.nbytes)
+        report = LayerConversion.dense(dense.shape, dense.dtype, dense.nbytes)
         escapes = formats.coded_escapes(dense)
         if escapes is None:
             return Decision(None, 0, report)
-        layer = LayerFormat(CODED, shape)
+        layer = LayerFormat(CODED, report.shape)
         report = replace(report, format=CODED, nbytes=layer.nbytes(escapes, dense.dtype))
         return Decision(layer, escapes, report)
 
     def _int8_rows(self, tensor: str, dense: Tensor) -> Decision:
-        layer = LayerFormat(DENSE_INT8, (dense.shape[0], dense.shape[1]), int8=True)
-        dtype = dtype_name(dense.dtype)
+        report = LayerConversion.dense(dense.shape, dense.dtype, dense.nbytes)
+        layer = LayerFormat(DENSE_INT8, report.shape, int8=True)
         _, error = self._stored_values(tensor, dense, layer, dense.numel())
         nbytes = layer.nbytes(dense.numel(), dense.dtype)
-        report = LayerConversion(
-            DENSE, formats.INT8, dtype, layer.shape, 1.0, dense.nbytes, nbytes, error
-        )
+        report = replace(report, values=formats.INT8, nbytes=nbytes, error=error)
         return Decision(layer, dense.numel(), report)
 
     def _stored_values(
@@ -192,10 +190,9 @@ class Chooser:
 
 def _as_it_is(layer: LayerFormat, dense: TensorEntry) -> Decision:
     """Factors have no zeros to leave out, and their product is larger."""
-    dtype, nbytes = dtype_name(dense.dtype), layer.nbytes(0, dense.dtype)
-    density = nbytes / dense.nbytes
-    report = LayerConversion(layer.format, dtype, dtype, layer.shape, density, dense.nbytes, nbytes)
-    return Decision(layer, 0, report)
+    nbytes = layer.nbytes(0, dense.dtype)
+    report = LayerConversion.dense(layer.shape, dense.dtype, dense.nbytes, nbytes / dense.nbytes)
+    return Decision(layer, 0, replace(report, format=layer.format, nbytes=nbytes))
 
 
 def _whole_mixtures(

@@ -38,7 +38,7 @@ from pyprune.sparse.choice import (
     embedding_tensors,
 )
 from pyprune.sparse.format import LayerFormat
-from pyprune.sparse.layout import CODED, DENSE_INT8, FACTORED, FORMATS, dtype_name
+from pyprune.sparse.layout import CODED, DENSE_INT8, FACTORED, FORMATS
 from pyprune.sparse.stored import CONFIG, DENSE, StoredCheckpoint
 
 # How the input embedding and the head may be stored.
@@ -186,12 +186,10 @@ def decompress_checkpoint(
     layers = {}
     entries = stored.split(stored.stacks).entries
     for tensor in stored.parts:
-        entry = entries[tensor]
-        name, shape = tensor.removesuffix(formats.WEIGHT), (entry.shape[0], entry.shape[1])
-        if stored.layers and stored.layers[name].transposed:
-            shape = shape[::-1]
-        dtype = dtype_name(entry.dtype)
-        layers[name] = LayerConversion(DENSE, dtype, dtype, shape, 1.0, entry.nbytes, entry.nbytes)
+        entry, name = entries[tensor], tensor.removesuffix(formats.WEIGHT)
+        transposed = stored.layers and stored.layers[name].transposed
+        shape = entry.shape[::-1] if transposed else entry.shape
+        layers[name] = LayerConversion.dense(shape, entry.dtype, entry.nbytes)
     return ConversionReport(str(out), layers, stored.nbytes, after, stored.dense_nbytes)
 
 

@@ -6,7 +6,7 @@ weight consists of, and what must hold of them before they are used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from pyprune.checkpoint.shards import TensorEntry
 from pyprune.errors import UserError
-from pyprune.ops.coded import count_escapes, pack_coded
-from pyprune.ops.pack import pack_24, pack_bitmap
+from pyprune.ops.coded import count_escapes
 from pyprune.ops.sparse_int8 import dequantize_rows, quantize_rows
 from pyprune.ops.storage import bit_pattern, row_blocks
 from pyprune.sparse import factored, layout
@@ -322,13 +321,7 @@ def pack(dense: Tensor, layer: LayerFormat) -> dict[str, Tensor]:
     weight = dense.T if layer.transposed else dense
     if layer.format == "sparse24" and not layout.is_24(_kept(weight)):
         raise UserError("sparse24: expected 8n columns and at most 2 non-zero of every 4")
-    if layer.int8:
-        packed = weights.pack(weight, layer.format, True)
-    elif layer.format == CODED:
-        packed = pack_coded(weight)
-    else:
-        packed = pack_24(weight) if layer.format == "sparse24" else pack_bitmap(weight)
-    return dict(zip(layer.parts, packed, strict=True))
+    return dict(zip(layer.parts, weights.pack(weight, layer.format, layer.int8), strict=True))
 
 
 def quantization_error(dense: Tensor, layer: LayerFormat) -> tuple[int, float]:
@@ -358,13 +351,13 @@ def coded_escapes(weight: Tensor) -> int | None:
     return escapes if layout.worthwhile({CODED: size}, weight.nbytes) else None
 
 
-def sparse_bytes(weight: Tensor, allowed: tuple[str, ...] = FORMATS) -> tuple[dict[str, int], int]:
+def sparse_bytes(weight: Tensor, allowed: Sequence[str] = FORMATS) -> tuple[dict[str, int], int]:
     """What `pack` makes of `weight [R, C]`: bytes by format, of the allowed ones that can hold it;
     and how many elements it keeps."""
     return layout.sparse_bytes(_kept(weight), weight.dtype, allowed)
 
 
-def candidates(weight: Tensor, allowed: tuple[str, ...] = FORMATS) -> tuple[dict[str, int], int]:
+def candidates(weight: Tensor, allowed: Sequence[str] = FORMATS) -> tuple[dict[str, int], int]:
     """The allowed formats that save at least a tenth of the bytes of `weight [R, C]`, with their
     bytes, smallest first (2:4 where equal); and how many elements a bitmap would keep."""
     sizes, nnz = sparse_bytes(weight, allowed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,25 @@ from pyprune.ops.sparse_int8 import (
 )
 from pyprune.sparse import layout
 from pyprune.sparse.layout import CODED, COUNTED, DENSE_INT8, FORMATS
+
+
+class Kind(NamedTuple):
+    """What a stored weight is multiplied by (an op), unpacked and checked with."""
+
+    op: str
+    unpack: Callable[..., Tensor]
+    validate: Callable[..., None]
+
+
+# By format, and whether values are int8.
+KINDS = {
+    ("sparse24", False): Kind("linear_24", unpack_24, validate_24),
+    ("sparse24", True): Kind("linear_24_int8", unpack_24_int8, validate_24_int8),
+    ("bitmap", False): Kind("linear_bitmap", unpack_bitmap, validate_bitmap),
+    ("bitmap", True): Kind("linear_bitmap_int8", unpack_bitmap_int8, validate_bitmap_int8),
+    (DENSE_INT8, True): Kind("linear_int8", unpack_int8, validate_int8),
+    (CODED, False): Kind("linear_coded", unpack_coded, validate_coded),
+}
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -90,7 +109,7 @@ class StoredWeight(nn.Module):
         tied_to: StoredWeight | None = None,
     ) -> None:
         super().__init__()
-        if format not in FORMATS and (format, int8) not in ((DENSE_INT8, True), (CODED, False)):
+        if (format, int8) not in KINDS:
             raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
         if format == "sparse24" and cols % 8:
             raise UserError(f"sparse24: expected a multiple of 8 inputs, got {cols}")
@@ -192,10 +211,10 @@ class StoredWeight(nn.Module):
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
 
 
-def pack(weight: Tensor, format: str, int8: bool) -> tuple[Tensor, ...]:
-    """The weight buffers of `weight [R, C]` without its zeros, in `SparseLinear`'s order. Rounded
-    to int8, small weights may become zero too. ("dense" keeps zeros, and takes int8 only; "coded"
-    keeps every bit, and takes bf16 only.)
+def pack(weight: Tensor, format: str, int8: bool, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The weight buffers of `weight [R, C]`, in `SparseLinear`'s order, with the elements of `mask`
+    (bool `[R, C]`; None: those whose bits are not all zero). int8: with those that do not round to
+    zero. "dense" keeps zeros, and takes int8 only; "coded" keeps every bit, and takes bf16 only.
 
     Raises UserError for an infinity or a NaN with int8; the format is taken to fit.
     """
@@ -203,7 +222,7 @@ def pack(weight: Tensor, format: str, int8: bool) -> tuple[Tensor, ...]:
         return pack_coded(weight)
     make = pack_24 if format == "sparse24" else pack_bitmap
     if not int8:
-        return make(weight, weight != 0)
+        return make(weight, mask)
     try:
         q, scales = quantize_rows(weight)
     except ValueError as error:
@@ -214,32 +233,14 @@ def pack(weight: Tensor, format: str, int8: bool) -> tuple[Tensor, ...]:
     return values.to(torch.int8), *meta, scales
 
 
-_UNPACK: dict[tuple[str, bool], Callable[..., Tensor]] = {
-    ("sparse24", False): unpack_24,
-    ("sparse24", True): unpack_24_int8,
-    ("bitmap", False): unpack_bitmap,
-    ("bitmap", True): unpack_bitmap_int8,
-    (DENSE_INT8, True): unpack_int8,
-    (CODED, False): unpack_coded,
-}
-_VALIDATE: dict[tuple[str, bool], Callable[..., None]] = {
-    ("sparse24", False): validate_24,
-    ("sparse24", True): validate_24_int8,
-    ("bitmap", False): validate_bitmap,
-    ("bitmap", True): validate_bitmap_int8,
-    (DENSE_INT8, True): validate_int8,
-    (CODED, False): validate_coded,
-}
-
-
 def unpack(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> Tensor:
     """The dense `[R, cols]` weight of weight buffers in `SparseLinear`'s order. Raises ValueError
     as `validate` does."""
     width = (cols,) if format == "bitmap" else ()
-    return _UNPACK[format, int8](*parts, *width)
+    return KINDS[format, int8].unpack(*parts, *width)
 
 
 def validate(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> None:
     """Raises ValueError unless weight buffers in `SparseLinear`'s order describe a matrix."""
     width = (cols,) if format == "bitmap" else ()
-    _VALIDATE[format, int8](*parts, *width)
+    KINDS[format, int8].validate(*parts, *width)
