@@ -93,7 +93,7 @@ def sequence_targets(index: int, batch: Batch) -> list[int]:
     if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
         shapes = [tuple(t.shape) for t in (ids, mask) if t is not None]
         raise UserError(f"batch {index}: expected ids and mask of one shape [B, T], {shapes}")
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    real = batch.real
     targets: list[int] = (real[:, 1:] & real[:, :-1]).sum(1).tolist()
     for n, count in enumerate(targets):
         if not count:

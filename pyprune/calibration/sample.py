@@ -17,7 +17,7 @@ class Sample:
         over them, so `g / targets` belongs to the mean loss.
     leader: name of the first matrix that read this same tensor x (the matrix's own name if it is
         the first): with q, k and v a statistic of x alone needs to be kept for the leader only.
-    draw: which draw of labels the gradients belong to, see `fisher_samples` of `backward_pass`;
+    draw: which draw of labels the gradients belong to, see `fisher_samples` of `PassOptions`;
         the inputs of all draws are the same.
     """
 
