@@ -26,7 +26,7 @@ from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import PARTS, in_parts
 from pyprune.depth.registry import run_search
 from pyprune.depth.repack import repack
-from pyprune.depth.score import Scorer
+from pyprune.depth.score import Scorer, or_inf
 from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
 from pyprune.progress import Progress
@@ -300,7 +300,7 @@ class WidthSearch:
             else:
                 scores = self._scores(left, self.perplexity)
             # The first of equals; a score that is no number is never best.
-            branch = min(scores, key=lambda b: (_or_inf(scores[b]), b.position))
+            branch = min(scores, key=lambda b: (or_inf(scores[b]), b.position))
             if math.isnan(scores[branch]):
                 raise UserError("calibration: every step gives NaN; expected finite scores")
             gone += self._accept(branch, scores[branch])
@@ -339,8 +339,8 @@ class WidthSearch:
         scores = self._walk.score(units, self._removed, batches)
         found = dict(zip(branches, scores, strict=True))
         for branch, score in found.items():
-            rise = _mean(score) - _mean(before)
-            self._rises[branch] = math.inf if math.isnan(rise) else rise
+            mean_of = self._scorer.mean_of
+            self._rises[branch] = or_inf(mean_of(score) - mean_of(before))
             self._looked[branch] = len(self.log)
         return found
 
@@ -427,12 +427,3 @@ def norm_of_rows(group: Group) -> Tensor:
 def _by_norm(group: Group) -> Tensor:
     """Units by descending norm, the lower index first among equals."""
     return norm_of_rows(group).sort(descending=True, stable=True).indices
-
-
-def _mean(perplexity: float) -> float:
-    """The mean loss behind it."""
-    return math.log(perplexity)  # NaN and infinity stay what they are
-
-
-def _or_inf(value: float) -> float:
-    return math.inf if math.isnan(value) else value

@@ -69,6 +69,7 @@ def run_width(
     state: see `WidthMethod`; UserError for a method that is not in shots. Where it finds NaN or
     infinity, the error says after which module of the model they begin."""
     from pyprune.depth.finite import NotFiniteError, located
+    from pyprune.depth.graph import ResidualGraph
     from pyprune.models.adapter import Adapter
 
     method = WIDTH_METHODS.find(config.method)
@@ -78,4 +79,5 @@ def run_width(
     try:
         return method.prune(model, tokens, config, progress, **more)
     except NotFiniteError as error:
-        raise located(error, model, Adapter.of(model), tokens.batches) from error
+        graph = ResidualGraph(model, Adapter.of(model))
+        raise located(error, graph, tokens.batches) from error

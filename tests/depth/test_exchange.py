@@ -19,7 +19,7 @@ from pyprune.depth.exchange import meets
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.greedy import Greedy
 from pyprune.depth.plot import draw
-from pyprune.depth.registry import run_search
+from pyprune.depth.registry import DepthTask, run_search
 from pyprune.depth.run import prune_structure
 from pyprune.depth.score import Scorer
 from pyprune.depth.walkdown import WalkDown
@@ -79,7 +79,7 @@ def test_no_worse_than_both_lists_and_mostly_the_best_of_all_sets():
         assert list(found.refinement.starts.values()) == pytest.approx(ends, rel=1e-5)
         assert score <= min(found.refinement.starts.values())
         assert found.refinement.start == ("layers" if ends[1] < ends[0] else "branches")
-        assert asked.reached([tuple(found.removed)])
+        assert asked.reached(found.removed)
         assert score == pytest.approx(score_of(model, data, found.removed), rel=1e-5)
         if found.refinement.exchanges:
             assert meets(asked, frozenset(found.removed), len(branches)) or not (
@@ -304,7 +304,7 @@ def test_what_need_not_go_comes_back():
         best = min(less, key=score, default=None)
         if best is None or cases[score(best) < score(start)] == 2:
             continue
-        greedy = Greedy(graph, data, config, config.own_options(), units)
+        greedy = Greedy(DepthTask(graph, data, config), config.own_options(), units)
         known = exchange.Known(greedy, frozenset(), None)
         step = Step(tuple(start), score(start))
         local = exchange.LocalSearch(greedy, graph.branches, known, [step], 100, 1e9)
