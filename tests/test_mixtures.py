@@ -23,7 +23,8 @@ from pyprune.prune import prune_checkpoint
 from pyprune.sparse.choice import Candidates
 from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
 from pyprune.sparse.experts import SparseExperts
-from pyprune.sparse.format import LayerFormat, stacks_of
+from pyprune.sparse.format import stacks_of
+from pyprune.sparse.layout import LayerFormat
 from pyprune.sparse.linear import SparseLinear
 from pyprune.sparse.stored import StoredCheckpoint
 from pyprune.width.structure import Widths

@@ -16,8 +16,15 @@ from pyprune.errors import UserError
 from pyprune.models.experts import expert_count, is_fused, is_transposed, projections
 from pyprune.sparse import format as formats
 from pyprune.sparse.embedding import embedding_scale
-from pyprune.sparse.format import LayerFormat
-from pyprune.sparse.layout import ALL_PARTS, CODED, DENSE_INT8, FACTORED, dtype_name
+from pyprune.sparse.layout import (
+    ALL_PARTS,
+    CODED,
+    DENSE_INT8,
+    FACTORED,
+    INT8,
+    LayerFormat,
+    dtype_name,
+)
 from pyprune.sparse.linear import stored_transposed, weight_of
 from pyprune.sparse.measured import MeasuredChoice
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
@@ -139,7 +146,7 @@ class Chooser:
         report = replace(
             report,
             format=kind,
-            values=formats.INT8 if self._int8 else report.dtype,
+            values=INT8 if self._int8 else report.dtype,
             density=nnz / weight.numel(),
             nbytes=layer.nbytes(nnz, dense.dtype),
             error=error,
@@ -169,7 +176,7 @@ class Chooser:
         layer = LayerFormat(DENSE_INT8, report.shape, int8=True)
         _, error = self._stored_values(tensor, dense, layer, dense.numel())
         nbytes = layer.nbytes(dense.numel(), dense.dtype)
-        report = replace(report, values=formats.INT8, nbytes=nbytes, error=error)
+        report = replace(report, values=INT8, nbytes=nbytes, error=error)
         return Decision(layer, dense.numel(), report)
 
     def _stored_values(

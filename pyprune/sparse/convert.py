@@ -37,12 +37,11 @@ from pyprune.sparse.choice import (
     compressible,
     embedding_tensors,
 )
-from pyprune.sparse.format import LayerFormat
-from pyprune.sparse.layout import CODED, DENSE_INT8, FACTORED, FORMATS
+from pyprune.sparse.layout import CODED, DENSE_INT8, FACTORED, FORMATS, INT8, LayerFormat
 from pyprune.sparse.stored import CONFIG, DENSE, StoredCheckpoint
 
 # How the input embedding and the head may be stored.
-EMBEDDINGS = ("same", formats.INT8, CODED)
+EMBEDDINGS = ("same", INT8, CODED)
 # What becomes of each dense tensor: the tensors that are written for it, by name.
 Plan = Mapping[str, Mapping[str, TensorEntry]]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

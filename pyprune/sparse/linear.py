@@ -112,7 +112,7 @@ class SparseLinear(PreparesWeight, StoredWeight):
         new = cls(
             cols, rows, format, int8=int8, bias=bias is not None, dtype=weight.dtype, device="meta"
         )
-        packed = pack(weight, format, int8, _kept(weight))
+        packed = pack(weight, new.layer, _kept(weight))
         for name, t in zip(new.weight_buffers, packed, strict=True):
             setattr(new, name, t)
         if bias is not None:

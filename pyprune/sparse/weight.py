@@ -27,8 +27,7 @@ from pyprune.ops.sparse_int8 import (
     validate_bitmap_int8,
     validate_int8,
 )
-from pyprune.sparse import layout
-from pyprune.sparse.layout import CODED, COUNTED, DENSE_INT8, FORMATS
+from pyprune.sparse.layout import CODED, COUNTED, DENSE_INT8, FORMATS, LayerFormat
 
 
 class Kind(NamedTuple):
@@ -114,6 +113,7 @@ class StoredWeight(nn.Module):
         if format == "sparse24" and cols % 8:
             raise UserError(f"sparse24: expected a multiple of 8 inputs, got {cols}")
         self.rows, self.cols, self.format, self.int8 = rows, cols, format, int8
+        self.layer = LayerFormat(format, (rows, cols), int8)
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
         # In a tuple, a module is no submodule: its buffers are not this one's too.
         self._owner = () if tied_to is None else (tied_to,)
@@ -123,8 +123,8 @@ class StoredWeight(nn.Module):
             if kind != (rows, cols, format, int8):
                 raise UserError(f"tied_to: expected {(rows, cols, format, int8)}, got {kind}")
         else:
-            for part, shape in layout.part_shapes(format, (rows, cols), int8, nnz).items():
-                kind_of = layout.part_dtype(part, int8, self._dtype)
+            for part, shape in self.layer.part_shapes(nnz).items():
+                kind_of = self.layer.part_dtype(part, self._dtype)
                 empty[part] = torch.empty(shape, dtype=kind_of, device=device)
         for name, t in empty.items():
             self.register_buffer(name, t)
@@ -161,12 +161,12 @@ class StoredWeight(nn.Module):
 
     def decompress(self) -> Tensor:
         """The dense weight `[R, C]` in `dtype`."""
-        return unpack(self.format, self.int8, self._weight, self.cols).to(self.dtype)
+        return unpack(self.layer, self._weight).to(self.dtype)
 
     def validate(self) -> None:
         """Raises ValueError unless the metadata describes a weight of this module's shape. Called
         once when weights arrive (`load_state_dict`), not per product."""
-        validate(self.format, self.int8, self._weight, self.cols)
+        validate(self.layer, self._weight)
 
     @property
     def qweight(self) -> Tensor:
@@ -211,36 +211,36 @@ class StoredWeight(nn.Module):
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
 
 
-def pack(weight: Tensor, format: str, int8: bool, mask: Tensor | None = None) -> tuple[Tensor, ...]:
-    """The weight buffers of `weight [R, C]`, in `SparseLinear`'s order, with the elements of `mask`
-    (bool `[R, C]`; None: those whose bits are not all zero). int8: with those that do not round to
-    zero. "dense" keeps zeros, and takes int8 only; "coded" keeps every bit, and takes bf16 only.
+def pack(weight: Tensor, layer: LayerFormat, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The weight buffers of `weight [R, C]`, in the order of `layer.parts`, with the elements of
+    `mask` (bool `[R, C]`; None: those whose bits are not all zero), or with int8 with those that do
+    not round to zero. "dense" keeps zeros, "coded", for bf16 alone, every bit.
 
     Raises UserError for an infinity or a NaN with int8; the format is taken to fit.
     """
-    if format == CODED:
+    if layer.format == CODED:
         return pack_coded(weight)
-    make = pack_24 if format == "sparse24" else pack_bitmap
-    if not int8:
+    make = pack_24 if layer.format == "sparse24" else pack_bitmap
+    if not layer.int8:
         return make(weight, mask)
     try:
         q, scales = quantize_rows(weight)
     except ValueError as error:
         raise UserError(f"int8: {error}") from error
-    if format == DENSE_INT8:
+    if layer.format == DENSE_INT8:
         return q, scales
     values, *meta = make(q.bfloat16(), q != 0)
     return values.to(torch.int8), *meta, scales
 
 
-def unpack(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> Tensor:
-    """The dense `[R, cols]` weight of weight buffers in `SparseLinear`'s order. Raises ValueError
+def unpack(layer: LayerFormat, parts: Sequence[Tensor]) -> Tensor:
+    """The dense `[R, C]` weight of weight buffers in the order of `layer.parts`. Raises ValueError
     as `validate` does."""
-    width = (cols,) if format == "bitmap" else ()
-    return KINDS[format, int8].unpack(*parts, *width)
+    width = layer.shape[1:] if layer.format == "bitmap" else ()
+    return KINDS[layer.format, layer.int8].unpack(*parts, *width)
 
 
-def validate(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> None:
-    """Raises ValueError unless weight buffers in `SparseLinear`'s order describe a matrix."""
-    width = (cols,) if format == "bitmap" else ()
-    KINDS[format, int8].validate(*parts, *width)
+def validate(layer: LayerFormat, parts: Sequence[Tensor]) -> None:
+    """Raises ValueError unless weight buffers in the order of `layer.parts` describe a matrix."""
+    width = layer.shape[1:] if layer.format == "bitmap" else ()
+    KINDS[layer.format, layer.int8].validate(*parts, *width)
