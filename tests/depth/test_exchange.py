@@ -7,11 +7,11 @@ from itertools import combinations
 
 import pytest
 import torch
+from depth_searches import tokens
 from matplotlib.image import imread
 from rich.console import Console
 from tiny_models import tiny_model, tiny_tokens
 
-from pyprune.calibration.batches import as_token_set
 from pyprune.depth import budget, exchange
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Step
@@ -25,11 +25,6 @@ from pyprune.depth.score import Scorer
 from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
-
-
-def tokens(rows=(2, 2)):
-    data = [tiny_tokens(r, 12, seed=k) for k, r in enumerate(rows)]
-    return as_token_set(data, vocabulary=None, positions=None)
 
 
 def search(model, ratio=0.35, data=None, by="params", **options):

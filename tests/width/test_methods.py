@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from saved_models import reloaded
-from tiny_models import MOE_FAMILIES, tiny_model, tiny_tokens
+from tiny_models import MOE_FAMILIES, logits, tiny_model, tiny_tokens
 
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.stats import MomentStatistic
@@ -37,11 +37,6 @@ def token_set(rows=4, length=12, padded=False):
         mask[3, 5:] = 0
     batches = [Batch(ids[:2], mask[:2]), Batch(ids[2:], mask[2:])]
     return as_token_set(batches, vocabulary=64, positions=128)
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
 
 
 def writer_inputs(model, tokens):

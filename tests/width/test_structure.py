@@ -3,7 +3,7 @@
 import pytest
 import torch
 from saved_models import reloaded
-from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model, tiny_tokens
+from tiny_models import FAMILIES, MOE_FAMILIES, logits, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pyprune.checkpoint.output import save_model
@@ -41,11 +41,6 @@ def model_of(family, **overrides):
 
 
 ALL = (*FAMILIES, "phi3", "falcon_grouped", "falcon_heads")
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
 
 
 def assert_same(family, got, expected):
