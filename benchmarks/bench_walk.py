@@ -18,7 +18,6 @@ from __future__ import annotations
 import statistics
 import time
 from argparse import Namespace
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +29,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from pyprune.calibration.stats import GramStatistic, NormStatistic
+from pyprune.calibration.tokens import Batch
 from pyprune.calibration.walk import Group, InMemoryStore, WalkReport, walk
 from pyprune.models.adapter import Adapter
 
@@ -41,12 +41,6 @@ MODES: dict[str, dict[str, Any]] = {
 }
 BASELINE = "two-pass"
 STATISTICS = {"norms": NormStatistic, "gram": GramStatistic}
-
-
-@dataclass(frozen=True)
-class Batch:
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None = None
 
 
 def build(args: Namespace) -> tuple[PreTrainedModel, list[Batch]]:

@@ -107,7 +107,7 @@ def compress(
             measured_rows=rows if choose == "measured" else None,
             progress=bar.step,
         )
-    notes = []
+    notes = list(report.notes)
     if report.nbytes_after >= report.nbytes_dense:
         kinds = " or ".join(allowed)
         notes.append(

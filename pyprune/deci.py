@@ -35,6 +35,7 @@ from pyprune.depth.config import FIRST_ATTENTION
 from pyprune.depth.graph import Branch, Kind, ResidualGraph
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
+from pyprune.models.stock import parameter_count
 from pyprune.width.structure import Widths
 
 ARCHITECTURE = "DeciLMForCausalLM"
@@ -205,7 +206,7 @@ def to_deci(model: PreTrainedModel) -> Deci:
         channels.append(_mlp(parts, block.mlp, live[f"{name}.mlp.down_proj"]))
         parts["post_attention_layernorm.weight"] = block.post_attention_layernorm.weight
         tensors |= {f"{name}.{part}": t.detach() for part, t in parts.items()}
-    wanted = sum(p.numel() for p in model.parameters()) - graph.removed_parameters(gone)
+    wanted = parameter_count(model) - graph.removed_parameters(gone)
     for group in widths.groups:
         kind: Kind = "attention" if group.kind == "heads" else "mlp"
         if Branch(kind, group.layer) not in gone:

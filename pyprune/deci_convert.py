@@ -48,7 +48,7 @@ from pyprune.deci import (
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.repack import repack
 from pyprune.errors import UserError
-from pyprune.models.stock import shapes_of
+from pyprune.models.stock import parameter_count, shapes_of
 from pyprune.progress import Progress
 from pyprune.sparse.convert import ConversionReport
 from pyprune.width.structure import Widths
@@ -72,7 +72,7 @@ def compress_deci(
     check_family(model)
     graph = ResidualGraph.of(model)
     dead = dead_branches(graph, Widths.of(model, graph.adapter).live())
-    before = sum(p.numel() for p in model.parameters())
+    before = parameter_count(model)
     repack(graph, dead)
     report = earlier_report(checkpoint)
     with changed_model(checkpoint, originals, model, out, save_deci) as folder:

@@ -11,6 +11,7 @@ from tiny_models import MIXTURES, tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 import pyprune
+from pyprune import cli
 from pyprune.checkpoint import Checkpoint
 from pyprune.config import PruneConfig
 from pyprune.depth.graph import ResidualGraph
@@ -19,9 +20,11 @@ from pyprune.errors import UserError
 from pyprune.inspection import inspect_checkpoint
 from pyprune.models.adapter import Adapter
 from pyprune.prune import prune_checkpoint
+from pyprune.sparse.choice import Candidates
 from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
 from pyprune.sparse.experts import SparseExperts
-from pyprune.sparse.format import LayerFormat, stacks_of
+from pyprune.sparse.format import stacks_of
+from pyprune.sparse.layout import LayerFormat
 from pyprune.sparse.linear import SparseLinear
 from pyprune.sparse.stored import StoredCheckpoint
 from pyprune.width.structure import Widths
@@ -85,7 +88,7 @@ def test_compressed_it_computes_the_same_and_comes_back(family, int8, tmp_path):
     experts = [name for name in experts if "shared" not in name]
     projections = 2 if family in STACKED or family == "nemotron_h" else 3
     assert len(experts) == SPARSE.get(family, 2) * 4 * projections
-    assert {report.formats[name] for name in experts} == {"sparse24"}
+    assert {report.formats[name] for name in experts} == {"sparse24"} and not report.notes
     config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
     assert config["format_version"] == (6 if family in STACKED else 2 if int8 else 1)
     decompress_checkpoint(tmp_path / "small", tmp_path / "back")
@@ -289,7 +292,7 @@ def test_renamed_tensors_and_parts_are_streamed(tmp_path):
         assert torch.equal(rows, tensor.to(rows.dtype))
 
 
-def test_rows_of_experts_without_a_weight_stay_and_do_not_count(tmp_path):
+def test_rows_of_experts_without_a_weight_stay_and_do_not_count(tmp_path, capsys):
     """LongCat's first projection has rows for the experts that give back what they get."""
     out, report = pruned(tmp_path, "longcat_flash")
     before, after = tensors_of(tmp_path / "in"), tensors_of(out)
@@ -306,14 +309,29 @@ def test_rows_of_experts_without_a_weight_stay_and_do_not_count(tmp_path):
     assert sum(layer.elements for layer in found.layers) == sum(
         layer.elements for layer in report.layers
     )
-    # The experts stay dense, the rest is compressed.
+    # The experts stay dense, and that is said; the rest is compressed.
     compressed = compress_checkpoint(out, tmp_path / "small")
+    (note,) = compressed.notes
+    assert note == (
+        "Experts stay dense in model.layers.0.mlp.experts: not all have every matrix (gate_up_proj "
+        "of 6, down_proj of 4)"
+    )
+    assert cli.main(["compress", str(out), "--out", str(tmp_path / "again")]) == 0
+    assert note in " ".join(capsys.readouterr().out.split())
     assert compressed.formats and not any("experts" in name for name in compressed.formats)
     model = pyprune.load(tmp_path / "small", dtype=torch.float32)
     twin = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     with torch.no_grad():
         want = twin(tiny_tokens()).logits
         torch.testing.assert_close(model(tiny_tokens()).logits, want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_note_names_one_module_of_many():
+    refused = {f"layers.{i}.experts": "no" if i else "other" for i in range(3)}
+    assert Candidates({}, (), (), refused).notes() == (
+        "Experts stay dense in layers.0.experts: other",
+        "Experts stay dense in layers.1.experts and 1 more: no",
+    )
 
 
 @pytest.mark.parametrize("method", ["magnitude", "obd", "llm-surgeon"])

@@ -13,7 +13,8 @@ from tiny_models import FAMILIES
 from pyprune import cli
 from pyprune.errors import UserError
 from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
-from pyprune.sparse.format import LayerFormat, candidates, pack
+from pyprune.sparse.format import candidates, pack
+from pyprune.sparse.layout import LayerFormat
 
 
 def assert_same(a, b):

@@ -14,6 +14,9 @@ import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.granitemoe import modeling_granitemoe
 
+from pyprune.calibration.batches import as_token_set
+from pyprune.calibration.tokens import TokenSet
+
 VOCAB, HIDDEN, BLOCKS = 64, 32, 2
 
 _IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -255,3 +258,14 @@ def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:
 def tiny_tokens(rows: int = 2, length: int = 16, seed: int = 0) -> torch.Tensor:
     """Random token ids `[rows, length]`, without the padding token."""
     return torch.randint(1, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def tokens_of(rows: int = 4, length: int = 12) -> TokenSet:
+    """Such tokens, two sequences a batch."""
+    return as_token_set(list(tiny_tokens(rows, length).split(2)), vocabulary=VOCAB, positions=128)
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        found: torch.Tensor = model(ids, use_cache=False).logits
+    return found

@@ -26,10 +26,10 @@ from pyprune.calibration.autograd import (
     on_device,
     without_parameter_gradients,
 )
-from pyprune.calibration.coroutine import TokenBatch
 from pyprune.calibration.head import Head, check_head, next_labels, sequence_targets
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.schedule import TensorId
+from pyprune.calibration.tokens import Batch, one_by_one
 from pyprune.errors import OVERFLOW, LayerError, UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.experts import ExpertInput, observed
@@ -39,8 +39,8 @@ from pyprune.models.running import evaluation
 __all__ = ["BackwardReport", "PassOptions", "Sample", "Visitor", "backward_pass"]
 
 # fp16 has neither exponents for small gradients nor for large ones; bf16, fp32 and fp64 have. Of
-# the first batch the largest shall be 2^9 at most, 2^7 below what fp16 holds. Of a logit it can be
-# as large as the scale itself, which therefore is no larger than 2^15.
+# the first sequence the largest shall be 2^9 at most, 2^7 below what fp16 holds. Of a logit it can
+# be as large as the scale itself, which therefore is no larger than 2^15.
 FIRST_HALF_SCALE, LEAST_HALF_SCALE, LARGEST_HALF_SCALE = 2.0**8, 2.0**-8, 2.0**15
 HALF_PEAK = 2.0**9
 Visitor = Callable[[Sample], None]
@@ -61,7 +61,7 @@ class PassOptions:
         draws would give 1 / S of it.
     seed: of the draws, which depend on the sequences and their order but on no batch size.
     loss_scale: multiplies the loss and is divided out of G in fp32 (in fp64 models fp64). None: for
-        fp16 the power of two that the first batch, run once more for it, bears; otherwise 1.
+        fp16 the power of two that the first sequence, run once more for it, bears; otherwise 1.
     """
 
     checkpointing: bool = False
@@ -99,19 +99,19 @@ class BackwardReport:
 
 def backward_pass(
     adapter: Adapter,
-    batches: Sequence[TokenBatch],
+    batches: Sequence[Batch],
     visitors: Mapping[str, Visitor],
     options: PassOptions = PLAIN,
     progress: Callable[[int, int], None] | None = None,
 ) -> BackwardReport:
-    """Runs the model forward and backward on every batch and shows each matrix's part to its
+    """Runs the model forward and backward on every sequence and shows each matrix's part to its
     visitor.
 
     The loss is the cross entropy of each next token, summed (not averaged) over the tokens of a
     sequence: a gradient of G is then of the size that a single token gives, which 16-bit floats
-    hold, and a sequence's part does not depend on what it is batched with. Every sequence is in
-    exactly one call of each visitor that saw a token of it; batched or one by one, the visits add
-    up to the same sums. Padding is in no visit, and predicts and is predicted by nothing.
+    hold. Sequences go through the model one at a time, whatever the batch size, so that the
+    activations of one are all that is held. Each is in exactly one call of every visitor that saw a
+    token of it. Padding is in no visit, and predicts and is predicted by nothing.
 
     Args:
         adapter: of a causal language model with its head, all of it in memory. Matrices whose
@@ -120,7 +120,7 @@ def backward_pass(
         visitors: by `LinearRef.name`; matrices without one cost nothing, and no gradient flows
             below the first block that has one. What a visitor is handed is only valid during the
             call and not to be written to.
-        progress: called with batches done and in all.
+        progress: called with sequences done and in all.
 
     Returns:
         The report. The model's parameters, their requires_grad flags and `.grad`, training flags
@@ -135,7 +135,9 @@ def backward_pass(
     """
     model, device = adapter.model, torch.device(options.device)
     _check_model(adapter, visitors)
-    given = [_Tokens.of(i, batch, device) for i, batch in enumerate(batches)]
+    for i, batch in enumerate(batches):
+        sequence_targets(i, batch)  # refused before any has run, by the batch it was given in
+    given = [_Tokens.of(i, single, device) for i, single in enumerate(one_by_one(batches))]
     if not given:
         raise UserError("calibration: expected at least one sequence, got none")
     dtype = next(model.parameters()).dtype
@@ -151,24 +153,24 @@ def backward_pass(
             scale = _half_scale(adapter, given[0], visitors, options.checkpointing) if half else 1.0
         run = _Pass(adapter, visitors, options, scale)
         stack.enter_context(run.hooked(options.checkpointing))
-        for done, batch in enumerate(given, 1):
-            run.run(batch)
+        for done, tokens in enumerate(given, 1):
+            run.run(tokens)
             if progress is not None:
                 progress(done, len(given))
     return run.finish(dtype)
 
 
 def _half_scale(
-    adapter: Adapter, batch: _Tokens, names: Iterable[str], checkpointing: bool
+    adapter: Adapter, tokens: _Tokens, names: Iterable[str], checkpointing: bool
 ) -> float:
     """What the loss of an fp16 model is multiplied by: as much as leaves room above the largest
-    gradient at the matrices `names` on this batch. FIRST_HALF_SCALE if none is found there that is
-    finite and not zero: the pass itself then names the layer."""
+    gradient at the matrices `names` on this sequence. FIRST_HALF_SCALE if none is found there that
+    is finite and not zero: the pass itself then names the layer."""
     scale = FIRST_HALF_SCALE
     while True:
         probe = _Pass(adapter, dict.fromkeys(names, _unseen), PLAIN, scale)
         with probe.hooked(checkpointing):
-            probe.run(batch)
+            probe.run(tokens)
         peak = probe.peak()
         if math.isfinite(peak) or scale <= LEAST_HALF_SCALE:
             break
@@ -181,28 +183,30 @@ def _half_scale(
 
 @dataclass(frozen=True, eq=False)
 class _Tokens:
-    """A batch on the device. real: `[B, T]` bool, None if no token is padding; targets: predicted
-    tokens of each sequence."""
+    """A sequence on the device. real: `[T]` bool, None if no token is padding; targets: predicted
+    tokens."""
 
     index: int
-    input_ids: Tensor
-    mask: Tensor | None
+    batch: Batch
     real: Tensor | None
-    targets: list[int]
+    targets: int
 
     @classmethod
-    def of(cls, index: int, batch: TokenBatch, device: torch.device) -> _Tokens:
-        targets = sequence_targets(index, batch)
-        ids, mask = batch.input_ids, batch.attention_mask
-        padded = mask is not None and not bool((mask != 0).all())
-        mask = None if mask is None else mask.to(device)
-        real = mask != 0 if mask is not None and padded else None
-        return cls(index, ids.to(device), mask, real, targets)
+    def of(cls, index: int, single: Batch, device: torch.device) -> _Tokens:
+        (targets,) = sequence_targets(index, single)
+        single = single.to(device)
+        mask = single.attention_mask
+        real = None if mask is None or bool((mask != 0).all()) else mask[0] != 0
+        return cls(index, single, real, targets)
+
+    @property
+    def length(self) -> int:
+        return self.batch.input_ids.shape[1]
 
     @property
     def tokens(self) -> int:
         """Real ones."""
-        return self.input_ids.numel() if self.real is None else int(self.real.sum())
+        return self.length if self.real is None else int(self.real.sum())
 
 
 class _Pass:
@@ -234,19 +238,17 @@ class _Pass:
         self._report = BackwardReport()
         self._loss: Tensor | float = 0.0
 
-    # One batch.
+    # One sequence.
 
-    def run(self, batch: _Tokens) -> None:
-        self._batch = batch
+    def run(self, tokens: _Tokens) -> None:
+        self._tokens = tokens
         self._inputs.clear()
         self._ran.clear()
-        out = self._adapter.decoder(
-            input_ids=batch.input_ids, attention_mask=batch.mask, use_cache=False
-        )
+        ids, mask = tokens.batch.input_ids, tokens.batch.attention_mask
+        out = self._adapter.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         hidden: Tensor = out[0]
-        gradients, loss = self._head.gradients(
-            out, hidden.detach(), batch.input_ids, next_labels(batch.input_ids, batch.real)
-        )
+        labels = next_labels(ids, None if tokens.real is None else tokens.real[None])
+        gradients, loss = self._head.gradients(out, hidden.detach(), ids, labels)
         self._loss = self._loss + loss
         for self._draw, gradient in enumerate(gradients):
             self._visited.clear()
@@ -258,12 +260,12 @@ class _Pass:
                     if ref.index is None and ref.name not in self._visited:
                         raise LayerError(
                             ref.name,
-                            f"no gradient reached it in batch {batch.index} "
+                            f"no gradient reached it in batch {tokens.index} "
                             + schedule.without(ref.name),
                         )
-        self._report.sequences += len(batch.targets)
-        self._report.tokens += batch.tokens
-        self._report.targets += sum(batch.targets)
+        self._report.sequences += 1
+        self._report.tokens += tokens.tokens
+        self._report.targets += tokens.targets
 
     def peak(self) -> float:
         """The largest |g| so far; NaN or infinite if one is."""
@@ -315,7 +317,7 @@ class _Pass:
                         stack.callback(hook.remove)
                 for module, projections in fused.items():
                     ran = partial(self._expert_ran, projections)
-                    stack.enter_context(observed(module, _ignore, ran))
+                    stack.enter_context(observed(module, produced=ran))
                 if checkpointing and i >= self._first:
                     stack.enter_context(checkpointed(blocks[i]))
             yield
@@ -334,13 +336,12 @@ class _Pass:
         if not output.requires_grad:
             return
         given: Tensor = args[0] if args else next(iter(kwargs.values()))
-        batch, length = self._batch.input_ids.shape
-        # DeepSeek's key-value projection reads [batch, 1, length, C].
-        shapes = {(batch, length), (batch, 1, length), (batch * length,)}
-        if tuple(given.shape[:-1]) not in shapes:
+        length = self._tokens.length
+        # DeepSeek's key-value projection reads [1, 1, T, C].
+        if tuple(given.shape[:-1]) not in {(1, length), (1, 1, length), (length,)}:
             raise LayerError(
                 ref.name,
-                f"expected one row for each of the {batch}x{length} tokens, got an input of shape "
+                f"expected one row for each of the 1x{length} tokens, got an input of shape "
                 f"{tuple(given.shape)}: its sequences cannot be told apart",
             )
         leader = self._leader(ref, given)
@@ -350,8 +351,10 @@ class _Pass:
             if given._version != version:
                 raise LayerError(ref.name, "its input was written to after it was read")
             self._visited.add(ref.name)
-            stacked = (batch, length, -1)
-            self._visit_tokens(ref, x.reshape(stacked), g.reshape(stacked), leader)
+            x_t, g_t, real = x.reshape(length, -1), g.reshape(length, -1), self._tokens.real
+            if real is not None:
+                x_t, g_t = x_t[real], g_t[real]
+            self._visit(ref, x_t, g_t, leader)
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
@@ -370,15 +373,6 @@ class _Pass:
         self._inputs.append((TensorId(given), ref.name))
         return ref.name
 
-    def _visit_tokens(self, ref: LinearRef, x: Tensor, g: Tensor, leader: str) -> None:
-        targets, real = self._batch.targets, self._batch.real
-        if real is None:
-            self._visit(ref, x, g, targets[0], leader)
-            return
-        for n, count in enumerate(targets):
-            keep = real[n]
-            self._visit(ref, x[n, keep][None], g[n, keep][None], count, leader)
-
     def _expert_ran(
         self,
         projections: Mapping[str, list[LinearRef]],
@@ -394,30 +388,27 @@ class _Pass:
         self._runs(ref)
         if not output.requires_grad or not len(given.x):
             return
-        batch, length = self._batch.input_ids.shape
-        if given.tokens != batch * length:
+        length = self._tokens.length
+        if given.tokens != length:
             raise LayerError(
                 ref.name,
-                f"expected to be routed {batch}x{length} tokens, got {given.tokens}: its sequences "
+                f"expected to be routed 1x{length} tokens, got {given.tokens}: its sequences "
                 "cannot be told apart",
             )
         x, rows = given.x.detach(), given.rows
 
         def arrived(g: Tensor) -> None:
-            real = self._batch.real
-            if batch == 1 and real is None:  # all are of one sequence: nothing to wait for
-                self._visit(ref, x[None], g[None], self._batch.targets[0], ref.name)
+            if self._tokens.real is None:
+                self._visit(ref, x, g, ref.name)
                 return
-            sequence = rows // length
-            here = torch.ones_like(rows, dtype=torch.bool) if real is None else real.flatten()[rows]
-            for n in torch.unique(sequence[here]).tolist():
-                mine = here & (sequence == n)
-                targets = self._batch.targets[n]
-                self._visit(ref, x[mine][None], g[mine][None], targets, ref.name)
+            real = self._tokens.real[rows]
+            if real.any():
+                self._visit(ref, x[real], g[real], ref.name)
 
         output.register_hook(arrived)  # type: ignore[no-untyped-call]
 
-    def _visit(self, ref: LinearRef, x: Tensor, g: Tensor, targets: int, leader: str) -> None:
+    def _visit(self, ref: LinearRef, x: Tensor, g: Tensor, leader: str) -> None:
+        """x, g: of the real tokens, `[T, C]` and `[T, R]`."""
         with torch.no_grad():
             if self._scale != 1.0:
                 wide = torch.promote_types(g.dtype, torch.float32)
@@ -427,7 +418,7 @@ class _Pass:
             _raise_peak(self._peak, ref.name, g)
             if leader == ref.name:
                 _raise_peak(self._input_peak, ref.name, x)
-            sample = Sample(x, g, targets, leader, self._draw)
+            sample = Sample(x, g, self._tokens.targets, leader, self._draw)
             self._seen[ref.name] += sample.new_tokens
             self._visitors[ref.name](sample)
 
@@ -449,7 +440,3 @@ def _check_model(adapter: Adapter, visitors: Mapping[str, Visitor]) -> None:
 
 def _unseen(sample: Sample) -> None:
     """What a visit is for that only looks for the largest gradient."""
-
-
-def _ignore(module: nn.Module, projection: str, inputs: list[ExpertInput]) -> None:
-    """Inputs of experts are seen with their outputs."""

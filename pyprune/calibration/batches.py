@@ -44,7 +44,7 @@ def as_token_set(data: object, *, vocabulary: int | None, positions: int | None)
     batches = [_ordinary(_as_batch(i, item)) for i, item in enumerate(data)]
     for i, batch in enumerate(batches):
         _check(i, batch, vocabulary, positions)
-    tokens = sum(_real_tokens(batch) for batch in batches)
+    tokens = sum(int(batch.real.sum()) for batch in batches)
     if tokens == 0:
         raise UserError(f"calibration: expected some tokens, got {len(batches)} batches without")
     return TokenSet(
@@ -146,18 +146,11 @@ def _check(i: int, batch: Batch, vocabulary: int | None, positions: int | None) 
         )
 
 
-def _real_tokens(batch: Batch) -> int:
-    if batch.attention_mask is None:
-        return batch.input_ids.numel()
-    return int((batch.attention_mask != 0).sum())
-
-
 def _sha256(batches: list[Batch]) -> str:
     """Of the length and the real tokens of every sequence, as in `tokens.token_set`."""
     digest = hashlib.sha256()
     for batch in batches:
-        for i, row in enumerate(batch.input_ids.cpu()):
-            mask = batch.attention_mask
-            ids = row if mask is None else row[mask[i].cpu() != 0]
+        for row, real in zip(batch.input_ids.cpu(), batch.real.cpu(), strict=True):
+            ids = row[real]
             digest.update(torch.tensor([len(ids), *ids.tolist()]).numpy().tobytes())
     return digest.hexdigest()

@@ -6,24 +6,15 @@ import contextvars
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from pyprune.calibration.schedule import Site, SiteInput, Stage, TensorId
+from pyprune.calibration.tokens import Batch
 from pyprune.errors import LayerError, UserError
-
-
-class TokenBatch(Protocol):
-    """Token ids `[B, T]` and, where some are padding, a mask `[B, T]` that is 0 there."""
-
-    @property
-    def input_ids(self) -> Tensor: ...
-
-    @property
-    def attention_mask(self) -> Tensor | None: ...
 
 
 @dataclass
@@ -51,17 +42,13 @@ class Forward:
     pause it by `wait(...)`.
     """
 
-    def __init__(
-        self, decoder: nn.Module, batch: TokenBatch, index: int, device: torch.device
-    ) -> None:
+    def __init__(self, decoder: nn.Module, batch: Batch, index: int, device: torch.device) -> None:
         self.index = index
         self.pause: Pause | None = None
         self.read: dict[Stage, TensorId] = {}
         self._decoder = decoder
-        self._input_ids = batch.input_ids.to(device)
-        mask = batch.attention_mask
-        self._mask = None if mask is None else mask.to(device)
-        self._real = _real_tokens(index, self._input_ids, self._mask)
+        self._batch = batch.to(device)
+        self._real = _real_tokens(index, self._batch)
         self._greenlet = greenlet(self._run)
         self._greenlet.gr_context = contextvars.copy_context()
         self._greenlet.forward = self
@@ -74,10 +61,11 @@ class Forward:
 
     @property
     def real_tokens(self) -> int:
-        return self._input_ids.numel() if self._real is None else int(self._real.sum())
+        return self._batch.input_ids.numel() if self._real is None else int(self._real.sum())
 
     def _run(self) -> None:
-        self._decoder(input_ids=self._input_ids, attention_mask=self._mask, use_cache=False)
+        ids, mask = self._batch.input_ids, self._batch.attention_mask
+        self._decoder(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def resume(self) -> Pause | None:
         """Runs on to the next pause; None once the decoder has returned."""
@@ -117,8 +105,8 @@ class Forward:
         """Rows `[t, d]` of what block `name` answered (a tensor, or a tuple that begins with it)
         that are real tokens; LayerError if they cannot be told to be."""
         hidden: Tensor = output if isinstance(output, Tensor) else output[0]
-        if hidden.shape[:-1] != self._input_ids.shape:
-            batch, length = self._input_ids.shape
+        batch, length = self._batch.input_ids.shape
+        if hidden.shape[:-1] != (batch, length):
             raise LayerError(
                 name,
                 f"expected an output for each of the {batch}x{length} tokens, got one of shape "
@@ -128,7 +116,7 @@ class Forward:
         return rows if self._real is None else rows[self._real]
 
     def _check_rows(self, site: Site, inputs: list[SiteInput]) -> None:
-        batch, length = self._input_ids.shape
+        batch, length = self._batch.input_ids.shape
         tokens = batch * length
         if site.fused:
             fits = inputs[0].tokens == tokens
@@ -143,8 +131,9 @@ class Forward:
             )
 
 
-def _real_tokens(index: int, input_ids: Tensor, mask: Tensor | None) -> Tensor | None:
+def _real_tokens(index: int, batch: Batch) -> Tensor | None:
     """Which of the `B * T` tokens are not padding, bool; None if all are."""
+    input_ids, mask = batch.input_ids, batch.attention_mask
     if input_ids.dim() != 2 or input_ids.numel() == 0:
         raise UserError(
             f"batch {index}: expected token ids [B, T], got shape {tuple(input_ids.shape)}"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.calibration.backward import PLAIN, BackwardReport, PassOptions, Visitor
+from pyprune.calibration.backward import PLAIN, BackwardReport, PassOptions, Visitor, backward_pass
 from pyprune.calibration.gradient_stats import KroneckerFactors
-from pyprune.calibration.gradients import check_sums, sequence_pass, sums_dtype
+from pyprune.calibration.gradients import check_sums, sums_dtype
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.tokens import TokenSet
 from pyprune.models.adapter import Adapter
@@ -40,8 +40,7 @@ class Refinement:
         self._sum = torch.zeros_like(self.factors.a if self.of_inputs else self.factors.g)
 
     def update(self, sample: Sample) -> None:
-        x, g = (t.flatten(0, 1) for t in (sample.x, sample.g))
-        bias = self.factors.bias
+        x, g, bias = sample.x, sample.g, self.factors.bias
         if self.of_inputs:
             weight = _token_weights(g, self._unit)
             ops.gram(x, weight=weight, out=self._sum, ones_column=bias)
@@ -75,8 +74,7 @@ def collect_factors(
     """Factors of the matrices `refs`, by name, on `options.device`.
 
     One pass over the tokens, and two more for each of `refinements` steps to the nearest Kronecker
-    product. Sequences go through the model one at a time, whatever the batch size: the sums are the
-    same. Matrices that read one tensor share their A in memory, unless it is refined.
+    product. Matrices that read one tensor share their A in memory, unless it is refined.
 
     Args:
         options: of every pass; all see the same draws.
@@ -93,7 +91,7 @@ def collect_factors(
     def through(visitors: dict[str, Visitor]) -> BackwardReport:
         nonlocal done
         told = None if progress is None else _part(progress, done, passes)
-        report = sequence_pass(adapter, tokens.batches, visitors, options, told)
+        report = backward_pass(adapter, tokens.batches, visitors, options, told)
         done += 1
         return report
 
@@ -111,8 +109,8 @@ def collect_factors(
 
 
 class _Independent:
-    """The sums of one pass. A belongs to a tensor and is added to once per visit of it, by the
-    first of its readers that gets a gradient."""
+    """The sums of one pass. A belongs to a tensor: the first of its readers that gets a gradient
+    adds to it."""
 
     def __init__(
         self,
@@ -124,26 +122,18 @@ class _Independent:
         self._shapes = {ref.name: ref.weight().shape for ref in refs}
         self._biases, self._device, self._dtype = biases, device, dtype
         self._factors: dict[str, KroneckerFactors] = {}
-        self._adding: dict[tuple[str, bool], str] = {}
-        self._reads: dict[str, tuple[str, bool]] = {}
+        self._adding: dict[tuple[str, bool], KroneckerFactors] = {}
 
     def visitor(self, name: str) -> Visitor:
         def visit(sample: Sample) -> None:
             if name not in self._factors:
-                self._start(name, sample.leader)
-            factors = self._factors[name]
-            factors.add_outputs(sample)
-            if self._adding[self._reads[name]] == name:
-                factors.add_inputs(sample)
+                self._factors[name] = made = self._made(name)
+                first = self._adding.setdefault((sample.leader, made.bias), made)
+                if first is not made:
+                    made.borrow_inputs(first)
+            self._factors[name].update(sample)
 
         return visit
-
-    def _start(self, name: str, leader: str) -> None:
-        read = (leader, name in self._biases)
-        first = self._adding.setdefault(read, name)
-        self._reads[name] = read
-        self._factors[name] = self._made(name)
-        self._factors[name].a = self._factors[first].a
 
     def _made(self, name: str) -> KroneckerFactors:
         rows, columns = self._shapes[name]

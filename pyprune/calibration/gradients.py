@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from pyprune.calibration.backward import PLAIN, BackwardReport, PassOptions, Visitor, backward_pass
+from pyprune.calibration.backward import PLAIN, PassOptions, backward_pass
 from pyprune.calibration.gradient_stats import GradientFactory, GradientStatistic
-from pyprune.calibration.head import sequence_targets
-from pyprune.calibration.tokens import Batch, TokenSet, one_by_one
+from pyprune.calibration.tokens import TokenSet
 from pyprune.errors import LayerError, UserError
 from pyprune.measure import available_bytes
 from pyprune.models.adapter import Adapter
@@ -25,10 +24,8 @@ def collect_gradients(
 ) -> dict[str, GradientStatistic]:
     """Statistics of every prunable matrix, by name, on the CPU.
 
-    Sequences go through the model one at a time, whatever the batch size: the sums are the same,
-    and the activations of one sequence are all that is held beside the model and the statistics
-    (4 bytes a weight for `MagnitudeStatistic`), which stay on `options.device` until the pass is
-    over.
+    Beside the model the statistics are held (4 bytes a weight for `MagnitudeStatistic`), on
+    `options.device` until the pass is over.
 
     Raises:
         LayerError, UserError: see `backward_pass`; also a sum that overflowed, and statistics that
@@ -63,26 +60,12 @@ def fill_statistics(
     """`collect_gradients` into statistics that are there, on `options.device`, by the name of the
     matrix; afterwards they are on the CPU."""
     visitors = {name: statistic.update for name, statistic in statistics.items()}
-    report = sequence_pass(adapter, tokens.batches, visitors, options, progress)
+    report = backward_pass(adapter, tokens.batches, visitors, options, progress)
     for name, statistic in statistics.items():
         check_sums(name, statistic.finite())
         statistic.sequences = report.sequences
         statistic.targets = report.targets
         statistic.to("cpu")
-
-
-def sequence_pass(
-    adapter: Adapter,
-    batches: Sequence[Batch],
-    visitors: Mapping[str, Visitor],
-    options: PassOptions,
-    progress: Callable[[int, int], None] | None,
-) -> BackwardReport:
-    """`backward_pass` with the sequences one at a time. A sequence without a target is refused
-    before any has run, by the number of the batch that it was given in."""
-    for i, batch in enumerate(batches):
-        sequence_targets(i, batch)
-    return backward_pass(adapter, list(one_by_one(batches)), visitors, options, progress)
 
 
 def check_sums(name: str, finite: bool) -> None:

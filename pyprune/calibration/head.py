@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyprune.calibration.coroutine import TokenBatch
+from pyprune.calibration.tokens import Batch
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.running import head_logits, positions_at_once
@@ -86,14 +86,14 @@ def next_labels(input_ids: Tensor, real: Tensor | None) -> Tensor:
     return labels.masked_fill(~(real[:, 1:] & real[:, :-1]), IGNORED)
 
 
-def sequence_targets(index: int, batch: TokenBatch) -> list[int]:
+def sequence_targets(index: int, batch: Batch) -> list[int]:
     """How many tokens of each sequence of batch number `index` are real and follow a real one;
     UserError for a sequence without."""
     ids, mask = batch.input_ids, batch.attention_mask
     if ids.dim() != 2 or (mask is not None and mask.shape != ids.shape):
         shapes = [tuple(t.shape) for t in (ids, mask) if t is not None]
         raise UserError(f"batch {index}: expected ids and mask of one shape [B, T], {shapes}")
-    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+    real = batch.real
     targets: list[int] = (real[:, 1:] & real[:, :-1]).sum(1).tolist()
     for n, count in enumerate(targets):
         if not count:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.calibration.backward import PLAIN, PassOptions
-from pyprune.calibration.gradients import check_sums, sequence_pass, sums_dtype
+from pyprune.calibration.backward import PLAIN, PassOptions, Visitor, backward_pass
+from pyprune.calibration.gradients import check_sums, sums_dtype
 from pyprune.calibration.sample import Sample
 from pyprune.calibration.tokens import Batch
 from pyprune.models.adapter import Adapter
@@ -28,42 +28,30 @@ def gradient_sums(
     """For every prunable matrix the mean over sequences n of `sum_ij |m_ij g_n[i, j]| ** power`,
     with g_n the gradient of the sequence's mean loss and m the weight (`weighted`) or one.
 
-    One backward pass over the whole model, a sequence at a time; see `backward_pass` for
-    `options`, `progress` and what it raises. A matrix that no token reached has 0.
+    One backward pass over the whole model; see `backward_pass` for `options`, `progress` and what
+    it raises. A matrix that no token reached has 0.
     """
     refs = [ref for i in range(len(adapter.blocks)) for ref in adapter.linears(i)]
     dtype = sums_dtype(adapter)
     # One gradient at a time is alive; matrices of one shape share its memory.
-    scratch: dict[tuple[int, ...], Tensor] = {}
-    sums = {ref.name: _Sum(ref, power, weighted, dtype, scratch) for ref in refs}
-    visitors: Mapping[str, Callable[[Sample], None]] = {n: s.update for n, s in sums.items()}
-    report = sequence_pass(adapter, batches, visitors, options, progress)
+    scratch: dict[torch.Size, Tensor] = {}
+    sums = {ref.name: torch.zeros((), dtype=torch.float64) for ref in refs}
+
+    def visitor(ref: LinearRef) -> Visitor:
+        def visit(sample: Sample) -> None:
+            w = ref.weight()
+            if w.shape not in scratch:
+                scratch[w.shape] = torch.zeros(w.shape, dtype=dtype, device=w.device)
+            magnitude, scale = scratch[w.shape].zero_(), 1 / sample.targets
+            ops.fisher_accumulate(magnitude, sample.g, sample.x, power=power, scale=scale)
+            if weighted:
+                magnitude *= w.to(dtype).abs().pow(power)
+            sums[ref.name] = sums[ref.name].to(w.device) + magnitude.sum(dtype=torch.float64)
+
+        return visit
+
+    visitors = {ref.name: visitor(ref) for ref in refs}
+    report = backward_pass(adapter, batches, visitors, options, progress)
     for name, total in sums.items():
-        check_sums(name, bool(total.value.isfinite()))
-    return {name: float(total.value) / report.sequences for name, total in sums.items()}
-
-
-class _Sum:
-    def __init__(
-        self,
-        ref: LinearRef,
-        power: int,
-        weighted: bool,
-        dtype: torch.dtype,
-        scratch: dict[tuple[int, ...], Tensor],
-    ) -> None:
-        self._ref, self._power, self._weighted = ref, power, weighted
-        self._dtype, self._scratch = dtype, scratch
-        self.value = torch.zeros((), dtype=torch.float64)
-
-    def update(self, sample: Sample) -> None:
-        w = self._ref.weight()
-        shape = tuple(w.shape)
-        if shape not in self._scratch:
-            self._scratch[shape] = torch.zeros(shape, dtype=self._dtype, device=w.device)
-        magnitude = self._scratch[shape].zero_()
-        scale = 1 / sample.targets
-        ops.fisher_accumulate(magnitude, sample.g, sample.x, power=self._power, scale=scale)
-        if self._weighted:
-            magnitude *= w.to(magnitude.dtype).abs().pow(self._power)
-        self.value = self.value.to(w.device) + magnitude.sum(dtype=torch.float64)
+        check_sums(name, bool(total.isfinite()))
+    return {name: float(total) / report.sequences for name, total in sums.items()}

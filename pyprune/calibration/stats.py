@@ -1,8 +1,8 @@
-"""What is accumulated about the inputs of a linear map: sums over tokens, so that parts add up."""
+"""What is accumulated about the inputs of a linear map: sums over tokens."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -11,26 +11,19 @@ from pyprune import ops
 
 
 class Statistic(Protocol):
-    """Sums over tokens of something about the columns of `x [T, C]`.
-
-    `tokens` is the sum of the token weights seen so far.
-    """
+    """Sums over tokens of something about the columns of `x [T, C]`. `tokens`: seen so far."""
 
     tokens: float
 
-    def update(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Adds the tokens `x [T, C]` (bf16, fp16, fp32 or fp64), `weight [T]` times each."""
-
-    def merge(self, other: Any) -> None:
-        """Adds what `other` has seen (another process, another part of the text); it is
-        a statistic of the same kind and columns."""
+    def update(self, x: Tensor) -> None:
+        """Adds the tokens `x [T, C]` (bf16, fp16, fp32 or fp64)."""
 
     def finite(self) -> bool:
         """Whether no NaN and no infinity has entered."""
 
 
 class NormStatistic:
-    """Squared L2 norm of every column: `sum_squares[j] = sum_t weight[t] * x[t, j]**2`, fp32.
+    """Squared L2 norm of every column: `sum_squares[j] = sum_t x[t, j]**2`, fp32.
 
     Wanda's statistic (Sun et al. 2023, eq. 1) before the square root.
     """
@@ -39,14 +32,9 @@ class NormStatistic:
         self.sum_squares = torch.zeros(columns, dtype=torch.float32, device=device)
         self.tokens = 0.0
 
-    def update(self, x: Tensor, weight: Tensor | None = None) -> None:
-        ops.column_norms(_at_most_single(x), weight=weight, out=self.sum_squares)
-        self.tokens += _count(x, weight)
-
-    def merge(self, other: NormStatistic) -> None:
-        _check_columns(self.sum_squares, other.sum_squares)
-        self.sum_squares += other.sum_squares.to(self.sum_squares.device)
-        self.tokens += other.tokens
+    def update(self, x: Tensor) -> None:
+        ops.column_norms(_at_most_single(x), out=self.sum_squares)
+        self.tokens += len(x)
 
     def column_norms(self) -> Tensor:
         """Squared column norms `[C]`, as GramStatistic has them too."""
@@ -60,9 +48,8 @@ class MomentStatistic:
     """Mean and variance of every column, kept in fp64 (a part's own sums are in fp32 unless it is
     fp64).
 
-    `mean[j] = sum_t w_t x_tj / sum_t w_t`, `squares[j] = sum_t w_t (x_tj - mean[j])**2`, put
-    together part by part (Chan, Golub and LeVeque 1983, eq. 2.1), so that a mean far from zero
-    costs no precision.
+    `mean[j] = sum_t x_tj / tokens`, `squares[j] = sum_t (x_tj - mean[j])**2`, put together part by
+    part (Chan, Golub and LeVeque 1983, eq. 2.1), so that a mean far from zero costs no precision.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
@@ -70,31 +57,17 @@ class MomentStatistic:
         self.squares = torch.zeros(columns, dtype=torch.float64, device=device)
         self.tokens = 0.0
 
-    def update(self, x: Tensor, weight: Tensor | None = None) -> None:
-        x = x if x.dtype == torch.float64 else x.float()
-        if weight is None:
-            weight = torch.ones(len(x), dtype=x.dtype, device=x.device)
-        # Rows without weight may hold anything, NaN included.
-        x, weight = (x, weight) if bool(weight.all()) else (x[weight > 0], weight[weight > 0])
-        weight = weight.to(x.dtype)
-        tokens = float(weight.sum(dtype=torch.float64))
-        if tokens == 0:
+    def update(self, x: Tensor) -> None:
+        if not len(x):
             return
-        mean = weight @ x / tokens
-        x = x - mean
-        rest = (weight @ x).double() / tokens  # what rounding left of the mean
-        squares = (weight @ x.square_()).double() - tokens * rest.square()
-        self._add(mean.double() + rest, squares, tokens)
-
-    def merge(self, other: MomentStatistic) -> None:
-        _check_columns(self.mean, other.mean)
-        if other.tokens:
-            device = self.mean.device
-            self._add(other.mean.to(device), other.squares.to(device), other.tokens)
-
-    def _add(self, mean: Tensor, squares: Tensor, tokens: float) -> None:
+        x = x if x.dtype == torch.float64 else x.float()
+        tokens, ones = len(x), x.new_ones(len(x))
+        near = ones @ x / tokens
+        x = x - near
+        rest = (ones @ x).double() / tokens  # what rounding left of the mean
+        squares = (ones @ x.square_()).double() - tokens * rest.square()
         total = self.tokens + tokens
-        shift = mean - self.mean
+        shift = near.double() + rest - self.mean
         self.squares += squares + shift.square() * (self.tokens * tokens / total)
         self.mean += shift * (tokens / total)
         self.tokens = total
@@ -108,7 +81,7 @@ class MomentStatistic:
 
 
 class GramStatistic:
-    """Gram matrix of the inputs: `gram = sum_t weight[t] * x[t] x[t]^T`, `[C, C]` fp32, symmetric.
+    """Gram matrix of the inputs: `gram = sum_t x[t] x[t]^T`, `[C, C]` fp32, symmetric.
 
     A raw sum, not divided by the token count: half of SparseGPT's Hessian (Frantar and Alistarh
     2023, section 3.1) for one output row.
@@ -118,14 +91,9 @@ class GramStatistic:
         self.gram = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self.tokens = 0.0
 
-    def update(self, x: Tensor, weight: Tensor | None = None) -> None:
-        ops.gram(_at_most_single(x), weight=weight, out=self.gram)
-        self.tokens += _count(x, weight)
-
-    def merge(self, other: GramStatistic) -> None:
-        _check_columns(self.gram, other.gram)
-        self.gram += other.gram.to(self.gram.device)
-        self.tokens += other.tokens
+    def update(self, x: Tensor) -> None:
+        ops.gram(_at_most_single(x), out=self.gram)
+        self.tokens += len(x)
 
     def column_norms(self) -> Tensor:
         """Squared column norms `[C]`: the diagonal."""
@@ -138,12 +106,3 @@ class GramStatistic:
 
 def _at_most_single(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.float64 else x
-
-
-def _count(x: Tensor, weight: Tensor | None) -> float:
-    return float(len(x)) if weight is None else float(weight.sum())
-
-
-def _check_columns(mine: Tensor, other: Tensor) -> None:
-    if mine.shape != other.shape:
-        raise ValueError(f"expected a statistic of {len(mine)} columns, got {len(other)}")

@@ -24,11 +24,17 @@ IGNORED_PAD_ID = 0  # where the tokenizer names no padding token; padding is mas
 
 @dataclass(frozen=True)
 class Batch:
-    """input_ids: int64 [B, T]. attention_mask: int64 [B, T], 1 for real tokens, which come before
-    the padding; None when nothing is padded."""
+    """input_ids: int64 [B, T]. attention_mask: [B, T], 0 for padding, wherever it is; None when
+    nothing is padded."""
 
     input_ids: Tensor
     attention_mask: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor:
+        """bool [B, T]: which tokens are no padding."""
+        mask = self.attention_mask
+        return torch.ones_like(self.input_ids, dtype=torch.bool) if mask is None else mask != 0
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""

@@ -17,26 +17,22 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from pyprune.calibration import schedule
 from pyprune.calibration.autograd import without_parameter_gradients
-from pyprune.calibration.coroutine import (
-    Forward,
-    Pause,
-    TokenBatch,
-    stopping_at_entries,
-)
+from pyprune.calibration.coroutine import Forward, Pause, stopping_at_entries
 from pyprune.calibration.group import BlockVisit, Group
 from pyprune.calibration.progress import PhaseClock, WalkEvent, WalkReport
 from pyprune.calibration.schedule import Site, SiteInput, Stage
 from pyprune.calibration.spill import Parked, Spill, SpillTo
 from pyprune.calibration.stats import Statistic
 from pyprune.calibration.store import BlockStore, InMemoryStore
+from pyprune.calibration.tokens import Batch
 from pyprune.errors import OVERFLOW, LayerError, UserError
 from pyprune.models.adapter import Adapter
-from pyprune.models.experts import ExpertInput, is_fused, observed
+from pyprune.models.experts import is_fused, observed
 from pyprune.models.linears import parameters_of
 from pyprune.models.running import evaluation
 
@@ -56,7 +52,7 @@ Mode = Literal["single", "two-pass", "naive"]
 
 def walk(
     adapter: Adapter,
-    batches: Sequence[TokenBatch],
+    batches: Sequence[Batch],
     *,
     statistic: Callable[[int, torch.device], Statistic] | None,
     prune_group: Callable[[Group], None],
@@ -334,7 +330,7 @@ class _Walk:
             # Experts one by one, as everywhere here: torch's grouped products may have no gradient.
             for module in self._adapter.blocks[self._block].modules():
                 if is_fused(module):
-                    stack.enter_context(observed(module, _ignore))
+                    stack.enter_context(observed(module))
             stack.enter_context(without_parameter_gradients(self._adapter.blocks[self._block]))
             prepare_block(BlockVisit(name, groups, tokens, self._run_changed, tell))
 
@@ -391,7 +387,7 @@ class _Walk:
             rows = forward.real_rows(collected.stage.leader, inputs)
             for given, x in zip(inputs, rows, strict=True):
                 if len(x):
-                    collected.statistics[given.member].update(x, None)
+                    collected.statistics[given.member].update(x)
         collected.seconds += time.perf_counter() - start
 
     def _prune_stage(self, collected: _Collected) -> None:
@@ -434,10 +430,6 @@ def _check_finite(group: Group) -> None:
         raise LayerError(
             ref.name, f"its calibration input has NaN or infinite values{OVERFLOW if half else ''}"
         )
-
-
-def _ignore(module: nn.Module, projection: str, inputs: list[ExpertInput]) -> None:
-    """Nothing is looked at."""
 
 
 def _out_of_turn(forward: Forward, reached: str, due: str) -> UserError:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyprune.calibration.autograd import on_device
-from pyprune.calibration.coroutine import TokenBatch
 from pyprune.calibration.head import IGNORED, check_head, next_labels, sequence_targets
+from pyprune.calibration.tokens import Batch
 from pyprune.errors import LayerError, UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
@@ -44,7 +44,7 @@ class Perturbed:
 def directional_differences(
     adapter: Adapter,
     groups: Sequence[Perturbed],
-    batches: Sequence[TokenBatch],
+    batches: Sequence[Batch],
     *,
     epsilon: float = 1e-3,
     noises: int = 1,
@@ -153,13 +153,11 @@ def _check_precision(model: nn.Module) -> None:
 class _Replay:
     """The losses of one batch, from a block on. dense: those of the model as it is, `[B]` fp64."""
 
-    def __init__(self, adapter: Adapter, batch: TokenBatch, device: torch.device) -> None:
+    def __init__(self, adapter: Adapter, batch: Batch, device: torch.device) -> None:
         self._adapter = adapter
-        self._ids = batch.input_ids.to(device)
-        mask = batch.attention_mask
-        self._mask = None if mask is None else mask.to(device)
-        real = None if self._mask is None else self._mask != 0
-        self._labels = next_labels(self._ids, real)
+        batch = batch.to(device)
+        self._ids, self._mask = batch.input_ids, batch.attention_mask
+        self._labels = next_labels(self._ids, None if self._mask is None else self._mask != 0)
         # What the blocks answer on the dense model.
         self._answers: list[Any] = []
         with ExitStack() as stack:

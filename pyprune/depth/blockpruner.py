@@ -6,20 +6,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Literal
 
-from pyprune.calibration.tokens import TokenSet
 from pyprune.depth.budget import Unit, units_of
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
 from pyprune.depth.exchange import refined
-from pyprune.depth.graph import Branch, ResidualGraph
+from pyprune.depth.graph import Branch
 from pyprune.depth.greedy import Greedy, GreedyOptions
-from pyprune.depth.registry import depth_method
+from pyprune.depth.registry import DepthTask, depth_method
 from pyprune.depth.score import ObjectiveName
 from pyprune.errors import UserError
-from pyprune.models.adapter import Adapter
-from pyprune.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,7 @@ def check_protected(first: int, last: int) -> None:
     paper="arXiv 2406.10594",
     options=BlockPrunerOptions,
 )
-def blockpruner(
-    model: Any,
-    adapter: Adapter,
-    tokens: TokenSet,
-    config: StructureConfig,
-    progress: Progress | None = None,
-) -> Decision:
+def blockpruner(task: DepthTask) -> Decision:
     """Candidates in the order of the paper's code, by which ties go: attention branches by
     ascending layer, then MLPs (depth.md 1 (c) 3); then pairs.
 
@@ -87,9 +78,8 @@ def blockpruner(
     together than the sum of what either costs alone, and a pair is a whole layer less once
     re-packed.
     """
+    graph, config = task.graph, task.config
     options: BlockPrunerOptions = config.own_options()
-    graph = ResidualGraph(model, adapter)
-    graph.check()
     layers = range(options.protect_first, len(graph.layouts) - options.protect_last)
     kinds = ("attention", "mlp") if options.blocks in ("mixed", "pairs") else (options.blocks,)
     inner = [b for b in graph.branches if b.layer in layers and config.allows(b)]
@@ -101,10 +91,10 @@ def blockpruner(
         units += neighbours(allowed)
     if options.refined(config) and config.counted:
         raise UserError("refine=exchange: expected a share of parameters or latency, got a count")
-    search = Greedy(graph, tokens, config, options, units, progress)
+    search = Greedy(task, options, units)
     limit, margin = options.exchange_limit, options.margin
     refine = partial(refined, allowed=allowed, limit=limit, margin=margin)
-    return search.decision("blockpruner", "block", refine if options.refined(config) else None)
+    return search.decision(refine if options.refined(config) else None)
 
 
 def neighbours(branches: Collection[Branch]) -> list[Unit]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
@@ -16,6 +16,7 @@ from pyprune.depth.config import StructureConfig
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.registry import DEPTH_METHODS
 from pyprune.errors import UserError
+from pyprune.models.stock import parameter_count
 
 Unit = tuple[Branch, ...]
 BudgetKind = Literal["count", "params", "latency"]
@@ -66,29 +67,31 @@ class Budget:
         budget._check(units, "layers" if of_layers else "branches")
         return budget
 
-    def spent(self, removed: Sequence[Unit]) -> float:
-        """What the removal of these units saves: a share, or a number of units."""
-        branches = {branch for unit in removed for branch in unit}
-        return self.saved(branches) / (1.0 if self.kind == "count" else self.total)
+    def spent(self, removed: Collection[Branch]) -> float:
+        """What the removal of these branches saves: a share, or a number of units."""
+        return self.saved(removed) / self._whole
 
-    def cost(self, unit: Unit, removed: Sequence[Unit]) -> float:
+    def cost(self, unit: Unit, removed: Collection[Branch]) -> float:
         """What `unit` would save after `removed`, in the budget's own unit: parameters, seconds, or
         units. No more than is still needed: beyond the target nothing is gained."""
         return min(self._saving(unit, removed), self.needed(removed))
 
-    def cuts(self, units: Sequence[Unit], removed: Sequence[Unit]) -> bool:
+    def cuts(self, units: Sequence[Unit], removed: Collection[Branch]) -> bool:
         """Whether any of `units` would save more than is needed after `removed`."""
         needed = self.needed(removed)
         return any(self._saving(unit, removed) > needed for unit in units)
 
-    def _saving(self, unit: Unit, removed: Sequence[Unit]) -> float:
-        before = {branch for other in removed for branch in other}
-        return self.saved(before | set(unit)) - self.saved(before)
+    def _saving(self, unit: Unit, removed: Collection[Branch]) -> float:
+        return self.saved({*removed, *unit}) - self.saved(removed)
 
-    def needed(self, removed: Sequence[Unit]) -> float:
+    def needed(self, removed: Collection[Branch]) -> float:
         """What is missing after `removed`, in the budget's own unit."""
-        whole = 1.0 if self.kind == "count" else self.total
-        return max(0.0, self.target * whole - self.saved({b for unit in removed for b in unit}))
+        return max(0.0, self.target * self._whole - self.saved(removed))
+
+    @property
+    def _whole(self) -> float:
+        """What the target is a share of; 1 where it is a number of units."""
+        return 1.0 if self.kind == "count" else self.total
 
     def saved(self, branches: Collection[Branch]) -> float:
         """What the removal of `branches` saves, in the budget's own unit."""
@@ -98,12 +101,12 @@ class Budget:
             return math.fsum(self.seconds[branch] for branch in branches)
         return float(self.graph.removed_parameters(branches))
 
-    def reached(self, removed: Sequence[Unit]) -> bool:
+    def reached(self, removed: Collection[Branch]) -> bool:
         return self.needed(removed) <= 0
 
     def _check(self, units: Sequence[Unit], what: str) -> None:
         everything = sum(map(len, units)) == len(self.graph.branches)
-        most = list(units[1:]) if everything else list(units)
+        most = branches_of(units[1:] if everything else units)
         if not most or not self.reached(most):
             words = {"count": what, "params": "of the parameters", "latency": "of the latency"}
             can = self.spent(most) if most else 0.0
@@ -118,9 +121,8 @@ class Budget:
             )
 
 
-def parameter_count(model: torch.nn.Module) -> int:
-    """Distinct parameters: tied ones count once."""
-    return sum(p.numel() for p in model.parameters())
+def branches_of(units: Iterable[Unit]) -> set[Branch]:
+    return {branch for unit in units for branch in unit}
 
 
 def _disjoint(units: Sequence[Unit]) -> list[Unit]:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.given import Given
 from pyprune.depth.graph import Branch, ResidualGraph, gaps
-from pyprune.depth.heldout import advance
 from pyprune.depth.hidden import real_tokens
 from pyprune.depth.writers import norm_after, writers
 from pyprune.errors import UserError
@@ -68,8 +67,8 @@ def size_factors(
         for batch in batches:
             begin = graph.start(batch)
             with given.back():
-                after = advance(graph, (0, end), *begin)
-            before = advance(graph, (0, first), *begin, removed, factors)
+                after = graph.advance((0, end), *begin)
+            before = graph.advance((0, first), *begin, removed, factors)
             large, small = (_sizes(real_tokens(state.total, batch)) for state in (after, before))
             total += float((large / small).sum())
             count += len(large)
@@ -127,7 +126,7 @@ def _output(
     graph: ResidualGraph, removed: Collection[Branch], batch: Batch, factors: Mapping[int, float]
 ) -> Tensor:
     """The decoder's output [n, d] without `removed`, the stream multiplied at these positions."""
-    state = advance(graph, (0, len(graph.branches)), *graph.start(batch), removed, factors)
+    state = graph.advance((0, len(graph.branches)), *graph.start(batch), removed, factors)
     return real_tokens(graph.finish(state.total, batch), batch)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -19,11 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pyprune.depth.budget import Budget, Unit, parameter_count, units_of
+from pyprune.depth.budget import Budget, Unit, branches_of, units_of
 from pyprune.depth.decision import Exchange, Refinement, Step, name_of
 from pyprune.depth.graph import KINDS, Branch
-from pyprune.depth.greedy import Greedy, GreedyOptions
+from pyprune.depth.greedy import Greedy, GreedyOptions, replace_text
+from pyprune.depth.score import or_inf
 from pyprune.errors import UserError
+from pyprune.models.stock import parameter_count
 
 # Branches of a kind that exchanges are made of, on either side; so many of them freely combined,
 # more of a kind only the best first.
@@ -71,14 +72,12 @@ def _over_layers(search: Greedy, allowed: Collection[Branch]) -> Greedy | None:
     units = units_of(whole, layers=True)
     size = [search.budget.saved(unit) for unit in units]
     most = list(units)
-    if 2 * len(units) == len(search.graph.branches):  # one has to stay, whichever it is
+    if 2 * len(units) == len(search.task.graph.branches):  # one has to stay, whichever it is
         del most[size.index(max(size))]
-    if not most or not search.budget.reached(most):
+    if not most or not search.budget.reached(branches_of(most)):
         return None
     options = replace(search.options, state=beside(search.options, "layers"))
-    return Greedy(
-        search.graph, search.tokens, search.config, options, units, search.progress, shares=search
-    )
+    return Greedy(search.task, options, units, shares=search)
 
 
 def beside(options: GreedyOptions, name: str) -> str | None:
@@ -87,7 +86,7 @@ def beside(options: GreedyOptions, name: str) -> str | None:
 
 
 def _set(steps: Sequence[Step]) -> Removed:
-    return frozenset(branch for step in steps for branch in step.unit)
+    return frozenset(branches_of(step.unit for step in steps))
 
 
 def _score(steps: Sequence[Step]) -> float:
@@ -174,9 +173,7 @@ class Known:
         if self.file is None:
             return
         text = json.dumps({"identity": self.search.identity, "losses": self.held})
-        part = self.file.with_name(self.file.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, self.file)
+        replace_text(self.file, text)
 
 
 class LocalSearch:
@@ -255,7 +252,7 @@ class LocalSearch:
             same += 1
         prefixes = [frozenset(b for u in units[: k + 1] for b in u) for k in range(len(units))]
         scores = self.known.scores(prefixes[same:], self._now)
-        graph = self.search.graph
+        graph = self.search.task.graph
         size = parameter_count(graph.model)
         return list(self.start[:same]) + [
             Step(unit, score, size - graph.removed_parameters(prefix))
@@ -284,8 +281,8 @@ class LocalSearch:
         if len(self.known.asked.keys() | set(sets)) > self.limit:
             return False
         scores = self.known.scores(sets, self._now)
-        now = self.search.mean(self._score)
-        changes = [self.search.mean(score) - now for score in scores]
+        now = self.search.scorer.mean_of(self._score)
+        changes = [self.search.scorer.mean_of(score) - now for score in scores]
         self._gains = dict(zip(back, [-change for change in changes[: len(back)]], strict=True))
         self._rises = dict(zip(out, changes[len(back) :], strict=True))
         self._last |= self._rises
@@ -294,7 +291,7 @@ class LocalSearch:
 
     def _least(self, branches: Sequence[Branch], kind: str) -> list[Branch]:
         of_kind = [branch for branch in branches if branch.kind == kind]
-        return sorted(of_kind, key=lambda b: _or_inf(self._last[b]))[:FAST_BREADTH]
+        return sorted(of_kind, key=lambda b: or_inf(self._last[b]))[:FAST_BREADTH]
 
     def _make(self, after: Removed, score: float) -> None:
         back, out = _ordered(self._now - after), _ordered(after - self._now)
@@ -351,21 +348,16 @@ class LocalSearch:
         return sides, torch.tensor(saved).double(), torch.tensor(change).double()
 
     def _meets(self, after: Removed) -> bool:
-        return meets(self.search.budget, after, len(self.search.graph.branches))
+        return meets(self.search.budget, after, len(self.search.task.graph.branches))
 
     def _tell(self, more: str = "") -> None:
-        if self.search.progress is not None:
+        if self.search.task.progress is not None:
             words = f"{len(self.exchanges)} exchanges, score {self._score:.4g}{more}"
-            self.search.progress(words, len(self.known.asked), self.limit)
+            self.search.task.progress(words, len(self.known.asked), self.limit)
 
 
 def meets(budget: Budget, removed: Removed, branches: int) -> bool:
     """Whether `removed`, not all of `branches`, reaches the target and nothing of it could stay."""
-    if not removed or len(removed) >= branches or not budget.reached([_ordered(removed)]):
+    if not removed or len(removed) >= branches or not budget.reached(removed):
         return False
-    return not any(budget.reached([_ordered(removed - {b})]) for b in removed)
-
-
-def _or_inf(value: float) -> float:
-    """NaN is never best."""
-    return math.inf if math.isnan(value) else value
+    return not any(budget.reached(removed - {b}) for b in removed)

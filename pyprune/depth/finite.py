@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +10,6 @@ from torch import Tensor
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.errors import OVERFLOW, UserError
-from pyprune.models.adapter import Adapter
 from pyprune.models.running import positions_at_once
 
 
@@ -21,13 +19,13 @@ class NotFiniteError(UserError):
 
 
 def located(
-    error: NotFiniteError, model: Any, adapter: Adapter, batches: Sequence[Batch]
+    error: NotFiniteError, graph: ResidualGraph, batches: Sequence[Batch]
 ) -> NotFiniteError:
     """The same with what is known of where in the model, as it is now, NaN or infinity begins."""
-    where = first_not_finite(ResidualGraph(model, adapter), batches)
+    where = first_not_finite(graph, batches)
     if where is None:  # the model is not to blame: what the method made of it is
         return error
-    half = any(p.dtype == torch.float16 for p in model.parameters())
+    half = any(p.dtype == torch.float16 for p in graph.model.parameters())
     return NotFiniteError(f"{error}: NaN or infinity begins {where}{OVERFLOW if half else ''}")
 
 
@@ -66,8 +64,7 @@ def _first_module(graph: ResidualGraph, batch: Batch) -> str | None:
 
 def _named(graph: ResidualGraph, branch: Branch) -> str:
     """The module of the model whose output the branch adds."""
-    layout = graph.layouts[branch.layer]
-    own = layout.attention if branch.kind == "attention" else layout.mlp[-1]
+    own = graph.layouts[branch.layer].last(branch.kind)
     return f"{graph.adapter.block_names[branch.layer]}.{own}"
 
 

@@ -9,7 +9,7 @@ rotary tables that the model itself hands to each layer, so no family's arithmet
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple
@@ -51,10 +51,6 @@ class State(NamedTuple):
 
     read: Tensor
     total: Tensor
-
-
-class _SeenError(Exception):
-    """Ends a forward of which enough has been seen."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +169,8 @@ class ResidualGraph:
                 return self._next(branch, state, self._layer(branch.layer, state.read, context))
             # The layer would add the branch to what it read; we need its output alone.
             outputs: list[Tensor] = []
-            last = self.adapter.blocks[branch.layer].get_submodule(
-                self.layouts[branch.layer].mlp[-1]
-            )
+            name = self.layouts[branch.layer].last(branch.kind)
+            last = self.adapter.blocks[branch.layer].get_submodule(name)
             hook = last.register_forward_hook(
                 lambda _m, _i, out: outputs.append((out[0] if type(out) is tuple else out).clone())
             )
@@ -190,26 +185,28 @@ class ResidualGraph:
         """The state after `branch` if it is left out."""
         return self._next(branch, state, state.total)
 
-    def run_from(
+    def advance(
         self,
-        position: int,
+        span: tuple[int, int],
         state: State,
         context: Context,
-        skipped: Collection[Branch] = (),
-    ) -> Tensor:
-        """The output of the last layer, before the final norm, [B, T, d].
-
-        position: of the branch (see `Branch.position`) that `state` is the input of.
-        """
-        for branch in self.branches[position:]:
-            if branch in skipped:
-                state = self.skip(branch, state)
-            else:
-                state = self.run(branch, state, context)
-        return state.total
+        removed: Collection[Branch] = (),
+        factors: Mapping[int, float] | None = None,
+    ) -> State:
+        """The state before the branch at position `span[1]` (see `Branch.position`; after the last
+        one 2 L), from the one before `span[0]`, without `removed`, the stream multiplied at the
+        positions of `factors`."""
+        for branch in self.branches[slice(*span)]:
+            factor = 1.0 if factors is None else factors.get(branch.position, 1.0)
+            if factor != 1:
+                state = State(state.read * factor, state.total * factor)
+            gone = branch in removed
+            state = self.skip(branch, state) if gone else self.run(branch, state, context)
+        return state
 
     def finish(self, hidden: Tensor, batch: Batch) -> Tensor:
-        """What the decoder makes of its last layer's output: final norm, projection. [B, T, d']"""
+        """What the decoder makes of its last layer's output `hidden`, before the final norm
+        [B, T, d]: that norm, and a projection. [B, T, d']"""
         last = len(self.layouts) - 1
         calls = iter(range(last + 1))
 
@@ -262,42 +259,22 @@ class ResidualGraph:
         return State(state.read if stays else total, total)
 
     @cached_property
-    def _in_tuples(self) -> bool:
-        """Whether the decoder takes its layers' outputs out of tuples: what the first one, run on a
-        token, gives it."""
-        found: list[bool] = []
-
-        def seen(_module: nn.Module, _args: Any, output: Any) -> None:
-            found.append(isinstance(output, tuple))
-            raise _SeenError
-
-        handle = self.adapter.blocks[0].register_forward_hook(seen)
-        token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
-        try:
-            with torch.no_grad(), suppress(_SeenError):
-                self.adapter.decoder(input_ids=token, use_cache=False)
-        finally:
-            handle.remove()
-        return found[0]
-
-    @cached_property
     def _beside(self) -> list[dict[str, int | None]]:
-        """What the last module of each branch of each layer returns beside its output, run on a
-        token, by the module's name: attention weights, a router's logits, nothing (0); None where
-        it returns no tuple."""
+        """What each layer (name "") and the last module of each of its branches return beside their
+        output, run on a token, by the module's name: attention weights, a router's logits, nothing
+        (0); None where it returns no tuple."""
         found: list[dict[str, int | None]] = [{} for _ in self.layouts]
 
-        def note(layer: int, name: str, output: Any) -> None:
+        def note(layer: int, name: str, _module: nn.Module, _args: Any, output: Any) -> None:
             found[layer][name] = len(output) - 1 if isinstance(output, tuple) else None
 
         token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         with ExitStack() as stack, torch.no_grad():
-            for i, (block, layout) in enumerate(
-                zip(self.adapter.blocks, self.layouts, strict=True)
-            ):
-                for name in (layout.attention, layout.mlp[-1]):
-                    hook = partial(lambda i, name, _m, _a, output: note(i, name, output), i, name)
-                    stack.callback(block.get_submodule(name).register_forward_hook(hook).remove)
+            for i, layout in enumerate(self.layouts):
+                for name in ("", *map(layout.last, KINDS)):
+                    module = self.adapter.blocks[i].get_submodule(name)
+                    hook = module.register_forward_hook(partial(note, i, name))
+                    stack.callback(hook.remove)
             self.adapter.decoder(input_ids=token, use_cache=False)
         return found
 
@@ -310,7 +287,7 @@ class ResidualGraph:
     def _decoder(self, batch: Batch, layer: Callable[..., Tensor]) -> Any:
         """Runs the decoder with `layer(hidden, *args, **kwargs)` in place of every block."""
         with ExitStack() as stack:
-            forward = _in_tuple(layer, 1 if self._in_tuples else None)
+            forward = _in_tuple(layer, None if self._beside[0][""] is None else 1)
             for block in self.adapter.blocks:
                 stack.enter_context(replaced_forward(block, forward))
             self._output = self.adapter.decoder(
@@ -342,19 +319,11 @@ def _switched_off(
     beside: Mapping[str, int | None],
 ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
     """The modules of a branch and forwards with which it adds nothing, at next to no cost."""
-    if branch.kind == "attention":
-        nothing = _residual if layout.adds_inside else _zeros
-        forward = _in_tuple(nothing, beside[layout.attention])
-        yield block.get_submodule(layout.attention), forward
-        norms = layout.attention_norms
-    else:
-        nothing = _residual if layout.adds_inside else _zeros
-        for name in layout.mlp[:-1]:
-            yield block.get_submodule(name), _same
-        last = layout.mlp[-1]
-        yield block.get_submodule(last), _in_tuple(nothing, beside[last])
-        norms = layout.mlp_norms
-    for name in norms if with_norms else ():
+    last = layout.last(branch.kind)
+    nothing = _residual if layout.adds_inside else _zeros
+    yield block.get_submodule(last), _in_tuple(nothing, beside[last])
+    norms = layout.norms(branch.kind) if with_norms else ()
+    for name in (*layout.inner(branch.kind)[:-1], *norms):
         yield block.get_submodule(name), _same
 
 

@@ -11,19 +11,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pyprune.calibration.tokens import Batch, TokenSet
+from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint import check_writable
 from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
-from pyprune.depth.budget import Budget, Unit, parameter_count
+from pyprune.depth.budget import Budget, Unit, branches_of
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision, Refinement, Step, calibration_facts, name_of
+from pyprune.depth.decision import Decision, Refinement, Step, name_of
 from pyprune.depth.finite import NotFiniteError
-from pyprune.depth.graph import Branch, ResidualGraph
-from pyprune.depth.score import ObjectiveName, Scorer
+from pyprune.depth.graph import Branch
+from pyprune.depth.registry import DepthTask
+from pyprune.depth.score import ObjectiveName, Scorer, or_inf
 from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
 from pyprune.models.fingerprint import fingerprint
-from pyprune.progress import Progress
+from pyprune.models.stock import parameter_count
 
 Mode = Literal["exact", "fast", "naive"]
 Compare = Literal["auto", "score", "rate"]
@@ -109,6 +110,13 @@ def rate(rise: float, cost: float) -> float:
     return rise / cost if cost > 0 else math.inf
 
 
+def replace_text(file: Path, text: str) -> None:
+    """Writes a whole file at once: an interruption leaves the one before it."""
+    part = file.with_name(file.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, file)
+
+
 def in_parts(batches: Sequence[Batch]) -> list[Batch]:
     """The batches, cut into smaller ones where they are fewer than `PARTS`: all sequences in one
     batch would leave halving nothing to halve."""
@@ -144,30 +152,27 @@ class Greedy:
     goes on with, from the dense model.
     """
 
-    graph: ResidualGraph
-    tokens: TokenSet
-    config: StructureConfig
+    task: DepthTask
     options: GreedyOptions
     units: Sequence[Unit]
-    progress: Progress | None = None
     removed: list[Unit] = field(default_factory=list)
     shares: Greedy | None = None
     dense: float = field(init=False)
     remarks: list[str] = field(default_factory=list)  # for the decision, from elsewhere
 
     def __post_init__(self) -> None:
-        check_add_ons(self.graph, self.options)
-        self.compare = self.options.compared(self.config)
-        self.objective = self.options.scored(self.config)
+        check_add_ons(self.task.graph, self.options)
+        self.compare = self.options.compared(self.task.config)
+        self.objective = self.options.scored(self.task.config)
         if self.shares is None:
-            self.budget = Budget.of(self.graph, self.config, self.units, self.tokens.batches[0])
-            batches, every = self.tokens.batches, self.options.every
+            batches, every = self.task.tokens.batches, self.options.every
+            self.budget = Budget.of(self.task.graph, self.task.config, self.units, batches[0])
             if self.options.mode == "fast":
                 batches = in_parts(batches)
-            self.scorer = Scorer(self.graph, batches, self.objective, every)
+            self.scorer = Scorer(self.task.graph, batches, self.objective, every)
             memory = self.options.memory_mb << 20
             self.walk = WalkDown(
-                self.graph, self.scorer, memory, self.options.width, len(self.units)
+                self.task.graph, self.scorer, memory, self.options.width, len(self.units)
             )
         else:
             other = self.shares
@@ -183,7 +188,7 @@ class Greedy:
         if self.shares is not None:
             self.dense = self.shares.dense
             gone = [branch.position for branch in self.shares._branches]
-            self.walk.forget_after(min(gone, default=len(self.graph.branches)))
+            self.walk.forget_after(min(gone, default=len(self.task.graph.branches)))
             self.walk.forget_streams()
         elif self.options.mode == "naive":
             self.dense = self.scorer.score_naive([])
@@ -193,7 +198,7 @@ class Greedy:
         self._check_score("the dense model", self.dense)
         steps = self._resume()
         self.score = steps[-1].score if steps and steps[-1].score is not None else self.dense
-        while not self.budget.reached(self.removed):
+        while not self.budget.reached(self._branches):
             found = self._round(len(steps))
             self._remove(found.unit)
             self.score = found.score
@@ -209,7 +214,7 @@ class Greedy:
         """Of rounds that a reader should know of."""
         return [f"round {number}: {note}" for number, note in self._notes.items()]
 
-    def decision(self, method: str, unit: str, refine: Refine | None = None) -> Decision:
+    def decision(self, refine: Refine | None = None) -> Decision:
         """The search, what improves its list, if anything, and the add-ons, which change the
         model's weights in place."""
         steps = first = self.run()
@@ -217,18 +222,13 @@ class Greedy:
         if refine is not None:
             steps, refinement = refine(self, first)
         gone = {branch for step in steps for branch in step.unit}
-        done = apply_add_ons(self.graph, gone, self.scorer.batches, self.options)
-        return Decision(
-            method=method,
-            unit=unit,
-            layers=len(self.graph.layouts),
-            steps=tuple(steps),
+        done = apply_add_ons(self.task.graph, gone, self.scorer.batches, self.options)
+        return self.task.decision(
+            steps,
             objective=self.objective,
             compare=self.compare,
             dense=self.dense,
             importance=dict(first[0].candidates) if first else {},
-            calibration=calibration_facts(self.tokens),
-            config=self.config.to_dict(),
             transforms=done,
             refinement=refinement,
             notes=(*self.notes, *self.remarks),
@@ -238,15 +238,15 @@ class Greedy:
 
     @property
     def _branches(self) -> set[Branch]:
-        return {branch for unit in self.removed for branch in unit}
+        return branches_of(self.removed)
 
     def _left(self) -> list[Unit]:
-        gone, most = self._branches, len(self.graph.branches) - 1
+        gone, most = self._branches, len(self.task.graph.branches) - 1
         left = [u for u in self.units if not gone & set(u) and len(gone) + len(u) <= most]
         if not left:
             raise UserError(
                 f"expected a target that leaves one branch, got {self.budget.target:g} "
-                f"({self.budget.spent(self.removed):g} is all that can go)"
+                f"({self.budget.spent(self._branches):g} is all that can go)"
             )
         return left
 
@@ -288,25 +288,18 @@ class Greedy:
         """What is compared."""
         if self.compare == "score":
             return score
-        return rate(rise, self.budget.cost(unit, self.removed))
+        return rate(rise, self.budget.cost(unit, self._branches))
 
     def _rise(self, score: float) -> float:
         """Of the mean loss above that of what is left: comparable between rounds."""
-        mean = self.mean(score)
-        return mean if mean == math.inf else mean - self.mean(self.score)
-
-    def mean(self, score: float) -> float:
-        """The mean loss behind a score."""
-        if self.objective == "kl":
-            return score
-        return -math.inf if score == 0 else math.log(score)  # NaN stays NaN
+        mean = self.scorer.mean_of(score)
+        return mean if mean == math.inf else mean - self.scorer.mean_of(self.score)
 
     # ---- the lazy round
 
     def _remember(self, units: Sequence[Unit], scores: Sequence[float]) -> None:
         for unit, score in zip(units, scores, strict=True):
-            rise = self._rise(score)
-            self.stale[name_of(unit)] = math.inf if math.isnan(rise) else rise
+            self.stale[name_of(unit)] = or_inf(self._rise(score))
 
     def _stale_key(self, unit: Unit) -> float:
         """By what was last seen of it."""
@@ -332,7 +325,7 @@ class Greedy:
         evaluations = 0
         if not self.stale:
             evaluations, seen = self._halving(left)
-            mean = self.mean(self.score)
+            mean = self.scorer.mean_of(self.score)
             estimates = {u: self.scorer.of_mean(mean + rise) for u, rise in self.stale.items()}
         order = sorted(range(len(left)), key=lambda k: self._stale_key(left[k]))
         if name_of(left[order[0]]) not in seen and len(seen) < self.options.looks:
@@ -371,7 +364,8 @@ class Greedy:
         self.walk.accept(unit)
 
     def _step(self, found: _Found) -> Step:
-        left = parameter_count(self.graph.model) - self.graph.removed_parameters(self._branches)
+        graph = self.task.graph
+        left = parameter_count(graph.model) - graph.removed_parameters(self._branches)
         return Step(found.unit, found.score, left, found.evaluations, found.candidates)
 
     def _check_score(self, what: str, score: float) -> None:
@@ -386,15 +380,15 @@ class Greedy:
         self._tell(f"removal {len(self.removed) + 1}: {done}/{total}")
 
     def _tell(self, words: str) -> None:
-        if self.progress is not None:
-            share = min(1.0, self.budget.spent(self.removed) / self.budget.target)
-            self.progress(words, share, 1.0)
+        if self.task.progress is not None:
+            share = min(1.0, self.budget.spent(self._branches) / self.budget.target)
+            self.task.progress(words, share, 1.0)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a state file must agree with. How much goes does not matter: a greedy list is a
         prefix of any longer one, but for what was chosen when the target had cut off costs."""
-        values = self.config.to_dict()
+        values = self.task.config.to_dict()
         for name in ("ratio", "count", "by", "fill", "device"):
             values.pop(name)
         for name in NOT_OF_THE_SEARCH:
@@ -403,8 +397,8 @@ class Greedy:
         resolved = {"compare": self.compare, "objective": self.objective, "cost": cost}
         values["method_options"] |= resolved
         return {
-            "model": fingerprint(self.graph.model),
-            "tokens": self.tokens.sha256,
+            "model": fingerprint(self.task.graph.model),
+            "tokens": self.task.tokens.sha256,
             "config": values,
             "units": len(self.units),
         }
@@ -419,8 +413,7 @@ class Greedy:
     def _save(self, steps: Sequence[Step]) -> None:
         if self.options.state is None:
             return
-        file = Path(self.options.state)
-        so_far = Decision(self.config.method, "", len(self.graph.layouts), tuple(steps))
+        so_far = Decision(self.task.config.method, "", len(self.task.graph.layouts), tuple(steps))
         self._stales.append(dict(self.stale))
         text = json.dumps(
             {
@@ -433,9 +426,7 @@ class Greedy:
                 "decision": so_far.to_dict(),
             }
         )
-        part = file.with_name(file.name + ".part")
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, file)
+        replace_text(Path(self.options.state), text)
 
     def _resume(self) -> list[Step]:
         if self.options.state is None or not Path(self.options.state).exists():
@@ -457,10 +448,10 @@ class Greedy:
         lesser = replace(self.budget, target=min(target, self.budget.target))
         steps: list[Step] = []
         for step in Decision.from_dict(decision).steps:
-            if self.budget.reached(self.removed):
+            if self.budget.reached(self._branches):
                 break
             same = self.compare == "score" or target == self.budget.target
-            if not same and lesser.cuts(self._left(), self.removed):
+            if not same and lesser.cuts(self._left(), self._branches):
                 break
             self._remove(step.unit)
             steps.append(step)

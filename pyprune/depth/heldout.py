@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +10,8 @@ from torch import Tensor
 
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.given import Given
-from pyprune.depth.graph import Branch, Context, ResidualGraph, State
-from pyprune.depth.score import Scorer
+from pyprune.depth.graph import Branch, ResidualGraph, State
+from pyprune.depth.score import Scorer, or_inf
 
 HELD_OUT = 4  # every so many-th sequence is held out
 # What is added to rows that a branch adds, float64 [n, d] -> [n, d].
@@ -39,8 +38,7 @@ def parts_of(batches: Sequence[Batch]) -> list[Part]:
     period = min(HELD_OUT, sum(len(batch.input_ids) for batch in batches))
     parts, seen = [], 0
     for batch in batches:
-        ids, mask = batch.input_ids, batch.attention_mask
-        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
+        ids, real = batch.input_ids, batch.real
         if period == 1:
             late = real.cumsum(1) > real.sum(1, keepdim=True) * (HELD_OUT - 1) // HELD_OUT
             parts.append(Part(batch, real & late))
@@ -51,25 +49,6 @@ def parts_of(batches: Sequence[Batch]) -> list[Part]:
             if rows.any():
                 parts.append(Part(batch.rows(rows), real[rows] & held[rows, None]))
     return parts
-
-
-def advance(
-    graph: ResidualGraph,
-    span: tuple[int, int],
-    state: State,
-    context: Context,
-    removed: Collection[Branch] = (),
-    factors: Mapping[int, float] | None = None,
-) -> State:
-    """The state before position `span[1]`, from the one before `span[0]`, without `removed`, the
-    stream multiplied at the positions of `factors`."""
-    for branch in graph.branches[slice(*span)]:
-        factor = 1.0 if factors is None else factors.get(branch.position, 1.0)
-        if factor != 1:
-            state = State(state.read * factor, state.total * factor)
-        gone = branch in removed
-        state = graph.skip(branch, state) if gone else graph.run(branch, state, context)
-    return state
 
 
 class HeldOut:
@@ -101,18 +80,17 @@ class HeldOut:
         changes: Sequence[Change],
     ) -> list[float]:
         """With each of `changes` of what the branch before the gap at position `start` adds.
-        `removed`, `factors`: as in `advance`. A loss can be NaN."""
+        `removed`, `factors`: as in `ResidualGraph.advance`. A loss can be NaN."""
         graph, last = self.graph, self.graph.branches[start - 1]
         rows: list[list[Tensor]] = [[] for _ in changes]
         for i, batch in enumerate(self.scorer.batches):
             first, context = graph.start(batch)
-            before = advance(graph, (0, start - 1), first, context, removed, factors)
+            before = graph.advance((0, start - 1), first, context, removed, factors)
             after = graph.run(last, before, context)
             for found, total in zip(rows, _changed(before, after, changes), strict=True):
                 state = graph.skip(last, State(before.read, total))
-                state = advance(
-                    graph, (start, len(graph.branches)), state, context, removed, factors
-                )
+                rest = (start, len(graph.branches))
+                state = graph.advance(rest, state, context, removed, factors)
                 found.append(self.scorer.rows(i, state.total))
         return [self.scorer.total(found)[0] for found in rows]
 
@@ -131,5 +109,5 @@ def unchanged(rows: Tensor) -> Tensor:
 
 def least(losses: Sequence[float]) -> int:
     """Which is least, the first of equals; NaN is as bad as infinity."""
-    known = [math.inf if math.isnan(loss) else loss for loss in losses]
+    known = [or_inf(loss) for loss in losses]
     return known.index(min(known))

@@ -120,17 +120,15 @@ def angular_distances(adapter: Adapter, batches: Iterable[Batch]) -> Tensor:
     return sums / count
 
 
-def token_states(adapter: Adapter, batches: Iterable[Batch], tokens: int, seed: int = 0) -> Tensor:
+def token_states(adapter: Adapter, batches: Iterable[Batch], tokens: int) -> Tensor:
     """float32 [L + 1, n, d]: the states of n <= `tokens` real tokens, spread evenly over the
     batches and drawn without replacement in each."""
     batches = list(batches)
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator().manual_seed(0)
     kept: list[Tensor] = []
     for i, batch in enumerate(batches):
         share = tokens * (i + 1) // len(batches) - tokens * i // len(batches)
-        mask = batch.attention_mask
-        real = batch.input_ids.numel() if mask is None else int((mask != 0).sum())
-        chosen = torch.randperm(real, generator=gen)[:share]
+        chosen = torch.randperm(int(batch.real.sum()), generator=gen)[:share]
         states: list[Tensor] = []
 
         def some(state: Tensor, batch: Batch = batch, chosen: Tensor = chosen) -> Tensor:

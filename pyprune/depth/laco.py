@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -17,9 +17,8 @@ from pyprune.depth.criteria import run_layer
 from pyprune.depth.given import Given
 from pyprune.depth.graph import Context, ResidualGraph, State
 from pyprune.depth.hidden import real_tokens
-from pyprune.depth.layers import Enough, LayerChoice, layer_method, with_add_ons
+from pyprune.depth.layers import Enough, LayerChoice, LayerTask, layer_method
 from pyprune.errors import UserError
-from pyprune.progress import Progress
 
 Merge = Literal["rdsc", "last", "mean"]
 
@@ -48,13 +47,7 @@ class LacoOptions(OneAddOn):
     paper="arXiv 2402.11187",
     options=LacoOptions,
 )
-def laco(
-    graph: ResidualGraph,
-    batches: Sequence[Batch],
-    options: LacoOptions,
-    enough: Enough,
-    progress: Progress | None = None,
-) -> LayerChoice:
+def laco(task: LayerTask) -> LayerChoice:
     """LaCo: folds until it is enough. UserError if the threshold ends it before that.
 
     The add-ons come after the search, which folds and accepts as published, and use all of the
@@ -62,20 +55,20 @@ def laco(
     merged, is fitted to the stream that the last folded layer gave in the model as given.
     compensate: the size of that stream over the size of the merged layer's output.
     """
+    options: LacoOptions = task.options
     if options.sentences < 1:
         raise UserError(f"sentences: expected at least 1, got {options.sentences}")
-    few = first_sequences(batches, options.sentences)
+    few = first_sequences(task.batches, options.sentences)
     given = Given() if options.wanted else None
-    folds = collapse(graph, few, options, enough, given)
+    folds = collapse(task.graph, few, options, task.enough, given)
     removed = tuple(i for fold in folds for i in fold.removed)
-    if not removed or not enough(removed):
+    if not removed or not task.enough(removed):
         raise UserError(
             f"LaCo: expected to remove more, but only {len(removed)} layers could be folded at a "
             f"similarity above {options.threshold:g}; a lower threshold or another fold may do"
         )
     transforms = tuple({"kind": "fold", "merge": options.merge, **asdict(f)} for f in folds)
-    choice = with_add_ons(graph, batches, options, removed, "cosine of final states", None, given)
-    return replace(choice, transforms=(*transforms, *choice.transforms))
+    return LayerChoice(removed, "cosine of final states", (), transforms, given)
 
 
 @dataclass(frozen=True)

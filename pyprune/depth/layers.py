@@ -4,119 +4,109 @@ to what goes and why, in a module of its own."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from functools import partial, wraps
+from typing import Any
 
-from torch import Tensor
-
-from pyprune.calibration.tokens import Batch, TokenSet
-from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
-from pyprune.depth.budget import Budget, parameter_count, units_of
-from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision, Step, calibration_facts, name_of
+from pyprune.calibration.tokens import Batch
+from pyprune.depth.addons import apply_add_ons, check_add_ons
+from pyprune.depth.budget import Budget, branches_of, units_of
+from pyprune.depth.decision import Decision, Step, name_of
 from pyprune.depth.given import Given
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
-from pyprune.depth.registry import depth_method
+from pyprune.depth.registry import DepthTask, depth_method
 from pyprune.errors import UserError
-from pyprune.models.adapter import Adapter
+from pyprune.models.stock import parameter_count
 from pyprune.progress import Progress
 
 # Told the layers removed so far: whether that is enough.
 Enough = Callable[[Sequence[int]], bool]
-Choose = Callable[[ResidualGraph, Sequence[Batch], Any, Enough, Progress | None], "LayerChoice"]
-Function = TypeVar("Function", bound=Choose)
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """What a method is given. batches: on the model's device. options: its own. progress: told what
+    happens."""
+
+    graph: ResidualGraph
+    batches: Sequence[Batch]
+    options: Any
+    enough: Enough
+    progress: Progress | None = None
+
+    def first_enough(self, order: Sequence[int]) -> tuple[int, ...]:
+        """The shortest beginning of `order` that is enough and leaves a layer."""
+        most = min(len(order), len(self.graph.layouts) - 1)
+        for count in range(1, most + 1):
+            if self.enough(order[:count]):
+                return tuple(order[:count])
+        raise too_much(most, len(self.graph.layouts))
 
 
 @dataclass(frozen=True)
 class LayerChoice:
     """removed: layers, in order. importance: per layer, larger = keep, in units of `objective`;
-    empty where a method ranks windows. transforms: what was changed in the weights that stay."""
+    empty where a method ranks windows. transforms: what was changed in the weights that stay.
+    given: their values from before, for the add-ons."""
 
     removed: tuple[int, ...]
     objective: str
     importance: tuple[float, ...] = ()
     transforms: tuple[dict[str, Any], ...] = ()
+    given: Given | None = field(default=None, compare=False)
 
 
-def layer_method(
-    name: str, *, title: str, paper: str, options: type
-) -> Callable[[Function], Function]:
-    """Registers the decorated function as a row of the table of methods."""
+Choose = Callable[[LayerTask], LayerChoice]
 
-    def register(choose: Function) -> Function:
+
+def layer_method(name: str, *, title: str, paper: str, options: type) -> Callable[[Choose], Choose]:
+    """Registers the decorated function as a row of the table of methods; the add-ons come after
+    it."""
+
+    def register(choose: Choose) -> Choose:
+        @wraps(choose)
+        def complete(task: LayerTask) -> LayerChoice:
+            choice = choose(task)
+            gone = [Branch(kind, i) for i in choice.removed for kind in KINDS]
+            done = apply_add_ons(task.graph, gone, task.batches, task.options, choice.given)
+            return replace(choice, transforms=choice.transforms + done)
+
         depth_method(name, title=title, paper=paper, options=options, unit="layer")(
-            partial(_search, name, choose)
+            partial(_search, complete)
         )
-        return choose
+        return complete
 
     return register
 
 
-def _search(
-    name: str,
-    choose: Choose,
-    model: Any,
-    adapter: Adapter,
-    tokens: TokenSet,
-    config: StructureConfig,
-    progress: Progress | None = None,
-) -> Decision:
+def _search(choose: Choose, task: DepthTask) -> Decision:
     """What `choose` removes, as a decision."""
-    graph = ResidualGraph(model, adapter)
-    graph.check()
-    check_add_ons(graph, config.own_options())
+    graph, options = task.graph, task.config.own_options()
+    check_add_ons(graph, options)
     units = units_of(graph.branches, layers=True)
-    batches = [batch.to(graph.device) for batch in tokens.batches]
-    budget = Budget.of(graph, config, units, batches[0])
-    size = parameter_count(model)
+    batches = [batch.to(graph.device) for batch in task.tokens.batches]
+    budget = Budget.of(graph, task.config, units, batches[0])
+    size = parameter_count(graph.model)
 
     def enough(removed: Sequence[int]) -> bool:
-        return budget.reached([units[i] for i in removed])
+        return budget.reached(branches_of(units[i] for i in removed))
 
-    choice = choose(graph, batches, config.own_options(), enough, progress)
+    choice = choose(LayerTask(graph, batches, options, enough, task.progress))
+    gone: list[Branch] = []
     steps: list[Step] = []
     for i in choice.removed:
-        gone = [branch for step in steps for branch in step.unit] + [*units[i]]
+        gone += units[i]
         score = choice.importance[i] if choice.importance else None
         steps.append(Step(units[i], score, size - graph.removed_parameters(gone)))
-    return Decision(
-        method=name,
-        unit="layer",
-        layers=len(units),
-        steps=tuple(steps),
+    return task.decision(
+        steps,
         objective=choice.objective,
         importance=dict(zip(map(name_of, units), choice.importance, strict=False)),
-        calibration=calibration_facts(tokens),
-        config=config.to_dict(),
         transforms=choice.transforms,
     )
-
-
-def first_enough(order: Sequence[int], enough: Enough, layers: int) -> tuple[int, ...]:
-    """The shortest beginning of `order` that is enough and leaves a layer."""
-    for count in range(1, min(len(order), layers - 1) + 1):
-        if enough(order[:count]):
-            return tuple(order[:count])
-    raise too_much(min(len(order), layers - 1), layers)
 
 
 def too_much(most: int, layers: int) -> UserError:
     return UserError(
         f"expected a target within reach of the {most} of {layers} layers that may go, got more"
     )
-
-
-def with_add_ons(
-    graph: ResidualGraph,
-    batches: Sequence[Batch],
-    options: AddOns,
-    removed: tuple[int, ...],
-    objective: str,
-    importance: Tensor | None,
-    given: Given | None = None,
-) -> LayerChoice:
-    values = () if importance is None else tuple(importance.tolist())
-    gone = [Branch(kind, i) for i in removed for kind in KINDS]
-    done = apply_add_ons(graph, gone, batches, options, given)
-    return LayerChoice(removed, objective, values, done)

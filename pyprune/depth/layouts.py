@@ -40,8 +40,15 @@ class Layout:
 
     def modules(self, kind: str) -> tuple[str, ...]:
         """Everything whose parameters belong to the branch alone."""
-        norms = self.attention_norms if kind == "attention" else self.mlp_norms
-        return (*self.inner(kind), *norms)
+        return (*self.inner(kind), *self.norms(kind))
+
+    def norms(self, kind: str) -> tuple[str, ...]:
+        """Those that only this branch reads."""
+        return self.attention_norms if kind == "attention" else self.mlp_norms
+
+    def last(self, kind: str) -> str:
+        """What gives the branch's output, but for a norm behind it."""
+        return self.inner(kind)[-1]
 
     def inner(self, kind: str) -> tuple[str, ...]:
         """The attention, or what the MLP is made of, without their norms."""

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
-from pyprune.calibration.tokens import TokenSet
 from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
-from pyprune.depth.budget import Budget, parameter_count, units_of
-from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision, Step, calibration_facts
+from pyprune.depth.budget import Budget, units_of
+from pyprune.depth.decision import Decision, Step
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.hidden import real_tokens
-from pyprune.depth.registry import depth_method
+from pyprune.depth.registry import DepthTask, depth_method
 from pyprune.depth.score import Scorer
 from pyprune.errors import UserError
-from pyprune.models.adapter import Adapter
-from pyprune.progress import Progress
+from pyprune.models.stock import parameter_count
 
 
 @dataclass(frozen=True)
@@ -37,18 +34,11 @@ class LlmDropOptions(AddOns):
     options=LlmDropOptions,
 )
 @torch.no_grad()
-def llm_drop(
-    model: Any,
-    adapter: Adapter,
-    tokens: TokenSet,
-    config: StructureConfig,
-    progress: Progress | None = None,
-) -> Decision:
+def llm_drop(task: DepthTask) -> Decision:
     """Removes by descending cosine between the stream before and after a branch, token by token,
     padding excluded. The last MLP is scored on the stream itself, never behind the final norm."""
+    graph, tokens, config = task.graph, task.tokens, task.config
     options: LlmDropOptions = config.own_options()
-    graph = ResidualGraph(model, adapter)
-    graph.check()
     check_add_ons(graph, options)
     kinds = ("attention", "mlp") if options.blocks == "mixed" else (options.blocks,)
     units = units_of(
@@ -59,8 +49,7 @@ def llm_drop(
     similarity = branch_similarity(graph, scorer, [])
     importance = {str(unit[0]): 1.0 - similarity[unit[0]] for unit in units}
     steps: list[Step] = []
-    while not budget.reached([step.unit for step in steps]):
-        gone = [step.unit[0] for step in steps]
+    while not budget.reached(gone := [step.unit[0] for step in steps]):
         if steps and options.iterative:
             similarity = branch_similarity(graph, scorer, gone)
         left = [unit for unit in units if unit[0] not in gone]
@@ -68,21 +57,15 @@ def llm_drop(
             raise UserError(f"expected a target that leaves one branch, got {budget.target:g}")
         unit = max(left, key=lambda u: similarity[u[0]])
         removed = [*gone, unit[0]]
-        size = parameter_count(model) - graph.removed_parameters(removed)
+        size = parameter_count(graph.model) - graph.removed_parameters(removed)
         candidates = {str(u[0]): 1.0 - similarity[u[0]] for u in left}
         steps.append(Step(unit, 1.0 - similarity[unit[0]], size, 0, candidates))
-        if progress is not None:
-            progress(f"removed {unit[0]}", len(steps), None)
-    gone = [step.unit[0] for step in steps]
-    return Decision(
-        method="llm-drop",
-        unit="block",
-        layers=len(graph.layouts),
-        steps=tuple(steps),
+        if task.progress is not None:
+            task.progress(f"removed {unit[0]}", len(steps), None)
+    return task.decision(
+        steps,
         objective="1 - cosine",
         importance=importance,
-        calibration=calibration_facts(tokens),
-        config=config.to_dict(),
         transforms=apply_add_ons(graph, gone, scorer.batches, options),
     )
 

@@ -13,7 +13,7 @@ from transformers import Conv1D
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.given import Given
 from pyprune.depth.graph import Branch, ResidualGraph, gaps
-from pyprune.depth.heldout import Change, HeldOut, Part, advance, least, parts_of, unchanged
+from pyprune.depth.heldout import Change, HeldOut, Part, least, parts_of, unchanged
 from pyprune.depth.hidden import real_tokens
 from pyprune.depth.ridge import LADDER, Moments, Solutions, check_ridge
 from pyprune.depth.writers import writers
@@ -134,8 +134,8 @@ def moments_of(
         batch = part.batch
         first, context = graph.start(batch)
         with given.back():
-            target = real_tokens(advance(graph, (0, end), first, context).total, batch)
-        state = advance(graph, (0, start - 1), first, context, gone, factors)
+            target = real_tokens(graph.advance((0, end), first, context).total, batch)
+        state = graph.advance((0, start - 1), first, context, gone, factors)
         u = real_tokens(state.total, batch)
         state = graph.run(graph.branches[start - 1], state, context)
         m = real_tokens(state.total, batch) - u

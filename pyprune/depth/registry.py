@@ -6,7 +6,7 @@ what makes it known without importing torch's models.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +15,10 @@ from pyprune.registry import MethodRow, MethodTable
 if TYPE_CHECKING:
     from pyprune.calibration.tokens import TokenSet
     from pyprune.depth.config import StructureConfig
-    from pyprune.depth.decision import Decision
+    from pyprune.depth.decision import Decision, Step
+    from pyprune.depth.graph import ResidualGraph
     from pyprune.models.adapter import Adapter
     from pyprune.progress import Progress
-
-Search = Callable[..., "Decision"]
 
 # Modules of pyprune.depth that register methods, one a line.
 MODULES = (
@@ -38,12 +37,39 @@ UNITS = {"block": "attention and MLP branches", "layer": "layers"}
 
 
 @dataclass(frozen=True)
+class DepthTask:
+    """What a method is given. graph: of the model, checked. progress: told what happens."""
+
+    graph: ResidualGraph
+    tokens: TokenSet
+    config: StructureConfig
+    progress: Progress | None = None
+
+    def decision(self, steps: Sequence[Step], **found: Any) -> Decision:
+        """The method's, with what is said of every run. found: other fields of it."""
+        from pyprune.depth.decision import Decision, calibration_facts
+
+        return Decision(
+            method=self.config.method,
+            unit=DEPTH_METHODS.find(self.config.method).unit,
+            layers=len(self.graph.layouts),
+            steps=tuple(steps),
+            calibration=calibration_facts(self.tokens),
+            config=self.config.to_dict(),
+            **found,
+        )
+
+
+Search = Callable[[DepthTask], "Decision"]
+
+
+@dataclass(frozen=True)
 class DepthMethod(MethodRow):
     """A row of the table.
 
-    search: `(model, adapter, tokens, config, progress) -> Decision`. It may change kept weights in
-        place (and says so in `Decision.transforms`), never the structure: removing what the
-        decision lists is the caller's (`ResidualGraph.skipping`, `drop_layers`).
+    search: may change kept weights in place (and says so in `Decision.transforms`), never the
+        structure: removing what the decision lists is the caller's (`ResidualGraph.skipping`,
+        `drop_layers`).
     unit: "block" (a branch) or "layer", what `count` counts.
     """
 
@@ -76,9 +102,12 @@ def run_search(
     """Runs the method that `config` names on a model in memory. Where it finds NaN or infinity, the
     error says after which module of the model they begin."""
     from pyprune.depth.finite import NotFiniteError, located
+    from pyprune.depth.graph import ResidualGraph
 
     search = DEPTH_METHODS.find(config.method).search
+    graph = ResidualGraph(model, adapter)
+    graph.check()
     try:
-        return search(model, adapter, tokens, config, progress)
+        return search(DepthTask(graph, tokens, config, progress))
     except NotFiniteError as error:
-        raise located(error, model, adapter, tokens.batches) from error
+        raise located(error, graph, tokens.batches) from error

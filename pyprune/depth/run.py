@@ -12,7 +12,6 @@ from pyprune.calibration.tokens import TokenSet
 from pyprune.checkpoint.output import save_stock
 from pyprune.config import check_call
 from pyprune.deci import NOTE, check_before, save_deci, to_deci
-from pyprune.depth.budget import parameter_count
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
 from pyprune.depth.graph import Branch, ResidualGraph
@@ -26,6 +25,7 @@ from pyprune.families import Family, Run
 from pyprune.measure import Measure
 from pyprune.models.adapter import Adapter
 from pyprune.models.running import evaluation
+from pyprune.models.stock import parameter_count
 from pyprune.pictures import check_pictures
 from pyprune.progress import Progress
 from pyprune.registry import HEADERS, MethodRow

@@ -54,7 +54,7 @@ class Scorer:
 
     def _run(self, i: int, removed: Collection[Branch] = ()) -> Tensor:
         state, context = self.graph.start(self.batches[i])
-        return self.graph.run_from(0, state, context, removed)
+        return self.graph.advance((0, len(self.graph.branches)), state, context, removed).total
 
     def _scored(self, batch: Batch, counted: Tensor | None) -> Tensor:
         """1 for targets that count, float64 [B, n]."""
@@ -150,6 +150,17 @@ class Scorer:
         if self.objective == "kl":
             return mean
         return math.inf if mean >= 700 else math.exp(mean)  # NaN stays NaN
+
+    def mean_of(self, score: float) -> float:
+        """The mean loss behind a score."""
+        if self.objective == "kl":
+            return score
+        return -math.inf if score == 0 else math.log(score)  # NaN stays NaN
+
+
+def or_inf(value: float) -> float:
+    """NaN is never best: it is as bad as infinity."""
+    return math.inf if math.isnan(value) else value
 
 
 def perplexities(

@@ -6,21 +6,17 @@ partition is the true optimum: the published back-tracking does not follow its o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyprune.calibration.tokens import Batch
 from pyprune.depth.addons import AddOns
 from pyprune.depth.criteria import importance_by
-from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.hidden import token_states
-from pyprune.depth.layers import Enough, LayerChoice, first_enough, layer_method, with_add_ons
+from pyprune.depth.layers import LayerChoice, LayerTask, layer_method
 from pyprune.errors import UserError
-from pyprune.progress import Progress
 
 GAIN = 0.05  # one more segment has to lower the loss by this share
 
@@ -43,16 +39,11 @@ class SegmentOptions(AddOns):
     paper="arXiv 2406.07929",
     options=SegmentOptions,
 )
-def segments(
-    graph: ResidualGraph,
-    batches: Sequence[Batch],
-    options: SegmentOptions,
-    enough: Enough,
-    progress: Progress | None = None,
-) -> LayerChoice:
+def segments(task: LayerTask) -> LayerChoice:
     """Generic layer pruning: CKA between the layers' outputs, exact Fisher partition of its column
     sums, and the least important layers of each segment in turn."""
-    states = token_states(graph.adapter, batches, options.tokens)[1:]
+    options: SegmentOptions = task.options
+    states = token_states(task.graph.adapter, task.batches, options.tokens)[1:]
     values = linear_cka(states).sum(0)
     if options.segments is None:
         most = min(max(1, options.most), len(values))
@@ -60,11 +51,10 @@ def segments(
     else:
         count = options.segments
     starts, _ = fisher_partition(values, count)
-    importance = importance_by(options.criterion, graph, batches)
-    removed = first_enough(segment_order(importance, starts), enough, len(values))
-    choice = with_add_ons(graph, batches, options, removed, options.criterion, importance)
+    importance = importance_by(options.criterion, task.graph, task.batches)
+    removed = task.first_enough(segment_order(importance, starts))
     found = {"kind": "segments", "starts": starts}
-    return replace(choice, transforms=(*choice.transforms, found))
+    return LayerChoice(removed, options.criterion, tuple(importance.tolist()), (found,))
 
 
 def linear_cka(states: Tensor) -> Tensor:

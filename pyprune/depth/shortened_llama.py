@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pyprune.calibration.tokens import Batch
 from pyprune.depth.addons import AddOns
 from pyprune.depth.criteria import importance_by, removal_order
-from pyprune.depth.graph import ResidualGraph
-from pyprune.depth.layers import Enough, LayerChoice, first_enough, layer_method, with_add_ons
-from pyprune.progress import Progress
+from pyprune.depth.layers import LayerChoice, LayerTask, layer_method
 
 
 @dataclass(frozen=True)
@@ -29,15 +25,9 @@ class ShortenedOptions(AddOns):
     paper="arXiv 2402.02834",
     options=ShortenedOptions,
 )
-def shortened(
-    graph: ResidualGraph,
-    batches: Sequence[Batch],
-    options: ShortenedOptions,
-    enough: Enough,
-    progress: Progress | None = None,
-) -> LayerChoice:
+def shortened(task: LayerTask) -> LayerChoice:
     """Shortened LLaMA: a ranking of single layers by what their removal, or their weights, say."""
-    importance = importance_by(options.criterion, graph, batches)
-    order = removal_order(importance, plus=options.plus)
-    removed = first_enough(order, enough, len(order))
-    return with_add_ons(graph, batches, options, removed, options.criterion, importance)
+    options: ShortenedOptions = task.options
+    importance = importance_by(options.criterion, task.graph, task.batches)
+    removed = task.first_enough(removal_order(importance, plus=options.plus))
+    return LayerChoice(removed, options.criterion, tuple(importance.tolist()))

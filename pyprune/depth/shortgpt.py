@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pyprune.calibration.tokens import Batch
 from pyprune.depth.addons import AddOns
 from pyprune.depth.criteria import removal_order
-from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.hidden import block_influence
-from pyprune.depth.layers import (
-    Enough,
-    LayerChoice,
-    first_enough,
-    layer_method,
-    too_much,
-    with_add_ons,
-)
+from pyprune.depth.layers import LayerChoice, LayerTask, layer_method, too_much
 from pyprune.errors import UserError
-from pyprune.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -45,19 +34,13 @@ class ShortGptOptions(AddOns):
     paper="arXiv 2403.03853",
     options=ShortGptOptions,
 )
-def shortgpt(
-    graph: ResidualGraph,
-    batches: Sequence[Batch],
-    options: ShortGptOptions,
-    enough: Enough,
-    progress: Progress | None = None,
-) -> LayerChoice:
+def shortgpt(task: LayerTask) -> LayerChoice:
     """ShortGPT: the layers of least Block Influence, at once."""
-    layers = len(graph.layouts)
+    options: ShortGptOptions = task.options
+    layers = len(task.graph.layouts)
     free = range(options.keep_first, layers - options.keep_last)
-    if len(free) < layers and not enough(free):
+    if len(free) < layers and not task.enough(free):
         raise too_much(len(free), layers)  # before the model runs for it
-    influence = block_influence(graph.adapter, batches)
-    order = [i for i in removal_order(influence) if i in free]
-    removed = first_enough(order, enough, layers)
-    return with_add_ons(graph, batches, options, removed, "1 - cosine", influence)
+    influence = block_influence(task.graph.adapter, task.batches)
+    removed = task.first_enough([i for i in removal_order(influence) if i in free])
+    return LayerChoice(removed, "1 - cosine", tuple(influence.tolist()))

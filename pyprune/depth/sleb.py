@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from pyprune.calibration.tokens import TokenSet
 from pyprune.depth.blockpruner import check_protected
 from pyprune.depth.budget import units_of
-from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision
-from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.greedy import Greedy, GreedyOptions
-from pyprune.depth.registry import depth_method
-from pyprune.models.adapter import Adapter
-from pyprune.progress import Progress
+from pyprune.depth.registry import DepthTask, depth_method
 
 
 @dataclass(frozen=True)
@@ -37,18 +31,9 @@ class SlebOptions(GreedyOptions):
     options=SlebOptions,
     unit="layer",
 )
-def sleb(
-    model: Any,
-    adapter: Adapter,
-    tokens: TokenSet,
-    config: StructureConfig,
-    progress: Progress | None = None,
-) -> Decision:
+def sleb(task: DepthTask) -> Decision:
     """BlockPruner's search with both branches of a layer as one candidate."""
-    options: SlebOptions = config.own_options()
-    graph = ResidualGraph(model, adapter)
-    graph.check()
-    layers = range(options.protect_first, len(graph.layouts) - options.protect_last)
-    allowed = [branch for branch in graph.branches if branch.layer in layers]
-    search = Greedy(graph, tokens, config, options, units_of(allowed, layers=True), progress)
-    return search.decision("sleb", "layer")
+    options: SlebOptions = task.config.own_options()
+    layers = range(options.protect_first, len(task.graph.layouts) - options.protect_last)
+    allowed = [branch for branch in task.graph.branches if branch.layer in layers]
+    return Greedy(task, options, units_of(allowed, layers=True)).decision()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
@@ -20,7 +20,7 @@ from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.given import Given
 from pyprune.depth.graph import Context, ResidualGraph, State
 from pyprune.depth.hidden import real_tokens
-from pyprune.depth.layers import Enough, LayerChoice, layer_method, too_much, with_add_ons
+from pyprune.depth.layers import LayerChoice, LayerTask, layer_method, too_much
 from pyprune.errors import UserError
 from pyprune.progress import Progress
 
@@ -48,13 +48,7 @@ class StreamlineOptions(OneAddOn):
     paper="arXiv 2403.19135",
     options=StreamlineOptions,
 )
-def streamline(
-    graph: ResidualGraph,
-    batches: Sequence[Batch],
-    options: StreamlineOptions,
-    enough: Enough,
-    progress: Progress | None = None,
-) -> LayerChoice:
+def streamline(task: LayerTask) -> LayerChoice:
     """LLM-Streamline: of the windows of n + 1 layers the one that changes direction least becomes
     one trained layer; the smallest n that is enough. Ties go to the lower window.
 
@@ -65,22 +59,23 @@ def streamline(
     that of the replacement's, which a mean squared error trains to be too small. Untrained, both
     are what they are for layers removed otherwise.
     """
+    options: StreamlineOptions = task.options
+    graph, batches = task.graph, task.batches
     layers = len(graph.layouts)
     for n in range(1, layers):
         windows = [tuple(range(first, first + n)) for first in range(1, layers - n + 1)]
-        if not any(map(enough, windows)):
+        if not any(map(task.enough, windows)):
             continue  # before the model runs for it
         start = int(window_similarity(graph, batches, n + 1).argmax())
         removed = windows[start]
-        if not enough(removed):
+        if not task.enough(removed):
             continue
         given = Given()
         if options.wanted:
             given.hold(list(graph.adapter.blocks[start].parameters()))
-        result = replace_window(graph, batches, start, start + 1 + n, options, progress)
+        result = replace_window(graph, batches, start, start + 1 + n, options, task.progress)
         trained = {"kind": "replacement", **asdict(result)}
-        choice = with_add_ons(graph, batches, options, removed, "cosine of windows", None, given)
-        return replace(choice, transforms=(trained, *choice.transforms))
+        return LayerChoice(removed, "cosine of windows", (), (trained,), given)
     raise too_much(layers - 1, layers)
 
 

@@ -20,20 +20,18 @@ def writers(graph: ResidualGraph, branch: Branch) -> list[Tensor]:
     block, layout = graph.adapter.blocks[branch.layer], graph.layouts[branch.layer]
     if norm_after(graph, branch) is not None:
         raise UserError(f"{type(block).__name__}: its branches end in a norm, not a linear map")
-    names = (layout.attention,) if branch.kind == "attention" else layout.mlp[-1:]
-    if branch.kind == "mlp" and any(
-        "Norm" in type(module).__name__ for module in block.get_submodule(names[0]).modules()
-    ):
+    name = layout.last(branch.kind)
+    inside = dict(block.get_submodule(name).named_modules(prefix=name))
+    if branch.kind == "mlp" and any("Norm" in type(m).__name__ for m in inside.values()):
         raise UserError(f"{type(block).__name__}: its MLPs hold a norm, behind their linear maps")
     found: list[Tensor] = []
-    for name in names:
-        for path, module in block.get_submodule(name).named_modules(prefix=name):
-            if isinstance(module, nn.Linear | Conv1D):
-                if path.rpartition(".")[2] in WRITERS:
-                    found += list(module.parameters(recurse=False))
-            else:
-                own = dict(module.named_parameters(recurse=False))
-                found += [p for n, p in own.items() if n in ("down_proj", "down_proj_bias")]
+    for path, module in inside.items():
+        if isinstance(module, nn.Linear | Conv1D):
+            if path.rpartition(".")[2] in WRITERS:
+                found += list(module.parameters(recurse=False))
+        else:
+            own = dict(module.named_parameters(recurse=False))
+            found += [p for n, p in own.items() if n in ("down_proj", "down_proj_bias")]
     if not found:
         raise UserError(f"{type(block).__name__}: unknown last linear map of its {branch.kind}")
     return found
@@ -41,7 +39,7 @@ def writers(graph: ResidualGraph, branch: Branch) -> list[Tensor]:
 
 def norm_after(graph: ResidualGraph, branch: Branch) -> nn.Module | None:
     """The norm between a branch and the stream that it adds to, if there is one."""
-    layout = graph.layouts[branch.layer]
-    norms = layout.attention_norms if branch.kind == "attention" else layout.mlp_norms
     name = AFTER[branch.kind]
-    return graph.adapter.blocks[branch.layer].get_submodule(name) if name in norms else None
+    if name not in graph.layouts[branch.layer].norms(branch.kind):
+        return None
+    return graph.adapter.blocks[branch.layer].get_submodule(name)

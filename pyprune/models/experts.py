@@ -105,7 +105,7 @@ def gate_rows(experts: nn.Module) -> Tensor:
 
 def observed_forward(
     experts: nn.Module,
-    observe: Observer,
+    observe: Observer | None,
     *given: Tensor,
     produced: OutputObserver | None = None,
     hidden: Hidden | None = None,
@@ -196,7 +196,7 @@ def _routes(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
 
 def _experts(
     experts: nn.Module,
-    observe: Observer,
+    observe: Observer | None,
     states: list[Tensor],
     rows: list[Tensor],
     tokens: int,
@@ -229,7 +229,7 @@ def activated(experts: Any, first: Tensor) -> Tensor:
 
 def _project(
     experts: nn.Module,
-    observe: Observer,
+    observe: Observer | None,
     projection: str,
     states: list[Tensor],
     rows: list[Tensor],
@@ -237,8 +237,9 @@ def _project(
     produced: OutputObserver | None,
 ) -> list[Tensor]:
     """Every expert's `states[e] @ W[e].T + b[e]`; lets go of each input as soon as it was used."""
-    pairs = zip(states, rows, strict=True)
-    observe(experts, projection, [ExpertInput(e, x, r, tokens) for e, (x, r) in enumerate(pairs)])
+    if observe is not None:
+        pairs = enumerate(zip(states, rows, strict=True))
+        observe(experts, projection, [ExpertInput(e, x, r, tokens) for e, (x, r) in pairs])
     weight: Tensor = getattr(experts, projection)
     weight = weight.mT if is_transposed(experts) else weight
     bias: Tensor | None = getattr(experts, f"{projection}_bias") if has_bias(experts) else None
@@ -253,7 +254,7 @@ def _project(
 @contextmanager
 def observed(
     experts: nn.Module,
-    observe: Observer,
+    observe: Observer | None = None,
     produced: OutputObserver | None = None,
     hidden: Hidden | None = None,
 ) -> Iterator[None]:

@@ -63,6 +63,11 @@ def _refused(config: Any, changes: Mapping[str, Any], error: Exception) -> Inexp
     )
 
 
+def parameter_count(model: nn.Module) -> int:
+    """Distinct parameters: tied ones count once."""
+    return sum(p.numel() for p in model.parameters())
+
+
 def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
     """The shape of every distinct parameter, by its name."""
     return {name: tuple(p.shape) for name, p in model.named_parameters()}

@@ -44,6 +44,7 @@ ESCAPE = 7
 LARGEST_BASE = 255 - (WINDOW - 1)
 GROUP = 8  # columns that share GROUP_BYTES of codes
 GROUP_BYTES = 3
+LARGEST_INT32 = torch.iinfo(torch.int32).max
 # Elements that are unpacked at a time where that takes several whole-matrix steps of int64.
 _BLOCK_ELEMENTS = 1 << 21
 
@@ -203,10 +204,15 @@ def _unpack_rows(
     found = _unpack_codes(codes, low.shape[1])
     exponents = found + bases[:, None]
     if escapes.numel():
-        escaped = found == ESCAPE
-        at = first[:, None] + escaped.cumsum(1) - 1
-        # Inside, whatever the offsets say.
-        exponents = torch.where(escaped, escapes[at.clamp_(0, len(escapes) - 1)], exponents)
+        escaped, last = found == ESCAPE, len(escapes) - 1
+        # On a GPU places were most of the bytes that unpacking moves: not twice as wide as needed.
+        kind = torch.int32 if last + low.shape[1] <= LARGEST_INT32 else torch.int64
+        at = escaped.cumsum(1, dtype=kind)
+        at += first.sub(1).clamp_(-1, last)[:, None].to(kind)
+        at.clamp_(0, last)  # inside, whatever the offsets say
+        # Not `escapes[at]`, which widens to int64.
+        others = escapes.index_select(0, at.flatten()).view_as(at)
+        exponents = torch.where(escaped, others, exponents)
     return _joined(exponents, low)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,11 +13,18 @@ from transformers import PreTrainedModel
 from pyprune.checkpoint import Checkpoint, TensorEntry
 from pyprune.checkpoint.names import EXPERT, candidate_names, keeps_suffix, owners
 from pyprune.errors import UserError
-from pyprune.models.experts import is_fused, is_transposed, projections
+from pyprune.models.experts import expert_count, is_fused, is_transposed, projections
 from pyprune.sparse import format as formats
 from pyprune.sparse.embedding import embedding_scale
-from pyprune.sparse.format import LayerFormat
-from pyprune.sparse.layout import ALL_PARTS, CODED, DENSE_INT8, FACTORED, dtype_name
+from pyprune.sparse.layout import (
+    ALL_PARTS,
+    CODED,
+    DENSE_INT8,
+    FACTORED,
+    INT8,
+    LayerFormat,
+    dtype_name,
+)
 from pyprune.sparse.linear import stored_transposed, weight_of
 from pyprune.sparse.measured import MeasuredChoice
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
@@ -41,6 +48,14 @@ class LayerConversion:
     error: float | None = None
     seconds: dict[str, float] | None = None
 
+    @classmethod
+    def dense(
+        cls, shape: Sequence[int], dtype: torch.dtype, nbytes: int, density: float = 1.0
+    ) -> LayerConversion:
+        """Of a weight `[R, C]` that stays as it is."""
+        name, (rows, cols) = dtype_name(dtype), shape
+        return cls(DENSE, name, name, (rows, cols), density, nbytes, nbytes)
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -57,14 +72,25 @@ class Candidates:
     """What can be compressed. tensors: each the weight of one linear layer of the model (see
     `weight_of`) or of one projection of one expert, and whether it holds it transposed. stacks:
     those that are the matrices X.0.weight and so on of a tensor `X [E, ...]`. mixtures: the tensors
-    of one module of experts."""
+    of one module of experts. refused: why others stay dense, by the module's name."""
 
     tensors: Mapping[str, bool]
     stacks: tuple[str, ...]
     mixtures: tuple[tuple[str, ...], ...]
+    refused: Mapping[str, str]
 
     def is_stacked(self, tensor: str) -> bool:
         return tensor.removesuffix(formats.WEIGHT).rpartition(".")[0] in self.stacks
+
+    def notes(self) -> tuple[str, ...]:
+        """What stays dense whatever its zeros, a sentence a reason."""
+        modules: dict[str, list[str]] = {}
+        for name, reason in self.refused.items():
+            modules.setdefault(reason, []).append(name)
+        return tuple(
+            f"Experts stay dense in {first}{f' and {len(more)} more' if more else ''}: {reason}"
+            for reason, (first, *more) in modules.items()
+        )
 
 
 class Chooser:
@@ -109,16 +135,9 @@ class Chooser:
         kind, seconds = next(iter(sizes), DENSE), None
         if self._measured is not None and sizes:
             kind, seconds = self._measured(weight, sizes, nnz, self._int8)
-        report = LayerConversion(
-            format=DENSE,
-            values=dtype_name(dense.dtype),
-            dtype=dtype_name(dense.dtype),
-            shape=(weight.shape[0], weight.shape[1]),
-            density=nnz / weight.numel() if weight.numel() else 1.0,
-            nbytes_dense=dense.nbytes,
-            nbytes=dense.nbytes,
-            seconds=seconds,
-        )
+        density = nnz / weight.numel() if weight.numel() else 1.0
+        report = LayerConversion.dense(weight.shape, dense.dtype, dense.nbytes, density)
+        report = replace(report, seconds=seconds)
         if kind == DENSE:
             return Decision(None, nnz, report)
         stacked = self._candidates.is_stacked(tensor)
@@ -127,7 +146,7 @@ class Chooser:
         report = replace(
             report,
             format=kind,
-            values=formats.INT8 if self._int8 else report.dtype,
+            values=INT8 if self._int8 else report.dtype,
             density=nnz / weight.numel(),
             nbytes=layer.nbytes(nnz, dense.dtype),
             error=error,
@@ -144,23 +163,20 @@ class Chooser:
         return self._coded(dense) if self._embeddings == CODED else self._int8_rows(tensor, dense)
 
     def _coded(self, dense: Tensor) -> Decision:
-        dtype, shape = dtype_name(dense.dtype), (dense.shape[0], dense.shape[1])
-        report = LayerConversion(DENSE, dtype, dtype, shape, 1.0, dense.nbytes, dense.nbytes)
+        report = LayerConversion.dense(dense.shape, dense.dtype, dense.nbytes)
         escapes = formats.coded_escapes(dense)
         if escapes is None:
             return Decision(None, 0, report)
-        layer = LayerFormat(CODED, shape)
+        layer = LayerFormat(CODED, report.shape)
         report = replace(report, format=CODED, nbytes=layer.nbytes(escapes, dense.dtype))
         return Decision(layer, escapes, report)
 
     def _int8_rows(self, tensor: str, dense: Tensor) -> Decision:
-        layer = LayerFormat(DENSE_INT8, (dense.shape[0], dense.shape[1]), int8=True)
-        dtype = dtype_name(dense.dtype)
+        report = LayerConversion.dense(dense.shape, dense.dtype, dense.nbytes)
+        layer = LayerFormat(DENSE_INT8, report.shape, int8=True)
         _, error = self._stored_values(tensor, dense, layer, dense.numel())
         nbytes = layer.nbytes(dense.numel(), dense.dtype)
-        report = LayerConversion(
-            DENSE, formats.INT8, dtype, layer.shape, 1.0, dense.nbytes, nbytes, error
-        )
+        report = replace(report, values=INT8, nbytes=nbytes, error=error)
         return Decision(layer, dense.numel(), report)
 
     def _stored_values(
@@ -181,10 +197,9 @@ class Chooser:
 
 def _as_it_is(layer: LayerFormat, dense: TensorEntry) -> Decision:
     """Factors have no zeros to leave out, and their product is larger."""
-    dtype, nbytes = dtype_name(dense.dtype), layer.nbytes(0, dense.dtype)
-    density = nbytes / dense.nbytes
-    report = LayerConversion(layer.format, dtype, dtype, layer.shape, density, dense.nbytes, nbytes)
-    return Decision(layer, 0, report)
+    nbytes = layer.nbytes(0, dense.dtype)
+    report = LayerConversion.dense(layer.shape, dense.dtype, dense.nbytes, nbytes / dense.nbytes)
+    return Decision(layer, 0, replace(report, format=layer.format, nbytes=nbytes))
 
 
 def _whole_mixtures(
@@ -226,13 +241,19 @@ def compressible(checkpoint: Checkpoint) -> Candidates:
             found[tensor] = stored_transposed(module)
     stacks: list[str] = []
     mixtures = []
+    refused: dict[str, str] = {}
     for name, module in model.named_modules():
-        if is_fused(module):
-            transposed, tensors, stacked = _expert_tensors(checkpoint, model, name, module)
-            found |= dict.fromkeys(tensors, transposed)
-            stacks += stacked
-            mixtures.append(tuple(tensors))
-    return Candidates(found, tuple(stacks), tuple(mixtures))
+        if not is_fused(module):
+            continue
+        experts = _expert_tensors(checkpoint, model, name, module)
+        if isinstance(experts, str):
+            refused[name] = experts
+            continue
+        tensors, stacked = experts
+        found |= dict.fromkeys(tensors, bool(stacked) and is_transposed(module))
+        stacks += stacked
+        mixtures.append(tuple(tensors))
+    return Candidates(found, tuple(stacks), tuple(mixtures), refused)
 
 
 def embedding_tensors(checkpoint: Checkpoint, kind: str) -> list[str]:
@@ -269,17 +290,18 @@ def embedding_tensors(checkpoint: Checkpoint, kind: str) -> list[str]:
 
 def _expert_tensors(
     checkpoint: Checkpoint, model: PreTrainedModel, name: str, module: nn.Module
-) -> tuple[bool, list[str], list[str]]:
-    """Whether the matrices of a module of fused experts are stored transposed, their tensors, and
-    those that hold all experts' matrices, of which the former are then parts. No tensors if the
-    module is made up in another way, or its parts would be lost on loading."""
+) -> tuple[list[str], list[str]] | str:
+    """The tensors of the matrices of a module of fused experts, and those that hold all experts'
+    matrices, of which the former are then parts. Or why it has to stay dense."""
     pieces = {which: checkpoint.names.pieces[f"{name}.{which}"] for which in projections(module)}
     every = [piece for found in pieces.values() for piece in found]
     tensors = [piece.tensor for piece in every]
-    fits = all(checkpoint.tensors[tensor].dtype in formats.VALUE_DTYPES for tensor in tensors)
-    shapes = {getattr(module, which).shape[0] for which in pieces}
-    if not fits or len(shapes) > 1:
-        return False, [], []
+    if any(checkpoint.tensors[tensor].dtype not in formats.VALUE_DTYPES for tensor in tensors):
+        return "not all are floating point numbers"
+    counts = {which: getattr(module, which).shape[0] for which in pieces}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{which} of {count}" for which, count in counts.items())
+        return f"not all have every matrix ({listed})"
     if all(piece.whole for piece in every):
         # Of X transformers makes <name>.<projection>; of X.3.values it has to make the same and
         # what comes behind it.
@@ -288,8 +310,9 @@ def _expert_tensors(
             for which, found in pieces.items()
             for part in ALL_PARTS
         )
-        count = shapes.pop()
+        count = expert_count(module)
         units = [f"{tensor}.{e}{formats.WEIGHT}" for tensor in tensors for e in range(count)]
-        return (is_transposed(module), units, tensors) if kept else (False, [], [])
-    single = all(EXPERT.match(piece.tensor) for piece in every)
-    return False, tensors if single else [], []
+        return (units, tensors) if kept else "transformers would not find their parts again"
+    if all(EXPERT.match(piece.tensor) for piece in every):
+        return tensors, []
+    return "their tensors have names of another kind"

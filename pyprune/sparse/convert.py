@@ -37,12 +37,11 @@ from pyprune.sparse.choice import (
     compressible,
     embedding_tensors,
 )
-from pyprune.sparse.format import LayerFormat
-from pyprune.sparse.layout import CODED, DENSE_INT8, FACTORED, FORMATS, dtype_name
+from pyprune.sparse.layout import CODED, DENSE_INT8, FACTORED, FORMATS, INT8, LayerFormat
 from pyprune.sparse.stored import CONFIG, DENSE, StoredCheckpoint
 
 # How the input embedding and the head may be stored.
-EMBEDDINGS = ("same", formats.INT8, CODED)
+EMBEDDINGS = ("same", INT8, CODED)
 # What becomes of each dense tensor: the tensors that are written for it, by name.
 Plan = Mapping[str, Mapping[str, TensorEntry]]
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -55,7 +54,7 @@ class ConversionReport:
     rows.
     nbytes_before, nbytes_after: of the tensors in the input's and the output's files; nbytes_dense:
     of the dense model that both stand for. rows: of the products that formats were chosen by, None
-    where bytes decided."""
+    where bytes decided. notes: what a reader should know."""
 
     path: str
     layers: dict[str, LayerConversion]
@@ -63,6 +62,7 @@ class ConversionReport:
     nbytes_after: int
     nbytes_dense: int
     rows: int | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def formats(self) -> dict[str, str]:
@@ -159,7 +159,7 @@ def compress_checkpoint(
     after = _write(stored, out, plan, convert, raw, _compressed_card(layers), steps)
     sizes = (whole.nbytes, after, whole.dense_nbytes)
     chosen = {t.removesuffix(formats.WEIGHT): d.report for t, d in decisions.items()}
-    return ConversionReport(str(out), chosen, *sizes, measured_rows)
+    return ConversionReport(str(out), chosen, *sizes, measured_rows, candidates.notes())
 
 
 def decompress_checkpoint(
@@ -185,12 +185,10 @@ def decompress_checkpoint(
     layers = {}
     entries = stored.split(stored.stacks).entries
     for tensor in stored.parts:
-        entry = entries[tensor]
-        name, shape = tensor.removesuffix(formats.WEIGHT), (entry.shape[0], entry.shape[1])
-        if stored.layers and stored.layers[name].transposed:
-            shape = shape[::-1]
-        dtype = dtype_name(entry.dtype)
-        layers[name] = LayerConversion(DENSE, dtype, dtype, shape, 1.0, entry.nbytes, entry.nbytes)
+        entry, name = entries[tensor], tensor.removesuffix(formats.WEIGHT)
+        transposed = stored.layers and stored.layers[name].transposed
+        shape = entry.shape[::-1] if transposed else entry.shape
+        layers[name] = LayerConversion.dense(shape, entry.dtype, entry.nbytes)
     return ConversionReport(str(out), layers, stored.nbytes, after, stored.dense_nbytes)
 
 

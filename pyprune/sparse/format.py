@@ -1,13 +1,12 @@
 """The compressed checkpoint format, versions 1 to 6; `docs/format.md` describes it.
 
-Here are the rules: what config.json says of a compressed checkpoint, which tensors a compressed
-weight consists of, and what must hold of them before they are used.
+Here are the rules: what config.json says of a compressed checkpoint, and what must hold of its
+tensors (`pyprune.sparse.layout`) before they are used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,27 @@ from torch import Tensor
 
 from pyprune.checkpoint.shards import TensorEntry
 from pyprune.errors import UserError
-from pyprune.ops.coded import count_escapes, pack_coded
-from pyprune.ops.pack import pack_24, pack_bitmap
+from pyprune.ops.coded import count_escapes
 from pyprune.ops.sparse_int8 import dequantize_rows, quantize_rows
 from pyprune.ops.storage import bit_pattern, row_blocks
 from pyprune.sparse import factored, layout
 from pyprune.sparse import weight as weights
-from pyprune.sparse.layout import ALL_PARTS, CODED, COUNTED, DENSE_INT8, FACTORED, FORMATS, PARTS
+from pyprune.sparse.layout import (
+    ALL_PARTS,
+    CODED,
+    COUNTED,
+    DENSE_INT8,
+    FACTORED,
+    FORMATS,
+    INT8,
+    PARTS,
+    LayerFormat,
+)
 
 METHOD = "pyprune"
 # What a checkpoint says is the least that describes it: older releases read all that they can.
 VERSIONS = (1, 2, 3, 4, 5, 6)
 WEIGHT = ".weight"
-INT8 = "int8"
 FIELDS = ("quant_method", "format_version", "how_to_load", "layers")
 LAYER_FIELDS = ("format", "shape", "values", "transposed", "rank", "stacked")
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -37,88 +44,6 @@ HOW_TO_LOAD = (
     "this checkpoint is compressed by pyprune: `import pyprune` before loading it, or turn it into "
     "a dense one with `pyprune decompress DIR --out DENSE`"
 )
-
-
-@dataclass(frozen=True)
-class LayerFormat:
-    """How one weight is stored. shape: `(R, C)`, outputs by inputs. int8: values are int8 with a
-    scale a row. transposed: the dense tensor is `[C, R]` (Conv1D). rank: of factors, else 0.
-    stacked: the dense tensor is one of those that lie one behind the other in a mixture's tensor
-    `[E, ...]`."""
-
-    format: str
-    shape: tuple[int, int]
-    int8: bool = False
-    transposed: bool = False
-    rank: int = 0
-    stacked: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.format} {INT8}" if self.int8 else self.format
-
-    @property
-    def version(self) -> int:
-        if self.stacked:
-            return 6
-        if self.format == CODED:
-            return 5
-        if self.format == FACTORED:
-            return 4
-        if self.format == DENSE_INT8:
-            return 3
-        return 2 if self.int8 or self.transposed else 1
-
-    @property
-    def dense_shape(self) -> tuple[int, int]:
-        """The shape of the dense tensor."""
-        return self.shape[::-1] if self.transposed else self.shape
-
-    @property
-    def parts(self) -> tuple[str, ...]:
-        return (*PARTS[self.format], "scales") if self.int8 else PARTS[self.format]
-
-    @property
-    def main(self) -> str:
-        """The part that has the dtype of the values, where one has it."""
-        return self.parts[0]
-
-    def dense_dtype(self, found: Mapping[str, TensorEntry]) -> torch.dtype:
-        """The dtype of the dense tensor, by its parts."""
-        if self.format == CODED:
-            return torch.bfloat16
-        return found["scales" if self.int8 else self.main].dtype
-
-    def count(self, found: Mapping[str, TensorEntry]) -> int:
-        """The elements of the part in COUNTED; -1 if it has not one dimension, or there is none."""
-        part = COUNTED.get(self.format)
-        shape = found[part].shape if part else ()
-        return shape[0] if len(shape) == 1 else -1
-
-    def part_shapes(self, count: int) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor of the weight; `count`: a bitmap's values, a coded weight's
-        escapes."""
-        return layout.part_shapes(self.format, self.shape, self.int8, count, self.rank)
-
-    def part_dtype(self, part: str, dense: torch.dtype) -> torch.dtype:
-        """The dtype of a tensor of the weight, whose dense dtype is `dense`."""
-        return layout.part_dtype(part, self.int8, dense)
-
-    def nbytes(self, count: int, dense: torch.dtype) -> int:
-        """Bytes of all tensors of the weight."""
-        return layout.stored_bytes(self.format, self.shape, self.int8, count, dense, self.rank)
-
-    def to_dict(self) -> dict[str, Any]:
-        fields: dict[str, Any] = {"format": self.format, "shape": list(self.shape)}
-        if self.int8:
-            fields["values"] = INT8
-        if self.transposed:
-            fields["transposed"] = True
-        if self.rank:
-            fields["rank"] = self.rank
-        if self.stacked:
-            fields["stacked"] = True
-        return fields
 
 
 def quantization_config(layers: Mapping[str, LayerFormat]) -> dict[str, Any]:
@@ -291,7 +216,7 @@ def check_tensors(name: str, layer: LayerFormat, parts: Mapping[str, Tensor], wh
         return
     arrays = [parts[part] for part in layer.parts]
     try:
-        weights.validate(layer.format, layer.int8, arrays, layer.shape[1])
+        weights.validate(layer, arrays)
     except ValueError as error:
         part, _, what = str(error).partition(": ")
         part = {"meta": "metadata"}.get(part, part)
@@ -305,7 +230,7 @@ def unpack(layer: LayerFormat, parts: Mapping[str, Tensor]) -> Tensor:
     arrays = [parts[part] for part in layer.parts]
     if layer.format == FACTORED:
         return factored.product(*arrays)
-    weight = weights.unpack(layer.format, layer.int8, arrays, layer.shape[1])
+    weight = weights.unpack(layer, arrays)
     return weight.T.contiguous() if layer.transposed else weight
 
 
@@ -322,13 +247,7 @@ def pack(dense: Tensor, layer: LayerFormat) -> dict[str, Tensor]:
     weight = dense.T if layer.transposed else dense
     if layer.format == "sparse24" and not layout.is_24(_kept(weight)):
         raise UserError("sparse24: expected 8n columns and at most 2 non-zero of every 4")
-    if layer.int8:
-        packed = weights.pack(weight, layer.format, True)
-    elif layer.format == CODED:
-        packed = pack_coded(weight)
-    else:
-        packed = pack_24(weight) if layer.format == "sparse24" else pack_bitmap(weight)
-    return dict(zip(layer.parts, packed, strict=True))
+    return dict(zip(layer.parts, weights.pack(weight, layer), strict=True))
 
 
 def quantization_error(dense: Tensor, layer: LayerFormat) -> tuple[int, float]:
@@ -354,17 +273,17 @@ def coded_escapes(weight: Tensor) -> int | None:
     if not weight.numel():
         return None
     escapes = count_escapes(weight)
-    size = layout.stored_bytes(CODED, weight.shape, False, escapes, weight.dtype)
+    size = LayerFormat(CODED, (weight.shape[0], weight.shape[1])).nbytes(escapes, weight.dtype)
     return escapes if layout.worthwhile({CODED: size}, weight.nbytes) else None
 
 
-def sparse_bytes(weight: Tensor, allowed: tuple[str, ...] = FORMATS) -> tuple[dict[str, int], int]:
+def sparse_bytes(weight: Tensor, allowed: Sequence[str] = FORMATS) -> tuple[dict[str, int], int]:
     """What `pack` makes of `weight [R, C]`: bytes by format, of the allowed ones that can hold it;
     and how many elements it keeps."""
     return layout.sparse_bytes(_kept(weight), weight.dtype, allowed)
 
 
-def candidates(weight: Tensor, allowed: tuple[str, ...] = FORMATS) -> tuple[dict[str, int], int]:
+def candidates(weight: Tensor, allowed: Sequence[str] = FORMATS) -> tuple[dict[str, int], int]:
     """The allowed formats that save at least a tenth of the bytes of `weight [R, C]`, with their
     bytes, smallest first (2:4 where equal); and how many elements a bitmap would keep."""
     sizes, nnz = sparse_bytes(weight, allowed)

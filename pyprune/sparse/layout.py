@@ -18,10 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from pyprune.checkpoint import TensorEntry
+
+INT8 = "int8"  # of values
 DENSE_INT8 = "dense"
 CODED = "coded"
 FACTORED = "factored"
@@ -50,40 +56,103 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def part_shapes(
-    format: str, shape: Sequence[int], int8: bool, count: int, rank: int = 0
-) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a weight of `shape` `(R, C)`, by part. count: of the part in
-    `COUNTED`, where the format has one; rank: of factors."""
-    rows, cols = shape
-    shapes: dict[str, tuple[int, ...]]
-    if format == "sparse24":
-        shapes = {"values": (rows, cols // 2), "metadata": (rows, cols // 8)}
-    elif format == "bitmap":
-        shapes = {"values": (count,), "bitmap": (rows, -(-cols // 8)), "row_offsets": (rows + 1,)}
-    elif format == DENSE_INT8:
-        shapes = {"values": (rows, cols)}
-    elif format == FACTORED:
-        shapes = {"up.weight": (rows, rank), "down.weight": (rank, cols)}
-    else:
-        shapes = {"low": (rows, cols), "codes": (rows, 3 * -(-cols // 8)), "bases": (rows,)}
-        shapes |= {"escapes": (count,), "row_offsets": (rows + 1,)}
-    return {**shapes, "scales": (rows,)} if int8 else shapes
+@dataclass(frozen=True)
+class LayerFormat:
+    """How one weight is stored. shape: `(R, C)`, outputs by inputs. int8: values are int8 with a
+    scale a row. transposed: the dense tensor is `[C, R]` (Conv1D). rank: of factors, else 0.
+    stacked: the dense tensor is one of those that lie one behind the other in a mixture's tensor
+    `[E, ...]`."""
 
+    format: str
+    shape: tuple[int, int]
+    int8: bool = False
+    transposed: bool = False
+    rank: int = 0
+    stacked: bool = False
 
-def part_dtype(part: str, int8: bool, dense: torch.dtype) -> torch.dtype:
-    """The dtype of a tensor of a weight, whose dense dtype is `dense`."""
-    if part == "values":
-        return torch.int8 if int8 else dense
-    return _DTYPES.get(part, dense)
+    @property
+    def label(self) -> str:
+        return f"{self.format} {INT8}" if self.int8 else self.format
 
+    @property
+    def version(self) -> int:
+        if self.stacked:
+            return 6
+        if self.format == CODED:
+            return 5
+        if self.format == FACTORED:
+            return 4
+        if self.format == DENSE_INT8:
+            return 3
+        return 2 if self.int8 or self.transposed else 1
 
-def stored_bytes(
-    format: str, shape: Sequence[int], int8: bool, count: int, dense: torch.dtype, rank: int = 0
-) -> int:
-    """Bytes of all tensors of a weight. Arguments as for `part_shapes` and `part_dtype`."""
-    shapes = part_shapes(format, shape, int8, count, rank)
-    return sum(math.prod(s) * part_dtype(p, int8, dense).itemsize for p, s in shapes.items())
+    @property
+    def dense_shape(self) -> tuple[int, int]:
+        """The shape of the dense tensor."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return (*PARTS[self.format], "scales") if self.int8 else PARTS[self.format]
+
+    @property
+    def main(self) -> str:
+        """The part that has the dtype of the values, where one has it."""
+        return self.parts[0]
+
+    def dense_dtype(self, found: Mapping[str, TensorEntry]) -> torch.dtype:
+        """The dtype of the dense tensor, by its parts."""
+        if self.format == CODED:
+            return torch.bfloat16
+        return found["scales" if self.int8 else self.main].dtype
+
+    def count(self, found: Mapping[str, TensorEntry]) -> int:
+        """The elements of the part in COUNTED; -1 if it has not one dimension, or there is none."""
+        part = COUNTED.get(self.format)
+        shape = found[part].shape if part else ()
+        return shape[0] if len(shape) == 1 else -1
+
+    def part_shapes(self, count: int) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor of the weight. count: of the part in `COUNTED`, where the
+        format has one: a bitmap's values, a coded weight's escapes."""
+        rows, cols = self.shape
+        shapes: dict[str, tuple[int, ...]]
+        if self.format == "sparse24":
+            shapes = {"values": (rows, cols // 2), "metadata": (rows, cols // 8)}
+        elif self.format == "bitmap":
+            shapes = {"values": (count,), "bitmap": (rows, -(-cols // 8))}
+            shapes |= {"row_offsets": (rows + 1,)}
+        elif self.format == DENSE_INT8:
+            shapes = {"values": (rows, cols)}
+        elif self.format == FACTORED:
+            shapes = {"up.weight": (rows, self.rank), "down.weight": (self.rank, cols)}
+        else:
+            shapes = {"low": (rows, cols), "codes": (rows, 3 * -(-cols // 8)), "bases": (rows,)}
+            shapes |= {"escapes": (count,), "row_offsets": (rows + 1,)}
+        return {**shapes, "scales": (rows,)} if self.int8 else shapes
+
+    def part_dtype(self, part: str, dense: torch.dtype) -> torch.dtype:
+        """The dtype of a tensor of the weight, whose dense dtype is `dense`."""
+        if part == "values":
+            return torch.int8 if self.int8 else dense
+        return _DTYPES.get(part, dense)
+
+    def nbytes(self, count: int, dense: torch.dtype) -> int:
+        """Bytes of all tensors of the weight. Arguments as for `part_shapes` and `part_dtype`."""
+        shapes = self.part_shapes(count).items()
+        return sum(math.prod(shape) * self.part_dtype(p, dense).itemsize for p, shape in shapes)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields: dict[str, Any] = {"format": self.format, "shape": list(self.shape)}
+        if self.int8:
+            fields["values"] = INT8
+        if self.transposed:
+            fields["transposed"] = True
+        if self.rank:
+            fields["rank"] = self.rank
+        if self.stacked:
+            fields["stacked"] = True
+        return fields
 
 
 def is_24(kept: Tensor) -> bool:
@@ -101,7 +170,8 @@ def sparse_bytes(
     many elements these are."""
     count = int(kept.sum())
     fitting = [f for f in allowed if f != "sparse24" or is_24(kept)]
-    return {f: stored_bytes(f, kept.shape, False, count, dense) for f in fitting}, count
+    shape = (kept.shape[0], kept.shape[1])
+    return {f: LayerFormat(f, shape).nbytes(count, dense) for f in fitting}, count
 
 
 def worthwhile(sizes: Mapping[str, int], dense_bytes: int) -> dict[str, int]:

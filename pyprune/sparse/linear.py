@@ -12,8 +12,8 @@ from pyprune.errors import LayerError, UserError
 from pyprune.ops import registry
 from pyprune.sparse import layout
 from pyprune.sparse.direct import Prepared, PreparesWeight, can_prepare, is_alone, is_plain
-from pyprune.sparse.layout import CODED, DENSE_INT8, FORMATS, dtype_name
-from pyprune.sparse.weight import StoredWeight, autocast, pack
+from pyprune.sparse.layout import CODED, FORMATS, dtype_name
+from pyprune.sparse.weight import KINDS, StoredWeight, autocast, pack
 
 # What computes x @ W^T + bias and nothing else. Conv1D holds W transposed.
 LINEAR, CONV1D = "torch.nn.modules.linear.Linear", "transformers.pytorch_utils.Conv1D"
@@ -48,16 +48,6 @@ def compressed_bytes(weight: Tensor, format: str) -> int | None:
 def _kept(weight: Tensor) -> Tensor:
     """Which elements `pack` stores: negative zeros become +0, and go too."""
     return (weight != 0).contiguous()
-
-
-_OP: dict[tuple[str, bool], str] = {
-    ("sparse24", False): "linear_24",
-    ("sparse24", True): "linear_24_int8",
-    ("bitmap", False): "linear_bitmap",
-    ("bitmap", True): "linear_bitmap_int8",
-    (DENSE_INT8, True): "linear_int8",
-    (CODED, False): "linear_coded",
-}
 
 
 class SparseLinear(PreparesWeight, StoredWeight):
@@ -122,7 +112,8 @@ class SparseLinear(PreparesWeight, StoredWeight):
         new = cls(
             cols, rows, format, int8=int8, bias=bias is not None, dtype=weight.dtype, device="meta"
         )
-        for name, t in zip(new.weight_buffers, pack(weight, format, int8), strict=True):
+        packed = pack(weight, new.layer, _kept(weight))
+        for name, t in zip(new.weight_buffers, packed, strict=True):
             setattr(new, name, t)
         if bias is not None:
             new.bias = bias.detach().clone()
@@ -152,7 +143,7 @@ class SparseLinear(PreparesWeight, StoredWeight):
 
     @property
     def _op(self) -> str:
-        return _OP[self.format, self.int8]
+        return KINDS[self.format, self.int8].op
 
     def _ready(self) -> Prepared | None:
         """The weight and bias ready for the CPU kernel. None where it does not serve, or a gradient

@@ -29,7 +29,7 @@ from pyprune.checkpoint.source import (
 from pyprune.errors import UserError
 from pyprune.sparse import format as formats
 from pyprune.sparse import legacy
-from pyprune.sparse.layout import dtype_name
+from pyprune.sparse.layout import LayerFormat, dtype_name
 
 CONFIG = "config.json"
 DENSE = "dense"
@@ -53,7 +53,7 @@ class StoredCheckpoint:
     kind: str
     stored: dict[str, TensorEntry]
     entries: dict[str, TensorEntry]
-    layers: dict[str, formats.LayerFormat]
+    layers: dict[str, LayerFormat]
     parts: dict[str, dict[str, TensorEntry]]
     stacks: dict[str, list[str]] = dataclasses.field(default_factory=dict)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,26 @@ from pyprune.ops.sparse_int8 import (
     validate_bitmap_int8,
     validate_int8,
 )
-from pyprune.sparse import layout
-from pyprune.sparse.layout import CODED, COUNTED, DENSE_INT8, FORMATS
+from pyprune.sparse.layout import CODED, COUNTED, DENSE_INT8, FORMATS, LayerFormat
+
+
+class Kind(NamedTuple):
+    """What a stored weight is multiplied by (an op), unpacked and checked with."""
+
+    op: str
+    unpack: Callable[..., Tensor]
+    validate: Callable[..., None]
+
+
+# By format, and whether values are int8.
+KINDS = {
+    ("sparse24", False): Kind("linear_24", unpack_24, validate_24),
+    ("sparse24", True): Kind("linear_24_int8", unpack_24_int8, validate_24_int8),
+    ("bitmap", False): Kind("linear_bitmap", unpack_bitmap, validate_bitmap),
+    ("bitmap", True): Kind("linear_bitmap_int8", unpack_bitmap_int8, validate_bitmap_int8),
+    (DENSE_INT8, True): Kind("linear_int8", unpack_int8, validate_int8),
+    (CODED, False): Kind("linear_coded", unpack_coded, validate_coded),
+}
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -90,11 +108,12 @@ class StoredWeight(nn.Module):
         tied_to: StoredWeight | None = None,
     ) -> None:
         super().__init__()
-        if format not in FORMATS and (format, int8) not in ((DENSE_INT8, True), (CODED, False)):
+        if (format, int8) not in KINDS:
             raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
         if format == "sparse24" and cols % 8:
             raise UserError(f"sparse24: expected a multiple of 8 inputs, got {cols}")
         self.rows, self.cols, self.format, self.int8 = rows, cols, format, int8
+        self.layer = LayerFormat(format, (rows, cols), int8)
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
         # In a tuple, a module is no submodule: its buffers are not this one's too.
         self._owner = () if tied_to is None else (tied_to,)
@@ -104,8 +123,8 @@ class StoredWeight(nn.Module):
             if kind != (rows, cols, format, int8):
                 raise UserError(f"tied_to: expected {(rows, cols, format, int8)}, got {kind}")
         else:
-            for part, shape in layout.part_shapes(format, (rows, cols), int8, nnz).items():
-                kind_of = layout.part_dtype(part, int8, self._dtype)
+            for part, shape in self.layer.part_shapes(nnz).items():
+                kind_of = self.layer.part_dtype(part, self._dtype)
                 empty[part] = torch.empty(shape, dtype=kind_of, device=device)
         for name, t in empty.items():
             self.register_buffer(name, t)
@@ -142,12 +161,12 @@ class StoredWeight(nn.Module):
 
     def decompress(self) -> Tensor:
         """The dense weight `[R, C]` in `dtype`."""
-        return unpack(self.format, self.int8, self._weight, self.cols).to(self.dtype)
+        return unpack(self.layer, self._weight).to(self.dtype)
 
     def validate(self) -> None:
         """Raises ValueError unless the metadata describes a weight of this module's shape. Called
         once when weights arrive (`load_state_dict`), not per product."""
-        validate(self.format, self.int8, self._weight, self.cols)
+        validate(self.layer, self._weight)
 
     @property
     def qweight(self) -> Tensor:
@@ -192,54 +211,36 @@ class StoredWeight(nn.Module):
             error_msgs.append(f"{prefix.rstrip('.')}: {error}")
 
 
-def pack(weight: Tensor, format: str, int8: bool) -> tuple[Tensor, ...]:
-    """The weight buffers of `weight [R, C]` without its zeros, in `SparseLinear`'s order. Rounded
-    to int8, small weights may become zero too. ("dense" keeps zeros, and takes int8 only; "coded"
-    keeps every bit, and takes bf16 only.)
+def pack(weight: Tensor, layer: LayerFormat, mask: Tensor | None = None) -> tuple[Tensor, ...]:
+    """The weight buffers of `weight [R, C]`, in the order of `layer.parts`, with the elements of
+    `mask` (bool `[R, C]`; None: those whose bits are not all zero), or with int8 with those that do
+    not round to zero. "dense" keeps zeros, "coded", for bf16 alone, every bit.
 
     Raises UserError for an infinity or a NaN with int8; the format is taken to fit.
     """
-    if format == CODED:
+    if layer.format == CODED:
         return pack_coded(weight)
-    make = pack_24 if format == "sparse24" else pack_bitmap
-    if not int8:
-        return make(weight, weight != 0)
+    make = pack_24 if layer.format == "sparse24" else pack_bitmap
+    if not layer.int8:
+        return make(weight, mask)
     try:
         q, scales = quantize_rows(weight)
     except ValueError as error:
         raise UserError(f"int8: {error}") from error
-    if format == DENSE_INT8:
+    if layer.format == DENSE_INT8:
         return q, scales
     values, *meta = make(q.bfloat16(), q != 0)
     return values.to(torch.int8), *meta, scales
 
 
-_UNPACK: dict[tuple[str, bool], Callable[..., Tensor]] = {
-    ("sparse24", False): unpack_24,
-    ("sparse24", True): unpack_24_int8,
-    ("bitmap", False): unpack_bitmap,
-    ("bitmap", True): unpack_bitmap_int8,
-    (DENSE_INT8, True): unpack_int8,
-    (CODED, False): unpack_coded,
-}
-_VALIDATE: dict[tuple[str, bool], Callable[..., None]] = {
-    ("sparse24", False): validate_24,
-    ("sparse24", True): validate_24_int8,
-    ("bitmap", False): validate_bitmap,
-    ("bitmap", True): validate_bitmap_int8,
-    (DENSE_INT8, True): validate_int8,
-    (CODED, False): validate_coded,
-}
-
-
-def unpack(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> Tensor:
-    """The dense `[R, cols]` weight of weight buffers in `SparseLinear`'s order. Raises ValueError
+def unpack(layer: LayerFormat, parts: Sequence[Tensor]) -> Tensor:
+    """The dense `[R, C]` weight of weight buffers in the order of `layer.parts`. Raises ValueError
     as `validate` does."""
-    width = (cols,) if format == "bitmap" else ()
-    return _UNPACK[format, int8](*parts, *width)
+    width = layer.shape[1:] if layer.format == "bitmap" else ()
+    return KINDS[layer.format, layer.int8].unpack(*parts, *width)
 
 
-def validate(format: str, int8: bool, parts: Sequence[Tensor], cols: int) -> None:
-    """Raises ValueError unless weight buffers in `SparseLinear`'s order describe a matrix."""
-    width = (cols,) if format == "bitmap" else ()
-    _VALIDATE[format, int8](*parts, *width)
+def validate(layer: LayerFormat, parts: Sequence[Tensor]) -> None:
+    """Raises ValueError unless weight buffers in the order of `layer.parts` describe a matrix."""
+    width = layer.shape[1:] if layer.format == "bitmap" else ()
+    KINDS[layer.format, layer.int8].validate(*parts, *width)

@@ -8,21 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune.calibration.tokens import TokenSet
-from pyprune.depth.decision import calibration_facts
-from pyprune.width.config import WidthConfig
 from pyprune.width.cut import cut
 from pyprune.width.decision import WidthDecision
+from pyprune.width.registry import WidthTask
 from pyprune.width.structure import Widths
 
 
 def remove(
+    task: WidthTask,
     widths: Widths,
     kept: Mapping[str, Tensor],
     *,
-    tokens: TokenSet,
-    config: WidthConfig,
-    dense_parameters: int,
     notes: Sequence[str] = (),
     transforms: Sequence[Mapping[str, Any]] = (),
     scores: Mapping[str, Tensor] | None = None,
@@ -30,24 +26,20 @@ def remove(
 ) -> WidthDecision:
     """Cuts the model of `widths` to the units `kept`, in place.
 
-    dense_parameters: that the model had before the method added anything (biases). scores: group ->
-    [units], by which the method ranked; objective: what they are.
+    scores: group -> [units], by which the method ranked; objective: what they are.
     """
     units = {group.name: group.units for group in widths.groups}
     groups = {g.name: (g.kind, g.layer, g.unit_parameters) for g in widths.groups}
     removed = {group.name: gone.tolist() for group, gone in widths.removed(kept) if len(gone)}
     result = cut(widths, kept)
-    return WidthDecision(
-        method=config.method,
+    return task.decision(
+        result.parameters[1],
         units=units,
         removed=removed,
         sizes=result.sizes,
-        parameters=(dense_parameters, result.parameters[1]),
         wanted=result.wanted,
         zeroed=result.zeroed,
         notes=(*notes, *result.reasons),
-        calibration=calibration_facts(tokens),
-        config=config.to_dict(),
         transforms=tuple(transforms),
         groups=groups,
         importance={name: deciles(values) for name, values in (scores or {}).items()},

@@ -22,6 +22,7 @@ from pyprune.models.stock import (
     InexpressibleError,
     adopt_attributes,
     behaviour,
+    parameter_count,
     shapes_of,
     stock_config,
     stock_twin,
@@ -65,7 +66,7 @@ def cut(widths: Widths, kept: Kept) -> Cut:
     """
     model = widths.model
     left = widths.kept(kept)
-    before = sum(p.numel() for p in model.parameters())
+    before = parameter_count(model)
     wanted = before - widths.removed_parameters(kept)
     with _same_logits(widths, kept):
         widths.mask(kept)
@@ -79,7 +80,7 @@ def cut(widths: Widths, kept: Kept) -> Cut:
             zeroed |= extra
             if extra:
                 reasons.append(_reason(groups, why))
-    after = sum(p.numel() for p in model.parameters())
+    after = parameter_count(model)
     return Cut(sizes, (before, after), wanted, zeroed, tuple(reasons))
 
 
@@ -119,8 +120,8 @@ def cut_entries(parts: Sequence[tuple[Slice, Tensor]]) -> None:
 
 
 @torch.no_grad()
-def enable_biases(model: Any, fields: Mapping[str, bool], needed: Sequence[str] = ()) -> None:
-    """Switches biases of a family on, in the configuration and as zeros in the model.
+def enable_biases(model: Any, field: str, needed: Sequence[str]) -> None:
+    """Switches biases of a family on: `field` of the configuration, and zeros in the model.
 
     needed: names of parameters that have to come into being.
 
@@ -129,28 +130,22 @@ def enable_biases(model: Any, fields: Mapping[str, bool], needed: Sequence[str] 
             not those that are needed.
     """
     text = model.config.get_text_config()
-    for name in fields:
-        if not hasattr(text, name):
-            raise InexpressibleError(f"{type(text).__name__} has no {name}")
-    twin = stock_twin(model, fields)
+    if not hasattr(text, field):
+        raise InexpressibleError(f"{type(text).__name__} has no {field}")
+    twin = stock_twin(model, {field: True})
     mine, theirs = shapes_of(model), shapes_of(twin)
     new = sorted(theirs.keys() - mine.keys())
     if not all(name.endswith(".bias") for name in new) or not mine.items() <= theirs.items():
-        raise InexpressibleError(
-            f"{type(text).__name__}: {', '.join(fields)} changes more than biases"
-        )
+        raise InexpressibleError(f"{type(text).__name__}: {field} changes more than biases")
     lacking = sorted(set(needed) - set(new))
     if lacking:
-        raise InexpressibleError(
-            f"{type(text).__name__}: {', '.join(fields)} gives no {lacking[0]}"
-        )
+        raise InexpressibleError(f"{type(text).__name__}: {field} gives no {lacking[0]}")
     for name in new:
         owner = model.get_submodule(name.rpartition(".")[0])
         weight = owner.weight
         zeros = torch.zeros(theirs[name], dtype=weight.dtype, device=weight.device)
         owner.register_parameter("bias", nn.Parameter(zeros, requires_grad=weight.requires_grad))
-    for name, value in fields.items():
-        setattr(text, name, value)
+    setattr(text, field, True)
 
 
 def _cut_class(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -10,14 +9,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pyprune.calibration.tokens import TokenSet
 from pyprune.errors import UserError
-from pyprune.progress import Progress
 from pyprune.width.apply import remove
-from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.hypernet import BASE, Gate, Place, Training, train
-from pyprune.width.registry import width_method
+from pyprune.width.registry import WidthTask, width_method
 from pyprune.width.select import best, check_multiple, prunable, uniform_sizes
 from pyprune.width.structure import Group, Slice, Widths
 
@@ -61,34 +57,26 @@ class DispOptions:
     options=DispOptions,
     removes="channels",
 )
-def disp_llm(
-    model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
-) -> WidthDecision:
+def disp_llm(task: WidthTask) -> WidthDecision:
     """The final choice is made without noise (the published code draws it once more)."""
-    options: DispOptions = config.own_options()
-    widths = Widths.of(model)
+    options: DispOptions = task.config.own_options()
+    widths = Widths.of(task.model)
     training = Training(
         options.iterations, options.rate, options.decay, options.strength, options.seed
     )
     if options.gates == "hidden":
-        return _hidden(widths, tokens, config, options, training, progress)
-    return _all(widths, tokens, config, training, progress)
+        return _hidden(task, widths, options, training)
+    return _all(task, widths, training)
 
 
 # ---- hidden channels only
 
 
 def _hidden(
-    widths: Widths,
-    tokens: TokenSet,
-    config: WidthConfig,
-    options: DispOptions,
-    training: Training,
-    progress: Progress | None,
+    task: WidthTask, widths: Widths, options: DispOptions, training: Training
 ) -> WidthDecision:
-    dense = sum(p.numel() for p in widths.model.parameters())
     groups = prunable(widths, "mlp")
-    sizes = uniform_sizes(widths, groups, math.ceil(config.ratio * dense), options.multiple)
+    sizes = uniform_sizes(widths, groups, task.target, options.multiple)
     gates = [_writer_gate(group) for group in groups]
     shares = [sizes[group.name] / group.units for group in groups]
 
@@ -97,15 +85,13 @@ def _hidden(
         off = [_log_ratio(v.mean(), share) for v, share in zip(values, shares, strict=True)]
         return torch.stack(off).mean()
 
-    logits, losses = train(widths.model, tokens.batches, gates, penalty, training, progress)
+    logits, losses = train(task.model, task.tokens.batches, gates, penalty, training, task.progress)
     scores = {group.name: logit for group, logit in zip(groups, logits, strict=True)}
     open_gates = [float((logit + BASE > 0).double().mean()) for logit in logits]
     return remove(
+        task,
         widths,
         best(scores, sizes),
-        tokens=tokens,
-        config=config,
-        dense_parameters=dense,
         transforms=[{"losses": _some(losses), "share of gates open": open_gates}],
         scores=scores,
         objective="logit of the gate",
@@ -160,17 +146,9 @@ class _Module:
         )
 
 
-def _all(
-    widths: Widths,
-    tokens: TokenSet,
-    config: WidthConfig,
-    training: Training,
-    progress: Progress | None,
-) -> WidthDecision:
-    model = widths.model
-    dense = sum(p.numel() for p in model.parameters())
+def _all(task: WidthTask, widths: Widths, training: Training) -> WidthDecision:
     modules = _modules(widths)
-    gates = _stream_gates(modules, model.config.get_text_config().hidden_size)
+    gates = _stream_gates(modules, task.model.config.get_text_config().hidden_size)
     names = [gate.name for gate in gates]
 
     def kept_weights(values: Sequence[Tensor]) -> Tensor:
@@ -178,16 +156,17 @@ def _all(
         return sum((_kept(m, at) for m in modules), values[0].new_zeros(()))
 
     full = float(kept_weights([torch.ones(g.size, dtype=torch.float64) for g in gates]))
-    left = full - math.ceil(config.ratio * dense)
+    left = full - task.target
     if left <= 0:
+        most = full / task.parameters
         raise UserError(
-            f"ratio: expected less than {full / dense:.3f} of the parameters, got {config.ratio}"
+            f"ratio: expected less than {most:.3f} of the parameters, got {task.config.ratio}"
         )
 
     def penalty(values: Sequence[Tensor]) -> Tensor:
         return _log_ratio(kept_weights(values) / full, left / full)
 
-    logits, losses = train(model, tokens.batches, gates, penalty, training, progress)
+    logits, losses = train(task.model, task.tokens.batches, gates, penalty, training, task.progress)
     masks, shift = _within(logits, kept_weights, left)
     at = dict(zip(names, masks, strict=True))
     for module in modules:
@@ -195,17 +174,15 @@ def _all(
     trained = {"losses": _some(losses), "shift of the threshold": shift}
     stream = {name: _closed(mask).tolist() for name, mask in at.items() if ":" in name}
     decision = remove(
+        task,
         widths,
         {name: mask.nonzero()[:, 0] for name, mask in at.items() if ":" not in name},
-        tokens=tokens,
-        config=config,
-        dense_parameters=dense,
         notes=[NOT_STOCK],
         transforms=[trained, {"stream": stream}],
         scores={name: logit for name, logit in zip(names, logits, strict=True) if ":" not in name},
         objective="logit of the gate",
     )
-    remaining = dense - full + float(kept_weights([mask.double() for mask in masks]))
+    remaining = task.parameters - full + float(kept_weights([mask.double() for mask in masks]))
     return replace(decision, wanted=int(remaining))
 
 

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from pyprune.calibration.stats import MomentStatistic, Statistic
-from pyprune.calibration.tokens import TokenSet
 from pyprune.models.stock import InexpressibleError
-from pyprune.progress import Progress
 from pyprune.width.apply import remove
-from pyprune.width.config import WidthConfig
 from pyprune.width.cut import enable_biases
 from pyprune.width.decision import WidthDecision
 from pyprune.width.observe import too_few, visit_writers
-from pyprune.width.registry import width_method
+from pyprune.width.registry import WidthTask, width_method
 from pyprune.width.select import (
     UnitOptions,
     best,
@@ -55,27 +51,23 @@ class FlapOptions(UnitOptions):
     removes="channels and heads",
 )
 @torch.no_grad()
-def flap(
-    model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
-) -> WidthDecision:
+def flap(task: WidthTask) -> WidthDecision:
     """All statistics are those of the dense model, from one forward. Biases that had to be added
     are not counted against the ratio."""
-    options: FlapOptions = config.own_options()
-    dense = sum(p.numel() for p in model.parameters())
-    widths = Widths.of(model)
+    options: FlapOptions = task.config.own_options()
+    widths = Widths.of(task.model)
     groups = prunable(widths, options.units)
-    target = math.ceil(config.ratio * dense)
     uniform = options.structure == "uniform"
     # Neither is left to after the forward: the target may be out of reach.
-    check_reachable(widths, groups, target)
-    sizes = uniform_sizes(widths, groups, target, options.multiple) if uniform else {}
+    check_reachable(widths, groups, task.target)
+    sizes = uniform_sizes(widths, groups, task.target, options.multiple) if uniform else {}
     moments: dict[str, MomentStatistic] = {}
 
     def visit(group: Group, statistic: Statistic) -> None:
         assert isinstance(statistic, MomentStatistic)
         moments[group.name] = statistic
 
-    visit_writers(widths, groups, tokens, MomentStatistic, visit, progress)
+    visit_writers(task, widths, groups, MomentStatistic, visit)
     notes: list[str] = []
     scores: dict[str, Tensor] = {}
     for group in groups:
@@ -84,19 +76,17 @@ def flap(
             notes.append(f"{group.name}: too few tokens, judged by its weights alone")
             variance = torch.ones_like(variance)
         scores[group.name] = flap_scores(group, variance)
-    kept = best(scores, sizes) if uniform else globally(widths, groups, scores, target)
+    kept = best(scores, sizes) if uniform else globally(widths, groups, scores, task.target)
     transforms = []
     if options.bias:
         notes += give_biases(widths, kept)
-        widths = Widths.of(model)
+        widths = Widths.of(task.model)
         means = {name: moment.mean for name, moment in moments.items()}
         transforms.append({"bias compensation": compensate(widths, kept, means)})
     return remove(
+        task,
         widths,
         kept,
-        tokens=tokens,
-        config=config,
-        dense_parameters=dense,
         notes=notes,
         transforms=transforms,
         scores=scores,
@@ -151,7 +141,7 @@ def give_biases(widths: Widths, kept: Kept) -> list[str]:
         if not missing:
             continue
         try:
-            enable_biases(widths.model, {field: True}, [f"{group.name}.bias" for group in missing])
+            enable_biases(widths.model, field, [f"{group.name}.bias" for group in missing])
             notes.append(f"{field} was switched on to hold the means of removed {_WORDS[kind]}")
         except InexpressibleError as error:
             notes.append(f"the means of removed {_WORDS[kind]} have no bias to go to: {error}")

@@ -14,16 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pyprune.calibration.autograd import without_parameter_gradients
+from pyprune.calibration.head import IGNORED
 from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.finite import NotFiniteError
-from pyprune.models.experts import ExpertInput, Hidden, observed
+from pyprune.models.experts import Hidden, observed
 from pyprune.models.running import evaluation
 from pyprune.progress import Progress
 
 INPUT, HIDDEN = 32, 64  # of the recurrent network, as published
 BASE, TEMPERATURE = 3.0, 0.4  # every gate starts open
-IGNORED = -100
 
 
 class Place(NamedTuple):
@@ -112,12 +112,8 @@ def gated(gates: Sequence[Gate], values: list[Tensor]) -> Iterator[None]:
                     handle = module.register_forward_hook(of_output(i, switch))
                     stack.callback(handle.remove)
         for module, switches in experts.items():
-            stack.enter_context(observed(module, _unseen, hidden=of_experts(switches)))
+            stack.enter_context(observed(module, hidden=of_experts(switches)))
         yield
-
-
-def _unseen(_module: nn.Module, _projection: str, _inputs: list[ExpertInput]) -> None:
-    """What experts read is of no interest here."""
 
 
 @dataclass(frozen=True)

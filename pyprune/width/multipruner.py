@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,14 +26,14 @@ from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import PARTS, in_parts
 from pyprune.depth.registry import run_search
 from pyprune.depth.repack import repack
-from pyprune.depth.score import Scorer
+from pyprune.depth.score import Scorer, or_inf
 from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
+from pyprune.models.stock import parameter_count
 from pyprune.progress import Progress
 from pyprune.width.apply import remove
-from pyprune.width.config import WidthConfig
 from pyprune.width.decision import ADD_ONS, WidthDecision
-from pyprune.width.registry import width_method
+from pyprune.width.registry import WidthTask, width_method
 from pyprune.width.structure import Group, Widths
 
 MEGABYTE = 1 << 20
@@ -101,9 +101,7 @@ class MultiPrunerOptions(AddOns):
     removes="branches, channels and heads",
 )
 @torch.no_grad()
-def multipruner(
-    model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
-) -> WidthDecision:
+def multipruner(task: WidthTask) -> WidthDecision:
     """A stock model has one width for all layers: it is as narrow as its widest layer, and what
     narrower ones lack beyond that is zeros. Branches are re-packed into fewer layers.
 
@@ -112,21 +110,21 @@ def multipruner(
     from that of the model as narrow as it will be. What narrower modules lack elsewhere is left to
     the next gap.
     """
-    options: MultiPrunerOptions = config.own_options()
-    dense = sum(p.numel() for p in model.parameters())
-    target = config.ratio * dense
-    widths = Widths.of(model)
-    graph = ResidualGraph(model, widths.adapter)
+    options: MultiPrunerOptions = task.config.own_options()
+    dense = task.parameters
+    target = task.config.ratio * dense
+    widths = Widths.of(task.model)
+    graph = ResidualGraph(task.model, widths.adapter)
     graph.check()
     check_add_ons(graph, options)
     kv_groups = widths.of_kind("heads")
     blocks, share = options.shares(any(g.fields["num_attention_heads"] > 1 for g in kv_groups))
-    found = _branches(graph, tokens, config, blocks, progress)
+    found = _branches(task, graph, blocks)
     removed = [] if found is None else found.removed
     given = Given()
     if options.wanted:
         given.hold([group.slices[-1].owner() for group in widths.groups])
-    search = WidthSearch(graph, widths, tokens, removed, options, progress)
+    search = WidthSearch(graph, widths, task.tokens, removed, options, task.progress)
     gone = graph.removed_parameters(removed)
     norms = {group.name: norm_of_rows(group) for group in widths.groups}
     curve = _curve(found, dense, search.perplexity)
@@ -139,11 +137,9 @@ def multipruner(
     if done:
         curve.append((ADD_ONS, curve[-1][1], search.score()))
     decision = remove(
+        task,
         widths,
         search.kept(),
-        tokens=tokens,
-        config=config,
-        dense_parameters=dense,
         transforms=[
             {"steps": [list(step) for step in search.log], "evaluations": search.evaluations},
             *done,
@@ -157,14 +153,13 @@ def multipruner(
     sizes = dict(decision.sizes)
     if len(packing.pairs) < layers:
         sizes["num_hidden_layers"] = (layers, len(packing.pairs))
-    after = sum(p.numel() for p in model.parameters())
     return replace(
         decision,
         sizes=sizes,
         branches=tuple(map(str, removed)),
         removed={k: v for k, v in decision.removed.items() if k not in whole},
         zeroed={k: v for k, v in decision.zeroed.items() if k not in whole},
-        parameters=(dense, after),
+        parameters=(dense, parameter_count(task.model)),
         wanted=dense - gone,
         curve=tuple(curve),
         notes=(*decision.notes, *filter(None, [packing.reason])),
@@ -184,17 +179,12 @@ def _curve(found: Decision | None, dense: int, perplexity: float) -> list[tuple[
     return points
 
 
-def _branches(
-    graph: ResidualGraph,
-    tokens: TokenSet,
-    config: WidthConfig,
-    blocks: float,
-    progress: Progress | None,
-) -> Decision | None:
+def _branches(task: WidthTask, graph: ResidualGraph, blocks: float) -> Decision | None:
     """BlockPruner's: greedily, as the widths after them, and in mode fast without its audits, which
     look at everything; None where no branches are wanted."""
     if not blocks:
         return None
+    config = task.config
     options: MultiPrunerOptions = config.own_options()
     given = {name: getattr(options, name) for name in ("mode", "every", "memory_mb", "width")}
     given |= {"refine": "none", "audit_every": 0}
@@ -205,7 +195,7 @@ def _branches(
         calibration=config.calibration,
     )
     try:
-        return run_search(graph.model, graph.adapter, tokens, wanted, progress)
+        return run_search(graph.model, graph.adapter, task.tokens, wanted, task.progress)
     except UserError as error:
         raise UserError(
             f"ratio {config.ratio:g}, of which blocks={blocks:g} as branches: {error}"
@@ -300,7 +290,7 @@ class WidthSearch:
             else:
                 scores = self._scores(left, self.perplexity)
             # The first of equals; a score that is no number is never best.
-            branch = min(scores, key=lambda b: (_or_inf(scores[b]), b.position))
+            branch = min(scores, key=lambda b: (or_inf(scores[b]), b.position))
             if math.isnan(scores[branch]):
                 raise UserError("calibration: every step gives NaN; expected finite scores")
             gone += self._accept(branch, scores[branch])
@@ -339,8 +329,8 @@ class WidthSearch:
         scores = self._walk.score(units, self._removed, batches)
         found = dict(zip(branches, scores, strict=True))
         for branch, score in found.items():
-            rise = _mean(score) - _mean(before)
-            self._rises[branch] = math.inf if math.isnan(rise) else rise
+            mean_of = self._scorer.mean_of
+            self._rises[branch] = or_inf(mean_of(score) - mean_of(before))
             self._looked[branch] = len(self.log)
         return found
 
@@ -427,12 +417,3 @@ def norm_of_rows(group: Group) -> Tensor:
 def _by_norm(group: Group) -> Tensor:
     """Units by descending norm, the lower index first among equals."""
     return norm_of_rows(group).sort(descending=True, stable=True).indices
-
-
-def _mean(perplexity: float) -> float:
-    """The mean loss behind it."""
-    return math.log(perplexity)  # NaN and infinity stay what they are
-
-
-def _or_inf(value: float) -> float:
-    return math.inf if math.isnan(value) else value

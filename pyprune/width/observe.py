@@ -8,8 +8,7 @@ import torch
 
 from pyprune.calibration import walk as walks
 from pyprune.calibration.stats import Statistic
-from pyprune.calibration.tokens import TokenSet
-from pyprune.progress import Progress
+from pyprune.width.registry import WidthTask
 from pyprune.width.structure import Group, Widths
 
 # An expert that saw fewer tokens than this share of its channels is judged by its weights alone.
@@ -19,12 +18,11 @@ Visit = Callable[[Group, Statistic], None]
 
 
 def visit_writers(
+    task: WidthTask,
     widths: Widths,
     groups: Sequence[Group],
-    tokens: TokenSet,
     statistic: Callable[[int, torch.device], Statistic],
     visit: Visit,
-    progress: Progress | None = None,
 ) -> None:
     """Calls `visit` for each of `groups` in the order of the forward, with the statistic of its
     writer's inputs over all real tokens. What it changes in the model, later groups see."""
@@ -38,13 +36,13 @@ def visit_writers(
             visit(by_name[ref.name], found.statistic)
 
     def moved(event: walks.WalkEvent) -> None:
-        if progress is not None:
-            progress(f"block {event.block + 1}/{event.blocks}", event.block, event.blocks)
+        if task.progress is not None:
+            task.progress(f"block {event.block + 1}/{event.blocks}", event.block, event.blocks)
 
     with walks.InMemoryStore(adapter, device) as store:
         walks.walk(
             adapter,
-            tokens.batches,
+            task.tokens.batches,
             statistic=statistic,
             prune_group=reached,
             store=store,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyprune.errors import UserError
+from pyprune.models.stock import parameter_count
 from pyprune.width.cut import fitting_sizes
 from pyprune.width.structure import Group, Widths
 
@@ -193,7 +194,7 @@ def check_reachable(widths: Widths, groups: Sequence[Group], target: int) -> Non
 
 
 def _too_much(widths: Widths, target: int, most: int) -> UserError:
-    total = sum(p.numel() for p in widths.model.parameters())
+    total = parameter_count(widths.model)
     return UserError(
         f"ratio: expected at most {most / total:.3f} of the parameters (one unit of each module "
         f"has to stay), got {target / total:.3f}"

@@ -8,15 +8,13 @@ from typing import Any
 
 import torch
 
-from pyprune.calibration.tokens import Batch, TokenSet
-from pyprune.depth.decision import calibration_facts
+from pyprune.calibration.tokens import Batch
 from pyprune.errors import UserError
-from pyprune.progress import Progress
-from pyprune.width.config import WidthConfig
+from pyprune.models.stock import parameter_count
 from pyprune.width.cut import TOLERANCE_EPS, TOLERANCE_MOST
 from pyprune.width.decision import WidthDecision
 from pyprune.width.families import EXPERT_STEP
-from pyprune.width.registry import width_method
+from pyprune.width.registry import WidthTask, width_method
 from pyprune.width.select import check_multiple
 from pyprune.width.stream import Stream, one_basis, projected_states
 
@@ -47,24 +45,21 @@ class SliceGptOptions:
     removes="dimensions of the residual stream",
 )
 @torch.no_grad()
-def slicegpt(
-    model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
-) -> WidthDecision:
+def slicegpt(task: WidthTask) -> WidthDecision:
     """The widest stream that meets the ratio. Tied embeddings are untied first, and the second copy
     counts: of small models with large vocabularies much of the stream has to go for that alone."""
-    options: SliceGptOptions = config.own_options()
-    before = sum(p.numel() for p in model.parameters())
-    stream = Stream.of(model)
-    most = (1 - config.ratio) * before
+    options: SliceGptOptions = task.config.own_options()
+    stream = Stream.of(task.model)
+    most = (1 - task.config.ratio) * task.parameters
     graph = stream.graph
     experts = any(graph.adapter.experts(i) for i in range(len(graph.layouts)))
     least = EXPERT_STEP if experts else 1
     multiple = math.lcm(options.multiple, least)
     width = fitting_width(stream, most, multiple)
     notes = _notes(stream, width, most, multiple, least)
-    batches = [batch.to(graph.device) for batch in tokens.batches]
-    if progress is not None:
-        progress("principal directions of the stream", 0, None)
+    batches = [batch.to(graph.device) for batch in task.tokens.batches]
+    if task.progress is not None:
+        task.progress("principal directions of the stream", 0, None)
     count = stream.directions(width)
     basis = one_basis(graph, batches, count, options.normalised, stream.centred)
     probe = Batch(batches[0].input_ids[:1, :16])
@@ -74,20 +69,16 @@ def slicegpt(
     )
     wanted, stays = stream.numel(width), bool(stream.obstacle)
     stream.slice(basis)
-    _compare(model, probe, expected)
-    after = sum(p.numel() for p in model.parameters())
+    _compare(task.model, probe, expected)
     transform = {"rotation": "principal directions"}
-    return WidthDecision(
-        method=config.method,
+    return task.decision(
+        parameter_count(task.model),
         units={},
         removed={},
         sizes={} if stays else {"hidden_size": (stream.width, width)},
-        parameters=(before, after),
         wanted=wanted,
         zeroed={"hidden_size": stream.width - width} if stays else {},
         notes=notes,
-        calibration=calibration_facts(tokens),
-        config=config.to_dict(),
         transforms=(transform if stays else transform | {"stream": "scaled by sqrt(d' / d)"},),
     )
 
@@ -107,7 +98,7 @@ def fitting_width(stream: Stream, most: float, multiple: int) -> int:
     for width in range(affordable_width(stream, most, multiple), 0, -multiple):
         if stream.fits(width):
             return width
-    total = sum(p.numel() for p in stream.graph.model.parameters())
+    total = parameter_count(stream.graph.model)
     widths = range(multiple, stream.width + 1, multiple)
     least = next((width for width in widths if stream.fits(width)), stream.width)
     untied = ", the head being untied" if stream.tied else ""

@@ -274,8 +274,7 @@ class Stream:
     def _branch(self, branch: Branch) -> Iterator[Port]:
         block = self.graph.adapter.blocks[branch.layer]
         layout = self.graph.layouts[branch.layer]
-        own = layout.attention_norms if branch.kind == "attention" else layout.mlp_norms
-        norms = own or layout.shared
+        norms = layout.norms(branch.kind) or layout.shared
         if norm_after(self.graph, branch) is not None or len(norms) != 1:
             raise UserError(
                 f"{type(block).__name__}: expected one norm in front of each branch to slice the "

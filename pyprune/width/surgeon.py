@@ -12,8 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,21 +20,17 @@ from torch import Tensor
 from pyprune.calibration.backward import PassOptions
 from pyprune.calibration.factors import collect_factors
 from pyprune.calibration.gradient_stats import KroneckerFactors
-from pyprune.calibration.tokens import TokenSet
 from pyprune.errors import LayerError, UserError
 from pyprune.layer_pruner import minimum_tokens
 from pyprune.methods.kronecker import Curvature
-from pyprune.models.adapter import Adapter
 from pyprune.ops.obs_factor import NotPositiveDefiniteError
 from pyprune.patterns import Unstructured
-from pyprune.progress import Progress as Say
 from pyprune.surgeon.matrix import Matrix
 from pyprune.surgeon.state import Progress, Record, State
 from pyprune.surgeon.store import GIB, FactorStore, grouped
 from pyprune.width.apply import remove
-from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
-from pyprune.width.registry import width_method
+from pyprune.width.registry import WidthTask, width_method
 from pyprune.width.select import (
     UnitOptions,
     best,
@@ -97,39 +92,31 @@ class SurgeonWidthOptions(UnitOptions):
     in_shots=True,
 )
 @torch.no_grad()
-def surgeon_width(
-    model: Any,
-    tokens: TokenSet,
-    config: WidthConfig,
-    progress: Say | None = None,
-    state: str | Path | None = None,
-) -> WidthDecision:
+def surgeon_width(task: WidthTask) -> WidthDecision:
     """Removed units stay as zeros between the shots and are cut at the end."""
-    options: SurgeonWidthOptions = config.own_options()
-    dense = sum(p.numel() for p in model.parameters())
-    widths = Widths.of(model)
+    options: SurgeonWidthOptions = task.config.own_options()
+    widths = Widths.of(task.model)
     groups = prunable(widths, options.units)
-    target = math.ceil(config.ratio * dense)
     # Not after the shots that are within reach.
-    check_reachable(widths, groups, target)
+    check_reachable(widths, groups, task.target)
     if options.structure == "uniform":
-        uniform_sizes(widths, groups, target, options.multiple)
-    saved = None if state is None else State(state, model, config, tokens)
-    run = _Shots(widths, groups, tokens, options, config.calibration.seed, progress)
+        uniform_sizes(widths, groups, task.target, options.multiple)
+    saved = None
+    if task.state is not None:
+        saved = State(task.state, task.model, task.config, task.tokens)
+    run = _Shots(task, widths, groups, options)
     if saved is not None:
         done = saved.load(run.tensors())
         run.done = done if done.shots else run.done
     for shot in range(run.done.shots + 1, options.shots + 1):
-        run.shot(shot, math.ceil(target * shot / options.shots))
+        run.shot(shot, math.ceil(task.target * shot / options.shots))
         if saved is not None:
             saved.save(run.done, run.tensors())
     losses = {name: record.loss for name, record in run.done.records.items() if record.loss}
     return remove(
+        task,
         widths,
         run.kept(),
-        tokens=tokens,
-        config=config,
-        dense_parameters=dense,
         notes=[f"{name}: {r.kept}" for name, r in run.done.records.items() if r.kept],
         transforms=[{"columns of writers corrected": losses}] if losses else [],
         scores=run.first,
@@ -144,16 +131,12 @@ class _Shots:
 
     def __init__(
         self,
+        task: WidthTask,
         widths: Widths,
         groups: Sequence[Group],
-        tokens: TokenSet,
         options: SurgeonWidthOptions,
-        seed: int,
-        progress: Say | None,
     ) -> None:
-        self.widths, self.groups, self.tokens = widths, groups, tokens
-        self.options, self.seed, self.progress = options, seed, progress
-        self.adapter: Adapter = widths.adapter
+        self.task, self.widths, self.groups, self.options = task, widths, groups, options
         self.device = next(widths.model.parameters()).device
         self.done = Progress(records={group.name: Record() for group in groups})
         self.gone: dict[str, Tensor] = {
@@ -207,7 +190,7 @@ class _Shots:
     def _collect(
         self, part: list[Matrix], number: int, index: int, parts: int
     ) -> dict[str, KroneckerFactors]:
-        say = self.progress
+        say = self.task.progress
 
         def told(done: int, total: int) -> None:
             if say is not None:
@@ -215,13 +198,13 @@ class _Shots:
                 say(words, index * total + done, parts * total)
 
         return collect_factors(
-            self.adapter,
-            self.tokens,
+            self.widths.adapter,
+            self.task.tokens,
             [matrix.ref for matrix in part],
             PassOptions(
                 device=self.device,
                 fisher_samples=self.options.fisher_samples,
-                seed=self.seed + number,
+                seed=self.task.config.calibration.seed + number,
             ),
             biases={matrix.name for matrix in part if matrix.biased},
             progress=told,

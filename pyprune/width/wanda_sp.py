@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from pyprune.calibration.stats import NormStatistic, Statistic
-from pyprune.calibration.tokens import TokenSet
-from pyprune.progress import Progress
 from pyprune.width.apply import remove
-from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision
 from pyprune.width.observe import too_few, visit_writers
-from pyprune.width.registry import width_method
+from pyprune.width.registry import WidthTask, width_method
 from pyprune.width.select import UnitOptions, best, prunable, uniform_sizes
 from pyprune.width.structure import Group, Widths
 
@@ -28,15 +22,12 @@ from pyprune.width.structure import Group, Widths
     removes="channels and heads",
 )
 @torch.no_grad()
-def wanda_sp(
-    model: Any, tokens: TokenSet, config: WidthConfig, progress: Progress | None = None
-) -> WidthDecision:
+def wanda_sp(task: WidthTask) -> WidthDecision:
     """Layer after layer in one forward: every score sees inputs that come from pruned layers."""
-    options: UnitOptions = config.own_options()
-    dense = sum(p.numel() for p in model.parameters())
-    widths = Widths.of(model)
+    options: UnitOptions = task.config.own_options()
+    widths = Widths.of(task.model)
     groups = prunable(widths, options.units)
-    sizes = uniform_sizes(widths, groups, math.ceil(config.ratio * dense), options.multiple)
+    sizes = uniform_sizes(widths, groups, task.target, options.multiple)
     kept: dict[str, Tensor] = {}
     scores: dict[str, Tensor] = {}
     unseen: list[str] = []
@@ -51,14 +42,12 @@ def wanda_sp(
         kept.update(best({group.name: scores[group.name]}, {group.name: sizes[group.name]}))
         widths.mask({group.name: kept[group.name]})
 
-    visit_writers(widths, groups, tokens, NormStatistic, visit, progress)
+    visit_writers(task, widths, groups, NormStatistic, visit)
     notes = [f"{name}: too few tokens, judged by its weights alone" for name in unseen]
     return remove(
+        task,
         widths,
         kept,
-        tokens=tokens,
-        config=config,
-        dense_parameters=dense,
         notes=notes,
         scores=scores,
         objective="mean |W| x input norm",

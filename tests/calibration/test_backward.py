@@ -1,22 +1,15 @@
 """The backward pass against plain autograd on every family, and what it refuses."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
 from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model, tiny_tokens
 
 from pyprune.calibration import head
 from pyprune.calibration.backward import PassOptions, backward_pass
+from pyprune.calibration.tokens import Batch
 from pyprune.errors import LayerError, UserError
 from pyprune.models import running
 from pyprune.models.adapter import Adapter
-
-
-@dataclass(frozen=True)
-class Batch:
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None = None
 
 
 def model64(family="llama", **overrides):
@@ -41,11 +34,10 @@ class Sums:
         self.absolute, self.total, self.tokens, self.leaders = 0.0, 0.0, 0, set()
 
     def __call__(self, sample):
-        for x, g in zip(sample.x, sample.g, strict=True):
-            gradient = g.T @ x
-            self.absolute = self.absolute + gradient.abs() / sample.targets
-            self.total = self.total + gradient
-            self.tokens += len(x)
+        gradient = sample.g.T @ sample.x
+        self.absolute = self.absolute + gradient.abs() / sample.targets
+        self.total = self.total + gradient
+        self.tokens += len(sample.x)
         self.leaders.add(sample.leader)
 
 
@@ -148,20 +140,6 @@ def test_magnitudes_of_a_batch_are_not_those_of_its_sum():
         assert (sums.absolute * 11 > sums.total.abs() * 1.01).any()
 
 
-@pytest.mark.parametrize("family", MOE_FAMILIES)
-def test_of_one_sequence_no_expert_looks_for_another(family, monkeypatch):
-    """To ask a GPU which sequences are there is to wait for it, once for each expert."""
-    model, ids = model64(family), tiny_tokens()
-    sequences = [Batch(ids[:1]), Batch(ids[1:])]
-    both = collect(model, [Batch(ids)])[0]
-    monkeypatch.setattr(torch, "unique", None)
-    each = collect(model, sequences)[0]
-    for name, sums in both.items():
-        assert sums.tokens == each[name].tokens
-        if sums.tokens:
-            assert_close(each[name].absolute, sums.absolute)
-
-
 def test_leaders_are_the_first_to_read_a_tensor():
     got, _ = collect(model64(), [Batch(tiny_tokens(2, 12)), Batch(tiny_tokens(1, 9))])
     at = "model.layers.1."
@@ -199,7 +177,7 @@ def test_no_weight_gradient_and_nothing_below_the_first_visited_block():
     )
     collect(model, [Batch(tiny_tokens())], names={"model.layers.1.mlp.down_proj"})
     hook.remove()
-    assert [out.requires_grad for out in first] == [False]
+    assert [out.requires_grad for out in first] == [False, False]
 
 
 def test_restores_after_an_error_in_a_visitor():
@@ -257,7 +235,7 @@ def test_fp16_scale_leaves_each_visit_alone(checkpointing):
     options = {"checkpointing": checkpointing, "progress": lambda done, _: seen.append(done)}
     got, report = collect(model, batches, **options)
     want, other = collect(model.float(), batches, checkpointing=checkpointing)
-    assert seen == [1, 2] and report.tokens == other.tokens == 32
+    assert seen == [1, 2, 3] and report.tokens == other.tokens == 32
     assert {n: s.tokens for n, s in got.items() if ".experts." not in n} == {
         n: s.tokens for n, s in want.items() if ".experts." not in n
     }
@@ -365,8 +343,8 @@ def test_experts_that_run_twice_are_refused(again, checkpointing):
         collect(model, [Batch(tiny_tokens())], names=names, checkpointing=checkpointing)
 
 
-def test_progress_counts_batches():
+def test_progress_counts_sequences():
     seen = []
     batches = [Batch(tiny_tokens()), Batch(tiny_tokens(1, 5))]
     collect(model64(), batches, progress=lambda done, total: seen.append((done, total)))
-    assert seen == [(1, 2), (2, 2)]
+    assert seen == [(1, 3), (2, 3), (3, 3)]

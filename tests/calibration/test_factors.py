@@ -130,7 +130,7 @@ def rearranged_optimum(f, rows, columns):
 def test_golden_nearest_kronecker_product():
     _, x = golden()
     g = golden_gradients()
-    sample = Sample(x[None], g[None], 31, "leader")
+    sample = Sample(x, g, 31, "leader")
     factors = KroneckerFactors(4, 8, torch.device("cpu"), torch.float64)
     factors.update(sample)
     factors.sequences, factors.targets = 1, 32
@@ -176,7 +176,7 @@ def test_of_a_linear_model_with_a_bias():
             loss = torch.nn.functional.cross_entropy(y, label)
             dw, db, dy = torch.autograd.grad(loss, (w, b, y))
             rows.append(torch.cat([dw, db[:, None]], dim=1).flatten())
-            samples.append(Sample(token[None, None], dy[None, None], 1, "leader"))
+            samples.append(Sample(token[None], dy[None], 1, "leader"))
             factors.update(samples[-1])
         factors.sequences = factors.targets = count
         rows = torch.stack(rows)

@@ -24,7 +24,7 @@ def weight_gradients(model, ids, fisher_samples, seed=0):
     def visit(sample):
         assert sample.draw == len(seen)
         assert sample.new_tokens == (0 if sample.draw else ids.numel())
-        seen.append((sample.g[0].T @ sample.x[0]).flatten())
+        seen.append((sample.g.T @ sample.x).flatten())
 
     options = PassOptions(fisher_samples=fisher_samples, seed=seed)
     report = backward_pass(Adapter.of(model), [Batch(ids)], {NAME: visit}, options)
@@ -86,8 +86,7 @@ def test_neither_batches_nor_padding_nor_pieces_of_the_head_change_the_draws(mon
 
         def visitor(name):
             def visit(sample):
-                g = sample.g.flatten(0, 1)
-                found[name] = found.get(name, 0.0) + g.T @ g
+                found[name] = found.get(name, 0.0) + sample.g.T @ sample.g
 
             return visit
 
@@ -132,7 +131,7 @@ def test_refinement_sees_the_draws_of_the_first_pass():
     visits = []
 
     def visit(sample):
-        visits.append((sample.x.flatten(0, 1), sample.g.flatten(0, 1)))
+        visits.append((sample.x, sample.g))
 
     backward_pass(Adapter.of(model), [Batch(ids)], {NAME: visit}, PassOptions(fisher_samples=2))
     x, g = (torch.cat(parts) for parts in zip(*visits, strict=True))

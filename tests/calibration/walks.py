@@ -1,20 +1,14 @@
 """A walk over a tiny model, and what the tests compare of it."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from tiny_models import tiny_tokens
 
 from pyprune.calibration.stats import NormStatistic
+from pyprune.calibration.tokens import Batch
 from pyprune.calibration.walk import InMemoryStore, walk
 from pyprune.models.adapter import Adapter
-
-
-@dataclass(frozen=True)
-class Batch:
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None = None
 
 
 def batches(padded=False):

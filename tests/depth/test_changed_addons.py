@@ -16,6 +16,7 @@ from pyprune.depth.config import StructureConfig
 from pyprune.depth.given import Given
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
 from pyprune.depth.laco import LacoOptions, collapse, laco
+from pyprune.depth.layers import LayerTask
 from pyprune.depth.refit import refit
 from pyprune.depth.run import prune_structure
 from pyprune.depth.save import drop_layers
@@ -33,11 +34,15 @@ REFITTED = ["llama", "gpt2", "qwen2_moe"]
 COMPENSATED = [*REFITTED, "gemma2"]
 
 
+def two_layers(gone):
+    return len(gone) >= 2
+
+
 def folded(family, interval=2, **add_ons):
     """A model after LaCo, before layers go, and what was done besides."""
     model = model_of(family, LAYERS)
     options = LacoOptions(fold=2, threshold=-1.0, interval=interval, **add_ons)
-    choice = laco(ResidualGraph.of(model), BATCHES, options, lambda gone: len(gone) >= 2)
+    choice = laco(LayerTask(ResidualGraph.of(model), BATCHES, options, two_layers))
     assert [t["kind"] for t in choice.transforms[:2]] == ["fold", "fold"]
     return model, choice.removed, choice.transforms[2:]
 
@@ -67,7 +72,7 @@ def test_folds_tell_what_was_given():
     """Of a layer that is merged into another one too, and of none that was tried in vain."""
     dense, model, given = model_of("llama", LAYERS), model_of("llama", LAYERS), Given()
     graph = ResidualGraph.of(model)
-    collapse(graph, BATCHES, LacoOptions(fold=2, threshold=-1), lambda gone: len(gone) >= 2, given)
+    collapse(graph, BATCHES, LacoOptions(fold=2, threshold=-1), two_layers, given)
     changed = [
         any(not torch.equal(a, b) for a, b in zip(x.parameters(), y.parameters(), strict=True))
         for x, y in zip(dense.model.layers, model.model.layers, strict=True)
@@ -138,7 +143,7 @@ def streamlined(family, epochs, start="first", **add_ons):
     model = model_of(family, LAYERS)
     options = StreamlineOptions(epochs=epochs, learning_rate=5e-3, start=start, **add_ons)
     graph = ResidualGraph.of(model)
-    choice = streamline(graph, BATCHES, options, lambda gone: len(gone) >= 2)
+    choice = streamline(LayerTask(graph, BATCHES, options, two_layers))
     replacement, *done = choice.transforms
     return model, choice.removed, replacement, done
 

@@ -7,11 +7,11 @@ from itertools import combinations
 
 import pytest
 import torch
+from depth_searches import tokens
 from matplotlib.image import imread
 from rich.console import Console
 from tiny_models import tiny_model, tiny_tokens
 
-from pyprune.calibration.batches import as_token_set
 from pyprune.depth import budget, exchange
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import Decision, Step
@@ -19,17 +19,12 @@ from pyprune.depth.exchange import meets
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.greedy import Greedy
 from pyprune.depth.plot import draw
-from pyprune.depth.registry import run_search
+from pyprune.depth.registry import DepthTask, run_search
 from pyprune.depth.run import prune_structure
 from pyprune.depth.score import Scorer
 from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
-
-
-def tokens(rows=(2, 2)):
-    data = [tiny_tokens(r, 12, seed=k) for k, r in enumerate(rows)]
-    return as_token_set(data, vocabulary=None, positions=None)
 
 
 def search(model, ratio=0.35, data=None, by="params", **options):
@@ -79,7 +74,7 @@ def test_no_worse_than_both_lists_and_mostly_the_best_of_all_sets():
         assert list(found.refinement.starts.values()) == pytest.approx(ends, rel=1e-5)
         assert score <= min(found.refinement.starts.values())
         assert found.refinement.start == ("layers" if ends[1] < ends[0] else "branches")
-        assert asked.reached([tuple(found.removed)])
+        assert asked.reached(found.removed)
         assert score == pytest.approx(score_of(model, data, found.removed), rel=1e-5)
         if found.refinement.exchanges:
             assert meets(asked, frozenset(found.removed), len(branches)) or not (
@@ -304,7 +299,7 @@ def test_what_need_not_go_comes_back():
         best = min(less, key=score, default=None)
         if best is None or cases[score(best) < score(start)] == 2:
             continue
-        greedy = Greedy(graph, data, config, config.own_options(), units)
+        greedy = Greedy(DepthTask(graph, data, config), config.own_options(), units)
         known = exchange.Known(greedy, frozenset(), None)
         step = Step(tuple(start), score(start))
         local = exchange.LocalSearch(greedy, graph.branches, known, [step], 100, 1e9)

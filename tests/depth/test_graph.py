@@ -63,7 +63,8 @@ def test_from_any_position(graph):
             expected = logits(graph.model, batch.input_ids)
         state, context = graph.start(batch)
         for branch in graph.branches:
-            hidden = graph.run_from(branch.position, state, context, skipped)
+            rest = (branch.position, len(graph.branches))
+            hidden = graph.advance(rest, state, context, skipped).total
             got = graph.logits(graph.finish(hidden, batch), batch.input_ids)
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
             if branch in skipped:
@@ -78,8 +79,9 @@ def test_copies_are_independent_streams(graph):
     batch.attention_mask[1, 11:] = 0
     one, context = graph.start(batch)
     three, wide = graph.start(batch, copies=3)
-    a = graph.run_from(0, one, context)
-    b = graph.run_from(0, three, wide)
+    whole = (0, len(graph.branches))
+    a = graph.advance(whole, one, context).total
+    b = graph.advance(whole, three, wide).total
     for k in range(3):
         torch.testing.assert_close(b[2 * k : 2 * k + 2], a, rtol=1e-4, atol=1e-5)
 
@@ -131,7 +133,7 @@ def test_layers_that_return_tuples(family):
     graph, ids = ResidualGraph.of(model), tiny_tokens(2, 9)
     skipped = [Branch("attention", 0), Branch("mlp", 2)]
     state, context = graph.start(Batch(ids))
-    hidden = graph.run_from(0, state, context, skipped)
+    hidden = graph.advance((0, len(graph.branches)), state, context, skipped).total
     with graph.skipping(skipped):
         expected = logits(model, ids)
     got = graph.logits(graph.finish(hidden, Batch(ids)), ids)

@@ -12,6 +12,7 @@ from pyprune.depth.angular import angular
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.hidden import angular_distances, block_influence
 from pyprune.depth.laco import LacoOptions, laco
+from pyprune.depth.layers import LayerTask
 from pyprune.depth.reverse import reverse
 from pyprune.depth.save import drop_layers
 from pyprune.depth.segments import SegmentOptions, segments
@@ -43,7 +44,7 @@ def choose(name, model, count=2, split=2, **more):
     method, options = METHODS[name]
     options = type(options)(**{**vars(options), **more})
     batches = [Batch(part) for part in IDS.split(split)]
-    return method(ResidualGraph.of(model), batches, options, at_least(count))
+    return method(LayerTask(ResidualGraph.of(model), batches, options, at_least(count)))
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -115,7 +116,7 @@ def test_windows_cost_one_sweep_however_wide(name, runs, monkeypatch):
     method, options = METHODS[name]
     for count in (1, 4):
         calls.clear()
-        removed = method(graph, [Batch(IDS)], options, at_least(count)).removed
+        removed = method(LayerTask(graph, [Batch(IDS)], options, at_least(count))).removed
         assert len(removed) == count
         counted.append(len(calls))
     assert counted == [runs, runs]

@@ -21,9 +21,9 @@ def statistic(method, x, g, sequences, options=None):
     if make is None:
         return None
     made = make(options or MethodOptions())(g.shape[1], x.shape[1], x.device, _sums(x))
-    x, g = (t.unflatten(0, (sequences, -1)) for t in (x, g))
-    targets = max(x.shape[1] - 1, 1)
-    made.update(Sample(x, g, targets, "leader"))
+    targets = max(len(x) // sequences - 1, 1)
+    for part in zip(x.chunk(sequences), g.chunk(sequences), strict=True):
+        made.update(Sample(*part, targets, "leader"))
     made.sequences, made.targets = sequences, targets * sequences
     return made
 

@@ -63,7 +63,7 @@ def test_removes_the_cheapest_of_all_layers_and_says_what_it_costs(reestimate, u
 
     def visitor(name):
         def visit(sample):
-            x, g = sample.x.flatten(0, 1), sample.g.flatten(0, 1)
+            x, g = sample.x, sample.g
             outer = (g[:, :, None] * x[:, None, :]).flatten(1)
             for k, new in enumerate((x.T @ x, g.T @ g, outer.T @ outer)):
                 moments[name][k] = moments[name][k] + new

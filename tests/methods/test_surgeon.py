@@ -329,7 +329,7 @@ def test_more_damping_where_needed_is_used_and_known():
 def golden_inputs():
     w, x = golden()
     factors = KroneckerFactors(4, 8, torch.device("cpu"), torch.float64)
-    factors.update(Sample(x[None], golden_gradients()[None], 31, "leader"))
+    factors.update(Sample(x, golden_gradients(), 31, "leader"))
     factors.sequences, factors.targets = 1, 32
     return w, LayerInputs(x.square().sum(0), 32, x.T @ x).with_gradient(factors)
 

@@ -46,7 +46,7 @@ def test_equal_to_the_eager_forward_bit_for_bit(family, dtype):
     weights = weights.to(dtype)
     with torch.no_grad():
         want = experts(x, index, weights)
-        with observed(experts, lambda *_: None):
+        with observed(experts):
             assert torch.equal(experts(x, index, weights), want)
         assert torch.equal(experts(x, index, weights), want)
 
@@ -90,7 +90,7 @@ def test_experts_that_give_back_what_they_get():
     experts, (x, index, weights), want = call
     count = expert_count(experts)
     assert bool((index >= count).any()) and bool((index < count).any())
-    with torch.no_grad(), observed(experts, lambda *_: None):
+    with torch.no_grad(), observed(experts):
         assert torch.equal(experts(x, index, weights), want)
 
 
@@ -106,7 +106,7 @@ def test_gate_rows_are_what_a_hidden_channel_is_made_of(family):
 
     def run():
         channels.clear()
-        with torch.no_grad(), observed(experts, lambda *_: None, hidden=keep):
+        with torch.no_grad(), observed(experts, hidden=keep):
             experts(*given)
         return torch.cat(channels)
 
@@ -131,7 +131,7 @@ def test_equal_within_the_model_to_its_default_implementation(family):
     ids = tiny_tokens()
     with torch.no_grad():
         eager = model(ids).logits
-        with observed(experts[0], lambda *_: None):
+        with observed(experts[0]):
             assert torch.equal(model(ids).logits, eager)
             model.set_experts_implementation("grouped_mm")
         torch.testing.assert_close(model(ids).logits, eager, rtol=1e-4, atol=1e-5)
@@ -165,7 +165,7 @@ def test_reports_every_experts_input_and_uses_weights_changed_meanwhile():
 
 def test_forward_is_restored_after_an_exception():
     _, (experts, *_) = experts_of("qwen3_moe")
-    with pytest.raises(KeyboardInterrupt), observed(experts, lambda *_: None):
+    with pytest.raises(KeyboardInterrupt), observed(experts):
         assert "forward" in experts.__dict__
         raise KeyboardInterrupt
     assert "forward" not in experts.__dict__
@@ -174,6 +174,6 @@ def test_forward_is_restored_after_an_exception():
         return args
 
     experts.forward = mine
-    with observed(experts, lambda *_: None):
+    with observed(experts):
         assert experts.forward is not mine
     assert experts.forward is mine

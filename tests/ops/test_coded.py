@@ -1,6 +1,7 @@
 import pytest
 import torch
 from ops.isa import AVAILABLE
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyprune import ops
 from pyprune.ops import coded, registry
@@ -99,6 +100,33 @@ def test_size_and_blocks_of_rows(monkeypatch):
     assert same_bits(coded.unpack_coded_reference(*packed, None), w)
     x = activations(2, 512)
     assert_product(coded.linear_coded_reference(x, *packed, None), x, w)
+
+
+class Int64(TorchDispatchMode):
+    """The sizes of the int64 tensors that operators make."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dtype == torch.int64:
+            self.sizes.append(out.numel())
+        return out
+
+
+def test_places_of_escapes_are_no_wider_than_needed(monkeypatch):
+    """Some rows of W are unpacked for many rows of x on a GPU: what is moved for it is its time."""
+    w = weight((64, 200))
+    packed = ops.pack_coded(w)
+    with Int64() as wide:
+        assert same_bits(coded.unpacked_rows(*packed, slice(0, 64)), w)
+    assert max(wide.sizes) <= 65
+    monkeypatch.setattr(coded, "LARGEST_INT32", len(packed[3]) + 198)
+    with Int64() as wide:
+        assert same_bits(coded.unpacked_rows(*packed, slice(0, 64)), w)
+    assert max(wide.sizes) == w.numel()
 
 
 def test_of_any_strides_and_empty():

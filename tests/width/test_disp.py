@@ -3,10 +3,9 @@
 import pytest
 import torch
 from saved_models import reloaded
-from tiny_models import MOE_FAMILIES, tiny_model, tiny_tokens
+from tiny_models import MOE_FAMILIES, logits, tiny_model, tiny_tokens, tokens_of
 from transformers import AutoModelForCausalLM
 
-from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint.output import save_model
 from pyprune.errors import UserError
@@ -26,15 +25,6 @@ from pyprune.width.registry import run_width
 from pyprune.width.structure import Widths
 
 FEW = {"iterations": 3, "multiple": 1}
-
-
-def tokens_of(rows=4, length=12):
-    return as_token_set(list(tiny_tokens(rows, length).split(2)), vocabulary=64, positions=128)
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
 
 
 def gates_of(model):

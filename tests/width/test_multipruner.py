@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from saved_models import reloaded
-from tiny_models import tiny_model, tiny_tokens
+from tiny_models import logits, tiny_model, tiny_tokens, tokens_of
 
 from pyprune.calibration.batches import as_token_set
 from pyprune.checkpoint.output import save_model
@@ -23,15 +23,6 @@ GQA = {"num_attention_heads": 8, "num_key_value_heads": 4}
 def model_of(family="llama", layers=4):
     depth = "n_layer" if family == "gpt2" else "num_hidden_layers"
     return tiny_model(family, **{depth: layers}, **(GQA if family == "llama" else {}))
-
-
-def tokens_of():
-    return as_token_set(list(tiny_tokens(4, 12).split(2)), vocabulary=64, positions=128)
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
 
 
 def perplexity(model, tokens, removed=()):

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from saved_models import reloaded
-from tiny_models import MIXTURES, MOE_FAMILIES, tiny_model, tiny_tokens
+from tiny_models import MIXTURES, MOE_FAMILIES, logits, tiny_model, tiny_tokens, tokens_of
 
-from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.tokens import Batch
 from pyprune.checkpoint.output import save_model
 from pyprune.depth.graph import ResidualGraph
@@ -48,15 +47,6 @@ ROUNDED = (*RMS, "cohere", "cohere2", "olmo")
 def orthogonal(d, seed=0):
     gen = torch.Generator().manual_seed(seed)
     return torch.linalg.qr(torch.randn(d, d, generator=gen, dtype=torch.float64)).Q
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
-
-
-def tokens_of(rows=4, length=12):
-    return as_token_set(list(tiny_tokens(rows, length).split(2)), vocabulary=64, positions=128)
 
 
 def directions(stream, count, seed=0):

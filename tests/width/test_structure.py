@@ -3,7 +3,7 @@
 import pytest
 import torch
 from saved_models import reloaded
-from tiny_models import FAMILIES, MOE_FAMILIES, tiny_model, tiny_tokens
+from tiny_models import FAMILIES, MOE_FAMILIES, logits, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pyprune.checkpoint.output import save_model
@@ -41,11 +41,6 @@ def model_of(family, **overrides):
 
 
 ALL = (*FAMILIES, "phi3", "falcon_grouped", "falcon_heads")
-
-
-def logits(model, ids):
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
 
 
 def assert_same(family, got, expected):
@@ -298,14 +293,14 @@ def test_biases_are_switched_on_where_the_family_has_them():
     ids = tiny_tokens()
     model = tiny_model("llama", attention_bias=False, mlp_bias=False)
     before = logits(model, ids)
-    enable_biases(model, {"mlp_bias": True})
+    enable_biases(model, "mlp_bias", [])
     assert torch.equal(logits(model, ids), before)
     names = [n for n, _ in model.named_parameters() if n.endswith("bias")]
     assert model.config.mlp_bias and len(names) == 2 * 3
-    enable_biases(model, {"attention_bias": True})
+    enable_biases(model, "attention_bias", [])
     assert model.model.layers[1].self_attn.o_proj.bias.abs().sum() == 0
     with pytest.raises(InexpressibleError, match="MistralConfig has no mlp_bias"):
-        enable_biases(tiny_model("mistral"), {"mlp_bias": True})
+        enable_biases(tiny_model("mistral"), "mlp_bias", [])
 
 
 @pytest.mark.parametrize("bad", [[1, 0], [0, 0], [-1], [64]])
