@@ -89,7 +89,11 @@ def compile_one(family: str, spec: dict, target: str) -> list[dict]:
     options = {"num_warps": spec.get("num_warps", 4), "num_stages": stages}
     source = ASTSource(kernel, signature, constexprs=constexprs, attrs=attrs)
     with contextlib.redirect_stdout(io.StringIO()) as log:
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        compiled = triton.compile(
+            source,
+            target=GPUTarget("cuda", capability, 32),
+            options=options | {"enable_fp_fusion": True},  # as every launch says
+        )
     return [
         {
             "family": family,

@@ -76,6 +76,7 @@ def _add_norms(acc: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None) 
         BLOCK_T=32,
         BLOCK_C=128,
         HAS_WEIGHT=w is not None,
+        enable_fp_fusion=True,
     )
     # The second stage is a fixed-order reduction: no atomics, so the result is reproducible.
     acc += part.sum(dim=0)

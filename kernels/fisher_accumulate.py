@@ -118,6 +118,7 @@ def fisher_accumulate_triton(
         PRECISION=FP32_PRECISION,
         GROUP=GROUP,
         **blocks,
+        enable_fp_fusion=True,
     )
     if target is not acc:
         acc.copy_(target)

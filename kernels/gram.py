@@ -410,6 +410,7 @@ def _accumulate(
         UPCAST=_is_interpreted() or mode == WEIGHT_ANY,
         PRECISION=FP32_PRECISION,
         **blocks,
+        enable_fp_fusion=True,
     )
     if shared:
         rows = min(16, tile_m)
@@ -424,6 +425,7 @@ def _accumulate(
             BLOCK_M=tile_m,
             BLOCK_N=tile_n,
             ROWS=rows,
+            enable_fp_fusion=True,
         )
 
 

@@ -82,7 +82,16 @@ def kron_quadratic_triton(w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     if part.numel():
         w, h = indexable(w), indexable(h)
         _kron_quadratic_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]), tiles)](
-            w, h, part, rows, columns, *w.stride(), *h.stride(), PRECISION=FP32_PRECISION, **blocks
+            w,
+            h,
+            part,
+            rows,
+            columns,
+            *w.stride(),
+            *h.stride(),
+            PRECISION=FP32_PRECISION,
+            **blocks,
+            enable_fp_fusion=True,
         )
     return part.sum(0, dtype=torch.float64).to(w.dtype)
 

@@ -146,9 +146,19 @@ def keep_but_smallest(keys: torch.Tensor, count: torch.Tensor, all_ties: bool) -
     grid = (blocks, batch)
     for level, shift in enumerate(SHIFTS):
         _digit_histogram_kernel[grid](
-            keys, state, histogram, n, LEVEL=level, SHIFT=shift, BINS=BINS, **sizes
+            keys,
+            state,
+            histogram,
+            n,
+            LEVEL=level,
+            SHIFT=shift,
+            BINS=BINS,
+            **sizes,
+            enable_fp_fusion=True,
         )
-    _count_ties_kernel[grid](keys, state, histogram, ties, n, BINS=BINS, **sizes)
+    _count_ties_kernel[grid](
+        keys, state, histogram, ties, n, BINS=BINS, **sizes, enable_fp_fusion=True
+    )
     _keep_kernel[grid](
         keys,
         count,
@@ -159,6 +169,7 @@ def keep_but_smallest(keys: torch.Tensor, count: torch.Tensor, all_ties: bool) -
         count.stride(0),
         ALL_TIES=all_ties,
         **sizes,
+        enable_fp_fusion=True,
     )
     return kept
 

@@ -149,6 +149,7 @@ class TritonSteps:
             C=columns,
             **own,
             **_options(columns),
+            enable_fp_fusion=True,
         )
 
 

@@ -243,6 +243,7 @@ class _Sweep:
             BLOCK_R=BLOCK_R,
             BLOCK_C=BLOCK_C,
             num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
         self._update(first, last, self.last)
 

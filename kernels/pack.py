@@ -91,6 +91,7 @@ def pack_24_triton(
         SIGN=-(1 << (8 * w.element_size() - 1)),
         HAS_MASK=kept is not None,
         BLOCK=block,
+        enable_fp_fusion=True,
     )
     first = overfull.min().view(1)
     return values, meta, torch.where(first < 2 * meta.numel(), first, -1)
@@ -113,7 +114,12 @@ def unpack_24_triton(values: torch.Tensor, meta: torch.Tensor) -> torch.Tensor:
     rows, half = values.shape
     w = torch.empty(rows, 2 * half, dtype=values.dtype, device=values.device)
     _unpack_24_kernel[(triton.cdiv(w.numel(), BLOCK),)](
-        _bits(values.contiguous()), meta.contiguous(), _bits(w), w.numel(), BLOCK=BLOCK
+        _bits(values.contiguous()),
+        meta.contiguous(),
+        _bits(w),
+        w.numel(),
+        BLOCK=BLOCK,
+        enable_fp_fusion=True,
     )
     return w
 
@@ -189,12 +195,21 @@ def pack_bitmap_triton(
     kept = None if mask is None else mask.contiguous().view(torch.int8)
     _bitmap_rows_kernel[(rows,)](
         bits, bits if kept is None else kept, bitmap, counts, cols, width, *w.stride(),
-        HAS_MASK=kept is not None, BLOCK=BLOCK // 8,
+        HAS_MASK=kept is not None, BLOCK=BLOCK // 8, enable_fp_fusion=True,
     )  # fmt: skip
     row_offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     values = torch.empty(int(row_offsets[-1]), dtype=w.dtype, device=w.device)
     _bitmap_values_kernel[(rows,)](
-        bits, _bits(values), bitmap, row_offsets, cols, width, *w.stride(), PACK=True, BLOCK=BLOCK
+        bits,
+        _bits(values),
+        bitmap,
+        row_offsets,
+        cols,
+        width,
+        *w.stride(),
+        PACK=True,
+        BLOCK=BLOCK,
+        enable_fp_fusion=True,
     )
     return values, bitmap, row_offsets
 
@@ -206,7 +221,7 @@ def unpack_bitmap_triton(
     w = torch.empty(rows, cols, dtype=values.dtype, device=values.device)
     _bitmap_values_kernel[(rows,)](
         _bits(w), _bits(values.contiguous()), bitmap.contiguous(), row_offsets.contiguous(), cols,
-        width, *w.stride(), PACK=False, BLOCK=BLOCK,
+        width, *w.stride(), PACK=False, BLOCK=BLOCK, enable_fp_fusion=True,
     )  # fmt: skip
     return w
 

@@ -121,6 +121,7 @@ def _fill_nm(
         BLOCK=block,
         **flags,
         num_warps=4,
+        enable_fp_fusion=True,
     )
 
 
@@ -213,6 +214,7 @@ def _select_segments(
         BLOCK=min(MAX_BLOCK, max(256, triton.next_power_of_2(length))),
         **flags,
         num_warps=8,
+        enable_fp_fusion=True,
     )
 
 

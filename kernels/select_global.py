@@ -153,19 +153,27 @@ def mask_global_triton(
             grid = (triton.cdiv(mask.numel(), PIECE * PIECES),)
             _global_histogram_kernel[grid](
                 *pointers, counts, state, *sizes, SHIFT=shift, PIECE=PIECE, PIECES=PIECES,
-                **flags, num_warps=8,
+                **flags, num_warps=8, enable_fp_fusion=True,
             )  # fmt: skip
         _narrow(state, counts)
     blocks = [triton.cdiv(mask.numel(), PIECE) for _, _, mask, _ in jobs]
     ties = torch.zeros(sum(blocks), dtype=torch.int32, device=device)
     for (pointers, flags, _, sizes), part in zip(jobs, ties.split(blocks), strict=True):
         _global_ties_kernel[(len(part),)](
-            *pointers, part, state, *sizes, PIECE=PIECE, **flags, num_warps=8
+            *pointers, part, state, *sizes, PIECE=PIECE, **flags, num_warps=8, enable_fp_fusion=True
         )
     before = ties.cumsum(0, dtype=torch.int64) - ties
     for (pointers, flags, mask, sizes), part in zip(jobs, before.split(blocks), strict=True):
         _global_mask_kernel[(len(part),)](
-            *pointers, mask.view(torch.int8), part, state, *sizes, PIECE=PIECE, **flags, num_warps=8
+            *pointers,
+            mask.view(torch.int8),
+            part,
+            state,
+            *sizes,
+            PIECE=PIECE,
+            **flags,
+            num_warps=8,
+            enable_fp_fusion=True,
         )
     return masks
 

@@ -85,7 +85,7 @@ def linear_int8_triton(x, values, scales, bias):
         blocks = _blocks(triton.next_power_of_2(m))
         _linear_int8_kernel[(triton.cdiv(rows, blocks["BLOCK_R"]),)](
             flat, values.contiguous(), scales, b, y, m, rows, cols,
-            HAS_BIAS=bias is not None, **blocks,
+            HAS_BIAS=bias is not None, **blocks, enable_fp_fusion=True,
         )  # fmt: skip
     return y.reshape(*x.shape[:-1], rows)
 

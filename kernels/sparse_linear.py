@@ -156,7 +156,7 @@ def launch(kernel, x, rows, bias, lanes, *weight, more=()):
     kernel[(triton.cdiv(rows, block_r),)](
         flat, *(t.contiguous() for t in weight), b, y, m, rows, cols, *more,
         BLOCK_M=blocks["BLOCK_M"], BLOCK_R=block_r, HAS_BIAS=bias is not None,
-        **{lanes: blocks["lanes"]},
+        **{lanes: blocks["lanes"]}, enable_fp_fusion=True,
     )  # fmt: skip
     return y.reshape(*x.shape[:-1], rows)
 

@@ -21,7 +21,7 @@ def compile_front(kernel, signature: dict[str, str], constants: dict) -> None:
     context = ir.context()
     ir.load_dialects(context)
     BACKEND.load_dialects(context)
-    options = BACKEND.parse_options({})
+    options = BACKEND.parse_options({"enable_fp_fusion": True})
     implementation = BACKEND.get_codegen_implementation(options)
     source = ASTSource(kernel, signature, constexprs=constants)
     source.make_ir(TARGET, options, implementation, BACKEND.get_module_map(), context)
