@@ -28,7 +28,7 @@ def headlines(folder: Path, results: Path | None) -> list[str]:
         *_layers(rows("sparse_linear_avx2")), *_pruning(rows("prune_model")),
         *_solve(rows("obs")), *_gram(rows("gram")),
         *_reconstruction(rows("reconstruct_model")), *_search(rows("blockpruner")),
-        *_perplexity(rows("gradient_quality", results)),
+        *_perplexity(rows("gradient_quality", results)), *_healed(rows("heal_quality", results)),
         *_structure(rows("depth_quality", results)),
     ]  # fmt: skip
     if not lines:
@@ -149,6 +149,25 @@ def _perplexity(rows: Rows) -> Iterator[Line]:
         yield ("perplexity of SmolLM2-135M at 50 %",
                ", ".join(f"{n} {by[n, '0.5']:.1f}" for n in names),
                f"dense {by['dense', '-']:.1f}; {tokens:,} calibration tokens")  # fmt: skip
+
+
+def _healed(rows: Rows) -> Iterator[Line]:
+    """From the dense model's predictions, by what trains."""
+    wiki = {
+        (r["pattern"], r.get("train")): r["perplexity"]["wiki"]["ppl"]
+        for r in rows
+        if r.get("learnt", "teacher") == "teacher"
+    }
+    trained = next((r for r in rows if "train" in r), None)
+    if trained is None:
+        return
+    words = {"lora": "LoRA", "all": "all kept weights"}
+    for pattern in dict.fromkeys(p for p, way in wiki if way is not None):
+        after = [f"{words[t]} {wiki[pattern, t]:.1f}" for t in words if (pattern, t) in wiki]
+        shown = pattern if ":" in pattern else f"{float(pattern):.0%}".replace("%", " %")
+        yield (f"the same after SparseGPT {shown}, healed",
+               f"before {wiki[pattern, None]:.1f}, {', '.join(after)}",
+               f"{trained['tokens']:,} tokens, taught by the dense model")  # fmt: skip
 
 
 def _structure(rows: Rows) -> Iterator[Line]:

@@ -15,6 +15,9 @@ QUALITY = {
 }
 # Shares of rows and columns, or of an eigenbasis: nobody removes so few single weights.
 REMOVED = ("0.1", "0.2", "0.3")
+HEALED = "Healed (`pyprune heal`)"
+TRAINED = {None: "nothing", "lora": "LoRA", "all": "all kept weights"}
+LEARNT = {None: "", "text": "the text", "teacher": "the dense model (`--teacher`)"}
 RECONSTRUCTED = {"default": "", "on": ", reconstructed", "off": ", not reconstructed"}
 
 
@@ -63,6 +66,43 @@ def quality(title: str, rows: list[Row]) -> list[str]:
         f"BOS. Calibration: {' or '.join(f'{n:,}' for n in shown)} tokens of other Wikipedia "
         f"articles, seed 0. {'; '.join(where)}. "
         "`benchmarks/bench_quality.py`.",
+        "",
+        *table(header, body),
+    ]
+
+
+def healed(rows: list[Row]) -> list[str]:
+    """A line per way of healing, two columns per pattern: perplexity of each text, and seconds."""
+    (dense,) = (r for r in rows if r["method"] == "dense")
+    texts = list(dense["perplexity"])
+    protocol = dense["perplexity"][texts[0]]
+    rows = [r for r in rows if r is not dense]
+    patterns = list(dict.fromkeys(r["pattern"] for r in rows))
+    ways = list(dict.fromkeys((r.get("train"), r.get("learnt")) for r in rows))
+    body = []
+    for train, learnt in ways:
+        cells = []
+        for pattern in patterns:
+            way = (pattern, train, learnt)
+            found = (r for r in rows if (r["pattern"], r.get("train"), r.get("learnt")) == way)
+            row = next(found, None)
+            cells += [perplexities(row, texts), f"{row['cpu_seconds']:.0f}" if row else ""]
+        body.append([TRAINED[train], LEARNT[learnt], *cells])
+    header = ["trained", "learns from"]
+    for pattern in patterns:
+        header += [f"{pattern}: {' / '.join(texts)}", "CPU s"]
+    example = next(r for r in rows if "train" in r)
+    rates = {TRAINED[r["train"]]: r["learning_rate"] for r in rows if "train" in r}
+    return [
+        f"### {HEALED}",
+        "",
+        f"SmolLM2-135M as SparseGPT leaves it (its default, {example['calibration_tokens']:,} "
+        f"calibration tokens), then healed in bf16: {example['steps']} steps, "
+        f"{example['tokens']:,} tokens of Wikipedia articles that are not evaluated, each seen "
+        f"once; learning rates {', '.join(f'{rate:g} ({name})' for name, rate in rates.items())}. "
+        f"Dense {perplexities(dense, texts)}. {protocol['tokens']:,} tokens of each text in "
+        f"windows of {protocol['seqlen']}, {protocol['dtype']}, no BOS. {device_of(rows)}. "
+        "`benchmarks/bench_heal.py`.",
         "",
         *table(header, body),
     ]

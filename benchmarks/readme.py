@@ -20,6 +20,7 @@ from _quality_tables import (
     QUALITY,
     REMOVED,
     depth_quality,
+    healed,
     quality,
     structure_details,
     width_quality,
@@ -217,6 +218,8 @@ def perplexities() -> str:
                 lines += quality(
                     "Rows, columns and eigendirections removed", [rows[0], *structures]
                 )
+    for path in sorted(RESULTS.glob("**/heal_quality.json")):
+        lines += healed(json.loads(path.read_text()))
     for name, (lines_of, _) in STRUCTURES.items():
         for path in sorted(RESULTS.glob(f"**/{name}.json")):
             lines += lines_of(json.loads(path.read_text()))

@@ -88,3 +88,35 @@ def test_links_lead_somewhere(page):
             # As GitHub makes anchors of titles.
             anchors = [re.sub(r"[^\w\- ]", "", t.lower()).replace(" ", "-") for t in titles]
             assert anchor in anchors, link
+
+
+def test_healed_models_stand_beside_what_they_were():
+    def healed(pattern, ppl, train=None, learnt=None):
+        found = row("", 0.5, ppl) | {
+            "method": "sparsegpt",
+            "pattern": pattern,
+            "cpu_seconds": 700.4,
+        }
+        for text in found["perplexity"].values():
+            text["dtype"] = "bfloat16"
+        if train is None:
+            return found
+        return found | {"train": train, "learnt": learnt, "steps": 64, "tokens": 65408,
+                        "learning_rate": 3e-4}  # fmt: skip
+
+    dense = healed("-", (15.8, 25.2)) | {"method": "dense"}
+    rows = [dense, healed("2:4", (87.5, 83.5)), healed("2:4", (47.25, 51.0), "all", "teacher"),
+            healed("2:4", (60.0, 66.0), "all", "text"), healed("0.5", (40.0, 45.0))]  # fmt: skip
+    lines = readme.healed(rows)
+    assert "64 steps, 65,408 tokens" in lines[2] and "0.0003 (all kept weights)" in lines[2]
+    assert [line for line in lines if line.startswith("| ")] == [
+        "| trained | learns from | 2:4: wiki / sotu | CPU s | 0.5: wiki / sotu | CPU s |",
+        "| nothing |  | 87.50 / 83.50 | 700 | 40.00 / 45.00 | 700 |",
+        "| all kept weights | the dense model (`--teacher`) | 47.25 / 51.00 | 700 |  |  |",
+        "| all kept weights | the text | 60.00 / 66.00 | 700 |  |  |",
+    ]
+    assert list(_headlines._healed(rows)) == [
+        ("the same after SparseGPT 2:4, healed", "before 87.5, all kept weights 47.2",
+         "65,408 tokens, taught by the dense model")
+    ]  # fmt: skip
+    assert not list(_headlines._healed([]))
