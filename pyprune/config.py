@@ -275,7 +275,18 @@ def read_yaml_file(path: str | Path) -> Mapping[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Numbers as in YAML 1.2: in PyYAML's 1.1 the pattern 2:4 is 124 (base 60), 1e-3 is a text."""
+    """Numbers as in YAML 1.2: in PyYAML's 1.1 the pattern 2:4 is 124 (base 60), 1e-3 is a text.
+    A key that is there twice is an error, not the last one's value."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", node.start_mark
+                )
+        values: dict[Any, Any] = super().construct_mapping(node, deep)
+        return values
 
 
 class _Dumper(yaml.SafeDumper):

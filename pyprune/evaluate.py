@@ -18,7 +18,7 @@ from pyprune.calibration.text import SEPARATOR, documents
 from pyprune.calibration.tokens import bos_prefix, encode
 from pyprune.errors import UserError
 from pyprune.models.adapter import decoder_of
-from pyprune.models.positions import positions_of
+from pyprune.models.positions import check_ids, entries_of, positions_of
 from pyprune.models.running import evaluation, head_logits, positions_at_once
 
 # 48 windows of 1024, the protocol of the reference figures for the packaged model: 3.3 s of one
@@ -119,8 +119,8 @@ def perplexity(
     progress: called with (windows done, windows in all).
 
     Logits are the model's own, computed for a chunk of tokens at a time (`_losses`) and turned into
-    losses in float32. Raises `UserError` on too little text, a `seqlen` beyond the model's
-    positions, and logits that are NaN or infinite where it matters.
+    losses in float32. Raises `UserError` on too little text, tokens that the model does not have, a
+    `seqlen` beyond its positions, and logits that are NaN or infinite where it matters.
     """
     if seqlen is None:
         seqlen = min(DEFAULT_SEQLEN, _positions(model) or DEFAULT_SEQLEN)
@@ -139,6 +139,7 @@ def perplexity(
                 f"max_tokens: expected {room} or more, one window of the text, got {max_tokens}"
             )
         raise UserError(f"text {text}: too little: a window needs {room} tokens, {len(ids)} found")
+    check_ids(ids, _entries(model), f"text {text}")
     windows = ids.unfold(0, room, step)
     windows = torch.cat([torch.tensor(prefix).expand(count, -1).to(ids), windows], dim=1)
     sums, scored, seconds = _score(model, windows, step, batch_size, progress)
@@ -177,6 +178,10 @@ def _check_protocol(
 
 def _positions(model: Any) -> int | None:
     return positions_of(model.config) if hasattr(model, "config") else None
+
+
+def _entries(model: Any) -> int | None:
+    return entries_of(model.config) if hasattr(model, "config") else None
 
 
 def _prefix(tokenizer_or_ids: Any, bos: bool, bos_token_id: int | None) -> list[int]:

@@ -197,6 +197,14 @@ def test_nan_and_infinite_logits_are_refused(value):
     assert not model.training
 
 
+def test_tokens_that_the_model_does_not_have_are_refused():
+    model = tiny()
+    ids = IDS.clone()
+    ids[5] = model.config.vocab_size
+    with pytest.raises(UserError, match=r"text wiki: expected token ids in \[0, .*another model"):
+        perplexity(model, ids, seqlen=16)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -66,6 +66,26 @@ def test_without_a_tokenizer_it_says_so(family, tmp_path):
         generate(tmp_path, "abc", write=lambda _: None)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_choose_nothing_are_an_error(temperature, value, tmp_path):
+    """The likeliest of NaNs is token 0: where that ends the text, the answer was an empty one."""
+    model = tiny_model("llama", vocab_size=258, eos_token_id=0)
+    with torch.no_grad():
+        model.lm_head.weight[7] = value
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"the model gives NaN or infinite logits$"):
+        generate(tmp_path, "abc", temperature=temperature, write=lambda _: None)
+
+
+def test_a_tokenizer_of_another_model(tmp_path):
+    tiny_model("llama", vocab_size=64).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"prompt: expected token ids in \[0, 64\), got"):
+        generate(tmp_path, "az", write=lambda _: None)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

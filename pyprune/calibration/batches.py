@@ -14,6 +14,7 @@ from torch import Tensor
 from pyprune.calibration.head import IGNORED
 from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.errors import UserError
+from pyprune.models.positions import check_ids
 
 
 def as_token_set(data: object, *, vocabulary: int | None, positions: int | None) -> TokenSet:
@@ -136,14 +137,7 @@ def _check(i: int, batch: Batch, vocabulary: int | None, positions: int | None) 
             f"calibration batch {i}: expected at most the model's {positions} positions, "
             f"got {ids.shape[1]}"
         )
-    if ids.numel() == 0:
-        return
-    low, high = int(ids.min()), int(ids.max())
-    if low < 0 or (vocabulary is not None and high >= vocabulary):
-        raise UserError(
-            f"calibration batch {i}: expected token ids in [0, {vocabulary}), got {low} to {high} "
-            "(a tokenizer of another model?)"
-        )
+    check_ids(ids, vocabulary, f"calibration batch {i}")
 
 
 def _sha256(batches: list[Batch]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +33,8 @@ def documents(source: str | Path, part: str) -> Iterator[str]:
     read.
     """
     name = str(source)
+    if not name:  # as a path it would be the current directory
+        raise UserError("text: expected a name or a path, got ''")
     if name in TEXTS:
         return iter(packaged_documents(name, part))
     if name.startswith(HUB_PREFIX):
@@ -40,9 +43,10 @@ def documents(source: str | Path, part: str) -> Iterator[str]:
     if path.is_dir():
         return _directory_documents(path)
     if not path.is_file():
+        what = "is neither" if path.exists() else "does not exist"
         raise UserError(
             f"text: expected {', '.join(TEXTS)}, a file, a directory or {HUB_PREFIX}ID, "
-            f"got {name!r}, which does not exist"
+            f"got {name!r}, which {what}"
         )
     return _file_documents(path)
 
@@ -65,7 +69,7 @@ def _file_documents(path: Path) -> Iterator[str]:
             yield from _paragraphs(lines) if plain else _json_texts(path, lines)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text: {error}") from error
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
 
 
@@ -90,12 +94,23 @@ def _json_texts(path: Path, lines: io.TextIOBase) -> Iterator[str]:
             continue
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # a number too long, lists too deep
             raise UserError(f"{path}, line {number}: expected a JSON object: {error}") from error
         text = record.get("text") if isinstance(record, dict) else None
         if not isinstance(text, str):
             raise UserError(f"{path}, line {number}: expected an object with a string 'text'")
+        _check_unicode(text, f"{path}, line {number}")
         yield text
+
+
+def _check_unicode(text: str, where: str) -> None:
+    """UserError unless every character is one: JSON can escape halves of those that UTF-16 stores
+    in two, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = ascii(text[error.start])
+        raise UserError(f"{where}: expected text, got half of a character, {half}") from error
 
 
 def _hub_documents(source: str) -> Iterator[str]:
@@ -120,6 +135,7 @@ def _hub_documents(source: str) -> Iterator[str]:
                     f"text {source}: expected a string column {column!r}, "
                     f"got columns {', '.join(sorted(row))}"
                 )
+            _check_unicode(row[column], f"text {source}")
             yield row[column]
     except UserError:
         raise

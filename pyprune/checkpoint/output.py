@@ -97,12 +97,16 @@ def _remove(temporary: Path, parents: list[Path]) -> None:
 
 
 def check_output(path: str | Path) -> None:
-    """Raises UserError unless `path` can become an output directory: absent, or empty."""
-    final = Path(path).expanduser()
+    """Raises UserError unless `path` can become an output directory: absent, or empty and such that
+    another directory can take its place."""
+    final = Path(path).expanduser().absolute()  # of "." is_mount would say that it is one
     if final.is_symlink() or (final.exists() and not final.is_dir()):
         raise UserError(f"{path}: expected a new or an empty directory, got a file or a link")
     if final.is_dir() and any(final.iterdir()):
         raise UserError(f"{path}: expected a new or an empty directory, it is not empty")
+    if final.is_dir() and (final.is_mount() or final.samefile(".")):
+        what = "a mount point" if final.is_mount() else "the current directory"
+        raise UserError(f"{path}: expected a new directory, got {what}; name one inside it")
 
 
 def check_space(folder: Path, needed: int) -> None:

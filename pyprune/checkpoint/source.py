@@ -152,7 +152,7 @@ class Checkpoint:
                 use_safetensors=True,
                 local_files_only=True,
             )
-        except (ValueError, RuntimeError) as error:  # shapes that differ, for one
+        except CANNOT_BUILD as error:  # shapes that differ, for one
             # Of shapes transformers says no more than that they are listed "above", in its log.
             reason = self.streamable() if "mismatched" in str(error) else ""
             raise UserError(f"{self.path}: cannot be loaded: {reason or _line(error)}") from error
@@ -215,6 +215,8 @@ def locate(source: str | Path, revision: str | None = None, *, code: bool = Fals
     code: whether the model code that comes with it too. Raises UserError if there is neither.
     """
     text = str(source)
+    if not text:  # as a path it would be the current directory
+        raise UserError("model: expected a directory or a hub id, got ''")
     path = Path(text).expanduser()
     if path.is_dir():
         return path
@@ -356,6 +358,8 @@ def read_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pre
 
 
 def main_dtype(path: Path, tensors: dict[str, TensorEntry]) -> torch.dtype:
+    """The floating dtype that holds most of the bytes. UserError if there is none of 16 bits or
+    more, or a matrix of weights is of another kind: its numbers want scales that nobody reads."""
     sizes: Counter[torch.dtype] = Counter()
     for entry in tensors.values():
         if entry.dtype.is_floating_point:
@@ -365,6 +369,10 @@ def main_dtype(path: Path, tensors: dict[str, TensorEntry]) -> torch.dtype:
     dtype = sizes.most_common(1)[0][0]
     if dtype.itemsize < 2:
         raise UserError(f"{path}: expected 16, 32 or 64 bit weights, got {dtype}")
+    for name, entry in tensors.items():
+        wide = entry.dtype.is_floating_point and entry.dtype.itemsize >= 2
+        if name.endswith(".weight") and len(entry.shape) > 1 and not wide:
+            raise UserError(f"{path}: {name}: expected 16, 32 or 64 bit weights, got {entry.dtype}")
     return dtype
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from torch import Tensor
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase, TextStreamer
 
 from pyprune.checkpoint.source import load_tokenizer
-from pyprune.errors import UserError
-from pyprune.models.positions import positions_of
+from pyprune.errors import OVERFLOW, UserError
+from pyprune.models.positions import check_ids, entries_of, positions_of
 from pyprune.sparse.load import load
 
 
@@ -25,6 +26,20 @@ class _Streamer(TextStreamer):  # type: ignore[misc]
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         self._write(text)
+
+
+class _CheckedLogits(LogitsProcessor):  # type: ignore[misc]
+    """Stops at logits that no token can be chosen by: the likeliest of NaNs is the first, often the
+    end of the text. Minus infinity excludes a token and is fine, unless it excludes all."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._hint = OVERFLOW if dtype == torch.float16 else ""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        greatest = scores.amax(dim=-1)  # NaN where one is
+        if not bool(greatest.isfinite().all()):
+            raise UserError(f"the model gives NaN or infinite logits{self._hint}")
+        return scores
 
 
 def generate(
@@ -44,8 +59,9 @@ def generate(
     max_new_tokens: fewer come where the model's positions end, or where it ends the text.
     temperature: 0 takes the likeliest token each time. chat: put the prompt into the tokenizer's
     chat template. write: called with each piece of text. Raises UserError as `load` does, and for a
-    prompt that is no text, without tokens or too long for the model, a number out of range, a
-    tokenizer that does not load, or a generation_config.json that transformers refuses.
+    prompt that is no text, without tokens, too long for the model or with tokens that it does not
+    have, a number out of range, a tokenizer that does not load, logits that are NaN or infinite, or
+    a generation_config.json that transformers refuses.
     """
     if max_new_tokens < 1 or not 0 <= temperature < float("inf"):
         raise UserError(
@@ -68,6 +84,7 @@ def generate(
     ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat)["input_ids"]
     if not ids.numel():
         raise UserError("prompt: expected some text, it has no tokens")
+    check_ids(ids, entries_of(model.config), "prompt")
     positions = positions_of(model.config)
     if positions is not None:
         if ids.shape[1] >= positions:
@@ -89,9 +106,12 @@ def generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 streamer=_Streamer(tokenizer, write),
+                logits_processor=LogitsProcessorList([_CheckedLogits(model.dtype)]),
                 pad_token_id=tokenizer.pad_token_id or 0,
                 **options,
             )
+        except UserError:
+            raise
         except (TypeError, ValueError) as error:
             # transformers checks what that file says where it uses it.
             line = textwrap.shorten(f"{type(error).__name__}: {error}", 300)

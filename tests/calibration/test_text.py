@@ -38,7 +38,14 @@ def test_jsonl_plain_and_gzip(tmp_path):
     assert read(tmp_path / "a.jsonl") == read(tmp_path / "a.jsonl.gz") == ["a\nb", ""]
 
 
-@pytest.mark.parametrize("bad", ['{"text": "a"', '{"txt": "a"}', '"text"', '{"text": 5}', "nan"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '{"text": "a"', '{"txt": "a"}', '"text"', '{"text": 5}', "nan",
+        r'{"text": "a \ud800 b"}', '{"text": 1' + "0" * 5000 + "}", "[" * 100_000,
+    ],
+    ids=range(8),
+)  # fmt: skip
 def test_malformed_jsonl_names_file_and_line(tmp_path, bad):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n' + bad + "\n")
@@ -58,6 +65,8 @@ def test_directory_in_the_order_of_names(tmp_path):
 def test_unreadable_sources(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 99)[:-12])
+    garbled = gzip.compress(b"a" * 999, mtime=0)[:10] + b"\xff" * 99  # no such kind of block
+    (tmp_path / "garbled.txt.gz").write_bytes(garbled)
     (tmp_path / "table.csv").write_text("a,b")
     (tmp_path / "empty").mkdir()
     for name, message in [
@@ -66,9 +75,13 @@ def test_unreadable_sources(tmp_path):
         ("table.csv", "expected a file named"),
         ("empty", "holds no"),
         ("missing.txt", "does not exist"),
+        ("garbled.txt.gz", "cannot be read"),
+        ("/dev/null", "which is neither"),
     ]:
         with pytest.raises(UserError, match=message):
             read(tmp_path / name)
+    with pytest.raises(UserError, match="expected a name or a path"):
+        read("")
 
 
 def hub(monkeypatch, load_dataset):
@@ -89,6 +102,9 @@ def test_hub_streams_the_named_column(monkeypatch):
     assert calls == [(("org/name", "en"), {"split": "validation", "streaming": True})]
     with pytest.raises(UserError, match="expected a string column 'text', got columns body"):
         read("hub:org/name")
+    hub(monkeypatch, lambda *_args, **_kwargs: iter([{"text": "\ud800"}]))
+    with pytest.raises(UserError, match="hub:x: expected text, got half of a character"):
+        read("hub:x")
     assert calls[-1] == (("org/name", None), {"split": "train", "streaming": True})
 
 

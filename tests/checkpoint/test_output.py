@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from pyprune.checkpoint import (
     Checkpoint,
+    check_output,
     copy_auxiliary,
     output_directory,
     save_model,
@@ -88,6 +89,21 @@ def test_refuses_what_is_there(tmp_path, kind):
         output_directory(out).__enter__()
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
     assert kind != "full" or (out / "precious").read_text() == "precious"
+
+
+def test_refuses_what_no_directory_can_replace(tmp_path, monkeypatch):
+    """Renaming onto a mount point fails, after all the work; the shell that sits in the current
+    directory would go on seeing the empty one."""
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    for same in (".", "", tmp_path / "out"):
+        with pytest.raises(UserError, match="got the current directory; name one inside it"):
+            check_output(same)
+    monkeypatch.chdir(tmp_path)
+    check_output("out")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "out")
+    with pytest.raises(UserError, match="out: expected a new directory, got a mount point"):
+        check_output("out")
 
 
 def test_parent_is_a_file(tmp_path):

@@ -211,6 +211,8 @@ def test_configuration_that_cannot_be_built(folder):
         Checkpoint.open(folder).build_model()
     assert "\n" not in str(caught.value)
     assert "cannot be built" in Checkpoint.open(folder).streamable()
+    with pytest.raises(UserError, match="cannot be loaded: KeyError: 'no such thing'"):
+        Checkpoint.open(folder).load_model()
 
 
 def test_shapes_that_differ_from_the_configuration(folder):
@@ -270,6 +272,14 @@ def test_integer_weights(folder):
 def test_8_bit_weights(folder):
     save_file({"w": torch.zeros(3, dtype=torch.float8_e5m2)}, folder / WEIGHTS)
     expect(folder, "expected 16, 32 or 64 bit")
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_one_matrix_of_another_kind(folder, dtype):
+    tensors = load_file(folder / WEIGHTS)
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**tensors, name: tensors[name].to(dtype)}, folder / WEIGHTS)
+    expect(folder, f"{name}: expected 16, 32 or 64 bit weights, got {dtype}")
 
 
 @pytest.mark.parametrize("size", [0, 5, 100])

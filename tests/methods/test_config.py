@@ -212,6 +212,8 @@ def test_says_what_is_wrong(values, message):
         ("- a\n- b", "config: expected a mapping of names to values, got"),
         ("a: [", "config: expected YAML, got something else"),
         ("", "expected exactly one of sparsity and pattern"),
+        ("sparsity: 0.5\nmethod: wanda\nsparsity: 0.6", "the key 'sparsity' is there twice"),
+        ("sparsity: 0.5\ncalibration: {seed: 1, seed: 2}", "the key 'seed' is there twice"),
     ],
 )
 def test_yaml_that_is_no_config(text, message):
