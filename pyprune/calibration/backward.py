@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -78,23 +78,13 @@ class PassOptions:
 PLAIN = PassOptions()
 
 
-@dataclass
+@dataclass(frozen=True)
 class BackwardReport:
-    """What the pass saw.
+    """What the pass saw. sequences: in all batches. targets: tokens that one before them
+    predicts."""
 
-    sequences, tokens: in all batches, padding excluded. targets: tokens that one before them
-        predicts. loss: mean over targets, nats, of the text's own tokens.
-    seen: tokens that reached each visited matrix, 0 for an expert that none was routed to.
-    dead: matrices that saw tokens and whose outputs' gradient was zero for all of them: the loss
-        does not depend on what they answer.
-    """
-
-    sequences: int = 0
-    tokens: int = 0
-    targets: int = 0
-    loss: float = 0.0
-    seen: dict[str, int] = field(default_factory=dict)
-    dead: tuple[str, ...] = ()
+    sequences: int
+    targets: int
 
 
 def backward_pass(
@@ -157,7 +147,8 @@ def backward_pass(
             run.run(tokens)
             if progress is not None:
                 progress(done, len(given))
-    return run.finish(dtype)
+    run.check(dtype)
+    return BackwardReport(len(given), sum(tokens.targets for tokens in given))
 
 
 def _half_scale(
@@ -203,11 +194,6 @@ class _Tokens:
     def length(self) -> int:
         return self.batch.input_ids.shape[1]
 
-    @property
-    def tokens(self) -> int:
-        """Real ones."""
-        return self.length if self.real is None else int(self.real.sum())
-
 
 class _Pass:
     """The state of one backward pass."""
@@ -228,15 +214,12 @@ class _Pass:
             for i in range(len(adapter.blocks))
         ]
         self._first = next(i for i, refs in enumerate(self._refs) if refs)
-        self._seen = {ref.name: 0 for refs in self._refs for ref in refs}
         # Largest |g| so far, on the device: NaN stays NaN, and nothing waits for the device.
         self._peak: dict[str, Tensor] = {}
         self._input_peak: dict[str, Tensor] = {}
         self._inputs: list[tuple[TensorId, str]] = []
         self._ran: set[str] = set()
         self._visited: set[str] = set()
-        self._report = BackwardReport()
-        self._loss: Tensor | float = 0.0
 
     # One sequence.
 
@@ -248,8 +231,7 @@ class _Pass:
         out = self._adapter.decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         hidden: Tensor = out[0]
         labels = next_labels(ids, None if tokens.real is None else tokens.real[None])
-        gradients, loss = self._head.gradients(out, hidden.detach(), ids, labels)
-        self._loss = self._loss + loss
+        gradients = self._head.gradients(out, hidden.detach(), ids, labels)
         for self._draw, gradient in enumerate(gradients):
             self._visited.clear()
             self._ran.clear()  # checkpointed blocks run again
@@ -263,16 +245,13 @@ class _Pass:
                             f"no gradient reached it in batch {tokens.index} "
                             + schedule.without(ref.name),
                         )
-        self._report.sequences += 1
-        self._report.tokens += tokens.tokens
-        self._report.targets += tokens.targets
 
     def peak(self) -> float:
         """The largest |g| so far; NaN or infinite if one is."""
         return float(torch.stack(list(self._peak.values())).max())
 
-    def finish(self, dtype: torch.dtype) -> BackwardReport:
-        report = self._report
+    def check(self, dtype: torch.dtype) -> None:
+        """LayerError for what the gradients of the whole pass should not be."""
         dead = []
         for name in (ref.name for refs in self._refs for ref in refs):
             if name in self._input_peak and not bool(self._input_peak[name].isfinite()):
@@ -292,9 +271,6 @@ class _Pass:
                 f"expected a gradient, got zero for every token ({len(dead)} of {len(self._peak)} "
                 "layers; a 16-bit underflow? try --dtype bfloat16 or float32)",
             )
-        report.seen, report.dead = self._seen, tuple(sorted(dead))
-        report.loss = float(self._loss) / report.targets
-        return report
 
     # Hooks.
 
@@ -419,7 +395,6 @@ class _Pass:
             if leader == ref.name:
                 _raise_peak(self._input_peak, ref.name, x)
             sample = Sample(x, g, self._tokens.targets, leader, self._draw)
-            self._seen[ref.name] += sample.new_tokens
             self._visitors[ref.name](sample)
 
 

@@ -27,12 +27,10 @@ class Head:
         self._adapter, self._scale, self._samples = adapter, scale, fisher_samples
         self._generator = torch.Generator().manual_seed(seed)
 
-    def gradients(
-        self, out: Any, hidden: Tensor, ids: Tensor, labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def gradients(self, out: Any, hidden: Tensor, ids: Tensor, labels: Tensor) -> Tensor:
         """Gradients `[draws, B, T, d]` of the summed loss times the scale at the decoder's output
         `hidden [B, T, d]`: one for the `labels [B, T - 1]` (IGNORED where nothing is predicted), or
-        of each draw of them over sqrt(draws). And the loss of `labels` itself, fp64.
+        of each draw of them over sqrt(draws).
 
         The head, with whatever the model does to its logits, runs on a few tokens at a time.
 
@@ -42,7 +40,6 @@ class Head:
         uniform = self._uniform(labels != IGNORED) if self._samples else None
         draws = max(self._samples, 1)
         gradients = hidden.new_zeros(draws, *hidden.shape)
-        total = torch.zeros((), dtype=torch.float64, device=hidden.device)
         model, decoder = self._adapter.model, self._adapter.decoder
         step = positions_at_once(model, len(hidden))
         for a in range(0, labels.shape[1], step):
@@ -55,16 +52,13 @@ class Head:
             if uniform is not None:
                 drawn = draw_labels(logits.detach(), uniform[:, :, at])
                 targets = drawn.masked_fill(text == IGNORED, IGNORED)
-                total += _summed(logits.detach(), text)
             for draw in range(draws):
                 loss = _summed(logits, targets[draw])
-                if uniform is None:
-                    total += loss.detach()
                 (gradient,) = torch.autograd.grad(
                     loss * (self._scale / draws**0.5), part, retain_graph=draw + 1 < draws
                 )
                 gradients[draw, :, at] = gradient
-        return gradients, total
+        return gradients
 
     def _uniform(self, predicted: Tensor) -> Tensor:
         """`[draws, B, T - 1]`, in [0, 1) where `predicted [B, T - 1]`: drawn sequence by sequence
