@@ -18,7 +18,8 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 NEEDED = """
 pyprune._C was not built: {}.
-It takes a C++17 compiler with OpenMP (GCC or Clang; CXX names one), CMake and Ninja.
+It takes a C++17 compiler with OpenMP (GCC 11 or later with binutils 2.36; CXX names one), CMake,
+Ninja and pybind11.
 PYPRUNE_NATIVE=OFF installs pyprune without it: the reference and Triton remain."""
 
 
@@ -30,11 +31,13 @@ class CMakeBuild(build_ext):
         cuda = os.environ.get("PYPRUNE_CUDA", "AUTO").upper()
         if cuda not in {"AUTO", "ON", "OFF"}:
             raise SystemExit(f"PYPRUNE_CUDA must be AUTO, ON or OFF, got {cuda!r}")
-        import pybind11  # only a build dependency
-
         for tool in ("cmake", "ninja"):
             if shutil.which(tool) is None:
                 raise SystemExit(NEEDED.format(f"{tool} was not found"))
+        try:
+            import pybind11  # only a build dependency
+        except ImportError as error:
+            raise SystemExit(NEEDED.format("pybind11 was not found")) from error
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build_dir), "-G", "Ninja",
             "-DCMAKE_BUILD_TYPE=Release",

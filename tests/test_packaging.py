@@ -76,6 +76,7 @@ def build(tmp_path):
 
 
 def test_a_build_without_a_compiler_says_what_to_do(build):
+    pytest.importorskip("pybind11", reason="only builds need it")
     done = build(CXX="/nowhere/c++")
     assert done.returncode != 0
     assert "PYPRUNE_NATIVE=OFF" in done.stderr and "C++17 compiler" in done.stderr
@@ -87,6 +88,33 @@ def test_a_build_without_cmake_says_what_to_do(build, tmp_path):
     done = build(PATH=str(tmp_path))
     assert done.returncode != 0
     assert "cmake was not found" in done.stderr and "PYPRUNE_NATIVE=OFF" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_build_with_an_old_assembler_says_so_at_once(build, tmp_path):
+    pytest.importorskip("pybind11", reason="only builds need it")
+    scripts = {
+        "as": 'for f; do case $f in *.s) ! grep -qE "tdpbf16|bfmmla" "$f" || exit 1;; esac; done\n'
+        f'exec {shutil.which("as")} "$@"',
+        "c++": f'exec {shutil.which("c++")} -B"{tmp_path}" "$@"',
+    }
+    for name, body in scripts.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    done = build(CXX=str(tmp_path / "c++"))
+    assert done.returncode != 0
+    assert "GCC 11 or later with binutils 2.36" in done.stderr and "CMake Error" in done.stderr
+    assert "Building" not in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_build_without_pybind11_says_what_to_do(build, tmp_path):
+    (tmp_path / "pybind11.py").write_text("raise ModuleNotFoundError")
+    for tool in ("cmake", "ninja"):  # only looked for
+        (tmp_path / tool).touch(mode=0o755)
+    done = build(PATH=str(tmp_path))
+    assert done.returncode != 0
+    assert "pybind11 was not found" in done.stderr and "PYPRUNE_NATIVE=OFF" in done.stderr
     assert "Traceback" not in done.stderr
 
 
