@@ -2,9 +2,10 @@
 
 Providers: ours, per backend; `algorithm`, what the original code runs, written down here from the
 published mathematics: Cholesky, inverse, Cholesky of the inverse, then a Python loop over the
-columns; `llmcompressor`, where that package is installed (0.14 asks for an older transformers than
-ours: install it without its dependencies, and those that it imports); `floor`, the least dense work
-there is: one Cholesky factorisation, one triangular inverse and one [R, C] x [C, C/2] product.
+columns; `llmcompressor`, the function that its SparseGPTModifier calls for each layer, where that
+package is installed (0.14 takes transformers 5.15 to 5.17, which this package takes too); `floor`,
+the least dense work there is: one Cholesky factorisation, one triangular inverse and one
+[R, C] x [C, C/2] product.
 `share_of_limit` is the floor's time over a provider's: above 100 % where fusing Cholesky and
 inverse into products pays.
 
@@ -14,7 +15,7 @@ measured GEMM rate (2/3 C^3 + R C^2 flops): no fp32 solve on this device can be 
 Two extra columns anchor correctness against `algorithm`, before anything is timed:
 `mask_agreement`, the share of equal mask bits (its unstructured rule prunes one weight more a
 block), and `max_error`, the largest difference of a weight when ours is given its mask.
-llm-compressor is held to the agreement.
+llm-compressor runs the same column loop and is held to its weights.
 """
 
 from importlib.util import find_spec
@@ -153,8 +154,9 @@ def solve_case(shape, label, device):
         elif name in backends:
             anchors[name] = anchor(name, got.mask, reference, *inputs[0])
         elif name == "llmcompressor":
-            agreement = float(((got != 0) == reference["mask"]).double().mean())
-            assert agreement >= MASK_AGREEMENT, f"{name}: masks {agreement:.2%}"
+            error = float((got - reference["weight"]).abs().max())
+            scale = float(reference["weight"].abs().max())
+            assert error <= TOLERANCE * scale, f"{name}: error {error}"
 
     backends = {name: ours(name) for name in our_backends("obs_sweep", device, torch.float32)
               if name != "reference"}  # fmt: skip
