@@ -87,16 +87,21 @@ def algorithm(w, h, rule):
     return w, kept
 
 
-def llm_compressor(w, h, rule):
-    """llm-compressor's function for one layer. Its N:M counts the pruned weights."""
+def llm_compressor(rule):
+    """llm-compressor's function for one layer, `(w, h)` to weights, imported before it is called:
+    that takes seconds. Its N:M counts the pruned weights."""
     from llmcompressor.modifiers.pruning.sparsegpt.sgpt_sparsify import sparsify_weight
 
-    layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
-    layer.weight = torch.nn.Parameter(w, requires_grad=False)
     n, m = rule.get("nm", (0, 0))
-    return sparsify_weight(
-        layer, {layer: h.clone()}, rule.get("sparsity", 0.5), m - n, m, BLOCK, 0.01, False
-    )
+
+    def solve(w, h):
+        layer = torch.nn.Linear(w.shape[1], w.shape[0], bias=False, device="meta")
+        layer.weight = torch.nn.Parameter(w, requires_grad=False)
+        hessians = {layer: h.clone()}
+        share = rule.get("sparsity", 0.5)
+        return sparsify_weight(layer, hessians, share, m - n, m, BLOCK, 0.01, False)[1]
+
+    return solve
 
 
 def triangular_inverse(lower):
@@ -166,7 +171,7 @@ def solve_case(shape, label, device):
 
     providers = {"algorithm": one_by_one(lambda w, h: algorithm(w, h, rule)), **backends}
     if find_spec("llmcompressor") is not None:
-        providers["llmcompressor"] = one_by_one(lambda w, h: llm_compressor(w, h, rule)[1])
+        providers["llmcompressor"] = one_by_one(llm_compressor(rule))
     case = Case(
         shape=tuple(shape),
         dtype=torch.float32,
