@@ -6,7 +6,8 @@
         oneshot(model=..., recipe=SparseGPTModifier(sparsity=0.5, mask_structure="2:4"), ...)
 
 Four functions are replaced where its modifiers look them up; recipes, hooks, offloading and saving
-stay its own. Its package is imported only by `install`.
+stay its own. Its package is imported only by `install`. Releases 0.12 to 0.14 take a transformers
+that this package takes too (0.14: 5.15 to 5.17), so pip installs both.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def install() -> None:
 
     Raises:
         ImportError: llm-compressor is not installed. UserError: its functions have other arguments
-            than those known (of release 0.14): nothing is replaced.
+            than those known (of releases 0.12 to 0.14): nothing is replaced.
     """
     if _originals:
         return

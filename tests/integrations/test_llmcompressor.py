@@ -26,22 +26,28 @@ HOMES = [f"llmcompressor.modifiers.pruning.{m}.base" for m in ("sparsegpt", "wan
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A package with the names and arguments of llm-compressor 0.14, and nothing behind them."""
+    """A package with the names and arguments of llm-compressor 0.14, and nothing behind them. It
+    stands before the real one where that is installed."""
 
     def make(more=""):
-        folder = tmp_path / "llmcompressor" / "modifiers" / "pruning"
+        folder = tmp_path / "llmcompressor"
         for name, text in (("sparsegpt", SPARSEGPT), ("wanda", WANDA.format(more=more))):
-            (folder / name).mkdir(parents=True)
-            (folder / name / "base.py").write_text(text)
+            (folder / "modifiers" / "pruning" / name).mkdir(parents=True)
+            (folder / "modifiers" / "pruning" / name / "base.py").write_text(text)
+        for inner in ("", "modifiers", "modifiers/pruning"):  # or the real one would be found first
+            (folder / inner / "__init__.py").touch()
         monkeypatch.syspath_prepend(tmp_path)
         return lambda: [importlib.import_module(home) for home in HOMES]
 
-    before = set(sys.modules)
+    def take_out():
+        names = [name for name in sys.modules if name.split(".")[0] == "llmcompressor"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    real = take_out()
     yield make
     own._originals.clear()
-    for name in set(sys.modules) - before:
-        if name.startswith("llmcompressor"):
-            del sys.modules[name]
+    take_out()
+    sys.modules.update(real)
 
 
 def test_functions_are_replaced_and_put_back(package):
