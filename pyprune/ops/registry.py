@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from pyprune import _native
+from pyprune.errors import UserError
 
 LIBRARY = torch.library.Library("pyprune", "FRAGMENT")
 
@@ -166,14 +167,24 @@ def any_backend_forced() -> bool:
     return _FORCE_KEY in _ENVIRON
 
 
+class ForcedBackendError(UserError, RuntimeError):
+    """`PYPRUNE_BACKEND` asks for what is not there."""
+
+
 def forced_backend(op: str) -> str:
     """What `PYPRUNE_BACKEND` names for `op`, or an empty string."""
     setting = os.environ.get(FORCE, "") if any_backend_forced() else ""
-    if "=" not in setting:
-        return setting
-    chosen = dict(item.partition("=")[::2] for item in setting.split(","))
+    if not setting:
+        return ""
+    named = "=" in setting
+    items = setting.split(",") if named else [f"{op}={setting}"]
+    chosen = dict(item.partition("=")[::2] for item in items)
     if unknown := set(chosen) - set(IMPLS):
-        raise RuntimeError(f"PYPRUNE_BACKEND={setting}: no op is called {sorted(unknown)}")
+        raise ForcedBackendError(f"{FORCE}={setting}: no op is called {sorted(unknown)}")
+    if unknown := set(chosen.values()) - set(BACKENDS):
+        raise ForcedBackendError(
+            f"{FORCE}={setting}: expected {', '.join(BACKENDS)}, got {sorted(unknown)}"
+        )
     return chosen.get(op, "")
 
 
@@ -184,7 +195,7 @@ def select(op: str, args: Sequence[Any]) -> str:
     if forced := forced_backend(op):
         reason = unavailable(op, forced, device, dtype, args)
         if reason:
-            raise RuntimeError(f"PYPRUNE_BACKEND={forced}: {reason}")
+            raise ForcedBackendError(f"{FORCE}={forced}: {reason}")
         return forced
     for backend in PREFERENCE[device]:
         # The interpreter is for tests: it is never picked on its own.

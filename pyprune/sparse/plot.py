@@ -64,8 +64,8 @@ def _rates(axis: Any, result: BenchResult, phase: str) -> None:
                 label=name if j == 0 else None, yerr=spread, capsize=2,
                 error_kw={"elinewidth": 0.8},
             )  # fmt: skip
-            own = ", own kernel" if (rate.name, rate.kernels) == (DENSE, OWN) else ""
-            words = f" {rate.median:,.4g} tok/s, {SHORT_DTYPES[rate.dtype]}{own}"
+            own = "own " if (rate.name, rate.kernels) == (DENSE, OWN) else ""
+            words = f" {rate.median:,.4g} tok/s, {own}{SHORT_DTYPES[rate.dtype]}"
             # White would end where a bar is shorter than its words, or a whisker crosses them.
             outline = withStroke(linewidth=2.5, foreground=colour(name, result.names))
             axis.text(

@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pyprune import ops
+from pyprune.errors import UserError
 from pyprune.ops import registry
 
 X = torch.ones(3, 4)
@@ -33,14 +34,17 @@ def test_for_some_ops(monkeypatch):
     [
         ("cuda", "PYPRUNE_BACKEND=cuda: cuda needs a CUDA device"),
         ("gram=cuda", "PYPRUNE_BACKEND=cuda: gram has no cuda implementation"),
-        ("gram=fastest", "gram has no fastest implementation"),
+        ("gram=fastest", r"expected reference, native, triton, cuda, got \['fastest'\]"),
+        ("gram=native,mask_nm=", r"expected reference, .*, got \[''\]"),
+        ("fastest", "PYPRUNE_BACKEND=fastest: expected reference, native, triton, cuda"),
         ("gramm=native", r"no op is called \['gramm'\]"),
     ],
 )
 def test_what_cannot_be_is_refused(monkeypatch, setting, message):
     monkeypatch.setenv("PYPRUNE_BACKEND", setting)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match=message) as raised:
         ops.gram(X) if "=" in setting else ops.mask_nm(X, 2, 4)
+    assert isinstance(raised.value, UserError)  # one line on the command line
 
 
 @pytest.mark.parametrize("number", [0, 1])
