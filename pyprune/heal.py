@@ -206,6 +206,8 @@ def heal_checkpoint(
     dense: Any = None
     if teacher is not None:
         opened = Checkpoint.open(teacher)
+        if Path(opened.path).resolve() == Path(checkpoint.path).resolve():
+            raise UserError(f"teacher: expected another model than {source_name(source)} itself")
         if opened.tokenizer().get_vocab() != tokenizer.get_vocab():
             raise UserError(
                 f"teacher: expected the tokenizer of {source_name(source)}, "

@@ -293,6 +293,9 @@ def test_command_with_a_teacher(tmp_path, capsys, monkeypatch):
     assert (report["teacher"], report["config"]["train"]) == ("dense", "all")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "All kept weights trained" in card and "taught by dense" in card
+    itself = ["--teacher", str(tmp_path / "pruned"), "--out", str(tmp_path / "again")]
+    assert main([*arguments, "--train", "all", *itself]) == 2
+    assert "another model than pruned itself" in capsys.readouterr().err
     # Another tokenizer with as many tokens would teach nonsense.
     vocabulary = tmp_path / "dense" / "tokenizer.json"
     tokenizer = json.loads(vocabulary.read_text())
