@@ -152,22 +152,24 @@ def _perplexity(rows: Rows) -> Iterator[Line]:
 
 
 def _healed(rows: Rows) -> Iterator[Line]:
-    """From the dense model's predictions, by what trains."""
+    """By what trains, from whatever taught it best."""
+    trained = [r for r in rows if "train" in r]
     wiki = {
-        (r["pattern"], r.get("train")): r["perplexity"]["wiki"]["ppl"]
+        (r["pattern"], r.get("train"), r.get("learnt")): r["perplexity"]["wiki"]["ppl"]
         for r in rows
-        if r.get("learnt", "teacher") == "teacher"
     }
-    trained = next((r for r in rows if "train" in r), None)
-    if trained is None:
-        return
     words = {"lora": "LoRA", "all": "all kept weights"}
-    for pattern in dict.fromkeys(p for p, way in wiki if way is not None):
-        after = [f"{words[t]} {wiki[pattern, t]:.1f}" for t in words if (pattern, t) in wiki]
+    for pattern in dict.fromkeys(r["pattern"] for r in trained):
+        best = {
+            train: min(ppl for (p, t, _), ppl in wiki.items() if (p, t) == (pattern, train))
+            for train in words
+            if any(way[:2] == (pattern, train) for way in wiki)
+        }
+        after = [f"{words[train]} {ppl:.1f}" for train, ppl in best.items()]
         shown = pattern if ":" in pattern else f"{float(pattern):.0%}".replace("%", " %")
         yield (f"the same after SparseGPT {shown}, healed",
-               f"before {wiki[pattern, None]:.1f}, {', '.join(after)}",
-               f"{trained['tokens']:,} tokens, taught by the dense model")  # fmt: skip
+               f"before {wiki[pattern, None, None]:.1f}, {', '.join(after)}",
+               f"{trained[0]['tokens']:,} tokens in {trained[0]['steps']} steps")  # fmt: skip
 
 
 def _structure(rows: Rows) -> Iterator[Line]:

@@ -5,7 +5,7 @@ Where W has zeros, what trains, and what is merged, is W + (W != 0) * scale * B 
 saved is the model that was trained. Merging an unmasked B A and cutting the zeros back afterwards
 would save another. Or all kept weights train. The loss is that of the text, or, with a teacher, the
 divergence from what the model before pruning predicts (Hinton et al., arXiv 1503.02531, at
-temperature 1): its whole distribution says more about each token than the one that came next.
+temperature 1).
 """
 
 from __future__ import annotations

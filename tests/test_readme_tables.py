@@ -117,6 +117,6 @@ def test_healed_models_stand_beside_what_they_were():
     ]
     assert list(_headlines._healed(rows)) == [
         ("the same after SparseGPT 2:4, healed", "before 87.5, all kept weights 47.2",
-         "65,408 tokens, taught by the dense model")
+         "65,408 tokens in 64 steps")
     ]  # fmt: skip
     assert not list(_headlines._healed([]))
