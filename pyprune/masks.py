@@ -59,6 +59,8 @@ def read_masks(given: Masks | None, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _load(path: Path) -> Mapping[str, Tensor]:
+    if path.is_dir():  # of which safetensors says "No such device"
+        raise UserError(f"preserve_mask: expected a safetensors file, {path} is a directory")
     try:
         masks: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:

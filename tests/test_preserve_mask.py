@@ -98,6 +98,7 @@ def test_says_what_is_wrong(tmp_path):
          r"expected shape \(64, 32\), got \(32, 64\)"),
         (tmp_path / "missing.safetensors", UserError, "preserve_mask: cannot read"),
         (broken, UserError, "preserve_mask: cannot read"),
+        (tmp_path, UserError, "preserve_mask: expected a safetensors file, .* is a directory"),
     ]  # fmt: skip
     before = refs_of(model)[0].weight().clone()
     for masks, kind, message in cases:
