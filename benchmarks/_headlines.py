@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _quality_tables import TRAINED
 from _tables import Row, device_of, table
 
 Rows = list[Row]
@@ -158,14 +159,11 @@ def _healed(rows: Rows) -> Iterator[Line]:
         (r["pattern"], r.get("train"), r.get("learnt")): r["perplexity"]["wiki"]["ppl"]
         for r in rows
     }
-    words = {"lora": "LoRA", "all": "all kept weights"}
     for pattern in dict.fromkeys(r["pattern"] for r in trained):
-        best = {
-            train: min(ppl for (p, t, _), ppl in wiki.items() if (p, t) == (pattern, train))
-            for train in words
-            if any(way[:2] == (pattern, train) for way in wiki)
-        }
-        after = [f"{words[train]} {ppl:.1f}" for train, ppl in best.items()]
+        after = []
+        for train in ("lora", "all"):
+            found = [ppl for (p, t, _), ppl in wiki.items() if (p, t) == (pattern, train)]
+            after += [f"{TRAINED[train]} {min(found):.1f}"] if found else []
         shown = pattern if ":" in pattern else f"{float(pattern):.0%}".replace("%", " %")
         yield (f"the same after SparseGPT {shown}, healed",
                f"before {wiki[pattern, None, None]:.1f}, {', '.join(after)}",

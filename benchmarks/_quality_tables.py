@@ -15,7 +15,6 @@ QUALITY = {
 }
 # Shares of rows and columns, or of an eigenbasis: nobody removes so few single weights.
 REMOVED = ("0.1", "0.2", "0.3")
-HEALED = "Healed (`pyprune heal`)"
 TRAINED = {None: "nothing", "lora": "LoRA", "all": "all kept weights"}
 LEARNT = {None: "", "text": "the text", "teacher": "the dense model (`--teacher`)"}
 RECONSTRUCTED = {"default": "", "on": ", reconstructed", "off": ", not reconstructed"}
@@ -94,7 +93,7 @@ def healed(rows: list[Row]) -> list[str]:
     example = next(r for r in rows if "train" in r)
     rates = {TRAINED[r["train"]]: r["learning_rate"] for r in rows if "train" in r}
     return [
-        f"### {HEALED}",
+        "### Healed (`pyprune heal`)",
         "",
         f"SmolLM2-135M as SparseGPT leaves it (its default, {example['calibration_tokens']:,} "
         f"calibration tokens), then healed in bf16: {example['steps']} steps, "

@@ -31,7 +31,7 @@ WAYS = (("all", "teacher"), ("lora", "teacher"), ("all", "text"), ("lora", "text
 
 
 def heal(pruned: Path, out: Path, dense: Path, train: str, learnt: str, **more: object) -> dict:
-    """In a process of its own, as a user would: its report, CPU seconds and peak memory."""
+    """In a process of its own, as a user would: its report and CPU seconds."""
     values = {"train": train, "learning_rate": RATES[train], "dtype": "bfloat16", **more}
     command = [sys.executable, "-m", "pyprune", "heal", str(pruned), "--out", str(out), "--json"]
     command += [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]

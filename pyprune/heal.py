@@ -363,10 +363,8 @@ def _predictions(model: Any, batch: Batch) -> tuple[Tensor, Batch]:
 
 def _real(losses: Tensor, batch: Batch) -> Tensor:
     """Those of real tokens that follow a real one."""
-    mask = batch.attention_mask
-    if mask is None:
-        return losses
-    return losses[((mask[:, 1:] != 0) & (mask[:, :-1] != 0)).flatten()]
+    real = batch.real
+    return losses[(real[:, 1:] & real[:, :-1]).flatten()]
 
 
 @torch.no_grad()

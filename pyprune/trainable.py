@@ -46,7 +46,7 @@ def require_peft() -> Any:
 
 
 @contextmanager
-def frozen_but(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Within it no parameter of `model` has a gradient. Afterwards every parameter's
     `requires_grad` and every module's mode are what they were."""
     training = [module for module in model.modules() if module.training]
@@ -74,7 +74,7 @@ def kept_weights(model: nn.Module, names: Sequence[str]) -> Iterator[Trainable]:
             matrix.merge()
 
     with ExitStack() as stack:
-        stack.enter_context(frozen_but(model))
+        stack.enter_context(frozen(model))
         for matrix in matrices:
             stack.enter_context(replaced_forward(matrix.layer, matrix.forward))
         masked = sum(matrix.kept is not None for matrix in matrices)
@@ -83,7 +83,7 @@ def kept_weights(model: nn.Module, names: Sequence[str]) -> Iterator[Trainable]:
 
 class _Kept:
     """An fp32 copy of a layer's matrix, in the matrix's own shape. kept: where it is not zero; None
-    if it is nowhere."""
+    if no weight is zero."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -113,7 +113,7 @@ def lora_beside(
     """Within it nothing but LoRA (Hu et al., arXiv 2106.09685) beside the matrices called `names`
     is trained, masked where they have zeros. Afterwards the model has no adapters."""
     lora = require_peft()
-    with frozen_but(model):
+    with frozen(model):
         # Of a mixture's model peft takes names like `mlp.up_proj` for experts that transformers has
         # fused, and would put its adapters there. A box without a configuration has none.
         wrapped = lora.get_peft_model(

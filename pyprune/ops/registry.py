@@ -176,8 +176,7 @@ def forced_backend(op: str) -> str:
     setting = os.environ.get(FORCE, "") if any_backend_forced() else ""
     if not setting:
         return ""
-    named = "=" in setting
-    items = setting.split(",") if named else [f"{op}={setting}"]
+    items = setting.split(",") if "=" in setting else [f"{op}={setting}"]
     chosen = dict(item.partition("=")[::2] for item in items)
     if unknown := set(chosen) - set(IMPLS):
         raise ForcedBackendError(f"{FORCE}={setting}: no op is called {sorted(unknown)}")
