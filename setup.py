@@ -74,6 +74,7 @@ setup(
         "pyprune.depth",
         "pyprune.eigendamage",
         "pyprune.integrations",
+        "pyprune.integrations.vllm",
         "pyprune.kernels",
         "pyprune.methods",
         "pyprune.models",

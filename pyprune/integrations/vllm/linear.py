@@ -1,0 +1,215 @@
+"""vLLM's linear layers with stored weights."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    LinearMethodBase,
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+
+from pyprune.errors import UserError
+from pyprune.integrations.vllm.weights import WEIGHT, Arrivals, Parts, check_parts
+from pyprune.sparse.layout import LayerFormat
+from pyprune.sparse.linear import SparseLinear
+from pyprune.sparse.slices import alike, stack_rows, take_columns, take_rows
+
+
+class Output(NamedTuple):
+    """Rows of one of the weights that vLLM makes one: how many there are in all, and which of them
+    this process has."""
+
+    total: int
+    start: int
+    rows: int
+
+
+# A weight's rows that this process has; its format, None if it is dense.
+Piece = tuple[LayerFormat | None, Parts]
+
+
+def outputs_of(layer: LinearBase) -> dict[Hashable, Output]:
+    """What a layer's output consists of, in its order, by the keys that its loader has for that.
+    Raises UserError for a kind of layer that is not known."""
+    kind, rank = type(layer), layer.tp_rank
+    if kind is QKVParallelLinear:
+        shared = rank // layer.num_kv_head_replicas  # keys and values that several processes have
+        heads = {
+            "q": (layer.total_num_heads, layer.num_heads, layer.head_size, rank),
+            "k": (layer.total_num_kv_heads, layer.num_kv_heads, layer.head_size, shared),
+            "v": (layer.total_num_kv_heads, layer.num_kv_heads, layer.v_head_size, shared),
+        }
+        return {
+            key: Output(total * size, at * own * size, own * size)
+            for key, (total, own, size, at) in heads.items()
+        }
+    if kind is MergedColumnParallelLinear:
+        sizes = dict(enumerate(layer.output_sizes))
+    elif kind is ColumnParallelLinear:
+        sizes = {None: layer.output_size}
+    elif kind in (RowParallelLinear, ReplicatedLinear):
+        return {None: Output(layer.output_size, 0, layer.output_size)}
+    else:
+        raise UserError(f"{layer.prefix}: {kind.__name__}: not known to have compressed weights")
+    parts = layer.tp_size
+    return {key: Output(size, rank * (size // parts), size // parts) for key, size in sizes.items()}
+
+
+class StoredLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """`y = x W^T + bias` where W, or some of the weights that are one below the other in W, are
+    stored.
+
+    Args:
+        prefix: the layer's name.
+        sources: the weights of the checkpoint that W consists of, in their order, and how each is
+            stored (None: dense).
+    """
+
+    def __init__(self, prefix: str, sources: Mapping[str, LayerFormat | None]) -> None:
+        self.prefix, self.sources = prefix, dict(sources)
+
+    def create_weights(
+        self,
+        layer: LinearBase,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        self._columns = input_size_per_partition
+        outputs_of(layer)  # what cannot be served is refused before anything is read
+        self._arrivals = Arrivals(layer, self.sources.values(), params_dtype, _key)
+
+    def process_weights_after_loading(self, layer: LinearBase) -> None:
+        weights, device = self._arrivals.finish(layer)
+        merged = _merged(self._pieces(layer, weights, device))
+        bias = _own_bias(layer)
+        biases = [None] * len(merged) if bias is None else bias.split([r for r, _, _ in merged])
+        layer.stored = nn.ModuleList(
+            _module(*piece, shift) for (_, *piece), shift in zip(merged, biases, strict=True)
+        )
+        self._has_bias = bias is not None
+
+    def _pieces(
+        self, layer: LinearBase, weights: dict[Hashable, Parts], device: torch.device
+    ) -> Iterator[Piece]:
+        """What this process has of each weight, in the order of the output."""
+        outputs = outputs_of(layer)
+        order = list(outputs)
+        # One tensor may have several outputs, or all.
+        spans = {
+            key: order if key is None else list(key) if isinstance(key, tuple) else [key]
+            for key in weights
+        }
+        keys = sorted(weights, key=lambda key: order.index(spans[key][0]))
+        if list(chain.from_iterable(spans[key] for key in keys)) != order:
+            raise UserError(
+                f"{self.prefix}: expected {', '.join(self.sources)} in the checkpoint, got tensors "
+                f"of {len(keys)} of them"
+            )
+        for (name, source), key in zip(self.sources.items(), keys, strict=True):
+            wanted = [outputs[one] for one in spans[key]]
+            parts = weights.pop(key)
+            shape = (sum(o.total for o in wanted), layer.input_size)
+            check_parts(name, source, parts, shape)
+            parts = self._own_columns(layer, name, source, parts)
+            first = 0
+            for output in wanted:
+                start = first + output.start
+                yield self._own_rows(source, parts, start, start + output.rows, device)
+                first += output.total
+
+    def _own_columns(
+        self, layer: LinearBase, name: str, source: LayerFormat | None, parts: Parts
+    ) -> Parts:
+        width = self._columns
+        start = layer.tp_rank * width if isinstance(layer, RowParallelLinear) else 0
+        if source is None:
+            return {WEIGHT: parts[WEIGHT][:, start : start + width]}
+        try:
+            return take_columns(source, parts, start, start + width)
+        except UserError as error:
+            raise UserError(f"{name}: tensor parallelism: {error}") from error
+
+    def _own_rows(
+        self, source: LayerFormat | None, parts: Parts, start: int, stop: int, device: torch.device
+    ) -> Piece:
+        if source is None:
+            return None, self._arrivals.placed({WEIGHT: parts[WEIGHT][start:stop]}, device)
+        own = LayerFormat(source.format, (stop - start, self._columns), source.int8)
+        return own, self._arrivals.placed(take_rows(source, parts, start, stop), device)
+
+    def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        # The layer's own bias is in the modules; vLLM passes no other.
+        assert (bias is not None) == self._has_bias
+        given = [module(x) for module in layer.stored]
+        return given[0] if len(given) == 1 else torch.cat(given, dim=-1)
+
+
+def _key(shard: Hashable = None) -> Hashable:
+    return shard
+
+
+def _own_bias(layer: LinearBase) -> Tensor | None:
+    """The bias that the layer passes to `apply`: what products are summed over several processes
+    gets it once."""
+    bias: Tensor | None = layer.bias
+    elsewhere = isinstance(layer, RowParallelLinear) and layer.tp_rank > 0
+    return None if bias is None or layer.skip_bias_add or elsewhere else bias.detach()
+
+
+def _merged(pieces: Iterator[Piece]) -> list[tuple[int, LayerFormat | None, Parts]]:
+    """The pieces, with their rows, those that follow one another in one format as one."""
+    runs: list[list[Piece]] = []
+    for source, parts in pieces:
+        last = runs[-1][0][0] if runs else None
+        same = bool(runs) and (
+            source is last if source is None or last is None else alike(source, last)
+        )
+        if same:
+            runs[-1].append((source, parts))
+        else:
+            runs.append([(source, parts)])
+    return [_joined(run) for run in runs]
+
+
+def _joined(run: list[Piece]) -> tuple[int, LayerFormat | None, Parts]:
+    stored = [(source, parts) for source, parts in run if source is not None]
+    if not stored:
+        weight = torch.cat([parts[WEIGHT] for _, parts in run])
+        return len(weight), None, {WEIGHT: weight}
+    source, parts = stack_rows(stored)
+    return source.shape[0], source, parts
+
+
+def _module(source: LayerFormat | None, parts: Parts, bias: Tensor | None) -> nn.Module:
+    if source is None:
+        weight = parts[WEIGHT]
+        rows, cols = weight.shape
+        dense = nn.Linear(cols, rows, bias=False, device="meta")
+        dense.weight = nn.Parameter(weight, requires_grad=False)
+        dense.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        return dense
+    rows, cols = source.shape
+    dtype = bias.dtype if bias is not None else None
+    module = SparseLinear(
+        cols, rows, source.format, int8=source.int8, bias=bias is not None, dtype=dtype,
+        device="meta",
+    )  # fmt: skip
+    for part, tensor in parts.items():
+        setattr(module, part, tensor)
+    if bias is not None:
+        module.bias = bias
+    return module.eval()
