@@ -12,7 +12,7 @@ from pyprune.errors import LayerError, UserError
 from pyprune.ops import registry
 from pyprune.sparse import layout
 from pyprune.sparse.direct import Prepared, PreparesWeight, can_prepare, is_alone, is_plain
-from pyprune.sparse.layout import CODED, FORMATS, dtype_name
+from pyprune.sparse.layout import CODED, FORMATS, LayerFormat, dtype_name
 from pyprune.sparse.weight import KINDS, StoredWeight, autocast, pack
 
 # What computes x @ W^T + bias and nothing else. Conv1D holds W transposed.
@@ -107,17 +107,32 @@ class SparseLinear(PreparesWeight, StoredWeight):
             )
         if format == CODED and weight.dtype is not torch.bfloat16:
             raise UserError(f"coded: expected bfloat16 weights, got {weight.dtype}")
-        rows, cols = weight.shape
+        layer = LayerFormat(format, (weight.shape[0], weight.shape[1]), int8)
+        parts = dict(zip(layer.parts, pack(weight, layer, _kept(weight)), strict=True))
         bias: Tensor | None = linear.bias  # type: ignore[assignment]
+        own = None if bias is None else bias.detach().clone()
+        return cls.of_parts(layer, parts, own, dtype=weight.dtype).train(linear.training)
+
+    @classmethod
+    def of_parts(
+        cls,
+        layer: LayerFormat,
+        parts: Mapping[str, Tensor],
+        bias: Tensor | None = None,
+        *,
+        dtype: torch.dtype,
+    ) -> SparseLinear:
+        """The layer of a weight that is stored as `layer` says in `parts`, and of `bias`: these
+        tensors themselves, which are taken to be right. dtype: as for the constructor."""
+        rows, cols = layer.shape
         new = cls(
-            cols, rows, format, int8=int8, bias=bias is not None, dtype=weight.dtype, device="meta"
-        )
-        packed = pack(weight, new.layer, _kept(weight))
-        for name, t in zip(new.weight_buffers, packed, strict=True):
-            setattr(new, name, t)
-        if bias is not None:
-            new.bias = bias.detach().clone()
-        return new.train(linear.training)
+            cols, rows, layer.format, int8=layer.int8, bias=bias is not None, dtype=dtype,
+            device="meta",
+        )  # fmt: skip
+        for part, tensor in parts.items():
+            setattr(new, part, tensor)
+        new.bias = bias
+        return new
 
     def to_dense(self) -> nn.Linear:
         """The `nn.Linear` this stands for."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyprune.errors import UserError
-from pyprune.ops.pack import bits_of, pack_bitmap, unpack_bitmap
+from pyprune.ops.pack import pack_bitmap, unpack_bitmap
 from pyprune.sparse.layout import COUNTED, LayerFormat
 
 Parts = Mapping[str, Tensor]

@@ -80,8 +80,8 @@ class PyPruneVLLMConfig(QuantizationConfig):  # type: ignore[misc]
         self.layers = hf_to_vllm_mapper.apply_dict(self.layers)
 
     def sources(self, prefix: str) -> dict[str, LayerFormat | None]:
-        """The weights of the checkpoint that the module `prefix` is made of, in their order: its own,
-        or those that vLLM makes one. None: stored dense."""
+        """The weights of the checkpoint that the module `prefix` is made of, in their order: its
+        own, or those that vLLM makes one. None: stored dense."""
         if prefix in self.layers:
             return {prefix: self.layers[prefix]}
         parent, _, name = prefix.rpartition(".")
@@ -105,8 +105,8 @@ class PyPruneVLLMConfig(QuantizationConfig):  # type: ignore[misc]
         return None
 
     def _input_embedding(self, layer: VocabParallelEmbedding) -> str:
-        """The stored weight that a module is which vLLM does not tell the name of (Llama's embedding),
-        "" if there is none: the one of its shape that is no head."""
+        """The stored weight of an embedding that vLLM does not tell the name of (Llama's), "" if
+        there is none: the one of its shape that is no head."""
         shape = (layer.org_vocab_size, layer.embedding_dim)
         fitting = [
             name

@@ -49,13 +49,9 @@ class StoredEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
         start, stop = own.org_vocab_start_index, own.org_vocab_end_index
         placed = self._arrivals.placed(take_rows(source, parts, start, stop), device)
         rows = stop - start
-        head = SparseLinear(
-            width, rows, source.format, int8=source.int8, bias=False, dtype=self._dtype,
-            device="meta",
-        )  # fmt: skip
-        for part, tensor in placed.items():
-            setattr(head, part, tensor)
-        layer.stored = head.eval()
+        own_rows = LayerFormat(source.format, (rows, width), source.int8)
+        head = SparseLinear.of_parts(own_rows, placed, dtype=self._dtype).eval()
+        layer.stored = head
         if source.format not in FORMATS:  # which no embedding has, but a head may
             layer.rows = StoredEmbedding(
                 rows, width, source.format, dtype=self._dtype, device="meta", tied_to=head
@@ -85,10 +81,12 @@ class TiableHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
 
     def tie_weights(self, layer: ParallelLMHead, embed_tokens: VocabParallelEmbedding) -> nn.Module:
         if not isinstance(embed_tokens.quant_method, StoredEmbeddingMethod):
-            return super().tie_weights(layer, embed_tokens)
+            tied: nn.Module = super().tie_weights(layer, embed_tokens)
+            return tied
         del layer.weight
         layer.quant_method = _TiedHeadMethod(embed_tokens)
-        return layer
+        own: nn.Module = layer
+        return own
 
 
 class _TiedHeadMethod(QuantizeMethodBase):  # type: ignore[misc]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -34,6 +34,11 @@ class Output(NamedTuple):
     rows: int
 
 
+# Those whose rows and columns are known, the more special first.
+KINDS: tuple[type[LinearBase], ...] = (
+    QKVParallelLinear, MergedColumnParallelLinear, ColumnParallelLinear, RowParallelLinear,
+    ReplicatedLinear,
+)  # fmt: skip
 # A weight's rows that this process has; its format, None if it is dense.
 Piece = tuple[LayerFormat | None, Parts]
 
@@ -41,7 +46,7 @@ Piece = tuple[LayerFormat | None, Parts]
 def outputs_of(layer: LinearBase) -> dict[Hashable, Output]:
     """What a layer's output consists of, in its order, by the keys that its loader has for that.
     Raises UserError for a kind of layer that is not known."""
-    kind, rank = type(layer), layer.tp_rank
+    kind, rank = _loads_like(layer), layer.tp_rank
     if kind is QKVParallelLinear:
         shared = rank // layer.num_kv_head_replicas  # keys and values that several processes have
         heads = {
@@ -53,16 +58,22 @@ def outputs_of(layer: LinearBase) -> dict[Hashable, Output]:
             key: Output(total * size, at * own * size, own * size)
             for key, (total, own, size, at) in heads.items()
         }
-    if kind is MergedColumnParallelLinear:
-        sizes = dict(enumerate(layer.output_sizes))
-    elif kind is ColumnParallelLinear:
-        sizes = {None: layer.output_size}
-    elif kind in (RowParallelLinear, ReplicatedLinear):
+    if kind in (RowParallelLinear, ReplicatedLinear):
         return {None: Output(layer.output_size, 0, layer.output_size)}
-    else:
-        raise UserError(f"{layer.prefix}: {kind.__name__}: not known to have compressed weights")
+    merges = kind is MergedColumnParallelLinear
+    sizes = dict(enumerate(layer.output_sizes)) if merges else {None: layer.output_size}
     parts = layer.tp_size
     return {key: Output(size, rank * (size // parts), size // parts) for key, size in sizes.items()}
+
+
+def _loads_like(layer: LinearBase) -> type[LinearBase]:
+    """The known class whose way of putting tensors into a layer is this one's. Raises UserError if
+    there is none."""
+    own = type(layer)
+    for kind in KINDS:
+        if issubclass(own, kind) and own.weight_loader is kind.weight_loader:
+            return kind
+    raise UserError(f"{layer.prefix}: {own.__name__}: not known to have compressed weights")
 
 
 class StoredLinearMethod(LinearMethodBase):  # type: ignore[misc]
@@ -88,17 +99,19 @@ class StoredLinearMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra: Any,
     ) -> None:
-        self._columns = input_size_per_partition
+        self._columns, self._dtype = input_size_per_partition, params_dtype
         outputs_of(layer)  # what cannot be served is refused before anything is read
         self._arrivals = Arrivals(layer, self.sources.values(), params_dtype, _key)
 
     def process_weights_after_loading(self, layer: LinearBase) -> None:
         weights, device = self._arrivals.finish(layer)
-        merged = _merged(self._pieces(layer, weights, device))
+        pieces = merged(self._pieces(layer, weights, device))
         bias = _own_bias(layer)
-        biases = [None] * len(merged) if bias is None else bias.split([r for r, _, _ in merged])
+        rows = [_rows(piece) for piece in pieces]
+        biases = [None] * len(rows) if bias is None else torch.split(bias, rows)
         layer.stored = nn.ModuleList(
-            _module(*piece, shift) for (_, *piece), shift in zip(merged, biases, strict=True)
+            module_of(piece, shift, self._dtype)
+            for piece, shift in zip(pieces, biases, strict=True)
         )
         self._has_bias = bias is not None
 
@@ -170,46 +183,42 @@ def _own_bias(layer: LinearBase) -> Tensor | None:
     return None if bias is None or layer.skip_bias_add or elsewhere else bias.detach()
 
 
-def _merged(pieces: Iterator[Piece]) -> list[tuple[int, LayerFormat | None, Parts]]:
-    """The pieces, with their rows, those that follow one another in one format as one."""
+def _rows(piece: Piece) -> int:
+    source, parts = piece
+    return len(parts[WEIGHT]) if source is None else source.shape[0]
+
+
+def merged(pieces: Iterable[Piece]) -> list[Piece]:
+    """The pieces, those that follow one another in one format as one: one product instead of
+    several."""
     runs: list[list[Piece]] = []
     for source, parts in pieces:
-        last = runs[-1][0][0] if runs else None
-        same = bool(runs) and (
-            source is last if source is None or last is None else alike(source, last)
-        )
-        if same:
+        if runs and _same(source, runs[-1][0][0]):
             runs[-1].append((source, parts))
         else:
             runs.append([(source, parts)])
     return [_joined(run) for run in runs]
 
 
-def _joined(run: list[Piece]) -> tuple[int, LayerFormat | None, Parts]:
+def _same(one: LayerFormat | None, other: LayerFormat | None) -> bool:
+    return one is other if one is None or other is None else alike(one, other)
+
+
+def _joined(run: list[Piece]) -> Piece:
     stored = [(source, parts) for source, parts in run if source is not None]
-    if not stored:
-        weight = torch.cat([parts[WEIGHT] for _, parts in run])
-        return len(weight), None, {WEIGHT: weight}
-    source, parts = stack_rows(stored)
-    return source.shape[0], source, parts
+    if stored:
+        return stack_rows(stored)
+    return None, {WEIGHT: torch.cat([parts[WEIGHT] for _, parts in run])}
 
 
-def _module(source: LayerFormat | None, parts: Parts, bias: Tensor | None) -> nn.Module:
-    if source is None:
-        weight = parts[WEIGHT]
-        rows, cols = weight.shape
-        dense = nn.Linear(cols, rows, bias=False, device="meta")
-        dense.weight = nn.Parameter(weight, requires_grad=False)
-        dense.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        return dense
-    rows, cols = source.shape
-    dtype = bias.dtype if bias is not None else None
-    module = SparseLinear(
-        cols, rows, source.format, int8=source.int8, bias=bias is not None, dtype=dtype,
-        device="meta",
-    )  # fmt: skip
-    for part, tensor in parts.items():
-        setattr(module, part, tensor)
+def module_of(piece: Piece, bias: Tensor | None, dtype: torch.dtype) -> nn.Module:
+    """The layer that multiplies with a piece, and adds `bias`."""
+    source, parts = piece
+    if source is not None:
+        return SparseLinear.of_parts(source, parts, bias, dtype=dtype).eval()
+    rows, cols = parts[WEIGHT].shape
+    dense = nn.Linear(cols, rows, bias=bias is not None, device="meta")
+    dense.weight = nn.Parameter(parts[WEIGHT], requires_grad=False)
     if bias is not None:
-        module.bias = bias
-    return module.eval()
+        dense.bias = nn.Parameter(bias, requires_grad=False)
+    return dense

@@ -1,9 +1,9 @@
 """From the tensors that vLLM's loader hands over to a layer's stored weights.
 
-vLLM knows a module's parameters before it reads the files, and calls each one's `weight_loader` with
-the tensors of the checkpoint that belong there: one, or one for each of the layers that it makes
-one. How long a bitmap's values are only the tensor says. So parameters are empty at first, and what
-arrives is kept until all has.
+vLLM knows a module's parameters before it reads the files, and calls each one's `weight_loader`
+with the tensors of the checkpoint that belong there: one, or one for each of the layers that it
+makes one. How long a bitmap's values are only the tensor says. So parameters are empty at first,
+and what arrives is kept until all has.
 """
 
 from __future__ import annotations
