@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
@@ -31,11 +32,13 @@ from pyprune.errors import UserError
 from pyprune.integrations.vllm.embedding import StoredEmbeddingMethod, TiableHeadMethod
 from pyprune.integrations.vllm.linear import StoredLinearMethod
 from pyprune.sparse.format import METHOD, parse_quantization_config
-from pyprune.sparse.layout import FACTORED, LayerFormat
+from pyprune.sparse.layout import FACTORED, FORMATS, LayerFormat
 
 CONFIG = "config.json: quantization_config"
 # What checkpoints call the head.
 HEADS = ("lm_head", "embed_out")
+# Families whose query_key_value has its rows head by head, which vLLM's loaders undo.
+REORDERING = ("bloom", "falcon")
 DECOMPRESS = "`pyprune decompress DIR --out DENSE` writes what vLLM runs without pyprune"
 
 
@@ -93,7 +96,10 @@ class PyPruneVLLMConfig(QuantizationConfig):  # type: ignore[misc]
         sources = self.sources(prefix)
         stored = any(source is not None for source in sources.values())
         if isinstance(layer, LinearBase):
-            return StoredLinearMethod(prefix, sources) if stored else UnquantizedLinearMethod()
+            if not stored:
+                return UnquantizedLinearMethod()
+            _refuse_reordered(prefix, sources)
+            return StoredLinearMethod(prefix, sources)
         if isinstance(layer, VocabParallelEmbedding):
             head = isinstance(layer, ParallelLMHead)
             name = prefix if prefix or head else self._input_embedding(layer)
@@ -106,14 +112,28 @@ class PyPruneVLLMConfig(QuantizationConfig):  # type: ignore[misc]
 
     def _input_embedding(self, layer: VocabParallelEmbedding) -> str:
         """The stored weight of an embedding that vLLM does not tell the name of (Llama's), "" if
-        there is none: the one of its shape that is no head."""
+        there is none: the one of its shape that is no head, in a format of embeddings."""
         shape = (layer.org_vocab_size, layer.embedding_dim)
         fitting = [
             name
             for name, source in self.layers.items()
-            if source.shape == shape and name.rpartition(".")[2] not in HEADS
+            if source.shape == shape
+            and source.format not in FORMATS
+            and name.rpartition(".")[2] not in HEADS
         ]
         return fitting[0] if len(fitting) == 1 else ""
+
+
+def _refuse_reordered(prefix: str, sources: Mapping[str, LayerFormat | None]) -> None:
+    """Raises UserError for a bitmap whose rows vLLM puts into another order as it reads them: of 2:4
+    every tensor has a row for each of them, a bitmap's values have not."""
+    config = get_current_vllm_config().model_config.hf_config
+    reordered = config.model_type in REORDERING and prefix.endswith(".query_key_value")
+    if reordered and any(s is not None and s.format == "bitmap" for s in sources.values()):
+        raise UserError(
+            f"{prefix}: bitmap: vLLM reorders the rows of {config.model_type}'s, which 2:4 alone "
+            f"allows; {DECOMPRESS}"
+        )
 
 
 def register() -> None:

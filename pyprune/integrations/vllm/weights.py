@@ -52,6 +52,8 @@ class Arrivals:
                     kind = dtype if source is None else source.part_dtype(part, dtype)
                     empty = nn.Parameter(torch.empty(0, dtype=kind), requires_grad=False)
                     empty.weight_loader = partial(self._take, part)  # type: ignore[attr-defined]
+                    # Falcon's loader reorders the rows of what has one.
+                    empty.output_dim = 0  # type: ignore[attr-defined]
                     module.register_parameter(prefix + part, empty)
                     self._names[part] = prefix + part
 
