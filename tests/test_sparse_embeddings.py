@@ -16,7 +16,7 @@ from embedding_checkpoints import (
 )
 from safetensors.torch import load_file, save_file
 from sparse_checkpoints import bits_equal, prune_in_place, pruned_checkpoint, tensors_of
-from tiny_models import tiny_model, tiny_tokens
+from tiny_models import VOCAB, tiny_model, tiny_tokens
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -25,9 +25,11 @@ from pyprune import cli
 from pyprune.errors import UserError
 from pyprune.evaluate import perplexity
 from pyprune.sparse import SparseLinear
+from pyprune.sparse import format as formats
 from pyprune.sparse.bench import densified, weight_bytes
 from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
 from pyprune.sparse.embedding import StoredEmbedding
+from pyprune.sparse.layout import LayerFormat
 
 # (family, tied): with scaled embeddings and capped logits (Gemma 2), a head of another width than
 # the model (OPT), a head with a bias (Phi), experts, and names without the base model's prefix.
@@ -232,6 +234,21 @@ def test_saved_again(tied, untied, tmp_path):
         with torch.no_grad():
             want = pyprune.load(small)(tiny_tokens()).logits
             assert torch.equal(pyprune.load(again)(tiny_tokens()).logits, want)
+
+
+@pytest.mark.parametrize("format", ["dense", "coded"])
+def test_compiled_for_any_number_of_tokens(format):
+    """One that fixes the number of rows would be compiled anew for each, and vLLM refuses it."""
+    layer = LayerFormat(format, (VOCAB, 16), format == "dense")
+    parts = formats.pack(torch.randn(VOCAB, 16).bfloat16(), layer)
+    head = SparseLinear.of_parts(layer, parts, dtype=torch.bfloat16)
+    embedding = StoredEmbedding(VOCAB, 16, format, dtype=torch.bfloat16, tied_to=head)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda ids: head(embedding(ids)), fullgraph=True, backend="aot_eager")
+    for n in (9, 300):
+        ids = torch.arange(n) % VOCAB
+        torch._dynamo.mark_dynamic(ids, 0)  # raises where it is fixed
+        assert torch.equal(compiled(ids), head(embedding(ids)))
 
 
 def test_generating_scoring_and_compiled(tied):

@@ -93,13 +93,13 @@ def served(path, **options):
     return results, found
 
 
-def compare(path, results, tolerance=1e-5, dtype="float32"):
-    model = pyprune.load(path, dtype=dtype)
+def compare(path, results):
+    model = pyprune.load(path, dtype="float32")
     for tokens, chances in results:
         ids = torch.tensor([tokens])
         expected = model(ids).logits[0].float().log_softmax(-1)
         of_tokens = expected[:-1].gather(1, ids[0, 1:, None])[:, 0]
-        torch.testing.assert_close(chances, of_tokens[: len(chances)], atol=tolerance, rtol=0)
+        torch.testing.assert_close(chances, of_tokens[: len(chances)], atol=1e-5, rtol=0)
         assert expected[len(chances) : -1].argmax(-1).tolist() == tokens[len(chances) + 1 :]
 
 
@@ -146,13 +146,13 @@ def test_tensor_parallelism(tmp_path, monkeypatch, case):
 
 def test_compiled(tmp_path):
     path = compressed(tmp_path, *CASES["llama"])
-    results, (found,) = served(path, enforce_eager=False, dtype="bfloat16")
+    results, (found,) = served(path, enforce_eager=False)
     assert found
-    compare(path, results, tolerance=0.1, dtype="bfloat16")
+    compare(path, results)
 
 
 def refusal(path, capfd, **options):
-    with pytest.raises((RuntimeError, ValueError), match="initialization failed|pyprune"):
+    with pytest.raises((RuntimeError, ValueError), match=r"initialization failed|pyprune"):
         engine(path, **options)
     return "".join(capfd.readouterr())
 

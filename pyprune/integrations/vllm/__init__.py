@@ -125,8 +125,8 @@ class PyPruneVLLMConfig(QuantizationConfig):  # type: ignore[misc]
 
 
 def _refuse_reordered(prefix: str, sources: Mapping[str, LayerFormat | None]) -> None:
-    """Raises UserError for a bitmap whose rows vLLM puts into another order as it reads them: of 2:4
-    every tensor has a row for each of them, a bitmap's values have not."""
+    """Raises UserError for a bitmap whose rows vLLM puts into another order as it reads them: every
+    tensor of 2:4 has as many rows, a bitmap's values have not."""
     config = get_current_vllm_config().model_config.hf_config
     reordered = config.model_type in REORDERING and prefix.endswith(".query_key_value")
     if reordered and any(s is not None and s.format == "bitmap" for s in sources.values()):
