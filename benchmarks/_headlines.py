@@ -25,7 +25,7 @@ def headlines(folder: Path, results: Path | None) -> list[str]:
         return json.loads(path.read_text()) if path and path.exists() else []
 
     lines = [
-        *_model(rows("model")), *_layers(rows("sparse_linear")),
+        *_model(rows("model")), *_served(rows("vllm")), *_layers(rows("sparse_linear")),
         *_layers(rows("sparse_linear_avx2")), *_pruning(rows("prune_model")),
         *_solve(rows("obs")), *_gram(rows("gram")),
         *_reconstruction(rows("reconstruct_model")), *_search(rows("blockpruner")),
@@ -59,6 +59,28 @@ def _model(rows: Rows) -> Iterator[Line]:
                     f"{sizes[rate['name']] / sizes['dense']:.2f} of the bytes",
                     f"{mine:.0f} tokens/s at batch 1, bf16",
                 )
+
+
+def _served(rows: Rows) -> Iterator[Line]:
+    for row in rows:
+        dense, *others = row["models"]
+        for m in others:
+            gains = {
+                kind: [
+                    m["rates"][batch][kind][0] / dense["rates"][batch][kind][0]
+                    for batch in dense["rates"]
+                ]
+                for kind in ("decode", "prefill")
+            }
+            batches = ", ".join(dense["rates"])
+            decode = ", ".join(f"{gain:.2f}x" for gain in gains["decode"])
+            least, most = min(gains["prefill"]), max(gains["prefill"])
+            yield (
+                f"the same served by vLLM in {m['name']}",
+                f"decoding {decode} at batch {batches}; prefill {_span(least, most)}x",
+                f"vLLM's own dense layers ({dense['rates']['1']['decode'][0]:.0f} tokens/s at "
+                "batch 1)",
+            )
 
 
 def _layers(rows: Rows) -> Iterator[Line]:

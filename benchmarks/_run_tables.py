@@ -37,6 +37,35 @@ def sparse_linear(rows: list[Row]) -> list[str]:
     ]
 
 
+def vllm(rows: list[Row]) -> list[str]:
+    """Each model's rates in vLLM, and over its dense one's."""
+    lines = []
+    for row in rows:
+        dense, batches = row["models"][0], list(row["models"][0]["rates"])
+        cells = [(kind, batch) for kind in ("decode", "prefill") for batch in batches]
+        body = []
+        for m in row["models"]:
+            rates = [(m["rates"][b][k][0], dense["rates"][b][k][0]) for k, b in cells]
+            body.append(
+                [m["name"], f"{m['file_bytes'] / 1e6:,.0f}", f"{m['resident_bytes'] / 1e6:,.0f}",
+                 *(f"{mine:.0f} ({mine / base:.2f}x)" for mine, base in rates)]
+            )  # fmt: skip
+        lines += [
+            "### In vLLM",
+            "",
+            f"The same model in vLLM {row['vllm']}, eager: tokens/s (over vLLM's own dense "
+            f"layers); prompts of {row['prompt']} tokens, {row['steps']} decoded; medians of "
+            f"{row['turns']} turns, each with an engine of its own and {row['rounds']} rounds. "
+            "Resident is what the engine's process has that is no file's, 1 GiB of it for the "
+            f"cache. Greedy, {row['agreement']:.0%} of the 2:4 model's tokens are those of the "
+            f"dense one with its weights. {device_of(rows)}. `benchmarks/bench_vllm.py`.",
+            "",
+            *table(["model", "file MB", "resident MB", *(f"{k}, batch {b}" for k, b in cells)],
+                   body),
+        ]  # fmt: skip
+    return lines
+
+
 def prune_model(rows: list[Row]) -> list[str]:
     first = rows[0]
     phases = ("forward", "statistics", "prune")

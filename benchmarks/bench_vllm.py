@@ -145,6 +145,8 @@ def run_engine(path: Path, smoke: bool) -> dict[str, Any]:
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # for `apply_model`
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        # Else prompts are begun as they arrive, not all in one step.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "PYTHONPATH": f"{Path(__file__).parent}:{os.environ.get('PYTHONPATH', '')}",
         "LD_PRELOAD": ":".join([*preload, *filter(None, [os.environ.get("LD_PRELOAD")])]),
     }  # fmt: skip
@@ -214,25 +216,26 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny model, one round")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="that vLLM finds")
     args = parser.parse_args()
     import vllm
 
     with tempfile.TemporaryDirectory() as tmp:
         models = make_models(Path(tmp), args.smoke)
         turns: dict[str, list[dict[str, Any]]] = {name: [] for name in models}
-        for _ in range(args.turns):
+        for turn in range(1, args.turns + 1):
             for name, path in models.items():
                 turns[name].append(run_engine(path, args.smoke))
-                Console().print(f"{name}: measured")
-        found = [summary(name, models[name], results) for name, results in turns.items()]
-    agreed = agreement(turns["2:4"][0], turns[DENSE][0])
+                Console().print(f"turn {turn}: {name}")
+            found = [summary(name, models[name], results) for name, results in turns.items()]
+            agreed = agreement(turns["2:4"][0], turns[DENSE][0])
+            row = {
+                "op": "vllm", "vllm": vllm.__version__, "prompt": PROMPT, "steps": STEPS,
+                "rounds": 1 if args.smoke else ROUNDS, "turns": turn, "agreement": agreed,
+                "models": found, **environment(args.device),
+            }  # fmt: skip
+            write_rows(args.json, [row])  # one that is stopped keeps its turns
     Console().print(table(found), f"2:4: {agreed:.0%} of the greedy tokens are the dense model's")
-    row = {
-        "op": "vllm", "vllm": vllm.__version__, "prompt": PROMPT, "steps": STEPS,
-        "rounds": 1 if args.smoke else ROUNDS, "turns": args.turns, "agreement": agreed,
-        "models": found, **environment("cpu"),
-    }  # fmt: skip
-    write_rows(args.json, [row])
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from _run_tables import (
     reconstruct_model,
     sparse_linear,
     surgeon,
+    vllm,
     walk,
 )
 from _tables import Row, device_of, table
@@ -176,6 +177,7 @@ def model(rows: list[Row]) -> list[str]:
 
 
 RUNS = {
+    "vllm": vllm,
     "sparse_linear": sparse_linear,
     "sparse_linear_avx2": sparse_linear,
     "prune_model": prune_model,

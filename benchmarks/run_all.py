@@ -12,7 +12,7 @@ others run, and the exit status says that not all went well.
 from __future__ import annotations
 
 import argparse
-import importlib
+import importlib.util
 import multiprocessing
 import os
 import re
@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -39,6 +39,8 @@ VARIANTS = {
     "reconstruct_model": ("reconstruct", ["--model"]),
     "sparse_linear_avx2": ("sparse_linear", ["--isa", "avx2"]),
 }
+# Left out, unless asked for, where the package is not installed that they measure in.
+NEEDS = {"vllm": "vllm"}
 SMOKE_VARIANTS = {"reconstruct_model": ["--tokens", "512", "--every", "200", "--rows", "2"]}
 
 
@@ -107,6 +109,17 @@ def run_one_by_one(commands: Mapping[str, list[str]], limit: float | None) -> li
     return failed
 
 
+def runnable(names: Iterable[str]) -> list[str]:
+    """Those whose packages are installed; the others are told."""
+    found = []
+    for name in names:
+        if name in NEEDS and importlib.util.find_spec(NEEDS[name]) is None:
+            print(f"{name}: left out, {NEEDS[name]} is not installed", flush=True)
+        else:
+            found.append(name)
+    return found
+
+
 def report(name: str, code: int | None, started: float) -> None:
     end = "stopped" if code is None else f"exit {code}"
     print(f"{name}: {end}, {time.perf_counter() - started:.1f} s", flush=True)
@@ -141,12 +154,12 @@ def main() -> int:
             out = HERE / "results" / device_slug(args.device)
         out.mkdir(parents=True, exist_ok=True)
         commands = {}
-        for name in args.names or (CUDA if args.device == "cuda" else scripts):
+        for name in args.names or (CUDA if args.device == "cuda" else runnable(scripts)):
             command = [str(scripts[name]), "--device", args.device]
             command += ["--json", str(out / f"{name}.json")]
             command += ["--smoke"] if args.smoke else []
             command += options.get(name, [])
-            if args.repetitions and name != "model":
+            if args.repetitions and name not in ("model", "vllm"):
                 command += ["--repetitions", str(args.repetitions)]
             commands[name] = command
         # CUDA does not survive a fork.

@@ -21,6 +21,12 @@ def test_the_others_run_and_keep_their_rows(tmp_path, capfd):
 
 
 def test_a_gpu_runs_benchmarks_that_exist():
-    assert {f"bench_{name}.py" for name in run_all.CUDA} <= {
+    assert {f"bench_{name}.py" for name in [*run_all.CUDA, *run_all.NEEDS]} <= {
         path.name for path in run_all.HERE.glob("bench_*.py")
     }
+
+
+def test_one_whose_package_is_missing_is_left_out_aloud(monkeypatch, capfd):
+    monkeypatch.setattr(run_all, "NEEDS", {"there": "json", "gone": "no_such_package"})
+    assert run_all.runnable(["gram", "gone", "there"]) == ["gram", "there"]
+    assert capfd.readouterr().out == "gone: left out, no_such_package is not installed\n"

@@ -8,6 +8,7 @@ wanda          | `WrappedGPT` of the Wanda and GBLM-Pruner repositories (`lib/la
 gblm           | `gradient_computation` of GBLM-Pruner's script of that name
 llmcompressor  | what llm-compressor's SparseGPTModifier and WandaPruningModifier call
 peft           | nothing: lets peft put LoRA beside compressed layers
+vllm           | nothing: lets vLLM serve compressed checkpoints, without being imported
 
 SparseGPT, Wanda, GBLM-Pruner and llm-compressor count the pruned weights of an N:M pattern; so do
 the arguments here, and nowhere else in pyprune. A Hessian that cannot be inverted stops the
