@@ -186,12 +186,24 @@ def _routes(top_k_index: Tensor, count: int) -> list[tuple[Tensor, Tensor]]:
     wherever `top_k_index [T, k]` names it, ordered by position: the order of the eager forward.
     Waits for a GPU once, whatever the number of experts."""
     tokens = len(top_k_index)
-    chosen, order = top_k_index.T.flatten().sort(stable=True)
-    first = torch.searchsorted(chosen, torch.arange(count + 1, device=chosen.device)).tolist()
+    order, first = sorted_by_expert(top_k_index, count)
     order[first[-1] :] = order[first[-1] :].sort().values  # not by their numbers
     position, token = order // max(1, tokens), order % max(1, tokens)
     spans = [slice(*span) for span in pairwise([*first, len(order)])]
     return [(position[span], token[span]) for span in spans]
+
+
+def sorted_by_expert(top_k_index: Tensor, count: int) -> tuple[Tensor, list[int]]:
+    """The places of `top_k_index.T.flatten()`, int64 [k T], by the expert that they name, those of
+    one expert in their order; and, for each of `count` experts and then for all numbers past them,
+    where its first place is. Negative numbers are before all. Waits for a GPU once.
+
+    Args:
+        top_k_index: int64 [T, k].
+    """
+    chosen, order = top_k_index.T.flatten().sort(stable=True)
+    first = torch.searchsorted(chosen, torch.arange(count + 1, device=chosen.device))
+    return order, first.tolist()
 
 
 def _experts(

@@ -4,8 +4,9 @@ Nothing has to be imported or named: vLLM calls `register` in each of its proces
 point "vllm.general_plugins" of the installed package, and reads in config.json that the method is
 "pyprune". What is stored compressed stays so in memory and is multiplied by the kernels of
 `pyprune.ops`; what is not listed there is vLLM's own. Layers that vLLM makes one (q, k and v; gate
-and up) are one product where their formats are alike. Tensor parallelism takes rows or columns of
-the stored weights (`pyprune.sparse.slices`).
+and up) are one product where their formats are alike. Of a mixture of experts only those that a
+token was routed to are touched, and CUDA graphs are refused (`experts.py`). Tensor parallelism
+takes rows or columns of the stored weights (`pyprune.sparse.slices`).
 
 This package imports vLLM, and nothing else of pyprune imports it.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import (
@@ -30,6 +32,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from pyprune.errors import UserError
 from pyprune.integrations.vllm.embedding import StoredEmbeddingMethod, TiableHeadMethod
+from pyprune.integrations.vllm.experts import StoredExpertsMethod
 from pyprune.integrations.vllm.linear import StoredLinearMethod
 from pyprune.sparse.format import METHOD, parse_quantization_config
 from pyprune.sparse.layout import FACTORED, FORMATS, LayerFormat
@@ -39,6 +42,9 @@ CONFIG = "config.json: quantization_config"
 HEADS = ("lm_head", "embed_out")
 # Families whose query_key_value has its rows head by head, which vLLM's loaders undo.
 REORDERING = ("bloom", "falcon")
+# What vLLM makes one under these names, which some of its models do not say of themselves
+# (Qwen3-MoE's of its layers without experts).
+PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 DECOMPRESS = "`pyprune decompress DIR --out DENSE` writes what vLLM runs without pyprune"
 
 
@@ -88,7 +94,7 @@ class PyPruneVLLMConfig(QuantizationConfig):  # type: ignore[misc]
         if prefix in self.layers:
             return {prefix: self.layers[prefix]}
         parent, _, name = prefix.rpartition(".")
-        parts = self.packed_modules_mapping.get(name, ())
+        parts = (PACKED | self.packed_modules_mapping).get(name, ())
         names = [f"{parent}.{part}" if parent else part for part in parts]
         return {name: self.layers.get(name) for name in names}
 
@@ -107,6 +113,8 @@ class PyPruneVLLMConfig(QuantizationConfig):  # type: ignore[misc]
                 return StoredEmbeddingMethod(name, self.layers[name])
             return TiableHeadMethod() if head else None
         if any(name.startswith(f"{prefix}.") for name in self.layers):
+            if isinstance(layer, RoutedExperts):
+                return StoredExpertsMethod(layer, prefix, self.layers)
             raise UserError(f"{prefix}: {type(layer).__name__}: not for vLLM; {DECOMPRESS}")
         return None
 

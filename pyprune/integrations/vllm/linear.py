@@ -19,10 +19,10 @@ from vllm.model_executor.layers.linear import (
 )
 
 from pyprune.errors import UserError
-from pyprune.integrations.vllm.weights import WEIGHT, Arrivals, Parts, check_parts
+from pyprune.integrations.vllm.weights import WEIGHT, Arrivals, Parts, Piece, own_piece
 from pyprune.sparse.layout import LayerFormat
 from pyprune.sparse.linear import SparseLinear
-from pyprune.sparse.slices import alike, stack_rows, take_columns, take_rows
+from pyprune.sparse.slices import alike, stack_rows
 
 
 class Output(NamedTuple):
@@ -39,8 +39,6 @@ KINDS: tuple[type[LinearBase], ...] = (
     QKVParallelLinear, MergedColumnParallelLinear, ColumnParallelLinear, RowParallelLinear,
     ReplicatedLinear,
 )  # fmt: skip
-# A weight's rows that this process has; its format, None if it is dense.
-Piece = tuple[LayerFormat | None, Parts]
 
 
 def outputs_of(layer: LinearBase) -> dict[Hashable, Output]:
@@ -114,6 +112,8 @@ class StoredLinearMethod(LinearMethodBase):  # type: ignore[misc]
             for piece, shift in zip(pieces, biases, strict=True)
         )
         self._has_bias = bias is not None
+        # MLA takes a dense copy of a weight by multiplying with an identity, where `weight` is.
+        layer.weight = torch.empty(0, dtype=self._dtype, device=device)
 
     def _pieces(
         self, layer: LinearBase, weights: dict[Hashable, Parts], device: torch.device
@@ -136,33 +136,15 @@ class StoredLinearMethod(LinearMethodBase):  # type: ignore[misc]
             wanted = [outputs[one] for one in spans[key]]
             parts = weights.pop(key)
             shape = (sum(o.total for o in wanted), layer.input_size)
-            check_parts(name, source, parts, shape)
-            parts = self._own_columns(layer, name, source, parts)
+            width = self._columns
+            left = layer.tp_rank * width if isinstance(layer, RowParallelLinear) else 0
             first = 0
             for output in wanted:
                 start = first + output.start
-                yield self._own_rows(source, parts, start, start + output.rows, device)
+                rows, columns = (start, start + output.rows), (left, left + width)
+                own, taken = own_piece(name, source, parts, shape, rows, columns)
+                yield own, self._arrivals.placed(taken, device)
                 first += output.total
-
-    def _own_columns(
-        self, layer: LinearBase, name: str, source: LayerFormat | None, parts: Parts
-    ) -> Parts:
-        width = self._columns
-        start = layer.tp_rank * width if isinstance(layer, RowParallelLinear) else 0
-        if source is None:
-            return {WEIGHT: parts[WEIGHT][:, start : start + width]}
-        try:
-            return take_columns(source, parts, start, start + width)
-        except UserError as error:
-            raise UserError(f"{name}: tensor parallelism: {error}") from error
-
-    def _own_rows(
-        self, source: LayerFormat | None, parts: Parts, start: int, stop: int, device: torch.device
-    ) -> Piece:
-        if source is None:
-            return None, self._arrivals.placed({WEIGHT: parts[WEIGHT][start:stop]}, device)
-        own = LayerFormat(source.format, (stop - start, self._columns), source.int8)
-        return own, self._arrivals.placed(take_rows(source, parts, start, stop), device)
 
     def apply(self, layer: LinearBase, x: Tensor, bias: Tensor | None = None) -> Tensor:
         # The layer's own bias is in the modules; vLLM passes no other.

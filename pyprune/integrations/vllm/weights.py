@@ -9,6 +9,7 @@ and what arrives is kept until all has.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,15 @@ from torch import Tensor, nn
 from pyprune.errors import UserError
 from pyprune.sparse.format import check_tensors
 from pyprune.sparse.layout import COUNTED, LayerFormat
+from pyprune.sparse.slices import take_columns, take_rows
 
 Parts = dict[str, Tensor]
+# A weight, or what a process has of it: its format, None if it is dense, and its tensors.
+Piece = tuple[LayerFormat | None, Parts]
 # The part that a dense weight consists of.
 WEIGHT = "weight"
+# In place of a key: a weight that this process does not have.
+ELSEWHERE = object()
 
 
 class Arrivals:
@@ -32,7 +38,8 @@ class Arrivals:
             have.
         prefix: of the parameters' names.
         dtype: what floating point numbers are wanted in: the model's.
-        key: which of the weights a tensor belongs to, by what the loader is told beside it.
+        key: which of the weights a tensor belongs to, by what the loader is told beside it;
+            ELSEWHERE for one to be dropped.
     """
 
     def __init__(
@@ -58,9 +65,12 @@ class Arrivals:
                     self._names[part] = prefix + part
 
     def _take(
-        self, part: str, parameter: nn.Parameter, loaded: Tensor, *given: Any, **named: Any
+        self, part: str, param: nn.Parameter, loaded_weight: Tensor, *given: Any, **named: Any
     ) -> bool:
-        self._weights.setdefault(self._key(*given, **named), {})[part] = loaded
+        key = self._key(*given, **named)
+        if key is ELSEWHERE:
+            return False
+        self._weights.setdefault(key, {})[part] = loaded_weight
         return True
 
     def finish(self, module: nn.Module) -> tuple[dict[Hashable, Parts], torch.device]:
@@ -105,3 +115,25 @@ def check_parts(
             got = tuple(tensor.shape)
             raise UserError(f"{name}.{part}: expected shape {shapes[part]}, got {got}")
     check_tensors(name, source, parts, "checkpoint")
+
+
+def own_piece(
+    name: str,
+    source: LayerFormat | None,
+    parts: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+) -> Piece:
+    """Those rows and columns (from, to, exclusive) of a weight that this process has. Raises
+    UserError unless `parts` are those of the weight `name` of that shape, or the columns cannot be
+    taken."""
+    check_parts(name, source, parts, shape)
+    if source is None:
+        return None, {WEIGHT: parts[WEIGHT][slice(*rows), slice(*columns)]}
+    try:
+        taken = take_columns(source, parts, *columns)
+    except UserError as error:
+        raise UserError(f"{name}: tensor parallelism: {error}") from error
+    own = replace(source, shape=(rows[1] - rows[0], columns[1] - columns[0]))
+    return own, take_rows(source, taken, *rows)
