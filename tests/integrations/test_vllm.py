@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sparse_checkpoints import pruned_checkpoint
+from transformers import AutoModelForCausalLM
 
 import pyprune
 from pyprune.errors import UserError
@@ -17,6 +18,8 @@ from pyprune.sparse.format import quantization_config
 from pyprune.sparse.layout import LayerFormat
 
 vllm = pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from vllm.lora.request import LoRARequest  # noqa: E402
 
 from pyprune.integrations import vllm as plugin  # noqa: E402
 from pyprune.integrations.vllm.weights import check_parts  # noqa: E402
@@ -74,7 +77,7 @@ def prompts():
     return [torch.randint(3, 64, (n,), generator=generator).tolist() for n in (9, 20)]
 
 
-def served(path, **options):
+def served(path, lora=None, **options):
     """Per prompt the tokens with what was generated and the prompt's log probabilities; and the
     modules with stored weights of each process."""
     llm = engine(path, **options)
@@ -82,7 +85,7 @@ def served(path, **options):
         temperature=0, max_tokens=GENERATED, prompt_logprobs=0, detokenize=False
     )
     given = [{"prompt_token_ids": ids} for ids in prompts()]
-    outputs = llm.generate(given, sampling, use_tqdm=False)
+    outputs = llm.generate(given, sampling, use_tqdm=False, lora_request=lora)
     found = llm.apply_model(modules_of)
     llm.llm_engine.engine_core.shutdown()
     results = []
@@ -94,7 +97,10 @@ def served(path, **options):
 
 
 def compare(path, results):
-    model = pyprune.load(path, dtype="float32")
+    compare_with(pyprune.load(path, dtype="float32"), results)
+
+
+def compare_with(model, results):
     for tokens, chances in results:
         ids = torch.tensor([tokens])
         expected = model(ids).logits[0].float().log_softmax(-1)
@@ -149,6 +155,31 @@ def test_compiled(tmp_path):
     results, (found,) = served(path, enforce_eager=False)
     assert found
     compare(path, results)
+
+
+def test_lora_beside_compressed_layers(tmp_path):
+    path = compressed(tmp_path, *CASES["qwen2"])  # loses no bit
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    rank, alpha, names = 8, 16, ["q_proj", "v_proj", "gate_proj", "down_proj"]
+    generator = torch.Generator().manual_seed(1)
+    factors = {}
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in names:
+            rows, cols = module.weight.shape
+            a = torch.randn(rank, cols, generator=generator) / 10
+            b = torch.randn(rows, rank, generator=generator) / 10
+            factors[f"base_model.model.{name}.lora_A.weight"] = a
+            factors[f"base_model.model.{name}.lora_B.weight"] = b
+            module.weight.data += alpha / rank * b @ a
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(factors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": names}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    request = LoRARequest("own", 1, str(adapter))
+    results, (found,) = served(path, request, enable_lora=True, max_lora_rank=rank)
+    assert found
+    compare_with(model, results)
 
 
 def refusal(path, capfd, **options):

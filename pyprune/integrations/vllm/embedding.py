@@ -14,7 +14,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 )
 
 from pyprune.errors import UserError
-from pyprune.integrations.vllm.weights import Arrivals, check_parts
+from pyprune.integrations.vllm.weights import Arrivals, check_parts, empty_weight
 from pyprune.sparse.embedding import StoredEmbedding
 from pyprune.sparse.layout import FORMATS, LayerFormat
 from pyprune.sparse.linear import SparseLinear
@@ -56,6 +56,8 @@ class StoredEmbeddingMethod(QuantizeMethodBase):  # type: ignore[misc]
             layer.rows = StoredEmbedding(
                 rows, width, source.format, dtype=self._dtype, device="meta", tied_to=head
             ).eval()
+
+        layer.weight = empty_weight(device, self._dtype)
 
     def embedding(self, layer: VocabParallelEmbedding, ids: Tensor) -> Tensor:
         rows: Tensor = layer.rows(ids)

@@ -19,7 +19,14 @@ from vllm.model_executor.layers.linear import (
 )
 
 from pyprune.errors import UserError
-from pyprune.integrations.vllm.weights import WEIGHT, Arrivals, Parts, Piece, own_piece
+from pyprune.integrations.vllm.weights import (
+    WEIGHT,
+    Arrivals,
+    Parts,
+    Piece,
+    empty_weight,
+    own_piece,
+)
 from pyprune.sparse.layout import LayerFormat
 from pyprune.sparse.linear import SparseLinear
 from pyprune.sparse.slices import alike, stack_rows
@@ -112,8 +119,7 @@ class StoredLinearMethod(LinearMethodBase):  # type: ignore[misc]
             for piece, shift in zip(pieces, biases, strict=True)
         )
         self._has_bias = bias is not None
-        # MLA takes a dense copy of a weight by multiplying with an identity, where `weight` is.
-        layer.weight = torch.empty(0, dtype=self._dtype, device=device)
+        layer.weight = empty_weight(device, self._dtype)
 
     def _pieces(
         self, layer: LinearBase, weights: dict[Hashable, Parts], device: torch.device

@@ -117,6 +117,12 @@ def check_parts(
     check_tensors(name, source, parts, "checkpoint")
 
 
+def empty_weight(device: torch.device, dtype: torch.dtype) -> Tensor:
+    """What a layer has for a `weight`, without an element: vLLM asks it where LoRA's are to be, and
+    where and in which dtype the identity that MLA multiplies with to have a dense copy."""
+    return torch.empty(0, dtype=dtype, device=device)
+
+
 def own_piece(
     name: str,
     source: LayerFormat | None,
