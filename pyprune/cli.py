@@ -33,6 +33,7 @@ FILE_SYSTEM = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ESTALE, errno.ELOOP,
     errno.ENAMETOOLONG, errno.EMFILE,
 )  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # typer brings its own copy of click's exceptions in some versions and click's in others.
 CLICK_ERROR: type[Exception] = typer.BadParameter.__mro__[2]
 PACKAGED = "packaged"
@@ -117,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             prog_name="pyprune",
             standalone_mode=False,
         )
+        sys.stdout.flush()  # at the interpreter's end it is too late to say what is refused
         # Some versions of typer turn an interrupt into this status, others into Abort.
         return _interrupted() if status == INTERRUPTED else int(status or 0)
     except CLICK_ERROR as error:
@@ -124,9 +126,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
     except BrokenPipeError:  # pyprune inspect DIR | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 1
     except OSError as error:
+        if error.filename is None and error.errno in FULL:  # pyprune inspect DIR > /dev/full
+            _drop_stdout()
+            return _fail(f"cannot write to standard output: {error.strerror}")
         if error.filename is None or error.errno not in FILE_SYSTEM:
             raise
         return _fail(f"{os.fsdecode(error.filename)}: {error.strerror}")
@@ -136,6 +141,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not _is_users(error):
             raise
         return _fail(str(error))
+
+
+def _drop_stdout() -> None:
+    """What is still to be written there is not, so that the interpreter's end does not fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -174,6 +184,19 @@ def _fail(message: str) -> int:
 def say(sentence: str) -> None:
     """To be read while the command runs: a line on stderr."""
     print(f"pyprune: {sentence}", file=sys.stderr, flush=True)  # noqa: T201
+
+
+def check_out(out: Path) -> None:
+    """As `check_output`, and says what runs that were killed left of the directory."""
+    from pyprune.checkpoint import check_output, unfinished
+
+    check_output(out)
+    if left := unfinished(out):
+        files = [file for folder in left for file in folder.rglob("*") if file.is_file()]
+        say(
+            f"{out}: {sum(file.stat().st_size for file in files):,} bytes are left of runs that "
+            f"were killed, unless one is writing just now: {', '.join(map(str, left))}"
+        )
 
 
 def stderr() -> Console:

@@ -94,6 +94,7 @@ def heal(
             dtype=dtype,
         ),
     )
+    cli.check_out(out)
     cli.quiet()
     with ProgressBar(cli.stderr(), "healing") as bar:
         dense = None if teacher is None else cli.resolve(teacher, bar)

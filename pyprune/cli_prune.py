@@ -317,13 +317,14 @@ def prune(
     family, full = _prune_config(config, options, shown)
     if full.idle() and preserve_mask is None:
         cli.say(full.idle())
-    from pyprune.checkpoint import check_output, check_writable
+    from pyprune.checkpoint import check_apart, check_writable
+    from pyprune.checkpoint.files import nearest_folder
     from pyprune.families import Run
 
-    check_output(out)
-    if state is not None:  # or the folder in which it will be made
-        parents = state.absolute().parents
-        check_writable(next(p for p in (state, *parents) if p.exists()), "state")
+    cli.check_out(out)
+    if state is not None:
+        check_apart(out, state)
+        check_writable(nearest_folder(state), "state")
     cli.quiet()
     with ProgressBar(cli.stderr(), "pruning") as bar:
         source = cli.resolve(model, bar)

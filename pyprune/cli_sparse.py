@@ -90,6 +90,7 @@ def compress(
         raise UserError(f"--embeddings: expected {', '.join(EMBEDDINGS)}, got {embeddings!r}")
     if dtype not in ("same", "bfloat16"):
         raise UserError(f"--dtype: expected same or bfloat16, got {dtype!r}")
+    cli.check_out(out)
     if format == "deci":
         given = (choose, values, embeddings, dtype) != ("bytes", "same", "same", "same")
         _to_deci(model, out, given, as_json)
@@ -141,6 +142,7 @@ def decompress(model: Model, out: Out, as_json: AsJson = False) -> None:
     from pyprune.deci_convert import decompress_deci, is_deci
     from pyprune.sparse.convert import decompress_checkpoint
 
+    cli.check_out(out)
     with ProgressBar(cli.stderr(), "decompressing") as bar:
         source = cli.resolve(model, bar)
         restore = decompress_deci if is_deci(source) else decompress_checkpoint

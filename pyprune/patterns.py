@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Literal, get_args
 
 from pyprune.errors import UserError
@@ -48,7 +49,7 @@ class Unstructured:
             raise UserError(f"scope: expected one of {', '.join(SCOPES)}, got {self.scope!r}")
 
     def __str__(self) -> str:
-        share = f"{100 * self.sparsity:g}%"
+        share = format(Decimal(f"{100 * self.sparsity:g}"), "f") + "%"  # no exponents: 0.0000001%
         return share if self.scope is None else f"{share} {self.scope}"
 
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pyprune.checkpoint import check_writable
+from pyprune.checkpoint import check_writable, replace_file, writing
 from pyprune.errors import UserError
 from pyprune.report import text_name
 
@@ -83,17 +83,25 @@ def draw_panels(panels: Sequence[Panel], title: str, layers: int, path: Path) ->
         figure.suptitle(title, fontsize=9)
         for axis, panel in zip(axes, panels, strict=True):
             panel.paint(axis)
-        figure.savefig(path, dpi=120)
+        save_figure(figure, path, "report")
         return [path]
-    path.mkdir(exist_ok=True)
+    with writing("report", path):
+        path.mkdir(exist_ok=True)
     files = []
     for panel in panels:
         figure = Figure(figsize=(width, panel.height + 0.3), layout="constrained")
         figure.suptitle(title, fontsize=9)
         panel.paint(figure.subplots())
         files.append(path / f"{panel.name}.png")
-        figure.savefig(files[-1], dpi=120)
+        save_figure(figure, files[-1], "report")
     return files
+
+
+def save_figure(figure: Any, file: Path, option: str) -> None:
+    """Writes a matplotlib figure as a PNG, whole or not at all. Raises UserError, naming `option`,
+    for what the file system refuses."""
+    with writing(option, file.parent):
+        replace_file(file, lambda path: figure.savefig(path, dpi=120, format="png"))
 
 
 def layer_axis(axis: Any, layers: int) -> None:

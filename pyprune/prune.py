@@ -18,6 +18,7 @@ from pyprune.checkpoint import (
     Checkpoint,
     Originals,
     StreamingStore,
+    check_apart,
     check_output,
     copy_auxiliary,
     output_directory,
@@ -161,6 +162,8 @@ def prune_checkpoint(
     _check_mask(config, preserve_mask)
     measure = Measure()
     check_output(out)
+    if state is not None:
+        check_apart(out, state)
     with measure.phase("open"):
         checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
     name = source_name(source)

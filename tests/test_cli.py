@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -373,6 +374,41 @@ def test_bad_request_in_a_shell(model, tmp_path):
     assert done.returncode == 2 and done.stdout == ""
     one_line(done.stderr, "fraction in [0, 1), got 2.0")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("line", [["methods"], ["methods", "--json"], ["--version"], ["--help"]])
+def test_standard_output_that_takes_nothing(line):
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pyprune", *line],
+            check=False, stdout=full, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+    assert done.returncode == 2
+    one_line(done.stderr, "cannot write to standard output: No space left on device")
+
+
+def test_what_a_killed_run_left_is_said(model, tmp_path, capsys):
+    left = tmp_path / ".out.0123456789abcdef"
+    left.mkdir()
+    (left / "model.safetensors").write_bytes(b"x" * 1234)
+    said = "out: 1,234 bytes are left of runs that were killed, unless one is writing just now: "
+    # The last two are refused afterwards: the model is dense, the text too short.
+    for command in ("compress", "prune", "decompress", "heal"):
+        options = {"prune": ["-m", "magnitude", "-s", "0.5"], "heal": ["--nsamples", "1"]}
+        run(command, model, *options.get(command, []), "--out", tmp_path / "out")
+        assert f"{said}{left}\n" in capsys.readouterr().err
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert (left / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", [["-m", "blockpruner", "--count", "1"],
+                                    ["-m", "llm-surgeon", "-s", "0.5"]])  # fmt: skip
+def test_a_state_inside_the_output(model, tmp_path, capsys, method):
+    before = tree(tmp_path)
+    where = ["--out", tmp_path / "out", "--state", tmp_path / "out" / "state"]
+    assert run("prune", model, *method, *calibration(model), *where) == 2
+    one_line(capsys.readouterr().err, "state: expected a place outside of the output")
+    assert tree(tmp_path) == before
 
 
 def test_json_in_a_shell_is_pure(model, tmp_path):

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from pyprune.checkpoint.files import writing
 from pyprune.errors import UserError
 
 _CHUNK = 1 << 24
@@ -68,7 +69,8 @@ class Spill:
             if self._directory is None:
                 self._directory = Path(tempfile.mkdtemp(prefix="pyprune-spill-"))
             place = self._directory / key
-            _write(place, content)
+            with writing("spill", self._directory):
+                _write(place, content)
         self.spilled_bytes += len(content)
         storage.resize_(0)
         parked.moved.append((storage, len(content), place))

@@ -65,7 +65,7 @@ def _file_documents(path: Path) -> Iterator[str]:
     opener: Callable[..., io.TextIOBase] = gzip.open if path.name.endswith(".gz") else open
     plain = path.name.removesuffix(".gz").endswith(".txt")
     try:
-        with opener(path, "rt", encoding="utf-8") as lines:
+        with opener(path, "rt", encoding="utf-8-sig") as lines:  # a byte order mark is no text
             yield from _paragraphs(lines) if plain else _json_texts(path, lines)
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: expected UTF-8 text: {error}") from error

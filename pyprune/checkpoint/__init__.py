@@ -1,12 +1,14 @@
 """Checkpoints: opened and checked, read and written one block at a time, saved all or nothing."""
 
+from pyprune.checkpoint.files import check_writable, replace_file, writing
 from pyprune.checkpoint.originals import Originals
 from pyprune.checkpoint.output import (
+    check_apart,
     check_output,
-    check_writable,
     copy_auxiliary,
     output_directory,
     save_model,
+    unfinished,
     write_report,
 )
 from pyprune.checkpoint.shards import TensorEntry, read_header, read_tensor, write_tensor
@@ -18,14 +20,18 @@ __all__ = [
     "Originals",
     "StreamingStore",
     "TensorEntry",
+    "check_apart",
     "check_output",
     "check_writable",
     "copy_auxiliary",
     "output_directory",
     "read_header",
     "read_tensor",
+    "replace_file",
     "save_model",
+    "unfinished",
     "write_parameters",
     "write_report",
     "write_tensor",
+    "writing",
 ]

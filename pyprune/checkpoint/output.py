@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pyprune.checkpoint.files import nearest_folder
 from pyprune.checkpoint.originals import Originals
 from pyprune.checkpoint.source import INDEX, Checkpoint, read_json
 from pyprune.errors import UserError
@@ -30,8 +32,10 @@ MAX_SHARD_SIZE = "5GB"
 # training states, logs) is left behind.
 AUXILIARY_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".md")
 AUXILIARY_NAMES = ("LICENSE", "NOTICE", "USE_POLICY")
+TEMPLATES = "additional_chat_templates"  # a directory of .jinja files
 # Of another checkpoint's weights: its report and card, and the packaged model's sizes of its files.
 NOT_AUXILIARY = (REPORT, CARD, RECEIPT)
+_DIGITS = re.compile("[0-9a-f]{16}")  # at the end of a temporary directory's name
 # Room for configuration, tokenizer and the report, when free space is checked in advance.
 AUXILIARY_BYTES = 64 << 20
 
@@ -50,7 +54,7 @@ def output_directory(path: str | Path, *, needed: int = 0) -> Iterator[Path]:
     final = Path(path).expanduser().absolute()
     check_output(final)
     # Named before it exists: whenever an interrupt comes, it is known what to remove.
-    temporary = final.parent / f".{final.name}.{secrets.token_hex(8)}"
+    temporary = final.parent / f"{_prefix(final)}{secrets.token_hex(8)}"
     missing = [folder for folder in final.parents if not folder.exists()]
     try:
         _make_parents(final.parent)
@@ -96,9 +100,26 @@ def _remove(temporary: Path, parents: list[Path]) -> None:
             continue
 
 
+def _prefix(final: Path) -> str:
+    """What the names of the temporary directories of `final` begin with, short enough to have 16
+    digits behind it in any name's 255 bytes."""
+    return f".{os.fsdecode(os.fsencode(final.name)[:200])}."
+
+
+def unfinished(path: str | Path) -> list[Path]:
+    """What runs that were killed left of the output directory `path`, or are writing just now."""
+    final = Path(path).expanduser().absolute()
+    prefix = _prefix(final)
+    there = final.parent.iterdir() if final.parent.is_dir() else ()
+    return sorted(
+        folder for folder in there
+        if folder.name.startswith(prefix) and _DIGITS.fullmatch(folder.name[len(prefix) :])
+    )  # fmt: skip
+
+
 def check_output(path: str | Path) -> None:
     """Raises UserError unless `path` can become an output directory: absent, or empty and such that
-    another directory can take its place."""
+    another directory can take its place, in a directory that can be written to."""
     final = Path(path).expanduser().absolute()  # of "." is_mount would say that it is one
     if final.is_symlink() or (final.exists() and not final.is_dir()):
         raise UserError(f"{path}: expected a new or an empty directory, got a file or a link")
@@ -107,21 +128,24 @@ def check_output(path: str | Path) -> None:
     if final.is_dir() and (final.is_mount() or final.samefile(".")):
         what = "a mount point" if final.is_mount() else "the current directory"
         raise UserError(f"{path}: expected a new directory, got {what}; name one inside it")
+    try:  # not os.access, which knows of permissions alone
+        tempfile.TemporaryFile(dir=nearest_folder(final.parent)).close()
+    except OSError as error:
+        raise _uncreatable(final.parent, error) from error
+
+
+def check_apart(path: str | Path, state: str | Path) -> None:
+    """Raises UserError if `state`, where a run is saved, is the output directory `path` or inside
+    it: that would not be empty when it is to be written."""
+    final, saved = (Path(p).expanduser().resolve() for p in (path, state))
+    if saved.is_relative_to(final):
+        raise UserError(f"state: expected a place outside of the output {path}, got {state}")
 
 
 def check_space(folder: Path, needed: int) -> None:
     """Raises UserError if fewer than `needed` bytes are free in the file system of `folder`."""
     if shutil.disk_usage(folder).free < needed:
         raise _disk_full(folder, needed, None)
-
-
-def check_writable(folder: Path, option: str) -> None:
-    """Raises UserError, before any work is done, unless files can be made in the directory `folder`
-    that `option` needs."""
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UserError(f"{option}: cannot write into {folder}: {error.strerror}") from error
 
 
 def _disk_full(folder: Path, needed: int, temporary: Path | None) -> UserError:
@@ -156,12 +180,14 @@ def _is_errno(error: OSError | SafetensorError, number: int) -> bool:
 def _make_parents(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(errno.EACCES, "not writable")
     except OSError as error:
         if _is_errno(error, errno.ENOSPC) or _is_errno(error, errno.EDQUOT):
             raise
-        raise UserError(f"{folder}: cannot create the output there: {error.strerror}") from error
+        raise _uncreatable(folder, error) from error
+
+
+def _uncreatable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"{folder}: cannot create the output there: {error.strerror}")
 
 
 def _sync(path: Path) -> None:
@@ -184,7 +210,11 @@ def copy_auxiliary(checkpoint: Checkpoint, out_dir: Path, *, index: bool = True)
 
     index: whether the index of sharded weights too, that is, whether the shards stay the same.
     """
-    for file in sorted(checkpoint.path.rglob("*")):
+    # Not rglob, which passes over directories that it may not list.
+    files = [*checkpoint.path.iterdir()]
+    templates = checkpoint.path / TEMPLATES
+    files += templates.iterdir() if templates.is_dir() else []
+    for file in sorted(files):
         relative = file.relative_to(checkpoint.path)
         hidden = any(part.startswith(".") for part in relative.parts)
         if hidden or not file.is_file() or not _is_auxiliary(relative, checkpoint):
@@ -198,7 +228,7 @@ def copy_auxiliary(checkpoint: Checkpoint, out_dir: Path, *, index: bool = True)
 
 def _is_auxiliary(relative: Path, checkpoint: Checkpoint) -> bool:
     if len(relative.parts) > 1:
-        return relative.parts[0] == "additional_chat_templates" and relative.suffix == ".jinja"
+        return relative.suffix == ".jinja"
     if relative.name in NOT_AUXILIARY:
         return False
     if relative.suffix == ".py":
@@ -207,10 +237,11 @@ def _is_auxiliary(relative: Path, checkpoint: Checkpoint) -> bool:
 
 
 def write_report(out_dir: Path, report: Mapping[str, Any], card: str) -> None:
-    """Writes pyprune.json and the model card. JSON has no NaN or infinity: they become null."""
+    """Writes pyprune.json and the model card. JSON has no NaN or infinity: they become null. Bytes
+    of a path that are no text are escaped, in JSON's own way."""
     text = json.dumps(_finite(report), indent=2, ensure_ascii=False, allow_nan=False)
-    (out_dir / REPORT).write_text(text + "\n", encoding="utf-8")
-    (out_dir / CARD).write_text(card, encoding="utf-8")
+    for name, content in ((REPORT, text + "\n"), (CARD, card)):
+        (out_dir / name).write_text(content, encoding="utf-8", errors="backslashreplace")
 
 
 def _finite(value: Any) -> Any:

@@ -354,6 +354,11 @@ def read_config(path: Path, raw: dict[str, Any], trust_remote_code: bool) -> Pre
     if not remote and has_encoder(config):
         named = ", ".join(map(str, raw.get("architectures") or [kind]))
         raise UserError(f"{path}: expected a decoder-only language model, got an encoder ({named})")
+    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:  # transformers builds a model of no layers
+        raise UserError(
+            f"{path / 'config.json'}: num_hidden_layers: expected 1 or more, got {layers}"
+        )
     return config
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint import check_writable
+from pyprune.checkpoint import check_writable, replace_file, writing
 from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, Unit, branches_of
 from pyprune.depth.config import StructureConfig
@@ -111,10 +110,10 @@ def rate(rise: float, cost: float) -> float:
 
 
 def replace_text(file: Path, text: str) -> None:
-    """Writes a whole file at once: an interruption leaves the one before it."""
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
+    """Writes a whole state file at once: an interruption leaves the one before it. UserError for
+    what the file system refuses."""
+    with writing("state", file.parent):
+        replace_file(file, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def in_parts(batches: Sequence[Batch]) -> list[Batch]:

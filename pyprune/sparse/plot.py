@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pyprune.inspection import SHORT_DTYPES
-from pyprune.pictures import require_matplotlib, short
+from pyprune.pictures import require_matplotlib, save_figure, short
 from pyprune.sparse.bench import OWN, PHASES, BenchResult, threads
 from pyprune.sparse.stored import DENSE
 
@@ -46,7 +46,7 @@ def plot(result: BenchResult, file: Path) -> None:
         f"{result.protocol.rounds} rounds",
         fontsize=9,
     )
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file, "--plot")
 
 
 def _rates(axis: Any, result: BenchResult, phase: str) -> None:

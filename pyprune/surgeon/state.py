@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pyprune.calibration.tokens import TokenSet
+from pyprune.checkpoint import replace_file, writing
 from pyprune.config import ConfigFile
 from pyprune.errors import UserError
 from pyprune.models.fingerprint import fingerprint
 
 SCHEMA = 1
 MANIFEST = "state.json"
+# What a run that is killed in its first `save` leaves before there is a manifest.
+_OWN = re.compile(r"shot-1\.safetensors|\.shot-1\.safetensors\.tmp|\.state\.json\.tmp")
 
 
 @dataclass
@@ -84,7 +87,7 @@ class State:
         if not self.folder.exists():
             return Progress()
         manifest = self.folder / MANIFEST
-        if not self.folder.is_dir() or (not manifest.exists() and any(self.folder.iterdir())):
+        if not self.folder.is_dir() or (not manifest.exists() and self._foreign()):
             raise UserError(
                 f"state: expected an empty directory or that of an interrupted run, "
                 f"got {self.folder}"
@@ -111,6 +114,9 @@ class State:
             value.copy_(weights[name])
         return progress
 
+    def _foreign(self) -> bool:
+        return any(not _OWN.fullmatch(path.name) for path in self.folder.iterdir())
+
     def _check(self, values: Mapping[str, Any]) -> None:
         words = {"schema": "version of pyprune", "model": "model", "calibration": "text"}
         for key, word in words.items():
@@ -128,10 +134,15 @@ class State:
             )
 
     def save(self, progress: Progress, parameters: Mapping[str, Tensor]) -> None:
+        """Raises UserError for what the file system refuses; what was saved before stays then."""
+        with writing("state", self.folder):
+            self._save(progress, parameters)
+
+    def _save(self, progress: Progress, parameters: Mapping[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"shot-{progress.shots}.safetensors"
         weights = {key: value.cpu().contiguous() for key, value in parameters.items()}
-        _replace(self.folder / name, lambda path: save_file(weights, path))
+        replace_file(self.folder / name, lambda path: save_file(weights, path))
         manifest = {
             **self._identity,
             "shots": progress.shots,
@@ -139,20 +150,8 @@ class State:
             "records": {key: asdict(record) for key, record in progress.records.items()},
             "notes": progress.notes,
         }
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        _replace(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
+        text = json.dumps(manifest, indent=1) + "\n"
+        replace_file(self.folder / MANIFEST, lambda path: path.write_text(text, encoding="utf-8"))
         for old in self.folder.glob("shot-*.safetensors"):
             if old.name != name:
                 old.unlink()
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """The file is the old one or the new one, whatever happens."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write(temporary)
-    descriptor = os.open(temporary, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    temporary.replace(path)

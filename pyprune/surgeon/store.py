@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pyprune.calibration.gradient_stats import KroneckerFactors
+from pyprune.checkpoint import writing
 from pyprune.surgeon.matrix import Matrix
 
 GIB = 1 << 30
@@ -71,7 +72,8 @@ class TensorStore:
             for key, tensor in tensors.items():
                 if id(tensor) not in written:
                     path = self._folder / f"{len(self._files)}-{key}.safetensors"
-                    save_file({"value": tensor.cpu().contiguous()}, path)
+                    with writing("factors", self._folder):
+                        save_file({"value": tensor.cpu().contiguous()}, path)
                     written[id(tensor)] = path
                 self._files.setdefault(name, {})[key] = written[id(tensor)]
 

@@ -38,6 +38,13 @@ def test_jsonl_plain_and_gzip(tmp_path):
     assert read(tmp_path / "a.jsonl") == read(tmp_path / "a.jsonl.gz") == ["a\nb", ""]
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one\n\ntwo", encoding="utf-8-sig")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress('\ufeff{"text": "three"}\n'.encode()))
+    (tmp_path / "c.txt").write_text("\ufefffour \ufeff", encoding="utf-8")
+    assert read(tmp_path) == ["one", "two", "three", "four \ufeff"]
+
+
 @pytest.mark.parametrize(
     "bad",
     [

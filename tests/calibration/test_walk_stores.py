@@ -9,11 +9,13 @@ from calibration.walks import (
     state,
     wanda_half,
 )
+from limited_files import limited_files
 from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
 from pyprune.calibration.stats import NormStatistic
 from pyprune.calibration.walk import InMemoryStore, walk
+from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 
 
@@ -110,6 +112,19 @@ def test_disk_spill_is_bit_identical(family, mode, tmp_path, monkeypatch):
         assert (max(seen) >= 3) == (spill == "disk")
     assert_same(state(models[0]), state(models[1]))
     assert reports[1].held_bytes == 0 and reports[1].spilled_bytes > reports[0].held_bytes > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    from pyprune.calibration.spill import Spill
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with (
+        pytest.raises(UserError, match=r"spill: cannot write into \S+/pyprune-spill-\w+: File too"),
+        Spill("disk", torch.device("cpu")) as spill,
+        limited_files(1000),
+    ):
+        spill.put("0", [torch.randn(5000)])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -18,10 +18,12 @@ from transformers import AutoModelForCausalLM
 
 from pyprune.checkpoint import (
     Checkpoint,
+    check_apart,
     check_output,
     copy_auxiliary,
     output_directory,
     save_model,
+    unfinished,
     write_report,
 )
 from pyprune.errors import UserError
@@ -112,6 +114,13 @@ def test_parent_is_a_file(tmp_path):
         output_directory(tmp_path / "a" / "out").__enter__()
 
 
+def test_a_directory_that_cannot_be_made_is_found_in_advance():
+    """Methods that remove structure write only after their search."""
+    for path in ("/proc/out", "/proc/new/out"):
+        with pytest.raises(UserError, match="cannot create the output there"):
+            check_output(path)
+
+
 def test_too_little_space_is_found_in_advance(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     with pytest.raises(UserError, match=r"disk full: [\d,]+ bytes needed, [\d,]+ bytes free"):
@@ -179,6 +188,36 @@ def test_other_write_errors_stay_what_they_are(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_name_as_long_as_names_may_be(tmp_path):
+    for name in ("n" * 255, "ü" * 127):
+        with output_directory(tmp_path / name) as folder:
+            (folder / "a").write_text("x")
+            assert unfinished(tmp_path / name) == [folder]
+        assert (tmp_path / name / "a").read_text() == "x"
+
+
+def test_what_a_killed_run_left_is_found(tmp_path):
+    assert unfinished(tmp_path / "new" / "out") == unfinished(tmp_path / "out") == []
+    context = output_directory(tmp_path / "out")
+    killed = context.__enter__()
+    for name in (".out", ".out.txt", ".other.0123456789abcdef", ".out.2.0123456789abcdef"):
+        (tmp_path / name).mkdir()
+    assert unfinished(tmp_path / "out") == [killed]
+    with output_directory(tmp_path / "out") as folder:
+        (folder / "a").write_text("x")
+    assert (tmp_path / "out" / "a").exists() and killed.exists()  # it may not be dead
+
+
+@pytest.mark.parametrize("state", ["out", "out/state", "./new/../out/state", "link/state"])
+def test_a_state_inside_the_output_is_refused(tmp_path, monkeypatch, state):
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("out")
+    with pytest.raises(UserError, match="state: expected a place outside of the output out, got"):
+        check_apart("out", state)
+    for apart in ("state", "out2", "outer/out", "."):
+        check_apart("out", apart)
+
+
 def source(folder: Path) -> Path:
     tiny_model("llama").save_pretrained(folder, max_shard_size="20KB")
     for name in (
@@ -226,6 +265,27 @@ def test_auxiliary_files(tmp_path, trusted):
     }
     assert files == expected | ({"code.py"} if trusted else set())
     assert (tmp_path / "out" / "LICENSE").is_file()
+
+
+def test_a_directory_that_may_not_be_listed_is_an_error(tmp_path, monkeypatch):
+    """Its weights can be opened by their names: what else belongs to them must not go missing."""
+    checkpoint = Checkpoint.open(source(tmp_path / "in"))
+    (tmp_path / "out").mkdir()
+
+    def refused(path="."):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    for name in ("listdir", "scandir"):
+        monkeypatch.setattr(os, name, refused)
+    with pytest.raises(PermissionError):
+        copy_auxiliary(checkpoint, tmp_path / "out")
+
+
+def test_bytes_that_are_no_text_are_escaped(tmp_path):
+    name = os.fsdecode(b"m-\xff")
+    write_report(tmp_path, {"model": name}, f"# {name}\n")
+    assert json.loads((tmp_path / "pyprune.json").read_text(encoding="utf-8")) == {"model": name}
+    assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# m-\\udcff\n"
 
 
 def test_save_model(tmp_path):

@@ -21,6 +21,7 @@ from transformers import (
 
 from pyprune.checkpoint import Checkpoint, read_header, read_tensor, write_tensor
 from pyprune.errors import UserError
+from pyprune.sparse.convert import compress_checkpoint
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -203,6 +204,14 @@ def test_wrong_type_in_config(folder):
 def test_configuration_that_contradicts_itself(folder):
     edit_config(folder, num_attention_heads=0)
     expect_unusable(folder, "ZeroDivisionError")
+
+
+@pytest.mark.parametrize("layers", [0, -1])
+def test_no_layers(folder, tmp_path, layers):
+    edit_config(folder, num_hidden_layers=layers)
+    expect(folder, f"num_hidden_layers: expected 1 or more, got {layers}")
+    with pytest.raises(UserError, match="num_hidden_layers: expected 1 or more"):
+        compress_checkpoint(folder, tmp_path / "small")
 
 
 def test_configuration_that_cannot_be_built(folder):

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+from limited_files import limited_files
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 from tiny_models import tiny_model, tiny_tokens
@@ -55,6 +56,17 @@ def test_bad_places(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs matplotlib"):
         draw(report.decision, report.curve, tmp_path / "all.png")
+
+
+def test_a_full_disk_leaves_no_half_picture(tmp_path):
+    report = report_of("reverse")
+    for name in ("pictures", "all.png"):
+        with (
+            pytest.raises(UserError, match=r"report: cannot write into .*: File too large"),
+            limited_files(5000),
+        ):
+            draw(report.decision, report.curve, tmp_path / name)
+    assert [path.name for path in tmp_path.rglob("*")] == ["pictures"]
 
 
 def test_axes_name_their_units_and_cut_bars_say_so():

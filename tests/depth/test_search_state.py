@@ -4,6 +4,7 @@ from itertools import pairwise
 
 import pytest
 from depth_searches import close, config, model_of, of_share, search, seconds_of, tokens
+from limited_files import limited_files
 from tiny_models import tiny_model
 
 from pyprune.errors import UserError
@@ -93,3 +94,15 @@ def test_states_that_were_cached_before_a_resumption_are_not_used(tmp_path):
     for count in range(1, 6):
         search(model, config(count=count, state=file, **options))
     close(search(model, config(count=6, state=file, **options)), whole)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_file_before(tmp_path):
+    file, model = tmp_path / "state.json", model_of("llama", 4)
+    search(model, config(count=1, state=str(file)))
+    before = file.read_bytes()
+    with (
+        pytest.raises(UserError, match=f"state: cannot write into {tmp_path}: File too large"),
+        limited_files(len(before)),
+    ):
+        search(model, config(count=3, state=str(file)))
+    assert file.read_bytes() == before and list(tmp_path.iterdir()) == [file]

@@ -73,7 +73,8 @@ def test_target_is_the_pattern():
 
 
 @pytest.mark.parametrize(
-    "sparsity, words", [(0.5, "50%"), (0.07, "7%"), (0.005, "0.5%"), (1 / 3, "33.3333%")]
+    "sparsity, words",
+    [(0.5, "50%"), (0.07, "7%"), (0.005, "0.5%"), (1 / 3, "33.3333%"), (1e-9, "0.0000001%")],
 )
 def test_a_share_is_shown_as_it_is(sparsity, words):
     assert str(Unstructured(sparsity)) == words

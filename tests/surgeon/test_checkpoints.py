@@ -4,17 +4,20 @@ import json
 
 import pytest
 import torch
+from limited_files import limited_files
 from safetensors.torch import load_file, save_file
 from surgeon_runs import same, surgeon, tokens
 from tiny_models import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
+from pyprune.calibration.batches import as_token_set
 from pyprune.config import PruneConfig
 from pyprune.errors import UserError
 from pyprune.prune import prune, prune_checkpoint
 from pyprune.report import Report, model_card
 from pyprune.surgeon import run as run_module
 from pyprune.surgeon.run import STORED_AS_ZEROS
+from pyprune.surgeon.state import Progress, Record, State
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "opt", "gpt_oss"])
@@ -123,6 +126,36 @@ def test_the_state_of_something_else_is_refused(tmp_path):
     (state / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"state\.json cannot be read"):
         surgeon(tiny_model("llama"), state=state, shots=2)
+
+
+def test_a_state_that_was_killed_before_its_first_manifest_begins_anew(tmp_path):
+    whole = tiny_model("llama")
+    surgeon(whole, shots=2)
+    for name in ("shot-1.safetensors", ".shot-1.safetensors.tmp", ".state.json.tmp"):
+        state = tmp_path / name.strip(".")
+        state.mkdir()
+        (state / name).write_bytes(b"half")
+        model = tiny_model("llama")
+        surgeon(model, state=state, shots=2)
+        assert same(model, whole)
+        assert {"state.json", "shot-2.safetensors"} <= {file.name for file in state.iterdir()}
+
+
+def test_a_full_disk_leaves_the_state_before(tmp_path):
+    surgeon(tiny_model("llama"), state=tmp_path / "state", shots=1)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "state").iterdir()}
+    config, seen = PruneConfig(sparsity=0.5), as_token_set(tokens(), vocabulary=64, positions=128)
+    state = State(tmp_path / "state", tiny_model("llama"), config, seen)
+    for nbytes in (1000, 10_000):  # in the weights, in the manifest
+        weights = {"w": torch.zeros(2000)}
+        with (
+            pytest.raises(UserError, match=r"state: cannot write into \S+: File too large"),
+            limited_files(nbytes),
+        ):
+            state.save(Progress(2, {"w": Record(notes=["x" * 20_000])}, []), weights)
+        after = {file.name: file.read_bytes() for file in (tmp_path / "state").iterdir()}
+        assert before.items() <= after.items()
+        assert after.keys() - before.keys() <= {"shot-2.safetensors"}
 
 
 def test_weights_that_are_missing_from_the_state_are_an_error(tmp_path):
