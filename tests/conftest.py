@@ -64,10 +64,11 @@ def poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
         def wrapper(*args, **kwargs):
             t = allocate(*args, **kwargs)
             if isinstance(t, torch.Tensor) and type(t) is torch.Tensor and not t.is_meta:
-                if t.is_floating_point():
-                    t.fill_(float("nan"))
-                elif t.dtype is not torch.bool and not t.is_complex():
-                    t.fill_(torch.iinfo(t.dtype).max)
+                with torch.no_grad():  # of torch 2.11's checkpointing it is a leaf of the graph
+                    if t.is_floating_point():
+                        t.fill_(float("nan"))
+                    elif t.dtype is not torch.bool and not t.is_complex():
+                        t.fill_(torch.iinfo(t.dtype).max)
             return t
 
         return wrapper

@@ -1,6 +1,7 @@
 """The layout decisions of setup.py, checked from the outside."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,14 @@ def test_a_source_distribution_has_what_the_build_reads(tmp_path):
     kernels = ROOT / "pyprune" / "kernels"  # a link here, a folder of files there
     for path in (ROOT / "CMakeLists.txt", *sources, *kernels.glob("*.py")):
         assert held.get(str(path.relative_to(ROOT))), path
+
+
+def test_cmake_is_new_enough_for_the_cuda_objects():
+    """Seen with nvcc 13.0: 3.24 refuses 90a-real, 3.25.0 a toolkit without nvptxcompiler_static."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    least = re.search(r"cmake_minimum_required\(VERSION ([0-9.]+)\)", text)[1]
+    assert [int(part) for part in least.split(".")] >= [3, 25, 1]
+    assert f'"cmake>={least}"' in (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.fixture

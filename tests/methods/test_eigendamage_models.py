@@ -39,7 +39,7 @@ def config_of(sparsity, **own):
     return EigenDamageConfig(sparsity=sparsity, method_options=own)
 
 
-def setup(family="llama", double=True):
+def prepare(family="llama", double=True):
     model = tiny_model(family)
     model = model.double() if double else model
     adapter = Adapter.of(model)
@@ -57,7 +57,7 @@ def weights(adapter):
 @pytest.mark.parametrize("unit", ["directions", "elements"])
 @pytest.mark.parametrize("reestimate", [False, True])
 def test_removes_the_cheapest_of_all_layers_and_says_what_it_costs(reestimate, unit):
-    _, adapter, tokens = setup()
+    _, adapter, tokens = prepare()
     dense = weights(adapter)
     moments = {name: [0.0, 0.0, 0.0] for name in dense}
 
@@ -99,7 +99,7 @@ def test_removes_the_cheapest_of_all_layers_and_says_what_it_costs(reestimate, u
 
 def test_a_matrix_that_loses_nothing_is_not_rewritten():
     """Rotated there and back it would differ by rounding."""
-    model, adapter, tokens = setup()
+    model, adapter, tokens = prepare()
     before = {n: p.clone() for n, p in model.named_parameters()}
     layers = damage(adapter, tokens, config_of(0.002))
     untouched = {layer.name for layer in layers if not layer.removed}
@@ -111,8 +111,8 @@ def test_a_matrix_that_loses_nothing_is_not_rewritten():
 
 
 def test_thin_factors_go_in_only_where_they_are_smaller_and_compute_the_same():
-    model, adapter, tokens = setup()
-    dense_model, dense_adapter, _ = setup()
+    model, adapter, tokens = prepare()
+    dense_model, dense_adapter, _ = prepare()
     layers = damage(adapter, tokens, config_of(0.7, factored=True))
     dense = damage(dense_adapter, tokens, config_of(0.7))
     forms = {layer.form for layer in layers}
@@ -319,7 +319,7 @@ def test_is_a_method_of_the_one_command(checkpoint, tmp_path, capsys, monkeypatc
 def test_one_block_at_a_time_on_disk_changes_nothing(family, own):
     results = []
     for memory in (8.0, 1e-9):
-        model, adapter, tokens = setup(family, double=False)
+        model, adapter, tokens = prepare(family, double=False)
         told = []
         config = config_of(0.3, factor_memory=memory, fisher_samples=1, **own)
         layers = damage(adapter, tokens, config, progress=lambda *step, t=told: t.append(step))
@@ -338,7 +338,7 @@ def test_one_block_at_a_time_on_disk_changes_nothing(family, own):
 
 
 def test_what_is_not_known_is_kept_and_named():
-    model, adapter, tokens = setup("mixtral", double=False)
+    model, adapter, tokens = prepare("mixtral", double=False)
     tokens = as_token_set([tiny_tokens(1, 3)], vocabulary=64, positions=None)
     dense = weights(adapter)
     layers = {lay.name: lay for lay in damage(adapter, tokens, config_of(0.5))}
@@ -348,7 +348,7 @@ def test_what_is_not_known_is_kept_and_named():
     for lay in experts:
         assert lay.form == "kept" and "tokens that it takes: kept" in lay.note
         assert torch.equal(after[lay.name], dense[lay.name])
-    model, adapter, tokens = setup()
+    model, adapter, tokens = prepare()
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
     layers = {lay.name: lay for lay in damage(adapter, tokens, config_of(0.5))}
@@ -356,7 +356,7 @@ def test_what_is_not_known_is_kept_and_named():
         assert layers[name].note == "no gradient but zero: kept" and layers[name].rows == 64
     report = prune_eigendamage(model, tokens, config_of(0.5))
     assert report.sparsity < 0.45
-    model, adapter, tokens = setup()
+    model, adapter, tokens = prepare()
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.zero_()
         model.model.layers[1].mlp.up_proj.bias.zero_()
@@ -366,7 +366,7 @@ def test_what_is_not_known_is_kept_and_named():
 
 
 def test_bad_input_changes_nothing():
-    model, adapter, tokens = setup()
+    model, adapter, tokens = prepare()
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     dense = weights(adapter)
@@ -394,7 +394,7 @@ def test_options_are_checked(values, message):
 
 
 def test_factors_and_entries_or_a_dtype_in_memory_do_not_go_together():
-    model, _, tokens = setup()
+    model, _, tokens = prepare()
     with pytest.raises(UserError, match="factored: expected unit directions, got elements"):
         config_of(0.3, unit="elements", factored=True)
     with pytest.raises(UserError, match="dtype: expected auto for a model in memory"):
