@@ -177,7 +177,8 @@ def test_a_compressed_layer_that_the_model_has_no_place_for(small, capsys):
 def test_a_tokenizer_configuration_that_is_none(small, capsys):
     (small / "tokenizer_config.json").write_text("[]")
     line = refused(capsys, small, "generate", small, "abc")
-    assert f"{small}: its tokenizer does not load: AttributeError" in line
+    # Which of them depends on the version of transformers.
+    assert re.search(rf"{small}: its tokenizer does not load: (Attribute|Type)Error", line)
 
 
 @pytest.mark.parametrize("index", [False, True])

@@ -3,6 +3,7 @@
 import errno
 import io
 import json
+import pathlib
 import shutil
 
 import pytest
@@ -135,6 +136,8 @@ def test_a_file_that_may_not_be_read(command, name, folders, tmp_path, monkeypat
 
     monkeypatch.setattr("io.open", guarded)
     monkeypatch.setattr("builtins.open", guarded)
+    if hasattr(pathlib, "_NormalAccessor"):  # Python 3.10 keeps the io.open of its import
+        monkeypatch.setattr("pathlib._NormalAccessor.open", staticmethod(guarded))
     out = [] if command == "inspect" else ["--out", str(tmp_path / "out")]
     assert cli.main([command, str(small), *out]) == 2
     error = capsys.readouterr().err

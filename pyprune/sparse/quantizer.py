@@ -70,14 +70,25 @@ class PyPruneQuantizer(HfQuantizer):  # type: ignore[misc]
         fields = self.quantization_config.to_dict()
         self._placement = Placement(model, fields, [Path(file) for file in checkpoint_files])
         self._dtypes = {name: t.dtype for name, t in _tensors(model) if t.is_floating_point()}
+        self._shapes = {name: t.shape for name, t in _tensors(model)}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        self._check_shapes(model)
         self._cast_as_planned(model)
         # It holds the model, which holds this.
         placement, self._placement = self._placement, None
         assert placement is not None
         placement.check()
         return model
+
+    def _check_shapes(self, model: nn.Module) -> None:
+        """transformers 5.6 compares no shapes where there is a quantizer, later versions do."""
+        for name, tensor in _tensors(model):
+            planned = self._shapes.get(name, tensor.shape)
+            if tensor.shape != planned:
+                raise RuntimeError(
+                    f"mismatched: {name} has shape {list(tensor.shape)}, expected {list(planned)}"
+                )
 
     def _cast_as_planned(self, model: Any) -> None:
         """Casts what came in the file's dtype to the model's: transformers (5.17 still) takes every
