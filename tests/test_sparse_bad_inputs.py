@@ -167,11 +167,13 @@ def test_a_dense_tensor_of_another_shape(small, capsys):
     assert re.search(message, refused(capsys, small, "generate", small, "abc"))
 
 
-def test_a_compressed_layer_that_the_model_has_no_place_for(small, capsys):
-    config(lambda c: c.update(num_hidden_layers=0))(small)
+def test_a_compressed_layer_that_the_model_has_no_place_for(tmp_path, capsys):
+    small = tmp_path / "small"
+    compress_checkpoint(pruned_checkpoint(tmp_path / "dense"), small)  # of two blocks
+    config(lambda c: c.update(num_hidden_layers=1))(small)
     for command in ("decompress", "compress"):
         line = refused(capsys, small, command, small, "--out", small.parent / "out")
-        assert re.search(r"tensor model\.layers\.0\..*: the model has no place for it", line)
+        assert re.search(r"tensor model\.layers\.1\..*: the model has no place for it", line)
 
 
 def test_a_tokenizer_configuration_that_is_none(small, capsys):
