@@ -140,19 +140,16 @@ class StoredExpertsMethod(FusedMoEMethodBase):  # type: ignore[misc]
         """Raises UserError where vLLM cannot compute the activation: which it can differs between
         platforms, and some take certain widths alone."""
         kind, width = self.moe.activation, self._channels
+        what = f"{self.prefix}: compressed: activation {kind.value} of {width} channels"
+        if kind is MoEActivation.SWIGLUOAI:
+            raise UserError(f"{what}: takes gates that alternate with what they multiply")
         rows = 2 * width if kind.is_gated else width
         first = torch.zeros(1, rows, dtype=self._dtype, device=self.moe.device)
         try:
-            # Of rows that alternate, which there are none of here.
-            if kind is MoEActivation.SWIGLUOAI:
-                raise NotImplementedError("expected all gates before what they multiply")
             self._activated(first)
         except ERRORS as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise UserError(
-                f"{self.prefix}: compressed: activation {kind.value} of {width} channels: not for "
-                f"vLLM on this platform: {reason}"
-            ) from error
+            raise UserError(f"{what}: not for vLLM on this platform: {reason}") from error
 
     def _arrivals(self, layer: RoutedExperts, prefix: str, *shards: str) -> Arrivals:
         sources = [source for (_, shard), source in self.sources.items() if shard in shards]
