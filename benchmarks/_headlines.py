@@ -26,8 +26,7 @@ def headlines(folder: Path, results: Path | None) -> list[str]:
 
     lines = [
         *_model(rows("model")), *_served(rows("vllm")), *_layers(rows("sparse_linear")),
-        *_layers(rows("sparse_linear_avx2")), *_pruning(rows("prune_model")),
-        *_solve(rows("obs")), *_gram(rows("gram")),
+        *_pruning(rows("prune_model")), *_solve(rows("obs")), *_gram(rows("gram")),
         *_reconstruction(rows("reconstruct_model")), *_search(rows("blockpruner")),
         *_perplexity(rows("gradient_quality", results)), *_healed(rows("heal_quality", results)),
         *_structure(rows("depth_quality", results)),
@@ -96,8 +95,7 @@ def _layers(rows: Rows) -> Iterator[Line]:
             ]
         ]
         if cells:
-            isa = f", {mine[0]['isa'].upper()} alone" if "isa" in mine[0] else ""
-            yield (f"linear layer, {words}, bf16{isa}", ", ".join(cells) + " rows of x",
+            yield (f"linear layer, {words}, bf16", ", ".join(cells) + " rows of x",
                    "the fastest dense product of PyTorch's and ours" if mine[0].get("threads")
                    else "cuBLAS's dense product")  # fmt: skip
 

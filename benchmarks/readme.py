@@ -179,7 +179,6 @@ def model(rows: list[Row]) -> list[str]:
 RUNS = {
     "vllm": vllm,
     "sparse_linear": sparse_linear,
-    "sparse_linear_avx2": sparse_linear,
     "prune_model": prune_model,
     "walk": walk,
     "memory": memory,

@@ -26,6 +26,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
+from _harness import device_name
 
 HERE = Path(__file__).resolve().parent
 
@@ -35,10 +36,7 @@ CUDA = ["model", "sparse_linear", "prune_model", "obs", "gram", "reconstruct", "
         "pack", "select"]  # fmt: skip
 
 # Benchmarks with an option of their own: name of the rows, script, what to add. On a CPU only.
-VARIANTS = {
-    "reconstruct_model": ("reconstruct", ["--model"]),
-    "sparse_linear_avx2": ("sparse_linear", ["--isa", "avx2"]),
-}
+VARIANTS = {"reconstruct_model": ("reconstruct", ["--model"])}
 # Left out, unless asked for, where the package is not installed that they measure in.
 NEEDS = {"vllm": "vllm"}
 SMOKE_VARIANTS = {"reconstruct_model": ["--tokens", "512", "--every", "200", "--rows", "2"]}
@@ -46,12 +44,9 @@ SMOKE_VARIANTS = {"reconstruct_model": ["--tokens", "512", "--every", "200", "--
 
 def device_slug(device: str) -> str:
     """A file-name-safe name of the device that the rows were measured on."""
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        text = Path("/proc/cpuinfo").read_text()
-        found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-        name = f"{found[1] if found else 'cpu'} {torch.get_num_threads()} threads"
+    name = device_name(device)
+    if device == "cpu":
+        name += f" {torch.get_num_threads()} threads"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -19,6 +19,7 @@
 #include "cpu/sparse_table.h"
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #include "cpu/sparse_gather_avx2.h"
+#include "cpu/sparse_listed.h"
 #elif defined(PYPRUNE_NEON)
 #include "cpu/sparse_blocks.h"
 #endif
@@ -276,11 +277,11 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
         return run_table<BitmapSource<int8_t>, X>(scaled, w, broken);
     }
 #elif defined(__AVX2__)
-  if (w.format == WeightFormat::sparse24 && m <= kMostGatherRows<int8_t>) {
-    SparseLinearArgs scaled = a.linear;
-    scaled.scales = a.scales.ptr<const float>();
+  SparseLinearArgs scaled = a.linear;
+  scaled.scales = a.scales.ptr<const float>();
+  if (w.format == WeightFormat::sparse24 && m <= kMostGatherRows<int8_t>)
     return run_gather_avx2<int8_t, X>(scaled, w);
-  }
+  if (lists_pay(w, m)) return run_listed<int8_t, X>(scaled, w, broken);
 #elif defined(PYPRUNE_NEON)
   if constexpr (std::is_same_v<X, bf16>)
     if (current_isa() == Isa::neon_bf16) {
