@@ -110,7 +110,7 @@ def settle_allocator() -> None:
     It maps blocks of 128 KiB and more from the system, and has their pages cleared, each time they
     are asked for, until one has been freed: from then on blocks up to that size are kept. What ran
     before would decide how long PyTorch's temporaries take, by up to 1.7x for a loop over columns
-    of 2048. A process that has loaded a model is past that."""
+    of 2048. A process that has freed temporaries of a model's size is past that."""
     torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
 

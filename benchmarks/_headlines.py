@@ -95,7 +95,8 @@ def _layers(rows: Rows) -> Iterator[Line]:
             ]
         ]
         if cells:
-            yield (f"linear layer, {words}, bf16", ", ".join(cells) + " rows of x",
+            isa = f", {mine[0]['isa'].upper()} alone" if "isa" in mine[0] else ""
+            yield (f"linear layer, {words}, bf16{isa}", ", ".join(cells) + " rows of x",
                    "the fastest dense product of PyTorch's and ours" if mine[0].get("threads")
                    else "cuBLAS's dense product")  # fmt: skip
 

@@ -22,6 +22,7 @@ On a CUDA device decoding replays a CUDA graph of one step. Prefill at batch 64 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import tempfile
 from pathlib import Path
 
@@ -116,10 +117,16 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a tiny model, made both ways")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--batches", type=int, nargs="+", help="default: 1, 4, 16, on CUDA also 64")
+    parser.add_argument("--rounds", type=int, help="default: 5, on CUDA 3")
     parser.add_argument("--size", choices=["1b", "8b"], help="default: 1b on the CPU, 8b on CUDA")
     args = parser.parse_args()
     size = args.size or ("8b" if args.device == "cuda" else "1b")
     protocol = CUDA_PROTOCOL if args.device == "cuda" else PROTOCOL
+    if args.batches:
+        protocol = dataclasses.replace(protocol, batches=tuple(args.batches))
+    if args.rounds:
+        protocol = dataclasses.replace(protocol, rounds=args.rounds)
     make = {"1b": from_disk, "8b": in_memory}
     for made in make if args.smoke else [size]:
         models = make[made](args.smoke, args.device)

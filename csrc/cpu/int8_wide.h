@@ -1,5 +1,6 @@
-// Compressed int8 weights with many rows of x: some rows of W at a time are widened to bf16, which
-// holds every int8, and given to sparse_linear(), which scales its sums before it rounds them.
+// Compressed int8 weights with many rows of x, where no kernel takes them as they are: some rows of
+// W at a time are widened to bf16, which holds every int8, and given to sparse_linear(), which
+// scales its sums before it rounds them.
 #pragma once
 
 #include <algorithm>

@@ -45,15 +45,6 @@ void pack_gather(const X* x, int64_t stride, int64_t m, int64_t cols, float* out
     }
 }
 
-template <class T>
-inline __m256 load8(const T* v) {
-  return Vec::load(v).v;
-}
-inline __m256 load8(const int8_t* v) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(v));
-  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-}
-
 // Rows of W side by side: as many as their sums leave registers for.
 constexpr int gather_side(int m) { return m <= 2 ? 4 : 2; }
 
@@ -86,7 +77,7 @@ inline void gather_pieces(const T* const* values, const uint8_t* const* meta, in
         int32_t codes;
         std::memcpy(&codes, meta[r] + 4 * (p - p0), 4);
         const __m256i kept = _mm256_srlv_epi32(_mm256_set1_epi32(codes), h ? high : low);
-        const __m256 w = load8(v);
+        const __m256 w = load8(v).v;
         if (h || sizeof(T) == 4)
           _mm_prefetch(reinterpret_cast<const char*>(v) + ahead, _MM_HINT_T1);
 #pragma GCC unroll 4

@@ -1,7 +1,7 @@
-// Many rows of x: W is decoded a tile at a time into a first-level cache's worth of floats, or of
-// pairs of bf16, and multiplied there as a matrix (tile_words.h has what both hold). Accumulators
-// are vectors of tokens; every output is one chain of fused multiply-adds over the words, whatever
-// the number of threads.
+// Many rows of x, but for compressed W with AVX2 (sparse_panels.h): W is decoded a tile at a time
+// into a first-level cache's worth of floats, or of pairs of bf16, and multiplied there as a matrix
+// (tile_words.h has what both hold). Accumulators are vectors of tokens; every output is one chain
+// of fused multiply-adds over the words, whatever the number of threads.
 #pragma once
 
 #include <omp.h>

@@ -19,7 +19,7 @@
 #include "cpu/sparse_table.h"
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #include "cpu/sparse_gather_avx2.h"
-#include "cpu/sparse_listed.h"
+#include "cpu/sparse_panels.h"
 #elif defined(PYPRUNE_NEON)
 #include "cpu/sparse_blocks.h"
 #endif
@@ -263,12 +263,12 @@ void run_chunk(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* 
 template <class X>
 void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* broken) {
   const int64_t m = a.linear.x.shape[0];
+  [[maybe_unused]] SparseLinearArgs scaled = a.linear;
+  scaled.scales = a.scales.ptr<const float>();
 #if defined(__AVX512F__)
   if constexpr (std::is_same_v<X, bf16>)
     if (current_isa() >= Isa::avx512_bf16 &&
         !(current_isa() >= Isa::avx512_amx && m > kInt8FewRows)) {
-      SparseLinearArgs scaled = a.linear;
-      scaled.scales = a.scales.ptr<const float>();
       if (w.format == WeightFormat::sparse24) {
         if (m > kGatherPairRows) return run_table<Source24<int8_t>, X>(scaled, w);
         if (m > 1) return run_gather<GatherInt8, X>(scaled, w);
@@ -277,18 +277,12 @@ void run_int8(const SparseInt8Args& a, const Weights& w, std::atomic<int64_t>* b
         return run_table<BitmapSource<int8_t>, X>(scaled, w, broken);
     }
 #elif defined(__AVX2__)
-  SparseLinearArgs scaled = a.linear;
-  scaled.scales = a.scales.ptr<const float>();
   if (w.format == WeightFormat::sparse24 && m <= kMostGatherRows<int8_t>)
     return run_gather_avx2<int8_t, X>(scaled, w);
-  if (lists_pay(w, m)) return run_listed<int8_t, X>(scaled, w, broken);
+  if (lists_pay(w, m)) return run_panels<int8_t, X>(scaled, w, broken);
 #elif defined(PYPRUNE_NEON)
   if constexpr (std::is_same_v<X, bf16>)
-    if (current_isa() == Isa::neon_bf16) {
-      SparseLinearArgs scaled = a.linear;
-      scaled.scales = a.scales.ptr<const float>();
-      return run_blocks<int8_t>(scaled, w, broken);
-    }
+    if (current_isa() == Isa::neon_bf16) return run_blocks<int8_t>(scaled, w, broken);
 #endif
   if (m > kInt8FewRows) return many_rows<X>(a, w, broken);
   const Chunks chunks(m, kInt8ChunkRows);

@@ -20,7 +20,8 @@ PYPRUNE_CPU_KERNEL(linear_int8, SparseInt8Args)
 
 // x rows up to which int8 values are widened in registers; above, some rows of W at a time are
 // widened to bf16 in memory and given to sparse_linear(). Not so with bf16 x of so many rows that
-// tables pay (sparse_table.h, bitmap_table.h), where bf16 is native.
+// tables pay (sparse_table.h, bitmap_table.h), where bf16 is native, nor where lists do
+// (sparse_panels.h).
 constexpr int64_t kInt8FewRows = 16;
 
 }  // namespace pyprune

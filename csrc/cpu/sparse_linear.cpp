@@ -17,7 +17,7 @@
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #include "cpu/sparse_gather_avx2.h"
-#include "cpu/sparse_listed.h"
+#include "cpu/sparse_panels.h"
 #endif
 
 namespace pyprune {
@@ -64,7 +64,7 @@ void run(const SparseLinearArgs& a) {
 #elif defined(__AVX2__)
   done = a.format == WeightFormat::sparse24 && a.x.shape[0] <= kMostGatherRows<T>;
   if (done) run_gather_avx2<T, X>(a, w);
-  if (!done && lists_pay(w, a.x.shape[0])) run_listed<T, X>(a, w, &broken), done = true;
+  if (!done && lists_pay(w, a.x.shape[0])) run_panels<T, X>(a, w, &broken), done = true;
 #elif defined(PYPRUNE_NEON)
   if constexpr (std::is_same_v<T, bf16> && std::is_same_v<X, bf16>) {
     done = current_isa() == Isa::neon_bf16;

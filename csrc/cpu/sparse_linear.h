@@ -32,7 +32,8 @@ struct SparseLinearArgs {
 // buffers is ever read, whatever they hold.
 PYPRUNE_CPU_KERNEL(sparse_linear, SparseLinearArgs)
 
-// x rows up to which W is streamed once and multiplied as it is decoded; above, W is decoded into
+// x rows up to which W is streamed once and multiplied as it is decoded; above, W's kept columns
+// are listed, with AVX2 where that pays (lists_pay() in sparse_panels.h), or W is decoded into
 // tiles of floats and multiplied as a matrix, whose rows of x come by 24 (AVX2) or 16 (AVX-512).
 // From memory, 8192 x 4096, two Zen 4 cores, a bitmap takes 0.65, 0.92, 0.98 and 1.05 of the tiles'
 // time at 12, 16, 24 and 32 rows with AVX2; 0.73, 0.82 and 1.1 at 12, 24 and 32 with AVX-512.

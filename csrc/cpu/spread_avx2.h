@@ -37,6 +37,16 @@ inline Vec expand8(const int8_t* p, uint8_t keep) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
 }
 
+// Eight consecutive values as floats.
+template <class T>
+inline Vec load8(const T* p) {
+  return Vec::load(p);
+}
+inline Vec load8(const int8_t* p) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+}
+
 // The even and the odd ones of sixteen consecutive columns.
 inline Vec even_columns(const bf16* p) {
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

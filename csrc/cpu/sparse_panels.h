@@ -3,12 +3,12 @@
 // side in vectors of tokens.
 //
 // A dense row's tile (sparse_gemm.h) loads a vector of tokens once for several rows of W; here each
-// product loads its own, so a kept column costs as much as the loads: with four vectors of tokens
-// five of them, of which a core has two a cycle, where four products take two cycles. So it gains
-// from some 0.7 kept columns down, once rows of x pay for the lists (lists_pay()). Lists are made
-// once for all rows of x, in the first- and second-level caches, a piece of columns at a time; the
-// rows of a block go by the length of their lists, four of like length filled up with weights of
-// zero that meet a row of zeros.
+// product loads its own, so a kept column costs as much as the loads: for four vectors of tokens
+// these, a broadcast weight and its place, where a core loads two or three a cycle and multiplies
+// two. So it gains where some three columns in ten are gone, once rows of x pay for the lists
+// (lists_pay()). Lists are made once for a sweep over W, in the first- and second-level caches, a
+// piece of columns at a time; the rows of a block go by the length of their lists, four of like
+// length filled up with weights of zero that meet a row of zeros.
 #pragma once
 
 #include <omp.h>
@@ -38,8 +38,10 @@ static_assert(kListedColumns % kMaskColumns == 0 && kZeroOffset < 1 << 16);
 
 constexpr int kListSide = 4;        // rows whose lists have one length
 constexpr int64_t kListBlock = 64;  // rows of W whose lists are made together, at most
-constexpr int64_t kListSlack = 32;  // what may be written past the last weight of a list
-constexpr int64_t kListSlots = kListedColumns + kListSlack;
+constexpr int64_t kListStep = 32;   // weights that are widened at a time
+constexpr int64_t kListSlots =
+    kListedColumns + 16;  // of a list; eight may be written past the last
+static_assert(kListedColumns % kListStep == 0, "no step goes past a full list");
 constexpr int64_t kSumFloats = kListBlock * kListTokens;  // of a panel
 constexpr int64_t kMostListTokens = 512;                  // bounds the packed copy of x
 
@@ -56,22 +58,17 @@ struct OffsetTable {
 };
 alignas(64) constexpr OffsetTable kOffsets;
 
-template <class T>
-inline Vec load_values(const T* v) {
-  return Vec::load(v);
-}
-inline Vec load_values(const int8_t* v) { return expand8(v, 0xff); }
-
 // `count` values as floats, of which `left` are there before the matrix ends: nothing past that is
-// read. Goes by kListSlack of them, as every end of a loop that is not foreseen takes as long.
+// read. By whole steps, up to a step more: where a loop ends can hardly be foreseen, and each time
+// that it is not costs more than some values widened in vain.
 template <class T>
 inline void widen_list(const T* v, int64_t left, int64_t count, float* out) {
-  const int64_t padded = (count + kListSlack - 1) / kListSlack * kListSlack;
+  const int64_t padded = (count + kListStep - 1) / kListStep * kListStep;
   if (padded > left)
     return void(std::transform(v, v + count, out, [](T value) { return to_float(value); }));
-  for (int64_t i = 0; i < padded; i += kListSlack)
+  for (int64_t i = 0; i < padded; i += kListStep)
 #pragma GCC unroll 4
-    for (int64_t k = i; k < i + kListSlack; k += Vec::kLanes) load_values(v + k).store(out + k);
+    for (int64_t k = i; k < i + kListStep; k += Vec::kLanes) load8(v + k).store(out + k);
 }
 
 // Fills a list up from `count` to `longest` weights.
@@ -103,8 +100,9 @@ struct Lists {
   uint16_t order[kListBlock];  // the row in each slot
 };
 
-// Lists words [i0, i1) of rows [r0, r0 + count), whose cursors move on. Slots up to a multiple of
-// kListSide get empty lists of a row after the last.
+// Lists words [i0, i1) of rows [r0, r0 + count), whose cursors move on. The first slots, as many
+// as the last four rows lack of
+// kListSide get lists of zeros, of a row after the last.
 template <class T>
 void make_lists(const Weights& w, int64_t r0, int64_t count, Cursor<T>* cursors, int64_t i0,
                 int64_t i1, Lists& lists) {
@@ -127,7 +125,8 @@ void make_lists(const Weights& w, int64_t r0, int64_t count, Cursor<T>* cursors,
     v += kept[r];
     lists.order[s] = static_cast<uint16_t>(r);
     lists.counts[s] = kept[r];
-    // What is listed next in its place: the memory has the products with this piece to bring it.
+    // What is listed next, of this row or, after its last piece, of the row as far down the next
+    // block: the memory has the products with this piece to bring it.
     const T* next = v;
     if (i1 == mask_words(w.cols))
       next = static_cast<const T*>(w.values) + w.begin_within(std::min(r0 + count + r, w.rows - 1));
@@ -147,8 +146,6 @@ void make_lists(const Weights& w, int64_t r0, int64_t count, Cursor<T>* cursors,
 // rows' sums.
 template <int kVectors, int kRows>
 inline void multiply_slots(const Lists& lists, int64_t slot, const float* panel, float* sums) {
-  const float* values = lists.values[slot];
-  const uint16_t* offsets = lists.offsets[slot];
   Vec acc[kRows][kVectors];
 #pragma GCC unroll 4
   for (int r = 0; r < kRows; ++r)
@@ -160,8 +157,8 @@ inline void multiply_slots(const Lists& lists, int64_t slot, const float* panel,
   for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const Vec w = Vec::set1(values[r * kListSlots + i]);
-      const float* x = panel + offsets[r * kListSlots + i];
+      const Vec w = Vec::set1(lists.values[slot + r][i]);
+      const float* x = panel + lists.offsets[slot + r][i];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v)
         acc[r][v] = Vec::fma(w, Vec::load(x + v * Vec::kLanes), acc[r][v]);
@@ -173,18 +170,25 @@ inline void multiply_slots(const Lists& lists, int64_t slot, const float* panel,
       acc[r][v].store(sums + lists.order[slot + r] * kListTokens + v * Vec::kLanes);
 }
 
-// `slots` lists times a panel; the panel after it is fetched into the second level meanwhile, as
-// lists touch it in no order that the hardware foresees.
+// A panel whose turn is next, to be fetched into the second level meanwhile: lists touch it in no
+// order that the hardware foresees.
+struct NextPanel {
+  const float* data;
+  int64_t floats;  // of each column
+};
+
+// `slots` lists times a panel.
 template <int kVectors>
-void multiply_lists(const Lists& lists, int64_t slots, const float* panel, float* sums) {
+void multiply_panel(const Lists& lists, int64_t slots, const float* panel, NextPanel next,
+                    float* sums) {
   // So many chains of sums as keep the multipliers busy.
   constexpr int kRows = kVectors > 2 ? 2 : 4;
   const int64_t share = kListedColumns * kRows / slots + 1;  // columns fetched at a time
-  const float* next = panel + kPanelFloats;
-  for (int64_t s = 0; s < slots; s += kRows, next += share * kListTokens) {
-    for (int64_t c = 0; c < share; ++c)
-      for (int v = 0; v < kVectors * Vec::kLanes; v += 16)
-        __builtin_prefetch(next + c * kListTokens + v, 0, 2);
+  int64_t fetched = 0;
+  for (int64_t s = 0; s < slots; s += kRows) {
+    for (const int64_t end = std::min(kListedColumns, fetched + share); fetched < end; ++fetched)
+      for (int64_t v = 0; v < next.floats; v += 16)
+        __builtin_prefetch(next.data + fetched * kListTokens + v, 0, 2);
     multiply_slots<kVectors, kRows>(lists, s, panel, sums);
   }
 }
@@ -203,9 +207,9 @@ void pack_panel(const X* x, int64_t stride, int64_t tokens, int64_t cols, float*
 
 // Whether lists of W serve m rows of x best. Two threads of a Zen 3 core, 50 %, of the tiles' time:
 // 0.85 at 32 rows from memory (8192 x 4096), 0.7 in the cache (576 x 576), 0.5-0.65 from 64 on; at
-// 24, where tiles need not be made, level; by density 0.8-1.0 at 0.7 and level or behind above.
+// 24, where tiles need not be made, level; at 0.7 kept 0.75-1.0, above level or behind.
 inline bool lists_pay(const Weights& w, int64_t m) {
-  constexpr double kMostKept = 0.75;
+  constexpr double kMostKept = 0.7;
   const double size = static_cast<double>(w.rows) * static_cast<double>(w.cols);
   return w.format != WeightFormat::dense && m > kMaxDecodeRows &&
          static_cast<double>(w.nnz) <= kMostKept * size;
@@ -228,70 +232,88 @@ bool listed_rows(const Weights& w, int64_t r0, int64_t count, const Chunks& pane
   for (int64_t r = 0; r < count; ++r) cursors[r] = Cursor<T>::at(w, r0 + r, s.words + r * n);
   prefetch_meta(w, r0 + count, count);
   std::fill(s.sums, s.sums + panels.count * kSumFloats, 0.0f);
+  const float* panel = packed;
   for (int64_t i0 = 0; i0 < n; i0 += kListedWords) {
     make_lists(w, r0, count, cursors, i0, std::min(n, i0 + kListedWords), *s.lists);
-    for (int64_t p = 0; p < panels.count; ++p, packed += kPanelFloats) {
+    for (int64_t p = 0; p < panels.count; ++p, panel += kPanelFloats) {
+      const bool last = p + 1 == panels.count;  // then the next block begins with the first
+      const NextPanel next{last && i0 + kListedWords >= n ? packed : panel + kPanelFloats,
+                           panels.rows(last ? 0 : p + 1) * Vec::kLanes};
       with_rows<kListVectors>(panels.rows(p), [&](auto vectors) {
-        multiply_lists<decltype(vectors)::value>(*s.lists, slots, packed, s.sums + p * kSumFloats);
+        multiply_panel<decltype(vectors)::value>(*s.lists, slots, panel, next,
+                                                 s.sums + p * kSumFloats);
       });
     }
   }
   return true;
 }
 
+inline int64_t vectors_of(int64_t tokens) { return (tokens + Vec::kLanes - 1) / Vec::kLanes; }
+
+// Rows of W in a block: as few as make whole rounds of blocks for the threads.
+inline int64_t listed_block(int64_t rows, int threads) {
+  const int64_t rounds = (rows + kListBlock * threads - 1) / (kListBlock * threads);
+  const int64_t even = (rows + rounds * threads - 1) / (rounds * threads);
+  return (even + kListSide - 1) / kListSide * kListSide;
+}
+
+// Rows [t0, t0 + tokens) of x, at most kMostListTokens; `own` are the threads' buffers.
+template <class T, class X>
+void sweep_panels(const SparseLinearArgs& a, const Weights& w, int64_t t0, int64_t tokens,
+                  float* packed, char* own, int64_t own_bytes, std::atomic<int64_t>* broken) {
+  const Chunks panels(vectors_of(tokens), kListVectors);
+  const int64_t pieces = (w.cols + kListedColumns - 1) / kListedColumns;
+  const int64_t block = listed_block(w.rows, a.threads), blocks = (w.rows + block - 1) / block;
+  const auto first = [&](int64_t p) { return panels.begin(p) * Vec::kLanes; };
+  const auto width = [&](int64_t p) {
+    return std::min(tokens - first(p), panels.rows(p) * Vec::kLanes);
+  };
+  const int64_t stride = a.x.stride[0];
+  const X* x = a.x.ptr<const X>() + t0 * stride;
+#pragma omp parallel num_threads(a.threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < pieces * panels.count; ++i) {
+      const int64_t p = i % panels.count, c0 = i / panels.count * kListedColumns;
+      pack_panel(x + first(p) * stride + c0, stride, width(p),
+                 std::min(kListedColumns, w.cols - c0), packed + i * kPanelFloats);
+    }
+    char* mine = own + omp_get_thread_num() * own_bytes;
+    auto* sums = reinterpret_cast<float*>(mine + sizeof(Lists));
+    const ListScratch s{reinterpret_cast<Lists*>(mine), sums,
+                        reinterpret_cast<uint64_t*>(sums + panels.count * kSumFloats)};
+#pragma omp for schedule(static)
+    for (int64_t g = 0; g < blocks; ++g) {
+      const int64_t r0 = g * block, count = std::min(block, w.rows - r0);
+      if (!listed_rows<T>(w, r0, count, panels, packed, s, broken)) continue;
+      for (int64_t p = 0; p < panels.count; ++p)
+        store_transposed(s.sums + p * kSumFloats, kListTokens, count, width(p),
+                         a.scales ? a.scales + r0 : nullptr,
+                         a.bias ? a.bias->ptr<const float>() + r0 : nullptr,
+                         a.y.ptr<X>() + (t0 + first(p)) * w.rows + r0, w.rows);
+    }
+  }
+}
+
 // T: bf16, f16, fp32, int8.
 template <class T, class X>
-void run_listed(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
+void run_panels(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>* broken) {
   prefer_huge_pages(a.y, sizeof(X));
-  const int64_t m = a.x.shape[0], most = std::min(m, kMostListTokens);
-  const int64_t pieces = (mask_words(w.cols) + kListedWords - 1) / kListedWords;
-  const auto vectors_of = [](int64_t tokens) { return (tokens + Vec::kLanes - 1) / Vec::kLanes; };
-  const int64_t most_panels = Chunks(vectors_of(most), kListVectors).count;
-  const int64_t packed_floats = pieces * most_panels * kPanelFloats;
-  const int64_t sum_floats = most_panels * kSumFloats;
-  const int64_t thread_bytes = (static_cast<int64_t>(sizeof(Lists)) + sum_floats * 4 +
-                                kListBlock * mask_words(w.cols) * 8 + 63) /
-                               64 * 64;
-  Scratch scratch(packed_floats * 4 + 64 + a.threads * thread_bytes);
+  const int64_t m = a.x.shape[0];
+  const Chunks sweeps(vectors_of(m), kMostListTokens / Vec::kLanes);
+  const int64_t panels = Chunks(sweeps.rows(0), kListVectors).count;
+  const int64_t pieces = (w.cols + kListedColumns - 1) / kListedColumns;
+  const int64_t packed_floats = (pieces * panels * kPanelFloats + 15) / 16 * 16;
+  const int64_t own_floats =
+      (panels * kSumFloats + kListBlock * mask_words(w.cols) * 2 + 15) / 16 * 16;
+  const int64_t own_bytes = static_cast<int64_t>(sizeof(Lists)) + own_floats * 4;
+  const Scratch scratch(packed_floats * 4 + a.threads * own_bytes);
   float* packed = scratch.as<float>();
-  char* own = reinterpret_cast<char*>(packed + (packed_floats + 15) / 16 * 16);
-  // As many blocks as the threads share evenly.
-  const int64_t shares = (w.rows + kListBlock * a.threads - 1) / (kListBlock * a.threads);
-  const int64_t even = (w.rows + shares * a.threads - 1) / (shares * a.threads);
-  const int64_t block = (even + kListSide - 1) / kListSide * kListSide;
-  const int64_t blocks = (w.rows + block - 1) / block;
-  for (int64_t t0 = 0; t0 < m; t0 += kMostListTokens) {
-    const int64_t tokens = std::min(kMostListTokens, m - t0);
-    const Chunks panels(vectors_of(tokens), kListVectors);
-    const X* x = a.x.ptr<const X>() + t0 * a.x.stride[0];
-#pragma omp parallel num_threads(a.threads)
-    {
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < pieces * panels.count; ++i) {
-        const int64_t p = i % panels.count, c0 = i / panels.count * kListedColumns;
-        const int64_t first = panels.begin(p) * Vec::kLanes;
-        pack_panel(x + first * a.x.stride[0] + c0, a.x.stride[0],
-                   std::min(tokens - first, panels.rows(p) * Vec::kLanes),
-                   std::min(kListedColumns, w.cols - c0), packed + i * kPanelFloats);
-      }
-      char* mine = own + omp_get_thread_num() * thread_bytes;
-      auto* sums = reinterpret_cast<float*>(mine + sizeof(Lists));
-      const ListScratch s{reinterpret_cast<Lists*>(mine), sums,
-                          reinterpret_cast<uint64_t*>(sums + sum_floats)};
-#pragma omp for schedule(static)
-      for (int64_t g = 0; g < blocks; ++g) {
-        const int64_t r0 = g * block, count = std::min(block, w.rows - r0);
-        if (listed_rows<T>(w, r0, count, panels, packed, s, broken))
-          for (int64_t p = 0; p < panels.count; ++p) {
-            const int64_t first = panels.begin(p) * Vec::kLanes;
-            store_transposed(s.sums + p * kSumFloats, kListTokens, count,
-                             std::min(tokens - first, panels.rows(p) * Vec::kLanes),
-                             a.scales ? a.scales + r0 : nullptr,
-                             a.bias ? a.bias->ptr<const float>() + r0 : nullptr,
-                             a.y.ptr<X>() + (t0 + first) * w.rows + r0, w.rows);
-          }
-      }
-    }
+  char* own = reinterpret_cast<char*>(packed + packed_floats);
+  for (int64_t c = 0; c < sweeps.count; ++c) {
+    const int64_t t0 = sweeps.begin(c) * Vec::kLanes;
+    sweep_panels<T, X>(a, w, t0, std::min(m - t0, sweeps.rows(c) * Vec::kLanes), packed, own,
+                       own_bytes, broken);
   }
 }
 
