@@ -39,8 +39,7 @@ static_assert(kListedColumns % kMaskColumns == 0 && kZeroOffset < 1 << 16);
 constexpr int kListSide = 4;        // rows whose lists have one length
 constexpr int64_t kListBlock = 64;  // rows of W whose lists are made together, at most
 constexpr int64_t kListStep = 32;   // weights that are widened at a time
-constexpr int64_t kListSlots =
-    kListedColumns + 16;  // of a list; eight may be written past the last
+constexpr int64_t kListSlots = kListedColumns + 16;  // of a list; eight past its last are written
 static_assert(kListedColumns % kListStep == 0, "no step goes past a full list");
 constexpr int64_t kSumFloats = kListBlock * kListTokens;  // of a panel
 constexpr int64_t kMostListTokens = 512;                  // bounds the packed copy of x
@@ -64,8 +63,10 @@ alignas(64) constexpr OffsetTable kOffsets;
 template <class T>
 inline void widen_list(const T* v, int64_t left, int64_t count, float* out) {
   const int64_t padded = (count + kListStep - 1) / kListStep * kListStep;
-  if (padded > left)
-    return void(std::transform(v, v + count, out, [](T value) { return to_float(value); }));
+  if (padded > left) {
+    for (int64_t i = 0; i < count; ++i) out[i] = to_float(v[i]);
+    return;
+  }
   for (int64_t i = 0; i < padded; i += kListStep)
 #pragma GCC unroll 4
     for (int64_t k = i; k < i + kListStep; k += Vec::kLanes) load8(v + k).store(out + k);
@@ -100,9 +101,8 @@ struct Lists {
   uint16_t order[kListBlock];  // the row in each slot
 };
 
-// Lists words [i0, i1) of rows [r0, r0 + count), whose cursors move on. The first slots, as many
-// as the last four rows lack of
-// kListSide get lists of zeros, of a row after the last.
+// Lists words [i0, i1) of rows [r0, r0 + count), whose cursors move on. The first slots, as many as
+// make the rows a multiple of kListSide, get lists of zeros, of a row after the last.
 template <class T>
 void make_lists(const Weights& w, int64_t r0, int64_t count, Cursor<T>* cursors, int64_t i0,
                 int64_t i1, Lists& lists) {
