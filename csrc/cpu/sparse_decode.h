@@ -208,9 +208,11 @@ using CompressedRows = ColumnLists<T>;
 // Rows [r0, r0 + count) of the output. x is `packed`, a chunk every `stride` floats.
 template <class Kernel, class X>
 void decode_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int64_t count,
-                    const Chunks& chunks, const float* packed, int64_t stride,
-                    const uint64_t* words, FetchAhead& fetch, float* sums) {
+                    const Chunks& chunks, const float* packed, int64_t stride, uint64_t* words,
+                    FetchAhead& fetch, float* sums, std::atomic<int64_t>* broken) {
   using T = typename Kernel::Value;
+  Cursor<T> begins[kMostFewRows];
+  if (!begin_rows(w, r0, count, words, begins, broken)) return;
   const int64_t n = mask_words(w.cols), side = Kernel::side(static_cast<int>(chunks.rows(0)));
   const auto row_at = [&](int64_t r) {
     return static_cast<const char*>(w.values) +
@@ -220,12 +222,13 @@ void decode_outputs(const SparseLinearArgs& a, const Weights& w, int64_t r0, int
   fetch.plan(end, row_at(r0 + 2 * count), (count / side + count % side) * n * chunks.count);
   for (int64_t c = 0; c < chunks.count; ++c) {
     Cursor<T> cursors[kMostFewRows];
-    for (int64_t r = 0; r < count; ++r) cursors[r] = Cursor<T>::at(w, r0 + r, words + r * n);
+    std::copy_n(begins, count, cursors);
     const int64_t m0 = chunks.begin(c), m = chunks.rows(c);
     with_rows<Kernel::kChunk>(m, [&](auto rows) {
       Kernel::template multiply<decltype(rows)::value>(w, cursors, count, packed + c * stride,
                                                        c == 0 ? end - row_at(r0) : 0, fetch, sums);
     });
+    if (!end_rows(cursors, r0, count, broken)) return;
     Kernel::store(sums, count, m, a.scales ? a.scales + r0 : nullptr,
                   a.bias ? a.bias->ptr<const float>() + r0 : nullptr,
                   a.y.ptr<X>() + m0 * w.rows + r0, w.rows);
@@ -259,11 +262,9 @@ void run_rows(const SparseLinearArgs& a, const Weights& w, std::atomic<int64_t>*
 #pragma omp for schedule(static)
     for (int64_t g = 0; g < blocks; ++g) {
       const int64_t r0 = g * block, count = std::min(block, w.rows - r0);
-      if (!Kernel::kDense) {
-        prefetch_meta(w, r0 + block, block);
-        if (!block_masks(w, r0, count, masks, broken)) continue;
-      }
-      decode_outputs<Kernel, X>(a, w, r0, count, chunks, packed, stride, masks, fetch, mine);
+      if (!Kernel::kDense) prefetch_meta(w, r0 + block, block);
+      decode_outputs<Kernel, X>(a, w, r0, count, chunks, packed, stride, masks, fetch, mine,
+                                broken);
     }
   }
 }

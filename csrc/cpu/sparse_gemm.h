@@ -247,9 +247,12 @@ bool multiply_rows(const Weights& w, int64_t r0, int64_t count, int64_t rows, co
   using T = typename As::Value;
   constexpr int64_t kWords = As::kColumns / kMaskColumns;
   const int64_t n = mask_words(w.cols), stride = panels_of(tokens) * kPanelTokens;
-  if (!kDense && !block_masks(w, r0, count, s.words, broken)) return false;
   Cursor<T> cursors[kTileRows];
-  for (int64_t r = 0; r < count; ++r) cursors[r] = Cursor<T>::at(w, r0 + r, s.words + r * n);
+  if constexpr (kDense) {
+    for (int64_t r = 0; r < count; ++r) cursors[r] = Cursor<T>::at(w, r0 + r, nullptr);
+  } else {
+    if (!begin_rows(w, r0, count, s.words, cursors, broken)) return false;
+  }
   prefetch_meta(w, r0 + rows, rows);
   std::fill(s.sums, s.sums + rows * stride, 0.0f);
   const int64_t depths = depths_of<As>(w.cols);
@@ -274,9 +277,7 @@ bool multiply_rows(const Weights& w, int64_t r0, int64_t count, int64_t rows, co
 #endif
     multiply_tile<As>(s.tile, x, rows, depth, tokens, next, s.sums);
   }
-  for (int64_t r = 0; r < count; ++r)
-    if (!cursors[r].complete()) return broken->store(r0 + r, std::memory_order_relaxed), false;
-  return true;
+  return end_rows(cursors, r0, count, broken);
 }
 
 template <class As>

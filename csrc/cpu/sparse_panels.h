@@ -226,10 +226,9 @@ struct ListScratch {
 template <class T>
 bool listed_rows(const Weights& w, int64_t r0, int64_t count, const Chunks& panels,
                  const float* packed, const ListScratch& s, std::atomic<int64_t>* broken) {
-  if (!block_masks(w, r0, count, s.words, broken)) return false;
   const int64_t n = mask_words(w.cols), slots = (count + kListSide - 1) / kListSide * kListSide;
   Cursor<T> cursors[kListBlock];
-  for (int64_t r = 0; r < count; ++r) cursors[r] = Cursor<T>::at(w, r0 + r, s.words + r * n);
+  if (!begin_rows(w, r0, count, s.words, cursors, broken)) return false;
   prefetch_meta(w, r0 + count, count);
   std::fill(s.sums, s.sums + panels.count * kSumFloats, 0.0f);
   const float* panel = packed;
@@ -245,7 +244,7 @@ bool listed_rows(const Weights& w, int64_t r0, int64_t count, const Chunks& pane
       });
     }
   }
-  return true;
+  return end_rows(cursors, r0, count, broken);
 }
 
 inline int64_t vectors_of(int64_t tokens) { return (tokens + Vec::kLanes - 1) / Vec::kLanes; }

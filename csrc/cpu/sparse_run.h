@@ -254,18 +254,6 @@ void store_transposed(const float* sums, int64_t stride, int64_t count, int64_t 
 #endif
 }
 
-// The masks of rows [r0, r0 + count); false, and the row noted, when one is inconsistent.
-inline bool block_masks(const Weights& w, int64_t r0, int64_t count, uint64_t* words,
-                        std::atomic<int64_t>* broken) {
-  bool sound = true;
-  for (int64_t r = 0; r < count; ++r)
-    if (!row_mask(w, r0 + r, words + r * mask_words(w.cols))) {
-      broken->store(r0 + r, std::memory_order_relaxed);
-      sound = false;
-    }
-  return sound;
-}
-
 // Calls f with m, one of kMost, kMost - kStep, ... above zero, as a constant.
 template <int kMost, int kStep = 1, class F>
 void with_rows(int64_t m, F&& f) {
