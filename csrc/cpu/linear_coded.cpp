@@ -310,9 +310,10 @@ struct TileFloats : AsFloats<float> {
 };
 
 // `count` rows of W from their cursors times the M rows of packed x into `sums`.
+// Not inlined: compiled once for all dtypes of x and y.
 template <class Kernel, int M>
-void few_block(const CodedMatrix& w, CodedRow* rows, int64_t count, int64_t ahead,
-               const typename Kernel::T* x, float* sums) {
+[[gnu::noinline]] void few_block(const CodedMatrix& w, CodedRow* rows, int64_t count, int64_t ahead,
+                                 const typename Kernel::T* x, float* sums) {
   constexpr int kSide = Kernel::side(M);
   const int64_t n = mask_words(w.cols);
   // For one or two rows of x all of it stays in the first-level cache.

@@ -189,9 +189,10 @@ struct TilePairs : AsPairs {
 #endif
 
 // `count` rows of W from q times one chunk of M rows of x into `sums`.
+// Not inlined: compiled once for all dtypes of x and y.
 template <class Kernel, int M>
-void few_block(const int8_t* q, int64_t cols, int64_t count, const typename Kernel::T* x,
-               float* sums) {
+[[gnu::noinline]] void few_block(const int8_t* q, int64_t cols, int64_t count,
+                                 const typename Kernel::T* x, float* sums) {
   constexpr int kSide = Kernel::side(M);
   const int64_t n = mask_words(cols);
   // For one or two rows of x all of it stays in the first-level cache.

@@ -172,9 +172,11 @@ struct ColumnVectors {
   static void pack(const X* x, int64_t stride, int64_t m, int64_t cols, float* out) {
     pack_decode<T, kDense>(x, stride, m, cols, out);
   }
+  // Not inlined: it is compiled once for all dtypes of x, which only packing and storing know.
   template <int M>
-  static void multiply(const Weights& w, Cursor<T>* cursors, int64_t count, const float* x,
-                       int64_t ahead, FetchAhead& fetch, float* sums) {
+  [[gnu::noinline]] static void multiply(const Weights& w, Cursor<T>* cursors, int64_t count,
+                                         const float* x, int64_t ahead, FetchAhead& fetch,
+                                         float* sums) {
     const int64_t n = mask_words(w.cols);
     std::fill(sums, sums + count * M * Vec::kLanes, 0.0f);
     // For one or two rows of x all of it is a piece.

@@ -176,10 +176,11 @@ struct FewScratch {
 };
 
 // Rows [r0, r0 + count) of W times all M rows of x into `s.sums`; false, and the row noted, when
-// one is inconsistent.
+// one is inconsistent. Not inlined: compiled once for all dtypes of x and y.
 template <class Kernel, int M>
-bool few_block(const Weights& w, int64_t r0, int64_t count, const typename Kernel::T* x,
-               const FewScratch& s, std::atomic<int64_t>* broken) {
+[[gnu::noinline]] bool few_block(const Weights& w, int64_t r0, int64_t count,
+                                 const typename Kernel::T* x, const FewScratch& s,
+                                 std::atomic<int64_t>* broken) {
   constexpr int kSide = Kernel::side(M);
   const int64_t n = mask_words(w.cols);
   const auto* values = static_cast<const int8_t*>(w.values);

@@ -55,8 +55,8 @@ struct ColumnLists {
       for (int64_t c = 0; c < cols; ++c) out[c * width + i] = to_float(x[i * stride + c]);
   }
   template <int M>
-  static void multiply(const Weights& w, Cursor<T>* cursors, int64_t count, const float* x, int64_t,
-                       FetchAhead&, float* sums) {
+  [[gnu::noinline]] static void multiply(const Weights& w, Cursor<T>* cursors, int64_t count,
+                                         const float* x, int64_t, FetchAhead&, float* sums) {
     constexpr int L = lanes(M);
     const int64_t n = mask_words(w.cols), piece = M <= 2 ? n : piece_words(L);
     std::fill(sums, sums + count * L, 0.0f);

@@ -34,22 +34,25 @@ template <class T>
 constexpr bool kDenseEvenOdd = std::is_same_v<T, bf16>;
 
 // Columns [8 * step, 8 * step + 8) of a dense row, in that order, from `p` on, which is the first
-// of them; `count` columns are left before the row ends. kEnds: that may be fewer than are read.
-template <bool kEnds, class T>
-inline Vec dense_columns(const T* p, int step, int64_t count) {
-  constexpr int kRead = kDenseEvenOdd<T> ? 16 : 8;
-  const bool odd = kDenseEvenOdd<T> && step % 2;
-  if (odd) p -= 8, count += 8;
-  T row[kRead] = {};
-  if (kEnds && count < kRead) {
-    std::copy_n(p, std::max<int64_t>(count, 0), row);
-    p = row;
-  }
+// of them.
+template <class T>
+inline Vec dense_columns(const T* p, int step) {
   if constexpr (kDenseEvenOdd<T>) {
-    return odd ? odd_columns(p) : even_columns(p);
+    return step % 2 ? odd_columns(p - 8) : even_columns(p);
   } else {
     return Vec::load(p);
   }
+}
+
+// The same where `count` columns are left before the row ends, fewer than may be read. Not inlined,
+// here and below: what is rare would be most of the code.
+template <class T>
+[[gnu::noinline]] Vec last_dense_columns(const T* p, int step, int64_t count) {
+  constexpr int kRead = kDenseEvenOdd<T> ? 16 : 8;
+  const int before = kDenseEvenOdd<T> && step % 2 ? 8 : 0;
+  T row[kRead] = {};
+  std::copy_n(p - before, std::clamp<int64_t>(count + before, 0, kRead), row);
+  return dense_columns(row + before, step);
 }
 
 // Eight columns as floats, for those who may choose.
@@ -60,14 +63,17 @@ struct EightFloats {
   }
 };
 
-// Eight columns of which `keep` are stored from p on, which is `left` values before the matrix
-// ends: nothing past that is read.
-template <class Eight = EightFloats, class T>
-inline auto spread_columns(const T* p, int64_t left, uint8_t keep) {
-  if (left >= 8) return Eight::expand(p, keep);
+// Eight columns of which `keep` are stored from p on, which is `left` values, fewer than eight,
+// before the matrix ends: nothing past that is read.
+template <class Eight, class T>
+[[gnu::noinline]] auto spread_last(const T* p, int64_t left, uint8_t keep) {
   T last[8] = {};
   std::copy_n(p, std::max<int64_t>(left, 0), last);
   return Eight::expand(last, keep);
+}
+template <class Eight = EightFloats, class T>
+inline auto spread_columns(const T* p, int64_t left, uint8_t keep) {
+  return left >= 8 ? Eight::expand(p, keep) : spread_last<Eight>(p, left, keep);
 }
 
 // R rows of a dense matrix or a bitmap, from `v` on, which moves on; `masks` are those of whole
@@ -119,7 +125,9 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
         for (int r = 0; r < R; ++r) {
           const int step = first + s;
           if constexpr (kDense) {
-            w[s][r] = dense_columns<kEnds>(v[r], step, rows.cols - 64 * i - 8 * step);
+            const int64_t left = rows.cols - 64 * i - 8 * step;
+            w[s][r] = kEnds && left < 16 ? last_dense_columns(v[r], step, left)
+                                         : dense_columns(v[r], step);
             v[r] += 8;
           } else {
             const uint8_t keep = kept[r].keep(step);
