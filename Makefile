@@ -68,7 +68,7 @@ ASAN_DIR ?= build/asan
 ASAN_OPS ?=
 ASAN_SITE = $(ASAN_DIR)/site
 ASAN_TESTS ?= $(addprefix tests/ops/test_,$(addsuffix .py,pack_24 pack_bitmap sparse_linear \
-  sparse_panels bitmap_table sparse_int8 coded guard_page mask_nm mask_topk mask_global column_norms))
+  sparse_panels bitmap_masks bitmap_table sparse_int8 coded guard_page mask_nm mask_topk mask_global column_norms))
 asan: $(INSTALLED)
 	mkdir -p $(ASAN_SITE)/pyprune
 	for f in pyprune/*; do [[ $$f == *.so || $$f == *__pycache__ ]] \
@@ -89,7 +89,7 @@ asan-sparse:
 	$(MAKE) asan ASAN_DIR=build/asan-sparse \
 	  ASAN_OPS='kept_memory;pack;sparse_linear;sparse_int8;linear_int8;coded;linear_coded;unpack_coded;select;mask_nm;mask_topk;mask_global' \
 	  ASAN_TESTS="$(addprefix tests/ops/test_,$(addsuffix .py,pack_24 pack_bitmap sparse_linear \
-	  sparse_panels bitmap_table sparse_int8 coded))"
+	  sparse_panels bitmap_masks bitmap_table sparse_int8 coded))"
 
 # Every benchmark for real, rows into benchmarks/results/. Half an hour or more on two cores.
 bench: $(BUILT)

@@ -78,9 +78,33 @@ def products():
                     for y in got:
                         torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-1)
 
+def wrong_masks():
+    # Rows whose masks keep more columns than they have values, up to all, which are counted while
+    # the products are made: values must not be read past the last one meanwhile.
+    global after
+    after = True
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows, cols in ((9, 128), (40, 64)):
+            every_other = torch.arange(rows * cols).view(rows, cols) % 2 == 0
+            values, bitmap, offsets = pack_bitmap(every_other.to(dtype), every_other)
+            for wrong in range(rows):
+                masks = bitmap.clone()
+                masks[wrong:] = 255
+                for m in (1, 2, 3, 8, 12, 40, 200):
+                    for x_dtype in (torch.float32, torch.bfloat16):
+                        try:
+                            ops.linear_bitmap(torch.ones(m, cols, dtype=x_dtype), guarded(values),
+                                              masks, offsets)
+                        except ValueError as error:
+                            assert "bits that do not match" in str(error)
+                        else:
+                            raise AssertionError("a wrong mask was taken")
+        kept.clear()
+
 for isa in sys.argv[1:]:
     _native.MODULE.set_isa(isa)
     products()
+    wrong_masks()
     print("done", isa, flush=True)
     kept.clear()  # a process has a limited number of mappings
 last = guarded(torch.ones(3))
