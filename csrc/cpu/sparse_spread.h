@@ -63,6 +63,14 @@ struct EightFloats {
   }
 };
 
+// The same, multiplied by kRaised.
+struct EightRaised {
+  template <class T>
+  static Vec expand(const T* p, uint8_t keep) {
+    return expand8_raised(p, keep);
+  }
+};
+
 // Eight columns of which `keep` are stored from p on, which is `left` values, fewer than eight,
 // before the matrix ends: nothing past that is read.
 template <class Eight, class T>
@@ -94,7 +102,8 @@ template <class T, bool kDense, bool kAhead, int kRun, int M, int R, bool kEnds>
 inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const float* x,
                            int64_t ahead, FetchAhead* fetch, float* sums) {
   constexpr int kChains = M == 1 ? 2 : 1;
-  constexpr int kSteps = R == 1 ? 4 : 1;  // of eight columns, before x is taken
+  constexpr float kScale = kDense ? 1.0f : kRaised<T>;  // of the sums meanwhile
+  constexpr int kSteps = R == 1 ? 4 : 1;                // of eight columns, before x is taken
   // Steps from one line to fetch to the next: dense, or at half density.
   constexpr int kFetch = std::min<int>(8, (kDense ? 8 : 16) / sizeof(T));
   Vec acc[R][M][kChains];
@@ -106,6 +115,7 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
     masks[r] = static_cast<const uint8_t*>(rows.masks[r]);
     for (int m = 0; m < M; ++m) {
       acc[r][m][0] = Vec::load(sums + (r * M + m) * 8);
+      if (kScale != 1.0f) acc[r][m][0] = acc[r][m][0] * Vec::set1(kScale);
       if (kChains == 2) acc[r][m][kChains - 1] = Vec::zero();
     }
   }
@@ -132,7 +142,8 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
           } else {
             const uint8_t keep = kept[r].keep(step);
             const T* at = kept[r].take(v[r], step);
-            w[s][r] = kEnds ? spread_columns(at, rows.end - at, keep) : expand8(at, keep);
+            w[s][r] = kEnds ? spread_columns<EightRaised>(at, rows.end - at, keep)
+                            : EightRaised::expand(at, keep);
           }
           if (kAhead && step % kFetch == kFetch - 1)
             __builtin_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, 0, 2);
@@ -155,6 +166,7 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
     for (int m = 0; m < M; ++m) {
       Vec sum = acc[r][m][0];
       if (kChains == 2) sum = sum + acc[r][m][kChains - 1];
+      if (kScale != 1.0f) sum = sum * Vec::set1(1.0f / kScale);
       sum.store(sums + (r * M + m) * 8);
     }
   }

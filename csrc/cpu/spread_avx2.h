@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
+#include <type_traits>
 
 #include "cpu/simd.h"
 #include "cpu/spread_table.h"
@@ -35,6 +37,25 @@ inline Vec expand8(const int8_t* p, uint8_t keep) {
   const __m128i next = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
   const __m128i bytes = _mm_shuffle_epi8(next, picks_of(keep));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+}
+
+// What expand8_raised() multiplies values by. A byte that lands in the highest of four needs no
+// sign extension: three instructions instead of five, 0.82-0.86 of the time of a bitmap's products
+// with one to four rows of x (Zen 3, in the cache). Activations above 2^96 then overflow.
+template <class T>
+constexpr float kRaised = std::is_same_v<T, int8_t> ? 0x1p24f : 1.0f;
+
+template <class T>
+inline Vec expand8_raised(const T* p, uint8_t keep) {
+  if constexpr (std::is_same_v<T, int8_t>) {
+    int64_t bytes;
+    std::memcpy(&bytes, p, 8);
+    const auto* pick = reinterpret_cast<const __m256i*>(kSpread<1, 4>.pick[keep]);
+    const __m256i next = _mm256_set1_epi64x(bytes);
+    return {_mm256_cvtepi32_ps(_mm256_shuffle_epi8(next, _mm256_load_si256(pick)))};
+  } else {
+    return expand8(p, keep);
+  }
 }
 
 // Eight consecutive values as floats.

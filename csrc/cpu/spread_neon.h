@@ -55,6 +55,14 @@ inline Vec expand8(const int8_t* p, uint8_t keep) {
           vcvtq_n_f32_s32(vreinterpretq_s32_u32(spread.val[1]), 24)};
 }
 
+// As in spread_avx2.h: nothing to gain here.
+template <class T>
+constexpr float kRaised = 1.0f;
+template <class T>
+inline Vec expand8_raised(const T* p, uint8_t keep) {
+  return expand8(p, keep);
+}
+
 // The even and the odd ones of sixteen consecutive columns.
 inline Vec even_columns(const bf16* p) {
   const auto even = [](const bf16* at) {

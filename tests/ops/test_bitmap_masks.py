@@ -2,6 +2,8 @@
 is whole words, kernels count its bits as they take its values, except near the end of the matrix,
 where a wrong one could lead past it."""
 
+from functools import partial
+
 import pytest
 import torch
 from ops.compressed import pack_bitmap
@@ -38,12 +40,18 @@ def test_a_wrong_mask_is_refused_anywhere(change, row, isa, use_isa):
             offsets[row + 1 if row + 1 < ROWS else row] -= 1
         else:
             kept.fill_(255 if change == "all" else 0)
+        int8 = (values.to(torch.int8), bitmap, offsets, torch.ones(ROWS))
         for m in TOKENS:
             for x_dtype in (torch.float32, torch.bfloat16):
-                with pytest.raises(ValueError, match=r"row \d+ has bits that do not match") as got:
-                    ops.linear_bitmap(torch.ones(m, COLS, dtype=x_dtype), values, bitmap, offsets)
-                named = int(str(got.value).split("row ")[1].split()[0])
-                assert abs(named - row) <= (change == "moved from the next")
+                x = torch.ones(m, COLS, dtype=x_dtype)
+                for product in (
+                    partial(ops.linear_bitmap, x, values, bitmap, offsets),
+                    partial(ops.linear_bitmap_int8, x, *int8),
+                ):
+                    with pytest.raises(ValueError, match=r"bits that do not match") as got:
+                        product()
+                    named = int(str(got.value).split("row ")[1].split()[0])
+                    assert abs(named - row) <= (change == "moved from the next")
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
