@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 from huggingface_hub.utils import logging as hub_logging
 from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB, tiny_model
@@ -376,7 +377,10 @@ def test_bad_request_in_a_shell(model, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("line", [["methods"], ["methods", "--json"], ["--version"], ["--help"]])
+NO_SPACE = "cannot write to standard output: No space left on device"
+
+
+@pytest.mark.parametrize("line", [["--version"], ["--help"]])
 def test_standard_output_that_takes_nothing(line):
     with Path("/dev/full").open("w") as full:
         done = subprocess.run(
@@ -384,7 +388,18 @@ def test_standard_output_that_takes_nothing(line):
             check=False, stdout=full, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
     assert done.returncode == 2
-    one_line(done.stderr, "cannot write to standard output: No space left on device")
+    one_line(done.stderr, NO_SPACE)
+
+
+def test_standard_output_that_takes_no_table():
+    script = "import sys; from pyprune import cli; sys.exit(cli.main({}))"
+    with Path("/dev/full").open("w") as full:
+        lines = (["methods"], ["methods", "--json"])
+        done = run_forked(*map(script.format, lines), status=2, stdout=full)
+    assert done.returncode == 0, done.stderr
+    for line in done.stderr.splitlines(keepends=True):
+        one_line(line, NO_SPACE)
+    assert done.stderr.count("\n") == 2
 
 
 def test_what_a_killed_run_left_is_said(model, tmp_path, capsys):
@@ -437,26 +452,28 @@ def test_refusals_of_ops_are_the_users(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# Stops at the first pruned layer of the run until the test has sent its signal.
+# Each stops at the first pruned layer until the test has sent its signal; forks, to import once.
 SLOW = """
-import signal, sys, time
-from pyprune import cli
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell ignores it
+import os, signal, sys, time, warnings
+from pyprune import cli, prune
 from pyprune.checkpoint import StreamingStore
-# A shell that starts the tests in the background has them, and so this process, ignore Ctrl-C;
-# under nohup it ignores the terminal's end too.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
+warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
 def flush(self, i):
-    print("writing", flush=True)
+    print(os.getpid(), flush=True)
     time.sleep(3600)
 StreamingStore.flush = flush
-sys.exit(cli.main(sys.argv[1:]))
+for _ in range(3):
+    if not (child := os.fork()):
+        # A shell that starts the tests in the background has them, and so this process, ignore
+        # Ctrl-C; under nohup it ignores the terminal's end too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        sys.exit(cli.main(sys.argv[1:]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_interrupt_leaves_nothing(model, tmp_path, number):
+def test_interrupt_leaves_nothing(model, tmp_path):
     before = tree(tmp_path)
     arguments = ["prune", model, "-m", "magnitude", "-s", "0.5", "--out", tmp_path / "a" / "out"]
     with subprocess.Popen(
@@ -466,12 +483,14 @@ def test_interrupt_leaves_nothing(model, tmp_path, number):
         text=True,
     ) as process:
         assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline() == "writing\n"
-        assert tree(tmp_path) != before
-        process.send_signal(number)
-        assert process.wait(timeout=600) == 130  # long: machines that run tests are busy
-        assert process.stderr.read() == "pyprune: interrupted\n"
-    assert tree(tmp_path) == before
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            writer = int(process.stdout.readline())
+            assert tree(tmp_path) != before
+            os.kill(writer, number)
+            assert process.stdout.readline() == "130\n", number
+            assert tree(tmp_path) == before
+        assert process.stderr.read() == "pyprune: interrupted\n" * 3
+        assert process.wait(timeout=600) == 0
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

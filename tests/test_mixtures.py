@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -34,17 +35,27 @@ STACKED = ("granitemoe", "gpt_oss", "llama4_text")
 
 
 def saved(folder, family):
-    model = tiny_model(family).to(torch.bfloat16)
-    model.save_pretrained(folder / "in")
-    return folder / "in"
+    tiny_model(family).to(torch.bfloat16).save_pretrained(folder)
+    return folder
 
 
-def pruned(folder, family, **options):
-    """Pruned 2:4 by wanda; also the report."""
-    config = PruneConfig(method="wanda", pattern="2:4")
-    batches = [tiny_tokens(8, 32, seed) for seed in range(2)]
-    report = prune_checkpoint(saved(folder, family), folder / "out", config, batches=batches)
-    return folder / "out", report
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """Called with a folder and a family: pruned 2:4 by wanda, in a copy of its own; and the report.
+    `in` is what was pruned."""
+    reports, root = {}, tmp_path_factory.mktemp("mixtures")
+
+    def prune_once(folder, family):
+        if family not in reports:
+            source, out = root / family / "in", root / family / "out"
+            saved(source, family)
+            config = PruneConfig(method="wanda", pattern="2:4")
+            batches = [tiny_tokens(8, 32, seed) for seed in range(2)]
+            reports[family] = prune_checkpoint(source, out, config, batches=batches)
+        shutil.copytree(root / family, folder, dirs_exist_ok=True)
+        return folder / "out", reports[family]
+
+    return prune_once
 
 
 def expert_tensors(tensors):
@@ -55,7 +66,7 @@ def expert_tensors(tensors):
 
 
 @pytest.mark.parametrize("family", MIXTURES)
-def test_every_expert_is_pruned_and_routers_are_not(family, tmp_path):
+def test_every_expert_is_pruned_and_routers_are_not(family, pruned, tmp_path):
     out, report = pruned(tmp_path, family)
     before, after = tensors_of(tmp_path / "in"), tensors_of(out)
     experts = expert_tensors(after)
@@ -81,7 +92,7 @@ def test_every_expert_is_pruned_and_routers_are_not(family, tmp_path):
 
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("family", MIXTURES)
-def test_compressed_it_computes_the_same_and_comes_back(family, int8, tmp_path):
+def test_compressed_it_computes_the_same_and_comes_back(family, int8, pruned, tmp_path):
     dense, _ = pruned(tmp_path, family)
     report = compress_checkpoint(dense, tmp_path / "small", int8=int8)
     experts = [name for name in report.formats if "experts." in name or "_linear.weight." in name]
@@ -128,7 +139,7 @@ def test_compressed_it_computes_the_same_and_comes_back(family, int8, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "llama4_text"])
-def test_stacked_experts_are_inspected_and_compressed_again(family, tmp_path):
+def test_stacked_experts_are_inspected_and_compressed_again(family, pruned, tmp_path):
     dense, _ = pruned(tmp_path, family)
     compress_checkpoint(dense, tmp_path / "small")
     opened = StoredCheckpoint.open(tmp_path / "small")
@@ -148,7 +159,7 @@ def test_stacked_experts_are_inspected_and_compressed_again(family, tmp_path):
     assert one.keys() == other.keys() and all(bits_equal(one[name], other[name]) for name in one)
 
 
-def test_a_stack_with_a_dense_expert_stays_one_tensor(tmp_path):
+def test_a_stack_with_a_dense_expert_stays_one_tensor(pruned, tmp_path):
     dense, _ = pruned(tmp_path, "gpt_oss")
     file = dense / "model.safetensors"
     state = load_file(file)
@@ -171,7 +182,7 @@ def test_a_stack_with_a_dense_expert_stays_one_tensor(tmp_path):
 
 
 @pytest.fixture
-def small(tmp_path):
+def small(pruned, tmp_path):
     dense, _ = pruned(tmp_path, "gpt_oss")
     compress_checkpoint(dense, tmp_path / "small")
     return tmp_path / "small"
@@ -260,7 +271,7 @@ def test_depth_and_width_know_the_layers(family):
 
 
 @pytest.mark.parametrize("family", ["jamba", "lfm2_moe"])
-def test_hybrids_are_pruned_and_lose_layers(family, tmp_path):
+def test_hybrids_are_pruned_and_lose_layers(family, pruned, tmp_path):
     model = tiny_model(family)
     attentions = [layout.attention for layout in ResidualGraph.of(model).layouts]
     assert attentions == ["mamba" if family == "jamba" else "conv", "self_attn"]
@@ -274,7 +285,7 @@ def test_hybrids_are_pruned_and_lose_layers(family, tmp_path):
 
 
 def test_renamed_tensors_and_parts_are_streamed(tmp_path):
-    source = saved(tmp_path, "phimoe")
+    source = saved(tmp_path / "in", "phimoe")
     names = Checkpoint.open(source).names
     assert not names.problem and not names.unused
     (router,) = names.pieces["model.layers.0.mlp.router.weight"]
@@ -292,7 +303,7 @@ def test_renamed_tensors_and_parts_are_streamed(tmp_path):
         assert torch.equal(rows, tensor.to(rows.dtype))
 
 
-def test_rows_of_experts_without_a_weight_stay_and_do_not_count(tmp_path, capsys):
+def test_rows_of_experts_without_a_weight_stay_and_do_not_count(pruned, tmp_path, capsys):
     """LongCat's first projection has rows for the experts that give back what they get."""
     out, report = pruned(tmp_path, "longcat_flash")
     before, after = tensors_of(tmp_path / "in"), tensors_of(out)

@@ -1,10 +1,10 @@
 """Whole models pruned in memory: every family, method and pattern, and what must not change."""
 
-import subprocess
-import sys
+import itertools
 
 import pytest
 import torch
+from forked import run_forked
 from tiny_models import FAMILIES, HIDDEN, MOE_FAMILIES, VOCAB, tiny_model, tiny_tokens
 from torch import nn
 from transformers import BatchEncoding
@@ -145,11 +145,16 @@ def test_reference_count_prunes_one_more():
         assert int((w == 0).sum()) == w.numel() // 2 + extra
 
 
-@pytest.mark.parametrize("method", list(METHODS))
 @pytest.mark.parametrize(
-    "pattern", [Unstructured(0.5, "row"), Unstructured(0.5, "global"), NM(2, 4)]
+    ("method", "pattern"),
+    [
+        *((method, Unstructured(0.5, "row")) for method in METHODS),
+        *itertools.product(["wanda", "sparsegpt"], [Unstructured(0.5, "global"), NM(2, 4)]),
+    ],
+    ids=str,
 )
 def test_preserve_zeros(method, pattern):
+    """Every method at the other patterns: test_preserve_mask, what may stay is one mask by then."""
     model = tiny_model("llama")
     prune(model, tokens(), "magnitude", 0.3)
     zeros = {ref.name: ref.weight() == 0 for ref in linears(model)}
@@ -430,11 +435,12 @@ def test_weights_that_are_not_finite_name_the_layer():
     expect(name, model, None, "magnitude", 0.5, error=LayerError)
 
 
-@pytest.mark.parametrize("first", ["import pyprune.prune", "from pyprune.prune import prune"])
-def test_the_package_offers_the_function_whatever_was_imported_before(first):
-    code = f"{first}\nimport pyprune\nassert pyprune.prune.__name__ == 'prune', pyprune.prune"
+def test_the_package_offers_the_function_whatever_was_imported_before():
+    code = "\nimport pyprune\nassert pyprune.prune.__name__ == 'prune', pyprune.prune"
     code += "\nassert callable(pyprune.prune) and callable(pyprune.prune_checkpoint)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    imports = ("import pyprune.prune", "from pyprune.prune import prune")
+    done = run_forked(*(first + code for first in imports))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("scope", ["block", "global"])

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import run_forked
 from tiny_models import tiny_model, tiny_tokens
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -267,8 +268,5 @@ def test_names_in_the_readme_are_there():
     ops = sorted(set(re.findall(r"`(ops\.\w+)`", text)))
     assert len(imports) >= 3 and len(calls) >= 2 and len(ops) >= 4
     bare = "\n".join(["import pyprune", *calls])
-    for script in (bare, "\n".join([*imports, "from pyprune import ops", *ops])):
-        done = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+    done = run_forked(bare, "\n".join([*imports, "from pyprune import ops", *ops]))
+    assert done.returncode == 0, done.stderr

@@ -92,9 +92,10 @@ def dense_perplexity(directory, tokenizer, text, windows):
     return result.ppl
 
 
-@pytest.mark.parametrize(("text", "expected"), [("wiki", 15.7823), ("sotu", 25.2454)])
+@pytest.mark.parametrize(("text", "expected"), [("wiki", 16.4192), ("sotu", 27.4383)])
 def test_dense_perplexity_of_the_first_windows(directory, tokenizer, text, expected):
-    found = dense_perplexity(directory, tokenizer, text, windows=8)
+    """The rest are scored alike: eight give 15.7823 and 25.2454."""
+    found = dense_perplexity(directory, tokenizer, text, windows=2)
     assert found == pytest.approx(expected, rel=1e-4)
 
 
