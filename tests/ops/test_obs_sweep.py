@@ -8,7 +8,7 @@ from ops.sweep import ISAS, ONE_OF_EACH, OP, RULE_IDS, RULES, SHAPES, fewer, flo
 
 from pyprune import ops
 
-# --- goldens: methods/weights.md section 12.2 -----------------------------------------------
+# --- goldens: of an fp64 reference ----------------------------------------------------------
 
 
 def golden() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
