@@ -9,7 +9,7 @@ from pyprune import _native
 from pyprune.ops import registry
 from pyprune.ops._checks import check_rows, check_same_device, check_shape
 from pyprune.ops._packing import CHECKED_BYTES, check_mask, native_mask
-from pyprune.ops.storage import aligned, bit_pattern, row_blocks, unit_columns
+from pyprune.ops.storage import aligned_rows, bit_pattern, row_blocks, unit_columns
 
 # Order in which a group that keeps fewer than two is filled up: position 2, then 3. It is the
 # choice that PyTorch's converter makes, so that both encode a matrix alike.
@@ -77,8 +77,8 @@ def _pack_24_native(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Ten
 
 def _pack_24_cuda(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     packed = _pack_24_fake(w, mask)
-    kept = None if mask is None else _native.capsule(aligned(mask.contiguous(), 8))
-    _native.launch("pack_24_cuda", w.device, *packed, aligned(w), kept)
+    kept = None if mask is None else _native.capsule(aligned_rows(mask.contiguous(), 8))
+    _native.launch("pack_24_cuda", w.device, *packed, aligned_rows(w), kept)
     return packed
 
 
@@ -170,7 +170,7 @@ def _unpack_24_fake(values: Tensor, meta: Tensor) -> Tensor:
 
 def _unpack_24_cuda(values: Tensor, meta: Tensor) -> Tensor:
     w = _unpack_24_fake(values, meta)
-    arrays = (aligned(values.contiguous(), 4 * values.element_size()), meta.contiguous())
+    arrays = (aligned_rows(values.contiguous(), 4 * values.element_size()), meta.contiguous())
     _native.launch("unpack_24_cuda", w.device, w, *arrays)
     return w
 

@@ -9,7 +9,7 @@ from pyprune import _native
 from pyprune.ops import registry
 from pyprune.ops._checks import check_float, check_rows, check_same_device, check_shape
 from pyprune.ops._packing import CHECKED_BYTES, check_mask, native_mask
-from pyprune.ops.storage import aligned, bit_pattern, row_blocks, unit_columns
+from pyprune.ops.storage import aligned_rows, bit_pattern, row_blocks, unit_columns
 
 
 def _check_pack_bitmap(w: Tensor, mask: Tensor | None) -> None:
@@ -197,7 +197,7 @@ def _unpack_bitmap_native(values: Tensor, bitmap: Tensor, row_offsets: Tensor, c
 
 def _unpack_bitmap_cuda(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> Tensor:
     w = values.new_empty(bitmap.shape[0], cols)
-    arrays = (aligned(values), bitmap.contiguous(), row_offsets.contiguous())
+    arrays = (aligned_rows(values), bitmap.contiguous(), row_offsets.contiguous())
     _native.launch("move_bitmap_values_cuda", w.device, w, *arrays, False)
     return w
 

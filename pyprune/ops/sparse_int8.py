@@ -1,7 +1,7 @@
 """Weights with int8 values and one scale a row, and products with them.
 
 `W[r, c] = scales[r] * q[r, c]`, q from -127 to 127, stored as 2:4 or bitmap like any other matrix
-(see `pyprune.ops.sparse_linear`) with q as the values, or with every q. At 50 % the first two take
+(see `pyprune.ops.pack`) with q as the values, or with every q. At 50 % the first two take
 5 bits a weight. An int8 number is a bf16 number exactly, so products lose nothing to it.
 """
 

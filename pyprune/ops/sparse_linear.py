@@ -1,16 +1,7 @@
 """Products with a compressed weight matrix, `y = x @ W^T + bias`: 2:4, bitmap; dense to compare.
 
-`W [R, C]` comes as `pyprune.ops.pack` lays it out:
-
-format | tensors
--------|------------------------------------------------------------------------------------------
-2:4    | values `[R, C/2]`; meta uint8 `[R, C/8]`: for each group of four columns the two kept
-       | column numbers, ascending, two bits each, the lower first; the even group in the low nibble
-bitmap | values `[nnz]`, row after row; bitmap uint8 `[R, ceil(C/8)]`: bit `c % 8` of byte `c // 8`
-       | is column c, bits past C zero; row_offsets int64 `[R + 1]`: where each row's values start
-
-At 50 % and 16-bit values both take 9 bits a weight against 16, which bounds the gain where memory
-bandwidth decides (few rows of x) at 1.78.
+`W [R, C]` comes as `pyprune.ops.pack` lays it out. At 50 % and 16-bit values both take 9 bits a
+weight against 16, which bounds the gain where memory bandwidth decides (few rows of x) at 1.78.
 """
 
 from __future__ import annotations
@@ -232,8 +223,8 @@ def linear_24(x: Tensor, values: Tensor, meta: Tensor, *, bias: Tensor | None = 
     Args:
         x: activations `[..., C]`, bf16, fp16, fp32 or fp64; any strides. C is a multiple of 8.
         values: `[R, C/2]`, the two kept weights of every four, in column order; any float dtype.
-        meta: uint8 `[R, C/8]`, see the module. Two bits cannot point outside their group; a group
-            whose numbers do not ascend has no defined product (`SparseLinear` refuses it).
+        meta: uint8 `[R, C/8]`. Two bits cannot point outside their group; a group whose numbers do
+            not ascend has no defined product (`SparseLinear` refuses it).
         bias: `[R]` or None.
 
     On CUDA devices bf16 and fp16 products whose C is a multiple of 64 go through sparse tensor
@@ -260,7 +251,7 @@ def linear_bitmap(
     Args:
         x: activations `[..., C]`, bf16, fp16, fp32 or fp64; any strides.
         values: `[nnz]`, the stored weights row after row, in column order; any float dtype.
-        bitmap: uint8 `[R, ceil(C/8)]`, see the module.
+        bitmap: uint8 `[R, ceil(C/8)]`.
         row_offsets: int64 `[R + 1]`, first 0, last nnz, each step the row's number of set bits.
         bias: `[R]` or None.
 

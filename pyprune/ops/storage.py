@@ -19,7 +19,7 @@ def unit_columns(t: Tensor) -> Tensor:
     return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
 
-def aligned(t: Tensor, bytes_: int = 16) -> Tensor:
+def aligned_rows(t: Tensor, bytes_: int = 16) -> Tensor:
     """`t` with unit stride along columns and rows that start at multiples of `bytes_`, as the CUDA
     kernels' vector loads need them: a slice may begin anywhere."""
     t = t.contiguous() if t.dim() == 1 else unit_columns(t)
