@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import registry
-from pyprune.ops._checks import check_rows, check_same_device, check_shape
+from pyprune.ops._checks import check_array, check_rows, check_same_device
 from pyprune.ops._packing import CHECKED_BYTES, check_mask, native_mask
 from pyprune.ops.storage import aligned_rows, bit_pattern, row_blocks, unit_columns
 
@@ -126,11 +126,9 @@ def pack_24(w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 def _check_unpack_24(values: Tensor, meta: Tensor) -> None:
     check_rows("values", values)
-    if meta.dtype != torch.uint8:
-        raise ValueError(f"meta: expected torch.uint8, got {meta.dtype}")
     if values.shape[1] % 4:
         raise ValueError(f"values: expected a multiple of 4 columns, got {values.shape[1]}")
-    check_shape("meta", meta, (values.shape[0], values.shape[1] // 4))
+    check_array("meta", meta, torch.uint8, (values.shape[0], values.shape[1] // 4))
     check_same_device(values, meta)
 
 
