@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyprune.kernels.gram import FP32_PRECISION, indexable, large_stages
+from pyprune.kernels.gram import indexable, large_stages
 
 # Tiles of this many tile rows run next to each other, so that the panels they share are still in
 # the L2 cache.
@@ -40,7 +40,6 @@ def _fisher_accumulate_kernel(
     x_stride_c,
     POWER: tl.constexpr,
     UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -73,7 +72,7 @@ def _fisher_accumulate_kernel(
             if UPCAST:
                 a = a.to(tl.float32)
                 b = b.to(tl.float32)
-            gradient = tl.dot(tl.trans(a), b, gradient, input_precision=PRECISION)
+            gradient = tl.dot(tl.trans(a), b, gradient, input_precision="ieee")
         gradient *= scale
         g_ptrs += g_stride_n
         x_ptrs += x_stride_n
@@ -96,7 +95,7 @@ def fisher_accumulate_triton(
     acc: torch.Tensor, g: torch.Tensor, x: torch.Tensor, power: int, scale: float
 ) -> None:
     g3, x3 = (indexable(t if t.dim() == 3 else t[None]) for t in (g, x))
-    target = acc if acc.is_contiguous() else acc.contiguous()
+    target = acc.contiguous()
     interpreted = not isinstance(_fisher_accumulate_kernel, triton.JITFunction)
     blocks = _blocks(x3, interpreted)
     sequences, tokens, rows = g3.shape
@@ -115,7 +114,6 @@ def fisher_accumulate_triton(
         *x3.stride(),
         POWER=power,
         UPCAST=interpreted,
-        PRECISION=FP32_PRECISION,
         GROUP=GROUP,
         **blocks,
         enable_fp_fusion=True,
@@ -139,7 +137,7 @@ def _aot(dtype: str, label: str, warps: int, **constexprs: int | bool) -> dict:
     return {
         "kernel": _fisher_accumulate_kernel,
         "signature": pointers | sizes | strides,
-        "constexprs": fixed | {"PRECISION": FP32_PRECISION, "GROUP": GROUP} | constexprs,
+        "constexprs": fixed | {"GROUP": GROUP} | constexprs,
         "num_warps": warps,
         "num_stages": large_stages if warps == 8 else 3,
         "aligned": [*pointers, "R", "C", *(k for k, v in strides.items() if v == "i32")],

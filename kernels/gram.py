@@ -22,10 +22,6 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# How fp32 operands are multiplied. "ieee" keeps full fp32 products; "tf32x3" runs on the matrix
-# units and loses the products' last two or three bits.
-FP32_PRECISION = "ieee"
-
 # Tiles of this many rows of tiles run next to each other, so that the panels they share are still
 # in the L2 cache.
 GROUP = 16
@@ -124,7 +120,6 @@ def _sum_tokens(
     ONES: tl.constexpr,
     WEIGHT: tl.constexpr,
     UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -159,7 +154,8 @@ def _sum_tokens(
             b = b.to(tl.float32)
         if WEIGHT == 2:
             a = a * w[:, None]
-        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+        # Full fp32 products: "tf32x3", on the matrix units, loses their last two or three bits.
+        acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee")
     return acc
 
 
@@ -190,7 +186,6 @@ def _gram_kernel(
     ONES: tl.constexpr,
     WEIGHT: tl.constexpr,
     UPCAST: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -209,8 +204,7 @@ def _gram_kernel(
     if CHUNK == 0:
         acc = _sum_tokens(
             x_ptr, panels_m, panels_n, weight_ptr, batch, row, col, first, last, T, C, stride_b,
-            stride_t, stride_c, DESCRIPTORS, ONES, WEIGHT, UPCAST, PRECISION, BLOCK_M, BLOCK_N,
-            BLOCK_K,
+            stride_t, stride_c, DESCRIPTORS, ONES, WEIGHT, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
@@ -219,7 +213,7 @@ def _gram_kernel(
             acc += _sum_tokens(
                 x_ptr, panels_m, panels_n, weight_ptr, batch, row, col, start,
                 tl.minimum(start + CHUNK, last), T, C, stride_b, stride_t, stride_c, DESCRIPTORS,
-                ONES, WEIGHT, UPCAST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K,
+                ONES, WEIGHT, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
     if work < whole:
         _store_in_parts(out_ptr + batch.to(tl.int64) * N * N, acc, row, col, N, PART)
@@ -340,7 +334,7 @@ def indexable(x: torch.Tensor) -> torch.Tensor:
 
 
 def gram_triton(out: torch.Tensor, x: torch.Tensor, weight: torch.Tensor | None) -> None:
-    target = (out if out.is_contiguous() else out.contiguous()).view(-1, *out.shape[-2:])
+    target = out.contiguous().view(-1, *out.shape[-2:])
     x = indexable(x if x.dim() == 3 else x[None])
     w = None if weight is None else weight.float().view(x.shape[:2])
     mode = _weight_mode(w)
@@ -408,7 +402,6 @@ def _accumulate(
         ONES=side > columns,
         WEIGHT=mode,
         UPCAST=_is_interpreted() or mode == WEIGHT_ANY,
-        PRECISION=FP32_PRECISION,
         **blocks,
         enable_fp_fusion=True,
     )
@@ -445,7 +438,7 @@ def _aot(dtype: str, label: str, blocks: dict[str, int], warps: int, **flags) ->
         "signature": {"x_ptr": f"*{dtype}", **panels, "tiles_ptr": "*i32"}
         | dict.fromkeys(pointers, "*fp32")
         | dict.fromkeys(sizes, "i32"),
-        "constexprs": fixed | {"PRECISION": FP32_PRECISION} | blocks | flags,
+        "constexprs": fixed | blocks | flags,
         "num_warps": warps,
         "num_stages": large_stages if warps == 8 else 3,
         # Launches find these out by themselves; without them no load is wide enough to be

@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from pyprune.kernels.gram import FP32_PRECISION, indexable
+from pyprune.kernels.gram import indexable
 
 
 @triton.jit
@@ -29,7 +29,6 @@ def _kron_quadratic_kernel(
     w_stride_c,
     h_stride_r,
     h_stride_c,
-    PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -50,7 +49,7 @@ def _kron_quadratic_kernel(
     for _ in range(0, first_c, BLOCK_K):
         a = tl.load(w_ptrs, mask=in_rows, other=0.0)
         b = tl.load(h_ptrs, mask=in_cols, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
         w_ptrs += BLOCK_K * w_stride_c
         h_ptrs += BLOCK_K * h_stride_r
     acc *= 2.0
@@ -58,7 +57,7 @@ def _kron_quadratic_kernel(
         live = k < left
         a = tl.load(w_ptrs, mask=in_rows & live[None, :], other=0.0)
         b = tl.load(h_ptrs, mask=live[:, None] & in_cols, other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
         w_ptrs += BLOCK_K * w_stride_c
         h_ptrs += BLOCK_K * h_stride_r
 
@@ -89,7 +88,6 @@ def kron_quadratic_triton(w: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
             columns,
             *w.stride(),
             *h.stride(),
-            PRECISION=FP32_PRECISION,
             **blocks,
             enable_fp_fusion=True,
         )
@@ -106,7 +104,6 @@ def _aot(label: str, w_strides: dict[str, str]) -> dict:
         "kernel": _kron_quadratic_kernel,
         "signature": pointers | {"R": "i32", "C": "i32"} | strides,
         "constexprs": dict.fromkeys(ones, 1)
-        | {"PRECISION": FP32_PRECISION}
         | {name: size for name, size in blocks.items() if name.startswith("BLOCK")},
         "num_warps": blocks["num_warps"],
         "num_stages": blocks["num_stages"],

@@ -276,9 +276,9 @@ def test_state_dicts_are_checked():
         table.load_state_dict({**state, "scales": torch.tensor([1.0, 1, -1, 1, 1, 1])})
     with pytest.raises(UserError, match=r"tied_to: expected \(5, 8, 'dense', True\)"):
         SparseLinear(8, 5, "dense", int8=True, tied_to=table)
-    with pytest.raises(UserError, match="format: expected one of sparse24, bitmap, got 'dense'"):
+    with pytest.raises(UserError, match="bitmap int8, dense int8, coded, got 'dense'"):
         SparseLinear(8, 5, "dense")
-    with pytest.raises(UserError, match="format: expected one of sparse24, bitmap, got 'coded'"):
+    with pytest.raises(UserError, match="bitmap int8, dense int8, coded, got 'coded int8'"):
         SparseLinear(8, 5, "coded", int8=True)
     dense = nn.Linear(8, 6, bias=False).bfloat16()
     coded = SparseLinear.from_dense(dense, "coded")

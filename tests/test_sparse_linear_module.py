@@ -157,7 +157,7 @@ def test_sizes():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: SparseLinear(8, 8, "csr"), "expected one of sparse24, bitmap"),
+        (lambda: SparseLinear(8, 8, "csr"), "bitmap int8, dense int8, coded, got 'csr'"),
         (lambda: SparseLinear(12, 8, "sparse24"), "multiple of 8 inputs"),
         (lambda: SparseLinear.from_dense(nn.Linear(8, 8), "sparse24"), "at most 2 non-zero"),
         (lambda: compressed_bytes(torch.ones(2, 8), "csr"), "expected dense, sparse24, bitmap"),

@@ -84,8 +84,8 @@ def calibration_tokens(
     sampling: no more is read, and never more than those asked for (and a piece of text) are held.
     bos: begin every sequence with the beginning-of-sequence token; None: if the tokenizer itself
     does that. It counts among the `seqlen`.
-    The reference repositories draw windows with replacement from documents longer than `seqlen`
-    (weights.md 1.1), which can repeat tokens and never ends where no document is long enough.
+    The reference repositories draw windows with replacement from documents longer than `seqlen`,
+    which can repeat tokens and never ends where no document is long enough.
 
     Raises `UserError` when the text is too short, and states the tokens needed and found.
     """

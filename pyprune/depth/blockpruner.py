@@ -72,7 +72,7 @@ def check_protected(first: int, last: int) -> None:
 )
 def blockpruner(task: DepthTask) -> Decision:
     """Candidates in the order of the paper's code, by which ties go: attention branches by
-    ascending layer, then MLPs (depth.md 1 (c) 3); then pairs.
+    ascending layer, then MLPs; then pairs.
 
     Neither pairs nor rates are the paper's (`-O compare=score` is). Two neighbours can cost less
     together than the sum of what either costs alone, and a pair is a whole layer less once

@@ -11,17 +11,8 @@ from torch import Tensor
 
 from pyprune.calibration.gradient_stats import GradientFactory, MagnitudeStatistic
 from pyprune.errors import UserError
-from pyprune.methods.base import (
-    LayerInputs,
-    Method,
-    MethodOptions,
-    Solution,
-    given,
-    given_gradient,
-)
-from pyprune.methods.selection import select_mask
-from pyprune.methods.update import solve_by_score
-from pyprune.patterns import Pattern, scope_of
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, given, given_gradient
+from pyprune.methods.update import ScoreMethod
 
 REFERENCE_SEQUENCES = 128  # of the paper's calibration, at which its alpha was chosen
 
@@ -69,23 +60,6 @@ def column_scale(inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
     return activations + own.alpha * gamma
 
 
-def gblm(
-    w: Tensor,
-    inputs: LayerInputs | None,
-    pattern: Pattern,
-    options: MethodOptions,
-    preserve: Tensor | None,
-    mask: Tensor | None,
-) -> Solution:
-    """Score |w_ij| (||x_j||_2 / sqrt(N) + alpha gamma_ij), compared within the output row unless
-    the pattern says otherwise. See `Solver`."""
-    if mask is None:
-        scores = w.abs() * column_scale(inputs, options).to(w.dtype)
-        scope = scope_of(pattern, METHOD.default_scope)
-        mask = select_mask(scores, pattern, scope=scope, preserve=preserve)
-    return solve_by_score(w, inputs, options, mask)
-
-
 METHOD = Method(
     name="gblm",
     title="smallest |w| times input norm plus gradient norm",
@@ -93,7 +67,7 @@ METHOD = Method(
     statistic="norms",
     scopes=("row", "layer", "global"),
     updates_weights=False,
-    solve=gblm,
+    solve=ScoreMethod(column_scale, "row").solve,
     column_scale=column_scale,
     updates=("none", "sequential"),
     gradient=gradient,

@@ -7,23 +7,13 @@ language-model loss (OBD), and the diagonal of its Kronecker factorisation (K-OB
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 from torch import Tensor
 
 from pyprune.calibration.gradient_stats import DiagonalFactors, GradientFactory, MagnitudeStatistic
-from pyprune.methods.base import (
-    LayerInputs,
-    Method,
-    MethodOptions,
-    Solution,
-    given,
-    given_gradient,
-)
-from pyprune.methods.selection import select_mask
-from pyprune.methods.update import solve_by_score
-from pyprune.patterns import Pattern, scope_of
+from pyprune.methods.base import LayerInputs, Method, MethodOptions, given, given_gradient
+from pyprune.methods.update import ScoreMethod
 
 Curvature = Callable[[LayerInputs], Tensor]
 
@@ -50,34 +40,12 @@ def kronecker_diagonal(inputs: LayerInputs) -> Tensor:
     return g[:, None] * a
 
 
-@dataclass(frozen=True)
-class Obd:
-    """w_ij^2 F_ij / 2 with one of the curvatures F."""
-
-    name: str
-    curvature: Curvature
-    default_scope: str
-
-    def column_scale(self, inputs: LayerInputs | None, options: MethodOptions) -> Tensor:
-        """`[C]` or `[R, C]`: sqrt(F). |w| times it orders the weights as w^2 F / 2 does."""
-        inputs = given(self.name, inputs)
-        return self.curvature(inputs).sqrt().to(inputs.squared_norms.device)
-
-    def solve(
-        self,
-        w: Tensor,
-        inputs: LayerInputs | None,
-        pattern: Pattern,
-        options: MethodOptions,
-        preserve: Tensor | None,
-        mask: Tensor | None,
-    ) -> Solution:
-        """See `Solver`."""
-        if mask is None:
-            scores = w.abs() * self.column_scale(inputs, options).to(w.dtype)
-            scope = scope_of(pattern, self.default_scope)
-            mask = select_mask(scores, pattern, scope=scope, preserve=preserve)
-        return solve_by_score(w, inputs, options, mask)
+def column_scale(
+    name: str, curvature: Curvature, inputs: LayerInputs | None, options: MethodOptions
+) -> Tensor:
+    """`[C]` or `[R, C]`: sqrt(F). |w| times it orders the weights as w^2 F / 2 does."""
+    inputs = given(name, inputs)
+    return curvature(inputs).sqrt().to(inputs.squared_norms.device)
 
 
 def fisher_gradient(options: MethodOptions) -> GradientFactory:
@@ -95,16 +63,16 @@ def _row(
     curvature: Curvature,
     gradient: Callable[[MethodOptions], GradientFactory] | None,
 ) -> Method:
-    obd = Obd(name, curvature, "layer")
+    scale = partial(column_scale, name, curvature)
     return Method(
         name=name,
         title=title,
         paper=paper,
         statistic="norms",
-        scopes=(obd.default_scope, "row", "global"),
+        scopes=("layer", "row", "global"),
         updates_weights=False,
-        solve=obd.solve,
-        column_scale=obd.column_scale,
+        solve=ScoreMethod(scale, "layer").solve,
+        column_scale=scale,
         updates=("none", "sequential"),
         gradient=gradient,
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyprune import ops
-from pyprune.patterns import NM, Pattern, pruned_count
+from pyprune.patterns import NM, Pattern, Unstructured, pruned_count
 
 
 def select_mask(
@@ -22,38 +22,25 @@ def select_mask(
     Args:
         w: `[R, C]`, fp32 or fp64.
         pattern: N:M, or unstructured with the comparison group `scope` ("row" or "layer").
-        scale: `[C]` non-negative (other scores: as `w`, with scale None); None means ones.
+        scale: `[C]` or `[R, C]`, non-negative (other scores: as `w`, with scale None); None means
+            ones.
         preserve: `[R, C]` bool; False = must stay pruned, and counts among the pruned. A row,
             group or layer with more of them than the pattern removes keeps all of them pruned.
 
     Returns:
         mask `[R, C]` bool, True = kept. Exact counts; of equal scores the lower index goes first.
     """
-    if not isinstance(pattern, NM) and scope not in ("row", "layer"):
-        raise ValueError(
-            f"scope: expected row or layer, or a mask that was selected, got {scope!r}"
-        )
-    if not isinstance(pattern, NM) and scope == "row":
-        count = pruned_count(w.shape[1], pattern.sparsity)
-        return mask_rows(w, count, scale=scale, preserve=preserve)
-    if preserve is not None:
-        w, scale = forced_first(w, scale, preserve), None
+    by_column = scale is not None and scale.dim() == 1
+    column_scale, addend = (scale, None) if by_column else (None, scale)
+    terms = {"column_scale": column_scale, "addend": addend, "preserve": preserve}
     if isinstance(pattern, NM):
-        mask = ops.mask_nm(w, pattern.n, pattern.m, column_scale=scale)
-    else:
-        scores = w if scale is None else w.abs() * scale
-        count = pruned_count(w.numel(), pattern.sparsity)
-        mask = ops.mask_topk(scores.reshape(1, -1), count).view_as(w)
-    return mask if preserve is None else mask & preserve
-
-
-def mask_rows(
-    w: Tensor, count: int, *, scale: Tensor | None = None, preserve: Tensor | None = None
-) -> Tensor:
-    """Each row of `w` loses its `count` lowest scores; see `select_mask`."""
-    if preserve is None:
-        return ops.mask_topk(w, count, column_scale=scale)
-    return ops.mask_topk(forced_first(w, scale, preserve), count) & preserve
+        return ops.mask_nm(w, pattern.n, pattern.m, **terms)
+    if scope == "row":
+        return ops.mask_topk(w, pruned_count(w.shape[1], pattern.sparsity), **terms)
+    if scope == "layer":
+        lists = {f"{name}s": None if t is None else [t] for name, t in terms.items()}
+        return ops.mask_global([w], pruned_count(w.numel(), pattern.sparsity), **lists)[0]
+    raise ValueError(f"scope: expected row or layer, or a mask that was selected, got {scope!r}")
 
 
 def forced_first(w: Tensor, scale: Tensor | None, preserve: Tensor) -> Tensor:
@@ -93,7 +80,4 @@ def score_mass_mask(
     tiny = torch.finfo(torch.float64).tiny
     fraction = running / running[:, -1:].clamp_min(tiny)
     mass = torch.empty_like(fraction).scatter_(1, order.indices, fraction)
-    if preserve is not None:
-        mass = forced_first(mass, None, preserve)
-    mask = ops.mask_topk(mass.reshape(1, -1), pruned_count(w.numel(), sparsity)).view_as(w)
-    return mask if preserve is None else mask & preserve
+    return select_mask(mass, Unstructured(sparsity), scope="layer", preserve=preserve)

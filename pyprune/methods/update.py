@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from pyprune import ops
 from pyprune.methods.base import LayerInputs, MethodOptions, Solution, given
+from pyprune.methods.selection import reference_threshold_mask, score_mass_mask, select_mask
 from pyprune.ops.obs_factor import ObsFactor
-from pyprune.patterns import NM, Pattern
+from pyprune.patterns import NM, Pattern, scope_of
 
 
 def masked(w: Tensor, mask: Tensor) -> Solution:
@@ -134,10 +136,38 @@ def reconstructed(
     )
 
 
-def solve_by_score(
-    w: Tensor, inputs: LayerInputs | None, options: MethodOptions, mask: Tensor
-) -> Solution:
-    """A score method's answer once its mask is known."""
-    if options.update == "none":
-        return masked(w, mask)
-    return sequential(w, mask, given(f"update {options.update}", inputs), options)
+@dataclass(frozen=True)
+class ScoreMethod:
+    """A method that is its scores |w| * column_scale, compared within `default_scope` unless the
+    pattern says otherwise. column_scale: as in `Method`."""
+
+    column_scale: Callable[[LayerInputs | None, MethodOptions], Tensor | None]
+    default_scope: str
+
+    def solve(
+        self,
+        w: Tensor,
+        inputs: LayerInputs | None,
+        pattern: Pattern,
+        options: MethodOptions,
+        preserve: Tensor | None,
+        mask: Tensor | None,
+    ) -> Solution:
+        """See `Solver`."""
+        if mask is None:
+            scale = self.column_scale(inputs, options)
+            scale = None if scale is None else scale.to(w.dtype)
+            if options.update == "iterative":
+                seen = given("update iterative", inputs)
+                return iterative(w, scale, seen, pattern, options, preserve)
+            if options.score_mass:
+                mask = score_mass_mask(w, pattern.sparsity, scale=scale, preserve=preserve)
+            elif options.reference_count:
+                mask = reference_threshold_mask(w, pattern.sparsity)
+                mask = mask if preserve is None else mask & preserve
+            else:
+                scope = scope_of(pattern, self.default_scope)
+                mask = select_mask(w, pattern, scale=scale, scope=scope, preserve=preserve)
+        if options.update == "none":
+            return masked(w, mask)
+        return sequential(w, mask, given(f"update {options.update}", inputs), options)

@@ -69,6 +69,12 @@ def check_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(t.shape)}")
 
 
+def check_array(name: str, t: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    check_shape(name, t, shape)
+    if t.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {t.dtype}")
+
+
 def accumulation_dtype(x: Tensor) -> torch.dtype:
     """fp64 for fp64, else fp32."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pyprune import _native
-from pyprune.ops._checks import check_same_device, check_shape
+from pyprune.ops._checks import check_array, check_same_device
 from pyprune.ops.storage import unit_columns
 
 # Bytes of metadata that are checked at a time: a model may be loaded that barely fits.
@@ -16,9 +16,7 @@ CHECKED_BYTES = 1 << 18
 def check_mask(w: Tensor, mask: Tensor | None) -> None:
     if mask is None:
         return
-    check_shape("mask", mask, tuple(w.shape))
-    if mask.dtype != torch.bool:
-        raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+    check_array("mask", mask, torch.bool, tuple(w.shape))
     check_same_device(w, mask)
 
 

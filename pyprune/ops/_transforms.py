@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
+from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
@@ -22,8 +24,40 @@ from pyprune.ops import registry
 _FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 
 
+def is_untransformed() -> bool:
+    """Whether no compiler, tracer, dispatch mode, transformation or tangent is at work."""
+    return (
+        not torch.compiler.is_compiling()
+        and not _len_torch_dispatch_stack()
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    )
+
+
+def _is_plain(t: Any) -> bool:
+    return t is None or (
+        type(t) is Tensor
+        and t.is_cpu
+        and not (t.requires_grad and torch.is_grad_enabled())
+        and not t.is_neg()
+    )
+
+
+def _is_direct(args: tuple[Any, ...]) -> bool:
+    """Whether all that PyTorch's dispatch would do is to find the kernel, which takes it longer
+    than a small product does."""
+    return (
+        is_untransformed()
+        and not _len_torch_function_stack()
+        and not _profiler_enabled()
+        and all(map(_is_plain, args))
+    )
+
+
 def call(name: str, *args: Any) -> Tensor:
     """The operator `name` of the library, whose result is one tensor, for arguments of any kind."""
+    y: Tensor
     if torch.compiler.is_compiling():
         # A graph has to have the operator itself, with which torch.library's rules come.
         if _is_differentiated():
@@ -31,8 +65,11 @@ def call(name: str, *args: Any) -> Tensor:
                 f"{name}: expected torch.func's gradients and tangents around what torch.compile "
                 "makes, not within"
             )
+    elif name in registry.IMPLS and _is_direct(args):
+        y = registry.call(name, *args)
+        return y
     elif _is_transformed():
-        y: Tensor = _FUNCTIONS[name].apply(*args)  # type: ignore[no-untyped-call]
+        y = _FUNCTIONS[name].apply(*args)  # type: ignore[no-untyped-call]
         return y
     y = getattr(torch.ops.pyprune, name)(*args)
     return y

@@ -34,7 +34,13 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _transforms, registry
-from pyprune.ops._checks import check_same_device, check_shape, check_tensor
+from pyprune.ops._checks import (
+    accumulation_dtype,
+    check_array,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from pyprune.ops._precision import full_precision
 from pyprune.ops.sparse_linear import check_activations, native_linear
 from pyprune.ops.storage import row_blocks
@@ -155,9 +161,7 @@ def _check_coded(
     rows, cols = low.shape
     check_shape("codes", codes, (rows, _code_bytes(cols)))
     check_shape("bases", bases, (rows,))
-    if row_offsets.dtype != torch.int64:
-        raise ValueError(f"row_offsets: expected torch.int64, got {row_offsets.dtype}")
-    check_shape("row_offsets", row_offsets, (rows + 1,))
+    check_array("row_offsets", row_offsets, torch.int64, (rows + 1,))
     check_same_device(low, codes, bases, escapes, row_offsets)
 
 
@@ -322,7 +326,7 @@ def linear_coded_reference(
     x: Tensor, low: Tensor, codes: Tensor, bases: Tensor, escapes: Tensor, row_offsets: Tensor,
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x)
     flat = x.reshape(-1, x.shape[-1]).to(wide)
     y = flat.new_empty(len(flat), len(low))
     # Some rows of W at a time: a head is by far the largest matrix of a model.

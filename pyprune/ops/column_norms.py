@@ -17,6 +17,7 @@ from pyprune.ops._checks import (
     check_token_weight,
     drop_unweighted,
 )
+from pyprune.ops.storage import unit_columns
 
 
 def _check_column_norms(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
@@ -46,8 +47,7 @@ def column_norms_reference(acc: Tensor, x: Tensor, weight: Tensor | None) -> Non
 
 
 def _column_norms_native(acc: Tensor, x: Tensor, weight: Tensor | None) -> None:
-    rows = x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-    target = acc if acc.is_contiguous() else acc.contiguous()
+    rows, target = unit_columns(x), acc.contiguous()
     token_weight = None if weight is None else weight.float().contiguous()
     for sums, tokens, scales in matrices(target, rows, token_weight):
         _native.call("column_norms", sums, tokens, _native.optional_capsule(scales))

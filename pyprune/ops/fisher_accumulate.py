@@ -9,6 +9,7 @@ from pyprune import _native
 from pyprune.ops import registry
 from pyprune.ops._checks import check_accumulator, check_matrices, check_same_device, check_shape
 from pyprune.ops._precision import full_precision
+from pyprune.ops.storage import unit_columns
 
 
 def _check_fisher_accumulate(acc: Tensor, g: Tensor, x: Tensor, power: int, scale: float) -> None:
@@ -34,10 +35,8 @@ def fisher_accumulate_reference(
 
 
 def _fisher_accumulate_native(acc: Tensor, g: Tensor, x: Tensor, power: int, scale: float) -> None:
-    stacks = [t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous() for t in (g, x)]
-    if x.dim() == 2:
-        stacks = [t[None] for t in stacks]
-    target = acc if acc.is_contiguous() else acc.contiguous()
+    stacks = [unit_columns(t if t.dim() == 3 else t[None]) for t in (g, x)]
+    target = acc.contiguous()
     _native.call("fisher_accumulate", target, *stacks, power, scale)
     if target is not acc:
         acc.copy_(target)

@@ -16,6 +16,7 @@ from pyprune.ops._checks import (
     drop_unweighted,
 )
 from pyprune.ops._precision import full_precision
+from pyprune.ops.storage import unit_columns
 
 
 def _check_gram(out: Tensor, x: Tensor, weight: Tensor | None) -> None:
@@ -41,8 +42,7 @@ def gram_reference(out: Tensor, x: Tensor, weight: Tensor | None) -> None:
 
 
 def _gram_native(out: Tensor, x: Tensor, weight: Tensor | None) -> None:
-    rows = x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-    target = out if out.is_contiguous() else out.contiguous()
+    rows, target = unit_columns(x), out.contiguous()
     token_weight = None if weight is None else weight.float().contiguous()
     if x.dim() == 2:
         token_weight = None if token_weight is None else token_weight[None]

@@ -16,6 +16,7 @@ from pyprune.ops._checks import (
     over_stack,
 )
 from pyprune.ops._precision import full_precision
+from pyprune.ops.storage import unit_columns
 
 FACTOR_DTYPES = (torch.float32, torch.float64)
 # Rows whose product with the factor exists at a time.
@@ -75,8 +76,7 @@ def _kron_quadratic_fake(w: Tensor, h: Tensor) -> Tensor:
 def _kron_quadratic_native(w: Tensor, h: Tensor) -> Tensor:
     out = w.new_empty(len(w))
     along_rows_or_columns = w if 1 in w.stride() else w.contiguous()
-    unit_columns = h if h.stride(1) == 1 or len(h) <= 1 else h.contiguous()
-    _native.call("kron_quadratic", out, along_rows_or_columns, unit_columns)
+    _native.call("kron_quadratic", out, along_rows_or_columns, unit_columns(h))
     return out
 
 

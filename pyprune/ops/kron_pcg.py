@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pyprune.ops import registry
-from pyprune.ops._checks import check_rows, check_same_device, check_shape, over_stack
+from pyprune.ops._checks import check_array, check_rows, check_same_device, over_stack
 from pyprune.ops._precision import full_precision
 from pyprune.ops.kron import FACTOR_DTYPES, check_factors, widened
 from pyprune.ops.kron_multipliers import LEAST_TOLERANCE, Found, by_multipliers
@@ -51,9 +51,7 @@ class _Pcg(NamedTuple):
         w, mask = self.w, self.mask
         check_rows("w", w)
         rows, cols = w.shape
-        check_shape("mask", mask, (rows, cols))
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask: expected torch.bool, got {mask.dtype}")
+        check_array("mask", mask, torch.bool, (rows, cols))
         check_factors(w, {"a": (self.a, cols), "g": (self.g, rows)})
         if self.iterations < 0:
             raise ValueError(f"iterations: expected 0 or more, got {self.iterations}")

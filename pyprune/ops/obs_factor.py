@@ -13,6 +13,7 @@ from pyprune import _native
 from pyprune.ops import registry
 from pyprune.ops._checks import check_tensor
 from pyprune.ops._precision import full_precision
+from pyprune.ops.storage import unit_columns
 
 # Below this size the blocked recursion hands over to LAPACK. Tried from 64 to 384 on a CPU: flat
 # from 96 on. Launch latency asks for larger leaves on a GPU.
@@ -230,7 +231,7 @@ def _obs_factor_native(
     judgement of H and the pivots included. What it gives up is the rare case."""
     if h.dtype != torch.float32:
         return obs_factor_blocked(h, damping, max_damping)
-    rows = h if h.stride(-1) == 1 or h.shape[-1] <= 1 else h.contiguous()
+    rows = unit_columns(h)
     u, dead = h.new_empty(h.shape), h.new_empty(h.shape[:-1], dtype=torch.bool)
     if h.dim() == 2:
         if not _native.call("obs_factor", u, dead, rows, damping):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import registry
-from pyprune.ops._checks import check_same_device, check_shape, check_tensor
+from pyprune.ops._checks import check_array, check_same_device, check_shape, check_tensor
 from pyprune.ops._precision import full_precision
 
 GREEDY_DTYPES = (torch.float32, torch.float64)
@@ -38,9 +38,7 @@ def _check_obs_greedy(
     if inverse.dtype != w.dtype:
         raise ValueError(f"inverse: expected {w.dtype} like w, got {inverse.dtype}")
     if first is not None:
-        check_shape("first", first, (count, cols))
-        if first.dtype != torch.bool:
-            raise ValueError(f"first: expected bool, got {first.dtype}")
+        check_array("first", first, torch.bool, (count, cols))
     if not 0 <= steps <= cols:
         raise ValueError(f"steps: expected a number from 0 to C = {cols}, got {steps}")
     if m and not (0 <= n <= m and cols % m == 0):

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import registry
-from pyprune.ops._checks import check_float, check_same_device, check_shape, check_tensor
+from pyprune.ops._checks import (
+    accumulation_dtype,
+    check_array,
+    check_float,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from pyprune.ops._precision import full_precision
 from pyprune.ops.gram import gram
 from pyprune.ops.masked_cg import (
@@ -75,7 +82,6 @@ class _Args(NamedTuple):
             ("h", h, (shared, cols, cols)),
             ("shift", self.shift, (shared, cols)),
             ("u", self.u, (shared, cols, cols)),
-            ("mask", self.mask, tuple(w.shape)),
             ("start", self.start, tuple(w.shape)),
         ):
             if t is not None:
@@ -85,8 +91,7 @@ class _Args(NamedTuple):
         for name, t in (("h", h), ("shift", self.shift), ("u", self.u), ("start", self.start)):
             if t is not None and t.dtype != w.dtype:
                 raise ValueError(f"{name}: expected {w.dtype} like w, got {t.dtype}")
-        if self.mask.dtype != torch.bool:
-            raise ValueError(f"mask: expected bool, got {self.mask.dtype}")
+        check_array("mask", self.mask, torch.bool, tuple(w.shape))
         if not (math.isfinite(self.tolerance) and self.tolerance > 0):
             raise ValueError(f"tolerance: expected a number above 0, got {self.tolerance}")
         if self.max_iterations < 0:
@@ -358,7 +363,7 @@ def obs_reconstruct(
     tensors = [w, mask, start]
     if not batched:
         tensors = [None if t is None else t[None] for t in tensors]
-    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(w)
     weights, kept, first = tensors
     assert weights is not None and kept is not None
     if factor is None:

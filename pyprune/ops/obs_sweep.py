@@ -11,10 +11,17 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import registry
-from pyprune.ops._checks import check_float, check_same_device, check_shape, check_tensor
+from pyprune.ops._checks import (
+    check_array,
+    check_float,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from pyprune.ops._precision import full_precision
 from pyprune.ops.pack import bits_of
 from pyprune.ops.row_grid import RowGrid, round_to_grid
+from pyprune.ops.storage import unit_columns
 
 Scope = Literal["row", "block", "layer"]
 
@@ -69,14 +76,11 @@ class SweepArgs(NamedTuple):
         if self.counts is not None:
             per_row = self.counts.dim() == 3 and self.counts.shape[1] == rows
             blocks = math.ceil(cols / self.block_size)
-            check_shape("counts", self.counts, (batch, rows if per_row else 1, blocks))
-            if self.counts.dtype != torch.int32:
-                raise ValueError(f"counts: expected int32, got {self.counts.dtype}")
+            shape = (batch, rows if per_row else 1, blocks)
+            check_array("counts", self.counts, torch.int32, shape)
         for name, flags in (("mask", self.mask), ("preserve", self.preserve)):
             if flags is not None:
-                check_shape(name, flags, tuple(w.shape))
-                if flags.dtype != torch.bool:
-                    raise ValueError(f"{name}: expected bool, got {flags.dtype}")
+                check_array(name, flags, torch.bool, tuple(w.shape))
         n, m = self.n, self.m
         if m > 0 and not (1 <= n <= m and cols % m == 0 and self.block_size % m == 0):
             raise ValueError(
@@ -197,9 +201,8 @@ def obs_sweep_reference(*values: Any) -> SweepTensors:
 def _obs_sweep_native(*values: Any) -> SweepTensors:
     args = SweepArgs(*values)
     w = args.w
-    rows = w if w.stride(2) == 1 or w.shape[2] <= 1 else w.contiguous()
-    weight, kept = w.new_empty(w.shape), w.new_empty(w.shape, dtype=torch.bool)
-    loss = w.new_zeros(w.shape[:2])
+    rows, weight = unit_columns(w), w.new_empty(w.shape)
+    kept, loss = w.new_empty(w.shape, dtype=torch.bool), w.new_zeros(w.shape[:2])
     optional = (
         _native.optional_capsule(None if t is None else t.contiguous())
         for t in (args.counts, args.mask, args.preserve, args.column_scale, args.grid)

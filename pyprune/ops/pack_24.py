@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import registry
-from pyprune.ops._checks import check_rows, check_same_device, check_shape
+from pyprune.ops._checks import check_array, check_rows, check_same_device
 from pyprune.ops._packing import CHECKED_BYTES, check_mask, native_mask
-from pyprune.ops.storage import aligned, bit_pattern, row_blocks, unit_columns
+from pyprune.ops.storage import aligned_rows, bit_pattern, row_blocks, unit_columns
 
 # Order in which a group that keeps fewer than two is filled up: position 2, then 3. It is the
 # choice that PyTorch's converter makes, so that both encode a matrix alike.
@@ -77,8 +77,8 @@ def _pack_24_native(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Ten
 
 def _pack_24_cuda(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     packed = _pack_24_fake(w, mask)
-    kept = None if mask is None else _native.capsule(aligned(mask.contiguous(), 8))
-    _native.launch("pack_24_cuda", w.device, *packed, aligned(w), kept)
+    kept = None if mask is None else _native.capsule(aligned_rows(mask.contiguous(), 8))
+    _native.launch("pack_24_cuda", w.device, *packed, aligned_rows(w), kept)
     return packed
 
 
@@ -126,11 +126,9 @@ def pack_24(w: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
 
 def _check_unpack_24(values: Tensor, meta: Tensor) -> None:
     check_rows("values", values)
-    if meta.dtype != torch.uint8:
-        raise ValueError(f"meta: expected torch.uint8, got {meta.dtype}")
     if values.shape[1] % 4:
         raise ValueError(f"values: expected a multiple of 4 columns, got {values.shape[1]}")
-    check_shape("meta", meta, (values.shape[0], values.shape[1] // 4))
+    check_array("meta", meta, torch.uint8, (values.shape[0], values.shape[1] // 4))
     check_same_device(values, meta)
 
 
@@ -170,7 +168,7 @@ def _unpack_24_fake(values: Tensor, meta: Tensor) -> Tensor:
 
 def _unpack_24_cuda(values: Tensor, meta: Tensor) -> Tensor:
     w = _unpack_24_fake(values, meta)
-    arrays = (aligned(values.contiguous(), 4 * values.element_size()), meta.contiguous())
+    arrays = (aligned_rows(values.contiguous(), 4 * values.element_size()), meta.contiguous())
     _native.launch("unpack_24_cuda", w.device, w, *arrays)
     return w
 

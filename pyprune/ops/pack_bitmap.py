@@ -7,9 +7,9 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import registry
-from pyprune.ops._checks import check_float, check_rows, check_same_device, check_shape
+from pyprune.ops._checks import check_array, check_float, check_rows, check_same_device, check_shape
 from pyprune.ops._packing import CHECKED_BYTES, check_mask, native_mask
-from pyprune.ops.storage import aligned, bit_pattern, row_blocks, unit_columns
+from pyprune.ops.storage import aligned_rows, bit_pattern, row_blocks, unit_columns
 
 
 def _check_pack_bitmap(w: Tensor, mask: Tensor | None) -> None:
@@ -118,9 +118,7 @@ def _check_unpack_bitmap(values: Tensor, bitmap: Tensor, row_offsets: Tensor, co
     if bitmap.dtype != torch.uint8 or bitmap.dim() != 2:
         raise ValueError(f"bitmap: expected a uint8 matrix, got {bitmap.dim()}-d {bitmap.dtype}")
     check_shape("bitmap", bitmap, (bitmap.shape[0], (cols + 7) // 8))
-    if row_offsets.dtype != torch.int64:
-        raise ValueError(f"row_offsets: expected torch.int64, got {row_offsets.dtype}")
-    check_shape("row_offsets", row_offsets, (bitmap.shape[0] + 1,))
+    check_array("row_offsets", row_offsets, torch.int64, (bitmap.shape[0] + 1,))
     check_same_device(values, bitmap, row_offsets)
 
 
@@ -197,7 +195,7 @@ def _unpack_bitmap_native(values: Tensor, bitmap: Tensor, row_offsets: Tensor, c
 
 def _unpack_bitmap_cuda(values: Tensor, bitmap: Tensor, row_offsets: Tensor, cols: int) -> Tensor:
     w = values.new_empty(bitmap.shape[0], cols)
-    arrays = (aligned(values), bitmap.contiguous(), row_offsets.contiguous())
+    arrays = (aligned_rows(values), bitmap.contiguous(), row_offsets.contiguous())
     _native.launch("move_bitmap_values_cuda", w.device, w, *arrays, False)
     return w
 

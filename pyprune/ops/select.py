@@ -25,12 +25,15 @@ from torch import Tensor
 from pyprune import _native
 from pyprune.ops import registry
 from pyprune.ops._checks import (
+    accumulation_dtype,
+    check_array,
     check_float,
     check_matrices,
     check_rows,
     check_same_device,
     check_shape,
 )
+from pyprune.ops.storage import unit_columns
 
 # Of a row whose keys mask_topk's cuda kernel keeps in registers.
 TOPK_COLUMNS = 32768
@@ -57,9 +60,7 @@ def _check_scores(
             check_shape(name, t, wanted[name])
             check_float(name, t)
     if preserve is not None:
-        check_shape("preserve", preserve, shape)
-        if preserve.dtype != torch.bool:
-            raise ValueError(f"preserve: expected torch.bool, got {preserve.dtype}")
+        check_array("preserve", preserve, torch.bool, shape)
     check_same_device(w, column_scale, row_scale, addend, preserve)
 
 
@@ -71,7 +72,7 @@ def _score_reference(
     preserve: Tensor | None,
 ) -> Tensor:
     """Scores, with -1 where a weight must stay pruned."""
-    dtype = torch.float64 if w.dtype == torch.float64 else torch.float32
+    dtype = accumulation_dtype(w)
     factor = None if column_scale is None else column_scale.to(dtype)
     if addend is not None:
         factor = addend.to(dtype) if factor is None else factor + addend.to(dtype)
@@ -97,20 +98,16 @@ def _native_terms(terms: Sequence[Tensor | None]) -> list[Tensor | None]:
     return [
         None if column_scale is None else column_scale.float().contiguous(),
         None if row_scale is None else row_scale.float().contiguous(),
-        None if addend is None else _unit_columns(addend.float()),
-        None if preserve is None else _unit_columns(preserve),
+        None if addend is None else unit_columns(addend.float()),
+        None if preserve is None else unit_columns(preserve),
     ]
-
-
-def _unit_columns(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
 
 
 def _kernel(run: Callable[..., object], *numbers: int) -> Callable[..., None]:
     """What `fill_stack` takes, of `run(mask, w, *numbers, *terms)`, a function of `_C`."""
 
     def fill(mask: Tensor, w: Tensor, *terms: Tensor | None) -> None:
-        run(mask, _unit_columns(w), *numbers, *map(_native.optional_capsule, _native_terms(terms)))
+        run(mask, unit_columns(w), *numbers, *map(_native.optional_capsule, _native_terms(terms)))
 
     return fill
 
@@ -362,7 +359,7 @@ def _capsules(
     terms = [_native_terms(_terms_of(lists, i)) for i in filled]
     return [
         [_native.capsule(masks[i]) for i in filled],
-        [_native.capsule(_unit_columns(ws[i])) for i in filled],
+        [_native.capsule(unit_columns(ws[i])) for i in filled],
         *([_native.capsule(u) for t in terms if (u := t[j]) is not None] for j in range(4)),
     ]
 

@@ -1,7 +1,7 @@
 """Weights with int8 values and one scale a row, and products with them.
 
 `W[r, c] = scales[r] * q[r, c]`, q from -127 to 127, stored as 2:4 or bitmap like any other matrix
-(see `pyprune.ops.sparse_linear`) with q as the values, or with every q. At 50 % the first two take
+(see `pyprune.ops.pack`) with q as the values, or with every q. At 50 % the first two take
 5 bits a weight. An int8 number is a bf16 number exactly, so products lose nothing to it.
 """
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pyprune.ops import _transforms, registry
 from pyprune.ops._checks import (
+    accumulation_dtype,
     check_float,
     check_rows,
     check_same_device,
@@ -97,7 +98,7 @@ def dequantize_rows(q: Tensor, scales: Tensor) -> Tensor:
     check_float("scales", scales)
     check_shape("scales", scales, (q.shape[0],))
     check_same_device(q, scales)
-    wide = torch.float64 if scales.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(scales)
     if torch.compiler.is_compiling():
         # Fused, without the memory that blocks save; they would fix the number of rows.
         return (q.to(wide) * scales.to(wide)[:, None]).to(scales.dtype)
@@ -216,7 +217,7 @@ def _define(op: str, weight: str, check: Callable[..., None], dense: Callable[..
 
     def reference(x: Tensor, *rest: Tensor) -> Tensor:
         *tensors, scales, bias = rest
-        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        wide = accumulation_dtype(x)
         scaled = dense(x, *tensors).to(wide) * scales.to(wide)[:, None]
         return linear_dense_reference(x, scaled, bias)
 

@@ -1,16 +1,7 @@
 """Products with a compressed weight matrix, `y = x @ W^T + bias`: 2:4, bitmap; dense to compare.
 
-`W [R, C]` comes as `pyprune.ops.pack` lays it out:
-
-format | tensors
--------|------------------------------------------------------------------------------------------
-2:4    | values `[R, C/2]`; meta uint8 `[R, C/8]`: for each group of four columns the two kept
-       | column numbers, ascending, two bits each, the lower first; the even group in the low nibble
-bitmap | values `[nnz]`, row after row; bitmap uint8 `[R, ceil(C/8)]`: bit `c % 8` of byte `c // 8`
-       | is column c, bits past C zero; row_offsets int64 `[R + 1]`: where each row's values start
-
-At 50 % and 16-bit values both take 9 bits a weight against 16, which bounds the gain where memory
-bandwidth decides (few rows of x) at 1.78.
+`W [R, C]` comes as `pyprune.ops.pack` lays it out. At 50 % and 16-bit values both take 9 bits a
+weight against 16, which bounds the gain where memory bandwidth decides (few rows of x) at 1.78.
 """
 
 from __future__ import annotations
@@ -20,9 +11,18 @@ from torch import Tensor
 
 from pyprune import _native
 from pyprune.ops import _transforms, linear_24_cuda, linear_bitmap_cuda, registry
-from pyprune.ops._checks import check_float, check_same_device, check_shape, check_tensor
+from pyprune.ops._checks import (
+    accumulation_dtype,
+    check_array,
+    check_float,
+    check_rows,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from pyprune.ops._precision import full_precision
 from pyprune.ops.pack import unpack_24_reference, unpack_bitmap_reference
+from pyprune.ops.storage import unit_columns
 
 META_COLUMNS = 8  # columns a byte of 2:4 metadata or of a bitmap describes
 
@@ -41,12 +41,6 @@ def check_activations(x: Tensor, bias: Tensor | None, rows: int) -> None:
         check_shape("bias", bias, (rows,))
 
 
-def check_bytes(name: str, t: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    if t.dtype != dtype:
-        raise ValueError(f"{name}: expected {dtype}, got {t.dtype}")
-    check_shape(name, t, shape)
-
-
 def check_packed_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None) -> None:
     """What a product with a 2:4 matrix asks of its arguments, whatever the values are."""
     if values.dim() != 2:
@@ -57,7 +51,7 @@ def check_packed_24(x: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None
     if cols % META_COLUMNS:
         raise ValueError(f"x: 2:4 needs a multiple of {META_COLUMNS} columns, got {cols}")
     check_shape("values", values, (rows, cols // 2))
-    check_bytes("meta", meta, (rows, cols // META_COLUMNS), torch.uint8)
+    check_array("meta", meta, torch.uint8, (rows, cols // META_COLUMNS))
     check_same_device(x, values, meta, bias)
 
 
@@ -71,8 +65,8 @@ def check_packed_bitmap(
         raise ValueError(f"bitmap: expected 2 dimensions, got shape {tuple(bitmap.shape)}")
     rows = bitmap.shape[0]
     check_activations(x, bias, rows)
-    check_bytes("bitmap", bitmap, (rows, -(-x.shape[-1] // META_COLUMNS)), torch.uint8)
-    check_bytes("row_offsets", row_offsets, (rows + 1,), torch.int64)
+    check_array("bitmap", bitmap, torch.uint8, (rows, -(-x.shape[-1] // META_COLUMNS)))
+    check_array("row_offsets", row_offsets, torch.int64, (rows + 1,))
     check_same_device(x, values, bitmap, row_offsets, bias)
 
 
@@ -89,11 +83,8 @@ def _check_linear_bitmap(
 
 
 def _check_linear_dense(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check_tensor("weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"weight: expected 2 dimensions, got shape {tuple(weight.shape)}")
+    check_rows("weight", weight)
     check_activations(x, bias, weight.shape[0])
-    check_float("weight", weight)
     check_shape("weight", weight, (weight.shape[0], x.shape[-1]))
     check_same_device(x, weight, bias)
 
@@ -121,7 +112,7 @@ def _linear_dense_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor
 
 @full_precision()
 def linear_dense_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulation_dtype(x)
     y = x.to(wide) @ weight.to(wide).T
     if bias is not None:
         y = y + bias.to(wide)
@@ -143,9 +134,7 @@ def native_linear(name: str, x: Tensor, rows: int, bias: Tensor | None, *weight:
     # The kernels multiply fp32 and bf16 activations; fp16 ones are widened on the way in. What a
     # decoding step does not need is not called: a view costs as much as a tenth of its products.
     source = x.float() if x.dtype is torch.float16 else x
-    flat = source if source.dim() == 2 else source.reshape(-1, x.shape[-1])
-    if not flat.is_contiguous() and flat.stride(-1) != 1 and flat.shape[-1] > 1:
-        flat = flat.contiguous()
+    flat = unit_columns(source if source.dim() == 2 else source.reshape(-1, x.shape[-1]))
     y = source.new_empty((*x.shape[:-1], rows))
     if y.numel():
         b = None if bias is None else _native.capsule(bias.float().contiguous())
@@ -232,8 +221,8 @@ def linear_24(x: Tensor, values: Tensor, meta: Tensor, *, bias: Tensor | None = 
     Args:
         x: activations `[..., C]`, bf16, fp16, fp32 or fp64; any strides. C is a multiple of 8.
         values: `[R, C/2]`, the two kept weights of every four, in column order; any float dtype.
-        meta: uint8 `[R, C/8]`, see the module. Two bits cannot point outside their group; a group
-            whose numbers do not ascend has no defined product (`SparseLinear` refuses it).
+        meta: uint8 `[R, C/8]`. Two bits cannot point outside their group; a group whose numbers do
+            not ascend has no defined product (`SparseLinear` refuses it).
         bias: `[R]` or None.
 
     On CUDA devices bf16 and fp16 products whose C is a multiple of 64 go through sparse tensor
@@ -260,7 +249,7 @@ def linear_bitmap(
     Args:
         x: activations `[..., C]`, bf16, fp16, fp32 or fp64; any strides.
         values: `[nnz]`, the stored weights row after row, in column order; any float dtype.
-        bitmap: uint8 `[R, ceil(C/8)]`, see the module.
+        bitmap: uint8 `[R, ceil(C/8)]`.
         row_offsets: int64 `[R + 1]`, first 0, last nnz, each step the row's number of set bits.
         bias: `[R]` or None.
 

@@ -16,13 +16,14 @@ def bit_pattern(t: Tensor) -> Tensor:
 
 
 def unit_columns(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 or t.shape[1] <= 1 else t.contiguous()
+    """`t` `[..., C]` with unit stride along its last dimension."""
+    return t if t.stride(-1) == 1 or t.shape[-1] <= 1 else t.contiguous()
 
 
-def aligned(t: Tensor, bytes_: int = 16) -> Tensor:
+def aligned_rows(t: Tensor, bytes_: int = 16) -> Tensor:
     """`t` with unit stride along columns and rows that start at multiples of `bytes_`, as the CUDA
     kernels' vector loads need them: a slice may begin anywhere."""
-    t = t.contiguous() if t.dim() == 1 else unit_columns(t)
+    t = unit_columns(t)
     rows = t.dim() == 2 and t.shape[0] > 1
     starts = (t.data_ptr(), t.stride(0) * t.element_size() if rows else 0)
     if all(start % bytes_ == 0 for start in starts):

@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._C import _len_torch_dispatch_stack
-from torch._C._functorch import peek_interpreter_stack
-from torch.autograd import forward_ad
 
 from pyprune import _native
 from pyprune.ops import registry
+from pyprune.ops._transforms import is_untransformed
 
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 # What x may be, and a bias and scales.
@@ -29,13 +27,9 @@ def is_alone(x: Tensor) -> bool:
     transformation of torch.func (of the weights neither), gradient or forced backend."""
     return (
         type(x) is Tensor
-        and not torch.compiler.is_compiling()
         and not x.requires_grad
-        and not _len_torch_dispatch_stack()
-        and peek_interpreter_stack() is None
-        and forward_ad._current_level < 0
+        and is_untransformed()
         and not registry.any_backend_forced()
-        and not torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
 
 

@@ -27,7 +27,7 @@ from pyprune.ops.sparse_int8 import (
     validate_bitmap_int8,
     validate_int8,
 )
-from pyprune.sparse.layout import CODED, COUNTED, DENSE_INT8, FORMATS, LayerFormat
+from pyprune.sparse.layout import CODED, COUNTED, DENSE_INT8, LayerFormat
 
 
 class Kind(NamedTuple):
@@ -108,12 +108,13 @@ class StoredWeight(nn.Module):
         tied_to: StoredWeight | None = None,
     ) -> None:
         super().__init__()
+        self.layer = LayerFormat(format, (rows, cols), int8)
         if (format, int8) not in KINDS:
-            raise UserError(f"format: expected one of {', '.join(FORMATS)}, got {format!r}")
+            known = ", ".join(LayerFormat(kind, (rows, cols), of8).label for kind, of8 in KINDS)
+            raise UserError(f"format: expected one of {known}, got {self.layer.label!r}")
         if format == "sparse24" and cols % 8:
             raise UserError(f"sparse24: expected a multiple of 8 inputs, got {cols}")
         self.rows, self.cols, self.format, self.int8 = rows, cols, format, int8
-        self.layer = LayerFormat(format, (rows, cols), int8)
         self._dtype = torch.get_default_dtype() if dtype is None else dtype
         # In a tuple, a module is no submodule: its buffers are not this one's too.
         self._owner = () if tied_to is None else (tied_to,)

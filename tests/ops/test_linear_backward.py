@@ -1,14 +1,19 @@
 """Gradients through compressed products: those of the dense product, or an error; never silence."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ops.compressed import pack_24, pack_bitmap, random_24_mask
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pyprune import ops
+from pyprune.ops import _transforms, registry
 from pyprune.sparse import SparseLinear
 from pyprune.sparse.dense import use_own_kernels
 
@@ -264,3 +269,55 @@ def test_what_surrounds_a_compressed_layer_learns(format, int8):
         found.append(before.weight.grad)
     for got in found[1:]:
         torch.testing.assert_close(got, found[0], rtol=1e-4, atol=1e-4)
+
+
+class Noting:
+    """A mode that writes down what it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def note(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class DispatchMode(Noting, TorchDispatchMode):
+    __torch_dispatch__ = Noting.note
+
+
+class FunctionMode(Noting, TorchFunctionMode):
+    __torch_function__ = Noting.note
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("op", FORMATS)
+def test_who_listens_hears_the_operator(op, monkeypatch):
+    tensors, _ = weight(op, torch.float32)
+    x, product = torch.randn(3, 24), getattr(ops, op)
+    called = []  # without PyTorch's dispatch
+    run = lambda name, *args: (called.append(name), registry.call(name, *args))[1]  # noqa: E731
+    monkeypatch.setattr(_transforms, "registry", SimpleNamespace(call=run, IMPLS=registry.IMPLS))
+    plain = product(x, *tensors)
+    assert called == [op]
+    with torch.no_grad():
+        assert torch.equal(product(x.clone().requires_grad_(), *tensors), plain)
+    assert called == [op] * 2
+    for mode in (DispatchMode(), FunctionMode()):
+        with mode:
+            assert torch.equal(product(x, *tensors), plain)
+        assert any(f"pyprune.{op}" in name for name in mode.seen)
+    with torch.profiler.profile() as profile:
+        product(x, *tensors)
+    assert any(event.key == f"pyprune::{op}" for event in profile.key_averages())
+    assert product(x.clone().requires_grad_(), *tensors).requires_grad
+    assert type(product(x.as_subclass(Tagged), *tensors)) is Tagged
+    assert product(x.to("meta"), *(t.to("meta") for t in tensors)).is_meta
+    assert torch.equal(product(torch._neg_view(-x), *tensors), plain)
+    traced = make_fx(lambda x: product(x, *tensors))(x)
+    assert f"pyprune.{op}.default" in traced.code
+    assert called == [op] * 2

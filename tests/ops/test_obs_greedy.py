@@ -223,7 +223,7 @@ def test_opcheck():
         ({"w": torch.ones(2, 4, dtype=torch.int64)}, r"w: expected \[P, C\] in fp32 or fp64"),
         ({"inverse": torch.eye(3)}, r"inverse: expected shape \(4, 4\)"),
         ({"inverse": torch.eye(4).double()}, "inverse: expected torch.float32 like w"),
-        ({"first": torch.ones(2, 4)}, "first: expected bool"),
+        ({"first": torch.ones(2, 4)}, "first: expected torch.bool"),
         ({"steps": 5}, "steps: expected a number from 0 to C = 4, got 5"),
         ({"nm": (2, 3)}, "m to divide C = 4, got 2:3"),
         ({"nm": (5, 4), "steps": 1}, "expected 0 <= n <= m"),

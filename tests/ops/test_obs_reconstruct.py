@@ -411,7 +411,7 @@ def test_independent_of_thread_count(use_backend):
         ({"w": torch.zeros(3)}, "w: expected"),
         ({"w": torch.zeros(2, 3, dtype=torch.int32)}, "w: expected bf16"),
         ({"mask": torch.ones(2, 2, dtype=torch.bool)}, "mask: expected shape"),
-        ({"mask": torch.ones(2, 3)}, "mask: expected bool"),
+        ({"mask": torch.ones(2, 3)}, "mask: expected torch.bool"),
         ({"start": torch.ones(3, 3)}, "start: expected shape"),
         ({"h": torch.eye(4)}, r"h: expected shape \(1, 3, 3\)"),
         ({"tolerance": 0.0}, "tolerance: expected"),

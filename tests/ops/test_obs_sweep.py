@@ -8,7 +8,7 @@ from ops.sweep import ISAS, ONE_OF_EACH, OP, RULE_IDS, RULES, SHAPES, fewer, flo
 
 from pyprune import ops
 
-# --- goldens: methods/weights.md section 12.2 -----------------------------------------------
+# --- goldens: of an fp64 reference ----------------------------------------------------------
 
 
 def golden() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -412,7 +412,7 @@ def test_independent_of_thread_count(shape, rule):
         ({"scope": "global"}, "scope: expected"),
         ({"sparsity": None, "nm": (2, 3)}, "m dividing the columns"),
         ({"sparsity": None, "nm": (5, 4)}, "1 <= n <= m"),
-        ({"sparsity": None, "mask": torch.ones(3, 8)}, "mask: expected bool"),
+        ({"sparsity": None, "mask": torch.ones(3, 8)}, "mask: expected torch.bool"),
         ({"sparsity": None, "mask": torch.ones(8) > 0}, "mask: expected shape"),
         ({"preserve": torch.ones(3, 9) > 0}, "preserve: expected shape"),
         ({"block_size": 0}, "block_size: expected"),
