@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyprune.allocation import ALLOCATIONS
 from pyprune.calibration.configured import configured_tokens
+from pyprune.calibration.progress import WalkProgress
 from pyprune.calibration.tokens import TokenSet
 from pyprune.calibration.walk import InMemoryStore
 from pyprune.checkpoint import (
@@ -47,7 +48,7 @@ from pyprune.report import (
     source_name,
     versions,
 )
-from pyprune.session import Look, Progress, Session, look_at_whole, looks_at_whole, needs_of
+from pyprune.session import Look, Session, look_at_whole, looks_at_whole, needs_of
 from pyprune.surgeon.run import Surgeon
 from pyprune.surgeon.state import State
 from pyprune.surroundings import adapters, in_memory, undisturbed
@@ -61,7 +62,7 @@ def prune(
     pattern: Pattern | str | float | None = None,
     *,
     config: PruneConfig | None = None,
-    progress: Progress | None = None,
+    progress: WalkProgress | None = None,
     state: str | Path | None = None,
     preserve_mask: Masks | None = None,
     **options: Any,
@@ -128,7 +129,7 @@ def prune_checkpoint(
     source: str | Path,
     out: str | Path,
     config: PruneConfig,
-    progress: Progress | None = None,
+    progress: WalkProgress | None = None,
     *,
     batches: object = None,
     state: str | Path | None = None,
@@ -171,7 +172,7 @@ def prune_checkpoint(
         return _shots(name, checkpoint, out, config, batches, state, measure, progress)
     _no_state(config, state)
     with measure.phase("open"):
-        problem = checkpoint.streamable()
+        problem = checkpoint.streaming_obstacle()
         streamed = not problem
         dtype, device = _dtype(config), find_device(config.device)
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
@@ -221,7 +222,7 @@ def _shots(
     batches: object,
     state: str | Path | None,
     measure: Measure,
-    progress: Progress | None,
+    progress: WalkProgress | None,
 ) -> Report:
     """`prune_checkpoint` for a method in shots."""
     dtype, device = _dtype(config), find_device(config.device)
@@ -234,7 +235,7 @@ def _shots(
     surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
         layers = surgeon.run()
-        streamed = not checkpoint.streamable()
+        streamed = not checkpoint.streaming_obstacle()
         copy_auxiliary(checkpoint, folder, index=streamed)
         with measure.phase("write"):
             empty = _adapter(checkpoint.build_model("meta", dtype), config) if streamed else None
@@ -252,7 +253,7 @@ def _surgeon(
     tokens: TokenSet | None,
     device: torch.device,
     measure: Measure,
-    progress: Progress | None,
+    progress: WalkProgress | None,
     state: str | Path | None,
 ) -> Surgeon:
     assert tokens is not None

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyprune.allocation.base import MAX_SPARSITY
 from pyprune.calibration.loss_scale import LossScale, all_finite
 from pyprune.errors import LayerError, UserError
+from pyprune.progress import CountProgress
 
 # A mean of rates that falls short of a whole weight by less than this share of it reaches it.
 ROUNDING = 1e-6
@@ -184,7 +185,7 @@ def learn_block(
     batches: Sequence[int],
     count: int,
     options: BesaOptions,
-    tell: Callable[[int, int], None] | None = None,
+    tell: CountProgress | None = None,
 ) -> Learned:
     """Which `count` weights of a block's `matrices` go.
 

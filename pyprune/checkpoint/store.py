@@ -56,7 +56,7 @@ class StreamingStore:
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
-        reason = checkpoint.streamable()
+        reason = checkpoint.streaming_obstacle()
         if reason:
             raise UserError(f"{checkpoint.path}: cannot be read block by block: {reason}")
         self.checkpoint = checkpoint
@@ -188,7 +188,7 @@ def write_parameters(
     the shards in which only the parameters `changed`, by the model's names, are overwritten.
 
     originals: noted when `model` was loaded. adapter: of `checkpoint.build_model("meta", dtype)`;
-    None where that is not `streamable`: then the model is saved in shards of its own.
+    None where that has a `streaming_obstacle`: then the model is saved in shards of its own.
     """
     if adapter is None:
         originals.restore(model)

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pyprune.depth.budget import Unit, units_of
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision
+from pyprune.depth.decision import DepthDecision
 from pyprune.depth.exchange import refined
 from pyprune.depth.graph import Branch
 from pyprune.depth.greedy import Greedy, GreedyOptions
@@ -70,7 +70,7 @@ def check_protected(first: int, last: int) -> None:
     paper="arXiv 2406.10594",
     options=BlockPrunerOptions,
 )
-def blockpruner(task: DepthTask) -> Decision:
+def blockpruner(task: DepthTask) -> DepthDecision:
     """Candidates in the order of the paper's code, by which ties go: attention branches by
     ascending layer, then MLPs (depth.md 1 (c) 3); then pairs.
 

@@ -67,7 +67,7 @@ class Refinement:
 
 
 @dataclass(frozen=True)
-class Decision:
+class DepthDecision:
     """Removals in order, with what is needed to repeat or apply them.
 
     method; unit: "block" (a branch) or "layer"; layers: how many the model has; steps. refinement:
@@ -122,7 +122,7 @@ class Decision:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
+    def from_dict(cls, values: Mapping[str, Any]) -> DepthDecision:
         """The inverse of `to_dict`, also after JSON. UserError if it is something else."""
         try:
             given = dict(values)
@@ -149,7 +149,7 @@ def _refinement(values: Mapping[str, Any]) -> Refinement:
     return Refinement(**{**values, "exchanges": tuple(exchanges)})
 
 
-def load_decision(path: str | Path) -> Decision:
+def load_decision(path: str | Path) -> DepthDecision:
     """The decision in the pyprune.json of a pruned model's directory, or in such a file."""
     file = Path(path)
     if file.is_dir():
@@ -160,7 +160,7 @@ def load_decision(path: str | Path) -> Decision:
         raise UserError(f"decision: cannot read {file}: {error}") from error
     if not isinstance(values, dict) or "decision" not in values:
         raise UserError(f"{file}: expected the report of a structural run, got another")
-    return Decision.from_dict({**values["decision"], **{k: values.get(k) for k in SHARED}})
+    return DepthDecision.from_dict({**values["decision"], **{k: values.get(k) for k in SHARED}})
 
 
 def name_of(unit: tuple[Branch, ...]) -> str:

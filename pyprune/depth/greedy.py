@@ -15,7 +15,7 @@ from pyprune.checkpoint import check_writable, replace_file, writing
 from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, Unit, branches_of
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision, Refinement, Step, name_of
+from pyprune.depth.decision import DepthDecision, Refinement, Step, name_of
 from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.graph import Branch
 from pyprune.depth.registry import DepthTask
@@ -213,7 +213,7 @@ class Greedy:
         """Of rounds that a reader should know of."""
         return [f"round {number}: {note}" for number, note in self._notes.items()]
 
-    def decision(self, refine: Refine | None = None) -> Decision:
+    def decision(self, refine: Refine | None = None) -> DepthDecision:
         """The search, what improves its list, if anything, and the add-ons, which change the
         model's weights in place."""
         steps = first = self.run()
@@ -412,7 +412,9 @@ class Greedy:
     def _save(self, steps: Sequence[Step]) -> None:
         if self.options.state is None:
             return
-        so_far = Decision(self.task.config.method, "", len(self.task.graph.layouts), tuple(steps))
+        so_far = DepthDecision(
+            self.task.config.method, "", len(self.task.graph.layouts), tuple(steps)
+        )
         self._stales.append(dict(self.stale))
         text = json.dumps(
             {
@@ -446,7 +448,7 @@ class Greedy:
             self.budget = replace(self.budget, seconds=seconds, total=total)
         lesser = replace(self.budget, target=min(target, self.budget.target))
         steps: list[Step] = []
-        for step in Decision.from_dict(decision).steps:
+        for step in DepthDecision.from_dict(decision).steps:
             if self.budget.reached(self._branches):
                 break
             same = self.compare == "score" or target == self.budget.target

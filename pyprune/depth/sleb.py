@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pyprune.depth.blockpruner import check_protected
 from pyprune.depth.budget import units_of
-from pyprune.depth.decision import Decision
+from pyprune.depth.decision import DepthDecision
 from pyprune.depth.greedy import Greedy, GreedyOptions
 from pyprune.depth.registry import DepthTask, depth_method
 
@@ -31,7 +31,7 @@ class SlebOptions(GreedyOptions):
     options=SlebOptions,
     unit="layer",
 )
-def sleb(task: DepthTask) -> Decision:
+def sleb(task: DepthTask) -> DepthDecision:
     """BlockPruner's search with both branches of a layer as one candidate."""
     options: SlebOptions = task.config.own_options()
     layers = range(options.protect_first, len(task.graph.layouts) - options.protect_last)

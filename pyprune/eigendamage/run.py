@@ -31,12 +31,13 @@ from pyprune.checkpoint.output import AUXILIARY_BYTES
 from pyprune.config import check_call
 from pyprune.devices import find_device
 from pyprune.eigendamage.config import METHOD, EigenDamageConfig, EigenDamageOptions
-from pyprune.eigendamage.layers import EigenLayer, Progress, damage
+from pyprune.eigendamage.layers import EigenLayer, damage
 from pyprune.errors import UserError
 from pyprune.families import Family, Run
 from pyprune.layer_pruner import select_linears
 from pyprune.measure import Measure
 from pyprune.models.adapter import Adapter
+from pyprune.progress import Progress
 from pyprune.registry import HEADERS, MethodRow
 from pyprune.report import (
     SCHEMA,
@@ -312,7 +313,7 @@ def prune_eigendamage_checkpoint(
             write_report(folder, report.to_dict(), report.card())
         return report
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
-        streamed = not checkpoint.streamable()
+        streamed = not checkpoint.streaming_obstacle()
         copy_auxiliary(checkpoint, folder, index=streamed)
         with measure.phase("write"):
             # Built again, empty, it says where in the shards its parameters are.
@@ -361,7 +362,7 @@ def _run(run: Run) -> EigenDamageReport:
     if run.pictures is not None:
         raise UserError(f"report: {METHOD} has no pictures, got {run.pictures}")
 
-    def told(phase: str, done: int, total: int) -> None:
+    def told(phase: str, done: float, total: float | None) -> None:
         run.bar.step(f"{phase} {done}/{total}", done, total)
 
     return prune_eigendamage_checkpoint(

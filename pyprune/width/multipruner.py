@@ -20,7 +20,7 @@ from torch import Tensor
 from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision
+from pyprune.depth.decision import DepthDecision
 from pyprune.depth.given import Given
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import PARTS, in_parts
@@ -166,7 +166,9 @@ def multipruner(task: WidthTask) -> WidthDecision:
     )
 
 
-def _curve(found: Decision | None, dense: int, perplexity: float) -> list[tuple[str, int, float]]:
+def _curve(
+    found: DepthDecision | None, dense: int, perplexity: float
+) -> list[tuple[str, int, float]]:
     """See `WidthDecision.curve`: up to the last branch; perplexity: of the dense model where no
     branch went."""
     if found is None:
@@ -179,7 +181,7 @@ def _curve(found: Decision | None, dense: int, perplexity: float) -> list[tuple[
     return points
 
 
-def _branches(task: WidthTask, graph: ResidualGraph, blocks: float) -> Decision | None:
+def _branches(task: WidthTask, graph: ResidualGraph, blocks: float) -> DepthDecision | None:
     """BlockPruner's: greedily, as the widths after them, and in mode fast without its audits, which
     look at everything; None where no branches are wanted."""
     if not blocks:

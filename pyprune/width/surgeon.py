@@ -26,7 +26,7 @@ from pyprune.methods.kronecker import Curvature
 from pyprune.ops.obs_factor import NotPositiveDefiniteError
 from pyprune.patterns import Unstructured
 from pyprune.surgeon.matrix import Matrix
-from pyprune.surgeon.state import Progress, Record, State
+from pyprune.surgeon.state import Record, ShotsDone, State
 from pyprune.surgeon.store import GIB, FactorStore, grouped
 from pyprune.width.apply import remove
 from pyprune.width.decision import WidthDecision
@@ -138,7 +138,7 @@ class _Shots:
     ) -> None:
         self.task, self.widths, self.groups, self.options = task, widths, groups, options
         self.device = next(widths.model.parameters()).device
-        self.done = Progress(records={group.name: Record() for group in groups})
+        self.done = ShotsDone(records={group.name: Record() for group in groups})
         self.gone: dict[str, Tensor] = {
             group.name: torch.zeros(group.units, dtype=torch.bool) for group in groups
         }

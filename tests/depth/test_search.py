@@ -14,7 +14,7 @@ from pyprune.calibration.tokens import Batch
 from pyprune.config import CalibrationConfig
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.criteria import token_losses
-from pyprune.depth.decision import Decision, load_decision
+from pyprune.depth.decision import DepthDecision, load_decision
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import in_parts
 from pyprune.depth.registry import DEPTH_METHODS, run_search
@@ -305,7 +305,7 @@ def test_progress_is_told(mode):
 def test_decision_round_trip(tmp_path):
     found = search(model_of("llama"), config())
     values = json.loads(json.dumps(found.to_dict()))
-    assert Decision.from_dict(values) == found
+    assert DepthDecision.from_dict(values) == found
     shared = {key: values.pop(key) for key in ("model", "config", "calibration")}
     (tmp_path / "pyprune.json").write_text(json.dumps({**shared, "decision": values}))
     assert load_decision(tmp_path) == load_decision(tmp_path / "pyprune.json") == found
@@ -315,9 +315,9 @@ def test_decision_round_trip(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         load_decision(tmp_path / "nothing.json")
     with pytest.raises(UserError, match="expected one, got something else"):
-        Decision.from_dict({"steps": [{"unit": 3}]})
+        DepthDecision.from_dict({"steps": [{"unit": 3}]})
     with pytest.raises(UserError, match="got mlp of layer 9"):
-        Decision(
+        DepthDecision(
             "x",
             "block",
             3,

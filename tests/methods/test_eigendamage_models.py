@@ -190,7 +190,7 @@ def test_the_dense_result_is_a_stock_checkpoint(checkpoint, tmp_path, monkeypatc
     prune_eigendamage(in_memory, tokenizer, config)
     assert all(map(torch.equal, in_memory.parameters(), pruned.parameters()))
     # Where shards cannot be written in place they are made anew.
-    monkeypatch.setattr(Checkpoint, "streamable", lambda self: "said the test")
+    monkeypatch.setattr(Checkpoint, "streaming_obstacle", lambda self: "said the test")
     prune_eigendamage_checkpoint(checkpoint, tmp_path / "anew", config)
     anew = AutoModelForCausalLM.from_pretrained(tmp_path / "anew")
     assert all(map(torch.equal, anew.parameters(), pruned.parameters()))
