@@ -22,6 +22,7 @@ from pyprune.depth.registry import DepthTask
 from pyprune.depth.score import ObjectiveName, Scorer, or_inf
 from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
+from pyprune.methods.options import Count, Natural, OptionError
 from pyprune.models.fingerprint import fingerprint
 from pyprune.models.stock import parameter_count
 
@@ -48,24 +49,19 @@ class GreedyOptions(AddOns):
     mode: Mode = "exact"
     objective: Literal["auto", "perplexity", "kl"] = "auto"
     compare: Compare = "auto"
-    every: int = 1
-    memory_mb: int = 2048
-    width: int = 4
-    audit_every: int = 8
-    looks: int = 4
+    every: Count = 1
+    memory_mb: Count = 2048
+    width: Count = 4
+    audit_every: Natural = 8
+    looks: Count = 4
     state: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("every", "memory_mb", "width", "looks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.audit_every < 0:
-            raise UserError(f"audit_every: expected 0 or more, got {self.audit_every}")
         if self.state is not None:
             folder = Path(self.state).absolute().parent
             if not folder.is_dir():
-                raise UserError(
+                raise OptionError(
                     f"state: expected a file in an existing directory, got {self.state}"
                 )
             check_writable(folder, "state")

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from pyprune.config import (
     DTYPES,
@@ -17,7 +16,7 @@ from pyprune.config import (
     convert_fields,
 )
 from pyprune.errors import UserError
-from pyprune.methods.options import Scalar, build_options
+from pyprune.methods.options import Natural, OptionError, Positive, Scalar, build_options, within
 from pyprune.registry import unknown_method
 
 METHOD = "eigendamage"
@@ -43,23 +42,13 @@ class EigenDamageOptions:
     unit: Unit = "directions"
     reestimate: bool = False
     factored: bool = False
-    cap: float = 0.95
-    fisher_samples: int = 0
-    factor_memory: float = 8.0
+    cap: Annotated[float, within(0, 1, "()")] = 0.95
+    fisher_samples: Natural = 0
+    factor_memory: Positive = 8.0
 
     def __post_init__(self) -> None:
         if self.factored and self.unit != "directions":
-            raise _wrong("factored", "unit directions", self.unit)
-        if not 0 < self.cap < 1:
-            raise _wrong("cap", "a fraction between 0 and 1", self.cap)
-        if self.fisher_samples < 0:
-            raise _wrong("fisher_samples", "0 or more", self.fisher_samples)
-        if not 0 < self.factor_memory < math.inf:
-            raise _wrong("factor_memory", "a positive number", self.factor_memory)
-
-
-def _wrong(name: str, expected: str, got: object) -> UserError:
-    return UserError(f"method_options: {METHOD} {name}: expected {expected}, got {got}")
+            raise OptionError(f"factored: expected unit directions, got {self.unit}")
 
 
 @dataclass(frozen=True)

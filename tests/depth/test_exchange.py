@@ -236,11 +236,11 @@ def test_when_there_are_exchanges():
     published = run(ratio=0.3, options={"compare": "score"})
     assert published.refinement is None and published.objective == "perplexity"
     assert run(ratio=0.3, options={"compare": "score", "refine": "exchange"}).refinement
-    with pytest.raises(UserError, match=r"refine=exchange: expected a share .* got a count"):
+    with pytest.raises(UserError, match=r"refine: expected a share .* with exchange, got a count"):
         run(count=3, options={"refine": "exchange"})
     with pytest.raises(UserError, match="exchange_limit: expected at least 1, got 0"):
         run(ratio=0.3, options={"exchange_limit": 0})
-    with pytest.raises(UserError, match=r"margin: expected 0 or more .* got -1"):
+    with pytest.raises(UserError, match="blockpruner margin: expected 0 or more, got -1"):
         run(ratio=0.3, options={"margin": -1.0})
     with pytest.raises(UserError, match="refine"):
         run(ratio=0.3, options={"refine": "swap"})

@@ -97,7 +97,7 @@ def test_rankings_by_hand():
     order = influence.argsort().tolist()
     assert list(choose("shortgpt", model, 3).removed) == order[:3]
     kept = choose("shortgpt", model, 3, keep_first=1, keep_last=1).removed
-    with pytest.raises(UserError, match="expected 0 or more, got 0 and -1"):
+    with pytest.raises(UserError, match="shortgpt keep_last: expected 0 or more, got -1"):
         choose("shortgpt", model, 3, keep_last=-1)
     assert sorted(kept) == [1, 2, 3]
     assert choose("reverse", model, 3).removed == (4, 3, 2)

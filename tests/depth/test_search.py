@@ -368,7 +368,10 @@ def test_bad_requests():
         ({"count": 1, "method_options": {"mode": "slow"}}, "expected exact or fast or naive"),
         ({"count": 1, "method_options": {"every": "x"}}, "every: expected a whole number"),
         ({"count": 1, "method_options": {"every": 0}}, "every: expected at least 1"),
-        ({"count": 1, "method_options": {"protect_first": -1}}, "protect_last: expected 0 or more"),
+        (
+            {"count": 1, "method_options": {"protect_first": -1}},
+            "protect_first: expected 0 or more, got -1",
+        ),
         ({"count": 1, "method_options": {"state": 1}}, "state: expected text or none"),
         ({"count": 1, "calibration": {"nsample": 1}}, "did you mean nsamples"),
         ({"count": 1, "raito": 1}, "did you mean ratio"),

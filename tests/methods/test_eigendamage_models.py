@@ -383,7 +383,7 @@ def test_bad_input_changes_nothing():
         ({"method": "wanda"}, "method: expected one of eigendamage, got 'wanda'"),
         ({"device": "tpu"}, "device: expected auto, cpu"),
         ({"method_options": {"unit": "rows"}}, "unit: expected directions or elements, got 'rows'"),
-        ({"method_options": {"cap": 1.0}}, "cap: expected a fraction between 0 and 1, got 1.0"),
+        ({"method_options": {"cap": 1.0}}, r"cap: expected a number in \(0, 1\), got 1.0"),
         ({"method_options": {"fisher_samples": -1}}, "fisher_samples: expected 0 or more, got -1"),
         ({"method_options": {"factor_memory": 0.0}}, "factor_memory: expected a positive number"),
     ],
