@@ -174,7 +174,7 @@ def prune_checkpoint(
     with measure.phase("open"):
         problem = checkpoint.streaming_obstacle()
         streamed = not problem
-        dtype, device = _dtype(config), find_device(config.device)
+        dtype, device = config.torch_dtype, find_device(config.device)
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
         originals = None if streamed else Originals(checkpoint, model)
         adapter = _adapter(model, config)
@@ -225,7 +225,7 @@ def _shots(
     progress: WalkProgress | None,
 ) -> Report:
     """`prune_checkpoint` for a method in shots."""
-    dtype, device = _dtype(config), find_device(config.device)
+    dtype, device = config.torch_dtype, find_device(config.device)
     with measure.phase("open"):
         model: Any = checkpoint.load_model("cpu", dtype)
         originals = Originals(checkpoint, model)
@@ -337,10 +337,6 @@ def _untouched(adapter: Adapter) -> tuple[str, ...]:
             "fill the zeros"
         )
     return tuple(notes)
-
-
-def _dtype(config: PruneConfig) -> torch.dtype | None:
-    return None if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def _is_shown(config: PruneConfig) -> bool:

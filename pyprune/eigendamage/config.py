@@ -6,15 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-from pyprune.config import (
-    DTYPES,
-    CalibrationConfig,
-    ConfigFile,
-    check_choice,
-    check_device,
-    check_types,
-    convert_fields,
-)
+from pyprune.config import CalibrationConfig, RunConfig
 from pyprune.errors import UserError
 from pyprune.methods.options import Natural, OptionError, Positive, Scalar, build_options, within
 from pyprune.registry import unknown_method
@@ -52,7 +44,7 @@ class EigenDamageOptions:
 
 
 @dataclass(frozen=True)
-class EigenDamageConfig(ConfigFile):
+class EigenDamageConfig(RunConfig):
     """Everything that decides the outcome of a run.
 
     method: "eigendamage". sparsity: share of the entries of all rotated weights that go.
@@ -71,14 +63,11 @@ class EigenDamageConfig(ConfigFile):
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
-        convert_fields(self)
-        check_types(self, "")
+        super().__post_init__()
         if self.method != METHOD:
             raise unknown_method(self.method, [METHOD])
         if not 0 <= self.sparsity < 1:
             raise UserError(f"sparsity: expected a fraction in [0, 1), got {self.sparsity}")
-        check_choice("dtype", self.dtype, DTYPES)
-        check_device(self.device)
         self.own_options()  # a bad option is found before anything is loaded
 
     def idle(self) -> str:

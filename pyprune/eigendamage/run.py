@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -298,7 +297,7 @@ def prune_eigendamage_checkpoint(
     with measure.phase("open"):
         checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
         data = checkpoint.tokenizer() if batches is None else batches
-        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        dtype = config.torch_dtype
         factored = config.own_options().factored
         pieces = _pieces(checkpoint) if factored else {}
         model: Any = checkpoint.load_model("cpu", dtype)
