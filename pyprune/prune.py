@@ -235,12 +235,8 @@ def _shots(
     surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
         layers = surgeon.run()
-        streamed = not checkpoint.streaming_obstacle()
-        copy_auxiliary(checkpoint, folder, index=streamed)
         with measure.phase("write"):
-            empty = _adapter(checkpoint.build_model("meta", dtype), config) if streamed else None
-            parameters = surgeon.parameters()
-            write_parameters(checkpoint, originals, model, empty, parameters, folder)
+            write_parameters(checkpoint, originals, model, surgeon.parameters(), folder, dtype)
         notes = (*surgeon.notes(), *_target(config, {}), *_untouched(adapter))
         report = _report(name, config, tokens, layers, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))

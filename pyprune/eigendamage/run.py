@@ -20,7 +20,6 @@ from pyprune.checkpoint import (
     Checkpoint,
     Originals,
     check_output,
-    copy_auxiliary,
     output_directory,
     write_parameters,
     write_report,
@@ -312,12 +311,9 @@ def prune_eigendamage_checkpoint(
             write_report(folder, report.to_dict(), report.card())
         return report
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
-        streamed = not checkpoint.streaming_obstacle()
-        copy_auxiliary(checkpoint, folder, index=streamed)
         with measure.phase("write"):
-            # Built again, empty, it says where in the shards its parameters are.
-            empty = Adapter.of(checkpoint.build_model("meta", dtype)) if streamed else None
-            write_parameters(checkpoint, originals, model, empty, _changed(model, config), folder)
+            changed = _changed(model, config)
+            write_parameters(checkpoint, originals, model, changed, folder, dtype)
         report = replace(report, run=replace(report.run, seconds=measure.total()))
         write_report(folder, report.to_dict(), report.card())
     return report
