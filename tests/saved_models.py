@@ -8,7 +8,7 @@ from byte_tokenizer import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from pyprune import cli
-from pyprune.checkpoint.output import save_model
+from pyprune.checkpoint import write_report
 
 BAD_KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -20,6 +20,15 @@ def reloaded(folder: Path, **options):
     assert not any(info[key] for key in BAD_KEYS), info
     assert not model.training
     return model
+
+
+def save_model(model, tokenizer, folder: Path, report=None) -> None:
+    """An ordinary Hugging Face directory, with a pyprune.json if there is a `report`."""
+    model.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    if report is not None:
+        write_report(folder, report, "")
 
 
 def save_source(folder: Path, model, report=None) -> Path:

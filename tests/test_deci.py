@@ -8,14 +8,13 @@ from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
 from saved_models import prune_source as prune
 from saved_models import reloaded as load
-from saved_models import save_source
+from saved_models import save_model, save_source
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
 from torch.nn.functional import linear, silu
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pyprune import cli
 from pyprune.checkpoint import Checkpoint
-from pyprune.checkpoint.output import save_model
 from pyprune.deci import ffn_channels, ffn_mult, save_deci, to_deci
 from pyprune.deci_convert import stock_tensors
 from pyprune.depth import run

@@ -8,13 +8,12 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from saved_models import prune_source as run
 from saved_models import reloaded as load
-from saved_models import save_source
+from saved_models import save_model, save_source
 from tiny_models import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 import pyprune
 from pyprune import cli
-from pyprune.checkpoint.output import save_model
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.decision import load_decision
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import MOE_FAMILIES, logits, tiny_model, tiny_tokens, tokens_of
 from transformers import AutoModelForCausalLM
 
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint.output import save_model
 from pyprune.errors import UserError
 from pyprune.width import disp
 from pyprune.width.config import WidthConfig

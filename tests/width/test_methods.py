@@ -6,13 +6,12 @@ import math
 
 import pytest
 import torch
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import MOE_FAMILIES, logits, tiny_model, tiny_tokens
 
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.stats import MomentStatistic
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint.output import save_model
 from pyprune.errors import UserError
 from pyprune.width.config import WidthConfig
 from pyprune.width.decision import WidthDecision

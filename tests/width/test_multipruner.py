@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import logits, tiny_model, tiny_tokens, tokens_of
 
 from pyprune.calibration.batches import as_token_set
-from pyprune.checkpoint.output import save_model
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.score import Scorer
 from pyprune.errors import UserError

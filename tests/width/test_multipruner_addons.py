@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 from depth_streams import fitted, model_of
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import tiny_tokens
 from torch import nn
 from transformers import Conv1D
 
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint.output import save_model
 from pyprune.depth.compensate import streams
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph, gaps
 from pyprune.depth.score import Scorer

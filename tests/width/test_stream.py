@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import MIXTURES, MOE_FAMILIES, logits, tiny_model, tiny_tokens, tokens_of
 
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint.output import save_model
 from pyprune.depth.graph import ResidualGraph
 from pyprune.errors import UserError
 from pyprune.width.config import WidthConfig
