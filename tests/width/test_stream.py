@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bench_width_quality import basis_per_branch
 from saved_models import reloaded, save_model
 from tiny_models import MIXTURES, MOE_FAMILIES, logits, tiny_model, tiny_tokens, tokens_of
 
@@ -13,7 +14,6 @@ from pyprune.width.registry import run_width
 from pyprune.width.stream import (
     Stream,
     StreamGram,
-    basis_per_branch,
     complement,
     one_basis,
     principal_basis,
