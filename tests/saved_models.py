@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from byte_tokenizer import byte_tokenizer
@@ -9,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from pyprune import cli
 from pyprune.checkpoint import write_report
+from pyprune.depth.decision import SHARED, DepthDecision
 
 BAD_KEYS = ("missing_keys", "unexpected_keys", "mismatched_keys")
 
@@ -37,6 +39,13 @@ def save_source(folder: Path, model, report=None) -> Path:
     (folder / "in" / "LICENSE").write_text("Do as you like.\n")
     (folder / "text.txt").write_text("A stitch in time saves nine, they say. " * 100)
     return folder
+
+
+def load_decision(folder: Path) -> DepthDecision:
+    """The decision in the pyprune.json of a model without some of its branches."""
+    values = json.loads((folder / "pyprune.json").read_text(encoding="utf-8"))
+    shared = {key: values[key] for key in SHARED}
+    return DepthDecision.from_dict({**values["decision"], **shared})
 
 
 def prune_source(folder: Path, *more: str, out: str = "out") -> int:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pyprune.calibration.tokens import TokenSet
-from pyprune.checkpoint.output import REPORT
 from pyprune.depth.graph import KINDS, Branch
 from pyprune.errors import UserError
 
@@ -147,20 +144,6 @@ def _refinement(values: Mapping[str, Any]) -> Refinement:
         sides = {key: tuple(Branch(*b) for b in exchange[key]) for key in ("back", "out")}
         exchanges.append(Exchange(**{**exchange, **sides}))
     return Refinement(**{**values, "exchanges": tuple(exchanges)})
-
-
-def load_decision(path: str | Path) -> DepthDecision:
-    """The decision in the pyprune.json of a pruned model's directory, or in such a file."""
-    file = Path(path)
-    if file.is_dir():
-        file = file / REPORT
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"decision: cannot read {file}: {error}") from error
-    if not isinstance(values, dict) or "decision" not in values:
-        raise UserError(f"{file}: expected the report of a structural run, got another")
-    return DepthDecision.from_dict({**values["decision"], **{k: values.get(k) for k in SHARED}})
 
 
 def name_of(unit: tuple[Branch, ...]) -> str:

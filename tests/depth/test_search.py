@@ -14,7 +14,7 @@ from pyprune.calibration.tokens import Batch
 from pyprune.config import CalibrationConfig
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.criteria import token_losses
-from pyprune.depth.decision import DepthDecision, load_decision
+from pyprune.depth.decision import DepthDecision
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import in_parts
 from pyprune.depth.registry import DEPTH_METHODS, run_search
@@ -302,18 +302,10 @@ def test_progress_is_told(mode):
     assert shares == sorted(shares) and shares[-1] == 1.0 and {t for _, _, t in told} == {1.0}
 
 
-def test_decision_round_trip(tmp_path):
+def test_decision_round_trip():
     found = search(model_of("llama"), config())
     values = json.loads(json.dumps(found.to_dict()))
     assert DepthDecision.from_dict(values) == found
-    shared = {key: values.pop(key) for key in ("model", "config", "calibration")}
-    (tmp_path / "pyprune.json").write_text(json.dumps({**shared, "decision": values}))
-    assert load_decision(tmp_path) == load_decision(tmp_path / "pyprune.json") == found
-    (tmp_path / "pyprune.json").write_text('{"schema": 1}')
-    with pytest.raises(UserError, match="report of a structural run"):
-        load_decision(tmp_path)
-    with pytest.raises(UserError, match="cannot read"):
-        load_decision(tmp_path / "nothing.json")
     with pytest.raises(UserError, match="expected one, got something else"):
         DepthDecision.from_dict({"steps": [{"unit": 3}]})
     with pytest.raises(UserError, match="got mlp of layer 9"):

@@ -18,7 +18,7 @@ from pyprune.depth.score import Scorer
 from pyprune.errors import UserError
 from pyprune.width import multipruner
 from pyprune.width.config import WidthConfig
-from pyprune.width.decision import ADD_ONS, WidthDecision
+from pyprune.width.decision import ADD_ONS
 from pyprune.width.registry import run_width
 from pyprune.width.structure import Widths
 
@@ -69,8 +69,7 @@ def fold(graph, branch, transform):
 
 
 def written(decision):
-    decision = WidthDecision.from_dict(json.loads(json.dumps(decision.to_dict())))
-    return decision.transforms[1:]
+    return json.loads(json.dumps(decision.to_dict()))["transforms"][1:]
 
 
 @torch.no_grad()
