@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,24 +17,6 @@ from pyprune.checkpoint.shards import TensorEntry, read_tensor, write_tensor
 from pyprune.checkpoint.source import Checkpoint
 from pyprune.errors import LayerError, UserError
 from pyprune.models.adapter import Adapter
-
-
-class PrunedLinear(Protocol):
-    """What the store needs to know of a linear that may change."""
-
-    @property
-    def parameter_name(self) -> str: ...
-
-
-class BlockAdapter(Protocol):
-    """What the store needs to know of a model: see pyprune.models.adapter.Adapter."""
-
-    model: nn.Module
-    decoder: nn.Module
-    blocks: list[nn.Module]
-    block_names: list[str]
-
-    def linears(self, i: int) -> Sequence[PrunedLinear]: ...
 
 
 class StreamingStore:
@@ -52,7 +33,7 @@ class StreamingStore:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        adapter: BlockAdapter,
+        adapter: Adapter,
         out_dir: Path,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
