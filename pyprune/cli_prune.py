@@ -316,8 +316,9 @@ def _fields_of(params: Mapping[str, Any]) -> dict[str, Any]:
         for name, value in params.items()
         if name not in NO_FIELDS and value is not None and value != [] and value != ()
     }
-    for name in OWN.keys() & given:
-        given[name] = _named_values(f"--{OWN[name][0]}", given[name])
+    for name, (option, _) in OWN.items():
+        if name in given:
+            given[name] = _named_values(f"--{option}", given[name])
     return given
 
 

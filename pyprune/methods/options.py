@@ -27,6 +27,7 @@ class Bound:
 
 
 def at_least(least: int) -> Bound:
+    """Infinity is one of them."""
     words = f"at least {least}" if least else "0 or more"
     return Bound(words, lambda value: value >= least)
 
@@ -49,8 +50,8 @@ NotNegative = Annotated[float, Bound("0 or more", lambda value: 0 <= value < mat
 
 
 class OptionError(UserError):
-    """What a dataclass of options raises about several of its fields: "field: expected ..., got
-    ...". `build_options` says of which method they are."""
+    """What is wrong with an option: "name: expected ..., got ...". `build_options` says of which
+    method. A dataclass of options raises it where several of its fields do not go together."""
 
 
 _WORDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number"}
