@@ -33,7 +33,7 @@ from pyprune.calibration.configured import configured_tokens
 from pyprune.calibration.tokens import TokenSet
 from pyprune.config import CalibrationConfig
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision
+from pyprune.depth.decision import DepthDecision
 from pyprune.depth.registry import run_search
 from pyprune.depth.score import Scorer
 from pyprune.models.adapter import Adapter
@@ -99,7 +99,9 @@ def timed(holder: Any, name: str, clock: Clock) -> Iterator[None]:
         setattr(holder, name, own)
 
 
-def search(model: Any, tokens: TokenSet, mode: str, args: Namespace) -> tuple[Decision, Sample]:
+def search(
+    model: Any, tokens: TokenSet, mode: str, args: Namespace
+) -> tuple[DepthDecision, Sample]:
     config = StructureConfig("blockpruner", count=args.count, method_options={"mode": mode})
     adapter = Adapter.of(model)
     clock = Clock(args.device)
@@ -113,7 +115,7 @@ def search(model: Any, tokens: TokenSet, mode: str, args: Namespace) -> tuple[De
     return decision, {"seconds": seconds, "without_head": body}
 
 
-def check(decisions: dict[str, Decision]) -> None:
+def check(decisions: dict[str, DepthDecision]) -> None:
     naive, exact = decisions["naive"], decisions["exact"]
     if exact.removed != naive.removed:
         raise AssertionError(f"exact removed {exact.removed}, naive {naive.removed}")
@@ -126,7 +128,7 @@ def check(decisions: dict[str, Decision]) -> None:
 def rows(args: Namespace) -> list[dict[str, Any]]:
     model, tokens = build(args)
     samples: dict[str, list[Sample]] = {mode: [] for mode in MODES}
-    decisions: dict[str, Decision] = {}
+    decisions: dict[str, DepthDecision] = {}
     for _ in range(1 if args.smoke else args.repetitions):
         for mode in MODES:
             decisions[mode], sample = search(model, tokens, mode, args)

@@ -13,11 +13,13 @@ form has at this ratio (the matrices that it needs on residual connections are n
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from _structure import SEQLEN, TEXTS, Row, measure_all, parse, prune_and_measure, shown
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from pyprune.calibration.configured import configured_tokens
@@ -29,7 +31,7 @@ from pyprune.packaged import packaged_model_dir
 from pyprune.width.config import WidthConfig
 from pyprune.width.run import prune_width_checkpoint
 from pyprune.width.slicegpt import fitting_width
-from pyprune.width.stream import Stream, basis_per_branch, projected_states
+from pyprune.width.stream import Stream, StreamGram, projected, projected_states
 
 PER_BRANCH = "slicegpt, basis per branch"
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,6 +66,33 @@ def own(report: Row, _pruned: PreTrainedModel) -> Row:
         "sizes": report["decision"]["sizes"],
         "options": report["config"]["method_options"],
     }
+
+
+@torch.no_grad()
+def basis_per_branch(
+    graph: ResidualGraph,
+    batches: Sequence[Batch],
+    count: int,
+    normalised: bool = True,
+    centred: bool = False,
+) -> list[Tensor]:
+    """A basis in front of every branch and of the final norm, each from a stream that the earlier
+    ones have sliced already (SliceGPT's own form; it needs a matrix on every residual connection,
+    which no stock model has). The branches of a parallel layer have one together."""
+    running = [(batch, *graph.start(batch)) for batch in batches]
+    bases: list[Tensor] = []
+    for branch in [*graph.branches, None]:
+        if branch is not None and graph.second_of_parallel(branch):
+            bases.append(bases[-1])
+        else:
+            found = StreamGram(running[0][1].total.shape[-1], normalised, centred)
+            for batch, state, _ in running:
+                found.add(state.total, batch)
+            bases.append(found.basis(count))
+        running = [(b, projected(s, bases[-1]), c) for b, s, c in running]
+        if branch is not None:
+            running = [(b, graph.run(branch, s, c), c) for b, s, c in running]
+    return bases
 
 
 @torch.no_grad()

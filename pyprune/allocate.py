@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,8 +21,7 @@ from pyprune.layer_pruner import LayerPruner, check_finite, layer_inputs
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
 from pyprune.patterns import Pattern, Unstructured, pruned_count
-
-Told = Callable[[int, int], None]
+from pyprune.progress import CountProgress
 
 
 class DenseBlocks:
@@ -78,7 +77,7 @@ def targets_by_loss(
     adapter: Adapter,
     tokens: TokenSet,
     device: torch.device,
-    progress: Told | None = None,
+    progress: CountProgress | None = None,
 ) -> dict[str, Pattern]:
     """Targets of ECoFLaP, from the dense model, all of it in memory.
 
@@ -117,7 +116,7 @@ def _zeroth_scores(
     groups: Sequence[Perturbed],
     batches: Sequence[Batch],
     device: torch.device,
-    progress: Told | None,
+    progress: CountProgress | None,
 ) -> list[float]:
     slopes = directional_differences(
         adapter,
@@ -145,7 +144,7 @@ def _first_scores(
     groups: Sequence[Perturbed],
     batches: Sequence[Batch],
     device: torch.device,
-    progress: Told | None,
+    progress: CountProgress | None,
 ) -> list[float]:
     sums = gradient_sums(
         adapter,

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -26,6 +26,9 @@ from rich.console import Console
 from pyprune import __version__
 from pyprune.errors import UserError
 from pyprune.progress import ProgressBar
+
+if TYPE_CHECKING:
+    import torch
 
 USAGE, INTERRUPTED = 2, 130
 # What the file system, and not a defect of ours, says no to.
@@ -230,6 +233,17 @@ def quiet() -> None:
     getLogger("huggingface_hub").setLevel(
         ERROR
     )  # it has a line for every retry; the last failure is raised and said
+
+
+def torch_dtype(name: str | None) -> torch.dtype | None:
+    """What --dtype asks for; None for auto and without it. UserError for another word."""
+    import torch
+
+    from pyprune.config import DTYPES
+
+    if name not in (None, *DTYPES):
+        raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    return None if name in (None, "auto") else getattr(torch, str(name))
 
 
 def fraction(text: str) -> float:

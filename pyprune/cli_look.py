@@ -22,7 +22,6 @@ from pyprune.cli import (
     app,
     examples,
 )
-from pyprune.errors import UserError
 from pyprune.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -116,17 +115,12 @@ def evaluate(
 def _load(
     stored: StoredCheckpoint, checkpoint: Checkpoint, device: str | None, dtype: str | None
 ) -> PreTrainedModel:
-    import torch
-
-    from pyprune.config import DTYPES
     from pyprune.devices import find_device
     from pyprune.sparse.load import load
     from pyprune.sparse.range import check_range
     from pyprune.sparse.stored import DENSE
 
-    if dtype not in (None, *DTYPES):
-        raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
-    compute = None if dtype in (None, "auto") else getattr(torch, str(dtype))
+    compute = cli.torch_dtype(dtype)
     where = find_device(device or "auto")
     if stored.kind == DENSE:
         model = checkpoint.load_model(where, compute)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,16 @@ OWN = {
     "method_options": ("option", "method"),
     "allocation_options": ("allocation-option", "allocation"),
 }
+# Options that are not called what their field is.
+RENAMED = {
+    "method_option": "method_options",
+    "allocation_option": "allocation_options",
+    "calibration": "source",
+}
+# Parameters of the command that are no field.
+NO_FIELDS = (
+    "model", "out", "config", "preserve_mask", "state", "trust_remote_code", "report", "as_json",
+)  # fmt: skip
 # Fields that say how much goes, each of some methods.
 AMOUNTS = ("sparsity", "pattern", "ratio", "count")
 
@@ -45,6 +56,7 @@ AMOUNTS = ("sparsity", "pattern", "ratio", "count")
     )
 )
 def prune(
+    ctx: typer.Context,
     model: Model,
     out: Annotated[
         Path, typer.Option("--out", "-o", help="Where the pruned checkpoint goes: a new directory.")
@@ -277,44 +289,7 @@ def prune(
 ) -> None:
     """Prune a checkpoint into a new directory. Weights, one block in memory at a time; or branches,
     layers and widths."""
-    options = {
-        "method": method,
-        "sparsity": sparsity,
-        "pattern": pattern,
-        "scope": scope,
-        "allocation": allocation,
-        "allocation_strength": allocation_strength,
-        "allocation_options": _named_values("--allocation-option", allocation_option),
-        "update": update,
-        "reconstruct": reconstruct,
-        "score_mass": score_mass,
-        "reference_count": reference_count,
-        "preserve_zeros": preserve_zeros,
-        "damping": damping,
-        "block_size": block_size,
-        "method_options": _named_values("--option", method_option),
-        "gradient_checkpointing": gradient_checkpointing,
-        "ratio": ratio,
-        "count": count,
-        "by": by,
-        "fill": fill,
-        "include": include or None,
-        "exclude": exclude or None,
-        "walk": walk,
-        "spill": spill,
-        "device": device,
-        "dtype": dtype,
-    }
-    shown = {
-        "source": calibration,
-        "nsamples": nsamples,
-        "seqlen": seqlen,
-        "batch_size": batch_size,
-        "seed": seed,
-        "padding": padding,
-        "bos": bos,
-    }
-    family, full = _prune_config(config, options, shown)
+    family, full = _prune_config(config, _fields_of(ctx.params))
     if full.idle() and preserve_mask is None:
         cli.say(full.idle())
     from pyprune.checkpoint import check_apart, check_writable
@@ -333,14 +308,26 @@ def prune(
     cli.show(outcome.to_dict(), as_json, outcome.table(), f"Saved in {out}")
 
 
-def _named_values(option: str, given: list[str] | None) -> dict[str, Any] | None:
-    """`name=value` pairs, values by YAML's rules for scalars; None without any."""
+def _fields_of(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the command's parameters those that were given and are fields of the configuration or of
+    its calibration."""
+    given = {
+        RENAMED.get(name, name): value
+        for name, value in params.items()
+        if name not in NO_FIELDS and value is not None and value != [] and value != ()
+    }
+    for name, (option, _) in OWN.items():
+        if name in given:
+            given[name] = _named_values(f"--{option}", given[name])
+    return given
+
+
+def _named_values(option: str, given: Sequence[str]) -> dict[str, Any]:
+    """`name=value` pairs, values by YAML's rules for scalars."""
     import yaml
 
     from pyprune.config import load_yaml
 
-    if not given:
-        return None
     values = {}
     for pair in given:
         name, equals, value = pair.partition("=")
@@ -356,16 +343,16 @@ def _named_values(option: str, given: list[str] | None) -> dict[str, Any] | None
     return values
 
 
-def _prune_config(
-    file: Path | None, options: dict[str, Any], calibration: dict[str, Any]
-) -> tuple[Family, ConfigFile]:
+def _prune_config(file: Path | None, options: Mapping[str, Any]) -> tuple[Family, ConfigFile]:
     """The family of the method, and the file's fields (or the defaults), overridden by the options
     that were given."""
-    from pyprune.config import PruneConfig, read_yaml_file
+    from pyprune.config import CalibrationConfig, PruneConfig, read_yaml_file
     from pyprune.families import find_family
 
     values: dict[str, Any] = {} if file is None else dict(read_yaml_file(file))
-    given = {name: value for name, value in options.items() if value is not None}
+    of_text = {field.name for field in fields(CalibrationConfig)}
+    shown = {name: value for name, value in options.items() if name in of_text}
+    given = {name: value for name, value in options.items() if name not in of_text}
     method = given.get("method", values.get("method", PruneConfig.method))
     family = find_family(method)
     known = {field.name for field in fields(family.config)}
@@ -387,7 +374,6 @@ def _prune_config(
         if isinstance(own, dict) and name in given:
             given[name] = {**own, **given[name]}
     values |= given
-    shown = {name: value for name, value in calibration.items() if value is not None}
     text = values.get("calibration", {})
     values["calibration"] = {**text, **shown} if isinstance(text, dict) else text
     return family, family.config.from_dict(values)

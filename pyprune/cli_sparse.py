@@ -16,8 +16,6 @@ from pyprune.errors import UserError
 from pyprune.progress import ProgressBar
 
 if TYPE_CHECKING:
-    import torch
-
     from pyprune.sparse.bench import BenchResult
     from pyprune.sparse.choice import LayerConversion
     from pyprune.sparse.convert import ConversionReport
@@ -104,7 +102,7 @@ def compress(
             allowed=allowed,
             int8=values == "int8",
             embeddings=embeddings,
-            dtype=_dtype(None if dtype == "same" else dtype),
+            dtype=cli.torch_dtype(None if dtype == "same" else dtype),
             measured_rows=rows if choose == "measured" else None,
             progress=bar.step,
         )
@@ -189,7 +187,7 @@ def generate(
         temperature=temperature,
         seed=seed,
         chat=chat,
-        dtype=_dtype(dtype),
+        dtype=cli.torch_dtype(dtype),
         device=_device(device),
         write=write,
     )
@@ -295,16 +293,6 @@ def bench_tables(result: BenchResult) -> list[Table]:
             f"{rate.median / dense:.2f}x",
         )
     return [sizes, rates]
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    import torch
-
-    from pyprune.config import DTYPES
-
-    if name not in (None, *DTYPES):
-        raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
-    return None if name in (None, "auto") else getattr(torch, str(name))
 
 
 def _device(name: str | None) -> str | None:

@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 
 from pyprune.allocation import ALLOCATIONS, EcoflapOptions
@@ -102,8 +103,29 @@ class ConfigFile:
         return cls.from_dict(read_yaml_file(path))
 
 
+class RunConfig(ConfigFile):
+    """Of a run that holds a model and may show it text. A subclass is a frozen dataclass that has
+    these among its fields, where its files and reports say them."""
+
+    device: str
+    dtype: str
+    calibration: CalibrationConfig
+
+    def __post_init__(self) -> None:
+        convert_fields(self)
+        check_types(self, "")
+        check_choice("dtype", self.dtype, DTYPES)
+        check_device(self.device)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """Of the model while it runs; None is the checkpoint's own."""
+        found: torch.dtype | None = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        return found
+
+
 @dataclass(frozen=True)
-class PruneConfig(ConfigFile):
+class PruneConfig(RunConfig):
     """Everything that decides the outcome of a run.
 
     method: a name in `pyprune.methods.METHODS` or `SHOT_METHODS`.
@@ -155,8 +177,7 @@ class PruneConfig(ConfigFile):
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
-        convert_fields(self)
-        check_types(self, "")
+        super().__post_init__()
         if (self.sparsity is None) == (self.pattern is None):
             raise UserError(
                 "expected exactly one of sparsity and pattern, got "
@@ -167,8 +188,6 @@ class PruneConfig(ConfigFile):
         self._check_allocation()
         check_choice("walk", self.walk, get_args(Walk))
         check_choice("spill", self.spill, get_args(Spill))
-        check_choice("dtype", self.dtype, DTYPES)
-        check_device(self.device)
         if self.in_shots():
             self._check_shots()
         self.find_method().check(self.target(), self.options())

@@ -32,7 +32,7 @@ from pyprune import configuration_deci
 from pyprune.checkpoint.output import MAX_SHARD_SIZE
 from pyprune.checkpoint.source import DECI
 from pyprune.depth.config import FIRST_ATTENTION
-from pyprune.depth.graph import Branch, Kind, ResidualGraph
+from pyprune.depth.graph import Branch, BranchKind, ResidualGraph
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.stock import parameter_count
@@ -208,7 +208,7 @@ def to_deci(model: PreTrainedModel) -> Deci:
         tensors |= {f"{name}.{part}": t.detach() for part, t in parts.items()}
     wanted = parameter_count(model) - graph.removed_parameters(gone)
     for group in widths.groups:
-        kind: Kind = "attention" if group.kind == "heads" else "mlp"
+        kind: BranchKind = "attention" if group.kind == "heads" else "mlp"
         if Branch(kind, group.layer) not in gone:
             wanted -= group.unit_parameters * (group.units - len(live[group.name]))
     return Deci(_config(model, heads, channels), tensors, wanted)

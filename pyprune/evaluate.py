@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from pyprune.errors import UserError
 from pyprune.models.adapter import decoder_of
 from pyprune.models.positions import check_ids, entries_of, positions_of
 from pyprune.models.running import evaluation, head_logits, positions_at_once
+from pyprune.progress import CountProgress
 
 # 48 windows of 1024, the protocol of the reference figures for the packaged model: 3.3 s of one
 # core a window there.
@@ -28,8 +28,6 @@ DEFAULT_SEQLEN = 1024
 LOGITS_BYTES = 32 << 20  # of one chunk in float32: small enough to be reused out of the cache
 CHARACTERS_PER_TOKEN = 8  # first guess of how much text gives the tokens asked for
 CUT_MARGIN = 64  # tokens next to the cut may be tokenised differently than in the whole text
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -104,7 +102,7 @@ def perplexity(
     max_tokens: int | None = DEFAULT_MAX_TOKENS,
     bos: bool = False,
     bos_token_id: int | None = None,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> Perplexity:
     """exp of the mean negative log-likelihood per token, on windows of `seqlen` tokens (None:
     DEFAULT_SEQLEN, or as many as the model has positions where these are fewer).
@@ -193,7 +191,7 @@ def _prefix(tokenizer_or_ids: Any, bos: bool, bos_token_id: int | None) -> list[
 
 
 def _score(
-    model: Any, windows: Tensor, step: int, batch_size: int, progress: Progress | None
+    model: Any, windows: Tensor, step: int, batch_size: int, progress: CountProgress | None
 ) -> tuple[Tensor, Tensor, float]:
     """Summed loss (float64) and number of scored tokens per window, and the seconds it took."""
     count, length = windows.shape

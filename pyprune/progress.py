@@ -18,8 +18,13 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
-# (what happens, done, total or None), as `ProgressBar.step` takes it.
+# What is told of progress (and `calibration.progress.WalkProgress`): steps of any kind, as
+# `ProgressBar.step` takes them: (what happens, done, total or None).
 Progress = Callable[[str, float, float | None], None]
+# (done, total) of one thing, which the caller names.
+CountProgress = Callable[[int, int], None]
+# A line of text before each step that takes long.
+LineProgress = Callable[[str], None]
 
 # Seconds between two lines where there is no terminal: a log should show life, not scroll away.
 LINE_INTERVAL = 10.0

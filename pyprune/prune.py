@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pyprune.allocation import ALLOCATIONS
 from pyprune.calibration.configured import configured_tokens
+from pyprune.calibration.progress import WalkProgress
 from pyprune.calibration.tokens import TokenSet
 from pyprune.calibration.walk import InMemoryStore
 from pyprune.checkpoint import (
@@ -47,7 +48,7 @@ from pyprune.report import (
     source_name,
     versions,
 )
-from pyprune.session import Look, Progress, Session, look_at_whole, looks_at_whole, needs_of
+from pyprune.session import Look, Session, look_at_whole, looks_at_whole, needs_of
 from pyprune.surgeon.run import Surgeon
 from pyprune.surgeon.state import State
 from pyprune.surroundings import adapters, in_memory, undisturbed
@@ -61,7 +62,7 @@ def prune(
     pattern: Pattern | str | float | None = None,
     *,
     config: PruneConfig | None = None,
-    progress: Progress | None = None,
+    progress: WalkProgress | None = None,
     state: str | Path | None = None,
     preserve_mask: Masks | None = None,
     **options: Any,
@@ -128,7 +129,7 @@ def prune_checkpoint(
     source: str | Path,
     out: str | Path,
     config: PruneConfig,
-    progress: Progress | None = None,
+    progress: WalkProgress | None = None,
     *,
     batches: object = None,
     state: str | Path | None = None,
@@ -171,9 +172,9 @@ def prune_checkpoint(
         return _shots(name, checkpoint, out, config, batches, state, measure, progress)
     _no_state(config, state)
     with measure.phase("open"):
-        problem = checkpoint.streamable()
+        problem = checkpoint.streaming_obstacle()
         streamed = not problem
-        dtype, device = _dtype(config), find_device(config.device)
+        dtype, device = config.torch_dtype, find_device(config.device)
         model = checkpoint.build_model("meta" if streamed else "cpu", dtype)
         originals = None if streamed else Originals(checkpoint, model)
         adapter = _adapter(model, config)
@@ -221,10 +222,10 @@ def _shots(
     batches: object,
     state: str | Path | None,
     measure: Measure,
-    progress: Progress | None,
+    progress: WalkProgress | None,
 ) -> Report:
     """`prune_checkpoint` for a method in shots."""
-    dtype, device = _dtype(config), find_device(config.device)
+    dtype, device = config.torch_dtype, find_device(config.device)
     with measure.phase("open"):
         model: Any = checkpoint.load_model("cpu", dtype)
         originals = Originals(checkpoint, model)
@@ -234,12 +235,8 @@ def _shots(
     surgeon = _surgeon(config, adapter, tokens, device, measure, progress, state)
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
         layers = surgeon.run()
-        streamed = not checkpoint.streamable()
-        copy_auxiliary(checkpoint, folder, index=streamed)
         with measure.phase("write"):
-            empty = _adapter(checkpoint.build_model("meta", dtype), config) if streamed else None
-            parameters = surgeon.parameters()
-            write_parameters(checkpoint, originals, model, empty, parameters, folder)
+            write_parameters(checkpoint, originals, model, surgeon.parameters(), folder, dtype)
         notes = (*surgeon.notes(), *_target(config, {}), *_untouched(adapter))
         report = _report(name, config, tokens, layers, measure, notes)
         write_report(folder, report.to_dict(), model_card(report))
@@ -252,7 +249,7 @@ def _surgeon(
     tokens: TokenSet | None,
     device: torch.device,
     measure: Measure,
-    progress: Progress | None,
+    progress: WalkProgress | None,
     state: str | Path | None,
 ) -> Surgeon:
     assert tokens is not None
@@ -336,10 +333,6 @@ def _untouched(adapter: Adapter) -> tuple[str, ...]:
             "fill the zeros"
         )
     return tuple(notes)
-
-
-def _dtype(config: PruneConfig) -> torch.dtype | None:
-    return None if config.dtype == "auto" else getattr(torch, config.dtype)
 
 
 def _is_shown(config: PruneConfig) -> bool:

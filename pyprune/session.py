@@ -13,6 +13,7 @@ from pyprune.allocation import ALLOCATIONS
 from pyprune.calibration.backward import PassOptions
 from pyprune.calibration.gradient_stats import GradientStatistic
 from pyprune.calibration.gradients import collect_gradients
+from pyprune.calibration.progress import WalkProgress
 from pyprune.calibration.stats import GramStatistic, NormStatistic, Statistic
 from pyprune.calibration.tokens import TokenSet
 from pyprune.calibration.walk import BlockStore, BlockVisit, Group, WalkEvent, walk
@@ -22,9 +23,8 @@ from pyprune.measure import Measure
 from pyprune.methods.base import StatisticKind
 from pyprune.models.adapter import Adapter
 from pyprune.patterns import Pattern
+from pyprune.progress import CountProgress
 from pyprune.report import LayerReport
-
-Progress = Callable[[WalkEvent], None]
 
 STATISTICS: dict[StatisticKind | None, Callable[[int, torch.device], Statistic] | None] = {
     None: None,
@@ -67,7 +67,7 @@ def look_at_whole(
     tokens: TokenSet | None,
     device: torch.device,
     measure: Measure,
-    progress: Progress | None,
+    progress: WalkProgress | None,
 ) -> Look:
     """What the method's backward pass over the dense model accumulates, and what an allocation
     finds in the losses, where they are needed."""
@@ -76,7 +76,7 @@ def look_at_whole(
         return Look()
     blocks = len(adapter.blocks)
 
-    def telling(name: str) -> Callable[[int, int], None]:
+    def telling(name: str) -> CountProgress:
         def told(done: int, total: int) -> None:
             if progress is not None:
                 progress(WalkEvent("whole", 0, blocks, name, done, total))
@@ -110,7 +110,7 @@ class Session:
     store: BlockStore
     device: torch.device
     measure: Measure
-    progress: Progress | None
+    progress: WalkProgress | None
     look: Look
     masks: Mapping[str, Tensor]
 

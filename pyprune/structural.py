@@ -9,26 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
-
-import torch
+from typing import Any, TypeVar
 
 from pyprune.checkpoint import Checkpoint, Originals, check_output, write_report
 from pyprune.checkpoint.output import changed_model, earlier_report, save_stock
+from pyprune.config import RunConfig
 from pyprune.devices import find_device
 from pyprune.errors import UserError
 from pyprune.measure import Measure
 from pyprune.registry import MethodRow
 from pyprune.report import SCHEMA, CalibrationReport, RunReport, card_head, source_name
-
-
-class Config(Protocol):
-    """Of a run: where and in which dtype the model is held while it runs."""
-
-    @property
-    def device(self) -> str: ...
-    @property
-    def dtype(self) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +97,7 @@ def calibration_fact(text: Mapping[str, Any]) -> str:
     return CalibrationReport(**text).fact()
 
 
-def check_in_memory(config: Config) -> None:
+def check_in_memory(config: RunConfig) -> None:
     """Raises UserError if the configuration of a run asks for what only a checkpoint can have: a
     model in memory stays where and as it is."""
     for name in ("device", "dtype"):
@@ -120,7 +110,7 @@ def check_in_memory(config: Config) -> None:
 def prune_loaded(
     source: str | Path,
     out: str | Path,
-    config: Config,
+    config: RunConfig,
     prune: Callable[[Any, object, Measure], Report],
     *,
     batches: object,
@@ -142,8 +132,7 @@ def prune_loaded(
         checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
         earlier = earlier_report(checkpoint)
         data = checkpoint.tokenizer() if batches is None else batches
-        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
-        model = checkpoint.load_model(find_device(config.device), dtype)
+        model = checkpoint.load_model(find_device(config.device), config.torch_dtype)
         originals = Originals(checkpoint, model)
     report = prune(model, data, measure)
     with ExitStack() as stack:

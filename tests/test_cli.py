@@ -182,9 +182,9 @@ def test_options_of_an_allocation(tmp_path, capsys):
     file.write_text(
         "sparsity: 0.5\nallocation: ecoflap\nallocation_options: {order: first, samples: 4}\n"
     )
-    _, config = cli_prune._prune_config(file, {"allocation_options": {"samples": 2}}, {})
+    _, config = cli_prune._prune_config(file, {"allocation_options": {"samples": 2}})
     assert config.allocation_options == {"order": "first", "samples": 2}
-    _, config = cli_prune._prune_config(file, {"allocation": "besa"}, {})
+    _, config = cli_prune._prune_config(file, {"allocation": "besa"})
     assert (config.allocation, config.allocation_options) == ("besa", {})
     wrong = ["-s", "0.5", "--allocation", "ecoflap", "-A", "max_sparsity=0.4"]
     assert run("prune", "nowhere", "-m", "wanda", *wrong, "--out", tmp_path / "out") == 2
@@ -200,10 +200,10 @@ def test_options_override_the_file(tmp_path):
     file.write_text(
         "method: wanda\nsparsity: 0.3\nscope: layer\ncalibration: {nsamples: 4, seqlen: 64}\n"
     )
-    _, config = cli_prune._prune_config(file, {"sparsity": 0.6, "method": None}, {"nsamples": 9})
+    _, config = cli_prune._prune_config(file, {"sparsity": 0.6, "nsamples": 9})
     assert (config.method, config.sparsity, config.scope) == ("wanda", 0.6, "layer")
     assert (config.calibration.nsamples, config.calibration.seqlen) == (9, 64)
-    _, config = cli_prune._prune_config(file, {"pattern": "2:4"}, {})
+    _, config = cli_prune._prune_config(file, {"pattern": "2:4"})
     assert (config.pattern, config.sparsity, config.scope) == ("2:4", None, None)
 
 

@@ -6,21 +6,19 @@ import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
 from safetensors.torch import load_file, save_file
+from saved_models import load_decision, save_model, save_source
 from saved_models import prune_source as prune
 from saved_models import reloaded as load
-from saved_models import save_source
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
 from torch.nn.functional import linear, silu
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pyprune import cli
 from pyprune.checkpoint import Checkpoint
-from pyprune.checkpoint.output import save_model
 from pyprune.deci import ffn_channels, ffn_mult, save_deci, to_deci
 from pyprune.deci_convert import stock_tensors
 from pyprune.depth import run
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import load_decision
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.repack import repack
 from pyprune.depth.run import prune_structure

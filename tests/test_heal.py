@@ -6,13 +6,12 @@ import sys
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import tiny_model, tiny_tokens
 
 from pyprune import heal
 from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint.output import save_model
 from pyprune.cli import main
 from pyprune.config import CalibrationConfig
 from pyprune.depth.graph import Branch, ResidualGraph

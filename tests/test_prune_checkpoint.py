@@ -118,7 +118,7 @@ def test_magnitude_asks_for_no_tokenizer(tmp_path):
 
 def test_a_checkpoint_that_cannot_be_streamed_is_loaded_whole(tmp_path, monkeypatch):
     source = saved(tmp_path)
-    monkeypatch.setattr(Checkpoint, "streamable", lambda self: "said the test")
+    monkeypatch.setattr(Checkpoint, "streaming_obstacle", lambda self: "said the test")
     built = []
     load = Checkpoint.load_model
     monkeypatch.setattr(

@@ -10,14 +10,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from pyprune.allocation.base import MAX_SPARSITY
 from pyprune.calibration.loss_scale import LossScale, all_finite
-from pyprune.errors import LayerError, UserError
+from pyprune.errors import LayerError
+from pyprune.methods.options import Count, NotNegative, Positive, at_least
+from pyprune.progress import CountProgress
 
 # A mean of rates that falls short of a whole weight by less than this share of it reaches it.
 ROUNDING = 1e-6
@@ -34,24 +36,10 @@ class BesaOptions:
     of the squared relative deviation from the target sparsity while it learns."""
 
     granularity: Literal["row", "layer"] = "row"
-    candidates: int = 101
-    steps: int = 32
-    learning_rate: float = 0.1
-    penalty: float = 5.0
-
-    def __post_init__(self) -> None:
-        where = "allocation_options: besa"
-        for name, least in (("candidates", 2), ("steps", 1)):
-            if getattr(self, name) < least:
-                raise UserError(
-                    f"{where} {name}: expected at least {least}, got {getattr(self, name)}"
-                )
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise UserError(
-                f"{where} learning_rate: expected a positive number, got {self.learning_rate}"
-            )
-        if not (math.isfinite(self.penalty) and self.penalty >= 0):
-            raise UserError(f"{where} penalty: expected 0 or more, got {self.penalty}")
+    candidates: Annotated[int, at_least(2)] = 101
+    steps: Count = 32
+    learning_rate: Positive = 0.1
+    penalty: NotNegative = 5.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,7 +172,7 @@ def learn_block(
     batches: Sequence[int],
     count: int,
     options: BesaOptions,
-    tell: Callable[[int, int], None] | None = None,
+    tell: CountProgress | None = None,
 ) -> Learned:
     """Which `count` weights of a block's `matrices` go.
 

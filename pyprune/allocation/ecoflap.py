@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pyprune.allocation.base import MAX_SPARSITY, spread
 from pyprune.errors import UserError
+from pyprune.methods.options import Count, Natural, Positive, at_least, within
 
 # How far above the target a group may get unless the options say so: 60 % comes with 70 % and
 # 50 % with 60 % in the released scripts.
@@ -40,27 +41,11 @@ class EcoflapOptions:
     order: Literal["zeroth", "first"] = "zeroth"
     granularity: Literal["block", "layer"] = "block"
     score: Literal["gradient", "weight-gradient", "squared"] = "gradient"
-    max_sparsity: float | None = None
-    samples: int | None = 32
-    noises: int = 1
-    epsilon: float = 1e-3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        where = "allocation_options: ecoflap"
-        cap = self.max_sparsity
-        if cap is not None and not 0 <= cap <= MAX_SPARSITY:
-            raise UserError(
-                f"{where} max_sparsity: expected a number in [0, {MAX_SPARSITY}], got {cap}"
-            )
-        if self.samples is not None and self.samples < 1:
-            raise UserError(f"{where} samples: expected at least 1, got {self.samples}")
-        if self.noises < 1:
-            raise UserError(f"{where} noises: expected at least 1, got {self.noises}")
-        if not (math.isfinite(self.epsilon) and self.epsilon > 0):
-            raise UserError(f"{where} epsilon: expected a positive number, got {self.epsilon}")
-        if self.seed < 0:
-            raise UserError(f"{where} seed: expected 0 or more, got {self.seed}")
+    max_sparsity: Annotated[float | None, within(0, MAX_SPARSITY)] = None
+    samples: Annotated[int | None, at_least(1)] = 32
+    noises: Count = 1
+    epsilon: Positive = 1e-3
+    seed: Natural = 0
 
     def cap(self, target: float) -> float:
         """The most that a group may lose; UserError if that is less than the target."""

@@ -35,6 +35,7 @@ from pyprune.models.adapter import Adapter
 from pyprune.models.experts import ExpertInput, observed
 from pyprune.models.linears import LinearRef
 from pyprune.models.running import evaluation
+from pyprune.progress import CountProgress
 
 __all__ = ["BackwardReport", "PassOptions", "Sample", "Visitor", "backward_pass"]
 
@@ -92,7 +93,7 @@ def backward_pass(
     batches: Sequence[Batch],
     visitors: Mapping[str, Visitor],
     options: PassOptions = PLAIN,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> BackwardReport:
     """Runs the model forward and backward on every sequence and shows each matrix's part to its
     visitor.

@@ -3,7 +3,7 @@ and the outputs' gradients that the backward pass shows, without a weight gradie
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -17,8 +17,7 @@ from pyprune.calibration.sample import Sample
 from pyprune.calibration.tokens import TokenSet
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
-
-Progress = Callable[[int, int], None]
+from pyprune.progress import CountProgress
 
 
 @dataclass(eq=False)
@@ -69,7 +68,7 @@ def collect_factors(
     *,
     biases: Collection[str] = (),
     refinements: int = 0,
-    progress: Progress | None = None,
+    progress: CountProgress | None = None,
 ) -> dict[str, KroneckerFactors]:
     """Factors of the matrices `refs`, by name, on `options.device`.
 
@@ -148,5 +147,5 @@ class _Independent:
         return {name: self._factors[name] for name in self._shapes}
 
 
-def _part(progress: Progress, number: int, parts: int) -> Progress:
+def _part(progress: CountProgress, number: int, parts: int) -> CountProgress:
     return lambda done, total: progress(number * total + done, parts * total)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from pyprune.calibration.tokens import TokenSet
 from pyprune.errors import LayerError, UserError
 from pyprune.measure import available_bytes
 from pyprune.models.adapter import Adapter
+from pyprune.progress import CountProgress
 
 
 def collect_gradients(
@@ -20,7 +21,7 @@ def collect_gradients(
     tokens: TokenSet,
     factory: GradientFactory,
     options: PassOptions = PLAIN,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> dict[str, GradientStatistic]:
     """Statistics of every prunable matrix, by name, on the CPU.
 
@@ -55,7 +56,7 @@ def fill_statistics(
     tokens: TokenSet,
     statistics: Mapping[str, GradientStatistic],
     options: PassOptions,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> None:
     """`collect_gradients` into statistics that are there, on `options.device`, by the name of the
     matrix; afterwards they are on the CPU."""

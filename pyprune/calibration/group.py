@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pyprune.calibration.stats import Statistic
 from pyprune.models.linears import LinearRef
+from pyprune.progress import CountProgress
 
 
 @dataclass(eq=False)
@@ -50,4 +51,4 @@ class BlockVisit:
     groups: Sequence[Group]
     tokens: Sequence[int]
     run: Callable[[int, Mapping[str, Tensor] | None], Tensor]
-    tell: Callable[[int, int], None]
+    tell: CountProgress

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from pyprune.calibration.sample import Sample
 from pyprune.calibration.tokens import Batch
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
+from pyprune.progress import CountProgress
 
 
 def gradient_sums(
@@ -23,7 +24,7 @@ def gradient_sums(
     *,
     power: int = 1,
     weighted: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> dict[str, float]:
     """For every prunable matrix the mean over sequences n of `sum_ij |m_ij g_n[i, j]| ** power`,
     with g_n the gradient of the sequence's mean loss and m the weight (`weighted`) or one.

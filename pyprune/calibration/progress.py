@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -29,6 +29,9 @@ class WalkEvent:
     name: str
     done: int
     total: int
+
+
+WalkProgress = Callable[[WalkEvent], None]
 
 
 @dataclass

@@ -24,7 +24,7 @@ from pyprune.calibration import schedule
 from pyprune.calibration.autograd import without_parameter_gradients
 from pyprune.calibration.coroutine import Forward, Pause, stopping_at_entries
 from pyprune.calibration.group import BlockVisit, Group
-from pyprune.calibration.progress import PhaseClock, WalkEvent, WalkReport
+from pyprune.calibration.progress import PhaseClock, WalkEvent, WalkProgress, WalkReport
 from pyprune.calibration.schedule import Site, SiteInput, Stage
 from pyprune.calibration.spill import Parked, Spill, SpillTo
 from pyprune.calibration.stats import Statistic
@@ -60,7 +60,7 @@ def walk(
     mode: Mode = "single",
     device: torch.device | str = "cpu",
     spill: SpillTo = "none",
-    progress: Callable[[WalkEvent], None] | None = None,
+    progress: WalkProgress | None = None,
     prepare_block: Callable[[BlockVisit], None] | None = None,
 ) -> WalkReport:
     """Hands every prunable matrix of the model to `prune_group`, in the order of the forward, with
@@ -144,7 +144,7 @@ class _Walk:
         prune_group: Callable[[Group], None],
         store: BlockStore,
         device: torch.device,
-        progress: Callable[[WalkEvent], None] | None,
+        progress: WalkProgress | None,
         prepare_block: Callable[[BlockVisit], None] | None,
     ) -> None:
         self.report = WalkReport()

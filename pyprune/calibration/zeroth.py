@@ -8,7 +8,7 @@ gradient with the memory of inference (ECoFLaP, arXiv 2310.02998).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +30,7 @@ from pyprune.models.running import (
     positions_at_once,
     replaced_forward,
 )
+from pyprune.progress import CountProgress
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def directional_differences(
     noises: int = 1,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: Callable[[int, int], None] | None = None,
+    progress: CountProgress | None = None,
 ) -> list[float]:
     """For each group the mean of |L_n(W + epsilon z) - L_n(W - epsilon z)| / (2 epsilon) over
     sequences n and directions z, with all other weights as they are.

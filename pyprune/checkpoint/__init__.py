@@ -7,7 +7,6 @@ from pyprune.checkpoint.output import (
     check_output,
     copy_auxiliary,
     output_directory,
-    save_model,
     unfinished,
     write_report,
 )
@@ -28,7 +27,6 @@ __all__ = [
     "read_header",
     "read_tensor",
     "replace_file",
-    "save_model",
     "unfinished",
     "write_parameters",
     "write_report",

@@ -121,7 +121,7 @@ def _floating(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def _pieces(checkpoint: Checkpoint, model: PreTrainedModel) -> dict[str, list[Piece]]:
     """By the model's names. Where the rules for names do not do, tensors that have those names."""
-    if not checkpoint.streamable():
+    if not checkpoint.streaming_obstacle():
         return checkpoint.names.pieces
     return {
         name: [Piece(name)]

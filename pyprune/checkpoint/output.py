@@ -15,9 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pyprune.checkpoint.files import nearest_folder
 from pyprune.checkpoint.originals import Originals
@@ -254,30 +253,6 @@ def _finite(value: Any) -> Any:
     return value
 
 
-def save_model(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
-    path: str | Path,
-    *,
-    report: Mapping[str, Any] | None = None,
-    card: str = "",
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Saves a model that is in memory as an ordinary Hugging Face directory, all or nothing.
-
-    dtype: what the parameters are cast to first, in place; None keeps theirs. With `report`,
-    pyprune.json and the model card are written too.
-    """
-    if dtype is not None:
-        _cast(model, dtype)
-    with output_directory(path, needed=_bytes(model) + AUXILIARY_BYTES) as out_dir:
-        model.save_pretrained(out_dir, max_shard_size=MAX_SHARD_SIZE)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(out_dir)
-        if report is not None:
-            write_report(out_dir, report, card)
-
-
 def save_stock(model: PreTrainedModel, folder: Path) -> None:
     """Writes weights and configuration as transformers does, which would have the configuration
     say the dtype of the first parameter instead of the model's."""
@@ -311,12 +286,6 @@ def earlier_report(checkpoint: Checkpoint) -> dict[str, Any]:
     """What an earlier pruning or healing left in the checkpoint; {} if there was none."""
     file = checkpoint.path / REPORT
     return read_json(file) if file.exists() else {}
-
-
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    # Not model.to: it would round the rotary frequencies and other buffers too.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def _bytes(model: PreTrainedModel) -> int:

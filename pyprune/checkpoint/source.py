@@ -154,7 +154,7 @@ class Checkpoint:
             )
         except CANNOT_BUILD as error:  # shapes that differ, for one
             # Of shapes transformers says no more than that they are listed "above", in its log.
-            reason = self.streamable() if "mismatched" in str(error) else ""
+            reason = self.streaming_obstacle() if "mismatched" in str(error) else ""
             raise UserError(f"{self.path}: cannot be loaded: {reason or _line(error)}") from error
         if info["missing_keys"]:
             names = sorted(info["missing_keys"])
@@ -170,7 +170,7 @@ class Checkpoint:
         """Which tensors make up each parameter of the model."""
         return map_names(self.tensors, self.build_model())
 
-    def streamable(self) -> str:
+    def streaming_obstacle(self) -> str:
         """Why the checkpoint cannot be pruned block by block from its files; empty if it can.
 
         Such a checkpoint is loaded and saved whole, by transformers.

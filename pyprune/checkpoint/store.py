@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +12,11 @@ from transformers import PreTrainedModel
 
 from pyprune.checkpoint.names import owners
 from pyprune.checkpoint.originals import Originals, holds, unrounded
-from pyprune.checkpoint.output import save_stock
+from pyprune.checkpoint.output import copy_auxiliary, save_stock
 from pyprune.checkpoint.shards import TensorEntry, read_tensor, write_tensor
 from pyprune.checkpoint.source import Checkpoint
 from pyprune.errors import LayerError, UserError
-
-
-class PrunedLinear(Protocol):
-    """What the store needs to know of a linear that may change."""
-
-    @property
-    def parameter_name(self) -> str: ...
-
-
-class BlockAdapter(Protocol):
-    """What the store needs to know of a model: see pyprune.models.adapter.Adapter."""
-
-    model: nn.Module
-    decoder: nn.Module
-    blocks: list[nn.Module]
-    block_names: list[str]
-
-    def linears(self, i: int) -> Sequence[PrunedLinear]: ...
+from pyprune.models.adapter import Adapter
 
 
 class StreamingStore:
@@ -51,12 +33,12 @@ class StreamingStore:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        adapter: BlockAdapter,
+        adapter: Adapter,
         out_dir: Path,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> None:
-        reason = checkpoint.streamable()
+        reason = checkpoint.streaming_obstacle()
         if reason:
             raise UserError(f"{checkpoint.path}: cannot be read block by block: {reason}")
         self.checkpoint = checkpoint
@@ -180,21 +162,24 @@ def write_parameters(
     checkpoint: Checkpoint,
     originals: Originals,
     model: PreTrainedModel,
-    adapter: BlockAdapter | None,
     changed: Mapping[str, Tensor],
     out_dir: Path,
+    dtype: torch.dtype | None,
 ) -> None:
-    """Writes the weights of `model`, loaded from `checkpoint` as a whole, into `out_dir`: copies of
-    the shards in which only the parameters `changed`, by the model's names, are overwritten.
-
-    originals: noted when `model` was loaded. adapter: of `checkpoint.build_model("meta", dtype)`;
-    None where that is not `streamable`: then the model is saved in shards of its own.
+    """Writes `model`, loaded whole from `checkpoint` in `dtype`, into `out_dir`, and what else the
+    checkpoint consists of: copies of the shards in which only the parameters `changed`, by the
+    model's names, are overwritten. Where there is a `streaming_obstacle`, it is saved in shards of
+    its own. originals: noted when `model` was loaded.
     """
-    if adapter is None:
+    streamed = not checkpoint.streaming_obstacle()
+    copy_auxiliary(checkpoint, out_dir, index=streamed)
+    if not streamed:
         originals.restore(model)
         save_stock(model, out_dir)
         return
-    store = StreamingStore(checkpoint, adapter, out_dir)
+    # Built again, empty, it says where in the shards its parameters are.
+    empty = Adapter.of(checkpoint.build_model("meta", dtype))
+    store = StreamingStore(checkpoint, empty, out_dir)
     for name, value in changed.items():
         store.write(name, value)
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.compensate import compensate, size_factors
 from pyprune.depth.given import Given
 from pyprune.depth.graph import Branch, ResidualGraph, gaps
 from pyprune.depth.refit import refit
-from pyprune.depth.ridge import check_ridge
 from pyprune.depth.writers import norm_after, writers
-from pyprune.errors import UserError
+from pyprune.methods.options import POSITIVE, OptionError
 
 
 @dataclass(frozen=True)
@@ -26,12 +25,11 @@ class AddOns:
 
     compensate: bool = False
     refit: bool = False
-    ridge: float | None = None
+    ridge: Annotated[float | None, POSITIVE] = None
 
     def __post_init__(self) -> None:
-        check_ridge(self.ridge)
         if self.ridge is not None and not self.refit:
-            raise UserError(f"ridge: expected none without refit, got {self.ridge:g}")
+            raise OptionError(f"ridge: expected none without refit, got {self.ridge:g}")
 
     @property
     def wanted(self) -> bool:
@@ -47,7 +45,7 @@ class OneAddOn(AddOns):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.compensate and self.refit:
-            raise UserError(
+            raise OptionError(
                 "compensate, refit: expected one of them, got both; a layer stands before every "
                 "gap, and once it is refitted nothing is left to compensate"
             )

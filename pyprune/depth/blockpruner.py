@@ -6,17 +6,18 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 from pyprune.depth.budget import Unit, units_of
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision
+from pyprune.depth.decision import DepthDecision
 from pyprune.depth.exchange import refined
 from pyprune.depth.graph import Branch
 from pyprune.depth.greedy import Greedy, GreedyOptions
 from pyprune.depth.registry import DepthTask, depth_method
 from pyprune.depth.score import ObjectiveName
 from pyprune.errors import UserError
+from pyprune.methods.options import Count, Natural, at_least
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,10 @@ class BlockPrunerOptions(GreedyOptions):
 
     blocks: Literal["mixed", "attention", "mlp", "pairs"] = "mixed"
     refine: Literal["auto", "exchange", "none"] = "auto"
-    exchange_limit: int = 320
-    margin: float = 2.0
-    protect_first: int = 0
-    protect_last: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.exchange_limit < 1:
-            raise UserError(f"exchange_limit: expected at least 1, got {self.exchange_limit}")
-        if not self.margin >= 0:
-            raise UserError(f"margin: expected 0 or more standard errors, got {self.margin}")
-        check_protected(self.protect_first, self.protect_last)
+    exchange_limit: Count = 320
+    margin: Annotated[float, at_least(0)] = 2.0
+    protect_first: Natural = 0
+    protect_last: Natural = 0
 
     def refined(self, config: StructureConfig) -> bool:
         """Whether there are exchanges for the target of `config`."""
@@ -56,21 +49,13 @@ class BlockPrunerOptions(GreedyOptions):
         return "kl" if self.objective == "auto" and self.refined(config) else super().scored(config)
 
 
-def check_protected(first: int, last: int) -> None:
-    """Raises UserError for negative numbers of protected layers."""
-    if first < 0 or last < 0:
-        raise UserError(
-            f"protect_first, protect_last: expected 0 or more layers, got {first} and {last}"
-        )
-
-
 @depth_method(
     "blockpruner",
     title="BlockPruner: attention and MLP branches, greedily by perplexity",
     paper="arXiv 2406.10594",
     options=BlockPrunerOptions,
 )
-def blockpruner(task: DepthTask) -> Decision:
+def blockpruner(task: DepthTask) -> DepthDecision:
     """Candidates in the order of the paper's code, by which ties go: attention branches by
     ascending layer, then MLPs; then pairs.
 
@@ -87,10 +72,16 @@ def blockpruner(task: DepthTask) -> Decision:
     units = units_of(allowed, layers=False)
     if options.blocks == "pairs":
         if config.counted:
-            raise UserError("blocks=pairs: expected a share of parameters or latency, got a count")
+            raise UserError(
+                "method_options: blockpruner blocks: expected a share of parameters or latency "
+                "with pairs, got a count"
+            )
         units += neighbours(allowed)
     if options.refined(config) and config.counted:
-        raise UserError("refine=exchange: expected a share of parameters or latency, got a count")
+        raise UserError(
+            "method_options: blockpruner refine: expected a share of parameters or latency with "
+            "exchange, got a count"
+        )
     search = Greedy(task, options, units)
     limit, margin = options.exchange_limit, options.margin
     refine = partial(refined, allowed=allowed, limit=limit, margin=margin)

@@ -6,15 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from pyprune.config import (
-    DTYPES,
-    CalibrationConfig,
-    ConfigFile,
-    check_choice,
-    check_device,
-    check_types,
-    convert_fields,
-)
+from pyprune.config import CalibrationConfig, RunConfig, check_choice
 from pyprune.depth.graph import Branch
 from pyprune.depth.repack import Fill
 from pyprune.errors import UserError
@@ -26,7 +18,7 @@ FIRST_ATTENTION = Branch("attention", 0)
 
 
 @dataclass(frozen=True)
-class StructureConfig(ConfigFile):
+class StructureConfig(RunConfig):
     """Everything that decides the outcome of a run.
 
     method: a name in `pyprune.depth.registry.DEPTH_METHODS`.
@@ -56,8 +48,7 @@ class StructureConfig(ConfigFile):
     )
 
     def __post_init__(self) -> None:
-        convert_fields(self)
-        check_types(self, "")
+        super().__post_init__()
         if (self.ratio is None) == (self.count is None):
             raise UserError(
                 "expected exactly one of ratio and count, got "
@@ -72,8 +63,6 @@ class StructureConfig(ConfigFile):
             raise UserError(f"count: expected a whole number from 1, got {self.count!r}")
         check_choice("by", self.by, get_args(By))
         check_choice("fill", self.fill, get_args(Fill))
-        check_choice("dtype", self.dtype, DTYPES)
-        check_device(self.device)
         self.own_options()  # a bad option is found before anything is loaded
 
     @property

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 from pyprune.calibration.tokens import TokenSet
-from pyprune.checkpoint.output import REPORT
 from pyprune.depth.graph import KINDS, Branch
 from pyprune.errors import UserError
 
@@ -67,7 +64,7 @@ class Refinement:
 
 
 @dataclass(frozen=True)
-class Decision:
+class DepthDecision:
     """Removals in order, with what is needed to repeat or apply them.
 
     method; unit: "block" (a branch) or "layer"; layers: how many the model has; steps. refinement:
@@ -122,7 +119,7 @@ class Decision:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Decision:
+    def from_dict(cls, values: Mapping[str, Any]) -> DepthDecision:
         """The inverse of `to_dict`, also after JSON. UserError if it is something else."""
         try:
             given = dict(values)
@@ -147,20 +144,6 @@ def _refinement(values: Mapping[str, Any]) -> Refinement:
         sides = {key: tuple(Branch(*b) for b in exchange[key]) for key in ("back", "out")}
         exchanges.append(Exchange(**{**exchange, **sides}))
     return Refinement(**{**values, "exchanges": tuple(exchanges)})
-
-
-def load_decision(path: str | Path) -> Decision:
-    """The decision in the pyprune.json of a pruned model's directory, or in such a file."""
-    file = Path(path)
-    if file.is_dir():
-        file = file / REPORT
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"decision: cannot read {file}: {error}") from error
-    if not isinstance(values, dict) or "decision" not in values:
-        raise UserError(f"{file}: expected the report of a structural run, got another")
-    return Decision.from_dict({**values["decision"], **{k: values.get(k) for k in SHARED}})
 
 
 def name_of(unit: tuple[Branch, ...]) -> str:

@@ -23,8 +23,8 @@ from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.running import head_logits, replaced_forward
 
-Kind = Literal["attention", "mlp"]
-KINDS: tuple[Kind, Kind] = ("attention", "mlp")
+BranchKind = Literal["attention", "mlp"]
+KINDS: tuple[BranchKind, BranchKind] = ("attention", "mlp")
 # Relative deviation at which a layer does not compute what its layout says (fp32; scaled by eps).
 STRUCTURE_TOLERANCE = 1e3
 
@@ -32,7 +32,7 @@ STRUCTURE_TOLERANCE = 1e3
 class Branch(NamedTuple):
     """A residual branch: of layer `layer` (from 0), "attention" or "mlp"."""
 
-    kind: Kind
+    kind: BranchKind
     layer: int
 
     @property

@@ -15,13 +15,14 @@ from pyprune.checkpoint import check_writable, replace_file, writing
 from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, Unit, branches_of
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision, Refinement, Step, name_of
+from pyprune.depth.decision import DepthDecision, Refinement, Step, name_of
 from pyprune.depth.finite import NotFiniteError
 from pyprune.depth.graph import Branch
 from pyprune.depth.registry import DepthTask
 from pyprune.depth.score import ObjectiveName, Scorer, or_inf
 from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
+from pyprune.methods.options import Count, Natural, OptionError
 from pyprune.models.fingerprint import fingerprint
 from pyprune.models.stock import parameter_count
 
@@ -48,24 +49,19 @@ class GreedyOptions(AddOns):
     mode: Mode = "exact"
     objective: Literal["auto", "perplexity", "kl"] = "auto"
     compare: Compare = "auto"
-    every: int = 1
-    memory_mb: int = 2048
-    width: int = 4
-    audit_every: int = 8
-    looks: int = 4
+    every: Count = 1
+    memory_mb: Count = 2048
+    width: Count = 4
+    audit_every: Natural = 8
+    looks: Count = 4
     state: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("every", "memory_mb", "width", "looks"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if self.audit_every < 0:
-            raise UserError(f"audit_every: expected 0 or more, got {self.audit_every}")
         if self.state is not None:
             folder = Path(self.state).absolute().parent
             if not folder.is_dir():
-                raise UserError(
+                raise OptionError(
                     f"state: expected a file in an existing directory, got {self.state}"
                 )
             check_writable(folder, "state")
@@ -213,7 +209,7 @@ class Greedy:
         """Of rounds that a reader should know of."""
         return [f"round {number}: {note}" for number, note in self._notes.items()]
 
-    def decision(self, refine: Refine | None = None) -> Decision:
+    def decision(self, refine: Refine | None = None) -> DepthDecision:
         """The search, what improves its list, if anything, and the add-ons, which change the
         model's weights in place."""
         steps = first = self.run()
@@ -412,7 +408,9 @@ class Greedy:
     def _save(self, steps: Sequence[Step]) -> None:
         if self.options.state is None:
             return
-        so_far = Decision(self.task.config.method, "", len(self.task.graph.layouts), tuple(steps))
+        so_far = DepthDecision(
+            self.task.config.method, "", len(self.task.graph.layouts), tuple(steps)
+        )
         self._stales.append(dict(self.stale))
         text = json.dumps(
             {
@@ -446,7 +444,7 @@ class Greedy:
             self.budget = replace(self.budget, seconds=seconds, total=total)
         lesser = replace(self.budget, target=min(target, self.budget.target))
         steps: list[Step] = []
-        for step in Decision.from_dict(decision).steps:
+        for step in DepthDecision.from_dict(decision).steps:
             if self.budget.reached(self._branches):
                 break
             same = self.compare == "score" or target == self.budget.target

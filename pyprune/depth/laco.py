@@ -19,6 +19,7 @@ from pyprune.depth.graph import Context, ResidualGraph, State
 from pyprune.depth.hidden import real_tokens
 from pyprune.depth.layers import Enough, LayerChoice, LayerTask, layer_method
 from pyprune.errors import UserError
+from pyprune.methods.options import Count
 
 Merge = Literal["rdsc", "last", "mean"]
 
@@ -38,7 +39,7 @@ class LacoOptions(OneAddOn):
     highest: int | None = None
     threshold: float = 0.65
     merge: Merge = "rdsc"
-    sentences: int = 5
+    sentences: Count = 5
 
 
 @layer_method(
@@ -56,8 +57,6 @@ def laco(task: LayerTask) -> LayerChoice:
     compensate: the size of that stream over the size of the merged layer's output.
     """
     options: LacoOptions = task.options
-    if options.sentences < 1:
-        raise UserError(f"sentences: expected at least 1, got {options.sentences}")
     few = first_sequences(task.batches, options.sentences)
     given = Given() if options.wanted else None
     folds = collapse(task.graph, few, options, task.enough, given)

@@ -11,7 +11,7 @@ from typing import Any
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.addons import apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, branches_of, units_of
-from pyprune.depth.decision import Decision, Step, name_of
+from pyprune.depth.decision import DepthDecision, Step, name_of
 from pyprune.depth.given import Given
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
 from pyprune.depth.registry import DepthTask, depth_method
@@ -79,7 +79,7 @@ def layer_method(name: str, *, title: str, paper: str, options: type) -> Callabl
     return register
 
 
-def _search(choose: Choose, task: DepthTask) -> Decision:
+def _search(choose: Choose, task: DepthTask) -> DepthDecision:
     """What `choose` removes, as a decision."""
     graph, options = task.graph, task.config.own_options()
     check_add_ons(graph, options)

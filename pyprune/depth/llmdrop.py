@@ -9,7 +9,7 @@ import torch
 
 from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.budget import Budget, units_of
-from pyprune.depth.decision import Decision, Step
+from pyprune.depth.decision import DepthDecision, Step
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.hidden import real_tokens
 from pyprune.depth.registry import DepthTask, depth_method
@@ -34,7 +34,7 @@ class LlmDropOptions(AddOns):
     options=LlmDropOptions,
 )
 @torch.no_grad()
-def llm_drop(task: DepthTask) -> Decision:
+def llm_drop(task: DepthTask) -> DepthDecision:
     """Removes by descending cosine between the stream before and after a branch, token by token,
     padding excluded. The last MLP is scored on the stream itself, never behind the final norm."""
     graph, tokens, config = task.graph, task.tokens, task.config

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyprune.depth.decision import Decision, name_of
+from pyprune.depth.decision import DepthDecision, name_of
 from pyprune.depth.graph import KINDS, Branch
 from pyprune.pictures import (
     COLOURS,
@@ -28,7 +28,7 @@ CUT, QUANTILE = 1.5, 0.85
 Points = Sequence[tuple[int, float]]
 
 
-def draw(decision: Decision, curve: Points, path: Path) -> list[Path]:
+def draw(decision: DepthDecision, curve: Points, path: Path) -> list[Path]:
     """Writes order.png, importance.png (of methods that score single branches or layers),
     exchanges.png (where a list was improved by some) and perplexity.png (with a `curve` of
     parameters and perplexity, the dense model first); see `pyprune.pictures.draw_panels`."""
@@ -42,13 +42,13 @@ def draw(decision: Decision, curve: Points, path: Path) -> list[Path]:
     return draw_panels(panels, _title(decision), decision.layers, path)
 
 
-def _title(decision: Decision) -> str:
+def _title(decision: DepthDecision) -> str:
     return f"{decision.model} without {_units(decision)}: {decision.method}" + calibration_words(
         decision.calibration
     )
 
 
-def _units(decision: Decision) -> str:
+def _units(decision: DepthDecision) -> str:
     """How many layers or branches went: of branches, two may have gone together."""
     if decision.unit == "layer":
         number, words = len(decision.steps), ("layer", "layers")
@@ -57,7 +57,7 @@ def _units(decision: Decision) -> str:
     return f"{number} {words[number != 1]}"
 
 
-def _order(axis: Any, decision: Decision) -> None:
+def _order(axis: Any, decision: DepthDecision) -> None:
     from matplotlib import colormaps
 
     ranks = {branch: i for i, step in enumerate(decision.steps) for branch in step.unit}
@@ -86,7 +86,7 @@ def _order(axis: Any, decision: Decision) -> None:
     layer_axis(axis, decision.layers)
 
 
-def _importance(axis: Any, decision: Decision) -> None:
+def _importance(axis: Any, decision: DepthDecision) -> None:
     """Bars from the dense model's score, if it is known. A few branches of almost any model are
     many times as important as the rest: their bars are cut off and say how long they are."""
     kinds = ("layer",) if decision.unit == "layer" else KINDS
@@ -120,7 +120,7 @@ def _importance(axis: Any, decision: Decision) -> None:
     layer_axis(axis, decision.layers)
 
 
-def _exchanges(axis: Any, decision: Decision) -> None:
+def _exchanges(axis: Any, decision: DepthDecision) -> None:
     """The objective of the greedy lists, and after every exchange."""
     refinement = decision.refinement
     assert refinement is not None
@@ -147,7 +147,7 @@ def _exchanges(axis: Any, decision: Decision) -> None:
     axis.set_title(f"greedy lists{words}", fontsize=9)
 
 
-def _scores(decision: Decision, kind: str) -> list[tuple[int, float | None]]:
+def _scores(decision: DepthDecision, kind: str) -> list[tuple[int, float | None]]:
     found = []
     for layer in range(decision.layers):
         unit = tuple(Branch(k, layer) for k in (KINDS if kind == "layer" else (kind,)))  # type: ignore[arg-type]
@@ -155,7 +155,7 @@ def _scores(decision: Decision, kind: str) -> list[tuple[int, float | None]]:
     return found
 
 
-def _curve(axis: Any, decision: Decision, curve: Points) -> None:
+def _curve(axis: Any, decision: DepthDecision, curve: Points) -> None:
     # Of a method that changed weights there are only the two ends.
     whole = len(curve) == len(decision.steps) + 1
     names = [name_of(step.unit) for step in decision.steps] if whole else ["pruned"]

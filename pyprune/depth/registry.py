@@ -15,7 +15,7 @@ from pyprune.registry import MethodRow, MethodTable
 if TYPE_CHECKING:
     from pyprune.calibration.tokens import TokenSet
     from pyprune.depth.config import StructureConfig
-    from pyprune.depth.decision import Decision, Step
+    from pyprune.depth.decision import DepthDecision, Step
     from pyprune.depth.graph import ResidualGraph
     from pyprune.models.adapter import Adapter
     from pyprune.progress import Progress
@@ -45,11 +45,11 @@ class DepthTask:
     config: StructureConfig
     progress: Progress | None = None
 
-    def decision(self, steps: Sequence[Step], **found: Any) -> Decision:
+    def decision(self, steps: Sequence[Step], **found: Any) -> DepthDecision:
         """The method's, with what is said of every run. found: other fields of it."""
-        from pyprune.depth.decision import Decision, calibration_facts
+        from pyprune.depth.decision import DepthDecision, calibration_facts
 
-        return Decision(
+        return DepthDecision(
             method=self.config.method,
             unit=DEPTH_METHODS.find(self.config.method).unit,
             layers=len(self.graph.layouts),
@@ -60,14 +60,14 @@ class DepthTask:
         )
 
 
-Search = Callable[[DepthTask], "Decision"]
+Search = Callable[[DepthTask], "DepthDecision"]
 
 
 @dataclass(frozen=True)
 class DepthMethod(MethodRow):
     """A row of the table.
 
-    search: may change kept weights in place (and says so in `Decision.transforms`), never the
+    search: may change kept weights in place (and says so in `DepthDecision.transforms`), never the
         structure: removing what the decision lists is the caller's (`ResidualGraph.skipping`,
         `drop_layers`).
     unit: "block" (a branch) or "layer", what `count` counts.
@@ -98,7 +98,7 @@ def run_search(
     tokens: TokenSet,
     config: StructureConfig,
     progress: Progress | None = None,
-) -> Decision:
+) -> DepthDecision:
     """Runs the method that `config` names on a model in memory. Where it finds NaN or infinity, the
     error says after which module of the model they begin."""
     from pyprune.depth.finite import NotFiniteError, located

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pyprune.depth.decision import SHARED, Decision, Refinement, Step, name_of
+from pyprune.depth.decision import SHARED, DepthDecision, Refinement, Step, name_of
 from pyprune.depth.registry import DEPTH_METHODS
 from pyprune.depth.repack import Packing
 from pyprune.report import with_notes
@@ -26,7 +26,7 @@ class StructureReport(StructuralReport):
     and perplexity on the calibration text, from the dense model on; empty unless asked for.
     """
 
-    decision: Decision
+    decision: DepthDecision
     packing: Packing
     parameters: tuple[int, int]
     zeros: int

@@ -13,7 +13,7 @@ from pyprune.checkpoint.output import save_stock
 from pyprune.config import check_call
 from pyprune.deci import NOTE, check_before, save_deci, to_deci
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision
+from pyprune.depth.decision import DepthDecision
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.plot import draw
 from pyprune.depth.registry import DEPTH_METHODS, run_search
@@ -182,7 +182,7 @@ def _curve(
     model: Any,
     adapter: Adapter,
     tokens: TokenSet,
-    decision: Decision,
+    decision: DepthDecision,
     before: int,
     dense: list[float],
 ) -> Curve:

@@ -8,7 +8,7 @@ from pyprune.depth.addons import AddOns
 from pyprune.depth.criteria import removal_order
 from pyprune.depth.hidden import block_influence
 from pyprune.depth.layers import LayerChoice, LayerTask, layer_method, too_much
-from pyprune.errors import UserError
+from pyprune.methods.options import Natural
 
 
 @dataclass(frozen=True)
@@ -16,16 +16,8 @@ class ShortGptOptions(AddOns):
     """keep_first, keep_last: layers at the ends that stay. And the add-ons `compensate`, `refit`,
     `ridge`."""
 
-    keep_first: int = 0
-    keep_last: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.keep_first, self.keep_last) < 0:
-            raise UserError(
-                f"keep_first, keep_last: expected 0 or more, got {self.keep_first} and "
-                f"{self.keep_last}"
-            )
+    keep_first: Natural = 0
+    keep_last: Natural = 0
 
 
 @layer_method(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pyprune.depth.blockpruner import check_protected
 from pyprune.depth.budget import units_of
-from pyprune.depth.decision import Decision
+from pyprune.depth.decision import DepthDecision
 from pyprune.depth.greedy import Greedy, GreedyOptions
 from pyprune.depth.registry import DepthTask, depth_method
+from pyprune.methods.options import Natural
 
 
 @dataclass(frozen=True)
@@ -16,12 +16,8 @@ class SlebOptions(GreedyOptions):
     """protect_first, protect_last: layers that are left alone (one at either end, as published).
     And those of `GreedyOptions`."""
 
-    protect_first: int = 1
-    protect_last: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_protected(self.protect_first, self.protect_last)
+    protect_first: Natural = 1
+    protect_last: Natural = 1
 
 
 @depth_method(
@@ -31,7 +27,7 @@ class SlebOptions(GreedyOptions):
     options=SlebOptions,
     unit="layer",
 )
-def sleb(task: DepthTask) -> Decision:
+def sleb(task: DepthTask) -> DepthDecision:
     """BlockPruner's search with both branches of a layer as one candidate."""
     options: SlebOptions = task.config.own_options()
     layers = range(options.protect_first, len(task.graph.layouts) - options.protect_last)

@@ -20,10 +20,10 @@ from torch import Tensor
 from pyprune.depth.budget import Unit
 from pyprune.depth.graph import Branch, Context, ResidualGraph, State
 from pyprune.depth.score import Scorer
+from pyprune.progress import CountProgress
 
 # Positions at which a sweep keeps its streams for the next one, at most.
 CHECKPOINTS = 16
-Tick = Callable[[int, int], None]
 Change = Callable[[Branch], AbstractContextManager[object]]
 REFERENCE: Unit = ()  # the stream that skips nothing
 
@@ -74,7 +74,7 @@ class WalkDown:
         self._streams: list[dict[Unit, dict[int, State]]] = [{} for _ in tokens]
         self._contexts: tuple[int, dict[int, Context]] = (-1, {})
         self._keeping = True
-        self.tick: Tick = lambda done, total: None
+        self.tick: CountProgress = lambda done, total: None
 
     def forget_after(self, position: int) -> None:
         """The branch at `position` is no longer what it was: cached states behind it are no longer

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
-from pyprune.config import (
-    DTYPES,
-    CalibrationConfig,
-    ConfigFile,
-    check_choice,
-    check_device,
-    check_types,
-    convert_fields,
-)
+from pyprune.config import CalibrationConfig, RunConfig
 from pyprune.errors import UserError
-from pyprune.methods.options import Scalar, build_options
+from pyprune.methods.options import Natural, OptionError, Positive, Scalar, build_options, within
 from pyprune.registry import unknown_method
 
 METHOD = "eigendamage"
@@ -43,27 +34,17 @@ class EigenDamageOptions:
     unit: Unit = "directions"
     reestimate: bool = False
     factored: bool = False
-    cap: float = 0.95
-    fisher_samples: int = 0
-    factor_memory: float = 8.0
+    cap: Annotated[float, within(0, 1, "()")] = 0.95
+    fisher_samples: Natural = 0
+    factor_memory: Positive = 8.0
 
     def __post_init__(self) -> None:
         if self.factored and self.unit != "directions":
-            raise _wrong("factored", "unit directions", self.unit)
-        if not 0 < self.cap < 1:
-            raise _wrong("cap", "a fraction between 0 and 1", self.cap)
-        if self.fisher_samples < 0:
-            raise _wrong("fisher_samples", "0 or more", self.fisher_samples)
-        if not 0 < self.factor_memory < math.inf:
-            raise _wrong("factor_memory", "a positive number", self.factor_memory)
-
-
-def _wrong(name: str, expected: str, got: object) -> UserError:
-    return UserError(f"method_options: {METHOD} {name}: expected {expected}, got {got}")
+            raise OptionError(f"factored: expected unit directions, got {self.unit}")
 
 
 @dataclass(frozen=True)
-class EigenDamageConfig(ConfigFile):
+class EigenDamageConfig(RunConfig):
     """Everything that decides the outcome of a run.
 
     method: "eigendamage". sparsity: share of the entries of all rotated weights that go.
@@ -82,14 +63,11 @@ class EigenDamageConfig(ConfigFile):
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
-        convert_fields(self)
-        check_types(self, "")
+        super().__post_init__()
         if self.method != METHOD:
             raise unknown_method(self.method, [METHOD])
         if not 0 <= self.sparsity < 1:
             raise UserError(f"sparsity: expected a fraction in [0, 1), got {self.sparsity}")
-        check_choice("dtype", self.dtype, DTYPES)
-        check_device(self.device)
         self.own_options()  # a bad option is found before anything is loaded
 
     def idle(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -29,11 +28,11 @@ from pyprune.methods.structure_budget import select_structures
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
 from pyprune.patterns import Unstructured, pruned_count
+from pyprune.progress import CountProgress, Progress
 from pyprune.sparse.factored import FactoredLinear
 from pyprune.surgeon.matrix import Matrix
 from pyprune.surgeon.store import GIB, TensorStore, grouped
 
-Progress = Callable[[str, int, int], None]
 Form = Literal["dense", "factored", "kept"]
 # Factors in fp32, their eigenvectors in fp64, and these in fp32 while the curvature is taken anew.
 COPIES = 4
@@ -240,7 +239,7 @@ class _Run:
         if self._progress is not None:
             self._progress(phase, done, total)
 
-    def _told(self, phase: str, number: int, parts: int) -> Callable[[int, int], None] | None:
+    def _told(self, phase: str, number: int, parts: int) -> CountProgress | None:
         say = self._progress
         if say is None:
             return None

@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import torch
 from rich import box
 from rich.table import Table
 from rich.text import Text
@@ -21,7 +20,6 @@ from pyprune.checkpoint import (
     Checkpoint,
     Originals,
     check_output,
-    copy_auxiliary,
     output_directory,
     write_parameters,
     write_report,
@@ -31,12 +29,13 @@ from pyprune.checkpoint.output import AUXILIARY_BYTES
 from pyprune.config import check_call
 from pyprune.devices import find_device
 from pyprune.eigendamage.config import METHOD, EigenDamageConfig, EigenDamageOptions
-from pyprune.eigendamage.layers import EigenLayer, Progress, damage
+from pyprune.eigendamage.layers import EigenLayer, damage
 from pyprune.errors import UserError
 from pyprune.families import Family, Run
 from pyprune.layer_pruner import select_linears
 from pyprune.measure import Measure
 from pyprune.models.adapter import Adapter
+from pyprune.progress import Progress
 from pyprune.registry import HEADERS, MethodRow
 from pyprune.report import (
     SCHEMA,
@@ -297,7 +296,7 @@ def prune_eigendamage_checkpoint(
     with measure.phase("open"):
         checkpoint = Checkpoint.open(source, trust_remote_code=trust_remote_code)
         data = checkpoint.tokenizer() if batches is None else batches
-        dtype = None if config.dtype == "auto" else getattr(torch, config.dtype)
+        dtype = config.torch_dtype
         factored = config.own_options().factored
         pieces = _pieces(checkpoint) if factored else {}
         model: Any = checkpoint.load_model("cpu", dtype)
@@ -312,12 +311,9 @@ def prune_eigendamage_checkpoint(
             write_report(folder, report.to_dict(), report.card())
         return report
     with output_directory(out, needed=checkpoint.nbytes + AUXILIARY_BYTES) as folder:
-        streamed = not checkpoint.streamable()
-        copy_auxiliary(checkpoint, folder, index=streamed)
         with measure.phase("write"):
-            # Built again, empty, it says where in the shards its parameters are.
-            empty = Adapter.of(checkpoint.build_model("meta", dtype)) if streamed else None
-            write_parameters(checkpoint, originals, model, empty, _changed(model, config), folder)
+            changed = _changed(model, config)
+            write_parameters(checkpoint, originals, model, changed, folder, dtype)
         report = replace(report, run=replace(report.run, seconds=measure.total()))
         write_report(folder, report.to_dict(), report.card())
     return report
@@ -361,7 +357,7 @@ def _run(run: Run) -> EigenDamageReport:
     if run.pictures is not None:
         raise UserError(f"report: {METHOD} has no pictures, got {run.pictures}")
 
-    def told(phase: str, done: int, total: int) -> None:
+    def told(phase: str, done: float, total: float | None) -> None:
         run.bar.step(f"{phase} {done}/{total}", done, total)
 
     return prune_eigendamage_checkpoint(

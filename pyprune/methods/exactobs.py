@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyprune.errors import UserError
 from pyprune.methods import sparsegpt
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given
 from pyprune.methods.greedy import GreedyPlan
+from pyprune.methods.options import Count
 from pyprune.methods.update import masked, reconstructed, without_dead
 from pyprune.patterns import NM, Pattern
 
@@ -24,13 +24,7 @@ from pyprune.patterns import NM, Pattern
 class ExactObsOptions:
     """max_columns: layers with more inputs are refused, for what it costs."""
 
-    max_columns: int = 4096
-
-    def __post_init__(self) -> None:
-        if self.max_columns < 1:
-            raise UserError(
-                f"method_options: exactobs max_columns: expected at least 1, got {self.max_columns}"
-            )
+    max_columns: Count = 4096
 
 
 def exactobs(

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from pyprune.calibration.gradient_stats import GradientFactory, GradientSamples
-from pyprune.errors import UserError
 from pyprune.methods.base import LayerInputs, MethodOptions, given_gradient
+from pyprune.methods.options import Count, within
 from pyprune.ops.obs_factor import NotPositiveDefiniteError, damping_ladder
 
 
@@ -22,18 +23,8 @@ class SampleOptions:
     its diagonal; few samples say little of what is beside it. 0 leaves S as it is, 1 is OBD's
     curvature."""
 
-    samples: int = 16
-    shrinkage: float = 0.5
-
-    def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise UserError(
-                f"method_options: samples: expected at least 1 gradient, got {self.samples}"
-            )
-        if not 0 <= self.shrinkage <= 1:
-            raise UserError(
-                f"method_options: shrinkage: expected a number in [0, 1], got {self.shrinkage}"
-            )
+    samples: Count = 16
+    shrinkage: Annotated[float, within(0, 1)] = 0.5
 
 
 def sampled_gradients(options: MethodOptions) -> GradientFactory:

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pyprune.errors import UserError
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given
 from pyprune.methods.fisher import (
     LowRankFisher,
@@ -25,6 +24,7 @@ from pyprune.methods.fisher import (
     sampled_gradients,
     with_dead,
 )
+from pyprune.methods.options import Count
 from pyprune.methods.selection import select_mask
 from pyprune.patterns import NM, Pattern, Unstructured, scope_of
 
@@ -37,12 +37,7 @@ class ObsOptions(SampleOptions):
     """samples, shrinkage: of the Fisher matrix, see `SampleOptions`. rounds: how often scores are
     taken anew on the updated weights; N:M takes one weight of each group at a time instead."""
 
-    rounds: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rounds < 1:
-            raise UserError(f"method_options: obs rounds: expected at least 1, got {self.rounds}")
+    rounds: Count = 16
 
 
 class Survivors:

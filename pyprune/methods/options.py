@@ -4,15 +4,56 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from types import NoneType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pyprune.errors import UserError
 
 Scalar = bool | int | float | str | None
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Which numbers an option takes, as metadata of its annotation. words: what a message expects.
+    holds: whether a number is one of them; None, where the option takes it, always is."""
+
+    words: str
+    holds: Callable[[float], bool]
+
+
+def at_least(least: int) -> Bound:
+    """Infinity is one of them."""
+    words = f"at least {least}" if least else "0 or more"
+    return Bound(words, lambda value: value >= least)
+
+
+def within(low: float, high: float, ends: str = "[]") -> Bound:
+    """ends: which of the two are numbers of the range, "(" and ")" where they are not."""
+
+    def holds(value: float) -> bool:
+        above = low <= value if ends[0] == "[" else low < value
+        return above and (value <= high if ends[1] == "]" else value < high)
+
+    return Bound(f"a number in {ends[0]}{low:g}, {high:g}{ends[1]}", holds)
+
+
+POSITIVE = Bound("a positive number", lambda value: 0 < value < math.inf)
+Count = Annotated[int, at_least(1)]
+Natural = Annotated[int, at_least(0)]
+Positive = Annotated[float, POSITIVE]
+NotNegative = Annotated[float, Bound("0 or more", lambda value: 0 <= value < math.inf)]
+
+
+class OptionError(UserError):
+    """What is wrong with an option: "name: expected ..., got ...". `build_options` says of which
+    method. A dataclass of options raises it where several of its fields do not go together."""
+
+
 _WORDS: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number"}
 
 
@@ -23,8 +64,8 @@ def build_options(
     `values` came in, for messages.
 
     Raises:
-        UserError: a name is unknown (the closest one is given) or a value of the wrong type; what
-            the dataclass itself refuses.
+        UserError: a name is unknown (the closest one is given), a value of the wrong type or out of
+            its `Bound`; what the dataclass itself refuses.
     """
     known = [] if kind is None else [field.name for field in dataclasses.fields(kind)]
     for name in values:
@@ -34,10 +75,13 @@ def build_options(
             raise UserError(f"{where}: {method} has no option {name!r}, {hint}")
     if kind is None:
         return None
-    hints = get_type_hints(kind)
-    for name, value in values.items():
-        _check(f"{where}: {method} {name}", hints[name], value)
-    built: object = kind(**values)
+    hints = get_type_hints(kind, include_extras=True)
+    try:
+        for name, value in values.items():
+            _check(name, hints[name], value)
+        built: object = kind(**values)
+    except OptionError as error:
+        raise UserError(f"{where}: {method} {error}") from error
     return built
 
 
@@ -96,6 +140,10 @@ def _shown(value: Any) -> str:
 
 
 def _check(name: str, hint: Any, value: Any) -> None:
+    """Raises OptionError for a value of another type than `hint`, or out of its bound."""
+    bounds: Sequence[Bound] = ()
+    if get_origin(hint) is Annotated:
+        hint, *bounds = get_args(hint)
     wanted = hint
     if NoneType in get_args(hint):
         if value is None:
@@ -108,4 +156,8 @@ def _check(name: str, hint: Any, value: Any) -> None:
     else:
         right = isinstance(value, wanted) and (wanted is bool or not isinstance(value, bool))
     if not right:
-        raise UserError(f"{name}: expected {_takes(hint)}, got {value!r}")
+        raise OptionError(f"{name}: expected {_takes(hint)}, got {value!r}")
+    for bound in bounds:
+        if not bound.holds(value):
+            words = bound.words if wanted is hint else f"{bound.words} or none"
+            raise OptionError(f"{name}: expected {words}, got {value!r}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -12,9 +12,12 @@ from torch import Tensor
 from pyprune import ops
 from pyprune.errors import UserError
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, factors_of, given
+from pyprune.methods.options import Bound
 from pyprune.methods.update import sequential, swept_solution, without_dead
 from pyprune.ops.obs_factor import ObsFactor
 from pyprune.patterns import NM, Pattern
+
+BITS = Bound("0 (off) or 2 to 8", lambda bits: bits == 0 or 2 <= bits <= 8)
 
 
 @dataclass(frozen=True)
@@ -23,14 +26,7 @@ class SparseGptOptions:
     min-max grid of the dense row), 2 to 8 bits; 0: do not. The checkpoint holds the rounded values
     in its own dtype, not the codes."""
 
-    quantise_bits: int = 0
-
-    def __post_init__(self) -> None:
-        if self.quantise_bits and not 2 <= self.quantise_bits <= 8:
-            raise UserError(
-                "method_options: sparsegpt quantise_bits: expected 0 (off) or 2 to 8, "
-                f"got {self.quantise_bits}"
-            )
+    quantise_bits: Annotated[int, BITS] = 0
 
 
 def quantise_bits(options: MethodOptions) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from pyprune.calibration.gradient_stats import GradientFactory, KroneckerFactors
 from pyprune.errors import UserError
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given_gradient
 from pyprune.methods.kronecker import ITERATIONS, TOLERANCE, Corrected, Curvature, Update
+from pyprune.methods.options import Count, Natural, Positive, within
 from pyprune.methods.selection import select_mask
 from pyprune.patterns import NM, Pattern
 
@@ -49,40 +50,19 @@ class SurgeonOptions:
     """
 
     structure: Structure = "element"
-    shots: int = 5
+    shots: Count = 5
     update: Update = "joint"
-    tolerance: float = TOLERANCE
-    iterations: int = ITERATIONS
-    gradient_damping: float | None = None
-    cap: float = 1.0
+    tolerance: Annotated[float, within(0, 1, "[)")] = TOLERANCE
+    iterations: Count = ITERATIONS
+    gradient_damping: Annotated[float | None, within(0, 1)] = None
+    cap: Annotated[float, within(0, 1, "(]")] = 1.0
     kronecker: Literal["independent", "nearest"] = "independent"
-    refinements: int = 2
-    factor_memory: float = 8.0
-    fisher_samples: int = 0
-    corrections: int = 0
-    correction_rank: int = 8
-    correction_rate: float = 1e-4
-
-    def __post_init__(self) -> None:
-        for name, least in (
-            ("shots", 1),
-            ("iterations", 1),
-            ("refinements", 1),
-            ("fisher_samples", 0),
-            ("corrections", 0),
-            ("correction_rank", 1),
-        ):
-            if getattr(self, name) < least:
-                raise _wrong(name, f"a whole number from {least}", getattr(self, name))
-        for name in ("factor_memory", "correction_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise _wrong(name, "a positive number", getattr(self, name))
-        if not 0 <= self.tolerance < 1:
-            raise _wrong("tolerance", "a number in [0, 1)", self.tolerance)
-        if not 0 < self.cap <= 1:
-            raise _wrong("cap", "a share in (0, 1]", self.cap)
-        if self.gradient_damping is not None and not 0 <= self.gradient_damping <= 1:
-            raise _wrong("gradient_damping", "a number in [0, 1]", self.gradient_damping)
+    refinements: Count = 2
+    factor_memory: Positive = 8.0
+    fisher_samples: Natural = 0
+    corrections: Natural = 0
+    correction_rank: Count = 8
+    correction_rate: Positive = 1e-4
 
     @property
     def of_structures(self) -> bool:
@@ -100,10 +80,6 @@ class SurgeonOptions:
         if isinstance(pattern, NM):
             return pattern
         return NM(2, 4) if self.structure == "2:4" else None
-
-
-def _wrong(name: str, expected: str, got: object) -> UserError:
-    return UserError(f"method_options: llm-surgeon {name}: expected {expected}, got {got}")
 
 
 def check(pattern: Pattern, options: MethodOptions) -> None:

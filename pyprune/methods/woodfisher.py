@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pyprune.errors import UserError
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, Solution, given
 from pyprune.methods.fisher import (
     LowRankFisher,
@@ -24,6 +23,7 @@ from pyprune.methods.fisher import (
     with_dead,
 )
 from pyprune.methods.greedy import GreedyPlan
+from pyprune.methods.options import Count
 from pyprune.methods.selection import select_mask
 from pyprune.patterns import NM, Pattern, scope_of
 
@@ -37,16 +37,8 @@ class WoodFisherOptions(SampleOptions):
     that it couples (whole N:M groups). joint: greedy choice and joint update within a block;
     false: scores taken once and updates of single weights added up, as the paper does."""
 
-    block_size: int = 32
+    block_size: Count = 32
     joint: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.block_size < 1:
-            raise UserError(
-                "method_options: woodfisher block_size: expected at least 1 weight, got "
-                f"{self.block_size}"
-            )
 
 
 class Blocks:

@@ -222,7 +222,7 @@ def _dense(decision: Decision) -> Decision:
 
 def compressible(checkpoint: Checkpoint) -> Candidates:
     """What `StoredCheckpoint.split(stacks)` has to compress."""
-    reason = checkpoint.streamable()
+    reason = checkpoint.streaming_obstacle()
     if reason:
         raise UserError(f"{checkpoint.path}: cannot be compressed tensor by tensor: {reason}")
     model = checkpoint.build_model()

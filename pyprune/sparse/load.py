@@ -64,7 +64,7 @@ def load(
         where = stored.path
         if "mismatched" in line:
             # Of shapes transformers says no more than that they are listed "above", in its log.
-            line = checkpoint.streamable() or line
+            line = checkpoint.streaming_obstacle() or line
             tensor = stored.entries.get(line.partition(" ")[0])
             where = where if tensor is None else tensor.file
         raise UserError(f"{where}: cannot be loaded: {line}") from error

@@ -8,7 +8,7 @@ with the activations of one sequence; factors beyond `factor_memory` wait on dis
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -19,6 +19,7 @@ from pyprune.calibration.autograd import on_device
 from pyprune.calibration.backward import PassOptions
 from pyprune.calibration.factors import collect_factors
 from pyprune.calibration.gradient_stats import KroneckerFactors
+from pyprune.calibration.progress import WalkProgress
 from pyprune.calibration.tokens import TokenSet
 from pyprune.calibration.walk import WalkEvent
 from pyprune.config import PruneConfig
@@ -35,7 +36,7 @@ from pyprune.patterns import NM, pruned_count
 from pyprune.report import LayerReport
 from pyprune.surgeon.matrix import Matrix
 from pyprune.surgeon.select import Weights
-from pyprune.surgeon.state import Progress, Record, State
+from pyprune.surgeon.state import Record, ShotsDone, State
 from pyprune.surgeon.store import GIB, FactorStore, grouped
 
 # Cost of rows and columns that were removed before: below all others.
@@ -86,7 +87,7 @@ class Surgeon:
         *,
         device: torch.device,
         measure: Measure,
-        progress: Callable[[WalkEvent], None] | None = None,
+        progress: WalkProgress | None = None,
         state: State | None = None,
     ) -> None:
         self.config, self.adapter, self.tokens = config, adapter, tokens
@@ -96,7 +97,7 @@ class Surgeon:
         self.target = config.target()
         self.groups_of = self.own.groups(self.target)
         self.matrices = Matrix.all(adapter)
-        self.done = Progress(records={matrix.name: Record() for matrix in self.matrices})
+        self.done = ShotsDone(records={matrix.name: Record() for matrix in self.matrices})
         self._check()
 
     def _check(self) -> None:

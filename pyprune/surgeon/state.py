@@ -46,7 +46,7 @@ class Record:
 
 
 @dataclass
-class Progress:
+class ShotsDone:
     """shots: done. records: by matrix. notes: of the run so far."""
 
     shots: int = 0
@@ -78,14 +78,14 @@ class State:
             )
         )
 
-    def load(self, parameters: Mapping[str, Tensor]) -> Progress:
+    def load(self, parameters: Mapping[str, Tensor]) -> ShotsDone:
         """What is done; `parameters` get the weights they had then.
 
         Raises UserError if the directory holds something else, or the state of another model, text
         or configuration.
         """
         if not self.folder.exists():
-            return Progress()
+            return ShotsDone()
         manifest = self.folder / MANIFEST
         if not self.folder.is_dir() or (not manifest.exists() and self._foreign()):
             raise UserError(
@@ -93,13 +93,13 @@ class State:
                 f"got {self.folder}"
             )
         if not manifest.exists():
-            return Progress()
+            return ShotsDone()
         try:
             values = json.loads(manifest.read_text(encoding="utf-8"))
             self._check(values)
             records = {name: Record(**record) for name, record in values["records"].items()}
             file = self.folder / values["weights"]
-            progress = Progress(values["shots"], records, values["notes"])
+            progress = ShotsDone(values["shots"], records, values["notes"])
         except (ValueError, KeyError, TypeError, OSError) as error:
             if isinstance(error, UserError):
                 raise
@@ -133,12 +133,12 @@ class State:
                 + ", ".join(f"{k} is {mine[k]} here and {others.get(k)} there" for k in changed)
             )
 
-    def save(self, progress: Progress, parameters: Mapping[str, Tensor]) -> None:
+    def save(self, progress: ShotsDone, parameters: Mapping[str, Tensor]) -> None:
         """Raises UserError for what the file system refuses; what was saved before stays then."""
         with writing("state", self.folder):
             self._save(progress, parameters)
 
-    def _save(self, progress: Progress, parameters: Mapping[str, Tensor]) -> None:
+    def _save(self, progress: ShotsDone, parameters: Mapping[str, Tensor]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"shot-{progress.shots}.safetensors"
         weights = {key: value.cpu().contiguous() for key, value in parameters.items()}

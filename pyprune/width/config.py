@@ -6,22 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyprune.config import (
-    DTYPES,
-    CalibrationConfig,
-    ConfigFile,
-    check_choice,
-    check_device,
-    check_types,
-    convert_fields,
-)
+from pyprune.config import CalibrationConfig, RunConfig
 from pyprune.errors import UserError
 from pyprune.methods.options import Scalar, build_options
 from pyprune.patterns import percent_hint
 
 
 @dataclass(frozen=True)
-class WidthConfig(ConfigFile):
+class WidthConfig(RunConfig):
     """Everything that decides the outcome of a run.
 
     method: a name in `pyprune.width.registry.WIDTH_METHODS`.
@@ -41,15 +33,12 @@ class WidthConfig(ConfigFile):
     )
 
     def __post_init__(self) -> None:
-        convert_fields(self)
-        check_types(self, "")
+        super().__post_init__()
         if not 0 < self.ratio < 1:
             raise UserError(
                 f"ratio: expected a number between 0 and 1, got {self.ratio!r}"
                 + percent_hint(self.ratio)
             )
-        check_choice("dtype", self.dtype, DTYPES)
-        check_device(self.device)
         self.own_options()  # a bad option is found before anything is loaded
 
     def own_options(self) -> Any:

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyprune.errors import UserError
-
 ADD_ONS = "add-ons"  # a point of `WidthDecision.curve`
 
 
@@ -62,24 +60,8 @@ class WidthDecision:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers: what `from_dict` takes back."""
+        """Plain dicts, lists, tuples, strings and numbers."""
         return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> WidthDecision:
-        """The inverse of `to_dict`, also after JSON. UserError if it is something else."""
-        try:
-            given = dict(values)
-            given["sizes"] = {name: tuple(pair) for name, pair in given["sizes"].items()}
-            for key in ("parameters", "notes", "transforms"):
-                given[key] = tuple(given[key])
-            given["branches"] = tuple(given.get("branches", ()))
-            given["curve"] = tuple(tuple(point) for point in given.get("curve", ()))
-            for key in ("groups", "importance"):
-                given[key] = {name: tuple(v) for name, v in given.get(key, {}).items()}
-            return cls(**given)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"decision: expected one, got something else: {error!r}") from error
 
     def summary(self) -> str:
         """A paragraph for the model card."""

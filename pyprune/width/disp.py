@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pyprune.errors import UserError
+from pyprune.methods.options import Count, NotNegative, Positive
 from pyprune.width.apply import remove
 from pyprune.width.decision import WidthDecision
 from pyprune.width.hypernet import BASE, Gate, Place, Training, train
 from pyprune.width.registry import WidthTask, width_method
-from pyprune.width.select import best, check_multiple, prunable, uniform_sizes
+from pyprune.width.select import best, prunable, uniform_sizes
 from pyprune.width.structure import Group, Slice, Widths
 
 NOT_STOCK = (
@@ -34,20 +35,12 @@ class DispOptions:
     """
 
     gates: Literal["hidden", "all"] = "hidden"
-    iterations: int = 1000
-    rate: float = 1e-3
-    decay: float = 0.05
-    strength: float = 6.0
-    multiple: int = 8
+    iterations: Count = 1000
+    rate: Positive = 1e-3
+    decay: NotNegative = 0.05
+    strength: NotNegative = 6.0
+    multiple: Count = 8
     seed: int = 42
-
-    def __post_init__(self) -> None:
-        check_multiple(self.multiple)
-        if self.iterations < 1 or not self.rate > 0 or self.decay < 0 or self.strength < 0:
-            raise UserError(
-                "options: expected iterations of 1 or more, a positive rate, decay and strength of "
-                f"0 or more, got {self.iterations}, {self.rate}, {self.decay}, {self.strength}"
-            )
 
 
 @width_method(

@@ -24,11 +24,11 @@ from pyprune.width.select import (
     prunable,
     uniform_sizes,
 )
-from pyprune.width.structure import Group, Kept, Kind, Widths
+from pyprune.width.structure import Group, GroupKind, Kept, Widths
 
-_WORDS: dict[Kind, str] = {"heads": "heads", "mlp": "channels"}
+_WORDS: dict[GroupKind, str] = {"heads": "heads", "mlp": "channels"}
 # Field of the configuration that gives a family's writers (and readers) biases.
-BIAS_FIELDS: dict[Kind, str] = {"heads": "attention_bias", "mlp": "mlp_bias"}
+BIAS_FIELDS: dict[GroupKind, str] = {"heads": "attention_bias", "mlp": "mlp_bias"}
 
 
 @dataclass(frozen=True)

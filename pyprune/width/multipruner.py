@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from pyprune.calibration.tokens import Batch, TokenSet
 from pyprune.depth.addons import AddOns, apply_add_ons, check_add_ons
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision
+from pyprune.depth.decision import DepthDecision
 from pyprune.depth.given import Given
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.greedy import PARTS, in_parts
@@ -29,6 +29,7 @@ from pyprune.depth.repack import repack
 from pyprune.depth.score import Scorer, or_inf
 from pyprune.depth.walkdown import WalkDown
 from pyprune.errors import UserError
+from pyprune.methods.options import Count, Natural, OptionError, at_least
 from pyprune.models.stock import parameter_count
 from pyprune.progress import Progress
 from pyprune.width.apply import remove
@@ -58,31 +59,27 @@ class MultiPrunerOptions(AddOns):
 
     blocks: float | None = None
     heads: float | None = None
-    steps: int = 10
+    steps: Annotated[int, at_least(2)] = 10
     mode: Literal["exact", "fast"] = "fast"
-    audit_every: int = 2
-    every: int = 2
-    memory_mb: int = 2048
-    width: int = 4
+    audit_every: Natural = 2
+    every: Count = 2
+    memory_mb: Count = 2048
+    width: Count = 4
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.wanted and self.blocks == 0:
-            raise UserError(
+            raise OptionError(
                 "compensate, refit: expected with blocks above 0, got 0; they make up for branches "
                 "that went"
             )
         for grouped in (False, True):
             blocks, heads = self.shares(grouped)
             if not (blocks >= 0 and heads >= 0 and blocks + heads <= 1):
-                raise UserError(
-                    "options: expected shares blocks and heads of 0 or more and at most 1 "
-                    f"together, got {blocks} and {heads}"
+                raise OptionError(
+                    "blocks, heads: expected shares of 0 or more and at most 1 together, got "
+                    f"{blocks} and {heads}"
                 )
-        leasts = {"steps": 2, "audit_every": 0, "every": 1, "memory_mb": 1, "width": 1}
-        for name, least in leasts.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: expected at least {least}, got {getattr(self, name)}")
 
     def shares(self, grouped: bool) -> tuple[float, float]:
         """`blocks` and `heads` of a model. grouped: whether several query heads share a key."""
@@ -166,7 +163,9 @@ def multipruner(task: WidthTask) -> WidthDecision:
     )
 
 
-def _curve(found: Decision | None, dense: int, perplexity: float) -> list[tuple[str, int, float]]:
+def _curve(
+    found: DepthDecision | None, dense: int, perplexity: float
+) -> list[tuple[str, int, float]]:
     """See `WidthDecision.curve`: up to the last branch; perplexity: of the dense model where no
     branch went."""
     if found is None:
@@ -179,7 +178,7 @@ def _curve(found: Decision | None, dense: int, perplexity: float) -> list[tuple[
     return points
 
 
-def _branches(task: WidthTask, graph: ResidualGraph, blocks: float) -> Decision | None:
+def _branches(task: WidthTask, graph: ResidualGraph, blocks: float) -> DepthDecision | None:
     """BlockPruner's: greedily, as the widths after them, and in mode fast without its audits, which
     look at everything; None where no branches are wanted."""
     if not blocks:

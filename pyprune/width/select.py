@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pyprune.errors import UserError
+from pyprune.methods.options import Count
 from pyprune.models.stock import parameter_count
 from pyprune.width.cut import fitting_sizes
 from pyprune.width.structure import Group, Widths
@@ -25,15 +26,7 @@ class UnitOptions:
     all layers keep equally many."""
 
     units: Units = "stock"
-    multiple: int = 8
-
-    def __post_init__(self) -> None:
-        check_multiple(self.multiple)
-
-
-def check_multiple(multiple: int) -> None:
-    if multiple < 1:
-        raise UserError(f"options.multiple: expected at least 1, got {multiple}")
+    multiple: Count = 8
 
 
 def prunable(widths: Widths, units: Units) -> list[Group]:

@@ -10,12 +10,12 @@ import torch
 
 from pyprune.calibration.tokens import Batch
 from pyprune.errors import UserError
+from pyprune.methods.options import Count
 from pyprune.models.stock import parameter_count
 from pyprune.width.cut import TOLERANCE_EPS, TOLERANCE_MOST
 from pyprune.width.decision import WidthDecision
 from pyprune.width.families import EXPERT_STEP
 from pyprune.width.registry import WidthTask, width_method
-from pyprune.width.select import check_multiple
 from pyprune.width.stream import Stream, one_basis, projected_states
 
 NOTE = (
@@ -30,11 +30,8 @@ class SliceGptOptions:
     of heads, with fused experts one of 8 in any case). normalised: directions are those of the
     stream as norms see it, every token alike (else of the stream itself)."""
 
-    multiple: int = 8
+    multiple: Count = 8
     normalised: bool = True
-
-    def __post_init__(self) -> None:
-        check_multiple(self.multiple)
 
 
 @width_method(

@@ -424,43 +424,17 @@ def one_basis(
 
 
 @torch.no_grad()
-def basis_per_branch(
-    graph: ResidualGraph,
-    batches: Sequence[Batch],
-    count: int,
-    normalised: bool = True,
-    centred: bool = False,
-) -> list[Tensor]:
-    """A basis in front of every branch and of the final norm, each from a stream that the earlier
-    ones have sliced already (SliceGPT's own form; it needs a matrix on every residual connection,
-    which no stock model has). The branches of a parallel layer have one together."""
-    running = [(batch, *graph.start(batch)) for batch in batches]
-    bases: list[Tensor] = []
-    for branch in [*graph.branches, None]:
-        if branch is not None and graph.second_of_parallel(branch):
-            bases.append(bases[-1])
-        else:
-            found = StreamGram(running[0][1].total.shape[-1], normalised, centred)
-            for batch, state, _ in running:
-                found.add(state.total, batch)
-            bases.append(found.basis(count))
-        running = [(b, _projected(s, bases[-1]), c) for b, s, c in running]
-        if branch is not None:
-            running = [(b, graph.run(branch, s, c), c) for b, s, c in running]
-    return bases
-
-
-@torch.no_grad()
 def projected_states(graph: ResidualGraph, batch: Batch, bases: Sequence[Tensor]) -> Tensor:
     """[B, T, d]: the last layer's output if the stream in front of every branch, and at the end, is
     projected onto the span of its basis: what slicing does, in the original coordinates."""
     state, context = graph.start(batch)
     for branch, basis in zip(graph.branches, bases, strict=False):
-        state = graph.run(branch, _projected(state, basis), context)
-    return _projected(state, bases[-1]).total
+        state = graph.run(branch, projected(state, basis), context)
+    return projected(state, bases[-1]).total
 
 
-def _projected(state: State, basis: Tensor) -> State:
+def projected(state: State, basis: Tensor) -> State:
+    """The stream projected onto the span of `basis [d, count]`."""
     q = basis.to(state.total.device)
     read, total = ((x.double() @ q @ q.T).to(x.dtype) for x in state)
     return State(read, total)

@@ -19,7 +19,7 @@ from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter
 from pyprune.models.linears import LinearRef
 
-Kind = Literal["heads", "mlp"]
+GroupKind = Literal["heads", "mlp"]
 # Group name -> ascending indices of the units that stay; groups that are not named stay whole.
 Kept = Mapping[str, Tensor]
 
@@ -93,7 +93,7 @@ class Group:
     """
 
     name: str
-    kind: Kind
+    kind: GroupKind
     layer: int
     units: int
     slices: tuple[Slice, ...]
@@ -153,7 +153,7 @@ class Widths:
             raise UserError(f"width: expected the name of a group, got {name!r}")
         return self._by_name[name]
 
-    def of_kind(self, kind: Kind) -> list[Group]:
+    def of_kind(self, kind: GroupKind) -> list[Group]:
         return [group for group in self.groups if group.kind == kind]
 
     def classes(self) -> dict[tuple[str, ...], list[Group]]:

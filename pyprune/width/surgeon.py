@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -23,10 +23,11 @@ from pyprune.calibration.gradient_stats import KroneckerFactors
 from pyprune.errors import LayerError, UserError
 from pyprune.layer_pruner import minimum_tokens
 from pyprune.methods.kronecker import Curvature
+from pyprune.methods.options import Count, Natural, Positive, within
 from pyprune.ops.obs_factor import NotPositiveDefiniteError
 from pyprune.patterns import Unstructured
 from pyprune.surgeon.matrix import Matrix
-from pyprune.surgeon.state import Progress, Record, State
+from pyprune.surgeon.state import Record, ShotsDone, State
 from pyprune.surgeon.store import GIB, FactorStore, grouped
 from pyprune.width.apply import remove
 from pyprune.width.decision import WidthDecision
@@ -57,30 +58,12 @@ class SurgeonWidthOptions(UnitOptions):
     """
 
     structure: Literal["uniform", "adaptive"] = "uniform"
-    shots: int = 5
+    shots: Count = 5
     update: Literal["joint", "none"] = "joint"
-    damping: float = 0.01
-    gradient_damping: float = 0.01
-    factor_memory: float = 8.0
-    fisher_samples: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.shots < 1:
-            raise UserError(f"options.shots: expected at least 1, got {self.shots}")
-        for name in ("damping", "gradient_damping"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(
-                    f"options.{name}: expected a number in [0, 1], got {getattr(self, name)}"
-                )
-        if self.fisher_samples < 0:
-            raise UserError(
-                f"options.fisher_samples: expected 0 or more, got {self.fisher_samples}"
-            )
-        if not 0 < self.factor_memory < math.inf:
-            raise UserError(
-                f"options.factor_memory: expected a positive number, got {self.factor_memory}"
-            )
+    damping: Annotated[float, within(0, 1)] = 0.01
+    gradient_damping: Annotated[float, within(0, 1)] = 0.01
+    factor_memory: Positive = 8.0
+    fisher_samples: Natural = 0
 
 
 @width_method(
@@ -138,7 +121,7 @@ class _Shots:
     ) -> None:
         self.task, self.widths, self.groups, self.options = task, widths, groups, options
         self.device = next(widths.model.parameters()).device
-        self.done = Progress(records={group.name: Record() for group in groups})
+        self.done = ShotsDone(records={group.name: Record() for group in groups})
         self.gone: dict[str, Tensor] = {
             group.name: torch.zeros(group.units, dtype=torch.bool) for group in groups
         }
@@ -262,8 +245,8 @@ class _Shots:
         known = [group for group in self.groups if not self.done.records[group.name].kept]
         if not known:
             raise UserError(
-                "options.structure: expected uniform where no module can be judged (more "
-                "calibration text?), got adaptive"
+                "method_options: llm-surgeon-width structure: expected uniform where no module can "
+                "be judged (more calibration text?), got adaptive"
             )
         gone = self.widths.removed_parameters(
             {name: units for name, units in self.kept().items() if self.done.records[name].kept}

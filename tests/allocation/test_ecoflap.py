@@ -179,7 +179,7 @@ def test_sixteen_bits_have_gradients_but_no_differences():
     ("options", "message"),
     [
         ({"max_sparsity": 0.4}, "max_sparsity: expected at least the sparsity 0.5, got 0.4"),
-        ({"max_sparsity": 1.0}, r"max_sparsity: expected a number in \[0, 0.99\], got 1.0"),
+        ({"max_sparsity": 1.0}, r"max_sparsity: expected a number in \[0, 0.99\] or none, got 1.0"),
         ({"order": "second"}, "ecoflap order: expected zeroth or first, got 'second'"),
         ({"samples": 0}, "samples: expected at least 1"),
         ({"noises": 0}, "noises: expected at least 1"),

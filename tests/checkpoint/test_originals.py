@@ -99,7 +99,7 @@ def test_weights_that_are_kept_keep_their_numbers(stored, held, streamed, tmp_pa
     before["model.layers.0.mlp.up_proj.weight"][:, 1] = 1e-9
     save_file(before, source / "model.safetensors", {"format": "pt"})
     if not streamed:
-        monkeypatch.setattr(Checkpoint, "streamable", lambda self: "said the test")
+        monkeypatch.setattr(Checkpoint, "streaming_obstacle", lambda self: "said the test")
     config = PruneConfig(method="magnitude", pattern="2:4", dtype=held)
     report = prune_checkpoint(source, tmp_path / "out", config)
     after = tensors_of(tmp_path / "out")
@@ -114,7 +114,7 @@ def test_weights_that_are_kept_keep_their_numbers(stored, held, streamed, tmp_pa
 @pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "llm-surgeon"])
 def test_a_checkpoint_that_is_not_streamed(method, tmp_path, monkeypatch):
     source = saved(tmp_path / "in", wide=("norm.weight", "embed_tokens.weight"))
-    monkeypatch.setattr(Checkpoint, "streamable", lambda self: "said the test")
+    monkeypatch.setattr(Checkpoint, "streaming_obstacle", lambda self: "said the test")
     own = {"shots": 1} if method == "llm-surgeon" else {}
     config = PruneConfig(method=method, sparsity=0.5, method_options=own)
     report = prune_checkpoint(source, tmp_path / "out", config, batches=TOKENS)

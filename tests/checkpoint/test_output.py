@@ -13,8 +13,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from tiny_models import tiny_model, tiny_tokens
-from transformers import AutoModelForCausalLM
+from tiny_models import tiny_model
 
 from pyprune.checkpoint import (
     Checkpoint,
@@ -22,7 +21,6 @@ from pyprune.checkpoint import (
     check_output,
     copy_auxiliary,
     output_directory,
-    save_model,
     unfinished,
     write_report,
 )
@@ -288,22 +286,11 @@ def test_bytes_that_are_no_text_are_escaped(tmp_path):
     assert (tmp_path / "README.md").read_text(encoding="utf-8") == "# m-\\udcff\n"
 
 
-def test_save_model(tmp_path):
-    model = tiny_model("qwen3")
+def test_a_report_has_null_for_what_json_cannot_say(tmp_path):
     report = {"method": "wanda", "layers": [{"error": float("nan"), "sparsity": 0.5}]}
-    save_model(model, None, tmp_path / "out", report=report, card="# Card\n", dtype=torch.bfloat16)
-    assert json.loads((tmp_path / "out" / "pyprune.json").read_text()) == {
+    write_report(tmp_path, report, "# Card\n")
+    assert json.loads((tmp_path / "pyprune.json").read_text()) == {
         "method": "wanda",
         "layers": [{"error": None, "sparsity": 0.5}],
     }
-    assert (tmp_path / "out" / "README.md").read_text() == "# Card\n"
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert again.dtype == torch.bfloat16
-    with torch.no_grad():
-        assert torch.equal(again.eval()(tiny_tokens()).logits, model(tiny_tokens()).logits)
-
-
-def test_save_model_needs_a_new_directory(tmp_path):
-    write_report(tmp_path, {}, "")
-    with pytest.raises(UserError, match="it is not empty"):
-        save_model(tiny_model("qwen3"), None, tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# Card\n"

@@ -74,7 +74,7 @@ def test_open(folder):
     checkpoint = Checkpoint.open(str(folder))
     state = load_file(folder / WEIGHTS)
     assert checkpoint.tensors.keys() == state.keys()
-    assert checkpoint.dtype == torch.float32 and checkpoint.streamable() == ""
+    assert checkpoint.dtype == torch.float32 and checkpoint.streaming_obstacle() == ""
     assert checkpoint.nbytes == sum(v.nbytes for v in state.values())
     for name, entry in checkpoint.tensors.items():
         assert torch.equal(read_tensor(entry), state[name])
@@ -219,7 +219,7 @@ def test_configuration_that_cannot_be_built(folder):
     with pytest.raises(UserError, match="LlamaConfig cannot be built") as caught:
         Checkpoint.open(folder).build_model()
     assert "\n" not in str(caught.value)
-    assert "cannot be built" in Checkpoint.open(folder).streamable()
+    assert "cannot be built" in Checkpoint.open(folder).streaming_obstacle()
     with pytest.raises(UserError, match="cannot be loaded: KeyError: 'no such thing'"):
         Checkpoint.open(folder).load_model()
 
@@ -227,7 +227,7 @@ def test_configuration_that_cannot_be_built(folder):
 def test_shapes_that_differ_from_the_configuration(folder):
     edit_config(folder, intermediate_size=48)
     checkpoint = Checkpoint.open(folder)
-    assert "has shape [64, 32]" in checkpoint.streamable()
+    assert "has shape [64, 32]" in checkpoint.streaming_obstacle()
     with pytest.raises(UserError, match=r"cannot be loaded: .*has shape \[64, 32\]") as caught:
         checkpoint.load_model()
     assert "\n" not in str(caught.value)

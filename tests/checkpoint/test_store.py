@@ -176,7 +176,7 @@ def test_missing_expert_is_not_streamed(tmp_path, tensor, family):
     source = saved(family, tmp_path / "in")
     state = {k: v for k, v in load_file(source / WEIGHTS).items() if f"experts.{tensor}" not in k}
     save_file(state, source / WEIGHTS, {"format": "pt"})
-    assert "do not make up" in Checkpoint.open(source).streamable()
+    assert "do not make up" in Checkpoint.open(source).streaming_obstacle()
 
 
 def test_an_expert_twice_does_not_make_up_for_another(tmp_path):
@@ -186,7 +186,7 @@ def test_an_expert_twice_does_not_make_up_for_another(tmp_path):
     assert "experts.0." in first and "experts.1." in second
     state[first.removeprefix("model.")] = state.pop(second)  # another name of the first
     save_file(state, source / WEIGHTS, {"format": "pt"})
-    assert "do not make up" in Checkpoint.open(source).streamable()
+    assert "do not make up" in Checkpoint.open(source).streaming_obstacle()
 
 
 def test_unknown_layout_is_reported(tmp_path):
@@ -196,7 +196,7 @@ def test_unknown_layout_is_reported(tmp_path):
     save_file(state, source / WEIGHTS, {"format": "pt"})
     checkpoint = Checkpoint.open(source)
     reason = "no tensor of the checkpoint is model.layers.0.mlp.up_proj.weight"
-    assert checkpoint.streamable() == reason
+    assert checkpoint.streaming_obstacle() == reason
     with pytest.raises(UserError, match="cannot be read block by block"):
         StreamingStore(checkpoint, Adapter.of(checkpoint.build_model()), tmp_path)
     with pytest.raises(UserError, match=r"1 tensors are missing.*up_proj"):
@@ -208,7 +208,7 @@ def test_wrong_shape_is_reported(tmp_path):
     state = load_file(source / WEIGHTS)
     state["model.norm.weight"] = torch.ones(33)
     save_file(state, source / WEIGHTS, {"format": "pt"})
-    assert "has shape [33]" in Checkpoint.open(source).streamable()
+    assert "has shape [33]" in Checkpoint.open(source).streaming_obstacle()
 
 
 def test_unused_tensors_stay(tmp_path):

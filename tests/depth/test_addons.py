@@ -3,11 +3,10 @@
 import pytest
 import torch
 from depth_streams import POST_NORM, model_of, scaled_input, states_of
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
 
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint.output import save_model
 from pyprune.depth.addons import AddOns, apply_add_ons
 from pyprune.depth.compensate import compensate, size_ratios, streams
 from pyprune.depth.config import StructureConfig

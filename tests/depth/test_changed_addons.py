@@ -6,11 +6,10 @@ import json
 import pytest
 import torch
 from depth_streams import fitted, model_of, scaled_input, states_of
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import tiny_tokens
 
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint.output import save_model
 from pyprune.depth.compensate import compensate
 from pyprune.depth.config import StructureConfig
 from pyprune.depth.given import Given

@@ -14,7 +14,7 @@ from tiny_models import tiny_model, tiny_tokens
 
 from pyprune.depth import budget, exchange
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import Decision, Step
+from pyprune.depth.decision import DepthDecision, Step
 from pyprune.depth.exchange import meets
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.greedy import Greedy
@@ -199,7 +199,7 @@ def test_goes_on_from_its_files(mode, by, tmp_path, monkeypatch):
 
 def replaced(decision, other):
     """With the configuration of the other: it names the state file."""
-    return Decision.from_dict({**decision.to_dict(), "config": other.config})
+    return DepthDecision.from_dict({**decision.to_dict(), "config": other.config})
 
 
 def test_files_of_something_else(tmp_path):
@@ -236,11 +236,11 @@ def test_when_there_are_exchanges():
     published = run(ratio=0.3, options={"compare": "score"})
     assert published.refinement is None and published.objective == "perplexity"
     assert run(ratio=0.3, options={"compare": "score", "refine": "exchange"}).refinement
-    with pytest.raises(UserError, match=r"refine=exchange: expected a share .* got a count"):
+    with pytest.raises(UserError, match=r"refine: expected a share .* with exchange, got a count"):
         run(count=3, options={"refine": "exchange"})
     with pytest.raises(UserError, match="exchange_limit: expected at least 1, got 0"):
         run(ratio=0.3, options={"exchange_limit": 0})
-    with pytest.raises(UserError, match=r"margin: expected 0 or more .* got -1"):
+    with pytest.raises(UserError, match="blockpruner margin: expected 0 or more, got -1"):
         run(ratio=0.3, options={"margin": -1.0})
     with pytest.raises(UserError, match="refine"):
         run(ratio=0.3, options={"refine": "swap"})
@@ -356,7 +356,7 @@ def test_the_record_and_its_pictures(tmp_path):
     report = prune_structure(model, [tiny_tokens(2, 16)], config, curve=True)
     decision = report.decision
     assert decision.refinement.exchanges
-    assert Decision.from_dict(json.loads(json.dumps(decision.to_dict()))) == decision
+    assert DepthDecision.from_dict(json.loads(json.dumps(decision.to_dict()))) == decision
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(report.table())
     shown = console.export_text()

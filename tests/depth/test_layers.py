@@ -9,6 +9,7 @@ from tiny_models import tiny_model, tiny_tokens
 from pyprune.calibration.tokens import Batch
 from pyprune.depth.addons import AddOns
 from pyprune.depth.angular import angular
+from pyprune.depth.config import StructureConfig
 from pyprune.depth.graph import ResidualGraph
 from pyprune.depth.hidden import angular_distances, block_influence
 from pyprune.depth.laco import LacoOptions, laco
@@ -97,8 +98,8 @@ def test_rankings_by_hand():
     order = influence.argsort().tolist()
     assert list(choose("shortgpt", model, 3).removed) == order[:3]
     kept = choose("shortgpt", model, 3, keep_first=1, keep_last=1).removed
-    with pytest.raises(UserError, match="expected 0 or more, got 0 and -1"):
-        choose("shortgpt", model, 3, keep_last=-1)
+    with pytest.raises(UserError, match="shortgpt keep_last: expected 0 or more, got -1"):
+        StructureConfig("shortgpt", count=3, method_options={"keep_last": -1})
     assert sorted(kept) == [1, 2, 3]
     assert choose("reverse", model, 3).removed == (4, 3, 2)
     start = int(angular_distances(adapter, [Batch(IDS)]).diagonal(3).argmin())

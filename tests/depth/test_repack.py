@@ -5,11 +5,10 @@ from itertools import combinations
 import pytest
 import torch
 from safetensors.torch import load_file
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import CONFIGS, FAMILIES, HIDDEN, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pyprune.checkpoint.output import save_model
 from pyprune.data.gguf_llama import BLOCK_NAMES, TOP_NAMES, hugging_face_name
 from pyprune.depth.graph import Branch, ResidualGraph
 from pyprune.depth.repack import pack, repack

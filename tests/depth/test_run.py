@@ -6,17 +6,15 @@ import math
 import pytest
 import torch
 from byte_tokenizer import byte_tokenizer
+from saved_models import load_decision, save_model, save_source
 from saved_models import prune_source as run
 from saved_models import reloaded as load
-from saved_models import save_source
 from tiny_models import tiny_model, tiny_tokens
 from transformers import AutoModelForCausalLM
 
 import pyprune
 from pyprune import cli
-from pyprune.checkpoint.output import save_model
 from pyprune.depth.config import StructureConfig
-from pyprune.depth.decision import load_decision
 from pyprune.depth.graph import KINDS, Branch, ResidualGraph
 from pyprune.depth.registry import DEPTH_METHODS
 from pyprune.depth.run import STATE_FILE, prune_structure, prune_structure_checkpoint

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import FAMILIES, tiny_model, tiny_tokens
 
-from pyprune.checkpoint.output import save_model
 from pyprune.depth.save import drop_layers
 from pyprune.errors import UserError
 from pyprune.models.adapter import Adapter

@@ -190,7 +190,7 @@ def test_the_dense_result_is_a_stock_checkpoint(checkpoint, tmp_path, monkeypatc
     prune_eigendamage(in_memory, tokenizer, config)
     assert all(map(torch.equal, in_memory.parameters(), pruned.parameters()))
     # Where shards cannot be written in place they are made anew.
-    monkeypatch.setattr(Checkpoint, "streamable", lambda self: "said the test")
+    monkeypatch.setattr(Checkpoint, "streaming_obstacle", lambda self: "said the test")
     prune_eigendamage_checkpoint(checkpoint, tmp_path / "anew", config)
     anew = AutoModelForCausalLM.from_pretrained(tmp_path / "anew")
     assert all(map(torch.equal, anew.parameters(), pruned.parameters()))
@@ -383,7 +383,7 @@ def test_bad_input_changes_nothing():
         ({"method": "wanda"}, "method: expected one of eigendamage, got 'wanda'"),
         ({"device": "tpu"}, "device: expected auto, cpu"),
         ({"method_options": {"unit": "rows"}}, "unit: expected directions or elements, got 'rows'"),
-        ({"method_options": {"cap": 1.0}}, "cap: expected a fraction between 0 and 1, got 1.0"),
+        ({"method_options": {"cap": 1.0}}, r"cap: expected a number in \(0, 1\), got 1.0"),
         ({"method_options": {"fisher_samples": -1}}, "fisher_samples: expected 0 or more, got -1"),
         ({"method_options": {"factor_memory": 0.0}}, "factor_memory: expected a positive number"),
     ],

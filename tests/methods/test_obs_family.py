@@ -14,6 +14,7 @@ from pyprune.methods import METHODS, LayerInputs, MethodOptions
 from pyprune.methods.exactobs import ExactObsOptions
 from pyprune.methods.fisher import LowRankFisher, SampleOptions
 from pyprune.methods.obs import ObsOptions, Survivors
+from pyprune.methods.options import build_options
 from pyprune.methods.oracle import gap_to_exact
 from pyprune.methods.woodfisher import WoodFisherOptions
 from pyprune.ops import NotPositiveDefiniteError
@@ -367,16 +368,16 @@ def test_the_oracle_says_what_is_wrong(pattern, methods, message):
 @pytest.mark.parametrize(
     ("method", "values", "message"),
     [
-        ("obs", {"samples": 0}, "samples: expected at least 1 gradient, got 0"),
+        ("obs", {"samples": 0}, "obs samples: expected at least 1, got 0"),
         ("obs", {"rounds": 0}, "obs rounds: expected at least 1, got 0"),
         ("woodfisher", {"shrinkage": 1.5}, r"shrinkage: expected a number in \[0, 1\], got 1.5"),
-        ("woodfisher", {"block_size": 0}, "block_size: expected at least 1 weight, got 0"),
+        ("woodfisher", {"block_size": 0}, "block_size: expected at least 1, got 0"),
         ("exactobs", {"max_columns": 0}, "max_columns: expected at least 1, got 0"),
     ],
 )
 def test_options_are_checked(method, values, message):
     with pytest.raises(UserError, match=message):
-        OWN[method](**values)
+        build_options(method, OWN[method], values)
 
 
 @pytest.mark.parametrize("method", ["obs", "woodfisher"])

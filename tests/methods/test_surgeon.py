@@ -12,6 +12,7 @@ from pyprune.calibration.sample import Sample
 from pyprune.errors import UserError
 from pyprune.methods import LayerInputs, MethodOptions, find_method, kronecker
 from pyprune.methods.kronecker import Curvature
+from pyprune.methods.options import build_options
 from pyprune.methods.surgeon import SurgeonOptions
 from pyprune.patterns import NM, Unstructured
 
@@ -368,21 +369,21 @@ def test_expects_factors():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"shots": 0}, "shots: expected a whole number from 1, got 0"),
-        ({"cap": 0.0}, r"cap: expected a share in \(0, 1\], got 0.0"),
-        ({"corrections": -1}, "corrections: expected a whole number from 0"),
-        ({"correction_rank": 0}, "correction_rank: expected a whole number from 1"),
+        ({"shots": 0}, "shots: expected at least 1, got 0"),
+        ({"cap": 0.0}, r"cap: expected a number in \(0, 1\], got 0.0"),
+        ({"corrections": -1}, "corrections: expected 0 or more"),
+        ({"correction_rank": 0}, "correction_rank: expected at least 1"),
         ({"factor_memory": 0.0}, "factor_memory: expected a positive number"),
         ({"gradient_damping": 2.0}, r"gradient_damping: expected a number in \[0, 1\]"),
-        ({"iterations": 0}, "iterations: expected a whole number from 1, got 0"),
+        ({"iterations": 0}, "iterations: expected at least 1, got 0"),
         ({"tolerance": 1.0}, r"tolerance: expected a number in \[0, 1\), got 1.0"),
-        ({"refinements": 0}, "refinements: expected a whole number from 1"),
-        ({"fisher_samples": -1}, "fisher_samples: expected a whole number from 0, got -1"),
+        ({"refinements": 0}, "refinements: expected at least 1"),
+        ({"fisher_samples": -1}, "fisher_samples: expected 0 or more, got -1"),
     ],
 )
 def test_options_are_checked(values, message):
     with pytest.raises(UserError, match=f"llm-surgeon {message}"):
-        SurgeonOptions(**values)
+        build_options("llm-surgeon", SurgeonOptions, values)
 
 
 def test_gradient_damping_is_the_papers_by_default():

@@ -17,7 +17,7 @@ from pyprune.prune import prune, prune_checkpoint
 from pyprune.report import Report, model_card
 from pyprune.surgeon import run as run_module
 from pyprune.surgeon.run import STORED_AS_ZEROS
-from pyprune.surgeon.state import Progress, Record, State
+from pyprune.surgeon.state import Record, ShotsDone, State
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "opt", "gpt_oss"])
@@ -152,7 +152,7 @@ def test_a_full_disk_leaves_the_state_before(tmp_path):
             pytest.raises(UserError, match=r"state: cannot write into \S+: File too large"),
             limited_files(nbytes),
         ):
-            state.save(Progress(2, {"w": Record(notes=["x" * 20_000])}, []), weights)
+            state.save(ShotsDone(2, {"w": Record(notes=["x" * 20_000])}, []), weights)
         after = {file.name: file.read_bytes() for file in (tmp_path / "state").iterdir()}
         assert before.items() <= after.items()
         assert after.keys() - before.keys() <= {"shot-2.safetensors"}

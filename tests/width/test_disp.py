@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import MOE_FAMILIES, logits, tiny_model, tiny_tokens, tokens_of
 from transformers import AutoModelForCausalLM
 
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint.output import save_model
 from pyprune.errors import UserError
 from pyprune.width import disp
 from pyprune.width.config import WidthConfig
@@ -288,7 +287,7 @@ def test_what_cannot_be_gated():
     every = WidthConfig("disp-llm", ratio=0.1, method_options={"gates": "all", **FEW})
     with pytest.raises(UserError, match=r"have units: .*self_attention has a single key-value"):
         run_width(tiny_model("falcon"), tokens_of(), every)
-    with pytest.raises(UserError, match="expected iterations of 1"):
+    with pytest.raises(UserError, match="disp-llm iterations: expected at least 1, got 0"):
         WidthConfig("disp-llm", ratio=0.1, method_options={"iterations": 0})
     model = tiny_model("llama")
     model.lm_head.weight.data.fill_(float("nan"))

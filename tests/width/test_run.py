@@ -8,11 +8,10 @@ import torch
 from byte_tokenizer import byte_tokenizer
 from saved_models import prune_source as run
 from saved_models import reloaded as load
-from saved_models import save_source
+from saved_models import save_model, save_source
 from tiny_models import tiny_model, tiny_tokens
 
 from pyprune import cli
-from pyprune.checkpoint.output import save_model
 from pyprune.errors import UserError
 from pyprune.width.config import WidthConfig
 from pyprune.width.registry import WIDTH_METHODS

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from saved_models import reloaded
+from bench_width_quality import basis_per_branch
+from saved_models import reloaded, save_model
 from tiny_models import MIXTURES, MOE_FAMILIES, logits, tiny_model, tiny_tokens, tokens_of
 
 from pyprune.calibration.tokens import Batch
-from pyprune.checkpoint.output import save_model
 from pyprune.depth.graph import ResidualGraph
 from pyprune.errors import UserError
 from pyprune.width.config import WidthConfig
@@ -14,7 +14,6 @@ from pyprune.width.registry import run_width
 from pyprune.width.stream import (
     Stream,
     StreamGram,
-    basis_per_branch,
     complement,
     one_basis,
     principal_basis,

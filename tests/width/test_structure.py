@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from saved_models import reloaded
+from saved_models import reloaded, save_model
 from tiny_models import FAMILIES, MOE_FAMILIES, logits, tiny_model, tiny_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pyprune.checkpoint.output import save_model
 from pyprune.errors import UserError
 from pyprune.models.stock import InexpressibleError
 from pyprune.width.cut import cut, enable_biases, fitting_sizes, padded

@@ -14,6 +14,7 @@ from pyprune.calibration.batches import as_token_set
 from pyprune.calibration.factors import collect_factors
 from pyprune.errors import UserError
 from pyprune.methods.kronecker import Curvature
+from pyprune.methods.options import build_options
 from pyprune.surgeon.matrix import Matrix
 from pyprune.width.config import WidthConfig
 from pyprune.width.registry import run_width
@@ -208,8 +209,8 @@ def test_idle_experts_and_dead_layers_are_named_and_not_corrected():
     ],
 )
 def test_options_are_checked(own, message):
-    with pytest.raises(UserError, match=f"options.{message}"):
-        SurgeonWidthOptions(**own)
+    with pytest.raises(UserError, match=f"method_options: llm-surgeon-width {message}"):
+        build_options("llm-surgeon-width", SurgeonWidthOptions, own)
 
 
 @pytest.mark.parametrize("structure", ["uniform", "adaptive"])
