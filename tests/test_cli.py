@@ -459,7 +459,7 @@ from pyprune import cli, prune
 from pyprune.checkpoint import StreamingStore
 warnings.filterwarnings("ignore", ".*fork", DeprecationWarning)
 def flush(self, i):
-    print(os.getpid(), flush=True)
+    print("writing", os.getpid(), flush=True)
     time.sleep(3600)
 StreamingStore.flush = flush
 for _ in range(3):
@@ -484,9 +484,10 @@ def test_interrupt_leaves_nothing(model, tmp_path):
     ) as process:
         assert process.stdout is not None and process.stderr is not None
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            writer = int(process.stdout.readline())
+            word, _, writer = process.stdout.readline().partition(" ")
+            assert word == "writing", word + process.stderr.read()
             assert tree(tmp_path) != before
-            os.kill(writer, number)
+            os.kill(int(writer), number)
             assert process.stdout.readline() == "130\n", number
             assert tree(tmp_path) == before
         assert process.stderr.read() == "pyprune: interrupted\n" * 3

@@ -37,9 +37,8 @@ constexpr int64_t kInt8BlockRows = 16;
 constexpr int64_t kInt8PieceBytes = 24 * 1024;
 
 // Each Kernel has: what pack_few() asks of it; kMost, the most rows of x; meta(w, r, words), what
-// it reads beside the values of row r (a mask padded to whole words, for which there is room at
-// `words`, or 2:4 metadata), null when the row is inconsistent, unless its bits are counted later,
-// by where its products end; side(m), the rows of W that one
+// it reads beside the values of row r (a mask of whole words, or 2:4 metadata; at `words` there is
+// room for a mask), null when the row is seen to be inconsistent; side(m), the rows of W that one
 // turn multiplies side by side (independent streams and sums); and rows<M, R>(), which adds R rows
 // of W, words [i0, i1), times M rows of x to the R x M vectors in `sums`.
 

@@ -1,4 +1,4 @@
-// What the drivers of the compressed products share: scratch memory, checked masks, rounding of the
+// What the drivers of the compressed products share: scratch memory, rounding of the
 // output, and the choice of a kernel by the number of rows of x.
 #pragma once
 

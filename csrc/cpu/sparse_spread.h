@@ -44,7 +44,7 @@ inline Vec dense_columns(const T* p, int step) {
   }
 }
 
-// The same where `count` columns are left before the row ends, fewer than may be read. Not inlined,
+// The same where `count` columns are left before the row ends, and more may be read. Not inlined,
 // here and below: what is rare would be most of the code.
 template <class T>
 [[gnu::noinline]] Vec last_dense_columns(const T* p, int step, int64_t count) {

@@ -290,8 +290,8 @@ def linear_24_int8(
 
     Returns:
         `[..., R]` in x's dtype. Products x * q are summed in fp32 and scaled once, so sums beyond
-        3.4e38 overflow even where the scale would bring them back (fp64 x: computed in fp64), and
-        rounded once.
+        3.4e38 (2.0e31 with AVX2 alone) overflow even where the scale would bring them back (fp64 x:
+        computed in fp64), and rounded once.
 
     Raises:
         ValueError: a shape, dtype or device does not match.

@@ -16,11 +16,11 @@ ROWS, COLS = 24, 128
 TOKENS = (1, 2, 3, 8, 12, 24, 40, 64, 200)
 
 
-def _packed(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+def _packed(dtype: torch.dtype, cols: int = COLS) -> tuple[torch.Tensor, ...]:
     gen = torch.Generator().manual_seed(0)
-    mask = torch.rand(ROWS, COLS, generator=gen) < 0.5
-    mask[:, ::COLS] = True  # a bit to take away
-    return pack_bitmap(torch.randn(ROWS, COLS, generator=gen).to(dtype), mask)
+    mask = torch.rand(ROWS, cols, generator=gen) < 0.5
+    mask[:, 0] = True  # a bit to take away
+    return pack_bitmap(torch.randn(ROWS, cols, generator=gen).to(dtype), mask)
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
@@ -52,6 +52,22 @@ def test_a_wrong_mask_is_refused_anywhere(change, row, isa, use_isa):
                         product()
                     named = int(str(got.value).split("row ")[1].split()[0])
                     assert abs(named - row) <= (change == "moved from the next")
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
+@pytest.mark.parametrize("byte", [0, 70, 143])
+def test_a_wrong_mask_of_several_pieces(byte, isa, use_isa):
+    """Wider than the columns that kernels take at a time."""
+    use_isa(isa)
+    for dtype in (torch.float32, torch.bfloat16):
+        values, bitmap, offsets = _packed(dtype, 1152)
+        bitmap[11, byte] ^= 4
+        for m in (1, 3, 12, 40):
+            x = torch.ones(m, 1152, dtype=dtype)
+            with pytest.raises(ValueError, match="row 11 has bits that do not match"):
+                ops.linear_bitmap(x, values, bitmap, offsets)
+            with pytest.raises(ValueError, match="row 11 has bits that do not match"):
+                ops.linear_bitmap_int8(x, values.to(torch.int8), bitmap, offsets, torch.ones(ROWS))
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)

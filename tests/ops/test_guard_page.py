@@ -79,24 +79,30 @@ def products():
                         torch.testing.assert_close(y.double(), want, rtol=1e-2, atol=1e-1)
 
 def wrong_masks():
-    # Rows whose masks keep more columns than they have values, up to all, which are counted while
-    # the products are made: values must not be read past the last one meanwhile.
+    # A row whose mask keeps all columns where it has few values, in a matrix that holds just as
+    # many as such a mask may lead to, or one fewer. The first is read to the matrix's end before it
+    # is refused.
     global after
     after = True
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for rows, cols in ((9, 128), (40, 64)):
-            every_other = torch.arange(rows * cols).view(rows, cols) % 2 == 0
-            values, bitmap, offsets = pack_bitmap(every_other.to(dtype), every_other)
-            for wrong in range(rows):
-                masks = bitmap.clone()
-                masks[wrong:] = 255
-                for m in (1, 2, 3, 8, 12, 40, 200):
+    for cols in (64, 128, 1152):
+        for own in (8, 7):
+            mask = torch.ones(2, cols, dtype=torch.bool)
+            mask[0, own:] = False
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8):
+                values, bitmap, offsets = pack_bitmap(mask.to(dtype), mask)
+                assert values.numel() == own + cols
+                bitmap[0] = 255
+                packed = (*map(guarded, (values, bitmap, offsets)),)
+                for m in (1, 2, 3, 8, 12, 24, 40, 200):
                     for x_dtype in (torch.float32, torch.bfloat16):
+                        x = torch.ones(m, cols, dtype=x_dtype)
                         try:
-                            ops.linear_bitmap(torch.ones(m, cols, dtype=x_dtype), guarded(values),
-                                              masks, offsets)
+                            if dtype == torch.int8:
+                                ops.linear_bitmap_int8(x, *packed, torch.ones(2))
+                            else:
+                                ops.linear_bitmap(x, *packed)
                         except ValueError as error:
-                            assert "bits that do not match" in str(error)
+                            assert "row 0 has bits that do not match" in str(error)
                         else:
                             raise AssertionError("a wrong mask was taken")
         kept.clear()

@@ -125,6 +125,18 @@ def test_more_rows_than_are_widened_at_once(isa, use_isa):
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
+def test_large_sums(isa, use_isa):
+    """As large as every instruction set can take them: with AVX2 they are 2^24 times as large
+    meanwhile."""
+    use_isa(isa)
+    packed = ops.pack_bitmap(torch.full((4, 64), 127.0).bfloat16())
+    packed = (packed[0].to(torch.int8), *packed[1:], torch.tensor([2.0**-100] * 4))
+    for m in (1, 3, 8, 12, 40):
+        y = ops.linear_bitmap_int8(torch.full((m, 64), 2.0**90), *packed)
+        assert torch.equal(y, torch.full((m, 4), 64 * 127 / 1024))
+
+
+@pytest.mark.parametrize("isa", AVAILABLE)
 def test_sums_are_scaled_before_they_are_rounded(isa, use_isa):
     """Sums of whole numbers are exact in fp32, so there is one result for each."""
     use_isa(isa)
