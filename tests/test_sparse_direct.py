@@ -43,6 +43,9 @@ def test_what_something_else_has_a_say_in_is_not_plain(monkeypatch):
     for other in (x.double(), x.to("meta"), x.float().requires_grad_()):
         assert not is_plain(other)
     assert not is_plain(x.as_subclass(Tagged))
+    functional = torch._to_functional_tensor(x)
+    for other in (torch._neg_view(x), torch._efficientzerotensor(3, 40), functional):
+        assert not is_plain(other)  # the memory does not hold the numbers
     with torch.autocast("cpu", torch.bfloat16):
         assert not is_plain(x.float())
     seen = []

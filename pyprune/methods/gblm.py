@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -10,8 +9,8 @@ from typing import Literal
 from torch import Tensor
 
 from pyprune.calibration.gradient_stats import GradientFactory, MagnitudeStatistic
-from pyprune.errors import UserError
 from pyprune.methods.base import LayerInputs, Method, MethodOptions, given, given_gradient
+from pyprune.methods.options import NotNegative
 from pyprune.methods.update import ScoreMethod
 
 REFERENCE_SEQUENCES = 128  # of the paper's calibration, at which its alpha was chosen
@@ -24,14 +23,10 @@ class GblmOptions:
     GBLM-Pruner's code does, so that the gradient term grows with their number; else the result
     does not depend on it and equals the reference's at 128 sequences."""
 
-    alpha: float = 100.0
+    alpha: NotNegative = 100.0
     norm: Literal["l1", "l2"] = "l1"
     gradient_only: bool = False
     reference_normalisation: bool = False
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.alpha) and self.alpha >= 0):
-            raise UserError(f"method_options: gblm alpha: expected 0 or more, got {self.alpha}")
 
 
 def gradient(options: MethodOptions) -> GradientFactory:

@@ -1,4 +1,8 @@
-"""Options that only one method has: a frozen dataclass of plain fields each, checked against it."""
+"""Options that only one method has: a frozen dataclass of plain fields each.
+
+Types and bounds are in the annotations. `build_options`, which configurations go through, checks
+them; a dataclass itself only refuses what several of its fields make together.
+"""
 
 from __future__ import annotations
 
@@ -125,6 +129,8 @@ def of_options(kind: type | None) -> dict[str, dict[str, str]]:
 def _takes(hint: Any) -> str:
     if NoneType in get_args(hint):
         return f"{_takes(_without_none(hint))} or none"
+    if get_origin(hint) is Annotated:
+        return _takes(get_args(hint)[0])
     if get_origin(hint) is Literal:
         return " or ".join(map(_shown, get_args(hint)))
     return _WORDS.get(hint, "text")
@@ -149,6 +155,8 @@ def _check(name: str, hint: Any, value: Any) -> None:
         if value is None:
             return
         wanted = _without_none(hint)
+        if get_origin(wanted) is Annotated:
+            wanted, *bounds = get_args(wanted)
     if get_origin(wanted) is Literal:
         right = value in get_args(wanted)
     elif wanted is float:

@@ -163,7 +163,8 @@ class ScoreMethod:
             if options.score_mass:
                 mask = score_mass_mask(w, pattern.sparsity, scale=scale, preserve=preserve)
             elif options.reference_count:
-                mask = reference_threshold_mask(w, pattern.sparsity)
+                scores = w if scale is None else w.abs() * scale
+                mask = reference_threshold_mask(scores, pattern.sparsity)
                 mask = mask if preserve is None else mask & preserve
             else:
                 scope = scope_of(pattern, self.default_scope)

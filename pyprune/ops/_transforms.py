@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack, _len_torch_function_stack
-from torch._C._autograd import _profiler_enabled
 from torch._C._functorch import TransformType, peek_interpreter_stack
-from torch.autograd import forward_ad
+from torch.autograd import _profiler_enabled, forward_ad  # type: ignore[attr-defined]
 
 from pyprune.ops import registry
 
@@ -35,12 +34,20 @@ def is_untransformed() -> bool:
     )
 
 
+def is_as_stored(t: Tensor) -> bool:
+    """Whether a tensor's numbers are those in its memory: no subclass, and none of PyTorch's own
+    tensors that have no memory, or whose numbers have the other sign there."""
+    return (
+        type(t) is Tensor
+        and not t.is_neg()
+        and not t._is_zerotensor()
+        and not torch._is_functional_tensor(t)
+    )
+
+
 def _is_plain(t: Any) -> bool:
     return t is None or (
-        type(t) is Tensor
-        and t.is_cpu
-        and not (t.requires_grad and torch.is_grad_enabled())
-        and not t.is_neg()
+        is_as_stored(t) and t.is_cpu and not (t.requires_grad and torch.is_grad_enabled())
     )
 
 

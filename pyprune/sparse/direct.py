@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pyprune import _native
 from pyprune.ops import registry
-from pyprune.ops._transforms import is_untransformed
+from pyprune.ops._transforms import is_as_stored, is_untransformed
 
 VALUES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 # What x may be, and a bias and scales.
@@ -26,9 +26,9 @@ def is_alone(x: Tensor) -> bool:
     """Whether a layer alone has a say in what it does with `x`: no compiler, tracer, mode,
     transformation of torch.func (of the weights neither), gradient or forced backend."""
     return (
-        type(x) is Tensor
-        and not x.requires_grad
-        and is_untransformed()
+        not x.requires_grad
+        and is_untransformed()  # before what a compiler cannot trace
+        and is_as_stored(x)
         and not registry.any_backend_forced()
     )
 
@@ -104,6 +104,7 @@ def can_prepare(parts: Sequence[Tensor], bias: Tensor | None, cols: int) -> bool
         and parts[0].dtype in VALUES
         and all(t.dtype in WIDENED for t in floats)
         and all(t.device.type == "cpu" and t.is_contiguous() for t in given)
+        and all(is_as_stored(t.data) for t in given)
     )
 
 

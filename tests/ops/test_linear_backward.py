@@ -318,6 +318,7 @@ def test_who_listens_hears_the_operator(op, monkeypatch):
     assert type(product(x.as_subclass(Tagged), *tensors)) is Tagged
     assert product(x.to("meta"), *(t.to("meta") for t in tensors)).is_meta
     assert torch.equal(product(torch._neg_view(-x), *tensors), plain)
+    assert not product(torch._efficientzerotensor(3, 24), *tensors).any()
     traced = make_fx(lambda x: product(x, *tensors))(x)
     assert f"pyprune.{op}.default" in traced.code
     assert called == [op] * 2
