@@ -37,8 +37,8 @@ constexpr int64_t kInt8BlockRows = 16;
 constexpr int64_t kInt8PieceBytes = 24 * 1024;
 
 // Each Kernel has: what pack_few() asks of it; kMost, the most rows of x; meta(w, r, words), what
-// it reads beside the values of row r (a mask of whole words, or 2:4 metadata; at `words` there is
-// room for a mask), null when the row is seen to be inconsistent; side(m), the rows of W that one
+// it reads beside the values of row r (a mask padded to whole words, for which there is room at
+// `words`, or 2:4 metadata), null when the row is inconsistent; side(m), the rows of W that one
 // turn multiplies side by side (independent streams and sums); and rows<M, R>(), which adds R rows
 // of W, words [i0, i1), times M rows of x to the R x M vectors in `sums`.
 
@@ -157,7 +157,6 @@ struct Spread : OnePart<float, false> {
   static constexpr int side(int m) { return spread_side(m); }
   static int64_t place(int64_t c) { return columns64_place(c); }
   static const uint8_t* meta(const Weights& w, int64_t r, uint64_t* words) {
-    if (w.counted_later(r)) return w.meta + r * w.meta_stride;
     return row_mask(w, r, words) ? reinterpret_cast<const uint8_t*>(words) : nullptr;
   }
   template <int M, int R>
@@ -186,13 +185,12 @@ template <class Kernel, int M>
   const int64_t n = mask_words(w.cols);
   const auto* values = static_cast<const int8_t*>(w.values);
   ByteCursor cursors[kInt8BlockRows];
-  const auto refuse = [&](int64_t r) {
-    broken->store(r0 + r, std::memory_order_relaxed);
-    return false;
-  };
   for (int64_t r = 0; r < count; ++r) {
     const uint8_t* meta = Kernel::meta(w, r0 + r, s.words + r * n);
-    if (!meta) return refuse(r);
+    if (!meta) {
+      broken->store(r0 + r, std::memory_order_relaxed);
+      return false;
+    }
     cursors[r] = {values + w.begin(r0 + r), meta};
   }
   const int64_t ahead = w.begin_within(std::min(r0 + count, w.rows - 1)) - w.begin(r0);
@@ -209,8 +207,6 @@ template <class Kernel, int M>
       Kernel::template rows<M, 1>(w.cols, values + w.nnz, cursors + r, i0, i1, x, ahead,
                                   s.sums + r * M * Vec::kLanes);
   }
-  for (int64_t r = 0; w.format == WeightFormat::bitmap && r < count; ++r)
-    if (cursors[r].v != values + w.offsets[r0 + r + 1]) return refuse(r);
   return true;
 }
 

@@ -102,7 +102,10 @@ template <class T, bool kDense, bool kAhead, int kRun, int M, int R, bool kEnds>
 inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const float* x,
                            int64_t ahead, FetchAhead* fetch, float* sums) {
   constexpr int kChains = M == 1 ? 2 : 1;
-  constexpr float kScale = kDense ? 1.0f : kRaised<T>;  // of the sums meanwhile
+  // With more rows of x products decide, and the larger table takes what x has of the first level.
+  constexpr bool kRaise = M <= 4 && !kDense;
+  using Eight = std::conditional_t<kRaise, EightRaised, EightFloats>;
+  constexpr float kScale = kRaise ? kRaised<T> : 1.0f;  // of the sums meanwhile
   constexpr int kSteps = R == 1 ? 4 : 1;                // of eight columns, before x is taken
   // Steps from one line to fetch to the next: dense, or at half density.
   constexpr int kFetch = std::min<int>(8, (kDense ? 8 : 16) / sizeof(T));
@@ -142,8 +145,8 @@ inline void multiply_words(RowsAt<T, R>& rows, int64_t i0, int64_t i1, const flo
           } else {
             const uint8_t keep = kept[r].keep(step);
             const T* at = kept[r].take(v[r], step);
-            w[s][r] = kEnds ? spread_columns<EightRaised>(at, rows.end - at, keep)
-                            : EightRaised::expand(at, keep);
+            w[s][r] =
+                kEnds ? spread_columns<Eight>(at, rows.end - at, keep) : Eight::expand(at, keep);
           }
           if (kAhead && step % kFetch == kFetch - 1)
             __builtin_prefetch(reinterpret_cast<const char*>(v[r]) + ahead, 0, 2);
