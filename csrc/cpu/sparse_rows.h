@@ -58,7 +58,8 @@ struct Weights {
   }
   // Whether a bitmap row's bits may be counted as its values are taken: its mask is whole words
   // where it lies, and no mask leads past the matrix, as it goes on for a row's columns and the
-  // eight values that vectors read further. Counting first costs up to 9 % of the time of one row of x.
+  // eight values that vectors read further. Counting first costs up to 9 % of the time of one row
+  // of x.
   bool counted_later(int64_t r) const {
     if (format != WeightFormat::bitmap || cols % 64 || reinterpret_cast<uintptr_t>(meta) % 8)
       return false;

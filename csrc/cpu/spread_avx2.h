@@ -39,9 +39,9 @@ inline Vec expand8(const int8_t* p, uint8_t keep) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
 }
 
-// What expand8_raised() multiplies values by. A byte that lands in the highest of four needs no sign
-// extension: three instructions instead of five, 0.85-0.93 of the time of int8 rows with one to four
-// rows of x (Zen 3). Sums of products x * q overflow from 2^104 on.
+// What expand8_raised() multiplies values by. A byte that lands in the highest of four needs no
+// sign extension: three instructions instead of five, 0.85-0.93 of the time of int8 rows with one
+// to four rows of x (Zen 3). Sums of products x * q overflow from 2^104 on.
 template <class T>
 constexpr float kRaised = std::is_same_v<T, int8_t> ? 0x1p24f : 1.0f;
 
