@@ -163,6 +163,7 @@ def _bitmap_values_kernel(
     row_offsets_ptr,
     C,
     BYTES,
+    COUNT,
     stride_r,
     stride_c,
     PACK: tl.constexpr,
@@ -180,7 +181,10 @@ def _bitmap_values_kernel(
         if PACK:
             tl.store(values_ptr + place, tl.load(at, mask=keep > 0, other=0), mask=keep > 0)
         else:
-            tl.store(at, tl.load(values_ptr + place, mask=keep > 0, other=0), mask=valid)
+            # Inside the values, whatever the offsets say.
+            place = tl.minimum(tl.maximum(place, 0), COUNT - 1)
+            some = (keep > 0) & (COUNT > 0)
+            tl.store(at, tl.load(values_ptr + place, mask=some, other=0), mask=valid)
         begin += tl.sum(keep, axis=0)
 
 
@@ -206,6 +210,7 @@ def pack_bitmap_triton(
         row_offsets,
         cols,
         width,
+        values.numel(),
         *w.stride(),
         PACK=True,
         BLOCK=BLOCK,
@@ -221,7 +226,7 @@ def unpack_bitmap_triton(
     w = torch.empty(rows, cols, dtype=values.dtype, device=values.device)
     _bitmap_values_kernel[(rows,)](
         _bits(w), _bits(values.contiguous()), bitmap.contiguous(), row_offsets.contiguous(), cols,
-        width, *w.stride(), PACK=False, BLOCK=BLOCK, enable_fp_fusion=True,
+        width, values.numel(), *w.stride(), PACK=False, BLOCK=BLOCK, enable_fp_fusion=True,
     )  # fmt: skip
     return w
 
@@ -234,7 +239,7 @@ def _aot(kernel, pointers: str, ints: str, label: str, **constexprs) -> list[dic
             "kernel": kernel,
             "signature": {
                 **{p: types.get(p, f"*i{8 * width}") for p in pointers.split()},
-                **{i: "i64" if i in ("NUMEL",) else "i32" for i in ints.split()},
+                **{i: "i64" if i in ("NUMEL", "COUNT") else "i32" for i in ints.split()},
             },
             "constexprs": {
                 k: (-(1 << (8 * width - 1)) if k == "SIGN" else v) for k, v in constexprs.items()
@@ -260,8 +265,8 @@ AOT = [
           HAS_MASK=True, BLOCK=BLOCK // 8, stride_c=1),
     *_aot(_bitmap_rows_kernel, _ROWS, "C BYTES stride_r", "",
           HAS_MASK=False, BLOCK=BLOCK // 8, stride_c=1),
-    *_aot(_bitmap_values_kernel, _MOVE, "C BYTES stride_r", "pack",
+    *_aot(_bitmap_values_kernel, _MOVE, "C BYTES COUNT stride_r", "pack",
           PACK=True, BLOCK=BLOCK, stride_c=1),
-    *_aot(_bitmap_values_kernel, _MOVE, "C BYTES stride_r", "unpack",
+    *_aot(_bitmap_values_kernel, _MOVE, "C BYTES COUNT stride_r", "unpack",
           PACK=False, BLOCK=BLOCK, stride_c=1),
 ]  # fmt: skip

@@ -46,6 +46,38 @@ inline int64_t gather_range(const int32_t* keys, int64_t n, int32_t lo, int32_t 
     taken += count;
   }
   under = _mm512_reduce_add_epi32(signs);
+#elif defined(__AVX2__)
+  const __m256i vlo = _mm256_set1_epi32(lo), width = _mm256_set1_epi32(hi - lo);
+  __m256i signs = _mm256_setzero_si256();
+  for (; i + 32 <= n; i += 32) {
+    uint32_t in = 0;
+    for (int v = 0; v < 4; ++v) {
+      const __m256i above = _mm256_sub_epi32(load32_bytes(keys + i + 8 * v), vlo);
+      const __m256i inside = _mm256_cmpeq_epi32(_mm256_min_epu32(above, width), above);
+      in |= static_cast<uint32_t>(bits_of_dwords(inside)) << (8 * v);
+      signs = _mm256_add_epi32(signs, _mm256_srli_epi32(above, 31));
+    }
+    const int count = __builtin_popcount(in);
+    constexpr int kPicked = 4;
+    if (count <= kPicked) {
+      uint32_t rest = in;
+      for (int k = 0; k < kPicked; ++k) {
+        out[taken + k] = keys[i + __builtin_ctz(rest | 1u << 31)];
+        rest &= rest - 1;
+      }
+    } else {
+      for (int v = 0, at = 0; v < 4; ++v) {
+        const auto part = static_cast<uint8_t>(in >> (8 * v));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + taken + at),
+                            compress_dwords(part, load32_bytes(keys + i + 8 * v)));
+        at += __builtin_popcount(part);
+      }
+    }
+    taken += count;
+  }
+  alignas(32) uint32_t lanes[8];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), signs);
+  for (const uint32_t lane : lanes) under += lane;
 #endif
   for (; i < n; ++i) {
     const int32_t k = keys[i];
@@ -204,6 +236,14 @@ inline int64_t after_tie(const int32_t* keys, int64_t n, int32_t key, int64_t ti
     if (equal >= ties) break;
     ties -= equal;
   }
+#elif defined(__AVX2__)
+  const __m256i k = _mm256_set1_epi32(key);
+  for (; i + 8 <= n; i += 8) {
+    const __m256i same = _mm256_cmpeq_epi32(load32_bytes(keys + i), k);
+    const int equal = __builtin_popcountll(bits_of_dwords(same));
+    if (equal >= ties) break;
+    ties -= equal;
+  }
 #endif
   for (; i < n; ++i)
     if (keys[i] == key && --ties == 0) return i + 1;
@@ -234,7 +274,20 @@ inline void store_mask(uint8_t* keep, uint64_t bits, int64_t count, bool stream)
     _mm512_mask_storeu_epi8(keep, _bzhi_u64(~0ull, static_cast<uint32_t>(count)), bytes);
 #else
   (void)stream;
-  for (int64_t i = 0; i < (count < 64 ? count : 64); i += 8) {
+  int64_t i = 0;
+#if defined(__AVX2__)
+  // Every byte takes the byte of its bit, then that bit alone.
+  const __m256i from =
+      _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201ull));
+  for (; i + 32 <= count && i < 64; i += 32) {
+    const __m256i word = _mm256_set1_epi32(static_cast<int32_t>(bits >> i));
+    const __m256i mine = _mm256_and_si256(_mm256_shuffle_epi8(word, from), bit);
+    const __m256i bytes = _mm256_and_si256(_mm256_cmpeq_epi8(mine, bit), _mm256_set1_epi8(1));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(keep + i), bytes);
+  }
+#endif
+  for (; i < (count < 64 ? count : 64); i += 8) {
     // Every byte takes its own bit of eight, then becomes 0 or 1: byte + 0x7f carries into bit 7.
     const uint64_t spread = (bits >> i & 0xff) * 0x0101010101010101ull & 0x8040201008040201ull;
     const uint64_t bytes = (spread + 0x7f7f7f7f7f7f7f7full) >> 7 & 0x0101010101010101ull;

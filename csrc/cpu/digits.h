@@ -152,6 +152,17 @@ inline uint64_t equal_bits(const int16_t* digits, int digit) {
   return bits_of(_mm512_cmpeq_epi16_mask(_mm512_loadu_si512(digits), d),
                  _mm512_cmpeq_epi16_mask(_mm512_loadu_si512(digits + 32), d));
 }
+#elif defined(__AVX2__)
+inline uint64_t above_bits(const int16_t* digits, int digit) {
+  const __m256i d = _mm256_set1_epi16(static_cast<int16_t>(digit));
+  const auto above = [&](int i) { return _mm256_cmpgt_epi16(load32_bytes(digits + i), d); };
+  return bits_of_words(above(0), above(16)) | bits_of_words(above(32), above(48)) << 32;
+}
+inline uint64_t equal_bits(const int16_t* digits, int digit) {
+  const __m256i d = _mm256_set1_epi16(static_cast<int16_t>(digit));
+  const auto equal = [&](int i) { return _mm256_cmpeq_epi16(load32_bytes(digits + i), d); };
+  return bits_of_words(equal(0), equal(16)) | bits_of_words(equal(32), equal(48)) << 32;
+}
 #else
 // Gathers the lowest bits of 64 bytes that are 0 or 1: the product moves byte i's bit to 56 + i.
 inline uint64_t bits_of(const uint8_t* flags) {

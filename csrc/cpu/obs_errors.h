@@ -269,6 +269,21 @@ class PrunedErrors {
                           _mm512_cvtepi32_epi16(compress_dwords(some, row)));
       count += __builtin_popcount(some);
     }
+#elif defined(__AVX2__)
+    for (int64_t k = 0; k < n; k += Vec::kLanes) {
+      const unsigned inside = n - k < Vec::kLanes ? (1u << (n - k)) - 1 : 0xff;
+      const __m256 e = _mm256_loadu_ps(x + k);
+      const unsigned some =
+          inside & _mm256_movemask_ps(_mm256_cmp_ps(e, _mm256_setzero_ps(), _CMP_NEQ_UQ));
+      const auto kept = static_cast<uint8_t>(some);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(values + count),
+                          compress_dwords(kept, _mm256_castps_si256(e)));
+      const __m128i row = _mm_add_epi16(_mm_cvtepu8_epi16(kept_lanes(kept)),
+                                        _mm_set1_epi16(static_cast<int16_t>(k)));
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(rows + count),
+                       _mm_mullo_epi16(row, _mm_set1_epi16(kStage)));
+      count += __builtin_popcount(some);
+    }
 #else
     for (int64_t k = 0; k < n; ++k) {
       values[count] = x[k];

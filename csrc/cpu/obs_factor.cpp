@@ -10,9 +10,9 @@
 //   block]^-1 rows down to it:  X[:, block]  = (I[:, block] - X[:, :block] T[:block, block])
 //   T[block, block]^-1
 //
-// where X = T^-1, and X[r][c] = L^-1[c][r] = U[C-1-c][C-1-r]. Both lines are the OBS sweep's two
-// micro-kernels with every weight pruned, so that all but the blocks on the diagonal runs at their
-// rate.
+// where X = T^-1, and X[r][c] = L^-1[c][r] = U[C-1-c][C-1-r]. Both lines are products and
+// triangular solves of tiles as in the OBS sweep, so that all but the blocks on the diagonal runs
+// at its rate.
 //
 // A strip belongs to one thread throughout: only what others need of it, the panel, ever crosses
 // from cache to cache. Threads wait for nothing but the panel and the square of a block, and those
@@ -98,12 +98,7 @@ class Factor {
         diag_(n_),
         shift_(n_),
         least_(n_),
-        all_(kCols * kLanes),
-        kept_(args.threads, kCols * kLanes),
-        loss_(args.threads, kLanes),
         stage_(deal_.strips) {
-    std::fill_n(static_cast<int32_t*>(all_), kCols * kLanes, -1);
-    for (int t = 0; t < args.threads; ++t) std::fill_n(loss_[t], kLanes, 0.0);
     for (int64_t s = 0; s < deal_.strips; ++s) stage_[s].store(kBehind, std::memory_order_relaxed);
   }
 
@@ -127,16 +122,12 @@ class Factor {
   const double damping_;
   const int64_t n_, blocks_;
   const Deal deal_;
-  PerStrip<float> strips_;  // [columns][lanes]
-  Buffer<float> squares_;   // [blocks][columns][rows], see Square
-  Buffer<float> inverse_;   // 1 / T_jj
-  Buffer<float> diag_;      // of H
-  Buffer<float> shift_;     // what is added to the diagonal of H
-  Buffer<float> least_;     // a pivot must be above this
-  // solve_tile's mask (all pruned), and its outputs that are of no use here.
-  Buffer<int32_t> all_;
-  PerThread<float> kept_;
-  PerThread<double> loss_;
+  PerStrip<float> strips_;            // [columns][lanes]
+  Buffer<float> squares_;             // [blocks][columns][rows], see Square
+  Buffer<float> inverse_;             // 1 / T_jj
+  Buffer<float> diag_;                // of H
+  Buffer<float> shift_;               // what is added to the diagonal of H
+  Buffer<float> least_;               // a pivot must be above this
   Buffer<std::atomic<Stage>> stage_;  // of each strip, raised by its thread
   std::atomic<int64_t> factored_{0};  // squares that are done
   std::atomic<bool> good_{true};
@@ -261,8 +252,12 @@ class Factor {
     for (int64_t c = a; c < b; ++c) {
       const float* row = h_ + (n_ - 1 - c) * ld_ + last;
       float* out = strips_[s] + c * kLanes;
-      for (int64_t l = 0; l < lanes; ++l) out[l] = row[-l];
-      for (int64_t l = lanes; l < kLanes; ++l) out[l] = 0.0f;
+      if (lanes == kLanes) {  // vectors, as the number is known
+        for (int64_t l = 0; l < kLanes; ++l) out[l] = row[-l];
+      } else {
+        for (int64_t l = 0; l < lanes; ++l) out[l] = row[-l];
+        for (int64_t l = lanes; l < kLanes; ++l) out[l] = 0.0f;
+      }
       if (c >= s * kLanes && c < (s + 1) * kLanes) out[c - s * kLanes] += shift_[n_ - 1 - c];
     }
   }
@@ -279,7 +274,10 @@ class Factor {
     for (int64_t c = a; c < b; ++c) {
       const float* in = strips_[s] + c * kLanes;
       float* row = u_ + (n_ - 1 - c) * n_;
-      for (int64_t l = 0; l < lanes; ++l) row[last - l] = in[l];
+      if (lanes == kLanes)
+        for (int64_t l = 0; l < kLanes; ++l) row[last - l] = in[l];
+      else
+        for (int64_t l = 0; l < lanes; ++l) row[last - l] = in[l];
       if (c / kLanes == s) std::fill_n(row, last + 1 - lanes, 0.0f);
     }
   }
@@ -315,11 +313,9 @@ class Factor {
   }
 
   void solve(int64_t s, const Square& square, int64_t a, int64_t b) const {
-    float* kept = kept_.mine();
-    double* loss = loss_.mine();
     for_tiles(square, a, b, [&](int64_t c, auto width) {
-      solve_tile<V, width, Square::kStride>(strips_[s] + c * kLanes, strips_[s] + a * kLanes,
-                                            square.at(a, c), c - a, inverse_ + c, all_, kept, loss);
+      divide_tile<V, width, Square::kStride>(strips_[s] + c * kLanes, strips_[s] + a * kLanes,
+                                             square.at(a, c), c - a, inverse_ + c);
     });
   }
 };

@@ -72,7 +72,7 @@ inline Vec round_to_grid(Vec x, const float* grid, int v) {
 // Brings the tile up to date like update_tile, then visits its columns: `kept` gets the new
 // weights, `tile` the errors, `loss` their halved squares. `diag` is the panel at the tile's rows.
 // kQuantise: what is kept is rounded to the strip's `grid`, and its error is passed on as well.
-template <int V, int W, int S, bool kQuantise = false>
+template <int V, int W, int S, bool kQuantise>
 void solve_tile(float* tile, const float* e, const float* u, int64_t depth, const float* inv_diag,
                 const int32_t* pruned, float* kept, double* loss, const float* grid = nullptr) {
   constexpr int L = Vec::kLanes;
@@ -111,6 +111,32 @@ void solve_tile(float* tile, const float* e, const float* u, int64_t depth, cons
     float sum[L];
     squares[v].store(sum);
     for (int i = 0; i < L; ++i) loss[v * L + i] += 0.5 * sum[i];
+  }
+}
+
+// The same with all pruned, for the errors alone: a triangular solve, tile = (tile - e u) / diag.
+template <int V, int W, int S>
+void divide_tile(float* tile, const float* e, const float* u, int64_t depth,
+                 const float* inv_diag) {
+  constexpr int L = Vec::kLanes;
+  Vec acc[W][V];
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
+  accumulate<V, W, S>(acc, e, u, depth);
+  const float* diag = u + depth * S;
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w) {
+    const Vec inv = Vec::set1(inv_diag[w]);
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) {
+      const Vec err = acc[w][v] * inv;
+      err.store(tile + (w * V + v) * L);
+#pragma GCC unroll 8
+      for (int x = w + 1; x < W; ++x)
+        acc[x][v] = Vec::fnma(err, Vec::set1(diag[w * S + x]), acc[x][v]);
+    }
   }
 }
 

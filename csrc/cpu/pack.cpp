@@ -74,6 +74,7 @@ int64_t pack_24_row(const Pack24Args& args, int64_t i, bool vbmi2) {
   const uint8_t* mask =
       args.mask.data ? args.mask.ptr<uint8_t>() + i * args.mask.stride[0] : nullptr;
   U* values = args.values.ptr<U>() + i * (cols / 2);
+  const U* const end = values + cols / 2;
   uint8_t* meta = args.meta.ptr<uint8_t>() + i * (cols / 8);
   int64_t first_overfull = -1;
   for (int64_t c = 0; c < cols; c += 64) {
@@ -91,9 +92,9 @@ int64_t pack_24_row(const Pack24Args& args, int64_t i, bool vbmi2) {
       U kept[64];
       for (int64_t k = 0; k < count; ++k) kept[k] = keep >> k & 1 ? w[c + k] : U{0};
       for (int64_t k = count; k < 64; ++k) kept[k] = 0;
-      compress(kept, stored, values + c / 2, vbmi2);
+      compress(kept, 64, stored, values + c / 2, end, vbmi2);
     } else {
-      compress(w + c, stored, values + c / 2, vbmi2);
+      compress(w + c, count, stored, values + c / 2, end, vbmi2);
     }
     for (int64_t b = 0; b < count / 8; ++b)
       meta[c / 8 + b] = table.of_bits[stored >> (8 * b) & 255];
@@ -107,13 +108,14 @@ void unpack_24_row(const Unpack24Args& args, int64_t i, bool vbmi2) {
   const int64_t cols = args.w.shape[1];
   U* w = args.w.ptr<U>() + i * cols;
   const U* values = args.values.ptr<U>() + i * (cols / 2);
+  const U* const end = args.values.ptr<U>() + args.w.shape[0] * (cols / 2);
   const uint8_t* meta = args.meta.ptr<uint8_t>() + i * (cols / 8);
   for (int64_t c = 0; c < cols; c += 64) {
     const int64_t count = std::min<int64_t>(64, cols - c);
     uint64_t stored = 0;
     for (int64_t b = 0; b < count / 8; ++b)
       stored |= static_cast<uint64_t>(table.to_bits[meta[c / 8 + b]]) << (8 * b);
-    expand(values + c / 2, stored, w + c, count, vbmi2);
+    expand(values + c / 2, end, stored, w + c, count, vbmi2);
   }
 }
 
@@ -157,12 +159,15 @@ bool move_row(const BitmapValuesArgs& args, int64_t i, bool vbmi2) {
       offsets[i + 1] - offsets[i] != kept)
     return false;
   U* values = args.values.ptr<U>() + offsets[i];
+  const U* const end = values + kept;  // the row behind may be another thread's
+  const U* const last = args.values.ptr<U>() + args.values.shape[0];
   for (int64_t c = 0; c < cols; c += 64) {
     const uint64_t bits = load_bits(bitmap, c, cols);
+    const int64_t count = std::min<int64_t>(64, cols - c);
     if (args.pack)
-      compress(w + c, bits, values, vbmi2);
+      compress(w + c, count, bits, values, end, vbmi2);
     else
-      expand(values, bits, w + c, std::min<int64_t>(64, cols - c), vbmi2);
+      expand(values, last, bits, w + c, count, vbmi2);
     values += __builtin_popcountll(bits);
   }
   return true;

@@ -17,6 +17,25 @@ namespace PYPRUNE_ISA {
 template <class U>
 inline uint64_t bits_set(const U* x, int64_t count, U select) {
   uint64_t bits = 0;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (count == 64) {
+    const __m256i zero = _mm256_setzero_si256();
+    if constexpr (sizeof(U) == 2) {
+      const __m256i which = _mm256_set1_epi16(static_cast<int16_t>(select));
+      const auto clear = [&](int i) {
+        return _mm256_cmpeq_epi16(_mm256_and_si256(load32_bytes(x + i), which), zero);
+      };
+      bits = bits_of_words(clear(0), clear(16)) | bits_of_words(clear(32), clear(48)) << 32;
+    } else {
+      const __m256i which = _mm256_set1_epi32(static_cast<int32_t>(select));
+      for (int i = 0; i < 64; i += 8) {
+        const __m256i some = _mm256_and_si256(load32_bytes(x + i), which);
+        bits |= bits_of_dwords(_mm256_cmpeq_epi32(some, zero)) << i;
+      }
+    }
+    return ~bits;
+  }
+#endif
 #if defined(__AVX512F__)
   constexpr int kLanes = 64 / sizeof(U);
   for (int i = 0; i < count; i += kLanes) {
@@ -48,6 +67,12 @@ inline uint64_t bits_of_bools(const uint8_t* x, int64_t count) {
 #else
   uint64_t bits = 0;
   int64_t i = 0;
+#if defined(__AVX2__)
+  for (; i + 32 <= count; i += 32) {
+    const __m256i clear = _mm256_cmpeq_epi8(load32_bytes(x + i), _mm256_setzero_si256());
+    bits |= static_cast<uint64_t>(~static_cast<uint32_t>(_mm256_movemask_epi8(clear))) << i;
+  }
+#endif
   // The product gathers the lowest bits of eight bytes in the top byte.
   for (; i + 8 <= count; i += 8) {
     uint64_t eight;
@@ -79,9 +104,10 @@ inline void expand_16(const uint16_t* x, uint64_t bits, uint16_t* out) {
 }
 #endif
 
-// Stores the elements of x[0..64) whose bits are set, in order, and nothing beyond them.
+// Stores the elements of x[0..count), count <= 64, whose bits are set, in order, and nothing from
+// `end` on; what it leaves in between is unspecified.
 template <class U>
-inline void compress(const U* x, uint64_t bits, U* out, bool vbmi2) {
+inline void compress(const U* x, int64_t count, uint64_t bits, U* out, const U* end, bool vbmi2) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(U) == 2) {
     if (vbmi2) return compress_16(x, bits, out);
@@ -95,15 +121,29 @@ inline void compress(const U* x, uint64_t bits, U* out, bool vbmi2) {
     }
     return;
   }
+#elif defined(__AVX2__)
+  if (count == 64 && end - out >= __builtin_popcountll(bits) + 8) {
+    for (int i = 0; i < 64; i += 8) {
+      const auto keep = static_cast<uint8_t>(bits >> i);
+      if constexpr (sizeof(U) == 2)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                         compress_words(keep, load16_bytes(x + i)));
+      else
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                            compress_dwords(keep, load32_bytes(x + i)));
+      out += __builtin_popcount(keep);
+    }
+    return;
+  }
 #endif
-  (void)vbmi2;
+  (void)vbmi2, (void)count, (void)end;
   for (; bits; bits &= bits - 1) *out++ = x[__builtin_ctzll(bits)];
 }
 
 // Fills out[0..count), count <= 64, with the elements at `x` where bits are set and zeros
-// elsewhere.
+// elsewhere. Reads nothing from `end` on.
 template <class U>
-inline void expand(const U* x, uint64_t bits, U* out, int64_t count, bool vbmi2) {
+inline void expand(const U* x, const U* end, uint64_t bits, U* out, int64_t count, bool vbmi2) {
 #if defined(__AVX512F__)
   if (count == 64) {
     if constexpr (sizeof(U) == 2) {
@@ -117,8 +157,20 @@ inline void expand(const U* x, uint64_t bits, U* out, int64_t count, bool vbmi2)
       return;
     }
   }
+#elif defined(__AVX2__)
+  if (count == 64 && end - x >= __builtin_popcountll(bits) + 8) {
+    for (int i = 0; i < 64; i += 8) {
+      const auto keep = static_cast<uint8_t>(bits >> i);
+      if constexpr (sizeof(U) == 2)
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i), expand_words(keep, x));
+      else
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i), expand_dwords(keep, x));
+      x += __builtin_popcount(keep);
+    }
+    return;
+  }
 #endif
-  (void)vbmi2;
+  (void)vbmi2, (void)end;
   std::memset(out, 0, count * sizeof(U));
   for (; bits; bits &= bits - 1) out[__builtin_ctzll(bits)] = *x++;
 }

@@ -5,37 +5,28 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/expand.h"
 #include "cpu/simd.h"
-#include "cpu/spread_table.h"
 
 namespace pyprune {
 namespace PYPRUNE_ISA {
 
-inline __m128i load16(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
-inline __m128i picks_of(uint8_t keep) {
-  return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kPicks.pick[keep]));
-}
+inline __m128i picks_of(uint8_t keep) { return load8_bytes(kPicks.pick[keep]); }
 
 // Eight consecutive columns as floats, those of `keep` stored from p on; reads eight values,
 // whatever `keep` is.
 inline Vec expand8(const bf16* p, uint8_t keep) {
   // Both halves of the register see all eight values.
-  const __m256i next = _mm256_broadcastsi128_si256(load16(p));
+  const __m256i next = _mm256_broadcastsi128_si256(load16_bytes(p));
   const auto* pick = reinterpret_cast<const __m256i*>(kSpread<2, 4>.pick[keep]);
   return {_mm256_castsi256_ps(_mm256_shuffle_epi8(next, _mm256_load_si256(pick)))};
 }
-inline Vec expand8(const f16* p, uint8_t keep) {
-  const auto* pick = reinterpret_cast<const __m128i*>(kSpread<2, 2>.pick[keep]);
-  return {_mm256_cvtph_ps(_mm_shuffle_epi8(load16(p), _mm_load_si128(pick)))};
-}
+inline Vec expand8(const f16* p, uint8_t keep) { return {_mm256_cvtph_ps(expand_words(keep, p))}; }
 inline Vec expand8(const float* p, uint8_t keep) {
-  const __m256i pick = _mm256_cvtepi8_epi32(picks_of(keep));  // the lowest three bits; the sign
-  const __m256 next = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), pick);
-  return {_mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32(pick, 31)), next)};
+  return {_mm256_castsi256_ps(expand_dwords(keep, p))};
 }
 inline Vec expand8(const int8_t* p, uint8_t keep) {
-  const __m128i next = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  const __m128i bytes = _mm_shuffle_epi8(next, picks_of(keep));
+  const __m128i bytes = _mm_shuffle_epi8(load8_bytes(p), picks_of(keep));
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
 }
 
@@ -64,8 +55,7 @@ inline Vec load8(const T* p) {
   return Vec::load(p);
 }
 inline Vec load8(const int8_t* p) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(load8_bytes(p)))};
 }
 
 // The even and the odd ones of sixteen consecutive columns.

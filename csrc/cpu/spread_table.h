@@ -1,4 +1,4 @@
-// Which bytes a shuffle takes to spread values over eight columns.
+// Which bytes a shuffle takes to spread values over eight columns, or to move them together.
 #pragma once
 
 #include <cstdint>
@@ -40,6 +40,21 @@ struct SpreadTable {
 };
 template <int kValue, int kElement>
 alignas(32) constexpr SpreadTable<kValue, kElement> kSpread;
+
+// For each mask of eight columns, the bytes of those that are kept, elements of kElement bytes.
+template <int kElement>
+struct CompressTable {
+  uint8_t from[256][8 * kElement];
+  constexpr CompressTable() : from() {
+    for (int mask = 0; mask < 256; ++mask)
+      for (int j = 0, next = 0; j < 8; ++j)
+        if ((mask >> j) & 1)
+          for (int byte = 0; byte < kElement; ++byte)
+            from[mask][next++] = static_cast<uint8_t>(kElement * j + byte);
+  }
+};
+template <int kElement>
+alignas(32) constexpr CompressTable<kElement> kCompress;
 
 }  // namespace PYPRUNE_ISA
 }  // namespace pyprune

@@ -159,20 +159,49 @@ inline void store_strip(const float* strip, int lanes, int rows, int64_t cols, f
   }
 }
 
+// dst[r * ld_dst + c] = 1 + src[c * ld_src + r] for kLanes rows and columns.
+inline void store_unset_tile(const int32_t* src, int64_t ld_src, uint8_t* dst, int64_t ld_dst) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  // Each half holds four rows: of columns 0 to 3, then of 4 to 7, [columns][rows] turned around.
+  const __m256i turn = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+  const auto column = [&](int c) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + c * ld_src));
+  };
+  const auto four = [&](int c) {
+    const __m256i low = _mm256_packs_epi32(column(c), column(c + 1));
+    const __m256i high = _mm256_packs_epi32(column(c + 2), column(c + 3));
+    const __m256i bytes = _mm256_packs_epi16(low, high);
+    return _mm256_shuffle_epi8(_mm256_add_epi8(bytes, _mm256_set1_epi8(1)), turn);
+  };
+  const __m256i left = four(0), right = four(4);
+  const __m256i pairs[2] = {_mm256_unpacklo_epi32(left, right), _mm256_unpackhi_epi32(left, right)};
+  for (int half = 0; half < 2; ++half) {
+    const auto store = [&](int r, __m128i rows) {
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(dst + r * ld_dst), rows);
+      _mm_storeh_pd(reinterpret_cast<double*>(dst + (r + 1) * ld_dst), _mm_castsi128_pd(rows));
+    };
+    store(2 * half, _mm256_castsi256_si128(pairs[half]));
+    store(4 + 2 * half, _mm256_extracti128_si256(pairs[half], 1));
+  }
+#else
+  constexpr int L = Vec::kLanes;
+  int32_t tile[L * L];
+  transpose_tile(reinterpret_cast<const float*>(src), ld_src, reinterpret_cast<float*>(tile), L);
+  for (int r = 0; r < L; ++r)
+    for (int c = 0; c < L; ++c) dst[r * ld_dst + c] = 1 + tile[r * L + c];
+#endif
+}
+
 // x[r][c] = 1 where the strip's lane mask is clear, 0 where it is set.
 inline void store_strip_unset(const int32_t* strip, int lanes, int rows, int64_t cols, uint8_t* x,
                               int64_t ld) {
   constexpr int L = Vec::kLanes;
-  int32_t tile[L * L];
   for (int r = 0; r < rows; r += L) {
     int64_t c = 0;
     if (r + L <= rows)
-      for (; c + L <= cols; c += L) {
-        transpose_tile(reinterpret_cast<const float*>(strip + c * lanes + r), lanes,
-                       reinterpret_cast<float*>(tile), L);
-        for (int i = 0; i < L; ++i)
-          for (int j = 0; j < L; ++j) x[(r + i) * ld + c + j] = 1 + tile[i * L + j];
-      }
+      for (; c + L <= cols; c += L)
+        store_unset_tile(strip + c * lanes + r, lanes, x + r * ld + c, ld);
     for (; c < cols; ++c)
       for (int i = r; i < std::min(rows, r + L); ++i) x[i * ld + c] = !strip[c * lanes + i];
   }

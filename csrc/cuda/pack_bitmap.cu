@@ -217,13 +217,18 @@ struct Shared {
   alignas(16) Bits stage[kWarps][kSegmentColumns + kPerVector];
 };
 
-// The warp's values, `count` from `first`, between global memory and its stage. kOut: to global.
+// The warp's values, `count` from `first` >= 0, between global memory and its stage. kOut: to
+// global. Nothing is read past `total`, whatever `first` and `count` say: the stage then keeps what
+// it held.
 template <class Bits, bool kOut>
 __device__ inline void move_values(Bits* values, Bits* stage, int64_t first, int count,
                                    int64_t total) {
   constexpr int kPerVector = kVector / sizeof(Bits);
   const int lane = threadIdx.x % kLanes;
-  const int skip = static_cast<int>(first % kPerVector), end = skip + count;
+  const int skip = static_cast<int>(first % kPerVector);
+  int end = skip + count;
+  if constexpr (!kOut)
+    end = static_cast<int>(min(int64_t{end}, max(total - first + skip, int64_t{0})));
   Bits* at = values + (first - skip);
   for (int i = lane * kPerVector; i < end; i += kLanes * kPerVector) {
     // Reading may take what lies around the warp's values, writing may not.
@@ -259,6 +264,7 @@ __global__ void __launch_bounds__(kThreads) bitmap_values_kernel(Values p) {
   Bits* w = static_cast<Bits*>(p.w) + row * p.w_stride;
   Bits* stage = shared.stage[warp];
   int64_t begin = __ldg(p.row_offsets + row);
+  if constexpr (!kPack) begin = min(max(begin, int64_t{0}), p.count);
   for (int64_t piece = 0; piece < words; piece += kPieceWords) {
     const int here = static_cast<int>(words - piece < kPieceWords ? words - piece : kPieceWords);
     const int per_thread = (here + kThreads - 1) / kThreads;

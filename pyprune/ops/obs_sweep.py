@@ -288,6 +288,12 @@ def _pruned_counts(
         raise ValueError(f"sparsity: expected a fraction in [0, 1], got {sparsity}")
     if scope not in ("row", "block", "layer"):
         raise ValueError(f"scope: expected row, block or layer, got {scope!r}")
+    largest = min(block_size, shape[2]) * (1 if scope == "row" else shape[1])
+    if largest > torch.iinfo(torch.int32).max:
+        raise ValueError(
+            f"block_size: expected fewer than 2^31 weights that are chosen together, got {largest} "
+            f"({shape[1]} rows of {min(block_size, shape[2])})"
+        )
     if reference_count:
         if scope != "block" or preserve is not None or sparsity == 1:
             raise ValueError(

@@ -29,8 +29,11 @@ def bits_of(mask: Tensor) -> Tensor:
     """A bool mask `[..., C]` as uint8 `[..., ceil(C/8)]`, laid out as `pack_bitmap`'s bitmap."""
     *rows, cols = mask.shape
     padded = torch.nn.functional.pad(mask, (0, -cols % 8)).reshape(*rows, (cols + 7) // 8, 8)
-    weight = 1 << torch.arange(8, device=mask.device)
-    return (padded * weight).sum(-1).to(torch.uint8)
+    # Bit by bit: a product with all weights at once would take eight bytes for each of the mask's.
+    bits = torch.zeros(padded.shape[:-1], dtype=torch.uint8, device=mask.device)
+    for place in range(8):
+        bits |= padded[..., place].to(torch.uint8) << place
+    return bits
 
 
 def pack_bitmap_reference(w: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
