@@ -183,8 +183,7 @@ def _bitmap_values_kernel(
         else:
             # Inside the values, whatever the offsets say.
             place = tl.minimum(tl.maximum(place, 0), COUNT - 1)
-            some = (keep > 0) & (COUNT > 0)
-            tl.store(at, tl.load(values_ptr + place, mask=some, other=0), mask=valid)
+            tl.store(at, tl.load(values_ptr + place, mask=keep > 0, other=0), mask=valid)
         begin += tl.sum(keep, axis=0)
 
 
@@ -223,6 +222,8 @@ def unpack_bitmap_triton(
     values: torch.Tensor, bitmap: torch.Tensor, row_offsets: torch.Tensor, cols: int
 ) -> torch.Tensor:
     rows, width = bitmap.shape
+    if values.numel() == 0:
+        return values.new_zeros(rows, cols)
     w = torch.empty(rows, cols, dtype=values.dtype, device=values.device)
     _bitmap_values_kernel[(rows,)](
         _bits(w), _bits(values.contiguous()), bitmap.contiguous(), row_offsets.contiguous(), cols,

@@ -153,3 +153,16 @@ def test_only_a_dense_checkpoint_gets_factors(tmp_path):
     with pytest.raises(UserError, match=wanted), write_factored(folder, tmp_path / "no", {}):
         pass
     assert not (tmp_path / "no").exists()
+
+
+def test_factors_that_the_dtype_cannot_hold_are_refused(tmp_path):
+    tiny_model("llama").half().save_pretrained(tmp_path / "dense")
+    up, down = torch.ones(32, 1), torch.full((1, 64), 1e6)
+    weights = {f"{LAYER}.weight": (up, down)}
+    wanted = rf"dense: new {LAYER}.weight: expected numbers within torch.float16, got up to 1e\+06"
+    with (
+        pytest.raises(UserError, match=wanted),
+        write_factored(tmp_path / "dense", tmp_path / "no", weights),
+    ):
+        pass
+    assert not (tmp_path / "no").exists()

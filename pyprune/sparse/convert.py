@@ -38,7 +38,7 @@ from pyprune.sparse.choice import (
     embedding_tensors,
 )
 from pyprune.sparse.layout import CODED, DENSE_INT8, FACTORED, FORMATS, INT8, LayerFormat
-from pyprune.sparse.stored import CONFIG, DENSE, StoredCheckpoint
+from pyprune.sparse.stored import CONFIG, DENSE, StoredCheckpoint, rounded_within
 
 # How the input embedding and the head may be stored.
 EMBEDDINGS = ("same", INT8, CODED)
@@ -227,7 +227,11 @@ def write_factored(
             return {tensor: stored.read(tensor)}
         given = value if isinstance(value, tuple) else (value,)
         dtype = stored.entries[tensor].dtype
-        return {n: t.detach().cpu().to(dtype) for n, t in zip(plan[tensor], given, strict=True)}
+        where = f"{stored.path}: new {tensor}"
+        return {
+            n: rounded_within(t.detach().cpu(), dtype, where)
+            for n, t in zip(plan[tensor], given, strict=True)
+        }
 
     raw = stored.dense_raw
     if layers:

@@ -37,6 +37,16 @@ DENSE = "dense"
 STORAGE_FIELDS = ("quantization_config", "compression_config", "transformers_weights")
 
 
+def rounded_within(tensor: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """`tensor` in another dtype. Raises UserError, `where` first, if that makes infinities."""
+    rounded = tensor.to(dtype)
+    if rounded is tensor or not bool(tensor.isfinite().all()) or bool(rounded.isfinite().all()):
+        return rounded
+    raise UserError(
+        f"{where}: expected numbers within {dtype}, got up to {float(tensor.abs().max()):g}"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class StoredCheckpoint:
     """path, raw (config.json as it is), dense_raw (without what says how weights are stored).
@@ -267,17 +277,8 @@ class StoredCheckpoint:
         return formats.unpack(self.layers[layer], self.read_parts(layer))
 
     def _read_rounded(self, name: str) -> Tensor:
-        stored, dtype = read_tensor(self.stored[name]), self.entries[name].dtype
-        if stored.dtype == dtype:
-            return stored
-        rounded = stored.to(dtype)
-        if bool(stored.isfinite().all()) and not bool(rounded.isfinite().all()):
-            largest = float(stored.abs().max())
-            raise UserError(
-                f"{self.stored[name].file}: {name}: expected numbers within {dtype}, got up to "
-                f"{largest:g}"
-            )
-        return rounded
+        where = f"{self.stored[name].file}: {name}"
+        return rounded_within(read_tensor(self.stored[name]), self.entries[name].dtype, where)
 
     def read_parts(self, layer: str) -> dict[str, Tensor]:
         """The tensors that a layer of pyprune's is stored in, checked. Raises as `read`."""

@@ -107,8 +107,42 @@ def wrong_masks():
                             raise AssertionError("a wrong mask was taken")
         kept.clear()
 
+def packing():
+    # Matrices, masks and what they are packed into; groups of four that keep too many, too, of
+    # which nothing is stored.
+    gen = torch.Generator().manual_seed(1)
+    for shape in (*SHAPES, (3, 64), (2, 128), (2, 120), (4, 200)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for density in (0.0, 0.1, 0.5, 1.0):
+                w = torch.randn(shape, generator=gen).to(dtype)
+                mask = torch.rand(shape, generator=gen) < density
+                for packed in (ops.pack_bitmap(guarded(w * mask), None),
+                               ops.pack_bitmap(guarded(w), guarded(mask))):
+                    back = ops.unpack_bitmap(*map(guarded, packed), shape[1])
+                    assert torch.equal(back, w * mask)
+                if shape[1] % 8:
+                    continue
+                full = mask.unflatten(1, (-1, 4)).sum(-1) > 2
+                for given in (None, guarded(mask)):
+                    dense = guarded(w * mask if given is None else w)
+                    if full.any():
+                        try:
+                            ops.pack_24(dense, given)
+                        except ValueError as error:
+                            assert "2 kept of every 4" in str(error), error
+                        else:
+                            raise AssertionError("a full group was packed")
+                    else:
+                        back = ops.unpack_24(*map(guarded, ops.pack_24(dense, given)))
+                        assert torch.equal(back, w * mask)
+                few = random_24_mask(*shape, gen)
+                back = ops.unpack_24(*map(guarded, ops.pack_24(guarded(w), guarded(few))))
+                assert torch.equal(back, w * few)
+        kept.clear()
+
 for isa in sys.argv[1:]:
     _native.MODULE.set_isa(isa)
+    packing()
     products()
     wrong_masks()
     print("done", isa, flush=True)
@@ -135,7 +169,7 @@ def child() -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("isa", AVAILABLE)
-def test_products_stay_inside_their_buffers(child, isa):
+def test_products_and_packing_stay_inside_their_buffers(child, isa):
     assert f"done {isa}\n" in child.stdout, child.stderr[-2000:]
 
 

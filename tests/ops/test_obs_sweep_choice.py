@@ -239,3 +239,12 @@ def test_triton_radix_select_takes_the_first_of_equal_keys(use_backend, monkeypa
             if all_ties:
                 pruned = row <= row[order[max(few, 1) - 1]]
             assert torch.equal(got, ~pruned & (row >= 0))
+
+
+def test_more_weights_than_are_counted_are_refused():
+    w = torch.zeros(1).expand(2**16, 2**16)
+    wanted = r"fewer than 2\^31 weights that are chosen together, got 4294967296 \(65536 rows"
+    with pytest.raises(ValueError, match=wanted):
+        ops.obs_sweep(w, w, sparsity=0.6, scope="layer")
+    with pytest.raises(ValueError, match=wanted):
+        ops.obs_sweep(w, w, sparsity=0.6, block_size=2**16)

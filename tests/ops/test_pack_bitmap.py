@@ -209,3 +209,18 @@ def test_opcheck():
 
 def test_backends_of_both_directions_agree():
     assert set(registry.IMPLS["pack_bitmap"]) == set(registry.IMPLS["unpack_bitmap"])
+
+
+def test_a_kernel_that_is_trusted_reads_no_values_behind_the_last(device, use_backend):
+    """On a GPU offsets are not compared with the bitmap."""
+    use_backend("triton", "unpack_bitmap", device)
+    held = torch.full((300,), 777.0, device=device)
+    values = held[:200].fill_(1.0)
+    bitmap = torch.full((5, 5), 255, dtype=torch.uint8, device=device)
+    for start in (0, 120, 190, 250, 2**40, -3, -(2**40)):
+        offsets = torch.tensor([0, 40, 80, start, 160, 200], device=device)
+        got = torch.ops.pyprune.unpack_bitmap(values, bitmap, offsets, 40)
+        assert not (got == 777).any(), start
+        assert got[[0, 1, 2, 4]].eq(1).all(), start
+    got = torch.ops.pyprune.unpack_bitmap(values[:0], bitmap, torch.zeros_like(offsets), 40)
+    assert not got.any()
