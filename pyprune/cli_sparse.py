@@ -266,14 +266,18 @@ def bench_tables(result: BenchResult) -> list[Table]:
             made.add_column(name, justify="left" if place < left else "right", no_wrap=True)
         return made
 
-    sizes = table("size", "model", "file MB", "weights MB", "of 16-bit dense", "load s", left=1)
+    sizes = table(
+        "size", "model", "file MB", "weights MB", "of 16-bit dense", "resident MB", "load s", left=1
+    )
     shares = result.memory()
     for m in result.models:
         name = label(m["name"], m["dtype"], m["kernels"])
         seconds = "-" if m["load_seconds"] is None else f"{m['load_seconds']:.2f}"
         file, weights = (f"{m[key] / 1e6:,.1f}" for key in ("file_bytes", "weight_bytes"))
         share = f"{shares[name]:.1%}" if name in shares else ""
-        sizes.add_row(name, file, weights, share, seconds)
+        held = m.get("resident_bytes")
+        resident = "-" if held is None else f"{held / 1e6:,.1f}"
+        sizes.add_row(name, file, weights, share, resident, seconds)
     where = threads(result.threads)
     if result.protocol.graph:
         where = "decoding by CUDA graphs"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import re
 import time
 from collections.abc import Iterator
@@ -42,6 +44,18 @@ def available_bytes(device: torch.device) -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"{_MEMINFO} has no MemAvailable")
+
+
+def held_bytes(device: torch.device) -> int:
+    """What this process holds on `device` now: PyTorch's allocations on a GPU; elsewhere its
+    resident set, once the allocator has given back what it kept for later (glibc)."""
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    return Measure.rss_bytes()
 
 
 class Measure:

@@ -1,11 +1,13 @@
 """Compressed checkpoints in transformers: the same logits, straight into their layers, refused when
 damaged."""
 
+import gc
 import json
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +23,7 @@ from pyprune.errors import UserError
 from pyprune.sparse import SparseLinear
 from pyprune.sparse.convert import compress_checkpoint, decompress_checkpoint
 from pyprune.sparse.generate import generate
+from pyprune.sparse.load import load
 from pyprune.sparse.quantizer import PyPruneConfig, PyPruneQuantizer
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -288,3 +291,20 @@ def test_the_advice_is_no_file_name_in_any_release(hook):
     config = SimpleNamespace(transformers_weights="how to load", hidden_size=8)
     kept = getattr(PyPruneQuantizer(PyPruneConfig()), hook)(config)
     assert kept is config and vars(config) == {"hidden_size": 8}
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux' list of mappings")
+def test_a_file_whose_values_were_cast_is_let_go(tmp_path):
+    """Metadata alone would keep all of it that was read in memory."""
+    folder = compress_checkpoint(pruned_checkpoint(tmp_path / "dense"), tmp_path / "small").path
+    file = str(next(Path(folder).glob("*.safetensors")))
+    kept = load(folder)
+    assert file in Path("/proc/self/maps").read_text()
+    del kept
+    model = load(folder, torch.bfloat16)
+    gc.collect()  # models have cycles
+    assert file not in Path("/proc/self/maps").read_text()
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        want = load(folder, torch.float32)(ids).logits
+        torch.testing.assert_close(model(ids).logits.float(), want, rtol=0.1, atol=0.1)

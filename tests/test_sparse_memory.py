@@ -32,6 +32,16 @@ for folder in sys.argv[2:]:
 print(json.dumps(peaks))
 """
 
+# What `pyprune bench` measures of each model, in one process as there.
+RESIDENT = """
+import json, sys, torch
+from pyprune.sparse.bench import contestants
+
+torch.set_num_threads(1)
+small, dense = sys.argv[1:]
+print(json.dumps([c.facts() for c in contestants({"small": small}, dense)]))
+"""
+
 CONVERSION = """
 import json, sys, torch
 from pyprune.measure import Measure
@@ -83,6 +93,20 @@ def test_peak_is_the_compressed_size(tmp_path):
     assert compressed < report.nbytes_after + 28 * MB
     # That a dense model is seen: memory that was freed just before is used again, some megabytes.
     assert whole > 0.8 * report.nbytes_dense
+
+    done = subprocess.run(
+        [sys.executable, "-c", RESIDENT, str(tmp_path / "small"), str(dense)],
+        capture_output=True, text=True, check=False, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    models = json.loads(done.stdout)
+    for model in models:
+        shared = (model["name"], model["kernels"]) == ("dense", "pyprune")
+        assert (model["resident_bytes"] is None) == shared
+        if not shared:
+            # Cast or not, the weights and little else: of what was read and cast nothing stays.
+            assert -8 * MB < model["resident_bytes"] - model["weight_bytes"] < 16 * MB, model
+    assert len(models) == 5
 
 
 def test_a_conversion_holds_one_matrix_at_a_time(tmp_path):

@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from pyprune.errors import UserError
+from pyprune.measure import held_bytes
 from pyprune.models.positions import positions_of
 from pyprune.progress import Progress
 from pyprune.sparse.compare import differences
@@ -39,6 +40,7 @@ from pyprune.sparse.stored import DENSE, StoredCheckpoint
 TORCH, OWN = "torch", "pyprune"  # whose kernels multiply the linear layers
 DTYPES = (torch.float32, torch.bfloat16)
 PHASES = ("prefill", "decode")
+TRIED_TOKENS = 32  # before memory is measured
 CHECKED_STEPS = 8  # of a graph, against the same steps launched one by one
 
 
@@ -72,9 +74,10 @@ class Protocol:
 @dataclass(frozen=True)
 class Contestant:
     """One model in one dtype. name: DENSE or what the compressed one is called. seconds: to load.
-    file_bytes: of the tensors on disk. weight_bytes: of the model's weights in memory. kernels: of
-    its linear layers. differs: in what its model differs from the dense one, beyond the values of
-    its weights; empty if in nothing."""
+    file_bytes: of the tensors on disk. weight_bytes: of the model's weights in memory, summed.
+    resident_bytes: what the process held more once it was loaded and had been run, measured;
+    None for a model that shares another's weights. kernels: of its linear layers. differs: in what
+    its model differs from the dense one, beyond the values of its weights; empty if in nothing."""
 
     name: str
     dtype: str
@@ -84,6 +87,7 @@ class Contestant:
     model: PreTrainedModel = field(repr=False, compare=False)
     kernels: str = OWN
     differs: str = ""
+    resident_bytes: int | None = None
 
     @property
     def label(self) -> str:
@@ -96,6 +100,7 @@ class Contestant:
             "load_seconds": self.seconds,
             "file_bytes": self.file_bytes,
             "weight_bytes": self.weight_bytes,
+            "resident_bytes": self.resident_bytes,
             "kernels": self.kernels,
             "differs": self.differs,
         }
@@ -274,7 +279,8 @@ def contestants(
             made.append(Contestant(DENSE, dtype_name(dtype), *facts))
         if made and dtype is torch.bfloat16 and made[-1].model.device.type == "cpu":
             own = with_own_kernels(made[-1].model)
-            made.append(replace(made[-1], seconds=None, model=own, kernels=OWN))
+            shared = replace(made[-1], seconds=None, resident_bytes=None)
+            made.append(replace(shared, model=own, kernels=OWN))
         made += loaded
     return made
 
@@ -282,11 +288,33 @@ def contestants(
 def _load(
     name: str, stored: StoredCheckpoint, dtype: torch.dtype, device: str | None
 ) -> Contestant:
+    place = torch.device(device or "cpu")
+    settle(stored, dtype, place)
+    before = held_bytes(place)
     started = time.perf_counter()
     model = load(stored.path, dtype, device)
     touch(model)
     seconds = time.perf_counter() - started
-    return Contestant(name, dtype_name(dtype), seconds, stored.nbytes, weight_bytes(model), model)
+    try_out(model)
+    facts = (seconds, stored.nbytes, weight_bytes(model), model)
+    held = max(0, held_bytes(place) - before)
+    return Contestant(name, dtype_name(dtype), *facts, resident_bytes=held)
+
+
+def settle(stored: StoredCheckpoint, dtype: torch.dtype, device: torch.device) -> None:
+    """Has memory taken that is no model's own: for the code of its architecture, and for what
+    PyTorch's products keep."""
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(stored.path))
+    linear = nn.Linear(256, 256, dtype=dtype, device=device)
+    with torch.inference_mode():
+        linear(torch.zeros(TRIED_TOKENS, 256, dtype=dtype, device=device))
+
+
+def try_out(model: PreTrainedModel) -> None:
+    """Runs the model on a few tokens: kernels may keep copies of weights from their first use."""
+    with torch.inference_mode():
+        model(torch.zeros(1, TRIED_TOKENS, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def touch(model: nn.Module) -> None:

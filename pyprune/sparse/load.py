@@ -14,6 +14,7 @@ from pyprune.checkpoint.source import main_dtype
 from pyprune.devices import find_dtype
 from pyprune.errors import UserError
 from pyprune.sparse import format as formats
+from pyprune.sparse.mapped import leave_files, tensor_bytes
 from pyprune.sparse.range import check_range
 from pyprune.sparse.stored import DENSE, StoredCheckpoint
 
@@ -74,5 +75,6 @@ def load(
         raise UserError(f"{stored.weights_file}: tensor {missing[0]} is missing{others}")
     if stored.kind == DENSE:  # the quantizer has looked at others
         check_range(model, stored.stored)
+        leave_files(model, tensor_bytes(stored.stored))
     model.requires_grad_(False)
     return model.eval()

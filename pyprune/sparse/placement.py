@@ -23,6 +23,7 @@ from pyprune.sparse.experts import GATED, SparseExperts, kinds
 from pyprune.sparse.factored import FactoredLinear
 from pyprune.sparse.layout import CODED, DENSE_INT8, FACTORED
 from pyprune.sparse.linear import SparseLinear, stored_transposed, weight_of
+from pyprune.sparse.mapped import leave_files, tensor_bytes
 from pyprune.sparse.range import check_coded_range, check_range
 from pyprune.sparse.weight import StoredWeight
 
@@ -69,7 +70,7 @@ class Placement:
 
     def check(self) -> None:
         """Once weights are there: UserError, naming file and tensor, unless they describe matrices,
-        of numbers that the model's dtype holds."""
+        of numbers that the model's dtype holds. Then lets go of files that are hardly used."""
         check_range(self._model, self._entries)
         for name, path in self._placed.items():
             module, layer = self._model.get_submodule(path), self._layers[name]
@@ -78,6 +79,7 @@ class Placement:
             where = self._entries[f"{name}.{layer.main}"].file
             formats.check_tensors(name, layer, tensors, str(where))
         check_coded_range(self._model, self._entries)
+        leave_files(self._model, tensor_bytes(self._entries))
 
     def _find(self, name: str) -> tuple[str, nn.Module] | None:
         """The module that the checkpoint calls `name`, after its path in the self._model."""
