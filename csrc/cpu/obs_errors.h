@@ -63,8 +63,10 @@ class DenseErrors {
     return {block.data + block.first * kCols, 0, block.end};
   }
 
-  // Loads the block's columns of strip s from `w` and applies all errors before the block.
-  void load(int64_t s, const SweepBlock& block, const float* w, int64_t ld, int rows) const {
+  // Loads the block's columns of strip s from `w` and applies all errors before the block. `next`:
+  // where the strip begins that comes after it, or w.
+  void load(int64_t s, const SweepBlock& block, const float* w, const float*, int64_t ld,
+            int rows) const {
     load_strip(w, ld, rows, block.width(), strips_[s] + block.first * kLanes, kLanes);
     update<V>(strips_[s], Panel{block.data, block.first, block.end}, block.first, block.end, 0,
               block.first);
@@ -87,6 +89,7 @@ class PrunedErrors {
   // a stage's rows of U for it, 16 KiB, in a first-level cache.
   static constexpr int kStage = 64;
   static constexpr int kVecs = kStage / Vec::kLanes;
+  static constexpr int kLine = 16;  // floats of a cache line
   // Rows at a time: two chains of additions for each multiplier where there are registers for them.
   static constexpr int kTogether = kVecs <= 4 ? 2 : 1;
   static_assert(kLanes % kTogether == 0, "strips are whole groups of rows");
@@ -140,14 +143,17 @@ class PrunedErrors {
 
   StagePanel panel(const SweepBlock& block, int64_t g) const { return {panel_row(block, g, g)}; }
 
-  void load(int64_t s, const SweepBlock& block, const float* w, int64_t ld, int rows) const {
+  void load(int64_t s, const SweepBlock& block, const float* w, const float* next, int64_t ld,
+            int rows) const {
     if (block.first == 0) return load_strip(w, ld, rows, block.width(), columns_[s], kLanes);
     float* x = rectangle_.mine();
     const int64_t before = stage_of(block.first);
+    // Rows of wider blocks the hardware foresees.
+    const int64_t ahead = in_block_ == 1 ? next - w : 0;
     for (int64_t g = block.first; g < block.end; g += stage_, w += stage_) {
       const int64_t width = std::min(block.end - g, stage_);
       if (rows == kLanes && g + kStage <= cols_) {
-        apply(s, block, g, 0, before, w, ld);
+        apply(s, block, g, 0, before, w, ld, ahead);
       } else {
         for (int r = 0; r < rows; ++r) std::copy_n(w + r * ld, width, x + r * kStage);
         apply(s, block, g, 0, before, x, kStage);
@@ -206,18 +212,26 @@ class PrunedErrors {
 
   // rectangle = x - E U for the block's stage at column g and the errors of stages [t0, t1), of
   // which there are some; x [lanes][>= kStage columns] has a row stride of ld and may be the
-  // rectangle.
+  // rectangle. What lies `ahead` of x is fetched meanwhile: rows are short and far apart, and each
+  // would be waited for.
   void apply(int64_t s, const SweepBlock& block, int64_t g, int64_t t0, int64_t t1, const float* x,
-             int64_t ld) const {
+             int64_t ld, int64_t ahead = 0) const {
     float* out = rectangle_.mine();
+    const float* const fetched = x + ahead;
+    const int64_t apart = ld;
     for (int64_t t = t0; t < t1; ++t, x = out, ld = kStage) {
       const float* u = panel_row(block, g, column_of(t));
       const int64_t start = starts_[s][t];
       const float* values = values_[s] + start;
       const uint16_t* rows = rows_[s] + start;
       const int32_t* counts = counts_[s] + t * kLanes;
-      for (int l = 0; l < kLanes; l += kTogether)
+      for (int l = 0; l < kLanes; l += kTogether) {
+        if (ahead != 0 && t == t0)
+          for (int r = l; r < l + kTogether; ++r)
+            for (int64_t c = 0; c < kStage; c += kLine)
+              __builtin_prefetch(fetched + r * apart + c, 0, 2);
         subtract_rows(x + l * ld, ld, values, rows, counts + l, u, out + l * kStage);
+      }
     }
   }
 

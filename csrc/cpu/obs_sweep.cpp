@@ -166,7 +166,9 @@ class Sweep {
   void advance(int64_t s, const Local& mine) const {
     const int64_t ld = a_.w.stride[1];
     const float* w = a_.w.ptr<float>() + b_ * a_.w.stride[0] + s * kLanes * ld + mine.block.first;
-    errors_.load(s, mine.block, w, ld, strip_rows(s));
+    const int64_t next = deal_.next_of_mine(s);
+    const float* after = next < strips_ ? w + (next - s) * kLanes * ld : w;
+    errors_.load(s, mine.block, w, after, ld, strip_rows(s));
   }
 
   // Visits the block's columns of strip s. A mask is chosen when all columns before it have been

@@ -280,6 +280,12 @@ struct Deal {
   }
   // A team may turn out smaller than asked for.
   bool is_mine(int64_t s) const { return owner(s) % omp_get_num_threads() == omp_get_thread_num(); }
+  // The thread's own strip after s, or one past the last.
+  int64_t next_of_mine(int64_t s) const {
+    do ++s;
+    while (s < strips && !is_mine(s));
+    return s;
+  }
   // Calls f(s) for the thread's own strips in [s0, s1).
   template <class F>
   void for_mine(int64_t s0, int64_t s1, F&& f) const {
