@@ -80,12 +80,7 @@ inline int64_t rank_in_vector(const int32_t* keys, int64_t count, int n, uint8_t
   return i;
 }
 
-#if defined(__AVX512F__)
-// 16 groups of four or eight at a time, member i of every group in vector i: ranks then need no
-// shuffles. Outcomes of comparisons are the signs of differences, which cost half of a comparison
-// into a mask register, and bitwise operations count them: a sign is a bit of a binary number that
-// is spread over vectors.
-
+#if defined(__AVX2__)
 // Where the keys come from: made on the spot, so that only weights and mask touch memory, or made
 // before. Positions that must stay pruned are found among the latter only.
 template <TermSet kTerms, class T>
@@ -93,15 +88,22 @@ struct FreshKeys {
   static constexpr bool kForbidden = false;
   const ScoreRow<T>& row;
   int64_t first;
-  __m512i at(int64_t i) const { return keys_at<kTerms>(row, first + i); }
+  KeyVec at(int64_t i) const { return keys_at<kTerms>(row, first + i); }
   void fetch(int64_t i) const { fetch_block(row.w + first + i, kAhead); }
 };
 struct StoredKeys {
   static constexpr bool kForbidden = true;
   const int32_t* keys;
-  __m512i at(int64_t i) const { return _mm512_loadu_si512(keys + i); }
+  KeyVec at(int64_t i) const { return load_keys(keys + i); }
   void fetch(int64_t) const {}
 };
+#endif
+
+#if defined(__AVX512F__)
+// 16 groups of four or eight at a time, member i of every group in vector i: ranks then need no
+// shuffles. Outcomes of comparisons are the signs of differences, which cost half of a comparison
+// into a mask register, and bitwise operations count them: a sign is a bit of a binary number that
+// is spread over vectors.
 
 // Of two vectors, the 32-bit lanes with even or odd numbers, 128 bits at a time.
 inline __m512i even_lanes(__m512i a, __m512i b) {
@@ -292,12 +294,80 @@ inline int64_t rank_transposed(const Source& keys, int64_t count, Rule to, uint8
   if (m == 8 && n == 6) return rank_eights<6>(keys, count, to, keep);
   return 0;
 }
+#elif defined(__AVX2__)
+// Eight groups of four at a time, member i of every group in vector i, and outcomes as signs, as
+// above.
+
+// Of two vectors, the 32-bit lanes with even or odd numbers, 128 bits at a time.
+inline __m256i even_lanes(__m256i a, __m256i b) {
+  return _mm256_castps_si256(
+      _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0x88));
+}
+inline __m256i odd_lanes(__m256i a, __m256i b) {
+  return _mm256_castps_si256(
+      _mm256_shuffle_ps(_mm256_castsi256_ps(a), _mm256_castsi256_ps(b), 0xdd));
+}
+
+// Sign set where at least `least` of three signs are.
+template <int kLeast>
+inline __m256i some_of_three(__m256i a, __m256i b, __m256i c) {
+  if constexpr (kLeast == 1) return _mm256_or_si256(_mm256_or_si256(a, b), c);
+  if constexpr (kLeast == 3) return _mm256_and_si256(_mm256_and_si256(a, b), c);
+  return _mm256_or_si256(_mm256_and_si256(a, b), _mm256_and_si256(c, _mm256_or_si256(a, b)));
+}
+
+template <int N, class Source>
+inline int64_t rank_fours(const Source& keys, int64_t count, Rule to, uint8_t* keep) {
+  // The split leaves group 2 * d + q in lane 4 * q + d.
+  const __m256i in_order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i all = _mm256_set1_epi32(-1);
+  int64_t i = 0;
+  for (; i + 64 <= count; i += 64) {
+    keys.fetch(i);
+    for (int64_t at = i; at < i + 64; at += 32) {
+      const __m256i v[4] = {keys.at(at), keys.at(at + 8), keys.at(at + 16), keys.at(at + 24)};
+      const __m256i even[2] = {even_lanes(v[0], v[1]), even_lanes(v[2], v[3])};
+      const __m256i odd[2] = {odd_lanes(v[0], v[1]), odd_lanes(v[2], v[3])};
+      const __m256i k[4] = {even_lanes(even[0], even[1]), even_lanes(odd[0], odd[1]),
+                            odd_lanes(even[0], even[1]), odd_lanes(odd[0], odd[1])};
+      // The sign of key[later] - key[earlier]: the earlier one outranks. Where it is clear the
+      // later one does, of equal keys too.
+      const auto minus = [&](int a, int b) { return _mm256_sub_epi32(k[a], k[b]); };
+      const __m256i d01 = minus(1, 0), d02 = minus(2, 0), d03 = minus(3, 0);
+      const __m256i d12 = minus(2, 1), d13 = minus(3, 1), d23 = minus(3, 2);
+      const auto no = [&](__m256i x) { return _mm256_xor_si256(x, all); };
+      // Kept: at least 4 - N of the others are outranked.
+      __m256i kept[4] = {some_of_three<4 - N>(d01, d02, d03),
+                         some_of_three<4 - N>(no(d01), d12, d13),
+                         some_of_three<4 - N>(no(d02), no(d12), d23),
+                         some_of_three<4 - N>(no(d03), no(d13), no(d23))};
+      if (Source::kForbidden)
+        for (int j = 0; j < 4; ++j) kept[j] = _mm256_andnot_si256(k[j], kept[j]);
+      // Signs to the four bytes of a lane.
+      const __m256i words[2] = {_mm256_srli_epi32(kept[0], 31), _mm256_srli_epi32(kept[1], 31)};
+      const __m256i low = _mm256_or_si256(words[0], _mm256_slli_epi32(words[1], 8));
+      const __m256i third = _mm256_slli_epi32(_mm256_srli_epi32(kept[2], 31), 16);
+      const __m256i last = _mm256_slli_epi32(_mm256_srli_epi32(kept[3], 31), 24);
+      const __m256i bytes = _mm256_or_si256(low, _mm256_or_si256(third, last));
+      store_bytes(keep + at, _mm256_permutevar8x32_epi32(bytes, in_order), to.stream);
+    }
+  }
+  return i;
+}
+
+template <class Source>
+inline int64_t rank_transposed(const Source& keys, int64_t count, Rule to, uint8_t* keep) {
+  if (to.m == 4 && to.n == 1) return rank_fours<1>(keys, count, to, keep);
+  if (to.m == 4 && to.n == 2) return rank_fours<2>(keys, count, to, keep);
+  if (to.m == 4 && to.n == 3) return rank_fours<3>(keys, count, to, keep);
+  return 0;
+}
 #endif
 
 // Columns [c0, c1) of a row, as far as no keys need to be stored for them. Returns how many.
 template <class T>
 inline int64_t keep_fresh(const ScoreRow<T>& row, int64_t c0, int64_t c1, Rule to, uint8_t* keep) {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if (row.addend || row.preserve || row.has_row_scale) return 0;
   if (!row.column_scale)
     return rank_transposed(FreshKeys<TermSet::none, T>{row, c0}, c1 - c0, to, keep);
@@ -331,7 +401,7 @@ inline void keep_groups(const int32_t* keys, int64_t count, Rule to, uint8_t* ke
   const int quota = static_cast<int>(to.n);
   const int64_t m = to.m;
   int64_t i = 0;
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   i = rank_transposed(StoredKeys{keys}, count, to, keep);
 #endif
   if (m == 4)

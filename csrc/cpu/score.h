@@ -103,6 +103,7 @@ inline KeyVec forbid(KeyVec keys, const uint8_t* preserve) {
   return _mm512_mask_mov_epi32(_mm512_set1_epi32(kForbiddenKey), _mm_test_epi8_mask(p, p), keys);
 }
 inline void store(int32_t* out, KeyVec keys) { _mm512_storeu_si512(out, keys); }
+inline KeyVec load_keys(const int32_t* keys) { return _mm512_loadu_si512(keys); }
 #elif defined(__AVX2__)
 using KeyVec = __m256i;
 inline KeyVec key_vector(Vec score) {
@@ -117,6 +118,9 @@ inline KeyVec forbid(KeyVec keys, const uint8_t* preserve) {
 }
 inline void store(int32_t* out, KeyVec keys) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), keys);
+}
+inline KeyVec load_keys(const int32_t* keys) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(keys));
 }
 #elif defined(PYPRUNE_NEON)
 struct KeyVec {
