@@ -22,6 +22,7 @@ from pyprune.cli import (
     app,
     examples,
 )
+from pyprune.errors import UserError
 from pyprune.progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Measure perplexity on a text. Dense or compressed models; states the protocol too."""
+    if max_tokens is not None and max_tokens < 0:
+        raise UserError(f"--max-tokens: expected 0 (all of the text) or more, got {max_tokens}")
     cli.quiet()
     from pyprune.evaluate import DEFAULT_SEQLEN, perplexity
     from pyprune.sparse.stored import StoredCheckpoint
@@ -165,7 +168,10 @@ def methods(
     from pyprune.families import families, find_family
 
     if name is not None and name not in ALLOCATIONS:
-        find_family(name)  # or the error that says which there are
+        try:
+            find_family(name)
+        except UserError as error:  # which says which methods there are
+            raise UserError(f"{error}; or an allocation: {', '.join(ALLOCATIONS)}") from None
     rows: list[dict[str, Any]] = []
     shown: list[Any] = []
     for family in families():

@@ -51,8 +51,11 @@ def compress(
         ),
     ] = "bytes",
     rows: Annotated[
-        int, typer.Option(help="Of the activations, for --choose measured; 1: decoding.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Of the activations, for --choose measured. Default: 1, which is decoding."
+        ),
+    ] = None,
     values: Annotated[
         str,
         typer.Option(help="same (the checkpoint's dtype, bit for bit) or int8, a scale a row."),
@@ -88,6 +91,8 @@ def compress(
         raise UserError(f"--embeddings: expected {', '.join(EMBEDDINGS)}, got {embeddings!r}")
     if dtype not in ("same", "bfloat16"):
         raise UserError(f"--dtype: expected same or bfloat16, got {dtype!r}")
+    if rows is not None and choose != "measured":
+        raise UserError(f"--rows: expected --choose measured with it, got --choose {choose}")
     cli.check_out(out)
     if format == "deci":
         given = (choose, values, embeddings, dtype) != ("bytes", "same", "same", "same")
@@ -103,7 +108,7 @@ def compress(
             int8=values == "int8",
             embeddings=embeddings,
             dtype=cli.torch_dtype(None if dtype == "same" else dtype),
-            measured_rows=rows if choose == "measured" else None,
+            measured_rows=(1 if rows is None else rows) if choose == "measured" else None,
             progress=bar.step,
         )
     notes = list(report.notes)

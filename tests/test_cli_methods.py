@@ -48,7 +48,13 @@ def test_methods_explains_the_options_of_one(capsys, monkeypatch):
     (besa,) = json.loads(capsys.readouterr().out)
     assert besa["meanings"]["steps"].startswith("of the optimiser (Adam) in each block")
     assert run("methods", "blokpruner") == 2
-    assert "did you mean blockpruner?" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "did you mean blockpruner?" in error and "or an allocation: uniform, " in error
+
+
+def test_the_length_of_a_text_is_refused_in_the_words_of_the_help(capsys):
+    assert run("eval", "nowhere", "--max-tokens", "-1") == 2
+    assert "--max-tokens: expected 0 (all of the text) or more, got -1" in capsys.readouterr().err
 
 
 def test_every_option_of_every_method_has_a_meaning(capsys):

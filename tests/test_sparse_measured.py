@@ -135,8 +135,11 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert cli.main([*options, "--out", out + "2"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "microseconds a product of 2 rows" in shown and "sparse24" in shown and "…" not in shown
-    assert cli.main(["compress", dense, "--out", out + "3", "--choose", "fastest"]) == 2
+    for format in ("auto", "deci"):  # which do not multiply
+        assert cli.main(["compress", dense, "--rows", "4", "--format", format, "--out", out]) == 2
+        assert "--rows: expected --choose measured with it" in capsys.readouterr().err
     assert cli.main([*options[:-1], "0", "--out", out + "3"]) == 2
+    assert cli.main(["compress", dense, "--out", out + "3", "--choose", "fastest"]) == 2
     errors = capsys.readouterr().err
     assert "expected bytes or measured" in errors and "rows: expected at least 1, got 0" in errors
     with pytest.raises(UserError):
