@@ -271,9 +271,8 @@ def bench_tables(result: BenchResult) -> list[Table]:
             made.add_column(name, justify="left" if place < left else "right", no_wrap=True)
         return made
 
-    sizes = table(
-        "size", "model", "file MB", "weights MB", "of 16-bit dense", "resident MB", "load s", left=1
-    )
+    title = "MB, and weights in memory over the 16-bit dense model's"
+    sizes = table(title, "model", "file", "weights", "of dense", "resident", "load s", left=1)
     shares = result.memory()
     for m in result.models:
         name = label(m["name"], m["dtype"], m["kernels"])

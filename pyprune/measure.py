@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 _STATUS = Path("/proc/self/status")
+_ROLLUP = Path("/proc/self/smaps_rollup")  # counted now; the status lags behind by some megabytes
 _MEMINFO = Path("/proc/meminfo")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): resets the high-water mark of the resident set
@@ -29,11 +30,11 @@ def last_level_cache() -> int:
     return max(sizes)
 
 
-def _status_bytes(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
+def _status_bytes(field: str, file: Path = _STATUS) -> int:
+    for line in file.read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"{_STATUS} has no {field}")
+    raise RuntimeError(f"{file} has no {field}")
 
 
 def available_bytes(device: torch.device) -> int:
@@ -55,7 +56,9 @@ def held_bytes(device: torch.device) -> int:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    return Measure.rss_bytes()
+    if not _ROLLUP.exists():
+        return Measure.rss_bytes()
+    return _status_bytes("Rss:", _ROLLUP)
 
 
 class Measure:

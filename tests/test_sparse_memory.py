@@ -105,7 +105,9 @@ def test_peak_is_the_compressed_size(tmp_path):
         assert (model["resident_bytes"] is None) == shared
         if not shared:
             # Cast or not, the weights and little else: of what was read and cast nothing stays.
-            assert -8 * MB < model["resident_bytes"] - model["weight_bytes"] < 16 * MB, model
+            assert model["resident_bytes"] < model["weight_bytes"] + 16 * MB, model
+            if model["dtype"] == "float32":  # the system may take back what lies in a file
+                assert model["resident_bytes"] > model["weight_bytes"] - 8 * MB, model
     assert len(models) == 5
 
 

@@ -73,13 +73,15 @@ inline uint64_t bits_of_bools(const uint8_t* x, int64_t count) {
     bits |= static_cast<uint64_t>(~static_cast<uint32_t>(_mm256_movemask_epi8(clear))) << i;
   }
 #endif
-  // The product gathers the lowest bits of eight bytes in the top byte.
+  // Bytes become 0 or 1, and the product gathers their lowest bits in the top one.
   for (; i + 8 <= count; i += 8) {
     uint64_t eight;
     std::memcpy(&eight, x + i, 8);
-    bits |= ((eight & 0x0101010101010101ull) * 0x0102040810204080ull >> 56) << i;
+    constexpr uint64_t kLow7 = 0x7f7f7f7f7f7f7f7full, kOne = 0x0101010101010101ull;
+    const uint64_t some = (((eight & kLow7) + kLow7) | eight) >> 7 & kOne;
+    bits |= (some * 0x0102040810204080ull >> 56) << i;
   }
-  for (; i < count; ++i) bits |= static_cast<uint64_t>(x[i] & 1) << i;
+  for (; i < count; ++i) bits |= static_cast<uint64_t>(x[i] != 0) << i;
   return bits;
 #endif
 }

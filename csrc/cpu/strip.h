@@ -179,7 +179,8 @@ inline void store_unset_tile(const int32_t* src, int64_t ld_src, uint8_t* dst, i
   for (int half = 0; half < 2; ++half) {
     const auto store = [&](int r, __m128i rows) {
       _mm_storel_epi64(reinterpret_cast<__m128i*>(dst + r * ld_dst), rows);
-      _mm_storeh_pd(reinterpret_cast<double*>(dst + (r + 1) * ld_dst), _mm_castsi128_pd(rows));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(dst + (r + 1) * ld_dst),
+                       _mm_unpackhi_epi64(rows, rows));
     };
     store(2 * half, _mm256_castsi256_si128(pairs[half]));
     store(4 + 2 * half, _mm256_extracti128_si256(pairs[half], 1));

@@ -32,7 +32,7 @@ def bits_of(mask: Tensor) -> Tensor:
     # Bit by bit: a product with all weights at once would take eight bytes for each of the mask's.
     bits = torch.zeros(padded.shape[:-1], dtype=torch.uint8, device=mask.device)
     for place in range(8):
-        bits |= padded[..., place].to(torch.uint8) << place
+        bits = bits | padded[..., place].to(torch.uint8) << place
     return bits
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from pyprune.errors import UserError
 from pyprune.measure import held_bytes
@@ -76,7 +76,7 @@ class Contestant:
     """One model in one dtype. name: DENSE or what the compressed one is called. seconds: to load.
     file_bytes: of the tensors on disk. weight_bytes: of the model's weights in memory, summed.
     resident_bytes: what the process held more once it was loaded and had been run, measured;
-    None for a model that shares another's weights. kernels: of its linear layers. differs: in what
+    None for a model that was made in memory. kernels: of its linear layers. differs: in what
     its model differs from the dense one, beyond the values of its weights; empty if in nothing."""
 
     name: str
@@ -304,8 +304,7 @@ def _load(
 def settle(stored: StoredCheckpoint, dtype: torch.dtype, device: torch.device) -> None:
     """Has memory taken that is no model's own: for the code of its architecture, and for what
     PyTorch's products keep."""
-    with torch.device("meta"):
-        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(stored.path))
+    stored.checkpoint().build_model()
     linear = nn.Linear(256, 256, dtype=dtype, device=device)
     with torch.inference_mode():
         linear(torch.zeros(TRIED_TOKENS, 256, dtype=dtype, device=device))
@@ -313,8 +312,9 @@ def settle(stored: StoredCheckpoint, dtype: torch.dtype, device: torch.device) -
 
 def try_out(model: PreTrainedModel) -> None:
     """Runs the model on a few tokens: kernels may keep copies of weights from their first use."""
+    tokens = min(TRIED_TOKENS, positions_of(model.config) or TRIED_TOKENS)
     with torch.inference_mode():
-        model(torch.zeros(1, TRIED_TOKENS, dtype=torch.long, device=model.device), use_cache=False)
+        model(torch.zeros(1, tokens, dtype=torch.long, device=model.device), use_cache=False)
 
 
 def touch(model: nn.Module) -> None:
