@@ -26,10 +26,16 @@ constexpr int kCols = 4, kMaxVecs = 3;
 constexpr int kCols = 4, kMaxVecs = 1;
 #endif
 
-// acc -= e[k] u[k] over k < depth; e is [depth][V vectors], u is [depth][S], W of each S are used.
+// acc = tile - e[k] u[k] over k < depth; tile is [W][V vectors], e is [depth][V vectors], u is
+// [depth][S], W of each S are used.
 template <int V, int W, int S>
-inline void accumulate(Vec (&acc)[W][V], const float* e, const float* u, int64_t depth) {
+inline void subtract(Vec (&acc)[W][V], const float* tile, const float* e, const float* u,
+                     int64_t depth) {
   constexpr int L = Vec::kLanes;
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w)
+#pragma GCC unroll 3
+    for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
   for (int64_t k = 0; k < depth; ++k) {
     Vec err[V];
 #pragma GCC unroll 3
@@ -48,11 +54,7 @@ template <int V, int W, int S>
 void update_tile(float* tile, const float* e, const float* u, int64_t depth) {
   constexpr int L = Vec::kLanes;
   Vec acc[W][V];
-#pragma GCC unroll 8
-  for (int w = 0; w < W; ++w)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
-  accumulate<V, W, S>(acc, e, u, depth);
+  subtract<V, W, S>(acc, tile, e, u, depth);
 #pragma GCC unroll 8
   for (int w = 0; w < W; ++w)
 #pragma GCC unroll 3
@@ -77,11 +79,7 @@ void solve_tile(float* tile, const float* e, const float* u, int64_t depth, cons
                 const int32_t* pruned, float* kept, double* loss, const float* grid = nullptr) {
   constexpr int L = Vec::kLanes;
   Vec acc[W][V], squares[V];
-#pragma GCC unroll 8
-  for (int w = 0; w < W; ++w)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
-  accumulate<V, W, S>(acc, e, u, depth);
+  subtract<V, W, S>(acc, tile, e, u, depth);
   const float* diag = u + depth * S;
 #pragma GCC unroll 3
   for (int v = 0; v < V; ++v) squares[v] = Vec::zero();
@@ -120,11 +118,7 @@ void divide_tile(float* tile, const float* e, const float* u, int64_t depth,
                  const float* inv_diag) {
   constexpr int L = Vec::kLanes;
   Vec acc[W][V];
-#pragma GCC unroll 8
-  for (int w = 0; w < W; ++w)
-#pragma GCC unroll 3
-    for (int v = 0; v < V; ++v) acc[w][v] = Vec::load(tile + (w * V + v) * L);
-  accumulate<V, W, S>(acc, e, u, depth);
+  subtract<V, W, S>(acc, tile, e, u, depth);
   const float* diag = u + depth * S;
 #pragma GCC unroll 8
   for (int w = 0; w < W; ++w) {
